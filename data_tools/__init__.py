@@ -1,0 +1,1 @@
+"""Tools that make and look at data sets."""

@@ -1,0 +1,77 @@
+"""`scfm data encode`: a folder of images with captions -> shards of cached latents and text embeddings."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scfm_core.data.folder import ImageFolder
+from scfm_core.data.schema import MANIFEST, Manifest, Record
+from scfm_core.data.webdataset import ShardWriter
+from scfm_core.errors import UserError
+from scfm_core.models.encoders import Autoencoder, TextEncoders
+from scfm_core.models.flux import Flux
+from scfm_core.models.weights import encoder_fingerprint
+
+
+def encode_folder(
+    images: Path,
+    output: Path,
+    family: Flux,
+    *,
+    resolution: tuple[int, int],
+    text_length: int,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+    batch_size: int = 16,
+    samples_per_shard: int = 1000,
+    progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda items, total: items,
+) -> Manifest:
+    """Encode every image and caption once.
+
+    Args:
+        images: folder with captions, see `ImageFolder`.
+        output: folder of the shards; must not hold a finished cache.
+        family: the model whose VAE, CLIP and T5 encode.
+        resolution: height and width in pixels.
+        text_length: T5 tokens.
+        dtype: of the encoders and the stored tensors.
+        progress: wraps the batches to show a bar; called with (batches, their number).
+
+    Returns:
+        the manifest written beside the shards.
+
+    Raises:
+        UserError: for a bad folder, caption, image or resolution, or an output that is not writable or not empty.
+    """
+    family.latent_shape(*resolution)
+    if (output / MANIFEST).exists():
+        raise UserError(f"{output} already holds a finished cache; choose another folder, or delete it")
+    dataset = ImageFolder(images, *resolution)
+    text = TextEncoders(family.folder, text_length, dtype, device)
+    vae = Autoencoder(family.folder, dtype, device)
+    manifest = Manifest(
+        encoder=encoder_fingerprint(family.folder), text_length=text_length, resolution=resolution, samples=0, shards=()
+    )
+    starts = range(0, len(dataset), batch_size)
+    try:
+        with ShardWriter(output, manifest, samples_per_shard) as writer:
+            for start in progress(starts, len(starts)):
+                records = [dataset[index] for index in range(start, min(start + batch_size, len(dataset)))]
+                latents = vae.encode(torch.stack([r.image for r in records if r.image is not None]))
+                cond = text.encode([record.caption for record in records])
+                for row, record in enumerate(records):
+                    cached = Record(
+                        key=f"{start + row:08d}",  # never the file's name: a key may hold no dot or slash
+                        caption=record.caption,
+                        latents=latents[row].to(dtype),
+                        text=cond.text[row].to(dtype),
+                        pooled=cond.pooled[row].to(dtype),
+                    )
+                    writer.write(cached, {"height": resolution[0], "width": resolution[1], "source": record.key})
+    except OSError as error:
+        raise UserError(
+            f"the cache could not be written to {output}: {error.strerror or error}. Mend that and run again"
+        ) from error
+    return Manifest.read(output)

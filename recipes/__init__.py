@@ -1,0 +1,1 @@
+"""Runs: what a person starts. Nothing imports this package."""

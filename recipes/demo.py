@@ -1,0 +1,87 @@
+"""`make demo`: from nothing to a distilled tiny Flux, by the commands that a person would type.
+
+python -m recipes.demo [--dir runs/demo] [--only assets]
+"""
+
+import argparse
+import json
+import shutil
+import time
+from pathlib import Path
+
+from recipes.cli import main as scfm
+from recipes.tiny import write_classifier, write_digits, write_pipeline
+
+_PAPER = ("method.step_gain=none", "ema.fast=0.99", "ema.slow=0.999", "method.self_grids=[16,8,4]")
+
+
+def main() -> None:
+    """Make what is missing, train, sample, evaluate, report. A second run goes on where the first stopped."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dir", type=Path, default=Path("runs/demo"))
+    parser.add_argument(
+        "--only", choices=("assets",), help="make the digits, the tiny pipeline and the cache, then stop"
+    )
+    parser.add_argument("--vae-steps", type=int, default=300)
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="for both trainings, e.g. train.steps=20"
+    )
+    arguments = parser.parse_args()
+    began, root = time.perf_counter(), arguments.dir
+    make_assets(root, arguments.vae_steps)
+    if arguments.only:
+        return
+    paths = [f"data.path={root / 'digits_cache'}"]
+    pretrain = [f"run.dir={root / 'pretrain'}", f"model.path={root / 'tiny_flux'}", *paths, *arguments.overrides]
+    _run("train", "tiny_pretrain.yaml", *pretrain)
+    if not (root / "teacher" / "transformer" / "config.json").is_file():
+        _run("export", root / "pretrain", "--merged", root / "teacher")
+    paths += [f"model.path={root / 'teacher'}", f"evaluate.features_path={root / 'classifier'}", *arguments.overrides]
+    for name, extra in (("distill", ()), ("paper_recipe", _PAPER)):
+        _run("train", "tiny_distill.yaml", f"run.dir={root / name}", *paths, *extra)
+        _run("evaluate", root / name)
+    for steps in (1, 2, 3, 4):
+        _run("sample", root / "distill", "--steps", steps)
+    _run("report", root / "distill", "--compare", root / "paper_recipe")
+    _summary(root, (time.perf_counter() - began) / 60)
+
+
+def make_assets(root: Path, vae_steps: int) -> None:
+    """Digits, tiny pipeline, classifier and cache in `root`; what is complete stays."""
+    if (root / "digits_cache" / "manifest.json").is_file():
+        return
+    print("making the digits, a tiny Flux pipeline of the real classes, and a digit classifier", flush=True)
+    for name in ("digits", "tiny_flux", "classifier", "digits_cache"):
+        shutil.rmtree(root / name, ignore_errors=True)
+    write_digits(root / "digits")
+    write_pipeline(root / "tiny_flux", vae_steps=vae_steps)
+    accuracy = write_classifier(root / "classifier")
+    print(f"the classifier reads {accuracy:.1%} of held-out digits")
+    _run(
+        "data", "encode", root / "digits", root / "digits_cache", "--model", root / "tiny_flux",
+        "--resolution", 16, 16, "--text-length", 8, "--dtype", "float32", "--batch-size", 64,
+    )  # fmt: skip
+
+
+def _run(*words: object) -> None:
+    command = [str(word) for word in words]
+    print(f"\n$ scfm {' '.join(command)}", flush=True)
+    code = scfm(command)
+    if code:
+        raise SystemExit(code)
+
+
+def _summary(root: Path, minutes: float) -> None:
+    results = {name: json.loads((root / name / "evaluation.json").read_text()) for name in ("distill", "paper_recipe")}
+    base = results["distill"]["base"]
+    print("\nFrechet distance to the teacher's own 32-step samples")
+    print(f"{'steps':>8}{'undistilled':>14}{'paper recipe':>14}{'step-scaled':>14}")
+    for steps in base:
+        values = (base, results["paper_recipe"]["student"], results["distill"]["student"])
+        print(f"{steps:>8}" + "".join(f"{rows[steps]['fid_teacher']:14.3f}" for rows in values))
+    print(f"\ndone in {minutes:.1f} minutes. Look at:")
+    print(f"  {root / 'distill' / 'report.html'}\n  {root / 'distill' / 'samples' / 'evaluation.png'}")
+
+
+if __name__ == "__main__":
+    main()

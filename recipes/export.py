@@ -1,0 +1,111 @@
+"""`scfm export`: the trained weights in diffusers' own formats."""
+
+from pathlib import Path
+from typing import Any
+
+from recipes.runs import load_trained, open_run
+from scfm_core.errors import UserError
+from scfm_core.models.student import FullModel, LoRAModel
+from scfm_core.models.weights import save_adapter, save_pipeline
+from scfm_core.scfm.plan import sampling_strength
+from scfm_core.train.build import compute_dtype
+from scfm_core.train.config import RunConfig
+
+_CARD_STEPS = (1, 2, 3, 4, 6, 8, 16)
+
+
+def export(run_dir: Path, overrides: list[str], *, merged: Path | None, num_steps: int | None) -> Path:
+    """Write `RUN_DIR/adapter`, or with `merged` a complete pipeline folder whose transformer holds the trained weights.
+
+    Args:
+        run_dir: the run.
+        overrides: of its configuration, e.g. `sample.weights=ema_slow`.
+        merged: target folder of a pipeline.
+        num_steps: for step-scaled adapters, the step count whose strength is merged.
+    """
+    config = open_run(run_dir, overrides)
+    if merged is None and config.train.weights == "full":
+        raise UserError("this run trained full weights, which are no adapter: give --merged FOLDER")
+    if merged is not None and config.method.step_gain is not None and num_steps is None:
+        raise UserError(
+            "this adapter's strength depends on the number of steps, and merging fixes it: say which with --steps N"
+        )
+    model, _ = load_trained(run_dir, config)
+    if merged is None:
+        return export_adapter(run_dir, config, model)
+    from diffusers import FluxTransformer2DModel
+
+    strength = sampling_strength(config.method.step_gain, num_steps or 1)
+    state = model.merged(config.sample.weights, strength)
+    save_pipeline(model.family.folder, merged, FluxTransformer2DModel, state, compute_dtype(config))
+    return merged
+
+
+def export_adapter(run_dir: Path, config: RunConfig, model: LoRAModel | FullModel) -> Path:
+    """`RUN_DIR/adapter`: safetensors that `load_lora_weights` reads, and a README that says how to use them."""
+    folder = run_dir / "adapter"
+    scale = config.lora.alpha / config.lora.rank
+    save_adapter(folder, model.parameters(config.sample.weights), scale, adapter_metadata(config))
+    (folder / "README.md").write_text(adapter_card(config))
+    return folder
+
+
+def adapter_metadata(config: RunConfig) -> dict[str, Any]:
+    """What a tool needs to sample with the adapter."""
+    gain = config.method.step_gain
+    return {
+        "base_model": config.model.path,
+        "step_gain_gamma": None if gain is None else gain.gamma,
+        "strength_by_steps": {str(n): round(sampling_strength(gain, n), 6) for n in _CARD_STEPS},
+        "shift": config.sample.shift,
+        "guidance": config.sample.guidance,
+        "text_length": config.model.text_length,
+        "resolution": list(config.data.resolution),
+    }
+
+
+def adapter_card(config: RunConfig) -> str:
+    """The README beside the adapter."""
+    gain, sample = config.method.step_gain, config.sample
+    height, width = config.data.resolution
+    weight = sampling_strength(gain, 3)
+    table = "\n".join(f"| {n} | {sampling_strength(gain, n):.3f} |" for n in _CARD_STEPS)
+    advice = (
+        "The adapter's weight carries the step size: for N steps use N^-gamma, gamma = "
+        f"{gain.gamma:g}. Weight 0 is the original model."
+        if gain is not None
+        else "Use weight 1 at every step count."
+    )
+    scheduler = (
+        f"pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift={sample.shift}, use_dynamic_shifting=False)\n"
+        if sample.shift != "dynamic"
+        else ""
+    )
+    return f"""# A few-step adapter, made with scfm
+
+Base model: `{config.model.path}`. {advice}
+
+| steps | weight |
+|---|---|
+{table}
+
+```python
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+
+pipe = FluxPipeline.from_pretrained("{config.model.path}", torch_dtype=torch.{config.train.compute_dtype})
+{scheduler}pipe.load_lora_weights("adapter", adapter_name="scfm")
+pipe.set_adapters("scfm", {weight:.4f})  # the weight for 3 steps
+image = pipe(
+    "your prompt",
+    num_inference_steps=3,
+    guidance_scale={sample.guidance},
+    height={height},
+    width={width},
+    max_sequence_length={config.model.text_length},
+    generator=torch.Generator().manual_seed(0),
+).images[0]
+```
+
+Trained with `method.step_gain` {"none" if gain is None else f"gamma {gain.gamma:g}"}, rank {config.lora.rank}, {config.train.steps} steps of batch {config.train.global_batch_size}.
+"""

@@ -1,0 +1,165 @@
+"""`scfm report`: one self-contained HTML page of a run, with others beside it."""
+
+import base64
+import html
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from scfm_core.errors import UserError
+from scfm_core.train.metrics import read_metrics
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2rem auto; padding: 0 1rem; color: #1c1c1c }
+h1 { margin-bottom: 0 } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ddd }
+table { border-collapse: collapse; margin: 1rem 0 } th, td { padding: .25rem .9rem; text-align: right; border-bottom: 1px solid #eee }
+th:first-child, td:first-child { text-align: left } img { max-width: 100% } pre { background: #f6f6f6; padding: 1rem; overflow-x: auto }
+.note { color: #555 }
+"""
+_COLUMNS = (
+    ("fid_teacher", "Fréchet distance to teacher", "{:.3f}"),
+    ("mse_teacher", "MSE to teacher", "{:.5f}"),
+    ("fid_data", "Fréchet distance to data", "{:.3f}"),
+    ("clip_score", "CLIP score", "{:.2f}"),
+    ("seconds_per_image", "seconds an image", "{:.4f}"),
+)
+
+
+class _Run:
+    """What a run's folder holds, read once."""
+
+    def __init__(self, folder: Path) -> None:
+        if not (folder / "config.yaml").is_file():
+            raise UserError(f"{folder} is not a run: it has no config.yaml")
+        self.folder = folder
+        self.name = folder.name
+        self.config = (folder / "config.yaml").read_text()
+        self.metrics = read_metrics(folder / "metrics.jsonl")
+        if not self.metrics:
+            raise UserError(f"{folder} has no metrics yet; train first")
+        path = folder / "evaluation.json"
+        self.evaluation: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+        self.grids = sorted((folder / "samples").glob("step_*.png"))
+
+
+def report(run_dir: Path, compare: list[Path]) -> Path:
+    """Write `RUN_DIR/report.html`; everything is inside the one file.
+
+    Raises:
+        UserError: if a folder is not a run or has no metrics.
+    """
+    run, others = _Run(run_dir), [_Run(folder) for folder in compare]
+    runs = [run, *others]
+    last = run.metrics[-1]
+    body = [
+        f"<h1>{html.escape(run.name)}</h1>",
+        f"<p class=note>{last['step']:,} steps, {last['samples']:,} samples, {last['seconds'] / 60:.1f} minutes of training"
+        + (f"; beside it: {html.escape(', '.join(other.name for other in others))}" if others else "")
+        + "</p>",
+    ]
+    if run.evaluation:
+        body.append("<h2>Quality over steps</h2>" + _image(_quality_plot(runs)))
+        body += [_evaluation_table(each) for each in runs if each.evaluation]
+        body.append(
+            "<p class=note>All figures start from the same noise. <b>base</b> is the undistilled model at few steps, "
+            "<b>teacher</b> the same model at many: the reference.</p>"
+        )
+    for each in runs:
+        evaluated = each.folder / "samples" / "evaluation.png"
+        if evaluated.is_file():
+            body.append(f"<h2>Samples: {html.escape(each.name)}</h2>" + _image(evaluated.read_bytes()))
+    body.append("<h2>Training</h2>" + _image(_training_plot(runs)))
+    if run.grids:
+        shown = run.grids[:: max(1, len(run.grids) // 3)][-3:]
+        body += [f"<h3>{html.escape(path.stem.replace('_', ' '))}</h3>" + _image(path.read_bytes()) for path in shown]
+    body.append(f"<h2>Configuration</h2><pre>{html.escape(run.config)}</pre>")
+    page = (
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(run.name)} · scfm</title>"
+        f"<style>{_STYLE}</style><body>{''.join(body)}</body></html>"
+    )
+    path = run_dir / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _image(png: bytes) -> str:
+    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+
+
+def _evaluation_table(run: _Run) -> str:
+    rows = [(kind, steps, row) for kind, table in run.evaluation.items() for steps, row in table.items()]
+    present = [column for column in _COLUMNS if any(column[0] in row for _, _, row in rows)]
+    head = "".join(f"<th>{title}</th>" for _, title, _ in present)
+    lines = []
+    for kind, steps, row in rows:
+        cells = "".join(f"<td>{form.format(row[key]) if key in row else '-'}</td>" for key, _, form in present)
+        lines.append(f"<tr><td>{kind}, {steps} step{'s' if steps != '1' else ''}</td>{cells}</tr>")
+    return f"<h3>{html.escape(run.name)}</h3><table><tr><th></th>{head}</tr>{''.join(lines)}</table>"
+
+
+def _figure() -> tuple[Any, Any]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt, plt.rc_context(
+        {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
+    )
+
+
+def _png(plt: Any, figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def _quality_plot(runs: list[_Run]) -> bytes:
+    plt, style = _figure()
+    with style:
+        figure, axes = plt.subplots(figsize=(8, 4))
+        base = runs[0].evaluation["base"]
+        lines = [("undistilled", base), *((run.name, run.evaluation["student"]) for run in runs if run.evaluation)]
+        for number, (name, rows) in enumerate(lines):
+            steps = sorted(int(step) for step in rows)
+            values = [rows[str(step)]["fid_teacher"] for step in steps]
+            axes.plot(steps, values, marker="o", label=name, color="grey" if number == 0 else None)
+        axes.set(xscale="log", yscale="log", xlabel="steps", ylabel="Fréchet distance to teacher")
+        ticks = sorted({int(step) for _, rows in lines for step in rows})
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.minorticks_off()
+        axes.legend(frameon=False)
+        return _png(plt, figure)
+
+
+def _training_plot(runs: list[_Run]) -> bytes:
+    plt, style = _figure()
+    with style:
+        figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6))
+        for run in runs:
+            steps = [row["step"] for row in run.metrics]
+            left.plot(steps, _smooth([row["loss"] for row in run.metrics]), label=run.name)
+            right.plot(steps, _smooth([row["grad_norm"] for row in run.metrics]), label=run.name)
+        for name in ("teacher", "self", "flow"):
+            rows = [(row["step"], row[f"loss/{name}"]) for row in runs[0].metrics if f"loss/{name}" in row]
+            if rows and name != "flow":
+                left.plot(
+                    [s for s, _ in rows], _smooth([v for _, v in rows]), label=f"{runs[0].name}: {name} slice", lw=0.8
+                )
+        left.set(xlabel="step", ylabel="loss (smoothed)", yscale="log")
+        right.set(xlabel="step", ylabel="gradient norm (smoothed)", yscale="log")
+        left.legend(frameon=False, fontsize=8)
+        return _png(plt, figure)
+
+
+def _smooth(values: list[float], share: float = 0.02) -> list[float]:
+    """Running exponential mean over about `share` of the run, bias-corrected."""
+    decay = 1 - 1 / max(1.0, share * len(values))
+    mean, weight, smoothed = 0.0, 0.0, []
+    for value in values:
+        mean = decay * mean + (1 - decay) * value
+        weight = decay * weight + (1 - decay)
+        smoothed.append(mean / weight)
+    return smoothed

@@ -1,0 +1,89 @@
+"""`scfm sample`: images from a run's weights, as a plain diffusers pipeline would make them."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from recipes.runs import load_trained, open_run
+from scfm_core.errors import UserError
+from scfm_core.models.encoders import Autoencoder, TextEncoders
+from scfm_core.models.protocol import Conditioning
+from scfm_core.models.student import FullModel, LoRAModel
+from scfm_core.scfm.plan import sampling_strength
+from scfm_core.train.build import compute_dtype, read_prompts, resolve_device, sampling_shift
+from scfm_core.train.config import RunConfig
+from scfm_core.train.validate import decode, initial_noise, sample_latents, to_uint8
+
+
+def sample(
+    run_dir: Path,
+    overrides: list[str],
+    *,
+    prompts: list[str],
+    prompt_file: str | None,
+    num_steps: int,
+    strength: float | None,
+    output: Path | None,
+) -> list[Path]:
+    """Write one PNG a prompt; returns their paths.
+
+    Args:
+        run_dir: the run.
+        overrides: of its configuration (`sample.seed=7`, `sample.guidance=3`, `data.resolution=[1024,1024]`).
+        prompts: given on the command line; none: those of `prompt_file`, else of the configuration.
+        num_steps: Euler steps.
+        strength: of the adapter; None: what the run was trained for at this step count.
+        output: folder of the images, by default `RUN_DIR/samples/N_steps`.
+    """
+    from PIL import Image
+
+    config = open_run(run_dir, overrides)
+    if num_steps < 1:
+        raise UserError(f"--steps must be at least 1, got {num_steps}")
+    if strength is not None and config.train.weights == "full" and strength != 1:
+        raise UserError("full weights have no strength other than 1: leave --strength out")
+    prompts = prompts or read_prompts(prompt_file or config.sample.prompts, "--prompts")
+    if not prompts:
+        raise UserError("there is no prompt: give --prompt TEXT or --prompts FILE, or set sample.prompts")
+    model, _ = load_trained(run_dir, config)
+    device, dtype = resolve_device(config.run.device), compute_dtype(config)
+    cond = TextEncoders(model.family.folder, config.model.text_length, dtype, device).encode(
+        prompts, config.sample.guidance
+    )
+    vae = Autoencoder(model.family.folder, dtype, device)
+    seeds = [config.sample.seed + i for i in range(len(prompts))]
+    images = generate(config, model, config.sample.weights, vae, cond, seeds, num_steps, strength)
+    folder = output or run_dir / "samples" / f"{num_steps}_steps"
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{number:04d}.png" for number in range(len(prompts))]
+    for path, image in zip(paths, to_uint8(images), strict=True):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    return paths
+
+
+def generate(
+    config: RunConfig,
+    model: LoRAModel | FullModel,
+    role: str,
+    vae: Autoencoder,
+    cond: Conditioning,
+    seeds: list[int],
+    num_steps: int,
+    strength: float | None = None,
+) -> Tensor:
+    """Images of `role` for rows of `cond` and their seeds, fp32 [N, 3, H, W] in [0, 1] on the CPU."""
+    height, width = config.data.resolution
+    shift = sampling_shift(config.sample, model.family, height, width)  # type: ignore[arg-type]
+    if strength is None:
+        strength = sampling_strength(config.method.step_gain, num_steps)
+    batch = config.evaluate.batch_size
+    dtype = compute_dtype(config)
+    latents = []
+    for at in range(0, len(seeds), batch):
+        noise = initial_noise(model.family.latent_shape(height, width), seeds[at : at + batch], dtype)
+        rows = cond[at : at + batch]
+        noise = noise.to(rows.text.device)
+        latents.append(sample_latents(model, role, noise, rows, num_steps=num_steps, shift=shift, strength=strength))
+    with torch.no_grad():
+        return decode(vae, torch.cat(latents), batch)

@@ -1,0 +1,108 @@
+"""A folder of images with captions: same-named `.txt` files, or `metadata.jsonl` (`file_name`, `text`)."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from scfm_core.data.schema import Record
+from scfm_core.errors import UserError
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+class ImageFolder:
+    """Images in the order of their names, each with its caption, cropped to one size.
+
+    Args:
+        folder: searched recursively.
+        height, width: of the returned images, in pixels; resized to cover, then centre-cropped.
+
+    Raises:
+        UserError: if there is no image, or an image has no caption.
+    """
+
+    def __init__(self, folder: Path, height: int, width: int) -> None:
+        if not folder.is_dir():
+            raise UserError(f"data: there is no folder {str(folder)!r}")
+        self.folder, self.height, self.width = folder, height, width
+        self.paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        if not self.paths:
+            raise UserError(f"data: {folder} holds no image ({', '.join(IMAGE_SUFFIXES)})")
+        self._captions = self._read_captions()
+        digest = hashlib.sha256(f"{height}x{width}".encode())
+        for path, caption in zip(self.paths, self._captions, strict=True):
+            digest.update(f"{path.relative_to(folder)}:{path.stat().st_size}:{caption}\n".encode())
+        self.fingerprint = digest.hexdigest()
+
+    def _read_captions(self) -> list[str]:
+        listed = self._read_metadata()
+        captions, missing = [], []
+        for path in self.paths:
+            name = path.relative_to(self.folder).as_posix()
+            beside = path.with_suffix(".txt")
+            if name in listed:
+                captions.append(listed[name])
+            elif beside.is_file():
+                captions.append(beside.read_text(encoding="utf-8").strip())
+            else:
+                missing.append(name)
+        if missing:
+            raise UserError(
+                f"data: {len(missing)} of {len(self.paths)} images in {self.folder} have no caption, the first is "
+                f"{missing[0]!r}. Put the caption into {Path(missing[0]).with_suffix('.txt').as_posix()!r}, or add a "
+                f'line {{"file_name": "{missing[0]}", "text": "..."}} to metadata.jsonl'
+            )
+        return captions
+
+    def _read_metadata(self) -> dict[str, str]:
+        path = self.folder / "metadata.jsonl"
+        if not path.is_file():
+            return {}
+        listed = {}
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                listed[str(row["file_name"])] = str(row["text"])
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise UserError(
+                    f'data: line {number} of {path} is not {{"file_name": ..., "text": ...}} ({error!r})'
+                ) from error
+        return listed
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def caption(self, index: int) -> str:
+        """The caption of image `index`."""
+        return self._captions[index]
+
+    def __getitem__(self, index: int) -> Record:
+        path = self.paths[index]
+        return Record(
+            key=path.relative_to(self.folder).as_posix(),
+            caption=self._captions[index],
+            image=load_image(path, self.height, self.width),
+        )
+
+
+def load_image(path: Path, height: int, width: int) -> Tensor:
+    """An image resized to cover `height` x `width` and centre-cropped: fp32 [3, height, width] in [-1, 1].
+
+    Raises:
+        UserError: if the file is not a readable image.
+    """
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened).convert("RGB")
+    except OSError as error:  # PIL's own errors derive from it
+        raise UserError(f"data: {path} is not a readable image ({error}). Remove it or replace it") from error
+    fitted = ImageOps.fit(image, (width, height), method=Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 127.5 - 1

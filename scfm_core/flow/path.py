@@ -1,0 +1,44 @@
+"""The noise convention. Every sign in the project comes from this file.
+
+`sigma` lies in [0, 1], 1 is pure noise and 0 is data; it is always fp32. The path between them is a straight
+line and the network predicts its slope, as Flux and SD3 do (Esser et al., arXiv 2403.03206).
+"""
+
+import torch
+from torch import Tensor
+
+
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """View 1-D `values` [B] so that they broadcast over the trailing dimensions of `like` [B, ...]."""
+    if values.ndim > 1:
+        raise ValueError(f"expected a scalar or one value per sample, got shape {tuple(values.shape)}")
+    return values.reshape(-1, *([1] * (like.ndim - 1))) if values.ndim else values
+
+
+def noise_latents(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """The point at `sigma` on the line from data to noise: `(1 - sigma) * latents + sigma * noise`.
+
+    Args:
+        latents: data, [B, ...].
+        noise: standard normal, the shape of `latents`.
+        sigma: fp32, [B] or a scalar, in [0, 1].
+
+    Returns:
+        noised latents, [B, ...], in the wider of the three dtypes (fp32 for bf16 latents).
+    """
+    if latents.shape != noise.shape:
+        raise ValueError(f"latents {tuple(latents.shape)} and noise {tuple(noise.shape)} differ in shape")
+    sigma = per_sample(sigma, latents)
+    dtype = torch.promote_types(torch.promote_types(latents.dtype, noise.dtype), sigma.dtype)
+    return (1 - sigma) * latents.to(dtype) + sigma * noise.to(dtype)
+
+
+def flow_velocity(latents: Tensor, noise: Tensor) -> Tensor:
+    """The slope of the line, d(noised_latents)/d(sigma): `noise - latents`, [B, ...], fp32 or wider."""
+    dtype = torch.promote_types(torch.promote_types(latents.dtype, noise.dtype), torch.float32)
+    return noise.to(dtype) - latents.to(dtype)
+
+
+def euler_step(x: Tensor, velocity: Tensor, delta_sigma: Tensor) -> Tensor:
+    """One Euler step towards the data: `x - delta_sigma * velocity`, with `delta_sigma` > 0, [B] or scalar."""
+    return x - per_sample(delta_sigma, x) * velocity.to(x.dtype)

@@ -1,0 +1,39 @@
+"""Sigma grids and the timestep shift."""
+
+import math
+
+import torch
+from torch import Tensor
+
+# Flux's dynamic shift: mu is linear in the number of image tokens between these two points
+# (https://github.com/black-forest-labs/flux, sampling.py; the same numbers stand in diffusers' scheduler config).
+FLUX_MU = ((256, 0.5), (4096, 1.15))
+
+
+def shift_sigma(u: Tensor, shift: Tensor | float) -> Tensor:
+    """Shift uniform times `u` in [0, 1] towards the noise: `s*u / (1 + (s-1)*u)` (SD3, arXiv 2403.03206, Eq. 23)."""
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def sigma_grid(num_steps: int, shift: float = 1.0) -> Tensor:
+    """The grid of an n-step sampler: `sigma_k = shift_sigma(1 - k/n)`, k = 0..n.
+
+    Returns:
+        fp32, [num_steps + 1], from 1 down to 0.
+
+    Raises:
+        ValueError: if `num_steps` < 1 or `shift` is not positive.
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+    if not (shift > 0 and math.isfinite(shift)):
+        raise ValueError(f"shift must be positive and finite, got {shift}")
+    u = 1 - torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
+    return shift_sigma(u, shift).to(torch.float32)
+
+
+def dynamic_shift(image_tokens: int) -> float:
+    """Flux's shift for an image of `image_tokens` packed tokens: `exp(mu)`, `mu` linear in the token count."""
+    (tokens_low, mu_low), (tokens_high, mu_high) = FLUX_MU
+    slope = (mu_high - mu_low) / (tokens_high - tokens_low)
+    return math.exp(mu_low + slope * (image_tokens - tokens_low))

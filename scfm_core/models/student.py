@@ -1,0 +1,170 @@
+"""Teacher, student and the two EMAs, behind one call: adapters over a shared base, or full copies."""
+
+import copy
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from scfm_core.flow.path import per_sample
+from scfm_core.models.adapters import LoRABank, LoRAConfig, plain_name
+from scfm_core.models.protocol import Conditioning, ModelFamily
+
+ROLES = ("teacher", "student", "ema_fast", "ema_slow")
+
+
+class ShortcutModel(Protocol):
+    """What the trainer, the sampler and the evaluation call."""
+
+    family: ModelFamily
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The distinct modules, by the name of the role that owns them."""
+        ...
+
+    def parameters(self, role: str) -> dict[str, nn.Parameter]:
+        """The trained weights of `student`, or the tensors of an EMA, fp32 by canonical name."""
+        ...
+
+    def velocity(self, role: str, x: Tensor, sigma: Tensor, cond: Conditioning, strength: Tensor) -> Tensor:
+        """The velocity of `role` at per-sample strength; strength 0 is the teacher."""
+        ...
+
+    def merged(self, role: str, strength: float) -> dict[str, Tensor]:
+        """The state dict of one plain network that equals `role` at `strength`."""
+        ...
+
+
+class _Passes:
+    """The three passes of a step."""
+
+    def student_velocity(
+        self: "ShortcutModel", x: Tensor, sigma: Tensor, cond: Conditioning, strength: Tensor
+    ) -> Tensor:
+        """The trained network."""
+        return self.velocity("student", x, sigma, cond, strength)
+
+    def near_velocity(self: "ShortcutModel", x: Tensor, sigma: Tensor, cond: Conditioning, strength: Tensor) -> Tensor:
+        """First half of the target: the teacher where strength is 0, the fast EMA elsewhere."""
+        return self.velocity("ema_fast", x, sigma, cond, strength)
+
+    def far_velocity(self: "ShortcutModel", x: Tensor, sigma: Tensor, cond: Conditioning, strength: Tensor) -> Tensor:
+        """Second half of the target: the slow EMA."""
+        return self.velocity("ema_slow", x, sigma, cond, strength)
+
+
+class LoRAModel(_Passes):
+    """One frozen base with a bank of adapters. Every role is a forward of the same module.
+
+    Args:
+        family: how to call the network.
+        network: the pre-trained network; frozen, and adapted in place.
+        config, seed: of the adapters.
+    """
+
+    def __init__(self, family: ModelFamily, network: nn.Module, config: LoRAConfig, seed: int = 0) -> None:
+        self.family = family
+        self.bank = LoRABank(network, config, seed)
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The one module that serves all roles."""
+        return {"student": self.bank.network}
+
+    def parameters(self, role: str) -> dict[str, nn.Parameter]:
+        """The adapter's factors, fp32."""
+        return self.bank.parameters(role)
+
+    def velocity(self, role: str, x: Tensor, sigma: Tensor, cond: Conditioning, strength: Tensor) -> Tensor:
+        """See `ShortcutModel`; x [B, C, H, W], sigma and strength fp32 [B]."""
+        if role == "teacher":
+            self.bank.select(None)
+        else:
+            self.bank.select(role, strength)
+        return self.family.velocity(self.bank.network, x, sigma, cond)
+
+    def merged(self, role: str, strength: float) -> dict[str, Tensor]:
+        """See `ShortcutModel`."""
+        state = {
+            plain_name(name): tensor
+            for name, tensor in self.bank.network.state_dict().items()
+            if ".lora_A." not in name and ".lora_B." not in name
+        }
+        return state if role == "teacher" else state | self.bank.merged_weights(role, strength)
+
+
+class FullModel(_Passes):
+    """All weights trained: fp32 student and EMAs as separate networks, and a frozen teacher where one is needed.
+
+    Only strengths 0 (teacher) and 1 exist; a near pass with both runs two sub-batches.
+
+    Args:
+        family: how to call the networks.
+        network: the pre-trained network in fp32; it becomes the student.
+        compute_dtype: of matrix products (autocast) and of the teacher's weights.
+        with_teacher: keep a frozen copy; off for pretraining, which has no teacher rows.
+    """
+
+    def __init__(
+        self, family: ModelFamily, network: nn.Module, compute_dtype: torch.dtype, *, with_teacher: bool
+    ) -> None:
+        self.family = family
+        self.compute_dtype = compute_dtype
+        self._networks: dict[str, nn.Module] = {"student": network.requires_grad_(True)}
+        frozen = {"ema_fast": torch.float32, "ema_slow": torch.float32}
+        if with_teacher:
+            frozen["teacher"] = compute_dtype
+        for role, dtype in frozen.items():
+            twin = copy.deepcopy(network).requires_grad_(False)
+            self._networks[role] = nn.Module.to(twin, dtype)  # not diffusers' own `to`, which warns
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """Student, EMAs, and the teacher if there is one."""
+        return self._networks
+
+    def parameters(self, role: str) -> dict[str, nn.Parameter]:
+        """All weights of a role."""
+        return dict(self._networks[role].named_parameters())
+
+    def velocity(self, role: str, x: Tensor, sigma: Tensor, cond: Conditioning, strength: Tensor) -> Tensor:
+        """See `ShortcutModel`; strengths other than 0 and 1 are refused.
+
+        Raises:
+            ValueError: for another strength, or strength 0 without a teacher.
+        """
+        if role == "teacher":
+            return self._run("teacher", x, sigma, cond)
+        is_teacher = strength == 0
+        if not bool((is_teacher | (strength == 1)).all()):
+            raise ValueError(
+                "full weights know strengths 0 and 1 alone; step-scaled strengths need train.weights: lora"
+            )
+        if role != "ema_fast" and not bool(is_teacher.any()):
+            return self._run(role, x, sigma, cond)
+        if "teacher" not in self._networks:
+            if bool(is_teacher.any()):
+                raise ValueError("this model was built without a teacher, but some rows have strength 0")
+            return self._run(role, x, sigma, cond)
+        # Both networks are entered whatever the draw, by every process: a sharded network gathers its weights
+        # collectively. A network without rows of its own runs on row 0, and the result is thrown away.
+        output = torch.empty_like(x)
+        for name, mask in (("teacher", is_teacher), (role, ~is_teacher)):
+            rows = mask.nonzero().squeeze(1)
+            used = rows if rows.numel() else rows.new_zeros(1)
+            part = self._run(name, x[used], sigma[used], cond[used]).to(x.dtype)
+            output = torch.where(per_sample(mask, x), output.index_copy(0, used, part), output)
+        return output
+
+    def _run(self, role: str, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        network = self._networks[role]
+        mixed = self.compute_dtype != torch.float32
+        with torch.autocast(x.device.type, dtype=self.compute_dtype, enabled=mixed and role != "teacher"):
+            return self.family.velocity(network, x, sigma, cond)
+
+    def merged(self, role: str, strength: float) -> dict[str, Tensor]:
+        """See `ShortcutModel`; `strength` must be 1 for trained roles."""
+        if role != "teacher" and strength != 1:
+            raise ValueError("full weights have no strength other than 1")
+        return dict(self._networks[role].state_dict())

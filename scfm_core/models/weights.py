@@ -1,0 +1,163 @@
+"""Loading and exporting weights, in diffusers' own folder layout, as safetensors."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scfm_core.errors import UserError
+
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+_ENCODERS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
+
+
+def is_local(path: str) -> bool:
+    """Whether `path` means a folder of this machine, not a hub id (`owner/name`)."""
+    return Path(path).expanduser().exists() or path.startswith((".", "/", "~")) or path.count("/") != 1
+
+
+def resolve_folder(path: str, pipeline: str) -> Path:
+    """A local folder in diffusers' format for `path`, downloaded from the hub if it is a hub id.
+
+    Raises:
+        UserError: if there is no such folder or repository, or it holds another kind of pipeline.
+    """
+    folder = Path(path).expanduser() if is_local(path) else _download(path)
+    index = folder / "model_index.json"
+    if not folder.is_dir():
+        raise UserError(
+            f"model.path: there is no folder {path!r}. Give a local folder in diffusers' format or a hub id"
+        )
+    if not index.is_file():
+        raise UserError(
+            f"model.path: {folder} has no model_index.json, so it is not a pipeline in diffusers' format. "
+            f"Point to the folder that holds transformer/, vae/, text_encoder/ and text_encoder_2/"
+        )
+    found = json.loads(index.read_text()).get("_class_name")
+    if found != pipeline:
+        raise UserError(f"model.path: {folder} holds a {found}, but model.family needs a {pipeline}")
+    return folder
+
+
+def _download(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        # Safetensors and texts alone: no pickles, and not the single-file copy at the top of Flux's repository.
+        return Path(
+            snapshot_download(
+                repository, allow_patterns=["*/*.safetensors", "*/*.json", "*/*.txt", "*/*.model", "*.json"]
+            )
+        )
+    except Exception as error:  # the hub raises a dozen types; all end the run in the same way
+        raise UserError(
+            f"model.path: {repository!r} is neither a local folder nor could it be fetched from the hub "
+            f"({type(error).__name__}). Check the name, the network and, for gated models, `hf auth login`"
+        ) from error
+
+
+def component_config(folder: Path, component: str) -> dict[str, Any]:
+    """`config.json` of one component.
+
+    Raises:
+        UserError: if it is missing or not JSON.
+    """
+    path = folder / component / "config.json"
+    try:
+        config: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"model.path: {path} is missing; {folder} is not a complete pipeline") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"model.path: {path} is not valid JSON ({error})") from error
+    return config
+
+
+def load_component(cls: Any, folder: Path, component: str, dtype: torch.dtype) -> Any:
+    """One component by `cls.from_pretrained`, safetensors only, every parameter in `dtype`, in eval mode.
+
+    Raises:
+        UserError: if its weights are missing or damaged.
+    """
+    if not any(any((folder / component).glob(pattern)) for pattern in _WEIGHT_FILES):
+        raise UserError(f"model.path: {folder / component} has no .safetensors weights; is the download complete?")
+    try:
+        module = cls.from_pretrained(folder, subfolder=component, torch_dtype=dtype, use_safetensors=True)
+    except Exception as error:  # a damaged file raises whatever the reader raises; name the file's folder
+        raise UserError(
+            f"model.path: the weights in {folder / component} cannot be read ({type(error).__name__}: {error}). "
+            f"They are damaged or incomplete: fetch them again"
+        ) from error
+    return module.eval()
+
+
+def encoder_fingerprint(folder: Path) -> str:
+    """A fingerprint of VAE and text encoders: two caches fit together only if theirs are equal.
+
+    Hashed are each file's name, its size, and its first and last MiB: a safetensors header holds every name and
+    shape, and no two trainings share the weights after it. Hashing T5-XXL whole would take a minute at every start.
+    """
+    digest = hashlib.sha256()
+    for component in _ENCODERS:
+        for path in sorted((folder / component).glob("*")):
+            if path.suffix in (".safetensors", ".json", ".txt", ".model"):
+                size = path.stat().st_size
+                digest.update(f"{component}/{path.name}:{size}:".encode())
+                with path.open("rb") as file:
+                    digest.update(file.read(1 << 20))
+                    file.seek(max(0, size - (1 << 20)))
+                    digest.update(file.read())
+    return digest.hexdigest()
+
+
+def save_adapter(folder: Path, parameters: Mapping[str, Tensor], scale: float, metadata: Mapping[str, Any]) -> Path:
+    """Write a LoRA that diffusers' `load_lora_weights(folder)` reads.
+
+    Args:
+        folder: created if missing.
+        parameters: `<module>.lora_A.weight` and `<module>.lora_B.weight`, fp32.
+        scale: alpha / rank; folded into B, so that weight 1 means strength 1 in every tool.
+        metadata: goes into the file's header under `scfm`, as JSON.
+
+    Returns:
+        the safetensors file's path.
+    """
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        f"transformer.{name}": (tensor.detach() * scale if ".lora_B." in name else tensor.detach()).cpu().contiguous()
+        for name, tensor in parameters.items()
+    }
+    path = folder / ADAPTER_FILE
+    aside = path.with_suffix(".tmp")
+    save_file(tensors, aside, metadata={"format": "pt", "scfm": json.dumps(metadata, sort_keys=True)})
+    os.replace(aside, path)
+    return path
+
+
+def read_adapter_metadata(path: Path) -> dict[str, Any]:
+    """The `scfm` metadata of an exported adapter; empty for an adapter of another origin."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+    return dict(json.loads(metadata.get("scfm", "{}")))
+
+
+def save_pipeline(source: Path, target: Path, cls: Any, state: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """A complete pipeline folder: `source` with its transformer's weights replaced by `state`, in `dtype`.
+
+    The other components are copied file by file, so that `target` stands alone.
+    """
+    config = component_config(source, "transformer")
+    network = torch.nn.Module.to(cls.from_config(config), dtype)  # not diffusers' own `to`, which warns
+    network.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()})
+    shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("transformer"))
+    network.save_pretrained(target / "transformer", safe_serialization=True)

@@ -1,0 +1,72 @@
+"""The shortcut target: one step of the student equals two steps of teacher and EMAs."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scfm_core.flow.path import euler_step, per_sample
+from scfm_core.scfm.plan import ShortcutPlan
+
+Velocity = Callable[[Tensor, Tensor, Any, Tensor], Tensor]
+"""`velocity(x, sigma, cond, strength)`: x [B, ...], sigma and strength fp32 [B] -> [B, ...]."""
+
+
+@torch.no_grad()
+def scfm_target(
+    plan: ShortcutPlan,
+    noised_latents: Tensor,
+    cond: Any,
+    near: Velocity,
+    far: Velocity,
+    *,
+    flow_velocity: Tensor | None = None,
+) -> Tensor:
+    """The regression target of each row (paper, Eq. 11-13, 21, 22); no gradient.
+
+    Args:
+        plan: sigmas, strengths and slices, [B].
+        noised_latents: x at `plan.sigma_start`, fp32 [B, ...].
+        cond: whatever `near` and `far` take; `cond[rows]` must select rows if the plan has flow-matching rows
+            (None is passed on).
+        near: first half: teacher on rows of strength 0, fast EMA elsewhere.
+        far: second half, slow EMA.
+        flow_velocity: `noise - latents`, [B, ...]; the target of flow-matching rows.
+
+    Returns:
+        target velocity, fp32 [B, ...].
+
+    Raises:
+        ValueError: if the plan has flow-matching rows and `flow_velocity` is missing.
+    """
+    if plan.has_flow and flow_velocity is None:
+        raise ValueError("this plan has flow-matching rows: pass flow_velocity = noise - latents")
+    if not plan.has_pairs:
+        assert flow_velocity is not None
+        return flow_velocity
+    if not plan.has_flow:
+        return _pair_target(plan, slice(None), noised_latents, cond, near, far)
+
+    assert flow_velocity is not None
+    # Only pairs need the two passes. At least one row always goes through, so that every process of a sharded run
+    # enters the network; as a jump of length zero it would only be overwritten.
+    rows = (~plan.is_flow).nonzero().squeeze(1)
+    if rows.numel() == 0:
+        rows = rows.new_zeros(1)
+    picked = None if cond is None else cond[rows]
+    pairs = _pair_target(plan, rows, noised_latents[rows], picked, near, far)
+    target = flow_velocity.to(pairs.dtype).index_copy(0, rows, pairs)
+    return torch.where(per_sample(plan.is_flow, target), flow_velocity.to(pairs.dtype), target)
+
+
+def _pair_target(
+    plan: ShortcutPlan, rows: slice | Tensor, x_start: Tensor, cond: Any, near: Velocity, far: Velocity
+) -> Tensor:
+    sigma_start, sigma_mid, sigma_end = plan.sigma_start[rows], plan.sigma_mid[rows], plan.sigma_end[rows]
+    delta1, delta2 = sigma_start - sigma_mid, sigma_mid - sigma_end
+    v_near = near(x_start, sigma_start, cond, plan.near_strength[rows]).to(x_start.dtype)
+    x_mid = euler_step(x_start, v_near, delta1)  # Eq. 11: the Euler roll, never a re-noising
+    v_far = far(x_mid, sigma_mid, cond, plan.far_strength[rows]).to(x_start.dtype)
+    weight1, weight2 = per_sample(delta1, x_start), per_sample(delta2, x_start)
+    return (weight1 * v_near + weight2 * v_far) / (weight1 + weight2)  # Eq. 12-13

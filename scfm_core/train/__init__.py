@@ -1,0 +1,1 @@
+"""Training: configuration, the step and the loop, checkpoints, metrics, validation samples, estimates."""

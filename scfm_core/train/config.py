@@ -1,0 +1,333 @@
+"""A run's configuration: typed, validated at construction, unknown keys refused."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from scfm_core.data.loader import DataConfig
+from scfm_core.errors import UserError
+from scfm_core.models.adapters import LoRAConfig
+from scfm_core.scfm.ema import EMAConfig
+from scfm_core.scfm.plan import PlanConfig
+
+Role = Literal["student", "ema_fast", "ema_slow"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSection:
+    """Where the run lives."""
+
+    dir: str
+    """Folder of the run: configuration, metrics, checkpoints, samples. Starting again in it resumes."""
+    seed: int = 0
+    """Of data order, plans, noise and adapter initialisation."""
+    device: str = "auto"
+    """`auto` (cuda if there is one, else cpu), `cuda`, `cuda:1`, `cpu`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The pre-trained model."""
+
+    path: str
+    """Hub id, or local folder in diffusers' format."""
+    family: Literal["flux"] = "flux"
+    """Which adapter calls it."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """`random` trains the network from scratch: the architecture and the encoders of `path`, fresh weights."""
+    text_length: int = 256
+    """T5 tokens."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.text_length <= 512:
+            raise ValueError(f"model.text_length must be in 1..512, got {self.text_length}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Optimisation."""
+
+    weights: Literal["lora", "full"] = "lora"
+    """Train adapters over a frozen base, or all weights."""
+    steps: int = 3000
+    """Optimizer steps."""
+    global_batch_size: int = 16
+    """Samples a step."""
+    micro_batch_size: int = 8
+    """Samples a forward; divides the global batch, the rest is gradient accumulation."""
+    lr: float = 2e-5
+    """AdamW's learning rate."""
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    """After warm-up: constant (the paper), or cosine to zero."""
+    warmup_steps: int = 0
+    """Linear warm-up."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's."""
+    weight_decay: float = 0.0
+    """AdamW's."""
+    clip_norm: float = 10.0
+    """Global gradient norm to clip at (the paper: 10 for Flux, 2 for SD3.5)."""
+    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of activations and the frozen base; trained weights, EMAs and Adam's state are always fp32."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """`full` recomputes each block in the backward; `selective` keeps its matrix products and attention."""
+    compile: bool = False
+    """`torch.compile` on each transformer block."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "global_batch_size", "micro_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name} must be at least 1, got {getattr(self, name)}")
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"train.global_batch_size {self.global_batch_size} is not a multiple of train.micro_batch_size "
+                f"{self.micro_batch_size}"
+            )
+        if not (self.lr > 0 and self.clip_norm > 0):
+            raise ValueError(f"train.lr and train.clip_norm must be positive, got {self.lr} and {self.clip_norm}")
+        if not 0 <= self.warmup_steps <= self.steps:
+            raise ValueError(f"train.warmup_steps must be in 0..train.steps, got {self.warmup_steps}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Checkpoints are also written at the end, and on SIGTERM or Ctrl-C."""
+
+    every: int = 250
+    """Steps between checkpoints."""
+    keep: int = 2
+    """How many of the newest are kept."""
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.keep < 1:
+            raise ValueError(f"checkpoint.every and checkpoint.keep must be at least 1, got {self.every}, {self.keep}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """How images are sampled: in validation during training, and by `scfm sample` and `scfm evaluate`."""
+
+    every: int = 250
+    """Steps between validation grids; 0: none."""
+    prompts: str | tuple[str, ...] = ()
+    """Prompts of the grid: a list, or a text file with one a line."""
+    steps: tuple[int, ...] = (1, 2, 3, 4, 8)
+    """Step counts: one row of the grid each."""
+    seed: int = 1234
+    """Image i starts from the noise of `torch.Generator().manual_seed(seed + i)`, as a diffusers pipeline's."""
+    shift: float | Literal["dynamic"] = 3.25
+    """Timestep shift; `dynamic` is Flux's, by image size."""
+    guidance: float = 3.5
+    """Embedded guidance."""
+    weights: Role = "student"
+    """Which weights to sample from and to export."""
+
+    def __post_init__(self) -> None:
+        if self.every < 0 or not self.steps or min(self.steps) < 1:
+            raise ValueError(f"sample.every must be >= 0 and sample.steps positive, got {self.every}, {self.steps}")
+        if self.shift != "dynamic" and not float(self.shift) > 0:
+            raise ValueError(f"sample.shift must be positive or 'dynamic', got {self.shift}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """What `scfm evaluate` measures."""
+
+    steps: tuple[int, ...] = (1, 2, 3, 4, 8)
+    """Step counts of student and base."""
+    teacher_steps: int = 32
+    """Step count of the teacher's own samples, the reference."""
+    samples: int = 1000
+    """Images a figure; prompts are the data's captions, in order."""
+    prompts: str | None = None
+    """Text file with one prompt a line, in place of the data's captions."""
+    batch_size: int = 8
+    """Images a forward."""
+    features: Literal["classifier", "inception"] = "inception"
+    """Feature extractor of the Frechet distance: a small local classifier, or torchmetrics' Inception."""
+    features_path: str | None = None
+    """The classifier's folder, or Inception's weights file (pt_inception-2015-12-05-6726825d.pth)."""
+    clip_path: str | None = None
+    """Folder of a CLIP model (transformers' format) for the CLIP score; none: no score."""
+
+    def __post_init__(self) -> None:
+        if min(*self.steps, self.teacher_steps, self.batch_size) < 1 or self.samples < 2:
+            raise ValueError("evaluate.steps, teacher_steps and batch_size must be >= 1 and evaluate.samples >= 2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandbConfig:
+    """Weights & Biases."""
+
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """`auto`: online with a key in WANDB_API_KEY or ~/.netrc, else offline."""
+    project: str = "scfm"
+    """Project name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One complete run."""
+
+    run: RunSection
+    model: ModelConfig
+    data: DataConfig
+    method: PlanConfig = field(default_factory=PlanConfig)
+    ema: EMAConfig = field(default_factory=EMAConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+    def __post_init__(self) -> None:
+        if self.train.weights == "full" and self.method.step_gain is not None:
+            raise ValueError(
+                "method.step_gain needs adapters: full weights have no strength. Set it to none, or train.weights=lora"
+            )
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a recipe and apply overrides.
+
+    Args:
+        path: a YAML file; a bare name is also looked up among the shipped recipes.
+        overrides: `section.key=value`, with the value in YAML; `section=FILE.yaml` swaps a whole section.
+
+    Raises:
+        UserError: naming the key, what is wrong with it, and the nearest key that exists.
+    """
+    tree = _swap_sections(_read_yaml(find_recipe(path)))
+    for override in overrides:
+        _apply(tree, override)
+        _swap_sections(tree)
+    return parse_config(tree, source=str(path))
+
+
+def _swap_sections(tree: dict[str, Any]) -> dict[str, Any]:
+    """Sections given as a file's name are read from it: `data: recipes/data/digits.yaml`."""
+    for section, value in tree.items():
+        if isinstance(value, str) and value.endswith((".yaml", ".yml")):
+            tree[section] = _read_yaml(find_recipe(value))
+    return tree
+
+
+def parse_config(tree: Mapping[str, Any], source: str) -> RunConfig:
+    """Build the typed configuration from plain values; UserError as in `load_config`."""
+    _refuse_unknown(RunConfig, tree, "", source)
+    try:
+        return TypeAdapter(RunConfig).validate_python(_none_words(RunConfig, tree))
+    except ValidationError as error:
+        lines = []
+        for item in error.errors():
+            parts = [
+                str(part) for part in item["loc"] if not str(part).endswith("]") and str(part) not in ("float", "str")
+            ]
+            where, message = ".".join(parts), item["msg"].removeprefix("Value error, ")
+            got = "" if item["type"] in ("missing", "value_error") else f" (got {item['input']!r})"
+            lines.append(f"  {where}: {message}{got}" if where else f"  {message}")
+        raise UserError(f"{source} is not a valid configuration:\n" + "\n".join(dict.fromkeys(lines))) from error
+
+
+def to_plain(config: Any) -> dict[str, Any]:
+    """The configuration as plain values, as `config.yaml` stores it."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    return dict(plain(dataclasses.asdict(config)))
+
+
+def dump_config(config: RunConfig) -> str:
+    """YAML text that `load_config` reads back to the same configuration."""
+    return yaml.safe_dump(to_plain(config), sort_keys=False)
+
+
+def find_recipe(path: str | Path) -> Path:
+    """`path` itself, or the shipped recipe of that name.
+
+    Raises:
+        UserError: if neither exists, naming similar recipes.
+    """
+    shipped = Path(__file__).parents[2] / "recipes" / "configs"
+    for candidate in (Path(path), shipped / path, shipped / f"{path}.yaml"):
+        if candidate.is_file():
+            return candidate
+    names = sorted(p.name for p in shipped.rglob("*.yaml"))
+    near = difflib.get_close_matches(Path(path).name, names, n=3) or names
+    raise UserError(f"there is no configuration file {str(path)!r}. Shipped recipes: {', '.join(near)}")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold sections of keys, but holds {type(tree).__name__}")
+    return tree
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r} is not of the form section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"the value of override {override!r} is not valid YAML: {error}") from error
+    *parents, last = key.split(".")
+    node = tree
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if child is None:
+            child = node[parent] = {}
+        if not isinstance(child, dict):
+            raise UserError(f"override {override!r}: {parent} is not a section")
+        node = child
+    node[last] = value
+
+
+def _none_words(cls: Any, tree: Any) -> Any:
+    """People write `none` where YAML says `null`: translate it wherever the field may be None."""
+    if not isinstance(tree, Mapping):
+        return tree
+    hints = typing.get_type_hints(cls)
+    translated = {}
+    for key, value in tree.items():
+        if value == "none" and types.NoneType in typing.get_args(hints[key]):
+            value = None
+        nested = _dataclass_in(hints[key])
+        translated[key] = value if nested is None else _none_words(nested, value)
+    return translated
+
+
+def _dataclass_in(annotation: Any) -> Any:
+    """The dataclass in `X` or `X | None`, or None."""
+    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    return next((option for option in options if dataclasses.is_dataclass(option)), None)
+
+
+def _refuse_unknown(cls: Any, tree: Any, prefix: str, source: str) -> None:
+    if not isinstance(tree, Mapping):
+        return  # the type check names it
+    hints = typing.get_type_hints(cls)
+    for key, value in tree.items():
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(hints)}"
+            raise UserError(f"{source}: unknown key {prefix}{key}; {hint}")
+        nested = _dataclass_in(hints[key])
+        if nested is not None:
+            _refuse_unknown(nested, value, f"{prefix}{key}.", source)

@@ -1,0 +1,161 @@
+"""What a run will cost, from the architecture alone (meta device): parameters, memory, FLOPs, steps a day."""
+
+from dataclasses import dataclass
+
+from scfm_core.errors import UserError
+from scfm_core.models.adapters import LoRABank
+from scfm_core.models.flux import Flux
+from scfm_core.train.config import RunConfig
+
+A100_PEAK = 312e12  # bf16 FLOP/s, dense (NVIDIA A100 data sheet)
+ASSUMED_UTILISATION = 0.5
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Figures of a dry run. FLOPs count a multiply-add as two."""
+
+    base_parameters: int
+    trained_parameters: int
+    adapted_linears: int
+    tokens: int
+    """Image and text tokens a sample."""
+    forward_flops: float
+    """One forward of the bare network, one sample."""
+    step_flops: float
+    """One sample through a training step: passes, backward, recomputation."""
+    memory: dict[str, float]
+    """Bytes by part."""
+
+    @property
+    def samples_per_day(self) -> float:
+        """Samples in a day of one A100 at the assumed utilisation."""
+        return A100_PEAK * ASSUMED_UTILISATION * 86400 / self.step_flops
+
+
+def estimate(config: RunConfig, family: Flux) -> Estimate:
+    """Estimate a run without loading anything."""
+    network = family.meta_network()
+    base = sum(p.numel() for p in network.parameters())
+    _, height, width = family.latent_shape(*config.data.resolution)
+    image_tokens = height * width // 4
+    tokens = image_tokens + config.model.text_length
+    arch = family.network_config
+    dim = arch["num_attention_heads"] * arch["attention_head_dim"]
+    blocks = arch["num_layers"] + arch["num_single_layers"]
+    # Per token and block 12 D^2 weights act in either kind; attention is two S x S x D products a block.
+    linear, attention = 24 * blocks * dim**2 * tokens, 4 * blocks * dim * tokens**2
+    forward = linear + attention
+
+    adapted, trained, lora = 0, base, 0.0
+    if config.train.weights == "lora":
+        try:
+            bank = LoRABank(network, config.lora)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        factors = bank.parameters("student")
+        adapted, trained = len(bank.layers), sum(p.numel() for p in factors.values())
+        lora = 2.0 * sum(p.numel() * _tokens_through(name, image_tokens, tokens) for name, p in factors.items())
+    step = _step_flops(config, linear, attention, lora)
+    memory = _memory(config, base, trained, dim, blocks, tokens)
+    return Estimate(
+        base_parameters=base,
+        trained_parameters=trained,
+        adapted_linears=adapted,
+        tokens=tokens,
+        forward_flops=forward,
+        step_flops=step,
+        memory=memory,
+    )
+
+
+def _tokens_through(name: str, image_tokens: int, tokens: int) -> int:
+    """How many tokens of a sample pass an adapted linear."""
+    if "norm" in name or "time_text_embed" in name:
+        return 1  # modulation and embedders of the sample as a whole
+    if name.startswith("single_transformer_blocks."):
+        return tokens
+    is_text = any(
+        part in name
+        for part in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context", "context_embedder")
+    )
+    return tokens - image_tokens if is_text else image_tokens
+
+
+def _step_flops(config: RunConfig, linear: float, attention: float, lora: float) -> float:
+    """A sample's share of one training step.
+
+    Backward: input gradients cost a linear forward (weight gradients another, if the base is trained), attention's
+    four products two forwards; an adapter's two.
+    """
+    forward = linear + attention + lora
+    full = config.train.weights == "full"
+    backward = linear * (2 if full else 1) + 2 * attention + 2 * lora
+    no_gradient_passes = 2 * (1 - config.method.flow_fraction)
+    recomputed = {"none": 0.0, "selective": 0.0, "full": forward}[config.train.activation_checkpointing]
+    return forward * (1 + no_gradient_passes) + backward + recomputed
+
+
+def _memory(config: RunConfig, base: int, trained: int, dim: int, blocks: int, tokens: int) -> dict[str, float]:
+    bytes_base = 2 if config.train.compute_dtype == "bfloat16" else 4
+    lora = config.train.weights == "lora"
+    has_teacher = lora or config.method.teacher_fraction > 0
+    # Kept for the backward, per token and block, in units of D elements: block input, norm outputs, q, k, v, the
+    # attention's output, the feed-forward's hidden activations and the gated residuals; for the eager step.
+    per_block = {"none": 34, "selective": 16, "full": 1}[config.train.activation_checkpointing]
+    alive = per_block * blocks + (34 if config.train.activation_checkpointing == "full" else 0)
+    return {
+        "frozen base" if lora else "teacher": float(base * bytes_base * has_teacher),
+        "student (fp32)": 4.0 * trained,
+        "EMAs, fast and slow (fp32)": 8.0 * trained,
+        "gradients (fp32)": 4.0 * trained,
+        "Adam (fp32)": 8.0 * trained,
+        "activations (estimate)": float(config.train.micro_batch_size * tokens * dim * alive * bytes_base),
+    }
+
+
+def format_estimate(result: Estimate, config: RunConfig) -> str:
+    """The dry run's page."""
+    train = config.train
+    per_day = result.samples_per_day
+    trained = (
+        f"{result.adapted_linears} adapted linears, {result.trained_parameters / 1e6:,.0f} M adapter parameters "
+        f"(rank {config.lora.rank}), three adapters"
+        if train.weights == "lora"
+        else f"all {_count(result.trained_parameters)} parameters (full weights)"
+    )
+    lines = [
+        f"model       {config.model.path}",
+        f"base        {_count(result.base_parameters)} parameters",
+        f"trained     {trained}",
+        f"sample      {config.data.resolution[0]} x {config.data.resolution[1]} pixels, {result.tokens} tokens "
+        f"({config.model.text_length} of text)",
+        f"compute     {_flops(result.forward_flops)} a forward, {_flops(result.step_flops)} a sample "
+        f"in a step (checkpointing: {train.activation_checkpointing})",
+        f"A100-day    {per_day:,.0f} samples, {per_day / train.global_batch_size:,.0f} steps of batch "
+        f"{train.global_batch_size}, at {ASSUMED_UTILISATION:.0%} of {A100_PEAK / 1e12:.0f} TFLOP/s (assumed); encoders not counted",
+        f"this run    {train.steps:,} steps, {train.steps * train.global_batch_size:,} samples, "
+        f"{train.steps * train.global_batch_size / per_day * 24:,.1f} A100-hours",
+        "memory, one process, micro-batch " + str(train.micro_batch_size),
+        *(f"  {name:<28} {_gib(size)}" for name, size in result.memory.items() if size),
+        f"  {'total':<28} {_gib(sum(result.memory.values()))}",
+    ]
+    return "\n".join(lines)
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:8.2f} GiB" if size >= 0.01 * GIB else f"{size / 2**20:8.2f} MiB"
+
+
+def _flops(number: float) -> str:
+    return f"{number / 1e12:,.3g} TFLOPs" if number >= 1e9 else f"{number / 1e6:,.3g} MFLOPs"
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.1f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"
+
+
+def dry_run(config: RunConfig, family: Flux) -> str:
+    """Build everything that needs no weights, and say what the run will cost."""
+    return format_estimate(estimate(config, family), config)

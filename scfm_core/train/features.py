@@ -1,0 +1,113 @@
+"""Features of images, and the Frechet distance between two sets of them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scfm_core.errors import UserError
+from scfm_core.train.config import EvaluateConfig
+
+Features = Callable[[Tensor], Tensor]
+"""Images fp32 [N, 3, H, W] in [0, 1] -> features [N, D]."""
+
+_CLASSIFIER_FILE = "classifier.safetensors"
+
+
+class DigitClassifier(nn.Module):
+    """MLP 64-128-64-10 on grey 8x8 images; the 64 penultimate activations are its features."""
+
+    side = 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU())
+        self.head = nn.Linear(64, 10)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Images [N, 3, H, W] in [0, 1] -> [N, 64]."""
+        small = F.interpolate(images.mean(1, keepdim=True), size=(self.side, self.side), mode="area")
+        return self.body(small.flatten(1) * 2 - 1)  # type: ignore[no-any-return]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [N, 10]."""
+        return self.head(self.features(images))  # type: ignore[no-any-return]
+
+    def save(self, folder: Path) -> None:
+        """Write the weights into `folder`."""
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(self.state_dict(), folder / _CLASSIFIER_FILE)
+
+
+def load_features(config: EvaluateConfig, device: torch.device) -> Features:
+    """The feature extractor of `evaluate.features`.
+
+    Raises:
+        UserError: if its weights or its package are missing.
+    """
+    path = None if config.features_path is None else Path(config.features_path).expanduser()
+    if config.features == "classifier":
+        if path is None or not (path / _CLASSIFIER_FILE).is_file():
+            raise UserError(f"evaluate.features_path: there is no {_CLASSIFIER_FILE} in {config.features_path!r}")
+        from safetensors.torch import load_file
+
+        classifier = DigitClassifier()
+        classifier.load_state_dict(load_file(path / _CLASSIFIER_FILE))
+        return classifier.to(device).eval().features
+    return _inception(path, device)
+
+
+def _inception(path: Path | None, device: torch.device) -> Features:
+    try:
+        from torchmetrics.image.fid import NoTrainInceptionV3
+    except ImportError as error:
+        raise UserError(
+            "evaluate.features=inception needs torchmetrics and torch-fidelity: pip install 'scfm[evaluate]'"
+        ) from error
+    if path is None or not path.is_file():
+        raise UserError(
+            "evaluate.features_path must name Inception's weights, pt_inception-2015-12-05-6726825d.pth "
+            "(https://github.com/toshas/torch-fidelity/releases/tag/v0.2.0), or set evaluate.features=classifier"
+        )
+    network = NoTrainInceptionV3(
+        name="inception-v3-compat", features_list=["2048"], feature_extractor_weights_path=str(path)
+    )
+    network = network.to(device).eval()
+
+    def features(images: Tensor) -> Tensor:
+        return network((images * 255).round().to(torch.uint8))  # type: ignore[no-any-return]
+
+    return features
+
+
+@torch.no_grad()
+def extract(features: Features, images: Tensor, device: torch.device, batch_size: int) -> Tensor:
+    """Features of many images, fp64 [N, D] on the CPU."""
+    return torch.cat([features(part.to(device)).double().cpu() for part in images.split(batch_size)])
+
+
+def frechet_distance(first: Tensor, second: Tensor) -> float:
+    """Frechet distance of two Gaussians fitted to features [N, D] and [M, D] (Heusel et al., arXiv 1706.08500, Eq. 6).
+
+    `|m1 - m2|^2 + tr(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2)`, with symmetric square roots in fp64.
+
+    Raises:
+        ValueError: for fewer than two samples on a side.
+    """
+    if min(len(first), len(second)) < 2:
+        raise ValueError("a covariance needs at least two samples a side")
+    mean1, mean2 = first.mean(0), second.mean(0)
+    cov1, cov2 = torch.cov(first.T), torch.cov(second.T)
+    root1 = _symmetric_sqrt(cov1)
+    eigenvalues = torch.linalg.eigvalsh(root1 @ cov2 @ root1).clamp(min=0)
+    distance = (mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * eigenvalues.sqrt().sum()
+    return max(0.0, float(distance))
+
+
+def _symmetric_sqrt(matrix: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors @ torch.diag(values.clamp(min=0).sqrt()) @ vectors.T

@@ -1,0 +1,109 @@
+"""Where a step's numbers go: `metrics.jsonl`, W&B, the progress bar."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from scfm_core.errors import UserError
+from scfm_core.train.config import WandbConfig
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The steps of a `metrics.jsonl`; a last line that a kill cut off is left out."""
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+class MetricsFile:
+    """Appends one JSON object a step; on resuming, forgets what lies beyond the checkpoint, so no step stands twice."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        kept = [row for row in read_metrics(path) if row["step"] <= step]
+        aside = path.with_suffix(".tmp")
+        aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        aside.replace(path)
+        self._file = path.open("a", buffering=1)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append `row`; it reaches the operating system before this returns."""
+        self._file.write(json.dumps(row) + "\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class WandbLog:
+    """The run in W&B, or nothing if it is off. The run's id is its folder's, so a resumed run goes on as one."""
+
+    def __init__(self, config: WandbConfig, run_dir: Path, settings: dict[str, Any]) -> None:
+        self._run: Any = None
+        mode = _wandb_mode(config)
+        if mode == "disabled":
+            return
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError("wandb is not installed: `pip install wandb`, or set wandb.mode=disabled") from error
+        identifier = run_dir / "wandb_id"
+        if not identifier.is_file():
+            identifier.write_text(wandb.util.generate_id())
+        self._wandb = wandb
+        self._run = wandb.init(
+            project=config.project,
+            name=run_dir.name,
+            id=identifier.read_text(),
+            resume="allow",
+            dir=str(run_dir),
+            config=settings,
+            mode=mode,  # type: ignore[arg-type]
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Send one step's numbers."""
+        if self._run is not None:
+            self._run.log({key: value for key, value in row.items() if key != "step"}, step=row["step"])
+
+    def image(self, name: str, path: Path, step: int) -> None:
+        """Send a picture."""
+        if self._run is not None:
+            self._run.log({name: self._wandb.Image(str(path))}, step=step)
+
+    def close(self) -> None:
+        """Finish the run."""
+        if self._run is not None:
+            self._run.finish()
+
+
+def _wandb_mode(config: WandbConfig) -> str:
+    if config.mode != "auto":
+        return config.mode
+    netrc = Path("~/.netrc").expanduser()
+    has_key = bool(os.environ.get("WANDB_API_KEY")) or (netrc.is_file() and "api.wandb.ai" in netrc.read_text())
+    return "online" if has_key else "offline"
+
+
+def progress_bar(description: str, total: int, initial: int = 0, unit: str = "step") -> "tqdm[Any]":
+    """A tqdm bar; where nobody watches (a log file), a line every 30 seconds."""
+    live = sys.stderr.isatty()
+    return tqdm(
+        desc=description,
+        total=total,
+        initial=initial,
+        unit=unit,
+        dynamic_ncols=live,
+        mininterval=0.2 if live else 30,
+        smoothing=0.1,
+    )

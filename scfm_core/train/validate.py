@@ -1,0 +1,89 @@
+"""Sampling from a shortcut model, and the grids that show it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from scfm_core.flow.sampler import euler_sample
+from scfm_core.flow.schedule import sigma_grid
+from scfm_core.models.encoders import Autoencoder
+from scfm_core.models.protocol import Conditioning
+from scfm_core.models.student import FullModel, LoRAModel
+
+MIN_CELL = 96  # pixels: smaller images are enlarged in grids
+
+
+def initial_noise(shape: tuple[int, int, int], seeds: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The noise that a diffusers pipeline draws from `torch.Generator().manual_seed(seed)` on the CPU, [B, C, H, W]."""
+    return torch.cat(
+        [torch.randn((1, *shape), generator=torch.Generator().manual_seed(seed), dtype=dtype) for seed in seeds]
+    )
+
+
+@torch.no_grad()
+def sample_latents(
+    model: LoRAModel | FullModel,
+    role: str,
+    noise: Tensor,
+    cond: Conditioning,
+    *,
+    num_steps: int,
+    shift: float,
+    strength: float,
+) -> Tensor:
+    """Plain Euler from `noise` [B, C, H, W] with constant adapter strength; latents at sigma 0, at least fp32."""
+    strengths = torch.full((noise.shape[0],), strength, device=noise.device)
+
+    def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+        return model.velocity(role, x, sigma, cond, strengths)
+
+    return euler_sample(velocity, noise, sigma_grid(num_steps, shift))
+
+
+def decode(vae: Autoencoder, latents: Tensor, batch_size: int) -> Tensor:
+    """Images fp32 [B, 3, H, W] in [0, 1] on the CPU, decoded `batch_size` at a time."""
+    return torch.cat([vae.decode(part).cpu() for part in latents.split(batch_size)])
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """[0, 1] -> uint8, rounded to nearest as diffusers does."""
+    return (images * 255).round().to(torch.uint8)
+
+
+def save_grid(path: Path, rows: Sequence[tuple[str, Tensor]], columns: Sequence[str] = ()) -> None:
+    """A labelled picture: one row of images [N, 3, H, W] in [0, 1] for each (label, images), aligned by column."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    height, width = rows[0][1].shape[-2:]
+    zoom = max(1, -(-MIN_CELL // max(height, width)))
+    cell_h, cell_w, gap, font = height * zoom, width * zoom, 4, ImageFont.load_default(size=14)
+    probe = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    left = max(int(probe.textlength(label, font=font)) for label, _ in rows) + 4 * gap
+    top = 24 if columns else gap
+    count = max(len(images) for _, images in rows)
+    canvas = Image.new("RGB", (left + count * (cell_w + gap), top + len(rows) * (cell_h + gap)), "white")
+    pen = ImageDraw.Draw(canvas)
+    for number, text in enumerate(_distinct_parts(columns[:count])):
+        shown = text
+        while len(shown) > 1 and probe.textlength(shown, font=font) > cell_w:
+            shown = shown[:-2].rstrip() + "…"
+        pen.text((left + number * (cell_w + gap), gap), shown, fill="black", font=font)
+    for row, (label, images) in enumerate(rows):
+        y = top + row * (cell_h + gap)
+        pen.text((2 * gap, y + cell_h // 2 - 7), label, fill="black", font=font)
+        for column, image in enumerate(to_uint8(images)):
+            tile = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((cell_w, cell_h), Image.Resampling.BICUBIC)
+            canvas.paste(tile, (left + column * (cell_w + gap), y))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    canvas.save(path)
+
+
+def _distinct_parts(prompts: Sequence[str]) -> list[str]:
+    """Prompts without the words that all of them begin with: what tells one column from the next."""
+    words = [prompt.split() for prompt in prompts]
+    shared = 0
+    while len(words) > 1 and all(len(w) > shared + 1 and w[shared] == words[0][shared] for w in words):
+        shared += 1
+    return [" ".join(w[shared:]) for w in words]

@@ -1,0 +1,101 @@
+"""One tiny pipeline for the whole session, and the smallest complete run on it."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: threads cost more than they bring
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data_tools.encode import encode_folder
+from recipes.tiny import write_classifier, write_digits, write_pipeline
+from scfm_core.models.flux import Flux
+from scfm_core.train.config import RunConfig, parse_config
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `flux` (a pipeline whose transformer is random but not zero), `digits`, `cache`, `classifier`."""
+    root = tmp_path_factory.mktemp("tiny")
+    write_pipeline(root / "flux", vae_steps=30)
+    _randomise_transformer(root / "flux")
+    write_digits(root / "digits", count=48)
+    write_classifier(root / "classifier", steps=50)
+    encode_folder(
+        root / "digits",
+        root / "cache",
+        Flux(str(root / "flux")),
+        resolution=(16, 16),
+        text_length=8,
+        dtype=torch.float32,
+        samples_per_shard=20,
+    )
+    return root
+
+
+def _randomise_transformer(folder: Path) -> None:
+    """adaLN-zero starts the network at zero output: no signal for a test."""
+    from diffusers import FluxTransformer2DModel
+
+    network = FluxTransformer2DModel.from_pretrained(folder, subfolder="transformer")
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=0.6 / parameter.shape[1] ** 0.5, generator=generator)
+    network.save_pretrained(folder / "transformer")
+
+
+ConfigMaker = Callable[..., RunConfig]
+
+
+@pytest.fixture
+def tree(tiny: Path, tmp_path: Path) -> dict[str, Any]:
+    """The smallest complete configuration, as plain values."""
+    return {
+        "run": {"dir": str(tmp_path / "run"), "device": "cpu"},
+        "model": {"path": str(tiny / "flux"), "text_length": 8},
+        "data": {"path": str(tiny / "cache"), "resolution": [16, 16], "num_workers": 0},
+        "method": {"self_grids": [16, 8, 4, 2]},
+        "lora": {"rank": 4, "alpha": 4.0},
+        "train": {
+            "steps": 4,
+            "global_batch_size": 8,
+            "micro_batch_size": 8,
+            "lr": 1e-3,
+            "compute_dtype": "float32",
+        },
+        "checkpoint": {"every": 2},
+        "sample": {"every": 0, "shift": 3.0},
+        "evaluate": {
+            "samples": 16,
+            "batch_size": 16,
+            "steps": [1, 3],
+            "teacher_steps": 4,
+            "features": "classifier",
+            "features_path": str(tiny / "classifier"),
+        },
+        "wandb": {"mode": "disabled"},
+    }
+
+
+@pytest.fixture
+def make_config(tree: dict[str, Any]) -> ConfigMaker:
+    """`make_config({"train.steps": 3})`: the smallest configuration with changes."""
+
+    def make(changes: dict[str, Any] | None = None) -> RunConfig:
+        for key, value in (changes or {}).items():
+            section, _, name = key.partition(".")
+            if name:
+                tree.setdefault(section, {})[name] = value
+            else:
+                tree[section] = value
+        return parse_config(tree, source="test")
+
+    return make

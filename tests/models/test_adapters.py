@@ -1,0 +1,117 @@
+import pytest
+import torch
+from torch import nn
+
+from scfm_core.models.adapters import ADAPTERS, LoRABank, LoRAConfig
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(6, 8)
+        self.block = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 5))
+
+    def forward(self, x):
+        return self.block(self.embed(x))
+
+
+def make_bank(dtype=torch.float32, **config):
+    torch.manual_seed(0)
+    network = Net().to(dtype)
+    bank = LoRABank(network, LoRAConfig(**{"rank": 3, "alpha": 6.0, **config}), seed=1)
+    generator = torch.Generator().manual_seed(2)
+    for adapter in ADAPTERS:
+        for parameter in bank.parameters(adapter).values():
+            parameter.data.normal_(generator=generator)
+    return bank
+
+
+def merged_network(bank, adapter, strength):
+    network = Net()
+    state = {name.replace("base_layer.", ""): p for name, p in bank.network.state_dict().items() if "lora" not in name}
+    network.load_state_dict(state | bank.merged_weights(adapter, strength))
+    return network
+
+
+def test_student_starts_as_the_teacher_and_the_emas_as_the_student():
+    torch.manual_seed(0)
+    network = Net()
+    x = torch.randn(4, 6)
+    before = network(x)
+    bank = LoRABank(network, LoRAConfig(rank=3, alpha=3.0))
+    bank.select("student", torch.ones(4))
+    assert torch.equal(network(x), before)
+    for name, parameter in bank.parameters("student").items():
+        assert torch.equal(parameter, bank.parameters("ema_fast")[name])
+        assert torch.equal(parameter, bank.parameters("ema_slow")[name])
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (4, 7, 6)])
+def test_each_row_runs_at_its_own_strength(shape):
+    bank = make_bank()
+    x, strengths = torch.randn(shape), torch.tensor([0.0, 0.3, 1.0, 1.6])
+    bank.select("ema_fast", strengths)
+    together = bank.network(x)
+    for row, strength in enumerate(strengths.tolist()):
+        alone = merged_network(bank, "ema_fast", strength)(x[row : row + 1])
+        torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_strength_zero_is_bitwise_the_base():
+    bank = make_bank(torch.bfloat16)
+    x = torch.randn(3, 6, dtype=torch.bfloat16)
+    bank.select(None)
+    base = bank.network(x)
+    bank.select("student", torch.zeros(3))
+    assert torch.equal(bank.network(x), base)
+
+
+def test_adapters_do_not_see_each_other():
+    bank = make_bank()
+    x, ones = torch.randn(2, 6), torch.ones(2)
+    bank.select("ema_slow", ones)
+    before = bank.network(x)
+    for parameter in bank.parameters("student").values():
+        parameter.data.add_(1)
+    assert torch.equal(bank.network(x), before)
+    bank.select("student", ones)
+    assert not torch.allclose(bank.network(x), before)
+
+
+def test_only_the_student_is_trained_and_in_fp32_over_a_bf16_base():
+    bank = make_bank(torch.bfloat16)
+    bank.select("student", torch.ones(2))
+    bank.network(torch.randn(2, 6, dtype=torch.bfloat16)).sum().backward()
+    trained = {name for name, p in bank.network.named_parameters() if p.grad is not None}
+    assert len(trained) == 2 * len(bank.layers)
+    assert all(".student." in name for name in trained)
+    assert {p.dtype for a in ADAPTERS for p in bank.parameters(a).values()} == {torch.float32}
+    assert all(p.grad.dtype == torch.float32 for p in bank.parameters("student").values())
+
+
+def test_same_output_and_gradient_as_peft():
+    from peft import LoraConfig, get_peft_model
+
+    bank = make_bank()
+    torch.manual_seed(0)
+    peft = get_peft_model(Net(), LoraConfig(r=3, lora_alpha=6.0, target_modules=["embed", "block.0", "block.2"]))
+    names = {name.replace("base_model.model.", "").replace(".default", ""): p for name, p in peft.named_parameters()}
+    ours = bank.parameters("student")
+    for name, parameter in ours.items():
+        names[name].data.copy_(parameter)
+    x = torch.randn(5, 6)
+    bank.select("student", torch.ones(5))
+    mine, theirs = bank.network(x), peft(x)
+    torch.testing.assert_close(mine, theirs)
+    mine.square().sum().backward()
+    theirs.square().sum().backward()
+    for name, parameter in ours.items():
+        torch.testing.assert_close(parameter.grad, names[name].grad)
+
+
+def test_targets_pick_linears_by_full_name():
+    network = Net()
+    bank = LoRABank(network, LoRAConfig(rank=2, targets=r"block\.\d+"))
+    assert list(bank.layers) == ["block.0", "block.2"]
+    with pytest.raises(ValueError, match="matches none"):
+        LoRABank(Net(), LoRAConfig(targets="attn"))

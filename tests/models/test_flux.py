@@ -1,0 +1,72 @@
+import pytest
+import torch
+from diffusers import FluxPipeline
+
+from scfm_core.errors import UserError
+from scfm_core.models.encoders import Autoencoder, TextEncoders
+from scfm_core.models.flux import Flux, image_ids, pack_latents, unpack_latents
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 8, 12), (1, 4, 6, 2), (3, 1, 8, 8)])
+def test_packing_is_diffusers_own_and_inverts(shape):
+    latents = torch.randn(shape)
+    batch, channels, height, width = shape
+    packed = pack_latents(latents)
+    assert torch.equal(packed, FluxPipeline._pack_latents(latents, batch, channels, height, width))
+    assert torch.equal(unpack_latents(packed, height, width), latents)
+
+
+def test_position_ids_are_diffusers_own():
+    ours = image_ids(6, 10, torch.device("cpu"))
+    assert torch.equal(ours, FluxPipeline._prepare_latent_image_ids(1, 3, 5, torch.device("cpu"), torch.float32))
+
+
+def test_one_euler_step_of_the_pipeline_is_our_velocity(tiny):
+    """Packing, ids, timestep and guidance at once: a 1-step pipeline returns `noise - velocity`."""
+    pipe = FluxPipeline.from_pretrained(tiny / "flux")
+    pipe.set_progress_bar_config(disable=True)
+    prompts = ["a handwritten digit two", "a handwritten digit six"]
+    noise = torch.randn(2, 1, 8, 8)
+    theirs = pipe(
+        prompts,
+        num_inference_steps=1,
+        guidance_scale=2.5,
+        height=16,
+        width=16,
+        max_sequence_length=8,
+        latents=pack_latents(noise),
+        output_type="latent",
+    ).images
+    family = Flux(str(tiny / "flux"))
+    cond = TextEncoders(family.folder, 8, torch.float32, "cpu").encode(prompts, guidance=2.5)
+    with torch.no_grad():
+        velocity = family.velocity(family.load_network(torch.float32, "cpu"), noise, torch.ones(2), cond)
+    torch.testing.assert_close(unpack_latents(theirs, 8, 8), noise - velocity, rtol=1e-5, atol=1e-5)
+
+
+def test_latents_are_what_the_pipeline_decodes(tiny):
+    pipe = FluxPipeline.from_pretrained(tiny / "flux")
+    latents = torch.randn(2, 1, 8, 8)
+    vae = Autoencoder(tiny / "flux", torch.float32, "cpu")
+    with torch.no_grad():
+        theirs = pipe.vae.decode(latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor).sample
+        theirs = pipe.image_processor.postprocess(theirs, output_type="pt")
+    torch.testing.assert_close(vae.decode(latents), theirs)
+
+
+def test_shapes_of_flux_dev():
+    family = Flux("black-forest-labs/FLUX.1-dev", offline=True)
+    assert family.latent_shape(512, 768) == (16, 64, 96)
+    with pytest.raises(UserError, match="multiples of 16; the nearest is 512 x 496"):
+        family.latent_shape(512, 500)
+
+
+def test_bf16_network_gets_bf16_and_gives_finite_output(tiny):
+    family = Flux(str(tiny / "flux"))
+    network = family.load_network(torch.bfloat16, "cpu")
+    assert {p.dtype for p in network.parameters()} == {torch.bfloat16}
+    cond = TextEncoders(family.folder, 8, torch.bfloat16, "cpu").encode(["a handwritten digit one"], guidance=1.0)
+    with torch.no_grad():
+        exact = family.velocity(family.load_network(torch.float32, "cpu"), torch.ones(1, 1, 8, 8), torch.ones(1), cond)
+        rounded = family.velocity(network, torch.ones(1, 1, 8, 8), torch.ones(1), cond)
+    assert (rounded.float() - exact).norm() / exact.norm() < 0.05

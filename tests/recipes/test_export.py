@@ -1,0 +1,129 @@
+"""What leaves the project must mean the same in diffusers."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxPipeline
+from PIL import Image
+from safetensors import safe_open
+
+from recipes.cli import main
+from scfm_core.models.weights import read_adapter_metadata
+from scfm_core.train.config import dump_config
+from scfm_core.train.trainer import Trainer, fit
+
+PROMPTS = ["a handwritten digit three", "a handwritten digit eight"]
+
+
+def train(config, scale=1.0):
+    """A short run whose adapter is strong enough to be seen."""
+    trainer = Trainer(config)
+    fit(trainer)
+    with torch.no_grad():
+        for name, parameter in trainer.model.parameters("student").items():
+            if ".lora_B." in name or config.train.weights == "full":
+                parameter.add_(scale * 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+    trainer.save()
+    (trainer.run_dir / "config.yaml").write_text(dump_config(config))
+    return trainer.run_dir
+
+
+def our_images(run_dir, output, *words):
+    prompts = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
+    assert main(["sample", str(run_dir), *prompts, "--output", str(output), *words]) == 0
+    return [np.asarray(Image.open(path), dtype=int) for path in sorted(output.glob("*.png"))]
+
+
+def their_images(pipe, steps):
+    pipe.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(1234 + i) for i in range(len(PROMPTS))]
+    images = pipe(
+        PROMPTS, num_inference_steps=steps, guidance_scale=3.5, height=16, width=16, max_sequence_length=8, generator=generators
+    ).images  # fmt: skip
+    return [np.asarray(image, dtype=int) for image in images]
+
+
+def worst(left, right):
+    assert len(left) == len(right) == len(PROMPTS)
+    return max(int(abs(a - b).max()) for a, b in zip(left, right, strict=True))
+
+
+@pytest.mark.parametrize("alpha", [4.0, 10.0])
+def test_the_adapter_in_diffusers_makes_our_images(make_config, tiny, tmp_path, alpha):
+    run_dir = train(make_config({"lora.alpha": alpha}))
+    assert main(["export", str(run_dir)]) == 0
+    ours = our_images(run_dir, tmp_path / "images", "--steps", "3")
+    pipe = FluxPipeline.from_pretrained(tiny / "flux")
+    plain = their_images(pipe, 3)
+    pipe.load_lora_weights(run_dir / "adapter")
+    assert worst(ours, their_images(pipe, 3)) <= 2
+    assert worst(ours, plain) > 20  # the adapter does something
+
+
+@pytest.mark.parametrize("steps", [1, 3, 8])
+def test_a_step_scaled_adapter_at_the_weight_of_its_card(make_config, tiny, tmp_path, steps):
+    run_dir = train(make_config({"method.step_gain": {"gamma": 0.5}}))
+    assert main(["export", str(run_dir)]) == 0
+    ours = our_images(run_dir, tmp_path / "images", "--steps", str(steps))
+    weight = read_adapter_metadata(run_dir / "adapter" / "pytorch_lora_weights.safetensors")["strength_by_steps"][
+        str(steps)
+    ]
+    assert weight == pytest.approx(steps**-0.5, abs=1e-6)
+    assert f"| {steps} | {weight:.3f} |" in (run_dir / "adapter" / "README.md").read_text()
+    pipe = FluxPipeline.from_pretrained(tiny / "flux")
+    pipe.load_lora_weights(run_dir / "adapter", adapter_name="scfm")
+    pipe.set_adapters("scfm", weight)
+    assert worst(ours, their_images(pipe, steps)) <= 2
+
+
+def test_weight_beyond_one(make_config, tiny, tmp_path):
+    run_dir = train(make_config())
+    main(["export", str(run_dir)])
+    ours = our_images(run_dir, tmp_path / "strong", "--steps", "2", "--strength", "1.6")
+    weaker = our_images(run_dir, tmp_path / "plain", "--steps", "2")
+    pipe = FluxPipeline.from_pretrained(tiny / "flux")
+    pipe.load_lora_weights(run_dir / "adapter", adapter_name="scfm")
+    pipe.set_adapters("scfm", 1.6)
+    assert worst(ours, their_images(pipe, 2)) <= 2
+    assert worst(ours, weaker) > 5
+
+
+@pytest.mark.parametrize("weights", ["lora", "full"])
+def test_merged_pipeline_stands_alone(make_config, tmp_path, weights):
+    changes = {"train.weights": weights}
+    if weights == "lora":
+        changes["method.step_gain"] = {"gamma": 0.5}
+    run_dir = train(make_config(changes))
+    steps = ["--steps", "4"] if weights == "lora" else []
+    assert main(["export", str(run_dir), "--merged", str(tmp_path / "merged"), *steps]) == 0
+    ours = our_images(run_dir, tmp_path / "images", "--steps", "4")
+    assert worst(ours, their_images(FluxPipeline.from_pretrained(tmp_path / "merged"), 4)) <= 2
+
+
+def test_training_ends_with_the_adapter_of_its_last_step(make_config, tiny):
+    config = make_config({"method.step_gain": {"gamma": 0.5}})
+    path = tiny / "recipe.yaml"
+    path.write_text(dump_config(config))
+    assert main(["train", str(path)]) == 0
+    trainer = Trainer(config, resume=sorted((Trainer(config).run_dir / "checkpoints").glob("step_*"))[-1])
+    with safe_open(trainer.run_dir / "adapter" / "pytorch_lora_weights.safetensors", framework="pt") as file:
+        live = trainer.model.parameters("student")
+        assert set(file.keys()) == {f"transformer.{name}" for name in live}
+        for name, parameter in live.items():
+            assert torch.equal(file.get_tensor(f"transformer.{name}"), parameter)
+        assert json.loads(file.metadata()["scfm"])["step_gain_gamma"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("changes", "words", "message"),
+    [
+        ({"train.weights": "full"}, [], "give --merged FOLDER"),
+        ({"method.step_gain": {"gamma": 0.5}}, ["--merged", "x"], "say which with --steps N"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused(make_config, capsys, changes, words, message):
+    run_dir = train(make_config({**changes, "train.steps": 1}))
+    assert main(["export", str(run_dir), *words]) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,87 @@
+"""Against the floor of the published figures: tests/train needs no weights, the architecture comes from the meta device."""
+
+import pytest
+
+from recipes.train import describe
+from scfm_core.models.flux import Flux
+from scfm_core.train.config import load_config
+from scfm_core.train.estimate import estimate
+
+
+@pytest.fixture(scope="module")
+def flux():
+    return Flux("black-forest-labs/FLUX.1-dev", offline=True)
+
+
+def test_flux_dev_has_the_papers_adapters(flux):
+    result = estimate(load_config("flux_dev_lora.yaml"), flux)
+    assert result.base_parameters == 11_901_408_320
+    assert result.adapted_linears == 504
+    assert result.trained_parameters / 1e6 == pytest.approx(347, abs=1)
+    assert result.memory["frozen base"] == 2 * result.base_parameters
+    assert result.memory["Adam (fp32)"] == 8 * result.trained_parameters
+
+
+@pytest.mark.parametrize(
+    ("size", "text_length", "forward", "step", "step_with_checkpointing"),
+    [(512, 256, 17.7, 74.7, 92.9), (512, 512, 21.5, 91.2, 113), (1024, 512, 74.4, 328, 404)],
+)
+def test_flops_agree_with_the_floor(flux, size, text_length, forward, step, step_with_checkpointing):
+    for mode, expected in (("none", step), ("full", step_with_checkpointing)):
+        config = load_config(
+            "flux_dev_lora.yaml",
+            [
+                f"data.resolution=[{size},{size}]",
+                f"model.text_length={text_length}",
+                f"train.activation_checkpointing={mode}",
+            ],
+        )
+        result = estimate(config, flux)
+        assert result.forward_flops / 1e12 == pytest.approx(forward, rel=0.01)
+        assert result.step_flops / 1e12 == pytest.approx(expected, rel=0.03)
+
+
+def test_full_weights_cost_five_or_six_forwards(flux):
+    for mode, forwards in (("none", 5), ("full", 6)):
+        result = estimate(load_config("flux_dev_full.yaml", [f"train.activation_checkpointing={mode}"]), flux)
+        assert result.step_flops / result.forward_flops == pytest.approx(forwards, rel=0.03)
+
+
+def test_a_formula_of_ours_counts_what_torch_counts(tiny, make_config):
+    """FLOPs of the tiny network's forward as torch's own counter sees them."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from scfm_core.models.encoders import TextEncoders
+
+    family = Flux(str(tiny / "flux"))
+    network = family.load_network(torch.float32, "cpu")
+    cond = TextEncoders(family.folder, 8, torch.float32, "cpu").encode(["a handwritten digit two"], guidance=1.0)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        family.velocity(network, torch.zeros(1, 1, 8, 8), torch.ones(1), cond)
+    # At 24 tokens modulation and embedders, which the formula leaves out, still weigh.
+    modulation = sum(
+        2 * m.weight.numel()
+        for name, m in network.named_modules()
+        if isinstance(m, torch.nn.Linear) and ("norm" in name or "time_text_embed" in name)
+    )
+    embedders = 2 * sum(
+        getattr(network, name).weight.numel() * tokens
+        for name, tokens in (("x_embedder", 16), ("context_embedder", 8), ("proj_out", 16))
+    )
+    formula = estimate(make_config(), family).forward_flops
+    assert formula + modulation + embedders == pytest.approx(counter.get_total_flops(), rel=1e-6)
+
+
+def test_the_page_states_what_a_person_asks():
+    page = describe(
+        load_config("flux_dev_lora.yaml", ["train.activation_checkpointing=none", "train.global_batch_size=8"])
+    )
+    for words in (
+        "11.9 B parameters",
+        "504 adapted linears",
+        "347 M adapter parameters",
+        "17.7 TFLOPs a forward",
+        "A100-day",
+    ):
+        assert words in page
