@@ -7,6 +7,7 @@ Flux.1-dev loads it too. The data are the 1,797 8x8 images of real handwriting i
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -134,7 +135,7 @@ def _t5():  # type: ignore[no-untyped-def]
     return tokenizer, T5EncoderModel(config)
 
 
-def _vae(steps: int) -> torch.nn.Module:
+def _vae(steps: int) -> Any:
     """A VAE with 2x compression and one latent channel, trained on the digits; latents scaled to unit variance."""
     from diffusers import AutoencoderKL
 

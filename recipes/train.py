@@ -4,7 +4,9 @@ import contextlib
 import signal
 from pathlib import Path
 
+from recipes.export import export_adapter
 from scfm_core.errors import UserError
+from scfm_core.models.weights import ADAPTER_FILE
 from scfm_core.train.build import build_family, read_prompts
 from scfm_core.train.checkpoint import find_checkpoint
 from scfm_core.train.config import RunConfig, dump_config, load_config
@@ -43,17 +45,18 @@ def train(config_path: str, overrides: list[str], *, resume: str = "auto", dry_r
         ) from error
     if start is not None:
         print(f"resuming from {start} at step {trainer.progress.step}")
-    if trainer.progress.step >= config.train.steps:
+    adapter = run_dir / "adapter" / ADAPTER_FILE
+    if trainer.progress.step < config.train.steps:
+        stopped_by = fit(trainer)
+        if stopped_by is not None:
+            name = signal.Signals(stopped_by).name
+            print(f"stopped by {name} after step {trainer.progress.step}; the same command goes on from there")
+            return 128 + stopped_by
+    else:
         print(f"nothing to do: {run_dir} has all {config.train.steps} steps")
-        return 0
-    stopped_by = fit(trainer)
-    if stopped_by is not None:
-        name = signal.Signals(stopped_by).name
-        print(f"stopped by {name} after step {trainer.progress.step}; the same command goes on from there")
-        return 128 + stopped_by
+        if adapter.is_file():
+            return 0
     if config.train.weights == "lora":
-        from recipes.export import export_adapter
-
         print(f"adapter: {export_adapter(run_dir, config, trainer.model)}")
     return 0
 

@@ -90,7 +90,7 @@ def batches(
     assert (stop - start) % micro_batch_size == 0
     loader: DataLoader[Batch] = DataLoader(
         _Stream(dataset, seed, config.shuffle),
-        batch_sampler=[range(at, at + micro_batch_size) for at in range(start, stop, micro_batch_size)],
+        batch_sampler=[list(range(at, at + micro_batch_size)) for at in range(start, stop, micro_batch_size)],
         num_workers=config.num_workers,
         collate_fn=_collate,
         worker_init_fn=_ignore_signals if config.num_workers else None,

@@ -35,6 +35,8 @@ def noise_latents(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
 
 def flow_velocity(latents: Tensor, noise: Tensor) -> Tensor:
     """The slope of the line, d(noised_latents)/d(sigma): `noise - latents`, [B, ...], fp32 or wider."""
+    if latents.shape != noise.shape:
+        raise ValueError(f"latents {tuple(latents.shape)} and noise {tuple(noise.shape)} differ in shape")
     dtype = torch.promote_types(torch.promote_types(latents.dtype, noise.dtype), torch.float32)
     return noise.to(dtype) - latents.to(dtype)
 

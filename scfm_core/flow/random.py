@@ -62,6 +62,8 @@ def sample_noise(latents: Tensor, sample_ids: Tensor, seed: int) -> Tensor:
     A sample's noise depends on (seed, its id, its shape) alone.
     """
     shape = latents.shape
+    if len(sample_ids) != shape[0]:
+        raise ValueError(f"{len(sample_ids)} sample ids for {shape[0]} samples")
     count = math.prod(shape[1:])
     half = (count + 1) // 2
     draws = uniform(seed, sample_ids.to(latents.device), Stream.NOISE, 2 * half)

@@ -133,7 +133,7 @@ class Flux:
     def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         """The network's velocity: x [B, C, H, W], sigma fp32 [B] -> [B, C, H, W] in the network's dtype."""
         height, width = x.shape[-2:]
-        dtype = network.dtype
+        dtype: torch.dtype = network.dtype  # type: ignore[assignment]  # of diffusers' ModelMixin
         packed = network(
             hidden_states=pack_latents(x).to(dtype),
             encoder_hidden_states=cond.text.to(dtype),

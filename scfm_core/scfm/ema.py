@@ -66,6 +66,8 @@ class DualEMA:
             name: _canonical(given) if given is not None else {k: v.detach().clone() for k, v in self._student.items()}
             for name, given in (("fast", fast), ("slow", slow))
         }
+        if not self._student:
+            raise ValueError("there is no trained tensor to average")
         for which, average in self._averages.items():
             if average.keys() != self._student.keys():
                 raise ValueError(
@@ -77,6 +79,10 @@ class DualEMA:
         for name, tensor in [item for group in (self._student, *self._averages.values()) for item in group.items()]:
             if tensor.dtype not in (torch.float32, torch.float64):
                 raise ValueError(f"EMA of {name!r} needs fp32 masters, got {tensor.dtype}")
+        # The foreach kernels pair tensors by position.
+        self._averages = {
+            which: {name: average[name] for name in self._student} for which, average in self._averages.items()
+        }
         self.restart()
 
     @property
@@ -116,7 +122,7 @@ class DualEMA:
         """Copy saved averages in place.
 
         Raises:
-            ValueError: if an average or a name is missing or unknown.
+            ValueError: if an average or a name is missing or unknown, or a shape differs.
         """
         if set(state) != {"fast", "slow"}:
             raise ValueError(f"an EMA state holds 'fast' and 'slow', got {sorted(state)}")
@@ -125,8 +131,16 @@ class DualEMA:
             if saved.keys() != average.keys():
                 raise ValueError(f"names in the saved {which} EMA differ: {sorted(saved.keys() ^ average.keys())[:4]}")
             for name, tensor in average.items():
+                if saved[name].shape != tensor.shape:
+                    raise ValueError(
+                        f"the saved {which} EMA of {name!r} has shape {tuple(saved[name].shape)}, not {tuple(tensor.shape)}"
+                    )
                 tensor.copy_(saved[name])
 
 
 def _canonical(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {canonical_name(name): tensor for name, tensor in tensors.items()}
+    named = {canonical_name(name): tensor for name, tensor in tensors.items()}
+    if len(named) < len(tensors):
+        twice = sorted(n for n in tensors if canonical_name(n) != n and canonical_name(n) in tensors)
+        raise ValueError(f"two tensors have the same name once wrappers are taken off: {twice}")
+    return named

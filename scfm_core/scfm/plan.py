@@ -1,7 +1,9 @@
 """The plan: which pair of neighbouring sigmas each sample learns to jump, and at which adapter strength."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,10 +68,24 @@ class PlanConfig:
                 raise ValueError(f"method.{name} needs even step counts of at least 2 (jumps are pairs), got {grids}")
         for name, lowest in (("shift", 1e-6), ("guidance", 0.0)):
             low, high = getattr(self, name)
-            if not lowest <= low <= high:
-                raise ValueError(f"method.{name} must be [low, high] with {lowest:g} <= low <= high, got {low, high}")
+            if not lowest <= low <= high < math.inf:
+                raise ValueError(
+                    f"method.{name} must be [low, high] with {lowest:g} <= low <= high, finite, got {[low, high]}"
+                )
         if not 0.9 < self.sigma_max <= 1:
             raise ValueError(f"method.sigma_max must be in (0.9, 1], got {self.sigma_max}")
+        self._refuse_collapsed_pairs(self.shift[1])
+
+    def _refuse_collapsed_pairs(self, shift: float) -> None:
+        """The clamp may move a grid's first point alone: a pair that it shortened to nothing has no velocity."""
+        second = float(
+            shift_sigma(torch.tensor(1 - 1 / max(self.teacher_grid, *self.self_grids), dtype=torch.float64), shift)
+        )
+        if second >= self.sigma_max:
+            raise ValueError(
+                f"method: at shift {shift:g} the finest grid's second point, {second:.6f}, reaches sigma_max "
+                f"{self.sigma_max:g}. Lower the shift or raise method.sigma_max"
+            )
 
     @property
     def has_flow(self) -> bool:
@@ -110,7 +126,7 @@ class ShortcutPlan:
 
     def to(self, device: torch.device | str) -> "ShortcutPlan":
         """The same plan with its tensors on `device`."""
-        moved = {
+        moved: dict[str, Any] = {
             field.name: value.to(device, non_blocking=True)
             for field in dataclasses.fields(self)
             if isinstance(value := getattr(self, field.name), Tensor)
@@ -148,11 +164,12 @@ def sample_plan(config: PlanConfig, sample_ids: Tensor, seed: int, *, image_toke
     if config.dynamic_shift_fraction > 0:
         if image_tokens is None:
             raise ValueError("dynamic_shift_fraction > 0 needs image_tokens, the number of packed image tokens")
+        config._refuse_collapsed_pairs(dynamic_shift(image_tokens))
         is_dynamic = draw["dynamic"] < config.dynamic_shift_fraction
         shift = torch.where(is_dynamic, dynamic_shift(image_tokens), shift)
 
     def sigma_at(index: Tensor) -> Tensor:
-        return shift_sigma(1 - index / grid, shift)
+        return shift_sigma(1 - index.double() / grid, shift)
 
     flow_sigma = shift_sigma(draw["flow"], shift)
     start, mid, end = (torch.where(is_flow, flow_sigma, sigma_at(k + offset)) for offset in (0, 1, 2))
@@ -190,4 +207,6 @@ def _strengths(config: PlanConfig, grid: Tensor, is_teacher: Tensor, is_flow: Te
 
 def sampling_strength(step_gain: StepGain | None, num_steps: int) -> float:
     """The adapter strength for an N-step sampler: g(1/N), or 1 without step-scaling."""
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1, got {num_steps}")
     return 1.0 if step_gain is None else float(step_gain.strength(torch.tensor(1 / num_steps, dtype=torch.float64)))

@@ -44,7 +44,7 @@ def scfm_target(
         raise ValueError("this plan has flow-matching rows: pass flow_velocity = noise - latents")
     if not plan.has_pairs:
         assert flow_velocity is not None
-        return flow_velocity
+        return flow_velocity.detach().to(noised_latents.dtype)
     if not plan.has_flow:
         return _pair_target(plan, slice(None), noised_latents, cond, near, far)
 

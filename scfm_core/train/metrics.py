@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ class WandbLog:
             raise UserError("wandb is not installed: `pip install wandb`, or set wandb.mode=disabled") from error
         identifier = run_dir / "wandb_id"
         if not identifier.is_file():
-            identifier.write_text(wandb.util.generate_id())
+            identifier.write_text(uuid.uuid4().hex)
         self._wandb = wandb
         self._run = wandb.init(
             project=config.project,

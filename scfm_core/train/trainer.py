@@ -5,7 +5,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,7 +184,7 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint of the present step."""
-        tensors = {
+        tensors: dict[str, Mapping[str, Tensor]] = {
             "student": self.model.parameters("student"),
             "ema_fast": self.emas.fast,
             "ema_slow": self.emas.slow,

@@ -69,11 +69,12 @@ def test_fp64_is_kept(wide):
     assert flow_velocity(**inputs).dtype == torch.float64
 
 
+@pytest.mark.parametrize("velocity_dtype", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("delta_sigma", [torch.tensor(0.25), torch.full((3,), 0.25)], ids=["scalar", "per sample"])
-def test_the_state_keeps_its_dtype_under_a_bf16_velocity(dtype, delta_sigma):
+def test_the_state_keeps_its_dtype_whatever_the_velocity(dtype, velocity_dtype, delta_sigma):
     x = torch.full((3, 2), 1.0, dtype=dtype)
-    stepped = euler_step(x, torch.full((3, 2), 2.0, dtype=torch.bfloat16), delta_sigma)
+    stepped = euler_step(x, torch.full((3, 2), 2.0, dtype=velocity_dtype), delta_sigma)
     assert stepped.dtype == dtype
     assert torch.equal(stepped, torch.full_like(x, 0.5))
 

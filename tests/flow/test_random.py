@@ -82,14 +82,14 @@ def test_noise_depends_on_the_seed_and_the_high_word_of_the_id():
 
 
 def test_noise_is_standard_normal():
-    n = 2**18
+    n = 2**20
     noise = sample_noise(torch.zeros(64, n // 64), torch.arange(64), seed=0).double()
     # Four standard errors of the moments of n normals.
     assert abs(noise.mean()) < 4 / n**0.5
     assert abs(noise.var() - 1) < 4 * (2 / n) ** 0.5
     assert abs(noise.pow(3).mean()) < 4 * (15 / n) ** 0.5
     assert abs((noise**4).mean() - 3) < 4 * (96 / n) ** 0.5
-    assert (noise.abs() > 4).sum() < 40  # 16.6 expected
+    assert 45 < (noise.abs() > 4).sum() < 90  # 66 expected, 8 their standard deviation
 
 
 def test_noise_is_uncorrelated_within_and_between_samples():

@@ -17,14 +17,14 @@ from scfm_core.train.trainer import Trainer, fit
 PROMPTS = ["a handwritten digit three", "a handwritten digit eight"]
 
 
-def train(config, scale=1.0):
+def train(config):
     """A short run whose adapter is strong enough to be seen."""
     trainer = Trainer(config)
     fit(trainer)
     with torch.no_grad():
         for name, parameter in trainer.model.parameters("student").items():
             if ".lora_B." in name or config.train.weights == "full":
-                parameter.add_(scale * 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
     trainer.save()
     (trainer.run_dir / "config.yaml").write_text(dump_config(config))
     return trainer.run_dir

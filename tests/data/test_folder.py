@@ -1,0 +1,279 @@
+"""A folder of images with captions: pairing, order, pixels, and what is said about a bad file."""
+
+import json
+import struct
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from scfm_core.data.folder import ImageFolder, load_image
+from scfm_core.errors import UserError
+
+
+def write_image(path: Path, pixels: torch.Tensor | None = None, **save_options: object) -> Path:
+    """`pixels` is uint8 [H, W] or [H, W, 3 or 4]; by default a small dark image."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = torch.full((8, 8, 3), 10, dtype=torch.uint8) if pixels is None else pixels
+    Image.fromarray(pixels.numpy()).save(path, **save_options)
+    return path
+
+
+def write_pair(folder: Path, name: str, caption: str) -> None:
+    path = write_image(folder / name)
+    path.with_suffix(".txt").write_text(caption, encoding="utf-8")
+
+
+def write_metadata(folder: Path, rows: list[dict[str, str]], **options: bool) -> None:
+    lines = [json.dumps(row, **options) for row in rows]
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def contents(folder: Path) -> list[tuple[str, str]]:
+    dataset = ImageFolder(folder, 8, 8)
+    records = [dataset[index] for index in range(len(dataset))]
+    assert [dataset.caption(index) for index in range(len(dataset))] == [record.caption for record in records]
+    return [(record.key, record.caption) for record in records]
+
+
+def to_pixels(image: torch.Tensor) -> torch.Tensor:
+    """[3, H, W] in [-1, 1] -> uint8 [H, W, 3]."""
+    return ((image + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0)
+
+
+def as_image(pixels: torch.Tensor) -> torch.Tensor:
+    """Grey uint8 [H, W] -> what `load_image` returns for it."""
+    return (pixels.float() / 127.5 - 1).expand(3, *pixels.shape)
+
+
+def png_chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def png(*chunks: bytes, width: int = 2, height: int = 2) -> bytes:
+    """An RGB image, chunk by chunk."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + b"".join(chunks)
+
+
+BLACK = png_chunk(b"IDAT", zlib.compress(b"\0" * 14))
+
+
+class TestCaptions:
+    def test_beside_the_image(self, tmp_path):
+        write_pair(tmp_path, "b.png", "  zweites Bild: 猫\n")
+        write_pair(tmp_path, "a.jpg", "first")
+        assert contents(tmp_path) == [("a.jpg", "first"), ("b.png", "zweites Bild: 猫")]
+
+    def test_in_metadata(self, tmp_path):
+        write_image(tmp_path / "a.png")
+        write_image(tmp_path / "sub" / "b.png")
+        write_metadata(tmp_path, [{"file_name": "sub/b.png", "text": "zwei"}, {"file_name": "a.png", "text": "one"}])
+        with (tmp_path / "metadata.jsonl").open("a") as file:
+            file.write("\n  \n")  # blank lines are no rows
+        assert contents(tmp_path) == [("a.png", "one"), ("sub/b.png", "zwei")]
+
+    def test_metadata_wins_over_the_text_file(self, tmp_path):
+        write_pair(tmp_path, "a.png", "beside")
+        write_pair(tmp_path, "b.png", "beside")
+        write_metadata(tmp_path, [{"file_name": "b.png", "text": "listed"}])
+        assert contents(tmp_path) == [("a.png", "beside"), ("b.png", "listed")]
+
+    def test_missing_one_is_named_with_both_remedies(self, tmp_path):
+        write_pair(tmp_path, "a.png", "a")
+        write_image(tmp_path / "sub" / "b.jpeg")
+        write_image(tmp_path / "sub" / "c.jpeg")
+        with pytest.raises(UserError) as caught:
+            ImageFolder(tmp_path, 8, 8)
+        for part in ("2 of 3 images", str(tmp_path), "'sub/b.jpeg'", "'sub/b.txt'", "metadata.jsonl"):
+            assert part in str(caught.value)
+
+    @pytest.mark.parametrize("line", ["not json", '{"file_name": "a.png"}', '{"text": "a"}', "[1]", "5", "null"])
+    def test_bad_line_of_metadata_is_named_by_number(self, tmp_path, line):
+        write_image(tmp_path / "a.png")
+        (tmp_path / "metadata.jsonl").write_text(f'{{"file_name": "a.png", "text": "fine"}}\n{line}\n')
+        with pytest.raises(UserError, match=r"line 2 of .*metadata\.jsonl"):
+            ImageFolder(tmp_path, 8, 8)
+
+    @pytest.mark.xfail(strict=True, reason='str() turns null into the caption "None"')
+    def test_null_is_no_caption(self, tmp_path):
+        write_image(tmp_path / "a.png")
+        (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": null}\n')
+        with pytest.raises(UserError, match=r"line 1 of .*metadata\.jsonl"):
+            ImageFolder(tmp_path, 8, 8)
+
+    @pytest.mark.xfail(strict=True, reason="str.splitlines also splits at U+2028, which JSON allows inside a string")
+    def test_only_newlines_end_a_line_of_metadata(self, tmp_path):
+        write_image(tmp_path / "a.png")
+        write_metadata(tmp_path, [{"file_name": "a.png", "text": "one\u2028two"}], ensure_ascii=False)
+        assert contents(tmp_path) == [("a.png", "one\u2028two")]
+
+    @pytest.mark.xfail(strict=True, reason="UnicodeDecodeError gets through")
+    @pytest.mark.parametrize("name", ["a.txt", "metadata.jsonl"])
+    def test_text_that_is_not_utf8_is_named(self, tmp_path, name):
+        write_pair(tmp_path, "a.png", "a")
+        (tmp_path / name).write_bytes('{"file_name": "a.png", "text": "Bär"}'.encode("latin-1"))
+        with pytest.raises(UserError, match=rf"{name}.*UTF-8"):
+            ImageFolder(tmp_path, 8, 8)
+
+    @pytest.mark.xfail(strict=True, reason="read as utf-8, not utf-8-sig: the caption begins with U+FEFF")
+    def test_byte_order_mark_is_not_part_of_the_caption(self, tmp_path):
+        write_image(tmp_path / "a.png")
+        (tmp_path / "a.txt").write_text("saved by a Windows editor", encoding="utf-8-sig")
+        assert contents(tmp_path) == [("a.png", "saved by a Windows editor")]
+
+
+class TestFolder:
+    def test_order_is_that_of_the_names(self, tmp_path):
+        for name in ("c.png", "sub/a.png", "b.png", "a10.png", "a9.png"):
+            write_pair(tmp_path, name, name)
+        assert [key for key, _ in contents(tmp_path)] == ["a10.png", "a9.png", "b.png", "c.png", "sub/a.png"]
+
+    def test_suffixes_in_capitals_are_images_and_other_files_are_not(self, tmp_path):
+        write_pair(tmp_path, "A.PNG", "capital")
+        (tmp_path / "notes.md").write_text("no image")
+        (tmp_path / "orphan.txt").write_text("a caption without an image")
+        assert contents(tmp_path) == [("A.PNG", "capital")]
+
+    @pytest.mark.xfail(strict=True, reason="rglob's directories are not left out")
+    def test_directory_with_an_images_name_is_searched_not_read(self, tmp_path):
+        write_pair(tmp_path, "photos.png/a.png", "inside")
+        assert contents(tmp_path) == [("photos.png/a.png", "inside")]
+
+    def test_no_folder(self, tmp_path):
+        with pytest.raises(UserError, match=r"no folder '.*nowhere'"):
+            ImageFolder(tmp_path / "nowhere", 8, 8)
+
+    def test_no_image(self, tmp_path):
+        (tmp_path / "a.txt").write_text("a caption without an image")
+        with pytest.raises(UserError, match=r"holds no image \(\.png, "):
+            ImageFolder(tmp_path, 8, 8)
+
+    def test_fingerprint_follows_captions_names_and_resolution(self, tmp_path):
+        write_pair(tmp_path, "a.png", "a")
+        first = ImageFolder(tmp_path, 8, 8).fingerprint
+        assert ImageFolder(tmp_path, 8, 8).fingerprint == first
+        assert ImageFolder(tmp_path, 8, 16).fingerprint != first
+        (tmp_path / "a.txt").write_text("b")
+        second = ImageFolder(tmp_path, 8, 8).fingerprint
+        (tmp_path / "a.png").rename(tmp_path / "c.png")
+        (tmp_path / "a.txt").rename(tmp_path / "c.txt")
+        assert len({first, second, ImageFolder(tmp_path, 8, 8).fingerprint}) == 3
+
+    def test_record_holds_the_image_alone(self, tmp_path):
+        write_pair(tmp_path, "a.png", "a")
+        record = ImageFolder(tmp_path, 4, 6)[0]
+        assert record.image.shape == (3, 4, 6)
+        assert record.latents is record.text is record.pooled is None
+
+
+class TestBadImages:
+    def refused(self, tmp_path: Path, content: bytes, name: str = "bad.png") -> None:
+        path = tmp_path / name
+        path.write_bytes(content)
+        path.with_suffix(".txt").write_text("a caption")
+        dataset = ImageFolder(tmp_path, 8, 8)  # images are opened when they are needed
+        with pytest.raises(UserError, match=rf"{path} is not a readable image.*Remove it or replace it"):
+            dataset[0]
+
+    @pytest.mark.parametrize("name", ["bad.png", "bad.jpg", "bad.webp", "bad.bmp"])
+    @pytest.mark.parametrize("content", [b"", b"<html>404 not found</html>"], ids=["empty", "html"])
+    def test_no_image_at_all(self, tmp_path, content, name):
+        self.refused(tmp_path, content, name)
+
+    @pytest.mark.parametrize("kept", [0.1, 0.5, 0.9])
+    @pytest.mark.parametrize("name", ["bad.png", "bad.jpg"])
+    def test_truncated(self, tmp_path, name, kept):
+        noise = torch.randint(256, (64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        content = write_image(tmp_path / name, noise).read_bytes()
+        self.refused(tmp_path, content[: int(kept * len(content))], name)
+
+    @pytest.mark.xfail(strict=True, reason="not every error of PIL derives from OSError")
+    @pytest.mark.parametrize(
+        "content",
+        [
+            pytest.param(png(BLACK, width=20_000, height=20_000), id="DecompressionBombError"),
+            pytest.param(png(png_chunk(b"IDAT", b"\x78\x9c"), b"\0\0\0\1????" + bytes(5)), id="SyntaxError"),
+            pytest.param(png(png_chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2 << 20))), BLACK), id="ValueError"),
+        ],
+    )
+    def test_whatever_pil_raises(self, tmp_path, content):
+        self.refused(tmp_path, content)
+
+
+class TestPixels:
+    def test_range_dtype_and_channels(self, tmp_path):
+        pixels = torch.tensor([[[0, 0, 0], [255, 255, 255]], [[255, 0, 0], [0, 0, 51]]], dtype=torch.uint8)
+        image = load_image(write_image(tmp_path / "a.png", pixels), 2, 2)
+        assert image.dtype == torch.float32
+        assert image[:, 0, 0].tolist() == [-1, -1, -1]
+        assert image[:, 0, 1].tolist() == [1, 1, 1]
+        assert image[:, 1, 0].tolist() == [1, -1, -1]  # red comes first
+        torch.testing.assert_close(image[:, 1, 1], torch.tensor([-1, -1, -0.6]))
+
+    @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
+    def test_every_mode_becomes_three_channels(self, tmp_path, mode):
+        suffix = "jpg" if mode == "CMYK" else "png"
+        Image.new("RGB", (6, 6), (255, 255, 255)).convert(mode).save(tmp_path / f"a.{suffix}")
+        assert torch.equal(load_image(tmp_path / f"a.{suffix}", 6, 6), torch.ones(3, 6, 6))
+
+    def test_grey_is_the_same_in_all_channels(self, tmp_path):
+        ramp = torch.arange(64, dtype=torch.uint8).view(8, 8)
+        assert torch.equal(load_image(write_image(tmp_path / "a.png", ramp), 8, 8), as_image(ramp))
+
+    def test_alpha_is_dropped_not_mixed_in(self, tmp_path):
+        pixels = torch.full((4, 4, 4), 100, dtype=torch.uint8)
+        pixels[..., 3] = torch.arange(16).view(4, 4) * 17
+        image = load_image(write_image(tmp_path / "a.png", pixels), 4, 4)
+        assert to_pixels(image).unique().tolist() == [100]
+
+    @pytest.mark.xfail(strict=True, reason="PIL clips 16-bit grey at 255 when it converts to RGB: all white")
+    def test_sixteen_bits_keep_their_scale(self, tmp_path):
+        ramp = torch.arange(64, dtype=torch.int32).view(8, 8)
+        Image.fromarray((ramp * 257).numpy().astype("uint16")).save(tmp_path / "a.png")
+        torch.testing.assert_close(load_image(tmp_path / "a.png", 8, 8), as_image(ramp), atol=0.01, rtol=0)
+
+    def test_exif_orientation_is_applied(self, tmp_path):
+        """Orientation 6 asks for a quarter turn clockwise: what is stored on the left is shown on top."""
+        stored = torch.zeros(4, 8, dtype=torch.uint8)
+        stored[:, :4] = 255
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        shown = load_image(write_image(tmp_path / "a.png", stored, exif=exif), 8, 4)
+        assert torch.equal(shown, as_image(stored.rot90(-1)))
+
+
+class TestCrop:
+    """Where no resampling is needed the pixels are exact."""
+
+    def test_wide_image_loses_its_sides_evenly(self, tmp_path):
+        wide = torch.arange(8 * 24, dtype=torch.uint8).view(8, 24)
+        path = write_image(tmp_path / "a.png", wide)
+        assert torch.equal(load_image(path, 8, 8), as_image(wide[:, 8:16]))
+
+    def test_tall_image_loses_top_and_bottom_evenly(self, tmp_path):
+        tall = torch.arange(24 * 8, dtype=torch.uint8).view(24, 8)
+        path = write_image(tmp_path / "a.png", tall)
+        assert torch.equal(load_image(path, 8, 8), as_image(tall[8:16]))
+
+    @pytest.mark.parametrize(("height", "width"), [(4, 8), (8, 4)])
+    def test_height_comes_first(self, tmp_path, height, width):
+        square = torch.arange(64, dtype=torch.uint8).view(8, 8)
+        image = load_image(write_image(tmp_path / "a.png", square), height, width)
+        top, left = (8 - height) // 2, (8 - width) // 2
+        assert torch.equal(image, as_image(square[top : top + height, left : left + width]))
+
+    def test_large_image_is_shrunk_to_cover_before_it_is_cropped(self, tmp_path):
+        """Of 32 x 64 the middle 32 x 32 survives; its left half is white."""
+        stored = torch.zeros(32, 64, dtype=torch.uint8)
+        stored[:, 16:32] = 255
+        image = load_image(write_image(tmp_path / "a.png", stored), 8, 8)
+        assert (image[:, :, :4] > 0.5).all()
+        assert (image[:, :, 4:] < -0.5).all()
+
+    def test_small_image_is_enlarged_to_cover(self, tmp_path):
+        stored = torch.full((3, 5), 200, dtype=torch.uint8)
+        image = load_image(write_image(tmp_path / "a.png", stored), 16, 24)
+        assert torch.equal(image, as_image(torch.full((16, 24), 200, dtype=torch.uint8)))

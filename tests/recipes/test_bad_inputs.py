@@ -1,0 +1,271 @@
+"""What a person gets for a mistake: exit code 2, one message that says what, where and how to mend it, no traceback.
+
+`pytest tests/recipes/test_bad_inputs.py -s` prints the table.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from recipes.cli import main
+from scfm_core.train.config import to_plain
+from scfm_core.train.trainer import Trainer, fit
+
+
+@pytest.fixture
+def recipe(make_config, tmp_path):
+    """A recipe that works; each case breaks one thing."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(to_plain(make_config())))
+    return path
+
+
+def train(recipe, *overrides):
+    return ["train", str(recipe), *overrides]
+
+
+def copy(tiny, tmp_path, name):
+    return Path(shutil.copytree(tiny / name, tmp_path / name))
+
+
+def overwrite(path, offset, data):
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(data)
+
+
+def unknown_key(recipe, tiny, tmp_path):
+    return train(
+        recipe, "train.micro_batchsize=4"
+    ), "unknown key train.micro_batchsize; did you mean train.micro_batch_size?"
+
+
+def unknown_section(recipe, tiny, tmp_path):
+    return train(recipe, "trian.steps=4"), "unknown key trian; did you mean train?"
+
+
+def wrong_type(recipe, tiny, tmp_path):
+    return train(recipe, "train.steps=many"), "train.steps: Input should be a valid integer"
+
+
+def wrong_choice(recipe, tiny, tmp_path):
+    return train(recipe, "train.weights=lorra"), "train.weights: Input should be 'lora' or 'full'"
+
+
+def zero_steps(recipe, tiny, tmp_path):
+    return train(recipe, "train.steps=0"), "train.steps must be at least 1, got 0"
+
+
+def uneven_batch(recipe, tiny, tmp_path):
+    return train(recipe, "train.micro_batch_size=3"), "train.global_batch_size 8 is not a multiple"
+
+
+def override_without_value(recipe, tiny, tmp_path):
+    return train(recipe, "train.steps"), "override 'train.steps' is not of the form section.key=value"
+
+
+def missing_recipe(recipe, tiny, tmp_path):
+    return [
+        "train",
+        "flux_dev_lorra.yaml",
+    ], "there is no configuration file 'flux_dev_lorra.yaml'. Shipped recipes: flux_dev_lora"
+
+
+def broken_yaml(recipe, tiny, tmp_path):
+    recipe.write_text("train: [1, 2")
+    return train(recipe), "is not valid YAML"
+
+
+def missing_model(recipe, tiny, tmp_path):
+    return train(recipe, "model.path=./nowhere"), "model.path: there is no folder './nowhere'"
+
+
+def hub_without_network(recipe, tiny, tmp_path):
+    return train(
+        recipe, "model.path=nobody/nothing"
+    ), "'nobody/nothing' is neither a local folder nor could it be fetched"
+
+
+def wrong_model_folder(recipe, tiny, tmp_path):
+    return train(recipe, f"model.path={tiny / 'digits'}"), "has no model_index.json"
+
+
+def wrong_pipeline(recipe, tiny, tmp_path):
+    folder = copy(tiny, tmp_path, "flux")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "StableDiffusion3Pipeline"}))
+    return train(
+        recipe, f"model.path={folder}"
+    ), "holds a StableDiffusion3Pipeline, but model.family needs a FluxPipeline"
+
+
+def interrupted_download(recipe, tiny, tmp_path):
+    folder = copy(tiny, tmp_path, "flux")
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    os.truncate(weights, weights.stat().st_size // 2)
+    return train(recipe, f"model.path={folder}"), "damaged or incomplete: fetch them again"
+
+
+def missing_weights(recipe, tiny, tmp_path):
+    folder = copy(tiny, tmp_path, "flux")
+    (folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    return train(recipe, f"model.path={folder}"), "has no .safetensors weights; is the download complete?"
+
+
+def missing_data(recipe, tiny, tmp_path):
+    return train(recipe, "data.path=nowhere"), "there is no folder 'nowhere'. Make it with `scfm data encode"
+
+
+def images_given_as_cache(recipe, tiny, tmp_path):
+    return train(recipe, f"data.path={tiny / 'digits'}"), "For a folder of plain images set data.format=folder"
+
+
+def empty_data(recipe, tiny, tmp_path):
+    (tmp_path / "empty").mkdir()
+    return train(recipe, "data.format=folder", f"data.path={tmp_path / 'empty'}"), "holds no image (.png"
+
+
+def image_without_caption(recipe, tiny, tmp_path):
+    folder = copy(tiny, tmp_path, "digits")
+    shutil.copy(folder / "0000.png", folder / "extra.png")
+    return train(recipe, "data.format=folder", f"data.path={folder}"), "Put the caption into 'extra.txt'"
+
+
+def corrupt_image(recipe, tiny, tmp_path):
+    folder = copy(tiny, tmp_path, "digits")
+    for path in folder.glob("*.png"):
+        path.write_bytes(b"not a picture")
+    return train(recipe, "data.format=folder", f"data.path={folder}"), ".png is not a readable image"
+
+
+def corrupt_image_in_a_worker(recipe, tiny, tmp_path):
+    command, message = corrupt_image(recipe, tiny, tmp_path)
+    return [*command, "data.num_workers=1"], message
+
+
+def cut_shard(recipe, tiny, tmp_path):
+    folder = copy(tiny, tmp_path, "cache")
+    os.truncate(folder / "shard-000001.tar", 5000)
+    return train(recipe, f"data.path={folder}"), "shard-000001.tar has 5000 bytes, the manifest says"
+
+
+def flipped_bit(recipe, tiny, tmp_path):
+    folder = copy(tiny, tmp_path, "cache")
+    overwrite(folder / "shard-000002.tar", 2000, b"\xff")
+    return train(recipe, f"data.path={folder}"), "shard-000002.tar is corrupt (its sha256 differs from the manifest)"
+
+
+def cache_of_another_model(recipe, tiny, tmp_path):
+    folder = copy(tiny, tmp_path, "flux")
+    overwrite(
+        folder / "vae" / "diffusion_pytorch_model.safetensors",
+        -4 + (folder / "vae" / "diffusion_pytorch_model.safetensors").stat().st_size,
+        b"\x00\x00\x80\x3f",
+    )
+    return train(recipe, f"model.path={folder}"), "was encoded by another model"
+
+
+def cache_of_another_text_length(recipe, tiny, tmp_path):
+    return train(recipe, "model.text_length=16"), "was encoded with model.text_length 8, this run asks for 16"
+
+
+def resolution_not_divisible(recipe, tiny, tmp_path):
+    return train(recipe, "data.resolution=[18,16]"), "sides that are multiples of 4; the nearest is 16 x 16"
+
+
+def no_permission(recipe, tiny, tmp_path):
+    (tmp_path / "file").write_text("")  # root may write anywhere, but not below a file
+    return train(recipe, f"run.dir={tmp_path / 'file' / 'run'}"), "cannot be written (Not a directory)"
+
+
+def unknown_prompt_file(recipe, tiny, tmp_path):
+    return train(
+        recipe, "sample.every=2", "sample.prompts=prompts.txt"
+    ), "sample.prompts: the prompt file 'prompts.txt' cannot be read"
+
+
+def checkpoint_of_another_recipe(recipe, tiny, tmp_path):
+    assert main(train(recipe)) == 0
+    return train(recipe, "lora.rank=2", "train.steps=9"), "lora.rank: 4 there, 2 now"
+
+
+def unknown_checkpoint(recipe, tiny, tmp_path):
+    return [*train(recipe), "--resume", "nowhere"], "there is no such checkpoint folder. Use auto, never, or a path"
+
+
+def lora_without_targets(recipe, tiny, tmp_path):
+    return train(recipe, "lora.targets=attention"), "lora.targets 'attention' matches none of the network's linears"
+
+
+def no_gpu(recipe, tiny, tmp_path):
+    return train(recipe, "run.device=cuda"), "torch sees no GPU. Set run.device=cpu"
+
+
+def not_a_run(recipe, tiny, tmp_path):
+    return ["sample", str(tmp_path), "--prompt", "x"], "is not a run: it has no config.yaml"
+
+
+def sample_without_prompt(recipe, tiny, tmp_path):
+    assert main(train(recipe)) == 0
+    return ["sample", str(tmp_path / "run")], "there is no prompt: give --prompt TEXT or --prompts FILE"
+
+
+def inception_without_weights(recipe, tiny, tmp_path):
+    assert main(train(recipe)) == 0
+    return ["evaluate", str(tmp_path / "run"), "evaluate.features=inception"], "must name Inception's weights"
+
+
+CASES = [
+    unknown_key, unknown_section, wrong_type, wrong_choice, zero_steps, uneven_batch, override_without_value,
+    missing_recipe, broken_yaml, missing_model, hub_without_network, wrong_model_folder, wrong_pipeline,
+    interrupted_download, missing_weights, missing_data, images_given_as_cache, empty_data, image_without_caption,
+    corrupt_image, corrupt_image_in_a_worker, cut_shard, flipped_bit, cache_of_another_model,
+    cache_of_another_text_length, resolution_not_divisible, no_permission, unknown_prompt_file,
+    checkpoint_of_another_recipe, unknown_checkpoint, lora_without_targets, no_gpu, not_a_run, sample_without_prompt,
+    inception_without_weights,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+def test_bad_input(case, recipe, tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    command, message = case(recipe, tiny, tmp_path)
+    capsys.readouterr()
+    assert main(command) == 2
+    output = capsys.readouterr().err
+    error = output[output.index("scfm: error: ") :]
+    assert message in error
+    assert "Traceback" not in output
+    with capsys.disabled():
+        if os.environ.get("SCFM_SHOW_MESSAGES"):
+            print(f"\n{case.__name__}: {' '.join(error.split())}")
+
+
+def test_disk_full(make_config, tmp_path):
+    """A real full disk: a tmpfs of one megabyte."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.strip()}")
+    try:
+        config = make_config(
+            {"run.dir": str(disk / "run"), "checkpoint.every": 1, "checkpoint.keep": 50, "train.steps": 50}
+        )
+        trainer = Trainer(config)
+        with pytest.raises(ValueError, match=r"the disk is full.*The last one, step_\d+, is intact"):
+            fit(trainer)
+        resumed = sorted((disk / "run" / "checkpoints").iterdir())
+        assert all(path.name.startswith("step_") for path in resumed)  # nothing half-written is left
+        saved = len(resumed)
+        assert saved >= 1
+        assert Trainer(config, resume=resumed[-1]).progress.step == saved
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

@@ -1,0 +1,108 @@
+"""kill -9 at random moments, and polite signals: the same command goes on, and the result is bitwise the same."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from scfm_core.train.checkpoint import find_checkpoint
+from scfm_core.train.config import dump_config
+
+STEPS = 60
+
+
+@pytest.fixture
+def recipe(make_config, tmp_path):
+    changes = {
+        "train.steps": STEPS,
+        "train.micro_batch_size": 4,
+        "checkpoint.every": 4,
+        "method.step_gain": {"gamma": 0.5},
+        "ema.restart_every": 25,
+        "data.num_workers": 1,
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump_config(make_config(changes)))
+    return path
+
+
+def start(recipe, run_dir):
+    command = [sys.executable, "-m", "recipes.cli", "train", str(recipe), f"run.dir={run_dir}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, env=environment, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )  # fmt: skip
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def steps_logged(run_dir):
+    path = run_dir / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.is_file() else 0
+
+
+def wait_for_steps(process, run_dir, steps):
+    deadline = time.monotonic() + 200
+    while steps_logged(run_dir) < steps:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "the run makes no progress"
+        time.sleep(0.02)
+
+
+def assert_same_end(left, right):
+    ends = [find_checkpoint(run_dir) for run_dir in (left, right)]
+    assert [end.name for end in ends] == [f"step_{STEPS:08d}"] * 2
+    files = [
+        f"checkpoints/{ends[0].name}/{name}.safetensors" for name in ("student", "ema_fast", "ema_slow", "optimizer")
+    ]
+    for name in (*files, "adapter/pytorch_lora_weights.safetensors"):
+        one, other = (load_file(run_dir / name) for run_dir in (left, right))
+        assert one.keys() == other.keys()
+        assert all(one[key].equal(other[key]) for key in one), name
+    rows = [[json.loads(line) for line in (d / "metrics.jsonl").read_text().splitlines()] for d in (left, right)]
+    assert [row["step"] for row in rows[1]] == list(range(1, STEPS + 1))
+    assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]
+
+
+def test_kill_nine_three_times_and_polite_signals(recipe, tmp_path):
+    whole, killed, asked = (tmp_path / name for name in ("whole", "killed", "asked"))
+    finish(start(recipe, whole))
+
+    moments = random.Random(20261121)
+    for count in range(3):
+        process = start(recipe, killed)
+        wait_for_steps(process, killed, 12 * (count + 1) + moments.randrange(8))
+        time.sleep(moments.uniform(0, 0.3))
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    assert "resuming from" in finish(start(recipe, killed))
+    assert_same_end(whole, killed)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        process = start(recipe, asked)
+        wait_for_steps(process, asked, steps_logged(asked) + 6)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 128 + number, output
+        stopped = steps_logged(asked)
+        assert f"stopped by {number.name} after step {stopped}" in output
+        assert find_checkpoint(asked).name == f"step_{stopped:08d}"
+    finish(start(recipe, asked))
+    assert_same_end(whole, asked)
+
+    # Killed between the last checkpoint and the export: the adapter is still to come.
+    (asked / "adapter" / "pytorch_lora_weights.safetensors").unlink()
+    assert "nothing to do" in finish(start(recipe, asked))
+    assert_same_end(whole, asked)

@@ -1,0 +1,168 @@
+import ast
+import re
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# What each package may import from this repository, itself included. A new package needs a line here.
+ALLOWED = {
+    "scfm_core": (),  # its __init__ runs before any package below
+    "scfm_core.errors": (),
+    "scfm_core.flow": ("scfm_core.flow",),
+    "scfm_core.scfm": ("scfm_core.scfm", "scfm_core.flow"),
+    "scfm_core.kernels": ("scfm_core.kernels", "scfm_core.flow"),
+    "scfm_core.models": ("scfm_core.models", "scfm_core.flow", "scfm_core.kernels", "scfm_core.errors"),
+    "scfm_core.data": ("scfm_core.data", "scfm_core.errors"),
+    "scfm_core.distributed": ("scfm_core.distributed", "scfm_core.errors"),
+    "scfm_core.train": ("scfm_core",),
+    "data_tools": ("data_tools", "scfm_core.data", "scfm_core.models", "scfm_core.flow", "scfm_core.errors"),
+    "recipes": ("recipes", "data_tools", "scfm_core"),
+}
+OURS = ("scfm_core", "recipes", "data_tools")
+
+# What a package may import from elsewhere, where that is held.
+THIRD_PARTIES = {"scfm_core.flow": {"torch"}}
+
+# Heavy or optional: one module each, inside the function that needs it.
+LAZY = {"deepspeed", "streaming", "webdataset", "wandb", "xformers"}
+
+
+@dataclass(frozen=True)
+class Import:
+    name: str
+    """Dotted; for `from a import b` it is `a.b`, which may be a module or not."""
+    line: int
+    inside_function: bool
+
+    @property
+    def top(self) -> str:
+        return self.name.partition(".")[0]
+
+
+def imports_of(source: str, module: str, *, is_package: bool = False) -> list[Import]:
+    found: list[Import] = []
+
+    def visit(node: ast.AST, inside_function: bool) -> None:
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            origin = [node.module] if node.module else []
+            if node.level:
+                parents = module.split(".") + (["__init__"] if is_package else [])
+                origin = parents[: -node.level] + origin
+            names = [".".join([*origin, alias.name]) for alias in node.names]
+        else:
+            names = []
+        found.extend(Import(name, node.lineno, inside_function) for name in names)
+        inside_function |= isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        for child in ast.iter_child_nodes(node):
+            visit(child, inside_function)
+
+    visit(ast.parse(source), False)
+    return found
+
+
+def package_of(module: str) -> str:
+    return ".".join(module.split(".")[: 2 if module.startswith("scfm_core.") else 1])
+
+
+def within(name: str, packages: tuple[str, ...]) -> bool:
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+def violations(modules: dict[str, list[Import]]) -> list[str]:
+    broken = []
+    homes = defaultdict(set)
+    for module, imports in modules.items():
+        package = package_of(module)
+        if package not in ALLOWED:
+            broken.append(f"{module}: no rule for {package}")
+            continue
+        for imported in imports:
+            where = f"{module}:{imported.line}: {imported.name}"
+            if imported.top in OURS:
+                if not within(imported.name, ALLOWED[package]):
+                    broken.append(f"{where}: {package} may not import this")
+            elif package in THIRD_PARTIES and imported.top not in THIRD_PARTIES[package] | sys.stdlib_module_names:
+                broken.append(f"{where}: {package} may not import this third party")
+            if imported.top in LAZY:
+                homes[imported.top].add(module)
+                if not imported.inside_function:
+                    broken.append(f"{where}: only inside a function")
+    broken += [f"{name} is imported in {sorted(users)}" for name, users in homes.items() if len(users) > 1]
+    return broken
+
+
+def project() -> dict[str, list[Import]]:
+    modules = {}
+    for path in sorted(path for package in OURS for path in (ROOT / package).rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        is_package = parts[-1] == "__init__"
+        module = ".".join(parts[:-1] if is_package else parts)
+        modules[module] = imports_of(path.read_text(encoding="utf-8"), module, is_package=is_package)
+    return modules
+
+
+def test_the_project_keeps_its_import_direction():
+    modules = project()
+    # An empty walk would keep any rule.
+    assert set(ALLOWED) - {"scfm_core.kernels"} <= {package_of(module) for module in modules}
+    assert "scfm_core.flow.path.euler_step" in {imported.name for imported in modules["scfm_core.flow.sampler"]}
+    assert violations(modules) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("scfm_core.flow.path", "import torch, math"),
+        ("scfm_core.flow.sampler", "from .path import euler_step"),
+        ("scfm_core.scfm.plan", "from scfm_core.flow import random"),
+        ("scfm_core.data.webdataset", "def write():\n    import webdataset"),
+        ("scfm_core.train.trainer", "from scfm_core import models, scfm"),
+        ("recipes.cli", "def main():\n    from data_tools.encode import encode_folder"),
+    ],
+)
+def test_allowed_imports_pass(module, source):
+    assert violations({module: imports_of(source, module)}) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "message"),
+    [
+        ("scfm_core.flow.path", "import numpy", "scfm_core.flow.path:1: numpy: .* third party"),
+        ("scfm_core.flow.path", "import scfm_core.errors", "scfm_core.flow may not"),
+        ("scfm_core.flow.path", "from ..scfm import plan", "scfm_core.scfm.plan: scfm_core.flow may not"),
+        ("scfm_core.flow.path", "from scfm_core import scfm", "scfm_core.flow may not"),
+        ("scfm_core.scfm.plan", "\n\ndef f():\n    from scfm_core.models import flux", "plan:4: .* may not"),
+        ("scfm_core.scfm.plan", "import scfm_core.flowers", "scfm_core.scfm may not"),
+        ("scfm_core.scfm.plan", "import scfm_core", "scfm_core.scfm may not"),
+        ("scfm_core.models.flux", "from scfm_core.train.config import RunConfig", "scfm_core.models may not"),
+        ("scfm_core.data.loader", "from scfm_core.distributed import engine", "scfm_core.data may not"),
+        ("scfm_core.train.trainer", "from recipes import cli", "scfm_core.train may not"),
+        ("data_tools.encode", "from scfm_core.train import config", "data_tools may not"),
+        ("scfm_core", "from scfm_core.train import trainer", "scfm_core may not"),
+        ("scfm_core.novel.thing", "", "no rule for scfm_core.novel"),
+        ("scfm_core.train.metrics", "import wandb", "wandb: only inside a function"),
+        ("scfm_core.train.metrics", "try:\n    import wandb\nexcept ImportError:\n    pass", "only inside"),
+        ("scfm_core.train.metrics", "class A:\n    import wandb.sdk", "only inside"),
+    ],
+)
+def test_the_walker_catches(module, source, message):
+    [broken] = violations({module: imports_of(source, module)})
+    assert re.search(message, broken)
+
+
+def test_the_walker_catches_a_second_home_of_a_lazy_import():
+    source = "def f():\n    import deepspeed.comm"
+    modules = {name: imports_of(source, name) for name in ("scfm_core.distributed.a", "scfm_core.train.b")}
+    assert violations(modules) == ["deepspeed is imported in ['scfm_core.distributed.a', 'scfm_core.train.b']"]
+
+
+def test_relative_imports_resolve_from_a_package_itself():
+    [imported] = imports_of("from .plan import PlanConfig", "scfm_core.scfm", is_package=True)
+    assert imported.name == "scfm_core.scfm.plan.PlanConfig"
