@@ -28,7 +28,7 @@ class ImageFolder:
         if not folder.is_dir():
             raise UserError(f"data: there is no folder {str(folder)!r}")
         self.folder, self.height, self.width = folder, height, width
-        self.paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        self.paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
         if not self.paths:
             raise UserError(f"data: {folder} holds no image ({', '.join(IMAGE_SUFFIXES)})")
         self._captions = self._read_captions()
@@ -46,7 +46,7 @@ class ImageFolder:
             if name in listed:
                 captions.append(listed[name])
             elif beside.is_file():
-                captions.append(beside.read_text(encoding="utf-8").strip())
+                captions.append(_read_text(beside).strip())
             else:
                 missing.append(name)
         if missing:
@@ -62,12 +62,14 @@ class ImageFolder:
         if not path.is_file():
             return {}
         listed = {}
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(_read_text(path).split("\n"), 1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-                listed[str(row["file_name"])] = str(row["text"])
+                if not isinstance(row["file_name"], str) or not isinstance(row["text"], str):
+                    raise TypeError("both must be strings")
+                listed[row["file_name"]] = row["text"]
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 raise UserError(
                     f'data: line {number} of {path} is not {{"file_name": ..., "text": ...}} ({error!r})'
@@ -90,6 +92,15 @@ class ImageFolder:
         )
 
 
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")  # a byte order mark is no part of a caption
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"data: {path} is not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8"
+        ) from error
+
+
 def load_image(path: Path, height: int, width: int) -> Tensor:
     """An image resized to cover `height` x `width` and centre-cropped: fp32 [3, height, width] in [-1, 1].
 
@@ -101,8 +112,11 @@ def load_image(path: Path, height: int, width: int) -> Tensor:
 
     try:
         with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened).convert("RGB")
-    except OSError as error:  # PIL's own errors derive from it
+            image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith("I"):  # 16-bit grey: PIL would clip it at 255
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            image = image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # PIL raises all of these
         raise UserError(f"data: {path} is not a readable image ({error}). Remove it or replace it") from error
     fitted = ImageOps.fit(image, (width, height), method=Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 127.5 - 1

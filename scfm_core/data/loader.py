@@ -90,23 +90,43 @@ def batches(
     assert (stop - start) % micro_batch_size == 0
     loader: DataLoader[Batch] = DataLoader(
         _Stream(dataset, seed, config.shuffle),
-        batch_sampler=[list(range(at, at + micro_batch_size)) for at in range(start, stop, micro_batch_size)],
+        batch_sampler=_Consecutive(range(start, stop, micro_batch_size), micro_batch_size),
         num_workers=config.num_workers,
         collate_fn=_collate,
         worker_init_fn=_ignore_signals if config.num_workers else None,
     )
+    iterator = iter(loader)
     try:
-        yield from loader
+        yield from iterator
     except UserError as error:
         # A worker's error arrives with the worker's traceback as its message; the last line is the message.
         raise UserError(str(error).strip().splitlines()[-1].split("UserError: ")[-1]) from error
+    finally:
+        # A traceback may keep the iterator alive to the end of the process, whose exit would then wait for ever for
+        # workers that ignore its SIGTERM.
+        if config.num_workers:
+            iterator._shutdown_workers()  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class _Consecutive:
+    """Runs of `size` consecutive indices, made as they are asked for: a long run has millions."""
+
+    starts: range
+    size: int
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (list(range(at, at + self.size)) for at in self.starts)
 
 
 def _ignore_signals(_: int) -> None:
-    # Ctrl-C and SIGTERM reach the whole process group; the training process decides when to stop, and its workers
-    # must live until it has.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Ctrl-C, and Slurm's signals, reach every process of the job; the training process decides when to stop, and its
+    # workers must live until it has.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _collate(rows: list[tuple[int, object]]) -> Batch:

@@ -148,15 +148,21 @@ class Manifest:
                 f"finish: run it again. For a folder of plain images set data.format=folder"
             )
         try:
-            data: dict[str, Any] = json.loads(path.read_text())
+            data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             if data.pop("format") != MANIFEST_FORMAT or data.pop("version") != MANIFEST_VERSION:
                 raise UserError(
                     f"data.path: {path} is of another format or version than this release reads; encode again"
                 )
             shards = tuple(ShardEntry(**shard) for shard in data.pop("shards"))
             manifest = cls(resolution=tuple(data.pop("resolution")), shards=shards, **data)
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except UserError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:  # no JSON, no UTF-8, or other keys
             raise UserError(f"data.path: {path} is damaged ({error!r}); encode again") from error
+        if manifest.samples != sum(shard.samples for shard in manifest.shards):
+            raise UserError(
+                f"data.path: {path} is damaged: {manifest.samples} samples are not its shards' sum; encode again"
+            )
         if manifest.samples == 0:
             raise UserError(f"data.path: {path} lists no sample; encode a folder with images")
         return manifest

@@ -1,5 +1,6 @@
 """Shards of cached samples in webdataset's tar layout: the library writes them, random access reads them."""
 
+import contextlib
 import hashlib
 import io
 import json
@@ -43,12 +44,18 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None:
-            if self._stream is not None:
-                self._stream.close()
+        try:
+            if kind is None:
+                self._finish_shard()
+        finally:
+            if self._stream is not None:  # an error, here or in the caller
+                with contextlib.suppress(OSError):
+                    self._tar.close()  # or it would be closed, with a traceback, when it is collected
+                with contextlib.suppress(OSError):
+                    self._stream.close()
                 self._aside.unlink(missing_ok=True)
+        if kind is not None:
             return
-        self._finish_shard()
         Manifest(
             encoder=self._manifest.encoder,
             text_length=self._manifest.text_length,
@@ -161,7 +168,7 @@ class CachedDataset:
     def _index(self, number: int, entry: ShardEntry) -> None:
         members: dict[str, dict[str, tuple[int, int]]] = {}
         try:
-            with tarfile.open(self.folder / entry.name) as tar:
+            with tarfile.open(self.folder / entry.name, mode="r:") as tar:  # uncompressed alone: offsets
                 for member in tar:
                     key, _, extension = member.name.partition(".")
                     if member.isfile() and extension in _MEMBERS:
@@ -187,8 +194,12 @@ class CachedDataset:
         return os.pread(self._files[location.shard], size, offset)
 
     def caption(self, index: int) -> str:
-        """The caption of record `index`."""
-        return self._read(self._locations[index], "txt").decode()
+        """The caption of record `index`; UserError if it is not UTF-8."""
+        location = self._locations[index]
+        try:
+            return self._read(location, "txt").decode()
+        except UnicodeDecodeError as error:
+            raise self._undecodable(location, error) from error
 
     def __getitem__(self, index: int) -> Record:
         location = self._locations[index]
@@ -201,8 +212,11 @@ class CachedDataset:
                 text=tensors["text"],
                 pooled=tensors["pooled"],
             )
-        except (SafetensorError, KeyError, UnicodeDecodeError) as error:
-            shard = self.folder / self.manifest.shards[location.shard].name
-            raise UserError(
-                f"data.path: sample {location.key!r} of shard {shard} cannot be decoded ({error!r})"
-            ) from error
+        except (SafetensorError, KeyError) as error:
+            raise self._undecodable(location, error) from error
+
+    def _undecodable(self, location: _Location, error: Exception) -> UserError:
+        shard = self.folder / self.manifest.shards[location.shard].name
+        return UserError(
+            f"data.path: sample {location.key!r} of shard {shard} cannot be decoded ({error!r}). Encode again"
+        )

@@ -1,0 +1,427 @@
+"""Configurations: typed, checked at once, and each mistake answered with where it is and what was meant."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from scfm_core.data.loader import DataConfig
+from scfm_core.errors import UserError
+from scfm_core.models.adapters import LoRAConfig
+from scfm_core.scfm.ema import EMAConfig
+from scfm_core.scfm.plan import PlanConfig, StepGain
+from scfm_core.train.config import (
+    CheckpointConfig,
+    EvaluateConfig,
+    ModelConfig,
+    RunConfig,
+    RunSection,
+    SampleConfig,
+    TrainConfig,
+    WandbConfig,
+    dump_config,
+    find_recipe,
+    load_config,
+    parse_config,
+)
+
+RECIPES = Path(__file__).parents[2] / "recipes" / "configs"
+SHIPPED = sorted(path.relative_to(RECIPES).as_posix() for path in RECIPES.rglob("*.yaml"))
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """The shortest configuration there is."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text("run: {dir: runs/x}\nmodel: {path: some/model}\ndata: {path: some/cache}\n")
+    return path
+
+
+def refusal(recipe: Path | str, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_config(recipe, overrides)
+    return str(caught.value)
+
+
+class TestReading:
+    @pytest.mark.parametrize("name", SHIPPED)
+    def test_shipped_recipes_load(self, name):
+        assert isinstance(load_config(RECIPES / name), RunConfig)
+
+    def test_there_are_shipped_recipes(self):
+        assert {"tiny_pretrain.yaml", "tiny_distill.yaml"} <= set(SHIPPED)
+
+    @pytest.mark.parametrize("name", ["tiny_distill.yaml", "tiny_distill"])
+    def test_shipped_recipes_are_found_by_bare_name(self, name, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        assert load_config(name) == load_config(RECIPES / "tiny_distill.yaml")
+
+    def test_file_here_wins_over_a_shipped_one(self, recipe, monkeypatch):
+        recipe.rename(recipe.with_name("tiny_distill.yaml"))
+        monkeypatch.chdir(recipe.parent)
+        assert load_config("tiny_distill.yaml").run.dir == "runs/x"
+
+    def test_defaults_are_the_papers(self, recipe):
+        config = load_config(recipe)
+        assert (config.method.teacher_fraction, config.method.teacher_grid) == (0.4, 32)
+        assert (config.method.self_grids, config.method.shift) == ((16, 8, 4), (2.5, 4.5))
+        assert (config.ema.fast, config.ema.slow, config.ema.restart_every) == (0.99, 0.999, None)
+        assert (config.lora.rank, config.lora.alpha) == (64, 64.0)
+        assert (config.train.lr, config.train.lr_schedule, config.train.global_batch_size) == (2e-5, "constant", 16)
+        assert config.train.clip_norm == 10
+        assert config.model.text_length == 256
+        assert config.data.resolution == (512, 512)
+
+    def test_numbers_become_the_fields_types(self, recipe):
+        """YAML 1.1 reads 2e-5 as a string and 1 as an integer."""
+        config = load_config(recipe, ["train.lr=2e-5", "train.clip_norm=1", "train.steps=100.0"])
+        assert (config.train.lr, config.train.clip_norm, config.train.steps) == (2e-5, 1.0, 100)
+        assert [type(x) for x in (config.train.lr, config.train.clip_norm, config.train.steps)] == [float, float, int]
+
+    def test_lists_become_tuples(self, recipe):
+        recipe.write_text(recipe.read_text() + "method: {self_grids: [16, 2]}\nsample: {prompts: [a, b]}\n")
+        config = load_config(recipe)
+        assert config.method.self_grids == (16, 2)
+        assert config.sample.prompts == ("a", "b")
+
+    def test_prompts_may_be_a_file(self, recipe):
+        assert load_config(recipe, ["sample.prompts=prompts.yaml"]).sample.prompts == "prompts.yaml"
+
+    def test_section_from_a_file(self, recipe, tmp_path):
+        (tmp_path / "other.yaml").write_text("path: other/cache\nresolution: [64, 32]\n")
+        recipe.write_text(recipe.read_text().replace("{path: some/cache}", str(tmp_path / "other.yaml")))
+        assert load_config(recipe).data == DataConfig(path="other/cache", resolution=(64, 32))
+
+
+class TestDumping:
+    @pytest.mark.parametrize("name", SHIPPED)
+    def test_shipped_recipes_come_back(self, name, tmp_path):
+        config = load_config(RECIPES / name)
+        (tmp_path / "config.yaml").write_text(dump_config(config))
+        assert load_config(tmp_path / "config.yaml") == config
+
+    def test_every_field_comes_back(self, tmp_path):
+        """Every field differs from its default, and the strings look like other YAML types."""
+        config = RunConfig(
+            run=RunSection(dir="123", seed=7, device="no"),
+            model=ModelConfig(path="~", init="random", text_length=77),
+            data=DataConfig(path="1e3", format="folder", resolution=(64, 48), shuffle=False, num_workers=0, verify=False),
+            method=PlanConfig(
+                teacher_fraction=1 / 3,
+                flow_fraction=0.1,
+                teacher_grid=64,
+                self_grids=(2,),
+                shift=(1e-5, 3.0),
+                dynamic_shift_fraction=0.1,
+                guidance=(3.5, 5.0),
+                step_gain=StepGain(gamma=0.1 + 0.2),
+                sigma_max=1.0,
+            ),
+            ema=EMAConfig(fast=0.9, slow=0.95, restart_every=1000),
+            lora=LoRAConfig(rank=4, alpha=1e-7, targets=r"blocks\.\d+: #.*"),
+            train=TrainConfig(
+                weights="lora",
+                steps=9,
+                global_batch_size=6,
+                micro_batch_size=3,
+                lr=3e-5,
+                lr_schedule="cosine",
+                warmup_steps=1,
+                betas=(0.8, 0.9),
+                weight_decay=1e-2,
+                clip_norm=float("inf"),
+                compute_dtype="float32",
+                activation_checkpointing="selective",
+                compile=True,
+            ),
+            checkpoint=CheckpointConfig(every=1, keep=1),
+            sample=SampleConfig(
+                every=0, prompts=("none", "yes", "猫: 🐈", "a\nb"), steps=(5,), seed=0, shift="dynamic", guidance=0.0,
+                weights="ema_fast",
+            ),
+            evaluate=EvaluateConfig(
+                steps=(2,), teacher_steps=50, samples=2, prompts="null", batch_size=1, features="classifier",
+                features_path="0x10", clip_path="2001-01-01",
+            ),
+            wandb=WandbConfig(mode="disabled", project="1_000"),
+        )  # fmt: skip
+        unchanged = [
+            f"{section.name}.{field.name}"
+            for section in dataclasses.fields(config)
+            for field in dataclasses.fields(getattr(config, section.name))
+            if getattr(getattr(config, section.name), field.name) == field.default
+        ]
+        # One has a single choice so far; the other must be lora beside step_gain.
+        assert unchanged == ["model.family", "train.weights"], "a field is missing above"
+        (tmp_path / "config.yaml").write_text(dump_config(config))
+        assert load_config(tmp_path / "config.yaml") == config
+
+    def test_optional_fields_come_back_empty(self, recipe, tmp_path):
+        config = load_config(recipe)
+        (tmp_path / "config.yaml").write_text(dump_config(config))
+        assert load_config(tmp_path / "config.yaml") == config
+        assert config.method.step_gain is config.ema.restart_every is config.evaluate.clip_path is None
+
+
+class TestOverrides:
+    def test_reach_the_field_and_nothing_else(self, recipe):
+        changed = load_config(recipe, ["train.steps=7", "run.dir=elsewhere"])
+        plain = load_config(recipe)
+        assert changed == dataclasses.replace(
+            plain, train=dataclasses.replace(plain.train, steps=7), run=dataclasses.replace(plain.run, dir="elsewhere")
+        )
+
+    def test_later_ones_win(self, recipe):
+        assert load_config(recipe, ["train.steps=7", "train.steps=8"]).train.steps == 8
+
+    def test_nested(self, recipe):
+        assert load_config(recipe, ["method.step_gain.gamma=0.25"]).method.step_gain == StepGain(gamma=0.25)
+        assert load_config(recipe, ["method.step_gain={}"]).method.step_gain == StepGain()
+
+    def test_nested_over_none(self, recipe):
+        overrides = ["method.step_gain=null", "method.step_gain.gamma=0.25"]
+        assert load_config(recipe, overrides).method.step_gain == StepGain(gamma=0.25)
+
+    def test_lists(self, recipe):
+        config = load_config(
+            recipe, ["method.self_grids=[4, 2]", "sample.prompts=[a cat, 'a, b']", "data.resolution=[8,16]"]
+        )
+        assert config.method.self_grids == (4, 2)
+        assert config.sample.prompts == ("a cat", "a, b")
+        assert config.data.resolution == (8, 16)
+
+    @pytest.mark.parametrize("word", ["none", "null", "~", ""])
+    def test_none_where_a_field_may_be_none(self, recipe, word):
+        recipe.write_text(recipe.read_text() + "ema: {restart_every: 5}\nmethod: {step_gain: {gamma: 1}}\n")
+        config = load_config(recipe, [f"ema.restart_every={word}", f"method.step_gain={word}"])
+        assert config.ema.restart_every is None
+        assert config.method.step_gain is None
+
+    def test_none_stays_a_word_where_it_is_a_choice(self, recipe):
+        assert load_config(recipe, ["train.activation_checkpointing=none"]).train.activation_checkpointing == "none"
+        assert load_config(recipe, ["run.dir=none"]).run.dir == "none"
+
+    def test_value_may_hold_an_equals_sign(self, recipe):
+        assert load_config(recipe, ["run.dir=lr=2e-5"]).run.dir == "lr=2e-5"
+
+    def test_section_from_a_file_and_then_a_key_of_it(self, recipe, tmp_path):
+        other = tmp_path / "other.yaml"
+        other.write_text("path: other/cache\nnum_workers: 4\nshuffle: false\n")
+        config = load_config(recipe, ["data.verify=false", f"data={other}", "data.num_workers=0"])
+        assert config.data == DataConfig(path="other/cache", num_workers=0, shuffle=False)
+
+    @pytest.mark.parametrize("override", ["train.lr", "=1", "--train.lr 1", ""])
+    def test_not_of_the_form(self, recipe, override):
+        assert refusal(recipe, override) == f"override {override!r} is not of the form section.key=value"
+
+    def test_value_that_is_not_yaml(self, recipe):
+        assert refusal(recipe, "train.betas=[0.9").startswith(
+            "the value of override 'train.betas=[0.9' is not valid YAML"
+        )
+
+    def test_below_a_value(self, recipe):
+        assert "override 'run.dir.x=1': dir is not a section" in refusal(recipe, "run.dir.x=1")
+
+
+class TestUnknownKeys:
+    @pytest.mark.parametrize(
+        ("override", "wrong", "meant"),
+        [
+            ("dta.path=x", "dta", "data"),
+            ("train.step=5", "train.step", "train.steps"),
+            ("train.learning_rat=5", "train.learning_rat", None),
+            ("method.step_gain.gama=1", "method.step_gain.gama", "method.step_gain.gamma"),
+            ("checkpoint.evry=1", "checkpoint.evry", "checkpoint.every"),
+        ],
+    )
+    def test_nearest_one_is_named(self, recipe, override, wrong, meant):
+        message = refusal(recipe, override)
+        assert f"{recipe}: unknown key {wrong}; " in message
+        assert f"did you mean {meant}?" in message if meant else "known here: weights, steps," in message
+
+    @pytest.mark.parametrize("key", ["zzz", "1"])
+    def test_far_from_all_names_those_that_exist(self, recipe, key):
+        message = refusal(recipe, f"{key}=1")
+        assert f"unknown key {key}; known here: run, model, data, method" in message
+
+    def test_in_a_swapped_section(self, recipe, tmp_path):
+        (tmp_path / "other.yaml").write_text("path: x\nworkers: 4\n")
+        assert "unknown key data.workers; did you mean data.num_workers?" in refusal(
+            recipe, f"data={tmp_path / 'other.yaml'}"
+        )
+
+
+class TestWrongTypes:
+    @pytest.mark.parametrize(
+        ("override", "where", "got"),
+        [
+            ("train.steps=many", "train.steps", "'many'"),
+            ("train.steps=1.5", "train.steps", "1.5"),
+            ("train.steps=", "train.steps", "None"),
+            ("train.lr=fast", "train.lr", "'fast'"),
+            ("train.lr.x=1", "train.lr", "{'x': 1}"),
+            ("train.compile=maybe", "train.compile", "'maybe'"),
+            ("train.weights=loar", "train.weights", "'loar'"),
+            ("train=5", "train", "5"),
+            ("run.dir=5", "run.dir", "5"),
+            ("data.resolution=512", "data.resolution", "512"),
+            ("data.resolution=[512, wide]", "data.resolution.1", "'wide'"),
+            ("method.step_gain=0.5", "method.step_gain", "0.5"),
+            ("sample.shift=dynamics", "sample.shift", "'dynamics'"),
+            ("sample.prompts=[1, b]", "sample.prompts.0", "1"),
+            ("ema.restart_every=never", "ema.restart_every", "'never'"),
+        ],
+    )
+    def test_key_and_value_are_named(self, recipe, override, where, got):
+        lines = refusal(recipe, override).splitlines()
+        assert lines[0] == f"{recipe} is not a valid configuration:"
+        assert any(line.startswith(f"  {where}: ") and line.endswith(f"(got {got})") for line in lines), lines
+
+    def test_choices_are_listed(self, recipe):
+        assert "'student', 'ema_fast' or 'ema_slow'" in refusal(recipe, "sample.weights=slow")
+
+    def test_all_mistakes_are_named_at_once(self, recipe):
+        message = refusal(recipe, "train.steps=many", "data.num_workers=some", "model.text_length=0")
+        for part in ("train.steps", "data.num_workers", "model.text_length"):
+            assert part in message
+
+    def test_what_is_missing_is_named(self):
+        with pytest.raises(UserError, match=r"(?s)here is not a valid.*run\.dir: Field required.*data: Field required"):
+            parse_config({"run": {}, "model": {"path": "x"}}, source="here")
+
+
+INVALID = [
+    ("model.text_length=0", "model.text_length must be in 1..512, got 0"),
+    ("model.text_length=513", "model.text_length must be in 1..512, got 513"),
+    ("data.resolution=[0, 16]", "data.resolution must be positive, got (0, 16)"),
+    ("data.resolution=[16, -16]", "data.resolution must be positive, got (16, -16)"),
+    ("data.num_workers=-1", "data.num_workers must be at least 0, got -1"),
+    ("method.teacher_fraction=-0.1", "method.teacher_fraction must be in [0, 1], got -0.1"),
+    ("method.teacher_fraction=.nan", "method.teacher_fraction must be in [0, 1], got nan"),
+    ("method.flow_fraction=1.1", "method.flow_fraction must be in [0, 1], got 1.1"),
+    ("method.dynamic_shift_fraction=2", "method.dynamic_shift_fraction must be in [0, 1], got 2.0"),
+    ("method.flow_fraction=0.7", "method.teacher_fraction + method.flow_fraction must be at most 1, got 0.4 + 0.7"),
+    ("method.teacher_grid=31", "method.teacher_grid needs even step counts of at least 2 (jumps are pairs), got (31,)"),
+    ("method.teacher_grid=0", "method.teacher_grid needs even"),
+    ("method.self_grids=[]", "method.self_grids needs even"),
+    ("method.self_grids=[8, 3]", "method.self_grids needs even"),
+    ("method.shift=[3, 2]", "method.shift must be [low, high] with 1e-06 <= low <= high, finite, got [3.0, 2.0]"),
+    ("method.shift=[0, 1]", "method.shift must be [low, high]"),
+    ("method.guidance=[-1, 1]", "method.guidance must be [low, high] with 0 <= low <= high, finite, got [-1.0, 1.0]"),
+    ("method.shift=[1, .inf]", "method.shift must be [low, high]"),
+    (
+        "method.shift=[2, 1.0e+7]",
+        "method: at shift 1e+07 the finest grid's second point, 1.000000, reaches sigma_max 0.99999",
+    ),
+    ("method.sigma_max=0.9", "method.sigma_max must be in (0.9, 1], got 0.9"),
+    ("method.sigma_max=1.01", "method.sigma_max must be in (0.9, 1], got 1.01"),
+    ("method.step_gain.gamma=0", "step_gain.gamma must be in (0, 4], got 0.0"),
+    ("method.step_gain.gamma=4.1", "step_gain.gamma must be in (0, 4], got 4.1"),
+    ("ema.fast=0.9995", "ema needs 0 <= fast <= slow < 1, got fast 0.9995, slow 0.999"),
+    ("ema.fast=-0.1", "ema needs 0 <= fast"),
+    ("ema.slow=1", "ema needs 0 <= fast"),
+    ("ema.restart_every=0", "ema.restart_every must be at least 1 or none, got 0"),
+    ("lora.rank=0", "lora.rank and lora.alpha must be positive, got 0 and 64.0"),
+    ("lora.alpha=0", "lora.rank and lora.alpha must be positive, got 64 and 0.0"),
+    ("lora.targets='('", "lora.targets is not a regular expression: missing )"),
+    ("train.steps=0", "train.steps must be at least 1, got 0"),
+    ("train.global_batch_size=0", "train.global_batch_size must be at least 1, got 0"),
+    ("train.micro_batch_size=-8", "train.micro_batch_size must be at least 1, got -8"),
+    ("train.micro_batch_size=3", "train.global_batch_size 16 is not a multiple of train.micro_batch_size 3"),
+    ("train.micro_batch_size=32", "train.global_batch_size 16 is not a multiple of train.micro_batch_size 32"),
+    ("train.lr=0", "train.lr and train.clip_norm must be positive, got 0.0 and 10.0"),
+    ("train.lr=.nan", "train.lr and train.clip_norm must be positive, got nan and 10.0"),
+    ("train.clip_norm=-1", "train.lr and train.clip_norm must be positive, got 2e-05 and -1.0"),
+    ("train.warmup_steps=-1", "train.warmup_steps must be in 0..train.steps, got -1"),
+    ("train.warmup_steps=3001", "train.warmup_steps must be in 0..train.steps, got 3001"),
+    ("checkpoint.every=0", "checkpoint.every and checkpoint.keep must be at least 1, got 0, 2"),
+    ("checkpoint.keep=0", "checkpoint.every and checkpoint.keep must be at least 1, got 250, 0"),
+    ("sample.every=-1", "sample.every must be >= 0 and sample.steps positive, got -1"),
+    ("sample.steps=[]", "sample.every must be >= 0 and sample.steps positive, got 250, ()"),
+    ("sample.steps=[4, 0]", "sample.every must be >= 0 and sample.steps positive, got 250, (4, 0)"),
+    ("sample.shift=0", "sample.shift must be positive or 'dynamic', got 0"),
+    ("evaluate.steps=[0]", "evaluate.steps, teacher_steps and batch_size must be >= 1"),
+    ("evaluate.teacher_steps=0", "evaluate.steps, teacher_steps and batch_size must be >= 1"),
+    ("evaluate.batch_size=0", "evaluate.steps, teacher_steps and batch_size must be >= 1"),
+    ("evaluate.samples=1", "evaluate.samples >= 2"),
+]
+
+
+class TestValidation:
+    @pytest.mark.parametrize(("override", "message"), INVALID, ids=[override for override, _ in INVALID])
+    def test_values_out_of_range(self, recipe, override, message):
+        assert message in refusal(recipe, override)
+
+    def test_step_gain_needs_adapters(self, recipe):
+        message = refusal(recipe, "train.weights=full", "method.step_gain.gamma=0.5")
+        assert "method.step_gain needs adapters: full weights have no strength" in message
+        assert "train.weights=lora" in message
+
+    @pytest.mark.parametrize(
+        "override",
+        [
+            "model.text_length=512",
+            "method.flow_fraction=0.6",
+            "method.shift=[3, 3]",
+            "method.sigma_max=1",
+            "method.step_gain.gamma=4",
+            "ema.slow=0.99",
+            "train.micro_batch_size=16",
+            "train.warmup_steps=3000",
+            "train.weights=full",
+            "sample.every=0",
+            "sample.shift=dynamic",
+            "evaluate.samples=2",
+        ],
+    )
+    def test_limits_themselves_are_fine(self, recipe, override):
+        load_config(recipe, [override])
+
+    @pytest.mark.parametrize(
+        "override",
+        [
+            pytest.param("train.betas=[0.9, 1.0]", marks=pytest.mark.xfail(strict=True, reason="AdamW raises, later")),
+            pytest.param("train.betas=[-0.1, 0.9]", marks=pytest.mark.xfail(strict=True, reason="AdamW raises, later")),
+            pytest.param("train.weight_decay=-1", marks=pytest.mark.xfail(strict=True, reason="AdamW raises, later")),
+            pytest.param(
+                "evaluate.steps=[]", marks=pytest.mark.xfail(strict=True, reason="accepted: measures nothing")
+            ),
+            pytest.param("train.steps=true", marks=pytest.mark.xfail(strict=True, reason="accepted as 1")),
+        ],
+    )
+    def test_what_could_not_run_is_refused_here(self, recipe, override):
+        assert override.split("=")[0] in refusal(recipe, override)
+
+
+class TestFiles:
+    def test_missing_file_names_similar_recipes(self):
+        message = refusal("recipes/configs/tiny_distil.yaml")
+        assert "there is no configuration file 'recipes/configs/tiny_distil.yaml'" in message
+        assert "tiny_distill.yaml" in message
+
+    def test_missing_file_that_resembles_none_names_them_all(self):
+        message = refusal("zzz")
+        assert all(Path(name).name in message for name in SHIPPED)
+
+    def test_missing_section_file(self, recipe):
+        assert "there is no configuration file 'nowhere.yaml'" in refusal(recipe, "data=nowhere.yaml")
+
+    def test_folder_is_no_file(self, tmp_path):
+        with pytest.raises(UserError, match="no configuration file"):
+            find_recipe(tmp_path)
+
+    @pytest.mark.parametrize(("content", "kind"), [("", "NoneType"), ("[a, b]", "list"), ("just text", "str")])
+    def test_no_sections(self, recipe, content, kind):
+        recipe.write_text(content)
+        assert refusal(recipe) == f"{recipe} must hold sections of keys, but holds {kind}"
+
+    def test_broken_yaml_is_named_with_its_line(self, recipe):
+        recipe.write_text("run:\n  dir: x\n\tseed: 1\n")
+        message = refusal(recipe)
+        assert f"{recipe} is not valid YAML" in message
+        assert "line 3" in message
+
+    @pytest.mark.xfail(strict=True, reason="UnicodeDecodeError gets through")
+    def test_file_that_is_not_utf8(self, recipe):
+        recipe.write_bytes("run: {dir: Läufe}\n".encode("latin-1"))
+        assert f"{recipe} is not valid YAML" in refusal(recipe)
