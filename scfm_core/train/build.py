@@ -1,10 +1,16 @@
 """From configuration to the parts of a run: device, family, model, encoders."""
 
 from pathlib import Path
+from types import MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from scfm_core.data.schema import Batch, Dataset
 from scfm_core.data.webdataset import CachedDataset
@@ -89,29 +95,55 @@ def build_model(config: RunConfig, family: Flux, device: torch.device, *, train:
     return model
 
 
+def transformer_blocks(network: nn.Module) -> list[nn.Module]:
+    """The blocks of a diffusers transformer: the unit of checkpointing and compilation."""
+    return [
+        block for name in ("transformer_blocks", "single_transformer_blocks") for block in getattr(network, name, ())
+    ]
+
+
 def set_activation_checkpointing(network: nn.Module, mode: str) -> None:
-    """`none`, `selective` or `full`, through diffusers' own hook; acts only where gradients are recorded."""
-    if mode == "full":
-        network.enable_gradient_checkpointing()  # type: ignore[operator]
-    elif mode == "selective":
-        network.enable_gradient_checkpointing(_selective_checkpoint)  # type: ignore[operator]
+    """Recompute each block in the backward: `none`, `selective` (matrix products and attention are kept) or `full`.
+
+    Done inside the block's forward, not around the block as diffusers' own hook does, so that a compiled block
+    contains its checkpoint: a compiled block inside a selective checkpoint would fall back to eager.
+    """
+    if mode == "none":
+        return
+    forward = {"selective": _forward_selective, "full": _forward_full}[mode]
+    for block in transformer_blocks(network):
+        block.forward = MethodType(forward, block)  # type: ignore[method-assign]
 
 
-def _selective_checkpoint(module: nn.Module, *args: object) -> object:
-    def policy(context: object, op: object, *_: object, **__: object) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+# Plain functions of the block, without closures: torch.compile shares their code between blocks.
+def _forward_full(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return type(block).forward(block, *args, **kwargs)
+    return checkpoint(type(block).forward, block, *args, use_reentrant=False, **kwargs)
 
-    return checkpoint(
-        module.__call__, *args, use_reentrant=False, context_fn=lambda: create_selective_checkpoint_contexts(policy)
-    )
+
+def _forward_selective(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return type(block).forward(block, *args, **kwargs)
+    return checkpoint(type(block).forward, block, *args, use_reentrant=False, context_fn=_selective_contexts, **kwargs)
+
+
+def _selective_contexts() -> Any:
+    return create_selective_checkpoint_contexts(_keep_dear_results)
+
+
+def _keep_dear_results(context: object, op: object, *_: object, **__: object) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def compile_blocks(model: LoRAModel | FullModel) -> None:
     """`torch.compile` on every transformer block: one graph a kind of block, reused by all of them."""
+    # Graphs of one function: two kinds of block x three adapters x first and later blocks' strides; the default is 8,
+    # beyond which dynamo gives up and runs eagerly.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
     for network in model.networks.values():
-        for name in ("transformer_blocks", "single_transformer_blocks"):
-            for block in getattr(network, name):
-                block.compile()
+        for block in transformer_blocks(network):
+            block.compile()
 
 
 class BatchEncoder:

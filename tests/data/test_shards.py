@@ -324,11 +324,10 @@ class TestDamagedManifest:
         manifest = folder / MANIFEST
         good = manifest.read_bytes()
         for offset in range(len(good)):
-            for bit in (0, offset % 7, 7):
-                flip(manifest, offset, bit)
-                with contextlib.suppress(UserError):
-                    CachedDataset(folder)
-                manifest.write_bytes(good)
+            flip(manifest, offset, bit=7 if offset % 2 else offset % 7)  # bit 7 breaks the UTF-8
+            with contextlib.suppress(UserError):
+                CachedDataset(folder)
+            manifest.write_bytes(good)
 
     @pytest.mark.parametrize("name", ["../x.tar", "sub/x.tar", "{parent}/x.tar"])
     def test_shard_outside_the_folder(self, cache, name):

@@ -156,7 +156,8 @@ def test_full_checkpointing_recomputes_every_block(make_config):
     assert forwards("selective") == 4
 
 
-def test_compiled_blocks_agree(make_config, monkeypatch):
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+def test_compiled_blocks_agree(make_config, monkeypatch, checkpointing):
     """Capture, guards on the chosen adapter and the joint graph; inductor itself takes two minutes on two cores."""
     loss, gradients, _ = one_global_batch(make_config(), 8)
     torch._dynamo.reset()
@@ -167,7 +168,8 @@ def test_compiled_blocks_agree(make_config, monkeypatch):
         compile_block(module, backend="aot_eager", fullgraph=True)
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_without_inductor)
-    other_loss, other, _ = one_global_batch(make_config({"train.compile": True}), 8)
+    changes = {"train.compile": True, "train.activation_checkpointing": checkpointing}
+    other_loss, other, _ = one_global_batch(make_config(changes), 8)
     assert len(compiled) == 4
     assert other_loss == pytest.approx(loss, rel=1e-5)
     scale = max(gradient.abs().max() for gradient in gradients.values()).item()

@@ -1,0 +1,246 @@
+"""Where a step's numbers go: every step once in `metrics.jsonl`, and W&B without a network."""
+
+import json
+import os
+import selectors
+import socket
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from scfm_core.errors import UserError
+from scfm_core.train.config import WandbConfig
+from scfm_core.train.metrics import MetricsFile, WandbLog, read_metrics
+
+
+def row(step: int) -> dict[str, float]:
+    return {"step": step, "loss": 1 / (step + 1), "lr": 2e-5}
+
+
+def write_rows(path: Path, *steps: int) -> None:
+    path.write_text("".join(json.dumps(row(step)) + "\n" for step in steps))
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "metrics.jsonl"
+
+
+class TestMetricsFile:
+    def test_starts_empty(self, path):
+        MetricsFile(path, 0).close()
+        assert path.read_text() == ""
+        assert read_metrics(path) == []
+
+    def test_numbers_come_back_as_they_were(self, path):
+        file = MetricsFile(path, 0)
+        file.write(row(1))
+        file.write({**row(2), "grad_norm": float("nan")})
+        file.close()
+        first, second = read_metrics(path)
+        assert first == row(1)
+        assert second["grad_norm"] != second["grad_norm"]
+
+    def test_a_row_is_there_before_write_returns(self, path):
+        """A killed process loses nothing that was written."""
+        file = MetricsFile(path, 0)
+        for step in (1, 2, 3):
+            file.write(row(step))
+            assert read_metrics(path)[-1] == row(step)
+        file.close()
+
+    @pytest.mark.parametrize("resumed_at", [0, 1, 3, 5, 9])
+    def test_resuming_forgets_what_lies_beyond_the_checkpoint(self, path, resumed_at):
+        write_rows(path, 1, 2, 3, 4, 5)
+        file = MetricsFile(path, resumed_at)
+        file.write({"step": 100})
+        file.close()
+        assert [r["step"] for r in read_metrics(path)] == [*range(1, min(resumed_at, 5) + 1), 100]
+
+    @pytest.mark.parametrize("torn", ['{"step": 4, "lo', '{"step": 4, "loss": 0.2', "{", "\0\0\0\0"])
+    def test_last_line_that_a_kill_cut_off_is_left_out(self, path, torn):
+        write_rows(path, 1, 2, 3)
+        with path.open("a") as file:
+            file.write(torn)
+        assert [r["step"] for r in read_metrics(path)] == [1, 2, 3]
+
+        resumed = MetricsFile(path, 3)
+        resumed.write(row(4))
+        resumed.close()
+        assert [json.loads(line) for line in path.read_text().splitlines()] == [row(step) for step in (1, 2, 3, 4)]
+
+    def test_last_line_that_lacks_its_newline_alone_is_kept(self, path):
+        path.write_text(json.dumps(row(1)))
+        file = MetricsFile(path, 1)
+        file.write(row(2))
+        file.close()
+        assert read_metrics(path) == [row(1), row(2)]
+
+    def test_three_resumes_leave_every_step_once(self, path):
+        for resumed_at, reached in ((0, 7), (5, 9), (5, 6), (6, 10)):
+            file = MetricsFile(path, resumed_at)
+            for step in range(resumed_at + 1, reached + 1):
+                file.write(row(step))
+            file.close()
+        assert read_metrics(path) == [row(step) for step in range(1, 11)]
+
+    def test_nothing_else_is_left_in_the_folder(self, path):
+        write_rows(path, 1, 2)
+        MetricsFile(path, 1).close()
+        assert [file.name for file in path.parent.iterdir()] == ["metrics.jsonl"]
+
+    def test_missing_file_has_no_rows(self, path):
+        assert read_metrics(path) == []
+
+
+@pytest.fixture
+def no_keys(monkeypatch, tmp_path):
+    """A home without credentials, and no W&B setting in the environment."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    return home
+
+
+class FakeWandb(SimpleNamespace):
+    """Remembers what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__(inits=[], rows=[], finished=0, Settings=dict, Image=lambda path: f"image of {path}")
+
+    def init(self, **options: object) -> "FakeWandb":
+        self.inits.append(options)
+        return self
+
+    def log(self, values: dict[str, object], step: int) -> None:
+        self.rows.append((step, values))
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+@pytest.fixture
+def wandb(monkeypatch, no_keys):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    return fake
+
+
+class TestWandb:
+    def test_disabled_needs_no_wandb(self, tmp_path, monkeypatch):
+        monkeypatch.setitem(sys.modules, "wandb", None)  # importing it raises
+        log = WandbLog(WandbConfig(mode="disabled"), tmp_path, {})
+        log.log(row(1))
+        log.image("samples", tmp_path / "x.png", 1)
+        log.close()
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("mode", ["auto", "online", "offline"])
+    def test_not_installed(self, tmp_path, monkeypatch, mode):
+        monkeypatch.setitem(sys.modules, "wandb", None)
+        with pytest.raises(UserError, match=r"`pip install wandb`, or set wandb\.mode=disabled"):
+            WandbLog(WandbConfig(mode=mode), tmp_path, {})
+
+    @pytest.mark.parametrize("mode", ["online", "offline"])
+    def test_mode_is_what_the_configuration_says(self, wandb, tmp_path, monkeypatch, mode):
+        monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+        WandbLog(WandbConfig(mode=mode), tmp_path, {})
+        assert wandb.inits[0]["mode"] == mode
+
+    def test_auto_is_offline_without_a_key(self, wandb, no_keys, tmp_path):
+        (no_keys / ".netrc").write_text("machine example.com login me password secret\n")
+        WandbLog(WandbConfig(), tmp_path, {})
+        assert wandb.inits[0]["mode"] == "offline"
+
+    def test_auto_is_online_with_a_key_in_the_environment(self, wandb, tmp_path, monkeypatch):
+        monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+        WandbLog(WandbConfig(), tmp_path, {})
+        assert wandb.inits[0]["mode"] == "online"
+
+    def test_auto_is_online_with_a_key_in_netrc(self, wandb, no_keys, tmp_path):
+        (no_keys / ".netrc").write_text("machine api.wandb.ai login user password secret\n")
+        WandbLog(WandbConfig(), tmp_path, {})
+        assert wandb.inits[0]["mode"] == "online"
+
+    @pytest.mark.xfail(strict=True, reason="an explicit mode= is passed to wandb.init, which then ignores WANDB_MODE")
+    @pytest.mark.parametrize("mode", ["offline", "disabled"])
+    def test_auto_heeds_wandbs_own_switch(self, wandb, tmp_path, monkeypatch, mode):
+        """The usual way on a cluster whose nodes have a key in ~/.netrc and no network."""
+        monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+        monkeypatch.setenv("WANDB_MODE", mode)
+        WandbLog(WandbConfig(), tmp_path, {})
+        assert [options["mode"] for options in wandb.inits] in ([], [mode])
+
+    def test_resumed_run_goes_on_as_one(self, wandb, tmp_path):
+        for _ in range(2):
+            WandbLog(WandbConfig(), tmp_path, {})
+        first, second = (options["id"] for options in wandb.inits)
+        assert first == second
+        (tmp_path / "other").mkdir()
+        WandbLog(WandbConfig(), tmp_path / "other", {})
+        assert wandb.inits[2]["id"] != first
+
+    def test_what_a_run_is_told(self, wandb, tmp_path):
+        log = WandbLog(WandbConfig(project="mine"), tmp_path, {"train": {"lr": 1}})
+        log.log(row(7))
+        log.image("samples", Path("grid.png"), 7)
+        log.close()
+        options = wandb.inits[0]
+        assert (options["project"], options["name"], options["dir"]) == ("mine", tmp_path.name, str(tmp_path))
+        assert options["config"] == {"train": {"lr": 1}}
+        assert wandb.rows == [(7, {"loss": 1 / 8, "lr": 2e-5}), (7, {"samples": "image of grid.png"})]
+        assert wandb.finished == 1
+
+
+class TestRealWandb:
+    @pytest.fixture
+    def proxy(self, monkeypatch):
+        """A port where every connection of W&B's would arrive."""
+        with socket.create_server(("127.0.0.1", 0)) as server, selectors.DefaultSelector() as selector:
+            selector.register(server, selectors.EVENT_READ)
+            address = f"http://127.0.0.1:{server.getsockname()[1]}"
+            monkeypatch.setenv("WANDB_BASE_URL", address)
+            for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+                monkeypatch.setenv(name, address)
+            monkeypatch.delenv("no_proxy", raising=False)
+            monkeypatch.delenv("NO_PROXY", raising=False)
+            yield selector
+
+    @pytest.fixture
+    def service(self):
+        """Its background process takes its environment when it starts: a fresh one for this test."""
+        wandb = pytest.importorskip("wandb")
+        wandb.teardown()
+        yield wandb
+        wandb.teardown()
+
+    def test_offline_run_stays_in_its_folder(self, no_keys, proxy, service, monkeypatch, tmp_path):
+        secret = "5ec12e70" * 5
+        monkeypatch.setenv("WANDB_API_KEY", secret)
+        run_dir = tmp_path / "run"
+        run_dir.mkdir()
+        log = WandbLog(WandbConfig(mode="offline"), run_dir, {"train": {"lr": 2e-5}})
+        for step in (1, 2, 3):
+            log.log(row(step))
+        log.close()
+        service.teardown()  # as at the end of the process: only then is everything written
+
+        (folder,) = (run_dir / "wandb").glob("offline-run-*")
+        (record,) = folder.glob("run-*.wandb")
+        assert b"loss" in record.read_bytes()
+        assert not proxy.select(timeout=0), "something connected"
+        files = [file for file in run_dir.rglob("*") if file.is_file()]
+        assert not [file for file in files if secret.encode() in file.read_bytes()]
+        assert sorted(file.name for file in run_dir.iterdir()) == ["wandb", "wandb_id"]
+
+    @pytest.mark.xfail(strict=True, reason="wandb's CommError gets through, after a minute and a half of waiting")
+    def test_online_without_a_network_says_how_to_go_on(self, no_keys, service, monkeypatch, tmp_path):
+        monkeypatch.setenv("WANDB_API_KEY", "5ec12e70" * 5)
+        monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+        monkeypatch.setenv("WANDB_INIT_TIMEOUT", "1")
+        with pytest.raises(UserError, match=r"wandb\.mode=offline"):
+            WandbLog(WandbConfig(mode="online"), tmp_path, {})
