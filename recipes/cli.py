@@ -11,7 +11,13 @@ from scfm_core.errors import UserError
 
 def main(argv: list[str] | None = None) -> int:
     """Parse and run; a UserError becomes one message and exit code 2, everything else keeps its traceback."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse takes no further positional after an option: `scfm train R.yaml --dry-run train.steps=3` ends here.
+    if any(word.startswith("-") or not hasattr(arguments, "overrides") for word in rest):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += rest
     try:
         return int(arguments.run(arguments) or 0)
     except UserError as error:

@@ -10,6 +10,16 @@ from torch import Tensor
 from scfm_core.data.schema import Record
 from scfm_core.errors import UserError
 
+_ORIENTATION = 0x0112  # the EXIF tag, and what undoes its values
+_TURNS = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -112,7 +122,9 @@ def load_image(path: Path, height: int, width: int) -> Tensor:
 
     try:
         with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened)
+            # PIL's exif_transpose would also write the other tags anew, and fail at odd ones.
+            turn = _TURNS.get(opened.getexif().get(_ORIENTATION, 1))
+            image = opened if turn is None else opened.transpose(getattr(Image.Transpose, turn))
             if image.mode.startswith("I"):  # 16-bit grey: PIL would clip it at 255
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             image = image.convert("RGB")

@@ -10,7 +10,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,8 @@ def save_checkpoint(
     final = checkpoint_path(run_dir, step)
     aside = final.with_name(f".{final.name}.tmp")
     try:
-        shutil.rmtree(aside, ignore_errors=True)
+        for leftover in final.parent.glob(".step_*.tmp"):  # of a save that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
         aside.mkdir(parents=True)
         for group, members in tensors.items():
             contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in members.items()}
@@ -79,19 +80,19 @@ def save_checkpoint(
         _fsync(final.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
-        kept = [path.name for path in _folders(run_dir)]
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-        what = "the disk is full" if full else str(error)
+        intact = find_checkpoint(run_dir, warn=lambda message: None)
         raise UserError(
-            f"the checkpoint of step {step} could not be written to {final.parent}: {what}. "
-            + (f"The last one, {kept[-1]}, is intact. " if kept else "")
-            + "Make room and run the same command again"
+            f"the checkpoint of step {step} could not be written to {final.parent}: "
+            f"{'the disk is full' if full else error}. "
+            + (f"The last one, {intact.name}, is intact. " if intact else "")
+            + f"{'Make room' if full else 'Mend that'} and run the same command again"
         ) from error
-    _retain(run_dir, keep)
+    _retain(run_dir, final, keep)
     return final
 
 
-def find_checkpoint(run_dir: Path, warn: Any = print) -> Path | None:
+def find_checkpoint(run_dir: Path, warn: Callable[[str], None] = print) -> Path | None:
     """The newest checkpoint of a run that is complete and undamaged; each one passed over is named through `warn`."""
     for path in reversed(_folders(run_dir)):
         try:
@@ -109,16 +110,24 @@ def verify_checkpoint(path: Path) -> None:
     Raises:
         UserError: naming the file that is missing or differs.
     """
-    try:
-        files = json.loads((path / MANIFEST).read_text())["files"]
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a complete checkpoint ({MANIFEST}: {error!r})") from error
-    for name, entry in files.items():
+    for name, (size, digest) in _manifest(path).items():
         file = path / name
         if not file.is_file():
             raise UserError(f"checkpoint {path} is damaged: {name} is missing")
-        if file.stat().st_size != entry["bytes"] or file_sha256(file) != entry["sha256"]:
+        if file.stat().st_size != size or file_sha256(file) != digest:
             raise UserError(f"checkpoint {path} is damaged: {name} differs from the manifest's sha256")
+
+
+def _manifest(path: Path) -> dict[str, tuple[int, str]]:
+    """Bytes and sha256 of each file that belongs to the checkpoint."""
+    try:
+        files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+        entries = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not a complete checkpoint ({MANIFEST}: {error!r})") from error
+    if "state.json" not in entries:
+        raise UserError(f"{path} is not a complete checkpoint ({MANIFEST} does not list state.json)")
+    return entries
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -128,7 +137,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         UserError: if `path` is not a complete, undamaged checkpoint.
     """
     verify_checkpoint(path)
-    tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
+    names = [name for name in _manifest(path) if name.endswith(".safetensors")]
+    tensors = {name.removesuffix(".safetensors"): load_file(path / name) for name in names}
     return Checkpoint(path, tensors, json.loads((path / "state.json").read_text()))
 
 
@@ -136,10 +146,14 @@ def _folders(run_dir: Path) -> list[Path]:
     return sorted(path for path in (run_dir / "checkpoints").glob("step_*") if path.is_dir())
 
 
-def _retain(run_dir: Path, keep: int) -> None:
-    """Drop the oldest complete checkpoints; folders without a manifest do not count as kept, nor save an older one."""
+def _retain(run_dir: Path, newest: Path, keep: int) -> None:
+    """Drop the oldest complete checkpoints, and those of later steps than `newest`: the run went back behind them.
+
+    Folders without a manifest do not count as kept, nor save an older one.
+    """
     complete = [path for path in _folders(run_dir) if (path / MANIFEST).is_file()]
-    for path in complete[:-keep]:
+    later = [path for path in _folders(run_dir) if path.name > newest.name]
+    for path in [*later, *[path for path in complete if path not in later][:-keep]]:
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -95,6 +95,10 @@ class TrainConfig:
             raise ValueError(f"train.lr and train.clip_norm must be positive, got {self.lr} and {self.clip_norm}")
         if not 0 <= self.warmup_steps <= self.steps:
             raise ValueError(f"train.warmup_steps must be in 0..train.steps, got {self.warmup_steps}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"train.betas must be in [0, 1), got {list(self.betas)}")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"train.weight_decay must be at least 0, got {self.weight_decay}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,11 +158,13 @@ class EvaluateConfig:
     features: Literal["classifier", "inception"] = "inception"
     """Feature extractor of the Frechet distance: a small local classifier, or torchmetrics' Inception."""
     features_path: str | None = None
-    """The classifier's folder, or Inception's weights file (pt_inception-2015-12-05-6726825d.pth)."""
+    """The classifier's folder, or Inception's weights file (weights-inception-2015-12-05-6726825d.pth)."""
     clip_path: str | None = None
     """Folder of a CLIP model (transformers' format) for the CLIP score; none: no score."""
 
     def __post_init__(self) -> None:
+        if not self.steps:
+            raise ValueError("evaluate.steps is empty: name at least one step count")
         if min(*self.steps, self.teacher_steps, self.batch_size) < 1 or self.samples < 2:
             raise ValueError("evaluate.steps, teacher_steps and batch_size must be >= 1 and evaluate.samples >= 2")
 
@@ -272,7 +278,7 @@ def find_recipe(path: str | Path) -> Path:
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold sections of keys, but holds {type(tree).__name__}")
@@ -328,6 +334,8 @@ def _refuse_unknown(cls: Any, tree: Any, prefix: str, source: str) -> None:
             near = difflib.get_close_matches(str(key), hints, n=1)
             hint = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(hints)}"
             raise UserError(f"{source}: unknown key {prefix}{key}; {hint}")
+        if isinstance(value, bool) and bool not in (hints[key], *typing.get_args(hints[key])):
+            raise UserError(f"{source}: {prefix}{key} takes no true or false (got {value})")
         nested = _dataclass_in(hints[key])
         if nested is not None:
             _refuse_unknown(nested, value, f"{prefix}{key}.", source)

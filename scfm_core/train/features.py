@@ -53,29 +53,46 @@ def load_features(config: EvaluateConfig, device: torch.device) -> Features:
     if config.features == "classifier":
         if path is None or not (path / _CLASSIFIER_FILE).is_file():
             raise UserError(f"evaluate.features_path: there is no {_CLASSIFIER_FILE} in {config.features_path!r}")
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         classifier = DigitClassifier()
-        classifier.load_state_dict(load_file(path / _CLASSIFIER_FILE))
+        try:
+            classifier.load_state_dict(load_file(path / _CLASSIFIER_FILE))
+        except (SafetensorError, RuntimeError) as error:
+            raise UserError(
+                f"evaluate.features_path: {path / _CLASSIFIER_FILE} holds no digit classifier ({error})"
+            ) from error
         return classifier.to(device).eval().features
     return _inception(path, device)
 
 
 def _inception(path: Path | None, device: torch.device) -> Features:
+    missing = "evaluate.features=inception needs torchmetrics and torch-fidelity: pip install 'scfm[evaluate]'"
     try:
         from torchmetrics.image.fid import NoTrainInceptionV3
     except ImportError as error:
-        raise UserError(
-            "evaluate.features=inception needs torchmetrics and torch-fidelity: pip install 'scfm[evaluate]'"
-        ) from error
+        raise UserError(missing) from error
     if path is None or not path.is_file():
         raise UserError(
-            "evaluate.features_path must name Inception's weights, pt_inception-2015-12-05-6726825d.pth "
-            "(https://github.com/toshas/torch-fidelity/releases/tag/v0.2.0), or set evaluate.features=classifier"
+            "evaluate.features_path must name Inception's weights, https://github.com/toshas/torch-fidelity/releases/"
+            "download/v0.2.0/weights-inception-2015-12-05-6726825d.pth, or set evaluate.features=classifier"
         )
-    network = NoTrainInceptionV3(
-        name="inception-v3-compat", features_list=["2048"], feature_extractor_weights_path=str(path)
-    )
+    try:
+        # torch-fidelity unpickles without restraint; a file that loads with restraint holds nothing to execute.
+        torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # anything that is not a plain state dict: pickle, zip and torch each raise their own
+        raise UserError(
+            f"evaluate.features_path: {path} is not a plain file of weights ({type(error).__name__})"
+        ) from error
+    try:
+        network = NoTrainInceptionV3(
+            name="inception-v3-compat", features_list=["2048"], feature_extractor_weights_path=str(path)
+        )
+    except ImportError as error:
+        raise UserError(missing) from error
+    except (RuntimeError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"evaluate.features_path: {path} holds other weights than Inception's ({error})") from error
     network = network.to(device).eval()
 
     def features(images: Tensor) -> Tensor:

@@ -61,16 +61,21 @@ class WandbLog:
         if not identifier.is_file():
             identifier.write_text(uuid.uuid4().hex)
         self._wandb = wandb
-        self._run = wandb.init(
-            project=config.project,
-            name=run_dir.name,
-            id=identifier.read_text(),
-            resume="allow",
-            dir=str(run_dir),
-            config=settings,
-            mode=mode,  # type: ignore[arg-type]
-            settings=wandb.Settings(silent=True, console="off"),
-        )
+        try:
+            self._run = wandb.init(
+                project=config.project,
+                name=run_dir.name,
+                id=identifier.read_text(),
+                resume="allow",
+                dir=str(run_dir),
+                config=settings,
+                mode=mode,  # type: ignore[arg-type]
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+        except wandb.errors.Error as error:
+            raise UserError(
+                f"W&B cannot be reached or refuses the key ({error}). Go on with wandb.mode=offline and `wandb sync` later"
+            ) from error
 
     def log(self, row: dict[str, Any]) -> None:
         """Send one step's numbers."""
@@ -91,6 +96,8 @@ class WandbLog:
 def _wandb_mode(config: WandbConfig) -> str:
     if config.mode != "auto":
         return config.mode
+    if os.environ.get("WANDB_MODE"):
+        return os.environ["WANDB_MODE"]
     netrc = Path("~/.netrc").expanduser()
     has_key = bool(os.environ.get("WANDB_API_KEY")) or (netrc.is_file() and "api.wandb.ai" in netrc.read_text())
     return "online" if has_key else "offline"

@@ -56,3 +56,11 @@ def test_tiny_recipes_train(name, demo_root, monkeypatch):
     small = ["train.steps=2", "train.warmup_steps=0", "train.global_batch_size=4", "train.micro_batch_size=2"]
     assert main(["train", name, *small, f"run.dir=runs/test_{name}", "sample.steps=[1]"]) == 0
     assert len(Path(f"runs/test_{name}/metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_overrides_may_stand_anywhere(capsys):
+    assert main(["train", "flux_dev_lora", "train.lr=1e-4", "--dry-run", "train.steps=7"]) == 0
+    assert "this run    7 steps" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["train", "flux_dev_lora", "--dryrun"])
+    assert "unrecognized arguments: --dryrun" in capsys.readouterr().err

@@ -166,7 +166,6 @@ class TestWandb:
         WandbLog(WandbConfig(), tmp_path, {})
         assert wandb.inits[0]["mode"] == "online"
 
-    @pytest.mark.xfail(strict=True, reason="an explicit mode= is passed to wandb.init, which then ignores WANDB_MODE")
     @pytest.mark.parametrize("mode", ["offline", "disabled"])
     def test_auto_heeds_wandbs_own_switch(self, wandb, tmp_path, monkeypatch, mode):
         """The usual way on a cluster whose nodes have a key in ~/.netrc and no network."""
@@ -237,7 +236,6 @@ class TestRealWandb:
         assert not [file for file in files if secret.encode() in file.read_bytes()]
         assert sorted(file.name for file in run_dir.iterdir()) == ["wandb", "wandb_id"]
 
-    @pytest.mark.xfail(strict=True, reason="wandb's CommError gets through, after a minute and a half of waiting")
     def test_online_without_a_network_says_how_to_go_on(self, no_keys, service, monkeypatch, tmp_path):
         monkeypatch.setenv("WANDB_API_KEY", "5ec12e70" * 5)
         monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
