@@ -43,8 +43,13 @@ def encode_folder(
         the manifest written beside the shards.
 
     Raises:
-        UserError: for a bad folder, caption, image or resolution, or an output that is not writable or not empty.
+        UserError: for a bad folder, caption, image or resolution, or an output that is not writable or holds a finished cache.
     """
+    if min(batch_size, samples_per_shard) < 1 or not 1 <= text_length <= 512:
+        raise UserError(
+            f"batch size and samples per shard must be at least 1 and the text length in 1..512, got {batch_size}, "
+            f"{samples_per_shard} and {text_length}"
+        )
     family.latent_shape(*resolution)
     if (output / MANIFEST).exists():
         raise UserError(f"{output} already holds a finished cache; choose another folder, or delete it")

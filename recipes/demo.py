@@ -34,7 +34,7 @@ def main() -> None:
     paths = [f"data.path={root / 'digits_cache'}"]
     pretrain = [f"run.dir={root / 'pretrain'}", f"model.path={root / 'tiny_flux'}", *paths, *arguments.overrides]
     _run("train", "tiny_pretrain.yaml", *pretrain)
-    if not (root / "teacher" / "transformer" / "config.json").is_file():
+    if not (root / "teacher").is_dir():  # it appears when it is complete
         _run("export", root / "pretrain", "--merged", root / "teacher")
     paths += [f"model.path={root / 'teacher'}", f"evaluate.features_path={root / 'classifier'}", *arguments.overrides]
     for name, extra in (("distill", ()), ("paper_recipe", _PAPER)):

@@ -12,15 +12,16 @@ from torch import Tensor
 from recipes.runs import load_trained, open_run
 from recipes.sample import generate
 from scfm_core.data.loader import open_dataset
+from scfm_core.data.webdataset import CachedDataset
 from scfm_core.errors import UserError
 from scfm_core.models.encoders import Autoencoder, TextEncoders
 from scfm_core.models.protocol import Conditioning
-from scfm_core.models.student import FullModel, LoRAModel
-from scfm_core.train.build import BatchEncoder, compute_dtype, read_prompts, resolve_device
+from scfm_core.models.student import FullModel
+from scfm_core.train.build import check_cache, compute_dtype, read_prompts, resolve_device
 from scfm_core.train.config import RunConfig
 from scfm_core.train.features import extract, frechet_distance, load_features
 from scfm_core.train.metrics import progress_bar
-from scfm_core.train.validate import decode, save_grid, to_uint8
+from scfm_core.train.validate import save_grid, to_uint8
 
 Result = dict[str, dict[str, dict[str, float]]]
 GRID_COLUMNS = 10
@@ -34,59 +35,124 @@ def evaluate(run_dir: Path, overrides: list[str]) -> Result:
 
     Returns:
         `{"student": {"3": {...}}, "base": {...}, "teacher": {"32": {...}}}`, each with `fid_teacher` and
-        `mse_teacher` (not for the teacher), `fid_data`, `seconds_per_image`, and `clip_score` if CLIP is given.
+        `mse_teacher` (not for the teacher), `fid_data`, `seconds_per_image` (decoding included), and `clip_score` if
+        CLIP is given.
     """
     config = open_run(run_dir, overrides)
-    settings, device = config.evaluate, resolve_device(config.run.device)
-    features = load_features(settings, device)
-    clip = _clip_score(settings.clip_path, device)
-    model, _ = load_trained(run_dir, config)
-    if isinstance(model, FullModel) and "teacher" not in model.networks:
-        raise UserError("this run has no teacher (method.teacher_fraction is 0), so there is nothing to compare with")
-    dtype = compute_dtype(config)
-    dataset = open_dataset(config.data)
-    prompts = _prompts(config, dataset)
-    vae = Autoencoder(model.family.folder, dtype, device)
-    text = TextEncoders(model.family.folder, config.model.text_length, dtype, device)
-    cond = _encode(text, prompts, config)
-    seeds = [config.sample.seed + i for i in range(len(prompts))]
-    real = extract(features, _real_images(config, model, dataset, vae), device, settings.batch_size)
-
-    def measure(role: str, steps: int, reference: Tensor | None) -> tuple[dict[str, float], Tensor, Tensor]:
-        began = time.perf_counter()
-        images = generate(config, model, role, vae, cond, seeds, steps)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds = (time.perf_counter() - began) / len(images)
-        found = extract(features, images, device, settings.batch_size)
-        row = {"fid_data": frechet_distance(found, real), "seconds_per_image": seconds}
-        if reference is not None:
-            row["fid_teacher"] = frechet_distance(found, reference)
-        if clip is not None:
-            row["clip_score"] = clip(images, prompts)
-        return row, images, found
-
+    settings = config.evaluate
+    bench = _Bench(run_dir, config)
     jobs = [(kind, steps) for steps in settings.steps for kind in ("student", "base")]
     result: Result = {"student": {}, "base": {}, "teacher": {}}
     grids: dict[tuple[str, int], Tensor] = {}
     with progress_bar("evaluate", len(jobs) + 1, unit="figure") as bar:
-        row, teacher_images, reference = measure("teacher", settings.teacher_steps, None)
-        result["teacher"][str(settings.teacher_steps)] = row
+        result["teacher"][str(settings.teacher_steps)] = bench.measure("teacher", settings.teacher_steps)
+        teacher_grid = bench.images[:GRID_COLUMNS]
+        bench.becomes_reference()
         bar.update()
         for kind, steps in jobs:
             role = config.sample.weights if kind == "student" else "teacher"
-            row, images, _ = measure(role, steps, reference)
-            row["mse_teacher"] = float((images - teacher_images).square().mean())
-            result[kind][str(steps)] = row
-            grids[kind, steps] = images[:GRID_COLUMNS]
+            result[kind][str(steps)] = bench.measure(role, steps)
+            grids[kind, steps] = bench.images[:GRID_COLUMNS]
             bar.update()
-    rows = [(f"{kind} {steps}", grids[kind, steps]) for kind in ("student", "base") for steps in settings.steps]
-    rows.append((f"teacher {settings.teacher_steps}", teacher_images[:GRID_COLUMNS]))
-    save_grid(run_dir / "samples" / "evaluation.png", rows, prompts[:GRID_COLUMNS])
+    rows = [(f"{kind} {steps}", grids[kind, steps] / 255) for kind in ("student", "base") for steps in settings.steps]
+    rows.append((f"teacher {settings.teacher_steps}", teacher_grid / 255))
+    save_grid(run_dir / "samples" / "evaluation.png", rows, bench.prompts[:GRID_COLUMNS])
     path = run_dir / "evaluation.json"
     path.with_suffix(".tmp").write_text(json.dumps(result, indent=2) + "\n")
     path.with_suffix(".tmp").replace(path)
     return result
+
+
+class _Bench:
+    """What all figures share. Images are kept as uint8 and embeddings once a distinct prompt, both on the CPU."""
+
+    def __init__(self, run_dir: Path, config: RunConfig) -> None:
+        settings = config.evaluate
+        self.config, self.device, self.size = config, resolve_device(config.run.device), settings.batch_size
+        self.features = load_features(settings, self.device)
+        self.clip = _clip_score(settings.clip_path, self.device)
+        self.model, _ = load_trained(run_dir, config)
+        if isinstance(self.model, FullModel) and "teacher" not in self.model.networks:
+            raise UserError(
+                "this run has no teacher (method.teacher_fraction is 0), so there is nothing to compare with"
+            )
+        folder, dtype = self.model.family.folder, compute_dtype(config)
+        dataset = open_dataset(config.data)
+        self.prompts = _prompts(config, dataset)
+        self.vae = Autoencoder(folder, dtype, self.device)
+        distinct = sorted(set(self.prompts))
+        self.cond = self._encode(TextEncoders(folder, config.model.text_length, dtype, self.device), distinct)
+        where = {prompt: row for row, prompt in enumerate(distinct)}
+        self.rows = torch.tensor([where[prompt] for prompt in self.prompts])
+        self.real = self._real_features(dataset)
+        if len(self.real) <= self.real.shape[1]:
+            print(
+                f"note: {len(self.real)} samples for {self.real.shape[1]} features give a singular covariance: these "
+                f"Frechet distances compare with one another, not with published ones. Raise evaluate.samples"
+            )
+        self.images = torch.empty(0, dtype=torch.uint8)
+        self._found = torch.empty(0)
+        self._reference: tuple[Tensor, Tensor] | None = None
+        self._generate("teacher", 1, 0)  # the first call of a device is slow; it belongs to no figure
+
+    def measure(self, role: str, steps: int) -> dict[str, float]:
+        """One row of the table; the images stay in `self.images` until the next."""
+        seconds, images, found, scores = 0.0, [], [], []
+        for at in range(0, len(self.prompts), self.size):
+            began = time.perf_counter()
+            part = self._generate(role, steps, at)
+            seconds += time.perf_counter() - began
+            found.append(extract(self.features, part, self.device, self.size))
+            images.append(to_uint8(part))
+            if self.clip is not None:
+                scores.append(self.clip(part, self.prompts[at : at + self.size]))
+        self.images, self._found = torch.cat(images), torch.cat(found)
+        row = {"fid_data": frechet_distance(self._found, self.real), "seconds_per_image": seconds / len(self.images)}
+        if self._reference is not None:
+            reference_images, reference_found = self._reference
+            row["fid_teacher"] = frechet_distance(self._found, reference_found)
+            pairs = zip(self.images.split(self.size), reference_images.split(self.size), strict=True)
+            total = sum(float((a.double() - b.double()).square().sum()) for a, b in pairs)
+            row["mse_teacher"] = total / self.images.numel() / 255**2
+        if scores:
+            row["clip_score"] = float(torch.cat(scores).mean())
+        return row
+
+    def becomes_reference(self) -> None:
+        """Later rows are compared with the one just measured."""
+        self._reference = self.images, self._found
+
+    @torch.no_grad()
+    def _generate(self, role: str, steps: int, at: int) -> Tensor:
+        rows = self.rows[at : at + self.size]
+        seeds = [self.config.sample.seed + at + i for i in range(len(rows))]
+        return generate(self.config, self.model, role, self.vae, self.cond[rows].to(self.device), seeds, steps)
+
+    def _encode(self, text: TextEncoders, prompts: list[str]) -> Conditioning:
+        guidance = self.config.sample.guidance
+        starts = range(0, len(prompts), self.size)
+        parts = [text.encode(prompts[at : at + self.size], guidance).to("cpu") for at in starts]
+        return Conditioning(
+            text=torch.cat([part.text for part in parts]),
+            pooled=torch.cat([part.pooled for part in parts]),
+            guidance=torch.full((len(prompts),), guidance),
+        )
+
+    @torch.no_grad()
+    def _real_features(self, dataset: Any) -> Tensor:
+        """Features of at most `evaluate.samples` images of the data; cached latents are decoded."""
+        if isinstance(dataset, CachedDataset):
+            check_cache(self.config, self.model.family, dataset)  # type: ignore[arg-type]
+        found = []
+        count = min(self.config.evaluate.samples, len(dataset))
+        for at in range(0, count, self.size):
+            records = [dataset[i] for i in range(at, min(at + self.size, count))]
+            if records[0].image is not None:
+                images = torch.stack([record.image for record in records]) / 2 + 0.5
+            else:
+                images = self.vae.decode(torch.stack([record.latents for record in records]))
+            found.append(extract(self.features, images, self.device, self.size))
+        return torch.cat(found)
 
 
 def _prompts(config: RunConfig, dataset: Any) -> list[str]:
@@ -98,31 +164,8 @@ def _prompts(config: RunConfig, dataset: Any) -> list[str]:
     return [dataset.caption(i % len(dataset)) for i in range(count)]
 
 
-def _encode(text: TextEncoders, prompts: list[str], config: RunConfig) -> Conditioning:
-    """Each distinct prompt is encoded once."""
-    distinct = sorted(set(prompts))
-    size = config.evaluate.batch_size
-    parts = [text.encode(distinct[at : at + size], config.sample.guidance) for at in range(0, len(distinct), size)]
-    cond = Conditioning(
-        text=torch.cat([part.text for part in parts]),
-        pooled=torch.cat([part.pooled for part in parts]),
-        guidance=torch.cat([part.guidance for part in parts if part.guidance is not None]),
-    )
-    where = {prompt: row for row, prompt in enumerate(distinct)}
-    return cond[torch.tensor([where[prompt] for prompt in prompts], device=cond.text.device)]
-
-
-def _real_images(config: RunConfig, model: LoRAModel | FullModel, dataset: Any, vae: Autoencoder) -> Tensor:
-    """At most `evaluate.samples` images of the data, [N, 3, H, W] in [0, 1]; cached latents are decoded."""
-    records = [dataset[i] for i in range(min(config.evaluate.samples, len(dataset)))]
-    if records[0].image is not None:
-        return torch.stack([record.image for record in records]) / 2 + 0.5
-    BatchEncoder(config, model.family, dataset, torch.device("cpu"))  # type: ignore[arg-type]  # refuses another model's cache
-    return decode(vae, torch.stack([record.latents for record in records]), config.evaluate.batch_size)
-
-
-def _clip_score(path: str | None, device: torch.device) -> Callable[[Tensor, list[str]], float] | None:
-    """100 x the mean cosine of image and prompt (Hessel et al., arXiv 2104.08718, without their factor 2.5)."""
+def _clip_score(path: str | None, device: torch.device) -> Callable[[Tensor, list[str]], Tensor] | None:
+    """100 x the cosine of image and prompt, [N] (Hessel et al., arXiv 2104.08718, without their factor 2.5)."""
     if path is None:
         return None
     from transformers import CLIPModel, CLIPProcessor
@@ -134,16 +177,11 @@ def _clip_score(path: str | None, device: torch.device) -> Callable[[Tensor, lis
         raise UserError(f"evaluate.clip_path: {path!r} holds no CLIP model in transformers' format: {error}") from error
 
     @torch.no_grad()
-    def score(images: Tensor, prompts: list[str]) -> float:
-        cosines = []
-        for at in range(0, len(prompts), 64):
-            pixels = list(to_uint8(images[at : at + 64]))
-            inputs = processor(
-                text=prompts[at : at + 64], images=pixels, return_tensors="pt", padding=True, truncation=True
-            )
-            output = clip(**inputs.to(device))
-            cosines.append(torch.cosine_similarity(output.image_embeds, output.text_embeds))
-        return float(100 * torch.cat(cosines).mean())
+    def score(images: Tensor, prompts: list[str]) -> Tensor:
+        pixels = list(to_uint8(images))
+        inputs = processor(text=prompts, images=pixels, return_tensors="pt", padding=True, truncation=True)
+        output = clip(**inputs.to(device))
+        return 100 * torch.cosine_similarity(output.image_embeds, output.text_embeds).cpu()
 
     return score
 

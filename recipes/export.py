@@ -22,6 +22,9 @@ def export(run_dir: Path, overrides: list[str], *, merged: Path | None, num_step
         overrides: of its configuration, e.g. `sample.weights=ema_slow`.
         merged: target folder of a pipeline.
         num_steps: for step-scaled adapters, the step count whose strength is merged.
+
+    Raises:
+        UserError: if the weights cannot be exported so, or the target exists.
     """
     config = open_run(run_dir, overrides)
     if merged is None and config.train.weights == "full":
@@ -37,7 +40,8 @@ def export(run_dir: Path, overrides: list[str], *, merged: Path | None, num_step
 
     strength = sampling_strength(config.method.step_gain, num_steps or 1)
     state = model.merged(config.sample.weights, strength)
-    save_pipeline(model.family.folder, merged, FluxTransformer2DModel, state, compute_dtype(config))
+    shift = None if config.sample.shift == "dynamic" else float(config.sample.shift)
+    save_pipeline(model.family.folder, merged, FluxTransformer2DModel, state, compute_dtype(config), shift)
     return merged
 
 

@@ -71,7 +71,7 @@ def report(run_dir: Path, compare: list[Path]) -> Path:
             body.append(f"<h2>Samples: {html.escape(each.name)}</h2>" + _image(evaluated.read_bytes()))
     body.append("<h2>Training</h2>" + _image(_training_plot(runs)))
     if run.grids:
-        shown = run.grids[:: max(1, len(run.grids) // 3)][-3:]
+        shown = [run.grids[i] for i in sorted({0, len(run.grids) // 2, len(run.grids) - 1})]
         body += [f"<h3>{html.escape(path.stem.replace('_', ' '))}</h3>" + _image(path.read_bytes()) for path in shown]
     body.append(f"<h2>Configuration</h2><pre>{html.escape(run.config)}</pre>")
     page = (
@@ -142,9 +142,9 @@ def _training_plot(runs: list[_Run]) -> bytes:
             steps = [row["step"] for row in run.metrics]
             left.plot(steps, _smooth([row["loss"] for row in run.metrics]), label=run.name)
             right.plot(steps, _smooth([row["grad_norm"] for row in run.metrics]), label=run.name)
-        for name in ("teacher", "self", "flow"):
+        for name in ("teacher", "self"):
             rows = [(row["step"], row[f"loss/{name}"]) for row in runs[0].metrics if f"loss/{name}" in row]
-            if rows and name != "flow":
+            if rows:
                 left.plot(
                     [s for s, _ in rows], _smooth([v for _, v in rows]), label=f"{runs[0].name}: {name} slice", lw=0.8
                 )

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from scfm_core.errors import UserError
 from scfm_core.models.student import FullModel, LoRAModel
+from scfm_core.models.weights import network_fingerprint
 from scfm_core.train.build import build_family, build_model, resolve_device
 from scfm_core.train.checkpoint import find_checkpoint, load_checkpoint
 from scfm_core.train.config import RunConfig, load_config
@@ -30,8 +31,12 @@ def load_trained(run_dir: Path, config: RunConfig) -> tuple[LoRAModel | FullMode
     path = find_checkpoint(run_dir)
     if path is None:
         raise UserError(f"{run_dir} has no complete checkpoint yet; train first")
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(path, ("student", "ema_fast", "ema_slow"), verify=False)
     model = build_model(config, build_family(config), resolve_device(config.run.device), train=False)
+    if checkpoint.state["base_fingerprint"] != network_fingerprint(model.family.folder):
+        raise UserError(
+            f"{model.family.folder} is not the model that {run_dir} was trained on. Set model.path to that one"
+        )
     for role in ("student", "ema_fast", "ema_slow"):
         load_weights(model.parameters(role), checkpoint.tensors[role])
     for network in model.networks.values():

@@ -1,5 +1,6 @@
 """`scfm sample`: images from a run's weights, as a plain diffusers pipeline would make them."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -41,6 +42,8 @@ def sample(
     config = open_run(run_dir, overrides)
     if num_steps < 1:
         raise UserError(f"--steps must be at least 1, got {num_steps}")
+    if strength is not None and not math.isfinite(strength):
+        raise UserError(f"--strength must be a finite number, got {strength}")
     if strength is not None and config.train.weights == "full" and strength != 1:
         raise UserError("full weights have no strength other than 1: leave --strength out")
     prompts = prompts or read_prompts(prompt_file or config.sample.prompts, "--prompts")

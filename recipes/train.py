@@ -1,15 +1,17 @@
 """`scfm train`: parse, build, loop."""
 
 import contextlib
+import fcntl
+import shutil
 import signal
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from recipes.export import export_adapter
 from scfm_core.errors import UserError
-from scfm_core.models.weights import ADAPTER_FILE
-from scfm_core.train.build import build_family, read_prompts
-from scfm_core.train.checkpoint import find_checkpoint
-from scfm_core.train.config import RunConfig, dump_config, load_config
+from scfm_core.train.build import build_family, validation_prompts
+from scfm_core.train.checkpoint import find_checkpoint, verify_checkpoint
+from scfm_core.train.config import RunConfig, dump_config, load_config, with_absolute_paths
 from scfm_core.train.estimate import estimate, format_estimate
 from scfm_core.train.trainer import Trainer, fit
 
@@ -33,19 +35,32 @@ def train(config_path: str, overrides: list[str], *, resume: str = "auto", dry_r
     if dry_run:
         print(describe(config))
         return 0
+    config = with_absolute_paths(config)
     run_dir = Path(config.run.dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        start = _starting_point(run_dir, resume)
-        trainer = Trainer(config, start)
-        (run_dir / "config.yaml").write_text(dump_config(config))
+    except OSError as error:
+        reason = "it is a file" if run_dir.is_file() else error.strerror
+        raise UserError(f"run.dir: {run_dir} cannot be written ({reason}). Choose another with run.dir=PATH") from error
+    try:
+        with _only_one(run_dir):
+            return _run(config, run_dir, resume)
     except OSError as error:
         raise UserError(
-            f"run.dir: {run_dir} cannot be written ({error.strerror}). Choose another with run.dir=PATH"
+            f"the run in {run_dir} stopped: {error}. If its disk is full, make room and run the same command again"
         ) from error
+
+
+def _run(config: RunConfig, run_dir: Path, resume: str) -> int:
+    start = _starting_point(run_dir, resume)
+    trainer = Trainer(config, start)  # refuses what does not fit, before anything of an earlier attempt is touched
+    if resume == "never":
+        _move_aside(run_dir, _ATTEMPT)
+    elif resume != "auto" and start is not None:
+        _go_back(run_dir, start)
+    (run_dir / "config.yaml").write_text(dump_config(config))
     if start is not None:
         print(f"resuming from {start} at step {trainer.progress.step}")
-    adapter = run_dir / "adapter" / ADAPTER_FILE
     if trainer.progress.step < config.train.steps:
         stopped_by = fit(trainer)
         if stopped_by is not None:
@@ -54,28 +69,37 @@ def train(config_path: str, overrides: list[str], *, resume: str = "auto", dry_r
             return 128 + stopped_by
     else:
         print(f"nothing to do: {run_dir} has all {config.train.steps} steps")
-        if adapter.is_file():
-            return 0
     if config.train.weights == "lora":
         print(f"adapter: {export_adapter(run_dir, config, trainer.model)}")
     return 0
 
 
+@contextlib.contextmanager
+def _only_one(run_dir: Path) -> Iterator[None]:
+    """Two runs in one folder would write over each other. The lock ends with the process, however it ends."""
+    with (run_dir / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"another scfm train is running in {run_dir}. Wait for it, or use another run.dir"
+            ) from error
+        yield
+
+
 def describe(config: RunConfig) -> str:
     """The dry run: the configuration is valid; this is what it will cost."""
-    if not config.sample.prompts and config.sample.every:
-        raise UserError("sample.every asks for grids, but sample.prompts is empty. Give prompts, or set sample.every=0")
-    read_prompts(config.sample.prompts, "sample.prompts")
+    validation_prompts(config)
     return format_estimate(estimate(config, build_family(config, offline=True)), config)
 
 
 def _starting_point(run_dir: Path, resume: str) -> Path | None:
+    """The verified checkpoint to go on from; nothing is changed."""
     if resume == "auto":
         return find_checkpoint(run_dir)
     if resume == "never":
-        _move_aside(run_dir)
         return None
-    path = Path(resume)
+    path = Path(resume).expanduser()
     if not path.is_dir():
         raise UserError(
             f"--resume {resume}: there is no such checkpoint folder. Use auto, never, or a path to step_XXXXXXXX"
@@ -85,20 +109,36 @@ def _starting_point(run_dir: Path, resume: str) -> Path | None:
         if found is None:
             raise UserError(f"--resume {resume}: that run has no complete checkpoint")
         return found
+    verify_checkpoint(path)
     return path
 
 
-def _move_aside(run_dir: Path) -> None:
+def _go_back(run_dir: Path, start: Path) -> None:
+    """Make `start` the newest checkpoint of this run, so that a later start with `auto` goes on from it too."""
+    own = run_dir / "checkpoints"
+    if start.resolve().parent == own.resolve():
+        _move_aside(own, [path.name for path in own.glob("step_*") if path.name > start.name], into=run_dir)
+        return
+    _move_aside(run_dir, _ATTEMPT)
+    metrics = start.parents[1] / "metrics.jsonl"
+    if metrics.is_file():
+        shutil.copy(metrics, run_dir / "metrics.jsonl")
+    own.mkdir()
+    aside = own / f".{start.name}.tmp"
+    shutil.copytree(start, aside)
+    aside.rename(own / start.name)
+
+
+def _move_aside(folder: Path, names: Sequence[str], into: Path | None = None) -> None:
     """Nothing of an earlier attempt is deleted: it goes to `previous-1`, `previous-2`, ..."""
-    present = [name for name in _ATTEMPT if (run_dir / name).exists()]
+    present = [name for name in names if (folder / name).exists()]
     if not present:
         return
     number = 1
-    while (run_dir / f"previous-{number}").exists():
+    while ((into or folder) / f"previous-{number}").exists():
         number += 1
-    target = run_dir / f"previous-{number}"
+    target = (into or folder) / f"previous-{number}"
     target.mkdir()
     for name in present:
-        with contextlib.suppress(FileNotFoundError):
-            (run_dir / name).rename(target / name)
-    print(f"moved the earlier attempt to {target}")
+        (folder / name).rename(target / name)
+    print(f"moved {', '.join(present)} of the earlier attempt to {target}")

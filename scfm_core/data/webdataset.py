@@ -183,6 +183,9 @@ class CachedDataset:
             )
         self._locations += complete
 
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_files": {}}  # descriptors mean nothing in another process
+
     def __len__(self) -> int:
         return len(self._locations)
 

@@ -31,6 +31,8 @@ KNOWN_ARCHITECTURES: dict[str, dict[str, Any]] = {
             "patch_size": 1,
             "pooled_projection_dim": 768,
         },
+        # bf16: T5-XXL's encoder 4.76 B, CLIP-L's text model 0.12 B, the VAE 0.08 B parameters
+        "encoder_bytes": 2 * 4_969_000_000,
         "vae": {"block_out_channels": (128, 256, 512, 512), "latent_channels": 16},
     }
 }
@@ -73,6 +75,7 @@ class Flux:
         if offline and known and not is_local(path):
             self.folder = Path(path)
             self.network_config, self.vae_config = known["transformer"], known["vae"]
+            self.encoder_bytes: int = known["encoder_bytes"]
             return
         if offline and not is_local(path):
             raise UserError(
@@ -82,6 +85,10 @@ class Flux:
         self.folder = resolve_folder(path, PIPELINE)
         self.network_config = component_config(self.folder, "transformer")
         self.vae_config = component_config(self.folder, "vae")
+        encoders = ("vae", "text_encoder", "text_encoder_2")
+        self.encoder_bytes = sum(
+            f.stat().st_size for name in encoders for f in (self.folder / name).glob("*.safetensors")
+        )
 
     def load_network(self, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
         """The pre-trained transformer, every parameter in `dtype`."""

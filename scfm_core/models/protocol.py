@@ -27,7 +27,7 @@ class Conditioning:
     def __len__(self) -> int:
         return self.text.shape[0]
 
-    def with_guidance(self, guidance: Tensor) -> "Conditioning":
+    def with_guidance(self, guidance: Tensor | None) -> "Conditioning":
         """The same rows at another guidance, fp32 [B]."""
         return dataclasses.replace(self, guidance=guidance)
 

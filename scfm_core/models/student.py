@@ -102,22 +102,20 @@ class FullModel(_Passes):
     Args:
         family: how to call the networks.
         network: the pre-trained network in fp32; it becomes the student.
-        compute_dtype: of matrix products (autocast) and of the teacher's weights.
-        with_teacher: keep a frozen copy; off for pretraining, which has no teacher rows.
+        compute_dtype: of matrix products (autocast).
+        teacher: the frozen network in `compute_dtype`; None for pretraining, which has no teacher rows.
     """
 
     def __init__(
-        self, family: ModelFamily, network: nn.Module, compute_dtype: torch.dtype, *, with_teacher: bool
+        self, family: ModelFamily, network: nn.Module, compute_dtype: torch.dtype, *, teacher: nn.Module | None
     ) -> None:
         self.family = family
         self.compute_dtype = compute_dtype
         self._networks: dict[str, nn.Module] = {"student": network.requires_grad_(True)}
-        frozen = {"ema_fast": torch.float32, "ema_slow": torch.float32}
-        if with_teacher:
-            frozen["teacher"] = compute_dtype
-        for role, dtype in frozen.items():
-            twin = copy.deepcopy(network).requires_grad_(False)
-            self._networks[role] = nn.Module.to(twin, dtype)  # not diffusers' own `to`, which warns
+        for role in ("ema_fast", "ema_slow"):
+            self._networks[role] = copy.deepcopy(network).requires_grad_(False)
+        if teacher is not None:
+            self._networks["teacher"] = teacher.requires_grad_(False)
 
     @property
     def networks(self) -> dict[str, nn.Module]:

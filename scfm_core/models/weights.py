@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,13 +98,23 @@ def load_component(cls: Any, folder: Path, component: str, dtype: torch.dtype) -
 
 
 def encoder_fingerprint(folder: Path) -> str:
-    """A fingerprint of VAE and text encoders: two caches fit together only if theirs are equal.
+    """A fingerprint of VAE and text encoders: two caches fit together only if theirs are equal."""
+    return _fingerprint(folder, _ENCODERS)
 
-    Hashed are each file's name, its size, and its first and last MiB: a safetensors header holds every name and
-    shape, and no two trainings share the weights after it. Hashing T5-XXL whole would take a minute at every start.
+
+def network_fingerprint(folder: Path) -> str:
+    """A fingerprint of the pre-trained network: an adapter is worth nothing over another one."""
+    return _fingerprint(folder, ("transformer",))
+
+
+def _fingerprint(folder: Path, components: Sequence[str]) -> str:
+    """Hash of each file's name, its size, and its first and last MiB.
+
+    A safetensors header holds every name and shape, and no two trainings share the weights after it. Hashing T5-XXL
+    whole would take a minute at every start.
     """
     digest = hashlib.sha256()
-    for component in _ENCODERS:
+    for component in components:
         for path in sorted((folder / component).glob("*")):
             if path.suffix in (".safetensors", ".json", ".txt", ".model"):
                 size = path.stat().st_size
@@ -151,13 +161,30 @@ def read_adapter_metadata(path: Path) -> dict[str, Any]:
     return dict(json.loads(metadata.get("scfm", "{}")))
 
 
-def save_pipeline(source: Path, target: Path, cls: Any, state: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+def save_pipeline(
+    source: Path, target: Path, cls: Any, state: Mapping[str, Tensor], dtype: torch.dtype, shift: float | None
+) -> None:
     """A complete pipeline folder: `source` with its transformer's weights replaced by `state`, in `dtype`.
 
-    The other components are copied file by file, so that `target` stands alone.
+    The other components are copied file by file, so that `target` stands alone; it appears when it is complete.
+
+    Args:
+        shift: the sampler's fixed timestep shift; None leaves the scheduler as it is.
+
+    Raises:
+        UserError: if `target` exists.
     """
-    config = component_config(source, "transformer")
-    network = torch.nn.Module.to(cls.from_config(config), dtype)  # not diffusers' own `to`, which warns
-    network.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()})
-    shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("transformer"))
-    network.save_pretrained(target / "transformer", safe_serialization=True)
+    if target.exists():
+        raise UserError(f"{target} exists already; choose another folder, or delete it")
+    aside = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    with torch.device("meta"):
+        network = cls.from_config(component_config(source, "transformer"))
+    network.load_state_dict({name: tensor.to("cpu", dtype) for name, tensor in state.items()}, assign=True)
+    shutil.copytree(source, aside, ignore=shutil.ignore_patterns("transformer"))
+    network.save_pretrained(aside / "transformer", safe_serialization=True)
+    if shift is not None:
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=False).save_pretrained(aside / "scheduler")
+    aside.rename(target)

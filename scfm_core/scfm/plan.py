@@ -20,7 +20,7 @@ class StepGain:
     """Step-scaled adapters: a jump over the share `jump` of the grid runs at strength `jump ** gamma`."""
 
     gamma: float = 0.5
-    """Exponent; 0.5 measured best on the digits, 1 is the first-order law, 0 would be the paper."""
+    """Exponent; 0.5 is what was measured on the digits, 1 is the first-order law, 0 would be the paper."""
 
     def __post_init__(self) -> None:
         if not 0 < self.gamma <= 4:
@@ -105,21 +105,29 @@ class ShortcutPlan:
     `sigma_start > sigma_mid > sigma_end` on pairs; a flow-matching row is a jump of length zero, all three equal.
     """
 
-    sample_ids: Tensor
     sigma_start: Tensor
     sigma_mid: Tensor
     sigma_end: Tensor
     student_strength: Tensor
     near_strength: Tensor
     far_strength: Tensor
-    guidance: Tensor
-    shift: Tensor
-    grid: Tensor
-    """int64: steps of the grid that the pair lies on; 0 on flow-matching rows."""
     is_teacher: Tensor
     is_flow: Tensor
-    has_flow: bool
-    has_pairs: bool
+    sample_ids: Tensor | None = None
+    guidance: Tensor | None = None
+    shift: Tensor | None = None
+    grid: Tensor | None = None
+    """int64: steps of the grid that the pair lies on; 0 on flow-matching rows."""
+    has_flow: bool | None = None
+    """Whether rows may be flow-matching rows, and `has_pairs`: whether they may be pairs. Given by the configuration,
+    so that every process of a run takes the same way; None: looked up in `is_flow`."""
+    has_pairs: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.has_flow is None:
+            object.__setattr__(self, "has_flow", bool(self.is_flow.any()))
+        if self.has_pairs is None:
+            object.__setattr__(self, "has_pairs", not bool(self.is_flow.all()))
 
     def __len__(self) -> int:
         return self.sigma_start.shape[0]
@@ -176,7 +184,6 @@ def sample_plan(config: PlanConfig, sample_ids: Tensor, seed: int, *, image_toke
     student, near, far = _strengths(config, grid, is_teacher, is_flow)
     guidance_low, guidance_high = config.guidance
     return ShortcutPlan(
-        sample_ids=sample_ids,
         sigma_start=start.clamp(max=config.sigma_max).float(),
         sigma_mid=mid.clamp(max=config.sigma_max).float(),
         sigma_end=end.clamp(max=config.sigma_max).float(),
@@ -188,6 +195,7 @@ def sample_plan(config: PlanConfig, sample_ids: Tensor, seed: int, *, image_toke
         grid=torch.where(is_flow, 0, grid),
         is_teacher=is_teacher,
         is_flow=is_flow,
+        sample_ids=sample_ids,
         has_flow=config.has_flow,
         has_pairs=config.has_pairs,
     )

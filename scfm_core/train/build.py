@@ -41,14 +41,11 @@ def resolve_device(name: str) -> torch.device:
     """`run.device` as a device.
 
     Raises:
-        UserError: if it is unknown or not there.
+        UserError: if it is not there.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"run.device: {name!r} is not a device ({error})") from error
+    device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"run.device is {name!r}, but torch sees no GPU. Set run.device=cpu, or mend the driver")
     return device
@@ -86,8 +83,8 @@ def build_model(config: RunConfig, family: Flux, device: torch.device, *, train:
         except ValueError as error:
             raise UserError(str(error)) from error
     else:
-        needs_teacher = config.method.teacher_fraction > 0
-        model = FullModel(family, network, dtype, with_teacher=needs_teacher)
+        teacher = family.load_network(dtype, device) if config.method.teacher_fraction > 0 else None
+        model = FullModel(family, network, dtype, teacher=teacher)
     if train:
         set_activation_checkpointing(network, config.train.activation_checkpointing)
         if config.train.compile:
@@ -202,6 +199,20 @@ def sampling_shift(config: SampleConfig, family: Flux, height: int, width: int) 
     return float(config.shift)
 
 
+def validation_prompts(config: RunConfig) -> list[str]:
+    """Prompts of the grids; none if grids are off.
+
+    Raises:
+        UserError: if grids are asked for without prompts.
+    """
+    if not config.sample.every:
+        return []
+    prompts = read_prompts(config.sample.prompts, "sample.prompts")
+    if not prompts:
+        raise UserError("sample.every asks for grids, but sample.prompts is empty. Give prompts, or set sample.every=0")
+    return prompts
+
+
 def read_prompts(source: str | tuple[str, ...], where: str) -> list[str]:
     """Prompts as given, or the lines of a text file.
 
@@ -214,7 +225,10 @@ def read_prompts(source: str | tuple[str, ...], where: str) -> list[str]:
     try:
         prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except OSError as error:
-        raise UserError(f"{where}: the prompt file {source!r} cannot be read ({error.strerror})") from error
+        raise UserError(
+            f"{where}: the prompt file {source!r} cannot be read ({error.strerror}). A prompt itself goes into brackets: "
+            f"[{source}]"
+        ) from error
     if not prompts:
         raise UserError(f"{where}: the prompt file {source!r} has no prompt; put one on each line")
     return prompts

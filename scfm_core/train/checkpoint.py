@@ -6,11 +6,12 @@ There is no pointer file: the newest folder whose manifest checks out is the lat
 the frozen base is not stored.
 """
 
+import contextlib
 import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,8 +81,10 @@ def save_checkpoint(
         _fsync(final.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
+        intact = None
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-        intact = find_checkpoint(run_dir, warn=lambda message: None)
+        with contextlib.suppress(UserError):
+            intact = find_checkpoint(run_dir, warn=lambda message: None)
         raise UserError(
             f"the checkpoint of step {step} could not be written to {final.parent}: "
             f"{'the disk is full' if full else error}. "
@@ -93,14 +96,27 @@ def save_checkpoint(
 
 
 def find_checkpoint(run_dir: Path, warn: Callable[[str], None] = print) -> Path | None:
-    """The newest checkpoint of a run that is complete and undamaged; each one passed over is named through `warn`."""
-    for path in reversed(_folders(run_dir)):
+    """The newest checkpoint of a run that is complete and undamaged; each one passed over is named through `warn`.
+
+    Returns:
+        its folder; None if the run has no checkpoint at all.
+
+    Raises:
+        UserError: if there are checkpoints, but every one is damaged.
+    """
+    folders = _folders(run_dir)
+    for path in reversed(folders):
         try:
             verify_checkpoint(path)
         except UserError as error:
             warn(f"{error}. Falling back to an earlier checkpoint")
             continue
         return path
+    if folders:
+        raise UserError(
+            f"none of the {len(folders)} checkpoints in {run_dir / 'checkpoints'} is intact. Bring one back from a copy, "
+            f"or start over with --resume never"
+        )
     return None
 
 
@@ -130,14 +146,22 @@ def _manifest(path: Path) -> dict[str, tuple[int, str]]:
     return entries
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint, verified first.
+def load_checkpoint(path: Path, groups: Collection[str] | None = None, *, verify: bool = True) -> Checkpoint:
+    """Read a checkpoint.
+
+    Args:
+        path: its folder.
+        groups: read these groups of tensors alone; None: all.
+        verify: hash every file first; off for a path that `find_checkpoint` has just verified.
 
     Raises:
         UserError: if `path` is not a complete, undamaged checkpoint.
     """
-    verify_checkpoint(path)
+    if verify:
+        verify_checkpoint(path)
     names = [name for name in _manifest(path) if name.endswith(".safetensors")]
+    if groups is not None:
+        names = [name for name in names if name.removesuffix(".safetensors") in groups]
     tensors = {name.removesuffix(".safetensors"): load_file(path / name) for name in names}
     return Checkpoint(path, tensors, json.loads((path / "state.json").read_text()))
 

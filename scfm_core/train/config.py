@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,13 @@ class RunSection:
     """Of data order, plans, noise and adapter initialisation."""
     device: str = "auto"
     """`auto` (cuda if there is one, else cpu), `cuda`, `cuda:1`, `cpu`."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dir", str(Path(self.dir).expanduser()))
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"run.seed must be in 0..2**63-1, got {self.seed}")
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise ValueError(f"run.device must be auto, cpu, cuda or cuda:N, got {self.device!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +231,9 @@ def _swap_sections(tree: dict[str, Any]) -> dict[str, Any]:
     """Sections given as a file's name are read from it: `data: recipes/data/digits.yaml`."""
     for section, value in tree.items():
         if isinstance(value, str) and value.endswith((".yaml", ".yml")):
-            tree[section] = _read_yaml(find_recipe(value))
+            if not Path(value).is_file():
+                raise UserError(f"{section}: there is no file {value!r}")
+            tree[section] = _read_yaml(Path(value))
     return tree
 
 
@@ -239,9 +249,19 @@ def parse_config(tree: Mapping[str, Any], source: str) -> RunConfig:
                 str(part) for part in item["loc"] if not str(part).endswith("]") and str(part) not in ("float", "str")
             ]
             where, message = ".".join(parts), item["msg"].removeprefix("Value error, ")
+            if item["type"] == "dataclass_type":
+                message = f"is a section: set its keys, such as {where}.{next(iter(_keys_of(where)), 'key')}=..."
             got = "" if item["type"] in ("missing", "value_error") else f" (got {item['input']!r})"
             lines.append(f"  {where}: {message}{got}" if where else f"  {message}")
         raise UserError(f"{source} is not a valid configuration:\n" + "\n".join(dict.fromkeys(lines))) from error
+
+
+def _keys_of(section: str) -> list[str]:
+    """The keys of a (nested) section by its dotted name."""
+    cls: Any = RunConfig
+    for part in section.split("."):
+        cls = _dataclass_in(typing.get_type_hints(cls)[part])
+    return list(typing.get_type_hints(cls))
 
 
 def to_plain(config: Any) -> dict[str, Any]:
@@ -253,6 +273,23 @@ def to_plain(config: Any) -> dict[str, Any]:
         return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
     return dict(plain(dataclasses.asdict(config)))
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """The same run, usable from any working directory: paths that exist become absolute."""
+
+    def absolute(path: Any) -> Any:
+        here = Path(path).expanduser() if isinstance(path, str) else None
+        return str(here.resolve()) if here is not None and here.exists() else path
+
+    evaluate = {name: absolute(getattr(config.evaluate, name)) for name in ("prompts", "features_path", "clip_path")}
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, path=absolute(config.model.path)),
+        data=dataclasses.replace(config.data, path=absolute(config.data.path)),
+        sample=dataclasses.replace(config.sample, prompts=absolute(config.sample.prompts)),
+        evaluate=dataclasses.replace(config.evaluate, **evaluate),
+    )
 
 
 def dump_config(config: RunConfig) -> str:

@@ -58,7 +58,7 @@ def estimate(config: RunConfig, family: Flux) -> Estimate:
         adapted, trained = len(bank.layers), sum(p.numel() for p in factors.values())
         lora = 2.0 * sum(p.numel() * _tokens_through(name, image_tokens, tokens) for name, p in factors.items())
     step = _step_flops(config, linear, attention, lora)
-    memory = _memory(config, base, trained, dim, blocks, tokens)
+    memory = _memory(config, family, base, trained, dim, blocks, tokens)
     return Estimate(
         base_parameters=base,
         trained_parameters=trained,
@@ -97,7 +97,9 @@ def _step_flops(config: RunConfig, linear: float, attention: float, lora: float)
     return forward * (1 + no_gradient_passes) + backward + recomputed
 
 
-def _memory(config: RunConfig, base: int, trained: int, dim: int, blocks: int, tokens: int) -> dict[str, float]:
+def _memory(
+    config: RunConfig, family: Flux, base: int, trained: int, dim: int, blocks: int, tokens: int
+) -> dict[str, float]:
     bytes_base = 2 if config.train.compute_dtype == "bfloat16" else 4
     lora = config.train.weights == "lora"
     has_teacher = lora or config.method.teacher_fraction > 0
@@ -106,12 +108,13 @@ def _memory(config: RunConfig, base: int, trained: int, dim: int, blocks: int, t
     per_block = {"none": 34, "selective": 16, "full": 1}[config.train.activation_checkpointing]
     alive = per_block * blocks + (34 if config.train.activation_checkpointing == "full" else 0)
     return {
+        "encoders (on the fly)": float(family.encoder_bytes if config.data.format == "folder" else 0),
         "frozen base" if lora else "teacher": float(base * bytes_base * has_teacher),
         "student (fp32)": 4.0 * trained,
         "EMAs, fast and slow (fp32)": 8.0 * trained,
         "gradients (fp32)": 4.0 * trained,
         "Adam (fp32)": 8.0 * trained,
-        "activations (estimate)": float(config.train.micro_batch_size * tokens * dim * alive * bytes_base),
+        "activations (a guess)": float(config.train.micro_batch_size * tokens * dim * alive * bytes_base),
     }
 
 
@@ -154,8 +157,3 @@ def _flops(number: float) -> str:
 
 def _count(number: int) -> str:
     return f"{number / 1e9:.1f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"
-
-
-def dry_run(config: RunConfig, family: Flux) -> str:
-    """Build everything that needs no weights, and say what the run will cost."""
-    return format_estimate(estimate(config, family), config)

@@ -1,5 +1,6 @@
 """Where a step's numbers go: `metrics.jsonl`, W&B, the progress bar."""
 
+import contextlib
 import json
 import os
 import sys
@@ -14,16 +15,13 @@ from scfm_core.train.config import WandbConfig
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The steps of a `metrics.jsonl`; a last line that a kill cut off is left out."""
-    if not path.is_file():
-        return []
+    """The steps of a `metrics.jsonl`; lines that are none, such as a last one that a kill cut off, are left out."""
     rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict) and "step" in row]
 
 
 class MetricsFile:

@@ -21,6 +21,7 @@ from scfm_core.distributed.engine import LocalEngine, NonFiniteGradient
 from scfm_core.errors import UserError
 from scfm_core.flow.path import flow_velocity, noise_latents
 from scfm_core.flow.random import sample_noise
+from scfm_core.models.weights import network_fingerprint
 from scfm_core.scfm.ema import DualEMA
 from scfm_core.scfm.loss import LossMeter, scfm_loss
 from scfm_core.scfm.plan import sample_plan, sampling_strength
@@ -30,23 +31,26 @@ from scfm_core.train.build import (
     build_family,
     build_model,
     compute_dtype,
-    read_prompts,
     resolve_device,
     sampling_shift,
+    validation_prompts,
 )
 from scfm_core.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from scfm_core.train.config import RunConfig, TrainConfig, to_plain
 from scfm_core.train.metrics import MetricsFile, WandbLog, progress_bar
 from scfm_core.train.validate import decode, initial_noise, sample_latents, save_grid
 
-# Changing these between two starts of a run changes nothing that it computes.
+# What may change between two starts of a run.
 _FREE_KEYS = (
     "run.dir",
     "run.device",
-    "data.path",  # the content's fingerprint is compared instead
+    "model.path",  # of these the content's fingerprints are compared
+    "data.path",
     "data.num_workers",
     "data.verify",
     "train.steps",
+    "train.lr",  # these two change the run, and a line says so
+    "train.clip_norm",
     "train.micro_batch_size",
     "train.activation_checkpointing",
     "train.compile",
@@ -84,7 +88,7 @@ class Trainer:
 
     Args:
         config: the run.
-        resume: the checkpoint to go on from, if any.
+        resume: the checkpoint to go on from, if any; already verified.
 
     Raises:
         UserError: if model, data, prompts or checkpoint do not fit the configuration.
@@ -94,7 +98,7 @@ class Trainer:
         self.config = config
         self.run_dir = Path(config.run.dir)
         self.device = resolve_device(config.run.device)
-        prompts = read_prompts(config.sample.prompts, "sample.prompts") if config.sample.every else []
+        prompts = validation_prompts(config)
         self.dataset = open_dataset(config.data)
         self.family = build_family(config)
         self.encoder = BatchEncoder(config, self.family, self.dataset, self.device)
@@ -116,7 +120,7 @@ class Trainer:
             config=config.ema,
         )
         if resume is not None:
-            self._restore(load_checkpoint(resume))
+            self._restore(load_checkpoint(resume, verify=False))
         self.validation = Validation(self, prompts) if prompts else None
 
     def micro_step(self, batch: Batch, meter: LossMeter) -> Tensor:
@@ -160,7 +164,7 @@ class Trainer:
             self.progress.samples += train.global_batch_size
             if self.emas.restart_due(self.progress.step):
                 self.emas.restart()
-            losses = meter.compute()  # the step's one device sync
+            losses = meter.compute()
             seconds = time.perf_counter() - began
             self.progress.seconds += seconds
             yield {
@@ -179,7 +183,8 @@ class Trainer:
         return (
             f"step {self.progress.step + 1} stopped: {error}. Its samples are {first}..."
             f"{first + self.config.train.global_batch_size - 1}; weights and EMAs are as after step "
-            f"{self.progress.step}. Lower train.lr or train.clip_norm, or look at those samples"
+            f"{self.progress.step}. Look at those samples, or go back: --resume with an earlier checkpoint and a lower "
+            f"train.lr or train.clip_norm"
         )
 
     def save(self) -> Path:
@@ -193,6 +198,7 @@ class Trainer:
         state = {
             **dataclasses.asdict(self.progress),
             "data_fingerprint": self.dataset.fingerprint,
+            "base_fingerprint": network_fingerprint(self.family.folder),
             "config": to_plain(self.config),
         }
         return save_checkpoint(self.run_dir, self.progress.step, tensors, state, self.config.checkpoint.keep)
@@ -200,6 +206,11 @@ class Trainer:
     def _restore(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state
         refuse_other_recipe(state["config"], to_plain(self.config), checkpoint.path)
+        if state["base_fingerprint"] != network_fingerprint(self.family.folder):
+            raise UserError(
+                f"checkpoint {checkpoint.path} was trained on another model than model.path={self.config.model.path} "
+                f"holds now. Resume with the same one, or start over with --resume never"
+            )
         if state["data_fingerprint"] != self.dataset.fingerprint:
             raise UserError(
                 f"checkpoint {checkpoint.path} was trained on other data than data.path={self.config.data.path} "
@@ -240,6 +251,9 @@ def refuse_other_recipe(saved: dict[str, Any], current: dict[str, Any], where: P
             f"checkpoint {where} is of another recipe:\n{lines}\n"
             f"Use another run.dir, put the values back, or start over with --resume never"
         )
+    for key in ("train.lr", "train.clip_norm"):
+        if key in keys:
+            print(f"{key} changes here from {left.get(key)} to {right.get(key)}")
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -257,7 +271,7 @@ class Validation:
 
         config, family = trainer.config, trainer.family
         dtype = compute_dtype(config)
-        self.prompts = prompts
+        self.prompts, self.every, self.last = prompts, config.sample.every, config.train.steps
         text = trainer.encoder.text or TextEncoders(family.folder, config.model.text_length, dtype, trainer.device)
         self.cond = text.encode(prompts, guidance=config.sample.guidance)
         self.vae = trainer.encoder.vae or Autoencoder(family.folder, dtype, trainer.device)
@@ -265,6 +279,18 @@ class Validation:
         seeds = [config.sample.seed + i for i in range(len(prompts))]
         self.noise = initial_noise(family.latent_shape(height, width), seeds, dtype).to(trainer.device)
         self.shift = sampling_shift(config.sample, family, height, width)
+
+    def due(self, step: int) -> bool:
+        """Whether a grid belongs to this step: every `sample.every` steps, and the last."""
+        return step > 0 and (step % self.every == 0 or step == self.last)
+
+    def path(self, trainer: Trainer) -> Path:
+        """Where the grid of the present step goes."""
+        return trainer.run_dir / "samples" / f"step_{trainer.progress.step:08d}.png"
+
+    def missing(self, trainer: Trainer) -> bool:
+        """Whether the present step should have a grid and has none."""
+        return self.due(trainer.progress.step) and not self.path(trainer).is_file()
 
     def grid(self, trainer: Trainer) -> Path:
         """Sample every prompt at every step count and save the picture."""
@@ -284,9 +310,8 @@ class Validation:
             ]
             images = decode(self.vae, torch.cat(latents), config.train.micro_batch_size)
             rows.append((f"{num_steps} step{'s' if num_steps > 1 else ''}", images))
-        path = trainer.run_dir / "samples" / f"step_{trainer.progress.step:08d}.png"
-        save_grid(path, rows, self.prompts)
-        return path
+        save_grid(self.path(trainer), rows, self.prompts)
+        return self.path(trainer)
 
 
 class StopRequest:
@@ -324,10 +349,11 @@ def fit(trainer: Trainer) -> int | None:
     metrics = MetricsFile(trainer.run_dir / "metrics.jsonl", trainer.progress.step)
     wandb = WandbLog(config.wandb, trainer.run_dir, to_plain(config))
     bar = progress_bar(trainer.run_dir.name, total, trainer.progress.step)
-    saved_at = trainer.progress.step if trainer.progress.step else None
     stop = StopRequest()
     try:
         with stop.listening(), bar:
+            if trainer.validation and trainer.validation.missing(trainer):  # killed between checkpoint and grid
+                trainer.validation.grid(trainer)
             for row in trainer.train_steps():
                 metrics.write(row)
                 wandb.log(row)
@@ -336,15 +362,12 @@ def fit(trainer: Trainer) -> int | None:
                 )
                 bar.update()
                 step = row["step"]
-                if trainer.validation and (step % config.sample.every == 0 or step == total):
-                    wandb.image("samples", trainer.validation.grid(trainer), step)
                 if step % config.checkpoint.every == 0 or step == total or stop.signal is not None:
                     trainer.save()
-                    saved_at = step
+                if trainer.validation and trainer.validation.due(step):
+                    wandb.image("samples", trainer.validation.grid(trainer), step)
                 if stop.signal is not None and step < total:
                     return stop.signal
-            if saved_at != trainer.progress.step:
-                trainer.save()  # resumed beyond train.steps, or nothing left to do
     finally:
         metrics.close()
         wandb.close()

@@ -25,7 +25,8 @@ def perturb(model):
 
 
 def full_model(family, *, with_teacher=True):
-    return FullModel(family, family.load_network(torch.float32, "cpu"), torch.float32, with_teacher=with_teacher)
+    teacher = family.load_network(torch.float32, "cpu") if with_teacher else None
+    return FullModel(family, family.load_network(torch.float32, "cpu"), torch.float32, teacher=teacher)
 
 
 @pytest.mark.parametrize("weights", ["lora", "full"])

@@ -220,6 +220,51 @@ def inception_without_weights(recipe, tiny, tmp_path):
     return ["evaluate", str(tmp_path / "run"), "evaluate.features=inception"], "must name Inception's weights"
 
 
+def prompt_given_as_file(recipe, tiny, tmp_path):
+    return train(recipe, "sample.every=2", "sample.prompts=a cat"), "A prompt itself goes into brackets: [a cat]"
+
+
+def grids_without_prompts(recipe, tiny, tmp_path):
+    return train(recipe, "sample.every=2"), "sample.every asks for grids, but sample.prompts is empty"
+
+
+def missing_section_file(recipe, tiny, tmp_path):
+    return train(recipe, "data=other.yaml"), "data: there is no file 'other.yaml'"
+
+
+def number_for_a_section(recipe, tiny, tmp_path):
+    return train(recipe, "method.step_gain=0.5"), "is a section: set its keys, such as method.step_gain.gamma=..."
+
+
+def run_dir_is_a_file(recipe, tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    return train(recipe, f"run.dir={tmp_path / 'file'}"), "cannot be written (it is a file)"
+
+
+def unknown_device(recipe, tiny, tmp_path):
+    return train(recipe, "run.device=gpu"), "run.device must be auto, cpu, cuda or cuda:N, got 'gpu'"
+
+
+def strength_without_number(recipe, tiny, tmp_path):
+    assert main(train(recipe)) == 0
+    return ["sample", str(tmp_path / "run"), "--prompt", "x", "--strength", "nan"], "--strength must be a finite number"
+
+
+def export_over_something(recipe, tiny, tmp_path):
+    assert main(train(recipe)) == 0
+    return [
+        "export",
+        str(tmp_path / "run"),
+        "--merged",
+        str(tiny / "flux"),
+    ], "flux exists already; choose another folder"
+
+
+def encode_in_batches_of_none(recipe, tiny, tmp_path):
+    words = ["data", "encode", str(tiny / "digits"), str(tmp_path / "out"), "--model", str(tiny / "flux")]
+    return [*words, "--batch-size", "0"], "batch size and samples per shard must be at least 1"
+
+
 CASES = [
     unknown_key, unknown_section, wrong_type, wrong_choice, zero_steps, uneven_batch, override_without_value,
     missing_recipe, broken_yaml, missing_model, hub_without_network, wrong_model_folder, wrong_pipeline,
@@ -227,7 +272,8 @@ CASES = [
     corrupt_image, corrupt_image_in_a_worker, cut_shard, flipped_bit, cache_of_another_model,
     cache_of_another_text_length, resolution_not_divisible, no_permission, unknown_prompt_file,
     checkpoint_of_another_recipe, unknown_checkpoint, lora_without_targets, no_gpu, not_a_run, sample_without_prompt,
-    inception_without_weights,
+    inception_without_weights, prompt_given_as_file, grids_without_prompts, missing_section_file, number_for_a_section,
+    run_dir_is_a_file, unknown_device, strength_without_number, export_over_something, encode_in_batches_of_none,
 ]  # fmt: skip
 
 

@@ -142,6 +142,7 @@ DAMAGE = {
     "missing manifest": lambda folder: (folder / MANIFEST).unlink(),
     "cut manifest": lambda folder: cut(folder / MANIFEST),
     "empty manifest": lambda folder: (folder / MANIFEST).write_text(""),
+    "manifest that lists nothing": lambda folder: (folder / MANIFEST).write_text('{"files": {}}'),
     "other JSON": lambda folder: (folder / MANIFEST).write_text("[]"),
     "empty folder": lambda folder: [file.unlink() for file in folder.iterdir()],
 }
@@ -205,11 +206,15 @@ class TestDamage:
 
 
 class TestLeftovers:
-    """What a `kill -9` in the middle of a save leaves: a folder aside, with some of its files."""
+    """What a `kill -9` leaves at the worst moment: every file is written, and the folder not yet renamed."""
 
     def leave(self, run_dir: Path, step: int) -> None:
-        final = checkpoint_path(run_dir, step)
-        shutil.copytree(checkpoint_path(run_dir, 2), final.with_name(f".{final.name}.tmp"))
+        before = set((run_dir / "checkpoints").iterdir())
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Path, "rename", raising(KeyboardInterrupt()))
+            save(run_dir, step)
+        (leftover,) = set((run_dir / "checkpoints").iterdir()) - before
+        assert (leftover / MANIFEST).exists()
 
     def test_are_ignored(self, run_dir):
         self.leave(run_dir, 3)

@@ -254,7 +254,7 @@ class TestInception:
         with pytest.raises(UserError, match=rf"evaluate\.features_path.*{path}"):
             load_features(self.config(path), CPU)
 
-    @pytest.mark.parametrize("write", [torch.save, lambda bomb, path: path.write_bytes(pickle.dumps(bomb))])
+    @pytest.mark.parametrize("write", [torch.save, lambda bomb, path: path.write_bytes(pickle.dumps(bomb, protocol=2))])
     def test_weights_are_not_executed(self, weights, tmp_path, write):
         write(Bomb(tmp_path / "executed"), tmp_path / "weights.pth")
         with pytest.raises(UserError, match=r"evaluate\.features_path"):

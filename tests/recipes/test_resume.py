@@ -1,0 +1,148 @@
+"""`--resume auto | never | PATH`, and what stands in its way. `test_kill.py` holds the bitwise end."""
+
+import fcntl
+import json
+import os
+import shutil
+
+import pytest
+
+from recipes.cli import main
+from scfm_core.models.weights import read_adapter_metadata
+from scfm_core.train.checkpoint import find_checkpoint
+from scfm_core.train.config import dump_config
+
+
+@pytest.fixture
+def recipe(make_config, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump_config(make_config({"train.steps": 6, "checkpoint.every": 2, "checkpoint.keep": 9})))
+    return path
+
+
+@pytest.fixture
+def run_dir(recipe, tmp_path):
+    """A finished run of six steps."""
+    assert main(["train", str(recipe)]) == 0
+    return tmp_path / "run"
+
+
+def steps(run_dir):
+    return [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run_dir):
+    return [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def saved(run_dir):
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+
+def test_never_moves_the_earlier_attempt_aside(recipe, run_dir):
+    before = losses(run_dir)
+    assert main(["train", str(recipe), "--resume", "never", "train.steps=2"]) == 0
+    assert steps(run_dir) == [1, 2]
+    assert losses(run_dir / "previous-1") == before
+    assert saved(run_dir / "previous-1") == [f"step_{step:08d}" for step in (2, 4, 6)]
+
+
+def test_never_touches_nothing_if_the_new_run_cannot_start(recipe, run_dir):
+    assert main(["train", str(recipe), "--resume", "never", "data.path=nowhere"]) == 2
+    assert steps(run_dir) == [1, 2, 3, 4, 5, 6]
+    assert not (run_dir / "previous-1").exists()
+
+
+def test_going_back_in_the_same_run(recipe, run_dir, capsys):
+    before = losses(run_dir)
+    target = run_dir / "checkpoints" / "step_00000002"
+    assert main(["train", str(recipe), "--resume", str(target), "train.steps=4", "train.lr=5e-4"]) == 0
+    assert "train.lr changes here from 0.001 to 0.0005" in capsys.readouterr().out
+    assert steps(run_dir) == [1, 2, 3, 4]
+    # The third loss still follows from the second step's weights; the fourth feels the lower rate.
+    assert losses(run_dir)[:3] == before[:3]
+    assert losses(run_dir)[3] != before[3]
+    assert saved(run_dir) == ["step_00000002", "step_00000004"]
+    kept = sorted(path.name for path in (run_dir / "previous-1").iterdir())
+    assert kept == ["step_00000004", "step_00000006"]
+
+
+def test_going_on_from_another_run(recipe, run_dir, tmp_path):
+    other = tmp_path / "other"
+    command = ["train", str(recipe), f"run.dir={other}"]
+    assert main([*command, "--resume", str(run_dir), "train.steps=8"]) == 0
+    assert steps(other) == list(range(1, 9))
+    assert losses(other)[:6] == losses(run_dir)
+    assert saved(other) == ["step_00000006", "step_00000008"]
+    assert main([*command, "train.steps=9"]) == 0
+    assert steps(other) == list(range(1, 10))
+
+
+def test_no_intact_checkpoint_is_no_reason_to_start_over(recipe, run_dir, capsys):
+    for path in (run_dir / "checkpoints").iterdir():
+        os.truncate(path / "student.safetensors", 10)
+    assert main(["train", str(recipe), "train.steps=7"]) == 2
+    assert "none of the 3 checkpoints" in capsys.readouterr().err
+    assert steps(run_dir) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_damaged_checkpoint_is_passed_over_aloud(recipe, run_dir, capsys):
+    whole = losses(run_dir)
+    os.truncate(run_dir / "checkpoints" / "step_00000006" / "ema_slow.safetensors", 10)
+    assert main(["train", str(recipe)]) == 0
+    output = capsys.readouterr().out
+    assert "step_00000006 is damaged: ema_slow.safetensors differs" in output
+    assert "step_00000004 at step 4" in output
+    assert losses(run_dir) == whole
+    assert find_checkpoint(run_dir).name == "step_00000006"
+
+
+def test_one_run_at_a_time(recipe, run_dir, capsys):
+    with (run_dir / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main(["train", str(recipe)]) == 2
+    assert f"another scfm train is running in {run_dir}" in capsys.readouterr().err
+    assert main(["train", str(recipe)]) == 0
+
+
+def test_another_base_under_the_same_path_is_refused(recipe, run_dir, tiny, tmp_path, capsys):
+    folder = shutil.copytree(tiny / "flux", tmp_path / "flux")
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    with weights.open("r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(b"\x00\x00\x80\x3f")
+    assert main(["train", str(recipe), f"model.path={folder}", "train.steps=8"]) == 2
+    assert "was trained on another model" in capsys.readouterr().err
+    assert main(["sample", str(run_dir), f"model.path={folder}", "--prompt", "x"]) == 2
+    assert "is not the model that" in capsys.readouterr().err
+
+
+def test_a_run_can_be_used_from_anywhere(recipe, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tiny)
+    words = [
+        "model.path=flux",
+        "data.path=cache",
+        "evaluate.features_path=classifier",
+        f"run.dir={tmp_path / 'my run'}",
+    ]
+    assert main(["train", str(recipe), *words]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert main(["sample", "my run", "--prompt", "a handwritten digit one", "--steps", "1"]) == 0
+    assert main(["evaluate", "my run"]) == 0
+
+
+def test_the_adapter_is_that_of_the_last_start(recipe, run_dir):
+    """Killed between the last checkpoint and the export, an older adapter would stay."""
+    path = run_dir / "adapter" / "pytorch_lora_weights.safetensors"
+    final = path.read_bytes()
+    path.write_bytes(b"stale")
+    assert main(["train", str(recipe), "sample.guidance=2.0"]) == 0
+    assert len(path.read_bytes()) >= len(final) - 8
+    assert read_adapter_metadata(path)["guidance"] == 2.0
+
+
+def test_a_missing_last_grid_is_drawn(recipe, run_dir):
+    words = ["sample.every=2", "sample.prompts=[a handwritten digit one]", "sample.steps=[1]"]
+    assert main(["train", str(recipe), *words, "train.steps=8"]) == 0
+    grids = sorted(path.name for path in (run_dir / "samples").glob("step_*.png"))
+    assert grids == ["step_00000006.png", "step_00000008.png"]
