@@ -182,7 +182,8 @@ class TestDamage:
         for step in (1, 2):
             (checkpoint_path(run_dir, step) / MANIFEST).unlink()
         warnings = []
-        assert find_checkpoint(run_dir, warnings.append) is None
+        with pytest.raises(UserError, match=r"none of the 2 checkpoints in .* is intact.*--resume never"):
+            find_checkpoint(run_dir, warnings.append)
         assert len(warnings) == 2
 
     @pytest.mark.parametrize("path", ["nowhere", "run", "run/checkpoints"])

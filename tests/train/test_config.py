@@ -103,7 +103,7 @@ class TestDumping:
     def test_every_field_comes_back(self, tmp_path):
         """Every field differs from its default, and the strings look like other YAML types."""
         config = RunConfig(
-            run=RunSection(dir="123", seed=7, device="no"),
+            run=RunSection(dir="123", seed=7, device="cuda:3"),
             model=ModelConfig(path="~", init="random", text_length=77),
             data=DataConfig(path="1e3", format="folder", resolution=(64, 48), shuffle=False, num_workers=0, verify=False),
             method=PlanConfig(
@@ -402,7 +402,7 @@ class TestFiles:
         assert all(Path(name).name in message for name in SHIPPED)
 
     def test_missing_section_file(self, recipe):
-        assert "there is no configuration file 'nowhere.yaml'" in refusal(recipe, "data=nowhere.yaml")
+        assert "data: there is no file 'nowhere.yaml'" in refusal(recipe, "data=nowhere.yaml")
 
     def test_folder_is_no_file(self, tmp_path):
         with pytest.raises(UserError, match="no configuration file"):
