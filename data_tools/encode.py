@@ -1,6 +1,6 @@
 """`scfm data encode`: a folder of images with captions -> shards of cached latents and text embeddings."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,19 +64,27 @@ def encode_folder(
         with ShardWriter(output, manifest, samples_per_shard) as writer:
             for start in progress(starts, len(starts)):
                 records = [dataset[index] for index in range(start, min(start + batch_size, len(dataset)))]
-                latents = vae.encode(torch.stack([r.image for r in records if r.image is not None]))
-                cond = text.encode([record.caption for record in records])
-                for row, record in enumerate(records):
-                    cached = Record(
-                        key=f"{start + row:08d}",  # never the file's name: a key may hold no dot or slash
-                        caption=record.caption,
-                        latents=latents[row].to(dtype),
-                        text=cond.text[row].to(dtype),
-                        pooled=cond.pooled[row].to(dtype),
-                    )
-                    writer.write(cached, {"height": resolution[0], "width": resolution[1], "source": record.key})
+                details = {"height": resolution[0], "width": resolution[1]}
+                for number, cached in enumerate(_encode(records, vae, text, dtype), start):
+                    # The key is a number, never the file's name: it may hold no dot or slash.
+                    cached.key, source = f"{number:08d}", cached.key
+                    writer.write(cached, {**details, "source": source})
     except OSError as error:
         raise UserError(
             f"the cache could not be written to {output}: {error.strerror or error}. Mend that and run again"
         ) from error
     return Manifest.read(output)
+
+
+def _encode(records: list[Record], vae: Autoencoder, text: TextEncoders, dtype: torch.dtype) -> Iterator[Record]:
+    """The same records with latents and embeddings in place of images."""
+    latents = vae.encode(torch.stack([record.image for record in records if record.image is not None]))
+    cond = text.encode([record.caption for record in records])
+    for row, record in enumerate(records):
+        yield Record(
+            key=record.key,
+            caption=record.caption,
+            latents=latents[row].to(dtype),
+            text=cond.text[row].to(dtype),
+            pooled=cond.pooled[row].to(dtype),
+        )

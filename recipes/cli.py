@@ -94,6 +94,7 @@ def _add_sample(commands) -> None:  # type: ignore[no-untyped-def]
     parser.add_argument("--prompt", action="append", default=[], help="text of one image; may be repeated")
     parser.add_argument("--prompts", metavar="FILE", help="text file with one prompt a line")
     parser.add_argument("--steps", type=int, default=3, help="Euler steps (default 3)")
+    parser.add_argument("--seed", type=int, help="image i starts from torch.Generator().manual_seed(SEED + i)")
     parser.add_argument(
         "--strength", type=float, help="adapter strength; by default what the run was trained for at this step count"
     )
@@ -105,7 +106,7 @@ def _sample(arguments: argparse.Namespace) -> None:
 
     paths = sample(
         arguments.run_dir,
-        arguments.overrides,
+        arguments.overrides + ([] if arguments.seed is None else [f"sample.seed={arguments.seed}"]),
         prompts=arguments.prompt,
         prompt_file=arguments.prompts,
         num_steps=arguments.steps,
