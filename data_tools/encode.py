@@ -54,6 +54,12 @@ def encode_folder(
     if (output / MANIFEST).exists():
         raise UserError(f"{output} already holds a finished cache; choose another folder, or delete it")
     dataset = ImageFolder(images, *resolution)
+    try:
+        output.mkdir(parents=True, exist_ok=True)  # before the encoders are loaded, which takes minutes
+    except OSError as error:
+        raise UserError(
+            f"the cache could not be written to {output}: {error.strerror}. Choose another folder"
+        ) from error
     text = TextEncoders(family.folder, text_length, dtype, device)
     vae = Autoencoder(family.folder, dtype, device)
     manifest = Manifest(

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from scfm_core.data.folder import ImageFolder
-from scfm_core.data.schema import Batch, Dataset, collate
+from scfm_core.data.schema import Batch, Dataset, Record, collate
 from scfm_core.data.webdataset import CachedDataset
 from scfm_core.errors import UserError
 
@@ -64,14 +64,21 @@ def dataset_index(global_index: int, length: int, seed: int, *, shuffle: bool = 
 
 
 class _Stream(TorchDataset):  # type: ignore[type-arg]
-    """Map from global sample index to (index, record)."""
+    """Map from global sample index to (index, record).
+
+    A user's error is returned in place of the record: raised in a worker, it would arrive with the worker's traceback
+    as its message.
+    """
 
     def __init__(self, dataset: Dataset, seed: int, shuffle: bool) -> None:
         self.dataset, self.seed, self.shuffle = dataset, seed, shuffle
 
-    def __getitem__(self, global_index: int) -> tuple[int, object]:
+    def __getitem__(self, global_index: int) -> tuple[int, Record | UserError]:
         index = dataset_index(global_index, len(self.dataset), self.seed, shuffle=self.shuffle)
-        return global_index, self.dataset[index]
+        try:
+            return global_index, self.dataset[index]
+        except UserError as error:
+            return global_index, UserError(str(error))
 
 
 def batches(
@@ -88,7 +95,7 @@ def batches(
         stop: the first sample of the stream that is not read.
     """
     assert (stop - start) % micro_batch_size == 0
-    loader: DataLoader[Batch] = DataLoader(
+    loader: DataLoader[Batch | UserError] = DataLoader(
         _Stream(dataset, seed, config.shuffle),
         batch_sampler=_Consecutive(range(start, stop, micro_batch_size), micro_batch_size),
         num_workers=config.num_workers,
@@ -97,10 +104,10 @@ def batches(
     )
     iterator = iter(loader)
     try:
-        yield from iterator
-    except UserError as error:
-        # A worker's error arrives with the worker's traceback as its message; the last line is the message.
-        raise UserError(str(error).strip().splitlines()[-1].split("UserError: ")[-1]) from error
+        for batch in iterator:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
     finally:
         # A traceback may keep the iterator alive to the end of the process, whose exit would then wait for ever for
         # workers that ignore its SIGTERM.
@@ -129,5 +136,13 @@ def _ignore_signals(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _collate(rows: list[tuple[int, object]]) -> Batch:
-    return collate([index for index, _ in rows], [record for _, record in rows])  # type: ignore[misc]
+def _collate(rows: list[tuple[int, Record | UserError]]) -> Batch | UserError:
+    records = []
+    for _, record in rows:
+        if isinstance(record, UserError):
+            return record
+        records.append(record)
+    try:
+        return collate([index for index, _ in rows], records)
+    except UserError as error:
+        return UserError(str(error))

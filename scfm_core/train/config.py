@@ -243,17 +243,27 @@ def parse_config(tree: Mapping[str, Any], source: str) -> RunConfig:
     try:
         return TypeAdapter(RunConfig).validate_python(_none_words(RunConfig, tree))
     except ValidationError as error:
-        lines = []
-        for item in error.errors():
-            parts = [
-                str(part) for part in item["loc"] if not str(part).endswith("]") and str(part) not in ("float", "str")
-            ]
-            where, message = ".".join(parts), item["msg"].removeprefix("Value error, ")
-            if item["type"] == "dataclass_type":
-                message = f"is a section: set its keys, such as {where}.{next(iter(_keys_of(where)), 'key')}=..."
-            got = "" if item["type"] in ("missing", "value_error") else f" (got {item['input']!r})"
-            lines.append(f"  {where}: {message}{got}" if where else f"  {message}")
-        raise UserError(f"{source} is not a valid configuration:\n" + "\n".join(dict.fromkeys(lines))) from error
+        lines = dict.fromkeys(_explain(item) for item in error.errors())
+        raise UserError(f"{source} is not a valid configuration:\n" + "\n".join(lines)) from error
+
+
+def _explain(item: Any) -> str:
+    """One of pydantic's errors as a line: the key, what it should be, what it is."""
+    # pydantic's own places, such as the members of a union, are no keys.
+    parts = [str(part) for part in item["loc"] if not str(part).endswith("]") and str(part) not in ("float", "str")]
+    message, got = item["msg"].removeprefix("Value error, "), f" (got {item['input']!r})"
+    if item["type"] == "missing" and parts[-1] in ("0", "1"):
+        parts.pop()
+        message = "needs a list of two, such as [512, 512]"
+    elif item["type"] == "tuple_type":
+        message = "needs a list in brackets, such as [1, 2]"
+    elif item["type"] == "dataclass_type":
+        section = ".".join(parts)
+        message = f"is a section: set its keys, such as {section}.{_keys_of(section)[0]}=..."
+    elif item["type"] in ("missing", "value_error"):
+        got = ""
+    where = ".".join(parts)
+    return f"  {where}: {message}{got}" if where else f"  {message}"
 
 
 def _keys_of(section: str) -> list[str]:

@@ -52,7 +52,10 @@ def load_features(config: EvaluateConfig, device: torch.device) -> Features:
     path = None if config.features_path is None else Path(config.features_path).expanduser()
     if config.features == "classifier":
         if path is None or not (path / _CLASSIFIER_FILE).is_file():
-            raise UserError(f"evaluate.features_path: there is no {_CLASSIFIER_FILE} in {config.features_path!r}")
+            raise UserError(
+                f"evaluate.features_path: there is no {_CLASSIFIER_FILE} in {config.features_path!r}; give the folder "
+                f"that holds the classifier"
+            )
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
