@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import os
 import shutil
 import signal
 from collections.abc import Iterator, Sequence
@@ -35,6 +36,11 @@ def train(config_path: str, overrides: list[str], *, resume: str = "auto", dry_r
     if dry_run:
         print(describe(config))
         return 0
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            f"this release trains in one process, but the launcher started {os.environ['WORLD_SIZE']}. Start `scfm train` "
+            f"without torchrun, or with --nproc-per-node 1"
+        )
     config = with_absolute_paths(config)
     run_dir = Path(config.run.dir)
     try:

@@ -105,6 +105,13 @@ def test_one_run_at_a_time(recipe, run_dir, capsys):
     assert main(["train", str(recipe)]) == 0
 
 
+def test_several_processes_are_refused_by_each(recipe, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["train", str(recipe)]) == 2
+    assert "trains in one process, but the launcher started 2" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_another_base_under_the_same_path_is_refused(recipe, run_dir, tiny, tmp_path, capsys):
     folder = shutil.copytree(tiny / "flux", tmp_path / "flux")
     weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
