@@ -45,11 +45,7 @@ def encode_folder(
     Raises:
         UserError: for a bad folder, caption, image or resolution, or an output that is not writable or holds a finished cache.
     """
-    if min(batch_size, samples_per_shard) < 1 or not 1 <= text_length <= 512:
-        raise UserError(
-            f"batch size and samples per shard must be at least 1 and the text length in 1..512, got {batch_size}, "
-            f"{samples_per_shard} and {text_length}"
-        )
+    _refuse_impossible(batch_size, samples_per_shard, text_length)
     family.latent_shape(*resolution)
     if (output / MANIFEST).exists():
         raise UserError(f"{output} already holds a finished cache; choose another folder, or delete it")
@@ -80,6 +76,14 @@ def encode_folder(
             f"the cache could not be written to {output}: {error.strerror or error}. Mend that and run again"
         ) from error
     return Manifest.read(output)
+
+
+def _refuse_impossible(batch_size: int, samples_per_shard: int, text_length: int) -> None:
+    if min(batch_size, samples_per_shard) < 1 or not 1 <= text_length <= 512:
+        raise UserError(
+            f"batch size and samples per shard must be at least 1 and the text length in 1..512, got {batch_size}, "
+            f"{samples_per_shard} and {text_length}"
+        )
 
 
 def _encode(records: list[Record], vae: Autoencoder, text: TextEncoders, dtype: torch.dtype) -> Iterator[Record]:
