@@ -2,7 +2,7 @@
 
 import hashlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -82,22 +82,34 @@ class _Stream(TorchDataset):  # type: ignore[type-arg]
 
 
 def batches(
-    dataset: Dataset, config: DataConfig, *, seed: int, micro_batch_size: int, start: int, stop: int
-) -> Iterator[Batch]:
-    """Micro-batches of the global samples `start` to `stop - 1`, in order.
+    dataset: Dataset,
+    config: DataConfig,
+    *,
+    seed: int,
+    micro_batch_size: int,
+    start: int,
+    stop: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Generator[Batch]:
+    """One rank's micro-batches of the global samples `start` to `stop - 1`, in order.
+
+    The ranks take consecutive micro-batches in turn, so a step's samples are the same on every number of ranks.
 
     Args:
         dataset: random access to records.
         config: workers and shuffling.
         seed: of the order.
-        micro_batch_size: divides `stop - start`.
+        micro_batch_size: times `world_size` it divides `stop - start`.
         start: the data cursor: samples consumed so far. It is the whole state of the loader.
         stop: the first sample of the stream that is not read.
+        rank, world_size: this process, of how many.
     """
-    assert (stop - start) % micro_batch_size == 0
+    stride = micro_batch_size * world_size
+    assert (stop - start) % stride == 0
     loader: DataLoader[Batch | UserError] = DataLoader(
         _Stream(dataset, seed, config.shuffle),
-        batch_sampler=_Consecutive(range(start, stop, micro_batch_size), micro_batch_size),
+        batch_sampler=_Consecutive(range(start + rank * micro_batch_size, stop, stride), micro_batch_size),
         num_workers=config.num_workers,
         collate_fn=_collate,
         worker_init_fn=_ignore_signals if config.num_workers else None,

@@ -1,125 +1,128 @@
-"""The engine protocol, and the engine of one process."""
+"""The engine protocol: what the trainer asks of FSDP2 and of DeepSpeed."""
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-State = dict[str, Tensor]
+from scfm_core.distributed.world import World
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How weights and optimizer lie on the processes that the launcher started; for one process, nothing to choose."""
+
+    name: Literal["fsdp2", "deepspeed"] = "fsdp2"
+    """`fsdp2`: PyTorch alone; `deepspeed`: ZeRO (install the extra `deepspeed`)."""
+    shard: int = -1
+    """fsdp2: processes that one copy of the weights is spread over. -1: all of them. 1: each holds everything and the
+    trained weights' gradients alone are reduced (adapters, if the base fits). Between: HSDP, copies are replicated over
+    consecutive groups, so the number of GPUs of a node shards inside nodes and replicates between them."""
+    cpu_offload: bool = False
+    """Weights and optimizer (fsdp2), or the optimizer (deepspeed), in host memory."""
+    zero_stage: Literal[1, 2, 3] = 2
+    """deepspeed: 1 shards the optimizer, 2 the gradients too, 3 the weights too, teacher and EMAs included."""
+    deepspeed_config: str | None = None
+    """deepspeed: your own DeepSpeed JSON. What it says must not contradict the recipe; `auto` takes the recipe's value."""
+    timeout: float = 600.0
+    """Seconds without progress, on any rank, after which the job ends; a step, and the first one's compilation, must fit."""
+
+    def __post_init__(self) -> None:
+        if self.shard != -1 and self.shard < 1:
+            raise ValueError(f"engine.shard must be -1 (all processes) or at least 1, got {self.shard}")
+        if not self.timeout > 0:
+            raise ValueError(f"engine.timeout must be positive, got {self.timeout}")
+        if self.name == "fsdp2" and self.deepspeed_config is not None:
+            raise ValueError("engine.deepspeed_config is read with engine.name=deepspeed alone; set that, or remove it")
+        if self.name == "deepspeed" and self.shard != -1:
+            raise ValueError(
+                f"engine.shard={self.shard} is fsdp2's; with engine.name=deepspeed engine.zero_stage decides what is sharded"
+            )
+        if self.cpu_offload and self.shard == 1:
+            raise ValueError("engine.cpu_offload needs sharded weights: set engine.shard=-1, or cpu_offload=false")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW, and how micro-batches make a step; from the recipe."""
+
+    betas: tuple[float, float]
+    weight_decay: float
+    clip_norm: float
+    accumulation: int
+    """Micro-batches a step, on each rank."""
+    micro_batch_size: int
+    """Samples a micro-batch, on each rank."""
+    lr: float
+    """The recipe's peak rate: held against a DeepSpeed JSON; each step names its own."""
+    compute_dtype: str
+    """`bfloat16` or `float32`."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """This rank's piece of a tensor: elements `start` to `start + local.numel()` of the flattened whole."""
+
+    local: Tensor
+    """Live storage, contiguous."""
+    start: int = 0
 
 
 class Engine(Protocol):
-    """Backward, optimizer step, and the state that a checkpoint needs. All tensors go by canonical names."""
+    """Backward, optimizer step, and the state that a checkpoint needs. All tensors go by canonical names.
 
-    lr: float
-    """Learning rate of the last applied step."""
-    grad_norm: float
-    """Global gradient norm of the last step, before clipping."""
+    A step is: `forward` and `backward` for each micro-batch, then `reduce`, then `step` or `skip`.
+    """
+
+    checkpoint_kind: str
+    """`dcp` or `zero`: which files `save` writes."""
+
+    def forward(self, call: Callable[[], Tensor]) -> Tensor:
+        """Run a micro-batch's passes; the loss."""
+        ...
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of one micro-batch's mean loss."""
         ...
 
-    def step(self) -> bool:
-        """After every micro-batch; True when this one completed a global batch and the optimizer step was applied."""
+    def reduce(self) -> float:
+        """After the last micro-batch: the norm of the global batch's gradient, the same number on every rank."""
         ...
 
-    def state_dict(self) -> State:
-        """The optimizer's tensors, `<state>.<parameter>`."""
+    def step(self, lr: float) -> None:
+        """Clip and update with the reduced gradient."""
         ...
 
-    def load_state_dict(self, state: Mapping[str, Tensor], step: int) -> None:
-        """Restore the optimizer as it was after `step` steps."""
+    def skip(self) -> None:
+        """Drop the gradient: weights, optimizer and its step count stay as they are."""
         ...
 
+    def ema_tensors(self, role: str) -> dict[str, Tensor]:
+        """Live tensors of the student's masters (`student`) or of an EMA that this rank keeps, aligned by name."""
+        ...
 
-class NonFiniteGradient(RuntimeError):
-    """Loss or gradient is not a number; weights and optimizer are as they were before the step."""
+    def after_ema_update(self) -> None:
+        """Tell the engine that the EMAs' tensors were changed."""
+        ...
 
+    def save(self, folder: Path, world: World, *, on_thread: bool) -> Callable[[], object]:
+        """Write student, optimizer and EMAs into `folder`; every rank calls it, and talks over `world`.
 
-class LocalEngine:
-    """Plain AdamW on one process.
-
-    Args:
-        parameters: trained parameters, fp32, by canonical name.
-        lr: learning rate of step k, counted from 0.
-        betas, weight_decay: AdamW's.
-        clip_norm: global gradient norm to clip at.
-        accumulation: micro-batches a step.
-    """
-
-    def __init__(
-        self,
-        parameters: Mapping[str, nn.Parameter],
-        *,
-        lr: Callable[[int], float],
-        betas: tuple[float, float],
-        weight_decay: float,
-        clip_norm: float,
-        accumulation: int,
-    ) -> None:
-        self._parameters = dict(parameters)
-        self._lr = lr
-        self._clip_norm = clip_norm
-        self._accumulation = accumulation
-        self._micro_batches = 0
-        self._steps = 0
-        # The fused kernel is one launch a step on a GPU; a CPU has it too, with the same results.
-        self._optimizer = torch.optim.AdamW(
-            list(self._parameters.values()), lr=lr(0), betas=betas, weight_decay=weight_decay, fused=True
-        )
-        self.lr = 0.0
-        self.grad_norm = 0.0
-
-    def backward(self, loss: Tensor) -> None:
-        """See `Engine`. The sum over micro-batches is the mean over the global batch."""
-        (loss / self._accumulation).backward()
-        self._micro_batches += 1
-
-    def step(self) -> bool:
-        """See `Engine`.
-
-        Raises:
-            NonFiniteGradient: before anything was changed.
+        Returns:
+            a function that returns when the files are written; with `on_thread` the writing goes on in a thread.
         """
-        if self._micro_batches < self._accumulation:
-            return False
-        self._micro_batches = 0
-        norm = nn.utils.clip_grad_norm_(list(self._parameters.values()), self._clip_norm)
-        self.grad_norm = norm.item()
-        if not torch.isfinite(norm):
-            self._optimizer.zero_grad(set_to_none=True)
-            raise NonFiniteGradient(f"the gradient's norm is {self.grad_norm}")
-        self.lr = self._lr(self._steps)
-        for group in self._optimizer.param_groups:
-            group["lr"] = self.lr
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        self._steps += 1
-        return True
+        ...
 
-    def state_dict(self) -> State:
-        """See `Engine`: `exp_avg.<name>` and `exp_avg_sq.<name>`; empty before the first step."""
-        return {
-            f"{kind}.{name}": self._optimizer.state[parameter][kind]
-            for name, parameter in self._parameters.items()
-            for kind in ("exp_avg", "exp_avg_sq")
-            if parameter in self._optimizer.state
-        }
+    def slots(self) -> Mapping[str, Slot]:
+        """Where a checkpoint's tensors go on this rank: `<group>.<name>`, groups as in `GROUPS`."""
+        ...
 
-    def load_state_dict(self, state: Mapping[str, Tensor], step: int) -> None:
-        """See `Engine`.
+    def restored(self, updates: int) -> None:
+        """All slots were filled; the optimizer has made `updates` updates."""
+        ...
 
-        Raises:
-            ValueError: if a parameter's state is missing.
-        """
-        self._steps = step
-        for name, parameter in self._parameters.items():
-            if f"exp_avg.{name}" not in state:
-                raise ValueError(f"the optimizer state has nothing for parameter {name!r}")
-            self._optimizer.state[parameter] = {
-                "step": torch.tensor(float(step), dtype=torch.float32, device=parameter.device),
-                "exp_avg": state[f"exp_avg.{name}"].to(parameter.device, copy=True),
-                "exp_avg_sq": state[f"exp_avg_sq.{name}"].to(parameter.device, copy=True),
-            }
+
+GROUPS = ("student", "ema_fast", "ema_slow", "exp_avg", "exp_avg_sq")
+"""What a checkpoint holds, tensors by parameter name in each."""

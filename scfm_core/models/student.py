@@ -1,6 +1,7 @@
 """Teacher, student and the two EMAs, behind one call: adapters over a shared base, or full copies."""
 
 import copy
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -25,6 +26,10 @@ class ShortcutModel(Protocol):
 
     def parameters(self, role: str) -> dict[str, nn.Parameter]:
         """The trained weights of `student`, or the tensors of an EMA, fp32 by canonical name."""
+        ...
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Whole shapes of the trained weights by name, however an engine has split them."""
         ...
 
     def velocity(self, role: str, x: Tensor, sigma: Tensor, cond: Conditioning, strength: Tensor) -> Tensor:
@@ -66,6 +71,7 @@ class LoRAModel(_Passes):
     def __init__(self, family: ModelFamily, network: nn.Module, config: LoRAConfig, seed: int = 0) -> None:
         self.family = family
         self.bank = LoRABank(network, config, seed)
+        self._shapes = {name: tuple(factor.shape) for name, factor in self.bank.parameters("student").items()}
 
     @property
     def networks(self) -> dict[str, nn.Module]:
@@ -75,6 +81,10 @@ class LoRAModel(_Passes):
     def parameters(self, role: str) -> dict[str, nn.Parameter]:
         """The adapter's factors, fp32."""
         return self.bank.parameters(role)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """See `ShortcutModel`."""
+        return self._shapes
 
     def velocity(self, role: str, x: Tensor, sigma: Tensor, cond: Conditioning, strength: Tensor) -> Tensor:
         """See `ShortcutModel`; x [B, C, H, W], sigma and strength fp32 [B]."""
@@ -104,16 +114,28 @@ class FullModel(_Passes):
         network: the pre-trained network in fp32; it becomes the student.
         compute_dtype: of matrix products (autocast).
         teacher: the frozen network in `compute_dtype`; None for pretraining, which has no teacher rows.
+        prepare: called with each network of this class's making, and with whether it is trained, before the next is
+            made: an engine shards it then, so that no more than two whole networks exist at a time.
     """
 
     def __init__(
-        self, family: ModelFamily, network: nn.Module, compute_dtype: torch.dtype, *, teacher: nn.Module | None
+        self,
+        family: ModelFamily,
+        network: nn.Module,
+        compute_dtype: torch.dtype,
+        *,
+        teacher: nn.Module | None,
+        prepare: Callable[[nn.Module, bool], object] = lambda network, trained: None,
     ) -> None:
         self.family = family
         self.compute_dtype = compute_dtype
+        self._shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
         self._networks: dict[str, nn.Module] = {"student": network.requires_grad_(True)}
         for role in ("ema_fast", "ema_slow"):
-            self._networks[role] = copy.deepcopy(network).requires_grad_(False)
+            average = copy.deepcopy(network).requires_grad_(False)
+            prepare(average, False)
+            self._networks[role] = average
+        prepare(network, True)
         if teacher is not None:
             self._networks["teacher"] = teacher.requires_grad_(False)
 
@@ -125,6 +147,10 @@ class FullModel(_Passes):
     def parameters(self, role: str) -> dict[str, nn.Parameter]:
         """All weights of a role."""
         return dict(self._networks[role].named_parameters())
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """See `ShortcutModel`."""
+        return self._shapes
 
     def velocity(self, role: str, x: Tensor, sigma: Tensor, cond: Conditioning, strength: Tensor) -> Tensor:
         """See `ShortcutModel`; strengths other than 0 and 1 are refused.

@@ -29,6 +29,8 @@ class LossMeter:
 
     def __init__(self, device: torch.device | str) -> None:
         self.sums = torch.zeros(2, len(SLICES), SIGMA_BINS, dtype=torch.float64, device=device)
+        """[loss or count, slice, sigma bin]; adding up the sums of several processes gives the means over all of them."""
+        self._samples: list[tuple[Tensor | None, Tensor]] = []
 
     @torch.no_grad()
     def add(self, prediction: Tensor, target: Tensor, plan: ShortcutPlan) -> None:
@@ -39,6 +41,12 @@ class LossMeter:
         index = row * SIGMA_BINS + column
         self.sums[0].view(-1).index_add_(0, index, losses)
         self.sums[1].view(-1).index_add_(0, index, torch.ones_like(losses))
+        self._samples.append((plan.sample_ids, losses))
+
+    def by_sample(self) -> list[tuple[int, float]]:
+        """(sample id, loss) of every row so far whose id is known."""
+        known = [(ids.tolist(), losses.tolist()) for ids, losses in self._samples if ids is not None]
+        return [row for ids, losses in known for row in zip(ids, losses, strict=True)]
 
     def compute(self) -> dict[str, float]:
         """Means: `loss`, `loss/<slice>` and `loss/sigma_<low>-<high>`; slices and bins without a sample are left out."""

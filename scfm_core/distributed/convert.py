@@ -1,0 +1,142 @@
+"""Writing a checkpoint's tensors in another engine's format, on one CPU, with a fraction of them in memory."""
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import MetadataIndex
+
+from scfm_core.distributed.fsdp2 import quiet_dcp
+from scfm_core.distributed.reader import DCP_FOLDER, Reader
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class _OnDemand(dcp.DefaultSavePlanner):
+    """Plans with tensors that have no storage, and reads each when its turn to be written comes."""
+
+    def __init__(self, read: Callable[[str], Tensor]) -> None:
+        super().__init__()
+        self._read = read
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        return self._read(index.fqn)
+
+
+def write_dcp(reader: Reader, keys: Iterator[str] | list[str], folder: Path) -> None:
+    """Write tensors as one process's DCP, which any number of FSDP2 processes reads; one tensor in memory at a time."""
+    quiet_dcp()
+    planned = {key: torch.empty(reader.shapes[key], device="meta") for key in keys}
+    dcp.save(planned, checkpoint_id=folder, planner=_OnDemand(reader.tensor), no_dist=True)
+
+
+def write_zero(
+    reader: Reader,
+    shapes: Mapping[str, tuple[int, ...]],
+    name_of: Callable[[str], str],
+    folder: Path,
+    stage: int,
+    ranks: int,
+) -> None:
+    """Write DeepSpeed's files of ZeRO `stage` for `ranks` processes; one process's share in memory at a time.
+
+    They hold what a run needs to go on here, and what DeepSpeed's zero_to_fp32.py needs; see `ZeroReader` for the layout.
+
+    Args:
+        reader: where the tensors come from.
+        shapes: of the trained parameters, in order.
+        name_of: a parameter's name in the module that DeepSpeed was given.
+        folder: of the checkpoint.
+        stage: 1, 2 or 3.
+        ranks: processes.
+    """
+    names = {name: name_of(name) for name in shapes}
+    listing = OrderedDict((names[name], torch.Size(shape)) for name, shape in shapes.items())
+    for rank in range(ranks):
+        pieces = _slices(shapes, rank, ranks) if stage == 3 else _ranges(shapes, rank, ranks)
+        vectors = {group: _vector(reader, group, pieces) for group in ("student", *MOMENTS)}
+        optimizer = _optimizer_file(vectors, pieces, names, stage, ranks)
+        torch.save(optimizer, folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+        if stage == 3 or rank == 0:
+            module = OrderedDict((name, torch.empty(0)) for name in listing)
+            prefix = f"zero_pp_rank_{rank}_" if stage == 3 else ""
+            state: dict[str, Any] = {
+                "module": module,
+                "buffer_names": [],
+                "param_shapes": [listing],
+                "shared_params": {},
+                "ds_version": "",
+            }
+            state |= {"frozen_param_shapes": None, "frozen_param_fragments": None, "dp_world_size": ranks}
+            torch.save(state, folder / f"{prefix}mp_rank_00_model_states.pt")
+    write_dcp(reader, [key for key in reader.shapes if key.startswith("ema_")], folder / DCP_FOLDER)
+
+
+# Of each parameter on a rank: its name, the range of its elements, and zeros that follow as padding.
+Pieces = list[tuple[str, int, int, int]]
+
+
+def _ranges(shapes: Mapping[str, tuple[int, ...]], rank: int, ranks: int) -> Pieces:
+    """Stages 1 and 2: equal parts of the vector of all parameters; the last ones may be short."""
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    share = -(-sum(sizes) // ranks)
+    first, last = rank * share, (rank + 1) * share
+    pieces = []
+    for name, end, size in zip(shapes, accumulate(sizes), sizes, strict=True):
+        begin, stop = max(first, end - size), min(last, end)
+        if begin < stop:
+            pieces.append((name, begin - (end - size), stop - (end - size), 0))
+    return pieces
+
+
+def _slices(shapes: Mapping[str, tuple[int, ...]], rank: int, ranks: int) -> Pieces:
+    """Stage 3: an equal part of every parameter, padded."""
+    pieces = []
+    for name, shape in shapes.items():
+        size = math.prod(shape)
+        share = -(-size // ranks)
+        begin, stop = min(size, rank * share), min(size, (rank + 1) * share)
+        pieces.append((name, begin, stop, share - (stop - begin)))
+    return pieces
+
+
+def _vector(reader: Reader, group: str, pieces: Pieces) -> Tensor:
+    vector = torch.zeros(sum(stop - begin + padding for _, begin, stop, padding in pieces))
+    at = 0
+    for name, begin, stop, padding in pieces:
+        if begin < stop:
+            vector[at : at + stop - begin] = reader.read(f"{group}.{name}", begin, stop)
+        at += stop - begin + padding
+    return vector
+
+
+def _optimizer_file(
+    vectors: Mapping[str, Tensor], pieces: Pieces, names: Mapping[str, str], stage: int, ranks: int
+) -> dict[str, Any]:
+    base = {"state": {0: {moment: vectors[moment] for moment in MOMENTS}}, "param_groups": []}
+    if stage == 3:
+        state: dict[str, Any] = {
+            "zero_stage": 3,
+            "partition_count": ranks,
+            "optimizer_state_dict": base,
+            "fp32_flat_groups": [vectors["student"]],
+        }
+    else:
+        starts = accumulate((stop - begin for _, begin, stop, _ in pieces), initial=0)
+        mapping = {
+            names[name]: (start, stop - begin) for (name, begin, stop, _), start in zip(pieces, starts, strict=False)
+        }
+        state = {
+            "zero_stage": stage,
+            "partition_count": [ranks],
+            "base_optimizer_state": base,
+            "single_partition_of_fp32_groups": [vectors["student"]],
+            "param_slice_mappings": [mapping],
+        }
+    return {"optimizer_state_dict": state, "ds_version": ""}

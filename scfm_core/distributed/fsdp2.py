@@ -1,0 +1,252 @@
+"""PyTorch's own engine: one process, replicas of the trained weights, or FSDP2 (`fully_shard`), plain and hybrid."""
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from scfm_core.distributed.engine import EngineConfig, OptimizerConfig, Slot
+from scfm_core.distributed.reader import DCP_FOLDER
+from scfm_core.distributed.world import World
+from scfm_core.errors import UserError
+
+Parameters = Callable[[str], Mapping[str, nn.Parameter]]
+
+
+class Fsdp2Layout:
+    """How the networks lie on the processes; made before they are loaded.
+
+    Args:
+        config: degree of sharding, offload.
+        world: the processes.
+        device: of this process.
+        compute_dtype: weights are gathered in it; gradients are reduced in fp32.
+
+    Raises:
+        UserError: if the processes cannot be divided so.
+    """
+
+    def __init__(self, config: EngineConfig, world: World, device: torch.device, compute_dtype: torch.dtype) -> None:
+        shard = world.size if config.shard == -1 else config.shard
+        if world.size % shard:
+            raise UserError(
+                f"engine.shard={shard} does not divide the {world.size} processes that were started. Set it to a divisor, "
+                f"or to -1 for all of them"
+            )
+        self.mesh: DeviceMesh | None = None
+        if shard > 1:
+            replicas = world.size // shard
+            shape, names = ((shard,), ("shard",)) if replicas == 1 else ((replicas, shard), ("replicate", "shard"))
+            self.mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+        elif config.cpu_offload:
+            raise UserError("engine.cpu_offload needs several processes: one process has nothing to shard")
+        self._policy = MixedPrecisionPolicy(
+            param_dtype=None if compute_dtype == torch.float32 else compute_dtype,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,  # sigma and strength stay fp32; the networks cast what they must
+        )
+        self._offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if config.cpu_offload else OffloadPolicy()
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether weights are spread over processes."""
+        return self.mesh is not None
+
+    def prepare(self, network: nn.Module, blocks: list[nn.Module]) -> None:
+        """Shard block by block, moving each to the device; parameters outside the blocks form a last group."""
+        if self.mesh is None:
+            return
+        options: dict[str, Any] = {
+            "mesh": self.mesh,
+            "mp_policy": self._policy,
+            "offload_policy": self._offload,
+            # The root too, which FSDP2 would keep gathered: an EMA has no backward after which it would be dropped,
+            # and would go on using the weights of the first step.
+            "reshard_after_forward": True,
+        }
+        for block in blocks:
+            fully_shard(block, **options)
+        fully_shard(network, **options)
+
+
+class Fsdp2Engine:
+    """AdamW on this rank's shards.
+
+    Args:
+        parameters: of `student`, `ema_fast`, `ema_slow` by role, fp32, by canonical name; plain or sharded.
+        networks: the networks as prepared.
+        layout: how they were.
+        world: the processes.
+        config: of the optimizer.
+    """
+
+    checkpoint_kind = "dcp"
+
+    def __init__(
+        self,
+        parameters: Parameters,
+        networks: Mapping[str, nn.Module],
+        layout: Fsdp2Layout,
+        world: World,
+        config: OptimizerConfig,
+    ) -> None:
+        self._parameters, self._world, self._config, self._mesh = parameters, world, config, layout.mesh
+        self._sharded = [network for network in networks.values() if isinstance(network, FSDPModule)]
+        self._student = dict(parameters("student"))
+        # The optimizer sees plain tensors, views of the shards: the same arithmetic on one process and on many, and
+        # nothing of DTensor's dispatch for each of a thousand factors.
+        self._local = {name: _local(parameter) for name, parameter in self._student.items()}
+        # The fused kernel is one launch a step on a GPU; a CPU has it too, with the same results.
+        self._optimizer = torch.optim.AdamW(
+            list(self._local.values()), lr=0.0, betas=config.betas, weight_decay=config.weight_decay, fused=True
+        )
+        for local in self._local.values():
+            self._optimizer.state[local] = {
+                "step": torch.zeros((), dtype=torch.float32, device=local.device),
+                "exp_avg": torch.zeros_like(local),
+                "exp_avg_sq": torch.zeros_like(local),
+            }
+        self._micro_batches = 0
+        self._norm = torch.zeros(())
+        self._flat: Tensor | None = None
+        if world.size > 1 and layout.mesh is None:
+            self._flatten_gradients()
+
+    def _flatten_gradients(self) -> None:
+        """Gradients of replicas are views of one vector: one all-reduce a step, without a copy."""
+        sizes = [local.numel() for local in self._local.values()]
+        first = next(iter(self._local.values()))
+        self._flat = torch.zeros(sum(sizes), dtype=torch.float32, device=first.device)
+        for parameter, part in zip(self._student.values(), self._flat.split(sizes), strict=True):
+            parameter.grad = part.view_as(parameter)
+
+    def forward(self, call: Callable[[], Tensor]) -> Tensor:
+        """See `Engine`."""
+        return call()
+
+    def backward(self, loss: Tensor) -> None:
+        """See `Engine`. The sum over micro-batches and the mean over ranks is the mean over the global batch."""
+        self._micro_batches += 1
+        for network in self._sharded:  # with replicas of shards, once a step is enough
+            network.set_requires_all_reduce(self._micro_batches == self._config.accumulation)
+        divisor = self._config.accumulation * (self._world.size if self._flat is not None else 1)
+        (loss / divisor).backward()
+
+    def reduce(self) -> float:
+        """See `Engine`."""
+        self._micro_batches = 0
+        if self._flat is not None:
+            dist.all_reduce(self._flat)
+        for name, local in self._local.items():
+            gradient = self._student[name].grad
+            local.grad = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+        gradients = [local.grad for local in self._local.values() if local.grad is not None]
+        self._norm = nn.utils.get_total_norm(gradients)
+        if self._mesh is not None:
+            squared = self._norm.square()
+            dist.all_reduce(squared, group=self._mesh["shard"].get_group())
+            self._norm = squared.sqrt()
+        return self._norm.item()
+
+    def step(self, lr: float) -> None:
+        """See `Engine`."""
+        nn.utils.clip_grads_with_norm_(self._local.values(), self._config.clip_norm, self._norm)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.step()
+        self.skip()
+
+    def skip(self) -> None:
+        """See `Engine`."""
+        if self._flat is not None:
+            self._flat.zero_()
+            return
+        for name, local in self._local.items():
+            local.grad = self._student[name].grad = None
+
+    def ema_tensors(self, role: str) -> dict[str, Tensor]:
+        """See `Engine`."""
+        return {name: _local(parameter) for name, parameter in self._parameters(role).items()}
+
+    def after_ema_update(self) -> None:
+        """See `Engine`: nothing to do, the shards are what the next forward gathers."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything a checkpoint holds, as DCP takes it: `<group>.<name>`, sharded tensors as DTensors."""
+        tensors: dict[str, Tensor] = {}
+        for role in ("student", "ema_fast", "ema_slow"):
+            tensors |= {f"{role}.{name}": parameter.detach() for name, parameter in self._parameters(role).items()}
+        for name, local in self._local.items():
+            for moment in ("exp_avg", "exp_avg_sq"):
+                tensors[f"{moment}.{name}"] = _like(self._student[name], self._optimizer.state[local][moment])
+        return tensors
+
+    def save(self, folder: Path, world: World, *, on_thread: bool) -> Callable[[], object]:
+        """See `Engine`."""
+        return save_dcp(self.state(), folder / DCP_FOLDER, world, on_thread=on_thread)
+
+    def slots(self) -> dict[str, Slot]:
+        """See `Engine`."""
+        return {key: _slot(tensor) for key, tensor in self.state().items()}
+
+    def restored(self, updates: int) -> None:
+        """See `Engine`."""
+        for state in self._optimizer.state.values():
+            state["step"].fill_(updates)
+
+
+def save_dcp(tensors: Mapping[str, Tensor], folder: Path, world: World, *, on_thread: bool) -> Callable[[], object]:
+    """Write tensors as a distributed checkpoint; call the result to wait for it.
+
+    `on_thread` copies the tensors to host memory before it returns, and writes in the background.
+    """
+    quiet_dcp()
+    options: dict[str, Any] = {"checkpoint_id": folder}
+    if world.group is not None:
+        options["process_group"] = world.group
+    if on_thread:
+        return dcp.async_save(dict(tensors), **options).result  # type: ignore[no-any-return, union-attr]
+    dcp.save(dict(tensors), no_dist=world.group is None, **options)
+    return lambda: None
+
+
+def quiet_dcp() -> None:
+    """Two warnings of DCP's about itself, one of them at every save of a single process."""
+    for message in ("TypedStorage is deprecated", "torch.distributed is disabled"):
+        warnings.filterwarnings("ignore", message=message, module="torch.distributed.checkpoint")
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor, sharing its storage."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def _like(parameter: Tensor, local: Tensor) -> Tensor:
+    if not isinstance(parameter, DTensor):
+        return local
+    return DTensor.from_local(
+        local,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
+def _slot(tensor: Tensor) -> Slot:
+    if not isinstance(tensor, DTensor):
+        return Slot(tensor.detach())
+    assert all(p.is_replicate() or p == Shard(0) for p in tensor.placements), tensor.placements
+    _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return Slot(_local(tensor), offsets[0] * math.prod(tensor.shape[1:]))

@@ -1,0 +1,294 @@
+"""Reading a checkpoint's tensors, whoever wrote it and on however many processes: any flat range of any tensor.
+
+Two formats, both read without the engine that wrote them, range by range, so that no reader needs the memory of the
+whole: PyTorch's distributed checkpoint (DCP) and DeepSpeed's ZeRO files. Both contain pickles. They are read with a
+list of the classes that such files hold; anything else in them is refused, and nothing is executed.
+"""
+
+import io
+import math
+import pickle
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
+
+from scfm_core.distributed.engine import GROUPS, Slot
+from scfm_core.errors import UserError
+
+DCP_FOLDER = "dcp"
+
+_CONTAINERS = frozenset({"set", "frozenset", "dict", "list", "tuple", "int", "float", "bool", "str"})
+_PICKLED: dict[str, frozenset[str]] = {
+    "builtins": _CONTAINERS,
+    "__builtin__": _CONTAINERS,
+    "collections": frozenset({"OrderedDict", "defaultdict"}),
+    "pathlib": frozenset({"PosixPath", "PurePosixPath"}),
+    "torch": frozenset({"Size", "Tensor", "FloatStorage", "BFloat16Storage", "device"}),
+    "torch._tensor": frozenset({"_rebuild_from_type_v2"}),
+    "torch._utils": frozenset({"_rebuild_tensor_v2", "_rebuild_parameter"}),
+    "torch.nn.parameter": frozenset({"Parameter"}),
+    "torch.serialization": frozenset({"_get_layout"}),
+    "torch.storage": frozenset({"UntypedStorage"}),
+    "torch.distributed.checkpoint.filesystem": frozenset({"_StorageInfo"}),
+    "torch.distributed.checkpoint.metadata": frozenset(
+        {
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        }
+    ),
+}
+
+
+class _Opaque:
+    """Stands for an object of DeepSpeed's, of which the fields alone are read."""
+
+    def __init__(self, *args: Any) -> None:
+        self.args = args
+
+    def __setstate__(self, state: Any) -> None:
+        self.__dict__.update(state if isinstance(state, dict) else {})
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if module.partition(".")[0] == "deepspeed":
+            return _Opaque  # read without DeepSpeed, whose classes are not run
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if name in _PICKLED.get(module, ()) or is_dtype:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it holds {module}.{name}, which no checkpoint needs")
+
+
+# torch.load takes a module that has what it uses of `pickle`.
+_PICKLE = ModuleType("scfm_pickle")
+_PICKLE.Unpickler = _Unpickler  # type: ignore[attr-defined]
+_PICKLE.load = lambda file, **options: _Unpickler(file, **options).load()  # type: ignore[attr-defined]
+
+
+class Reader(ABC):
+    """Tensors of one checkpoint by `<group>.<name>`."""
+
+    shapes: dict[str, tuple[int, ...]]
+    """Shape of every tensor; a writer may have stored it flattened."""
+
+    @abstractmethod
+    def read(self, key: str, start: int, stop: int) -> Tensor:
+        """Elements `start` to `stop - 1` of the flattened tensor, 1-D on the CPU."""
+
+    def tensor(self, key: str) -> Tensor:
+        """A whole tensor."""
+        return self.read(key, 0, math.prod(self.shapes[key])).view(self.shapes[key])
+
+    def group(self, group: str) -> dict[str, Tensor]:
+        """All tensors of a group by parameter name, in memory."""
+        prefix = f"{group}."
+        return {key.removeprefix(prefix): self.tensor(key) for key in self.shapes if key.startswith(prefix)}
+
+    @torch.no_grad()
+    def fill(self, slots: Mapping[str, Slot]) -> None:
+        """Copy each slot's range into it.
+
+        Raises:
+            UserError: if the checkpoint lacks a tensor.
+        """
+        for key, slot in slots.items():
+            if key not in self.shapes:
+                raise UserError(
+                    f"the checkpoint has no tensor {key!r}; it was written by another version or for another model"
+                )
+            flat = slot.local.view(-1)
+            if flat.numel():
+                flat.copy_(self.read(key, slot.start, slot.start + flat.numel()))
+
+
+class Readers(Reader):
+    """Several readers as one: ZeRO's files hold student and optimizer, a DCP beside them the EMAs."""
+
+    def __init__(self, parts: list[Reader], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._by_key = {key: part for part in parts for key in part.shapes}
+        self.shapes = {key: shapes.get(key.partition(".")[2], part.shapes[key]) for key, part in self._by_key.items()}
+
+    def read(self, key: str, start: int, stop: int) -> Tensor:
+        """See `Reader`."""
+        return self._by_key[key].read(key, start, stop)
+
+
+class DcpReader(Reader):
+    """A folder that `torch.distributed.checkpoint.save` wrote: `.metadata` and one `.distcp` file a rank."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        with (folder / ".metadata").open("rb") as file:
+            metadata = _Unpickler(file).load()
+        entries = {key: entry for key, entry in metadata.state_dict_metadata.items() if _is_tensor(entry)}
+        self._chunks = {key: entry.chunks for key, entry in entries.items()}
+        self._places = {
+            (index.fqn, tuple(index.offset)): place
+            for index, place in metadata.storage_data.items()
+            if index.offset is not None
+        }
+        self.shapes = {key: tuple(entry.size) for key, entry in entries.items()}
+
+    def read(self, key: str, start: int, stop: int) -> Tensor:
+        """See `Reader`. Chunks are ranges of rows, as FSDP2 and ZeRO shard."""
+        row = math.prod(self.shapes[key][1:])
+        parts = []
+        for chunk in sorted(self._chunks[key], key=lambda chunk: tuple(chunk.offsets)):
+            assert tuple(chunk.sizes[1:]) == self.shapes[key][1:], f"{key} is not sharded by rows"
+            first = (chunk.offsets[0] if chunk.offsets else 0) * row
+            begin, end = max(start, first), min(stop, first + math.prod(chunk.sizes))
+            if begin < end:
+                parts.append(self._chunk(key, tuple(chunk.offsets))[begin - first : end - first])
+        return parts[0].clone() if len(parts) == 1 else torch.cat(parts)
+
+    @lru_cache(maxsize=1)  # noqa: B019  (neighbouring ranges of one chunk are read in a row; the reader is short-lived)
+    def _chunk(self, key: str, offsets: tuple[int, ...]) -> Tensor:
+        place = self._places[key, offsets]
+        with (self._folder / place.relative_path).open("rb") as file:
+            file.seek(place.offset)
+            tensor: Tensor = torch.load(io.BytesIO(file.read(place.length)), map_location="cpu", weights_only=True)
+        return tensor.reshape(-1)
+
+
+def _is_tensor(entry: TensorStorageMetadata | BytesStorageMetadata) -> bool:
+    return isinstance(entry, TensorStorageMetadata)
+
+
+class ZeroReader(Reader):
+    """Student and optimizer from DeepSpeed's own files, of any stage and number of ranks.
+
+    The layout is that of DeepSpeed's zero_to_fp32.py: stages 1 and 2 flatten all parameters into one vector and give
+    each rank a slice of it; stage 3 gives each rank a slice of every parameter, padded to equal lengths.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        states = sorted(folder.glob("zero_pp_rank_*_optim_states.pt"), key=_rank_of)
+        models = sorted(folder.glob("*model_states.pt"))
+        self._ranks = [{**_load(path)["optimizer_state_dict"], "rank": _rank_of(path)} for path in states]
+        # Whatever the stage, the first rank's model file lists the parameters in the order of the flat vectors.
+        groups = _load(models[0])["param_shapes"]
+        named = {name: tuple(shape) for group in groups for name, shape in group.items()}
+        sharded = "fp32_flat_groups" in self._ranks[0]
+        self._pieces = [
+            _stage3_pieces(rank, named, len(states)) if sharded else _flat_pieces(rank) for rank in self._ranks
+        ]
+        names = {name: parameter_name(name) for name in named}
+        self.shapes = {
+            f"{group}.{names[n]}": shape for group in ("student", "exp_avg", "exp_avg_sq") for n, shape in named.items()
+        }
+        self._named = {short: name for name, short in names.items()}
+
+    def read(self, key: str, start: int, stop: int) -> Tensor:
+        """See `Reader`."""
+        group, _, short = key.partition(".")
+        name, position, parts = self._named[short], 0, []
+        for rank, pieces in zip(self._ranks, self._pieces, strict=True):
+            if name not in pieces:
+                continue
+            vector, offset, length = pieces[name]
+            begin, end = max(start, position), min(stop, position + length)
+            if begin < end:
+                flat = _vector(rank, group, vector)
+                parts.append(flat[offset + begin - position : offset + end - position])
+            position += length
+        return parts[0].clone() if len(parts) == 1 else torch.cat(parts)
+
+
+def module_name(name: str) -> str:
+    """The inverse of `parameter_name`."""
+    return "networks.student." + name.replace(".lora_A.weight", ".lora_A.student.weight").replace(
+        ".lora_B.weight", ".lora_B.student.weight"
+    )
+
+
+def parameter_name(name: str) -> str:
+    """A trained parameter's name from its place in the module that DeepSpeed is given."""
+    return (
+        name.removeprefix("networks.student.")
+        .replace(".lora_A.student.", ".lora_A.")
+        .replace(".lora_B.student.", ".lora_B.")
+    )
+
+
+def _rank_of(path: Path) -> int:
+    return int(path.name.removeprefix("zero_pp_rank_").partition("_")[0])
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """A file of DeepSpeed's, its tensors mapped from disk and not read."""
+    return dict(torch.load(path, map_location="cpu", mmap=True, weights_only=False, pickle_module=_PICKLE))
+
+
+Pieces = dict[str, tuple[int, int, int]]
+"""Of each parameter that lies on a rank: number of the flat vector, offset in it, elements."""
+
+
+def _flat_pieces(rank: dict[str, Any]) -> Pieces:
+    return {
+        name: (number, *_address(address))
+        for number, mapping in enumerate(rank["param_slice_mappings"])
+        for name, address in mapping.items()
+    }
+
+
+def _address(address: Any) -> tuple[int, int]:
+    """Start and length: DeepSpeed's `fragment_address`, or the plain pair that `write_zero` writes."""
+    return address if isinstance(address, tuple) else (address.start, address.numel)
+
+
+def _stage3_pieces(rank: dict[str, Any], shapes: Mapping[str, tuple[int, ...]], ranks: int) -> Pieces:
+    pieces, vector, offset = {}, 0, 0
+    own = rank["rank"]
+    for name, shape in shapes.items():
+        count = math.prod(shape)
+        slice_length = -(-count // ranks)
+        if offset + slice_length > rank["fp32_flat_groups"][vector].numel():  # the next sub-group
+            vector, offset = vector + 1, 0
+        pieces[name] = (vector, offset, max(0, min(count - own * slice_length, slice_length)))
+        offset += slice_length
+    return pieces
+
+
+def _vector(rank: dict[str, Any], group: str, number: int) -> Tensor:
+    if group == "student":
+        vectors = rank["fp32_flat_groups"] if "fp32_flat_groups" in rank else rank["single_partition_of_fp32_groups"]
+        return vectors[number].detach()
+    base = rank["optimizer_state_dict" if "fp32_flat_groups" in rank else "base_optimizer_state"]
+    return base["state"][number][group]
+
+
+def open_reader(folder: Path, kind: str, shapes: Mapping[str, list[int]]) -> Reader:
+    """The reader of a checkpoint's folder.
+
+    Args:
+        folder: of one checkpoint.
+        kind: `dcp` or `zero`, as its state.json says.
+        shapes: of the trained parameters, by name.
+
+    Raises:
+        UserError: if the files are not what their names say.
+    """
+    try:
+        parts: list[Reader] = [DcpReader(folder / DCP_FOLDER)]
+        if kind == "zero":
+            parts.append(ZeroReader(folder))
+    except Exception as error:  # a damaged pickle raises whatever its bytes lead to
+        raise UserError(f"checkpoint {folder} cannot be read as {kind}: {str(error) or repr(error)}") from error
+    reader = Readers(parts, {name: tuple(shape) for name, shape in shapes.items()})
+    missing = [group for group in GROUPS if not any(key.startswith(f"{group}.") for key in reader.shapes)]
+    if missing:
+        raise UserError(f"checkpoint {folder} has nothing of {', '.join(missing)}")
+    return reader

@@ -1,0 +1,146 @@
+"""Which process this is, and how the processes of a run agree with each other."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from scfm_core.errors import UserError
+
+_LAUNCHER = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, as one of them sees them. Without arguments: a single process."""
+
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+    """A gloo group for decisions, so that none of them waits for the GPU's queue."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the run's files and speaks for it."""
+        return self.rank == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def from_main(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self.group)
+        return values[0]
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Add up a tensor over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def second_group(self) -> "World":
+        """The same processes over a group of their own, for a thread that talks beside the training."""
+        if self.group is None:
+            return self
+        return World(self.rank, self.size, dist.new_group(backend="gloo"))
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """What fails on one rank for a user's mistake, or for its disk, fails on every rank with the same message.
+
+        Raises:
+            UserError: with the message of every rank that failed.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except (UserError, OSError) as caught:
+            error = caught
+        self.agree(error)
+
+    def agree(self, error: Exception | None) -> None:
+        """Raise on every rank if there is an error on any.
+
+        Raises:
+            UserError: with the message of every rank that failed.
+        """
+        if self.size == 1:
+            if error is not None:
+                raise error
+            return
+        messages = self.gather(None if error is None else str(error))
+        failed = {message: [r for r in range(self.size) if messages[r] == message] for message in messages if message}
+        if not failed:
+            return
+        if len(failed) == 1 and len(next(iter(failed.values()))) == self.size:
+            joint = UserError(next(iter(failed)))
+        else:
+            joint = UserError("\n".join(f"{_ranks(ranks)}: {text}" for text, ranks in failed.items()))
+        joint.agreed = True
+        raise joint from error
+
+
+def _ranks(ranks: list[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+
+
+def launched_size() -> int:
+    """How many processes the launcher (torchrun, deepspeed, srun with torchrun's variables) started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextlib.contextmanager
+def join_world(device: torch.device, timeout: float, *, always: bool = False) -> Iterator[World]:
+    """Meet the other processes of the launcher.
+
+    Args:
+        device: of this process; NCCL for CUDA, gloo for CPU.
+        timeout: seconds that a collective may wait for a rank.
+        always: make a process group for a single process too (DeepSpeed needs one).
+
+    Raises:
+        UserError: if the launcher's environment is incomplete, or the processes do not meet in time.
+    """
+    size = launched_size()
+    if size == 1 and not always:
+        yield World()
+        return
+    options: dict[str, Any] = {"timeout": timedelta(seconds=timeout)}
+    if size == 1:
+        options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it
+    elif missing := [name for name in _LAUNCHER if name not in os.environ]:
+        raise UserError(
+            f"WORLD_SIZE is {size}, but {', '.join(missing)} is not set. Start several processes with torchrun or the "
+            f"deepspeed launcher, or unset WORLD_SIZE"
+        )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **options)
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        raise UserError(
+            f"{size} processes should meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}, but not all came within "
+            f"{timeout:g} s ({str(error).splitlines()[0]}). Look at the logs of the others, and whether this address can be "
+            f"reached from here"
+        ) from error
+    try:
+        group = dist.new_group(backend="gloo") if device.type == "cuda" else dist.group.WORLD
+        yield World(dist.get_rank(), size, group)
+    finally:
+        # A rank that failed must not wait here for the others: the launcher ends them.
+        with contextlib.suppress(Exception):
+            dist.destroy_process_group()
