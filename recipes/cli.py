@@ -3,10 +3,12 @@
 import argparse
 import os
 import sys
+import time
+import traceback
 from pathlib import Path
 
 from scfm_core import __version__
-from scfm_core.errors import UserError
+from scfm_core.errors import PeerLost, UserError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,17 +25,41 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         if os.environ.get("SCFM_TRACEBACK"):
             raise
-        print(f"scfm: error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        if not error.agreed:
+            print(f"scfm: error: {_of_rank(rank)}{error}", file=sys.stderr)
+        elif rank == "0":
+            print(f"scfm: error: {error}", file=sys.stderr)
+        else:
+            time.sleep(1)  # rank 0 speaks for all, and the launcher ends every rank once one is gone
+        _let_go(error)
         return 2
+    except PeerLost as error:
+        print(f"scfm: error: {_of_rank(os.environ.get('RANK', '0'))}{error}. Start the job again", file=sys.stderr)
+        _let_go(error)
+        return error.exit_code
     except KeyboardInterrupt:
         print("scfm: interrupted", file=sys.stderr)
         return 130
+
+
+def _of_rank(rank: str) -> str:
+    return f"rank {rank}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Free what the traceback's frames hold: a process group that lives to the interpreter's end aborts it."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="scfm", description="Turn a pre-trained flow-matching model into a few-step sampler."
     )
+    # The deepspeed launcher passes it to every process; LOCAL_RANK says the same.
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     parser.add_argument("--version", action="version", version=f"scfm {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train(commands)
@@ -41,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_export(commands)
     _add_report(commands)
+    _add_checkpoint(commands)
     data = commands.add_parser("data", help="make data sets").add_subparsers(required=True, metavar="COMMAND")
     _add_encode(data)
     return parser
@@ -75,6 +102,9 @@ def _add_train(commands) -> None:  # type: ignore[no-untyped-def]
         "--dry-run", action="store_true", help="check the configuration and print size, memory and compute"
     )
     parser.add_argument(
+        "--gpus", type=int, metavar="N", help="with --dry-run: memory of each of N GPUs (default: those of this launch)"
+    )
+    parser.add_argument(
         "--resume", default="auto", metavar="auto|never|PATH",
         help="auto (default): from the newest complete checkpoint in run.dir; never: start over, the earlier attempt is "
         "moved aside; PATH: from that checkpoint or run",
@@ -84,7 +114,15 @@ def _add_train(commands) -> None:  # type: ignore[no-untyped-def]
 def _train(arguments: argparse.Namespace) -> int:
     from recipes.train import train
 
-    return train(arguments.config, arguments.overrides, resume=arguments.resume, dry_run=arguments.dry_run)
+    if arguments.gpus is not None and (arguments.gpus < 1 or not arguments.dry_run):
+        raise UserError("--gpus N (at least 1) belongs to --dry-run; a run takes as many GPUs as the launcher starts")
+    return train(
+        arguments.config,
+        arguments.overrides,
+        resume=arguments.resume,
+        dry_run=arguments.dry_run,
+        processes=arguments.gpus,
+    )
 
 
 def _add_sample(commands) -> None:  # type: ignore[no-untyped-def]
@@ -167,6 +205,47 @@ def _report(arguments: argparse.Namespace) -> None:
     from recipes.report import report
 
     print(report(arguments.run_dir, arguments.compare))
+
+
+def _add_checkpoint(commands) -> None:  # type: ignore[no-untyped-def]
+    group = commands.add_parser("checkpoint", help="inspect, verify and convert checkpoints")
+    actions = group.add_subparsers(required=True, metavar="COMMAND")
+    for name, text, run in (
+        ("inspect", "Say what a checkpoint holds: engine, step, tensors, norms.", _checkpoint_inspect),
+        ("verify", "Hash every file of a checkpoint, or of all of a run.", _checkpoint_verify),
+    ):
+        parser = _command(actions, name, text, run)
+        parser.add_argument("path", type=Path, help="a run's folder, or one of its checkpoints/step_XXXXXXXX")
+    parser = _command(
+        actions,
+        "convert",
+        "Write a checkpoint anew, in another engine's format, as a run of its own. Training needs it not: every engine "
+        "resumes from every format.",
+        _checkpoint_convert,
+    )
+    parser.add_argument("source", type=Path, help="a run's folder, or one of its checkpoints/step_XXXXXXXX")
+    parser.add_argument("target", type=Path, help="folder of the new run")
+    parser.add_argument("--to", choices=("dcp", "zero"), required=True, help="PyTorch's format, or DeepSpeed's")
+    parser.add_argument("--stage", type=int, choices=(1, 2, 3), default=2, help="with --to zero (default 2)")
+    parser.add_argument("--ranks", type=int, default=1, help="with --to zero: processes to divide it for (default 1)")
+
+
+def _checkpoint_inspect(arguments: argparse.Namespace) -> None:
+    from recipes.checkpoint import inspect
+
+    print(inspect(arguments.path))
+
+
+def _checkpoint_verify(arguments: argparse.Namespace) -> None:
+    from recipes.checkpoint import verify
+
+    print(verify(arguments.path))
+
+
+def _checkpoint_convert(arguments: argparse.Namespace) -> None:
+    from recipes.checkpoint import convert
+
+    print(convert(arguments.source, arguments.target, arguments.to, arguments.stage, arguments.ranks))
 
 
 def _add_encode(commands) -> None:  # type: ignore[no-untyped-def]

@@ -1,14 +1,19 @@
 """`scfm export`: the trained weights in diffusers' own formats."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from recipes.runs import load_trained, open_run
+import torch
+from torch import Tensor
+
+from recipes.runs import open_run, open_trained
 from scfm_core.errors import UserError
-from scfm_core.models.student import FullModel, LoRAModel
-from scfm_core.models.weights import save_adapter, save_pipeline
+from scfm_core.models.flux import Flux
+from scfm_core.models.weights import read_weights, save_adapter, save_pipeline
 from scfm_core.scfm.plan import sampling_strength
 from scfm_core.train.build import compute_dtype
+from scfm_core.train.checkpoint import Checkpoint
 from scfm_core.train.config import RunConfig
 
 _CARD_STEPS = (1, 2, 3, 4, 6, 8, 16)
@@ -33,25 +38,41 @@ def export(run_dir: Path, overrides: list[str], *, merged: Path | None, num_step
         raise UserError(
             "this adapter's strength depends on the number of steps, and merging fixes it: say which with --steps N"
         )
-    model, _ = load_trained(run_dir, config)
+    checkpoint, family = open_trained(run_dir, config)
     if merged is None:
-        return export_adapter(run_dir, config, model)
-    from diffusers import FluxTransformer2DModel
-
-    strength = sampling_strength(config.method.step_gain, num_steps or 1)
-    state = model.merged(config.sample.weights, strength)
+        return _export_adapter(run_dir, config, checkpoint)
     shift = None if config.sample.shift == "dynamic" else float(config.sample.shift)
-    save_pipeline(model.family.folder, merged, FluxTransformer2DModel, state, compute_dtype(config), shift)
+    weights = _merged_weights(config, checkpoint, family, sampling_strength(config.method.step_gain, num_steps or 1))
+    save_pipeline(family.folder, merged, weights, compute_dtype(config), shift)
     return merged
 
 
-def export_adapter(run_dir: Path, config: RunConfig, model: LoRAModel | FullModel) -> Path:
+def _export_adapter(run_dir: Path, config: RunConfig, checkpoint: Checkpoint) -> Path:
     """`RUN_DIR/adapter`: safetensors that `load_lora_weights` reads, and a README that says how to use them."""
     folder = run_dir / "adapter"
     scale = config.lora.alpha / config.lora.rank
-    save_adapter(folder, model.parameters(config.sample.weights), scale, adapter_metadata(config))
+    save_adapter(folder, checkpoint.reader.group(config.sample.weights), scale, adapter_metadata(config))
     (folder / "README.md").write_text(adapter_card(config))
     return folder
+
+
+def _merged_weights(
+    config: RunConfig, checkpoint: Checkpoint, family: Flux, strength: float
+) -> Iterator[tuple[str, Tensor]]:
+    """Every weight of the exported network by name, one at a time: the memory of one, however large the network."""
+    reader, role = checkpoint.reader, config.sample.weights
+    if config.train.weights == "full":
+        for name in checkpoint.state["shapes"]:
+            yield name, reader.tensor(f"{role}.{name}")
+        return
+    scale = strength * config.lora.alpha / config.lora.rank
+    for name, weight in read_weights(family.folder, "transformer"):
+        module = name.removesuffix(".weight")
+        if f"{role}.{module}.lora_A.weight" in reader.shapes and name.endswith(".weight"):
+            down, up = (reader.tensor(f"{role}.{module}.lora_{side}.weight") for side in "AB")
+            yield name, torch.addmm(weight.to(compute_dtype(config)).float(), up, down, alpha=scale)
+        else:
+            yield name, weight
 
 
 def adapter_metadata(config: RunConfig) -> dict[str, Any]:

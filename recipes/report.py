@@ -55,6 +55,11 @@ def report(run_dir: Path, compare: list[Path]) -> Path:
     body = [
         f"<h1>{html.escape(run.name)}</h1>",
         f"<p class=note>{last['step']:,} steps, {last['samples']:,} samples, {last['seconds'] / 60:.1f} minutes of training"
+        + (
+            f", {skipped} steps skipped (incidents.jsonl)"
+            if (skipped := sum("skipped" in r for r in run.metrics))
+            else ""
+        )
         + (f"; beside it: {html.escape(', '.join(other.name for other in others))}" if others else "")
         + "</p>",
     ]
@@ -139,11 +144,14 @@ def _training_plot(runs: list[_Run]) -> bytes:
     with style:
         figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6))
         for run in runs:
-            steps = [row["step"] for row in run.metrics]
-            left.plot(steps, _smooth([row["loss"] for row in run.metrics]), label=run.name)
-            right.plot(steps, _smooth([row["grad_norm"] for row in run.metrics]), label=run.name)
+            applied = [row for row in run.metrics if "skipped" not in row]
+            steps = [row["step"] for row in applied]
+            left.plot(steps, _smooth([row["loss"] for row in applied]), label=run.name)
+            right.plot(steps, _smooth([row["grad_norm"] for row in applied]), label=run.name)
         for name in ("teacher", "self"):
-            rows = [(row["step"], row[f"loss/{name}"]) for row in runs[0].metrics if f"loss/{name}" in row]
+            rows = [
+                (row["step"], row[f"loss/{name}"]) for row in runs[0].metrics if row.get(f"loss/{name}") is not None
+            ]
             if rows:
                 left.plot(
                     [s for s, _ in rows], _smooth([v for _, v in rows]), label=f"{runs[0].name}: {name} slice", lw=0.8

@@ -2,13 +2,15 @@
 
 from pathlib import Path
 
+from scfm_core.distributed.engine import Slot
 from scfm_core.errors import UserError
+from scfm_core.models.adapters import ADAPTERS
+from scfm_core.models.flux import Flux
 from scfm_core.models.student import FullModel, LoRAModel
 from scfm_core.models.weights import network_fingerprint
 from scfm_core.train.build import build_family, build_model, resolve_device
-from scfm_core.train.checkpoint import find_checkpoint, load_checkpoint
+from scfm_core.train.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
 from scfm_core.train.config import RunConfig, load_config
-from scfm_core.train.trainer import load_weights
 
 
 def open_run(run_dir: Path, overrides: list[str]) -> RunConfig:
@@ -22,23 +24,36 @@ def open_run(run_dir: Path, overrides: list[str]) -> RunConfig:
     return load_config(run_dir / "config.yaml", overrides)
 
 
-def load_trained(run_dir: Path, config: RunConfig) -> tuple[LoRAModel | FullModel, int]:
-    """The run's model with its newest checkpoint's student and EMAs, and the checkpoint's step.
+def open_trained(run_dir: Path, config: RunConfig) -> tuple[Checkpoint, Flux]:
+    """The run's newest intact checkpoint, and the model that it was trained on.
 
     Raises:
-        UserError: if there is no complete checkpoint.
+        UserError: if there is no complete checkpoint, or `model.path` holds another model now.
     """
     path = find_checkpoint(run_dir)
     if path is None:
         raise UserError(f"{run_dir} has no complete checkpoint yet; train first")
-    checkpoint = load_checkpoint(path, ("student", "ema_fast", "ema_slow"), verify=False)
-    model = build_model(config, build_family(config), resolve_device(config.run.device), train=False)
-    if checkpoint.state["base_fingerprint"] != network_fingerprint(model.family.folder):
-        raise UserError(
-            f"{model.family.folder} is not the model that {run_dir} was trained on. Set model.path to that one"
-        )
-    for role in ("student", "ema_fast", "ema_slow"):
-        load_weights(model.parameters(role), checkpoint.tensors[role])
+    checkpoint, family = load_checkpoint(path, verify=False), build_family(config)
+    if checkpoint.state["base_fingerprint"] != network_fingerprint(family.folder):
+        raise UserError(f"{family.folder} is not the model that {run_dir} was trained on. Set model.path to that one")
+    return checkpoint, family
+
+
+def load_trained(run_dir: Path, config: RunConfig) -> tuple[LoRAModel | FullModel, int]:
+    """The run's model in one process, with its newest checkpoint's student and EMAs, and the checkpoint's step.
+
+    Raises:
+        UserError: as `open_trained`.
+    """
+    checkpoint, family = open_trained(run_dir, config)
+    model = build_model(config, family, resolve_device(config.run.device))
+    checkpoint.reader.fill(
+        {
+            f"{role}.{name}": Slot(parameter.detach())
+            for role in ADAPTERS
+            for name, parameter in model.parameters(role).items()
+        }
+    )
     for network in model.networks.values():
         network.eval().requires_grad_(False)
     return model, int(checkpoint.state["step"])

@@ -8,10 +8,12 @@ import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from recipes.export import export_adapter
+from recipes.export import export
+from scfm_core.distributed.deepspeed_config import deepspeed_config
+from scfm_core.distributed.world import World, join_world, launched_size
 from scfm_core.errors import UserError
-from scfm_core.train.build import build_family, validation_prompts
-from scfm_core.train.checkpoint import find_checkpoint, verify_checkpoint
+from scfm_core.train.build import build_family, micro_batches, optimizer_config, resolve_device, validation_prompts
+from scfm_core.train.checkpoint import find_checkpoint, point_to, verify_checkpoint
 from scfm_core.train.config import RunConfig, dump_config, load_config, with_absolute_paths
 from scfm_core.train.estimate import estimate, format_estimate
 from scfm_core.train.trainer import Trainer, fit
@@ -20,6 +22,7 @@ from scfm_core.train.trainer import Trainer, fit
 _ATTEMPT = (
     "config.yaml",
     "metrics.jsonl",
+    "incidents.jsonl",
     "checkpoints",
     "samples",
     "adapter",
@@ -30,54 +33,79 @@ _ATTEMPT = (
 )
 
 
-def train(config_path: str, overrides: list[str], *, resume: str = "auto", dry_run: bool = False) -> int:
+def train(
+    config_path: str, overrides: list[str], *, resume: str = "auto", dry_run: bool = False, processes: int | None = None
+) -> int:
     """Run a recipe; returns the exit code: 0 when done, 128 + signal when stopped by one (as a shell would)."""
-    config = load_config(config_path, overrides)
+    try:
+        config = load_config(config_path, overrides)
+    except UserError as error:
+        # The same on all processes of a machine, so one of them speaks; rank 0 for its machine without its number.
+        error.agreed = os.environ.get("RANK", "0") == "0" or os.environ.get("LOCAL_RANK", "0") != "0"
+        raise
     if dry_run:
-        print(describe(config))
+        page = describe(config, processes or launched_size())
+        if os.environ.get("RANK", "0") == "0":
+            print(page)
         return 0
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(
-            f"this release trains in one process, but the launcher started {os.environ['WORLD_SIZE']}. Start `scfm train` "
-            f"without torchrun, or with --nproc-per-node 1"
-        )
     config = with_absolute_paths(config)
-    run_dir = Path(config.run.dir)
+    device = resolve_device(config.run.device)
+    needs_group = config.engine.name == "deepspeed" or config.checkpoint.asynchronous
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        reason = "it is a file" if run_dir.is_file() else error.strerror
-        raise UserError(f"run.dir: {run_dir} cannot be written ({reason}). Choose another with run.dir=PATH") from error
-    try:
-        with _only_one(run_dir):
-            return _run(config, run_dir, resume)
+        with join_world(device, config.engine.timeout, always=needs_group) as world, _claimed(config, world):
+            return _run(config, resume, world)
     except OSError as error:
         raise UserError(
-            f"the run in {run_dir} stopped: {error}. If its disk is full, make room and run the same command again"
+            f"the run in {config.run.dir} stopped: {error}. If its disk is full, make room and run the same command again"
         ) from error
 
 
-def _run(config: RunConfig, run_dir: Path, resume: str) -> int:
-    start = _starting_point(run_dir, resume)
-    trainer = Trainer(config, start)  # refuses what does not fit, before anything of an earlier attempt is touched
-    if resume == "never":
-        _move_aside(run_dir, _ATTEMPT)
-    elif resume != "auto" and start is not None:
-        _go_back(run_dir, start)
-    (run_dir / "config.yaml").write_text(dump_config(config))
-    if start is not None:
-        print(f"resuming from {start} at step {trainer.progress.step}")
+def _run(config: RunConfig, resume: str, world: World) -> int:
+    run_dir = Path(config.run.dir)
+    start = _starting_point(run_dir, resume, world)
+    trainer = Trainer(
+        config, start, world
+    )  # refuses what does not fit, before anything of an earlier attempt is touched
+    with world.together():
+        if world.is_main:
+            if resume == "never":
+                _move_aside(run_dir, _ATTEMPT)
+            elif resume != "auto" and start is not None:
+                _go_back(run_dir, start)
+            (run_dir / "config.yaml").write_text(dump_config(config))
+            if start is not None:
+                print(f"resuming from {start} at step {trainer.progress.step}")
     if trainer.progress.step < config.train.steps:
         stopped_by = fit(trainer)
         if stopped_by is not None:
             name = signal.Signals(stopped_by).name
-            print(f"stopped by {name} after step {trainer.progress.step}; the same command goes on from there")
+            if world.is_main:
+                print(f"stopped by {name} after step {trainer.progress.step}; the same command goes on from there")
             return 128 + stopped_by
-    else:
+    elif world.is_main:
         print(f"nothing to do: {run_dir} has all {config.train.steps} steps")
-    if config.train.weights == "lora":
-        print(f"adapter: {export_adapter(run_dir, config, trainer.model)}")
+    with world.together():
+        if config.train.weights == "lora" and world.is_main:
+            print(f"adapter: {export(run_dir, [], merged=None, num_steps=None)}")
     return 0
+
+
+@contextlib.contextmanager
+def _claimed(config: RunConfig, world: World) -> Iterator[None]:
+    """Rank 0 makes the run's folder and locks it; what stands in the way is every rank's error."""
+    run_dir = Path(config.run.dir)
+    with contextlib.ExitStack() as stack:
+        with world.together():
+            if world.is_main:
+                try:
+                    run_dir.mkdir(parents=True, exist_ok=True)
+                except OSError as error:
+                    reason = "it is a file" if run_dir.is_file() else error.strerror
+                    raise UserError(
+                        f"run.dir: {run_dir} cannot be written ({reason}). Choose another with run.dir=PATH"
+                    ) from error
+                stack.enter_context(_only_one(run_dir))
+        yield
 
 
 @contextlib.contextmanager
@@ -93,16 +121,23 @@ def _only_one(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def describe(config: RunConfig) -> str:
-    """The dry run: the configuration is valid; this is what it will cost."""
+def describe(config: RunConfig, processes: int = 1) -> str:
+    """The dry run: the configuration is valid for so many processes; this is what it will cost."""
     validation_prompts(config)
-    return format_estimate(estimate(config, build_family(config, offline=True)), config)
+    accumulation = micro_batches(config.train, World(size=processes))
+    if config.engine.name == "deepspeed":
+        deepspeed_config(config.engine, optimizer_config(config.train, accumulation), processes, config.train.weights)
+    elif config.engine.shard != -1 and processes % config.engine.shard:
+        raise UserError(
+            f"engine.shard={config.engine.shard} does not divide {processes} processes; say how many with --gpus"
+        )
+    return format_estimate(estimate(config, build_family(config, offline=True), processes), config)
 
 
-def _starting_point(run_dir: Path, resume: str) -> Path | None:
-    """The verified checkpoint to go on from; nothing is changed."""
+def _starting_point(run_dir: Path, resume: str, world: World) -> Path | None:
+    """The verified checkpoint to go on from, the same on every rank; nothing is changed."""
     if resume == "auto":
-        return find_checkpoint(run_dir)
+        return find_checkpoint(run_dir, world=world)
     if resume == "never":
         return None
     path = Path(resume).expanduser()
@@ -111,11 +146,11 @@ def _starting_point(run_dir: Path, resume: str) -> Path | None:
             f"--resume {resume}: there is no such checkpoint folder. Use auto, never, or a path to step_XXXXXXXX"
         )
     if (path / "checkpoints").is_dir():
-        found = find_checkpoint(path)
+        found = find_checkpoint(path, world=world)
         if found is None:
             raise UserError(f"--resume {resume}: that run has no complete checkpoint")
         return found
-    verify_checkpoint(path)
+    verify_checkpoint(path, world)
     return path
 
 
@@ -124,6 +159,7 @@ def _go_back(run_dir: Path, start: Path) -> None:
     own = run_dir / "checkpoints"
     if start.resolve().parent == own.resolve():
         _move_aside(own, [path.name for path in own.glob("step_*") if path.name > start.name], into=run_dir)
+        point_to(start)
         return
     _move_aside(run_dir, _ATTEMPT)
     metrics = start.parents[1] / "metrics.jsonl"
@@ -133,6 +169,7 @@ def _go_back(run_dir: Path, start: Path) -> None:
     aside = own / f".{start.name}.tmp"
     shutil.copytree(start, aside)
     aside.rename(own / start.name)
+    point_to(own / start.name)
 
 
 def _move_aside(folder: Path, names: Sequence[str], into: Path | None = None) -> None:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -161,14 +161,32 @@ def read_adapter_metadata(path: Path) -> dict[str, Any]:
     return dict(json.loads(metadata.get("scfm", "{}")))
 
 
+def read_weights(folder: Path, component: str) -> Iterator[tuple[str, Tensor]]:
+    """A component's weights by name, read one at a time from its safetensors files."""
+    from safetensors import safe_open
+
+    for path in sorted((folder / component).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  (not a dict)
+                yield name, file.get_tensor(name)
+
+
 def save_pipeline(
-    source: Path, target: Path, cls: Any, state: Mapping[str, Tensor], dtype: torch.dtype, shift: float | None
+    source: Path,
+    target: Path,
+    weights: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype,
+    shift: float | None,
+    *,
+    shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """A complete pipeline folder: `source` with its transformer's weights replaced by `state`, in `dtype`.
+    """A complete pipeline folder: `source` with its transformer's weights replaced, in `dtype`.
 
     The other components are copied file by file, so that `target` stands alone; it appears when it is complete.
 
     Args:
+        weights: every weight by name; read one by one and written in files of `shard_bytes`, as diffusers does, so that
+            one such file is all that is ever in memory.
         shift: the sampler's fixed timestep shift; None leaves the scheduler as it is.
 
     Raises:
@@ -178,13 +196,44 @@ def save_pipeline(
         raise UserError(f"{target} exists already; choose another folder, or delete it")
     aside = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
-    with torch.device("meta"):
-        network = cls.from_config(component_config(source, "transformer"))
-    network.load_state_dict({name: tensor.to("cpu", dtype) for name, tensor in state.items()}, assign=True)
     shutil.copytree(source, aside, ignore=shutil.ignore_patterns("transformer"))
-    network.save_pretrained(aside / "transformer", safe_serialization=True)
+    (aside / "transformer").mkdir()
+    shutil.copy(source / "transformer" / "config.json", aside / "transformer" / "config.json")
+    _save_sharded(aside / "transformer", ((name, weight.to(dtype)) for name, weight in weights), shard_bytes)
     if shift is not None:
         from diffusers import FlowMatchEulerDiscreteScheduler
 
         FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=False).save_pretrained(aside / "scheduler")
     aside.rename(target)
+
+
+def _save_sharded(folder: Path, weights: Iterable[tuple[str, Tensor]], shard_bytes: int) -> None:
+    """One safetensors file, or several and their index, named as diffusers names them."""
+    from safetensors.torch import save_file
+
+    stem = "diffusion_pytorch_model"
+    shards: list[tuple[Path, dict[str, int]]] = []
+    pending: dict[str, Tensor] = {}
+
+    def flush() -> None:
+        path = folder / f"shard_{len(shards)}"
+        save_file({name: weight.contiguous() for name, weight in pending.items()}, path, metadata={"format": "pt"})
+        shards.append((path, {name: weight.nbytes for name, weight in pending.items()}))
+        pending.clear()
+
+    for name, weight in weights:
+        if pending and sum(w.nbytes for w in pending.values()) + weight.nbytes > shard_bytes:
+            flush()
+        pending[name] = weight
+    flush()
+    if len(shards) == 1:
+        shards[0][0].rename(folder / f"{stem}.safetensors")
+        return
+    index: dict[str, str] = {}
+    for number, (path, sizes) in enumerate(shards, 1):
+        final = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+        path.rename(folder / final)
+        index |= dict.fromkeys(sizes, final)
+    total = sum(sum(sizes.values()) for _, sizes in shards)
+    listing = {"metadata": {"total_size": total}, "weight_map": index}
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(listing, indent=2))

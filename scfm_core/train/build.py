@@ -1,5 +1,7 @@
-"""From configuration to the parts of a run: device, family, model, encoders."""
+"""From configuration to the parts of a run: device, family, model, engine, encoders."""
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -14,6 +16,11 @@ from torch.utils.checkpoint import (
 
 from scfm_core.data.schema import Batch, Dataset
 from scfm_core.data.webdataset import CachedDataset
+from scfm_core.distributed.deepspeed import ZeroEngine, ZeroLayout
+from scfm_core.distributed.deepspeed_config import deepspeed_config
+from scfm_core.distributed.engine import OptimizerConfig
+from scfm_core.distributed.fsdp2 import Fsdp2Engine, Fsdp2Layout
+from scfm_core.distributed.world import World, launched_size
 from scfm_core.errors import UserError
 from scfm_core.flow.schedule import dynamic_shift
 from scfm_core.models.encoders import Autoencoder, TextEncoders
@@ -21,7 +28,7 @@ from scfm_core.models.flux import Flux
 from scfm_core.models.protocol import Conditioning
 from scfm_core.models.student import FullModel, LoRAModel
 from scfm_core.models.weights import encoder_fingerprint
-from scfm_core.train.config import RunConfig, SampleConfig
+from scfm_core.train.config import RunConfig, SampleConfig, TrainConfig
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -38,17 +45,28 @@ _KEPT = {
 
 
 def resolve_device(name: str) -> torch.device:
-    """`run.device` as a device.
+    """`run.device` as a device; of several processes on a machine, each takes the GPU of its LOCAL_RANK.
 
     Raises:
         UserError: if it is not there.
     """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
         raise UserError(f"run.device is {name!r}, but torch sees no GPU. Set run.device=cpu, or mend the driver")
-    return device
+    if launched_size() == 1:
+        return torch.device("cuda" if name == "auto" else name)
+    if ":" in name:
+        raise UserError(
+            f"run.device={name} names one GPU, but the launcher started {launched_size()} processes. Set it to auto"
+        )
+    local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local_rank >= count:
+        raise UserError(
+            f"the launcher started a process of local rank {local_rank}, but this machine has {count} GPUs. "
+            f"Start at most {count} processes on it"
+        )
+    return torch.device("cuda", local_rank)
 
 
 def compute_dtype(config: RunConfig) -> torch.dtype:
@@ -61,35 +79,109 @@ def build_family(config: RunConfig, *, offline: bool = False) -> Flux:
     return Flux(config.model.path, offline=offline)
 
 
-def build_model(config: RunConfig, family: Flux, device: torch.device, *, train: bool = True) -> LoRAModel | FullModel:
+Layout = Fsdp2Layout | ZeroLayout
+
+
+def micro_batches(train: TrainConfig, world: World) -> int:
+    """Micro-batches that each process runs in a step.
+
+    Raises:
+        UserError: if the global batch cannot be divided so.
+    """
+    together = train.micro_batch_size * world.size
+    if train.global_batch_size % together:
+        raise UserError(
+            f"train.global_batch_size {train.global_batch_size} is not a multiple of train.micro_batch_size "
+            f"{train.micro_batch_size} x {world.size} processes. Change the micro-batch or the number of processes"
+        )
+    return train.global_batch_size // together
+
+
+def build_layout(config: RunConfig, world: World, device: torch.device, accumulation: int) -> Layout:
+    """How `config.engine` puts networks on the processes; UserError if it cannot."""
+    if config.engine.name == "fsdp2":
+        return Fsdp2Layout(config.engine, world, device, compute_dtype(config))
+    settings = optimizer_config(config.train, accumulation)
+    if config.train.compile and config.engine.zero_stage == 3:
+        raise UserError(
+            "train.compile=true does not go with engine.zero_stage=3, which fetches the weights of every layer by hooks. "
+            "Set train.compile=false, zero_stage 1 or 2, or engine.name=fsdp2"
+        )
+    return ZeroLayout(deepspeed_config(config.engine, settings, world.size, config.train.weights), device)
+
+
+def optimizer_config(train: TrainConfig, accumulation: int) -> OptimizerConfig:
+    """What an engine needs of `train`."""
+    return OptimizerConfig(
+        betas=train.betas,
+        weight_decay=train.weight_decay,
+        clip_norm=train.clip_norm,
+        accumulation=accumulation,
+        micro_batch_size=train.micro_batch_size,
+        lr=train.lr,
+        compute_dtype=train.compute_dtype,
+    )
+
+
+def build_engine(
+    config: RunConfig, model: LoRAModel | FullModel, layout: Layout, world: World, accumulation: int
+) -> Fsdp2Engine | ZeroEngine:
+    """The engine of a run, over the model that was built with `layout`."""
+    settings = optimizer_config(config.train, accumulation)
+    if isinstance(layout, ZeroLayout):
+        return ZeroEngine(model.parameters, model.networks, layout, world, settings)
+    return Fsdp2Engine(model.parameters, model.networks, layout, world, settings)
+
+
+def build_model(
+    config: RunConfig, family: Flux, device: torch.device, *, layout: Layout | None = None
+) -> LoRAModel | FullModel:
     """Student, EMAs and teacher.
 
     Args:
         config: the run.
         family: how to load and call the network.
         device: where the weights go.
-        train: apply activation checkpointing and compilation.
+        layout: build it for training on these processes, with activation checkpointing and compilation. A network that
+            is sharded is loaded into host memory, one after the other, and leaves it block by block.
     """
     dtype = compute_dtype(config)
+    target = torch.device("cpu") if layout is not None and layout.is_sharded else device
+    prepare = _preparation(config, layout)
     model: LoRAModel | FullModel
     loaded = dtype if config.train.weights == "lora" else torch.float32
     if config.model.init == "random":
-        network = family.random_network(loaded, device, config.run.seed)
+        network = family.random_network(loaded, target, config.run.seed)
     else:
-        network = family.load_network(loaded, device)
+        network = family.load_network(loaded, target)
     if config.train.weights == "lora":
         try:
             model = LoRAModel(family, network, config.lora, config.run.seed)
         except ValueError as error:
             raise UserError(str(error)) from error
+        prepare(network, True)
     else:
-        teacher = family.load_network(dtype, device) if config.method.teacher_fraction > 0 else None
-        model = FullModel(family, network, dtype, teacher=teacher)
-    if train:
-        set_activation_checkpointing(network, config.train.activation_checkpointing)
-        if config.train.compile:
-            compile_blocks(model)
+        teacher = None
+        if config.method.teacher_fraction > 0:
+            teacher = family.load_network(dtype, target)
+            prepare(teacher, False)
+        model = FullModel(family, network, dtype, teacher=teacher, prepare=prepare)
     return model
+
+
+def _preparation(config: RunConfig, layout: Layout | None) -> Callable[[nn.Module, bool], None]:
+    """What is done to each network for training: recompute (the trained one), compile, shard."""
+
+    def prepare(network: nn.Module, trained: bool) -> None:
+        if layout is None:
+            return
+        if trained:
+            set_activation_checkpointing(network, config.train.activation_checkpointing)
+        if config.train.compile:
+            compile_blocks(network)
+        layout.prepare(network.requires_grad_(False) if not trained else network, transformer_blocks(network))
+
+    return prepare
 
 
 def transformer_blocks(network: nn.Module) -> list[nn.Module]:
@@ -133,14 +225,13 @@ def _keep_dear_results(context: object, op: object, *_: object, **__: object) ->
     return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def compile_blocks(model: LoRAModel | FullModel) -> None:
+def compile_blocks(network: nn.Module) -> None:
     """`torch.compile` on every transformer block: one graph a kind of block, reused by all of them."""
     # Graphs of one function: two kinds of block x three adapters x first and later blocks' strides; the default is 8,
     # beyond which dynamo gives up and runs eagerly.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
-    for network in model.networks.values():
-        for block in transformer_blocks(network):
-            block.compile()
+    for block in transformer_blocks(network):
+        block.compile()
 
 
 class BatchEncoder:

@@ -14,6 +14,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from scfm_core.data.loader import DataConfig
+from scfm_core.distributed.engine import EngineConfig
 from scfm_core.errors import UserError
 from scfm_core.models.adapters import LoRAConfig
 from scfm_core.scfm.ema import EMAConfig
@@ -89,6 +90,13 @@ class TrainConfig:
     """`full` recomputes each block in the backward; `selective` keeps its matrix products and attention."""
     compile: bool = False
     """`torch.compile` on each transformer block."""
+    spike_factor: float | None = 10.0
+    """A step whose loss exceeds this multiple of the median of the last 50 steps is not applied; none: only a loss or
+    gradient that is no finite number is skipped."""
+    max_skips: int = 5
+    """Skipped steps in a row that are borne; one more, and the run goes back to the checkpoint before them."""
+    max_rollbacks: int = 1
+    """How often a run goes back on its own before it stops."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch_size", "micro_batch_size"):
@@ -107,6 +115,11 @@ class TrainConfig:
             raise ValueError(f"train.betas must be in [0, 1), got {list(self.betas)}")
         if not self.weight_decay >= 0:
             raise ValueError(f"train.weight_decay must be at least 0, got {self.weight_decay}")
+        if self.spike_factor is not None and not self.spike_factor > 1:
+            raise ValueError(f"train.spike_factor must be above 1 or none, got {self.spike_factor}")
+        for name in ("max_skips", "max_rollbacks"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"train.{name} must be at least 0, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +130,8 @@ class CheckpointConfig:
     """Steps between checkpoints."""
     keep: int = 2
     """How many of the newest are kept."""
+    asynchronous: bool = False
+    """fsdp2: copy the tensors to host memory and write them while the training goes on."""
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.keep < 1:
@@ -198,6 +213,7 @@ class RunConfig:
     ema: EMAConfig = field(default_factory=EMAConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
@@ -207,6 +223,10 @@ class RunConfig:
         if self.train.weights == "full" and self.method.step_gain is not None:
             raise ValueError(
                 "method.step_gain needs adapters: full weights have no strength. Set it to none, or train.weights=lora"
+            )
+        if self.checkpoint.asynchronous and self.engine.name == "deepspeed":
+            raise ValueError(
+                "checkpoint.asynchronous is fsdp2's; DeepSpeed writes its own files. Set it to false, or engine.name=fsdp2"
             )
 
 
@@ -297,6 +317,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         config,
         model=dataclasses.replace(config.model, path=absolute(config.model.path)),
         data=dataclasses.replace(config.data, path=absolute(config.data.path)),
+        engine=dataclasses.replace(config.engine, deepspeed_config=absolute(config.engine.deepspeed_config)),
         sample=dataclasses.replace(config.sample, prompts=absolute(config.sample.prompts)),
         evaluate=dataclasses.replace(config.evaluate, **evaluate),
     )

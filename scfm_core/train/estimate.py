@@ -6,6 +6,7 @@ from scfm_core.errors import UserError
 from scfm_core.models.adapters import LoRABank
 from scfm_core.models.flux import Flux
 from scfm_core.train.config import RunConfig
+from scfm_core.train.memory import estimate_memory, shares
 
 A100_PEAK = 312e12  # bf16 FLOP/s, dense (NVIDIA A100 data sheet)
 ASSUMED_UTILISATION = 0.5
@@ -26,7 +27,11 @@ class Estimate:
     step_flops: float
     """One sample through a training step: passes, backward, recomputation."""
     memory: dict[str, float]
-    """Bytes by part."""
+    """Bytes on one GPU by part."""
+    host_memory: dict[str, float]
+    """Bytes of one process in host memory by part, where something is offloaded."""
+    world: int
+    """Processes."""
 
     @property
     def samples_per_day(self) -> float:
@@ -34,8 +39,8 @@ class Estimate:
         return A100_PEAK * ASSUMED_UTILISATION * 86400 / self.step_flops
 
 
-def estimate(config: RunConfig, family: Flux) -> Estimate:
-    """Estimate a run without loading anything."""
+def estimate(config: RunConfig, family: Flux, world: int = 1) -> Estimate:
+    """Estimate a run on `world` processes, without loading anything."""
     network = family.meta_network()
     base = sum(p.numel() for p in network.parameters())
     _, height, width = family.latent_shape(*config.data.resolution)
@@ -58,7 +63,7 @@ def estimate(config: RunConfig, family: Flux) -> Estimate:
         adapted, trained = len(bank.layers), sum(p.numel() for p in factors.values())
         lora = 2.0 * sum(p.numel() * _tokens_through(name, image_tokens, tokens) for name, p in factors.items())
     step = _step_flops(config, linear, attention, lora)
-    memory = _memory(config, family, base, trained, dim, blocks, tokens)
+    memory = estimate_memory(config, family, network, base, trained, tokens, world)
     return Estimate(
         base_parameters=base,
         trained_parameters=trained,
@@ -66,7 +71,9 @@ def estimate(config: RunConfig, family: Flux) -> Estimate:
         tokens=tokens,
         forward_flops=forward,
         step_flops=step,
-        memory=memory,
+        memory=memory.gpu,
+        host_memory=memory.host,
+        world=world,
     )
 
 
@@ -97,27 +104,6 @@ def _step_flops(config: RunConfig, linear: float, attention: float, lora: float)
     return forward * (1 + no_gradient_passes) + backward + recomputed
 
 
-def _memory(
-    config: RunConfig, family: Flux, base: int, trained: int, dim: int, blocks: int, tokens: int
-) -> dict[str, float]:
-    bytes_base = 2 if config.train.compute_dtype == "bfloat16" else 4
-    lora = config.train.weights == "lora"
-    has_teacher = lora or config.method.teacher_fraction > 0
-    # Kept for the backward, per token and block, in units of D elements: block input, norm outputs, q, k, v, the
-    # attention's output, the feed-forward's hidden activations and the gated residuals; for the eager step.
-    per_block = {"none": 34, "selective": 16, "full": 1}[config.train.activation_checkpointing]
-    alive = per_block * blocks + (34 if config.train.activation_checkpointing == "full" else 0)
-    return {
-        "encoders (on the fly)": float(family.encoder_bytes if config.data.format == "folder" else 0),
-        "frozen base" if lora else "teacher": float(base * bytes_base * has_teacher),
-        "student (fp32)": 4.0 * trained,
-        "EMAs, fast and slow (fp32)": 8.0 * trained,
-        "gradients (fp32)": 4.0 * trained,
-        "Adam (fp32)": 8.0 * trained,
-        "activations (a guess)": float(config.train.micro_batch_size * tokens * dim * alive * bytes_base),
-    }
-
-
 def format_estimate(result: Estimate, config: RunConfig) -> str:
     """The dry run's page."""
     train = config.train
@@ -140,11 +126,31 @@ def format_estimate(result: Estimate, config: RunConfig) -> str:
         f"{train.global_batch_size}, at {ASSUMED_UTILISATION:.0%} of {A100_PEAK / 1e12:.0f} TFLOP/s (assumed); encoders not counted",
         f"this run    {train.steps:,} steps, {train.steps * train.global_batch_size:,} samples, "
         f"{train.steps * train.global_batch_size / per_day * 24:,.1f} A100-hours",
-        "memory, one process, micro-batch " + str(train.micro_batch_size),
-        *(f"  {name:<28} {_gib(size)}" for name, size in result.memory.items() if size),
-        f"  {'total':<28} {_gib(sum(result.memory.values()))}",
+        f"engine      {_engine(config, result.world)}",
+        f"memory of one GPU, micro-batch {train.micro_batch_size}",
+        *_table(result.memory),
     ]
+    if result.host_memory:
+        lines += ["host memory of one process", *_table(result.host_memory)]
     return "\n".join(lines)
+
+
+def _engine(config: RunConfig, world: int) -> str:
+    engine, share = config.engine, shares(config, world)
+    if world == 1 and engine.name == "fsdp2":
+        return "one process"
+    offload = ", offloaded to the CPU" if engine.cpu_offload else ""
+    if engine.name == "deepspeed":
+        return f"DeepSpeed ZeRO-{engine.zero_stage} on {world} GPUs{offload}"
+    if share.weights == 1:
+        return f"{world} GPUs, each with all weights; gradients of the trained ones are reduced"
+    kind = "FSDP2" if share.weights == world else f"HSDP, {world // share.weights} replicas of {share.weights} shards"
+    return f"{kind} on {world} GPUs{offload}"
+
+
+def _table(parts: dict[str, float]) -> list[str]:
+    rows = [f"  {name:<28} {_gib(size)}" for name, size in parts.items() if size]
+    return [*rows, f"  {'total':<28} {_gib(sum(parts.values()))}"]
 
 
 def _gib(size: float) -> str:

@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import math
 import os
 import sys
+import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -35,12 +37,29 @@ class MetricsFile:
         self._file = path.open("a", buffering=1)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append `row`; it reaches the operating system before this returns."""
-        self._file.write(json.dumps(row) + "\n")
+        """Append `row`; it reaches the operating system before this returns. What is no finite number is null."""
+        self._file.write(json.dumps(_finite(row)) + "\n")
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+class IncidentsFile:
+    """`incidents.jsonl`: skipped steps and rollbacks. Only ever appended to: what a rollback undoes stays on record."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def write(self, incident: dict[str, Any]) -> None:
+        """Append one incident, with the time."""
+        with self._path.open("a") as file:
+            file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **_finite(incident)}) + "\n")
+
+
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN and no infinity."""
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
 
 
 class WandbLog:

@@ -1,15 +1,12 @@
 """The step and the loop."""
 
+import contextlib
 import dataclasses
-import json
 import math
-import signal
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -17,48 +14,33 @@ from torch import Tensor
 
 from scfm_core.data.loader import batches, open_dataset
 from scfm_core.data.schema import Batch
-from scfm_core.distributed.engine import LocalEngine, NonFiniteGradient
+from scfm_core.distributed.watchdog import Watchdog
+from scfm_core.distributed.world import World
 from scfm_core.errors import UserError
 from scfm_core.flow.path import flow_velocity, noise_latents
 from scfm_core.flow.random import sample_noise
 from scfm_core.models.weights import network_fingerprint
 from scfm_core.scfm.ema import DualEMA
 from scfm_core.scfm.loss import LossMeter, scfm_loss
-from scfm_core.scfm.plan import sample_plan, sampling_strength
+from scfm_core.scfm.plan import sample_plan
 from scfm_core.scfm.target import scfm_target
 from scfm_core.train.build import (
     BatchEncoder,
+    build_engine,
     build_family,
+    build_layout,
     build_model,
-    compute_dtype,
+    micro_batches,
     resolve_device,
-    sampling_shift,
     validation_prompts,
 )
-from scfm_core.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from scfm_core.train.checkpoint import Checkpoint, CheckpointWriter, load_checkpoint, newest_complete, verify_checkpoint
 from scfm_core.train.config import RunConfig, TrainConfig, to_plain
-from scfm_core.train.metrics import MetricsFile, WandbLog, progress_bar
-from scfm_core.train.validate import decode, initial_noise, sample_latents, save_grid
-
-# What may change between two starts of a run.
-_FREE_KEYS = (
-    "run.dir",
-    "run.device",
-    "model.path",  # of these the content's fingerprints are compared
-    "data.path",
-    "data.num_workers",
-    "data.verify",
-    "train.steps",
-    "train.lr",  # these two change the run, and a line says so
-    "train.clip_norm",
-    "train.micro_batch_size",
-    "train.activation_checkpointing",
-    "train.compile",
-    "checkpoint",
-    "sample",
-    "evaluate",
-    "wandb",
-)
+from scfm_core.train.guard import Guard
+from scfm_core.train.metrics import IncidentsFile, MetricsFile, WandbLog, progress_bar
+from scfm_core.train.resume import refuse_other_recipe
+from scfm_core.train.stop import SIGNALS, StopRequest
+from scfm_core.train.validate import Validation
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -76,11 +58,19 @@ class Progress:
     """What a run has done."""
 
     step: int = 0
-    """Optimizer steps."""
+    """Steps, skipped ones included."""
+    updates: int = 0
+    """Steps that were applied: the optimizer's own count."""
     samples: int = 0
     """Samples consumed: the data cursor, and the next global sample index."""
     seconds: float = 0.0
     """Time spent in steps, over all starts."""
+    rollbacks: int = 0
+    """How often the run went back to an earlier checkpoint on its own."""
+
+
+class SkippedTooOften(RuntimeError):
+    """More steps in a row were skipped than `train.max_skips`; raised on every rank."""
 
 
 class Trainer:
@@ -89,39 +79,46 @@ class Trainer:
     Args:
         config: the run.
         resume: the checkpoint to go on from, if any; already verified.
+        world: the processes; each of them has a trainer.
 
     Raises:
-        UserError: if model, data, prompts or checkpoint do not fit the configuration.
+        UserError: on every rank, if model, data, prompts, engine or checkpoint do not fit the configuration.
     """
 
-    def __init__(self, config: RunConfig, resume: Path | None = None) -> None:
+    def __init__(self, config: RunConfig, resume: Path | None = None, world: World | None = None) -> None:
         self.config = config
+        self.world = world or World()
         self.run_dir = Path(config.run.dir)
         self.device = resolve_device(config.run.device)
-        prompts = validation_prompts(config)
+        self.stop = StopRequest()
+        self.stopping: int | None = None
+        """The signal by which any rank was asked to stop, the same on every rank at the same step."""
+        with self.world.together():
+            self._build()
+        self.progress = Progress()
+        self.guard = Guard(config.train.spike_factor, config.train.max_skips)
+        self.emas = DualEMA(
+            *(self.engine.ema_tensors(role) for role in ("student", "ema_fast", "ema_slow")), config=config.ema
+        )
+        self.engine.after_ema_update()
+        self.writer = CheckpointWriter(
+            self.run_dir, config.checkpoint.keep, self.world, on_thread=config.checkpoint.asynchronous
+        )
+        if resume is not None:
+            with self.world.together():
+                self._restore(load_checkpoint(resume, verify=False))
+        self.validation = Validation(self, self._prompts) if self._prompts else None
+
+    def _build(self) -> None:
+        config = self.config
+        self._prompts = validation_prompts(config)
+        accumulation = micro_batches(config.train, self.world)
         self.dataset = open_dataset(config.data)
         self.family = build_family(config)
         self.encoder = BatchEncoder(config, self.family, self.dataset, self.device)
-        self.model = build_model(config, self.family, self.device)
-        self.progress = Progress()
-        train = config.train
-        self.engine = LocalEngine(
-            self.model.parameters("student"),
-            lr=lambda step: learning_rate(train, step),
-            betas=train.betas,
-            weight_decay=train.weight_decay,
-            clip_norm=train.clip_norm,
-            accumulation=train.global_batch_size // train.micro_batch_size,
-        )
-        self.emas = DualEMA(
-            self.model.parameters("student"),
-            self.model.parameters("ema_fast"),
-            self.model.parameters("ema_slow"),
-            config=config.ema,
-        )
-        if resume is not None:
-            self._restore(load_checkpoint(resume, verify=False))
-        self.validation = Validation(self, prompts) if prompts else None
+        layout = build_layout(config, self.world, self.device, accumulation)
+        self.model = build_model(config, self.family, self.device, layout=layout)
+        self.engine = build_engine(config, self.model, layout, self.world, accumulation)
 
     def micro_step(self, batch: Batch, meter: LossMeter) -> Tensor:
         """Forward of one micro-batch: its loss, ready for the backward."""
@@ -139,73 +136,107 @@ class Trainer:
         return scfm_loss(prediction, target, plan)
 
     def train_steps(self) -> Iterator[dict[str, Any]]:
-        """Run to `train.steps`, yielding each step's row of metrics once the step is applied."""
-        train = self.config.train
+        """Run to `train.steps`, yielding each step's row of metrics once the step is done, on every rank the same.
+
+        Raises:
+            SkippedTooOften: after more skipped steps in a row than are borne.
+        """
+        train, world = self.config.train, self.world
+        left = train.steps - self.progress.step
         stream = batches(
             self.dataset,
             self.config.data,
             seed=self.config.run.seed,
             micro_batch_size=train.micro_batch_size,
             start=self.progress.samples,
-            stop=train.steps * train.global_batch_size,
+            stop=self.progress.samples + left * train.global_batch_size,
+            rank=world.rank,
+            world_size=world.size,
         )
-        meter, began = LossMeter(self.device), time.perf_counter()
-        for batch in stream:
-            loss = self.micro_step(batch, meter)
-            self.engine.backward(loss)
-            try:
-                applied = self.engine.step()
-            except NonFiniteGradient as error:
-                raise UserError(self._non_finite(error)) from error
-            if not applied:
-                continue
-            self.emas.update()
-            self.progress.step += 1
-            self.progress.samples += train.global_batch_size
-            if self.emas.restart_due(self.progress.step):
-                self.emas.restart()
-            losses = meter.compute()
-            seconds = time.perf_counter() - began
-            self.progress.seconds += seconds
-            yield {
-                "step": self.progress.step,
-                **losses,
-                "grad_norm": self.engine.grad_norm,
-                "lr": self.engine.lr,
-                "samples": self.progress.samples,
-                "seconds": round(self.progress.seconds, 4),
-                "samples_per_second": round(train.global_batch_size / seconds, 3),
-            }
-            meter, began = LossMeter(self.device), time.perf_counter()
+        with contextlib.closing(stream):
+            for _ in range(left):
+                yield self._step(stream)
+                if self.guard.exhausted:
+                    raise SkippedTooOften
 
-    def _non_finite(self, error: Exception) -> str:
-        first = self.progress.samples
-        return (
-            f"step {self.progress.step + 1} stopped: {error}. Its samples are {first}..."
-            f"{first + self.config.train.global_batch_size - 1}; weights and EMAs are as after step "
-            f"{self.progress.step}. Look at those samples, or go back: --resume with an earlier checkpoint and a lower "
-            f"train.lr or train.clip_norm"
+    def _step(self, stream: Iterator[Batch]) -> dict[str, Any]:
+        train, progress = self.config.train, self.progress
+        meter, began = LossMeter(self.device), time.perf_counter()
+        for _ in range(micro_batches(train, self.world)):
+            batch = next(stream)
+            self.engine.backward(self.engine.forward(lambda batch=batch: self.micro_step(batch, meter)))  # type: ignore[misc]
+        grad_norm = self.engine.reduce()
+        self._share(meter)
+        losses = meter.compute()
+        lr = learning_rate(train, progress.step)
+        first_sample = progress.samples
+        progress.step += 1
+        progress.samples += train.global_batch_size
+        skipped = self.guard.judge(progress.step, losses["loss"], grad_norm)
+        if skipped is None:
+            self.engine.step(lr)
+            progress.updates += 1
+            self.emas.update()
+            if self.emas.restart_due(progress.step):
+                self.emas.restart()
+            self.engine.after_ema_update()
+        else:
+            self.engine.skip()
+        seconds = time.perf_counter() - began
+        progress.seconds += seconds
+        row: dict[str, Any] = {
+            "step": progress.step,
+            **losses,
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "samples": progress.samples,
+            "seconds": round(progress.seconds, 4),
+            "samples_per_second": round(train.global_batch_size / seconds, 3),
+        }
+        if skipped is not None:
+            ids = list(range(first_sample, progress.samples))
+            row |= {"skipped": skipped, "sample_ids": ids, "suspects": self._suspects(meter)}
+        return row
+
+    def _share(self, meter: LossMeter) -> None:
+        """Losses of all ranks, and whether any was asked to stop: one all-reduce of some 200 bytes."""
+        asked = torch.tensor([self.stop.signal == number for number in SIGNALS], dtype=meter.sums.dtype)
+        shared = self.world.sum_(torch.cat([meter.sums.flatten(), asked.to(meter.sums.device)]))
+        meter.sums = shared[: -len(SIGNALS)].view_as(meter.sums)
+        self.stopping = next(
+            (number for number, count in zip(SIGNALS, shared[-len(SIGNALS) :], strict=True) if count), None
         )
+
+    def _suspects(self, meter: LossMeter) -> list[int]:
+        """The samples of a skipped step to look at first: those without a finite loss, else the largest losses."""
+        rows = sorted((row for rank in self.world.gather(meter.by_sample()) for row in rank), key=lambda row: row[0])
+        bad = [sample for sample, loss in rows if not math.isfinite(loss)]
+        return bad or [sample for sample, _ in sorted(rows, key=lambda row: -row[1])[:4]]
 
     def save(self) -> Path:
-        """Write a checkpoint of the present step."""
-        tensors: dict[str, Mapping[str, Tensor]] = {
-            "student": self.model.parameters("student"),
-            "ema_fast": self.emas.fast,
-            "ema_slow": self.emas.slow,
-            "optimizer": self.engine.state_dict(),
-        }
-        state = {
+        """Write a checkpoint of the present step; every rank calls it."""
+        return self.writer.save(self.progress.step, self._write, self._state())
+
+    def _write(self, folder: Path, world: World) -> Any:
+        return self.engine.save(folder, world, on_thread=self.config.checkpoint.asynchronous)
+
+    def _state(self) -> dict[str, Any]:
+        engine = self.config.engine
+        return {
             **dataclasses.asdict(self.progress),
+            "guard": self.guard.state_dict(),
+            "kind": self.engine.checkpoint_kind,
+            "engine": f"ZeRO-{engine.zero_stage}" if engine.name == "deepspeed" else "fsdp2",
+            "world_size": self.world.size,
+            "shapes": {name: list(shape) for name, shape in self.model.shapes().items()},
             "data_fingerprint": self.dataset.fingerprint,
             "base_fingerprint": network_fingerprint(self.family.folder),
             "config": to_plain(self.config),
         }
-        return save_checkpoint(self.run_dir, self.progress.step, tensors, state, self.config.checkpoint.keep)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state
-        refuse_other_recipe(state["config"], to_plain(self.config), checkpoint.path)
+        refuse_other_recipe(state["config"], to_plain(self.config), checkpoint.path, quiet=not self.world.is_main)
         if state["base_fingerprint"] != network_fingerprint(self.family.folder):
             raise UserError(
                 f"checkpoint {checkpoint.path} was trained on another model than model.path={self.config.model.path} "
@@ -217,158 +248,160 @@ class Trainer:
                 f"(fingerprint {state['data_fingerprint'][:12]} and {self.dataset.fingerprint[:12]}). Resume with "
                 f"the same data, or start over with --resume never"
             )
-        self.progress = Progress(**{name: state[name] for name in ("step", "samples", "seconds")})
-        load_weights(self.model.parameters("student"), checkpoint.tensors["student"])
-        self.emas.load_state_dict({"fast": checkpoint.tensors["ema_fast"], "slow": checkpoint.tensors["ema_slow"]})
-        self.engine.load_state_dict(checkpoint.tensors["optimizer"], self.progress.step)
+        self._load(checkpoint)
 
+    def _load(self, checkpoint: Checkpoint) -> None:
+        state = checkpoint.state
+        self.progress = Progress(**{field.name: state[field.name] for field in dataclasses.fields(Progress)})
+        self.guard.load_state_dict(state["guard"])
+        checkpoint.reader.fill(self.engine.slots())
+        self.engine.restored(self.progress.updates)
 
-@torch.no_grad()
-def load_weights(parameters: dict[str, torch.nn.Parameter], saved: dict[str, Tensor]) -> None:
-    """Copy saved tensors into the parameters of the same names."""
-    assert parameters.keys() == saved.keys(), parameters.keys() ^ saved.keys()
-    for name, parameter in parameters.items():
-        parameter.copy_(saved[name])
+    def roll_back(self) -> dict[str, Any]:
+        """Weights, optimizer and EMAs as before the row of skipped steps; the data goes on behind it.
 
+        Returns:
+            what was done, for the log.
 
-def refuse_other_recipe(saved: dict[str, Any], current: dict[str, Any], where: Path) -> None:
-    """A run goes on only with the recipe that it began with.
-
-    Raises:
-        UserError: with every difference.
-    """
-    left, right = _flat(json.loads(json.dumps(saved))), _flat(json.loads(json.dumps(current)))
-    if left.get("train.lr_schedule") == "cosine" and left.get("train.steps") != right.get("train.steps"):
-        raise UserError(
-            f"checkpoint {where} decays its learning rate over train.steps={left['train.steps']}; with "
-            f"train.steps={right['train.steps']} the rate would jump. Keep train.steps, or start over with --resume never"
+        Raises:
+            UserError: on every rank, if there is no such checkpoint, or it happened too often.
+        """
+        train, progress = self.config.train, self.progress
+        first = self.guard.first_skipped
+        assert first is not None
+        self.writer.wait()
+        start = self._intact_before(first)
+        why = f"{train.max_skips + 1} steps in a row, {first} to {progress.step}, could not be applied"
+        advice = (
+            f"{self.run_dir / 'incidents.jsonl'} names the reasons and the samples; look at those, lower train.lr or "
+            f"train.clip_norm, or raise train.max_skips"
         )
-    keys = [key for key in sorted({*left, *right}) if left.get(key) != right.get(key)]
-    changed = [k for k in keys if not any(k == free or k.startswith(f"{free}.") for free in _FREE_KEYS)]
-    if changed:
-        lines = "\n".join(f"  {key}: {left.get(key)} there, {right.get(key)} now" for key in changed)
-        raise UserError(
-            f"checkpoint {where} is of another recipe:\n{lines}\n"
-            f"Use another run.dir, put the values back, or start over with --resume never"
-        )
-    for key in ("train.lr", "train.clip_norm"):
-        if key in keys:
-            print(f"{key} changes here from {left.get(key)} to {right.get(key)}")
+        if start is None:
+            raise self._everywhere(f"{why}, and there is no checkpoint from before to go back to. {advice}")
+        if progress.rollbacks >= train.max_rollbacks:
+            raise self._everywhere(f"{why}, and the run has gone back {progress.rollbacks} times already. {advice}")
+        samples, rollbacks, seconds, last = progress.samples, progress.rollbacks, progress.seconds, progress.step
+        with self.world.together():
+            self._load(load_checkpoint(start, verify=False))
+        self.progress.samples, self.progress.rollbacks, self.progress.seconds = samples, rollbacks + 1, seconds
+        return {
+            "event": "rollback",
+            "from_step": last,
+            "to_step": self.progress.step,
+            "next_sample": samples,
+            "reason": why,
+        }
 
+    def _intact_before(self, step: int) -> Path | None:
+        """The newest undamaged checkpoint of fewer steps than `step`, the same on every rank."""
+        while True:
+            path: Path | None = self.world.from_main(newest_complete(self.run_dir, before=step))
+            if path is None:
+                return None
+            try:
+                verify_checkpoint(path, self.world)
+                return path
+            except UserError:
+                step = int(path.name.removeprefix("step_"))
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat
-
-
-class Validation:
-    """The grid of samples at an interval: prompts encoded once, then the text encoders are dropped."""
-
-    def __init__(self, trainer: Trainer, prompts: list[str]) -> None:
-        from scfm_core.models.encoders import Autoencoder, TextEncoders
-
-        config, family = trainer.config, trainer.family
-        dtype = compute_dtype(config)
-        self.prompts, self.every, self.last = prompts, config.sample.every, config.train.steps
-        text = trainer.encoder.text or TextEncoders(family.folder, config.model.text_length, dtype, trainer.device)
-        self.cond = text.encode(prompts, guidance=config.sample.guidance)
-        self.vae = trainer.encoder.vae or Autoencoder(family.folder, dtype, trainer.device)
-        height, width = config.data.resolution
-        seeds = [config.sample.seed + i for i in range(len(prompts))]
-        self.noise = initial_noise(family.latent_shape(height, width), seeds, dtype).to(trainer.device)
-        self.shift = sampling_shift(config.sample, family, height, width)
-
-    def due(self, step: int) -> bool:
-        """Whether a grid belongs to this step: every `sample.every` steps, and the last."""
-        return step > 0 and (step % self.every == 0 or step == self.last)
-
-    def path(self, trainer: Trainer) -> Path:
-        """Where the grid of the present step goes."""
-        return trainer.run_dir / "samples" / f"step_{trainer.progress.step:08d}.png"
-
-    def missing(self, trainer: Trainer) -> bool:
-        """Whether the present step should have a grid and has none."""
-        return self.due(trainer.progress.step) and not self.path(trainer).is_file()
-
-    def grid(self, trainer: Trainer) -> Path:
-        """Sample every prompt at every step count and save the picture."""
-        config, rows = trainer.config, []
-        for num_steps in config.sample.steps:
-            latents = [
-                sample_latents(
-                    trainer.model,
-                    config.sample.weights,
-                    self.noise[at : at + config.train.micro_batch_size],
-                    self.cond[at : at + config.train.micro_batch_size],
-                    num_steps=num_steps,
-                    shift=self.shift,
-                    strength=sampling_strength(config.method.step_gain, num_steps),
-                )
-                for at in range(0, len(self.prompts), config.train.micro_batch_size)
-            ]
-            images = decode(self.vae, torch.cat(latents), config.train.micro_batch_size)
-            rows.append((f"{num_steps} step{'s' if num_steps > 1 else ''}", images))
-        save_grid(self.path(trainer), rows, self.prompts)
-        return self.path(trainer)
-
-
-class StopRequest:
-    """SIGTERM, SIGINT and USR2 ask for a stop at the next step boundary; a second SIGINT stops at once."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-
-    @contextmanager
-    def listening(self) -> Iterator["StopRequest"]:
-        """Install the handlers; the old ones come back afterwards."""
-        caught = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-        previous = {number: signal.signal(number, self._handle) for number in caught}
-        try:
-            yield self
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal = number
+    def _everywhere(self, message: str) -> UserError:
+        error = UserError(message)
+        error.agreed = True
+        return error
 
 
 def fit(trainer: Trainer) -> int | None:
-    """The whole run: steps, metrics, grids, checkpoints.
+    """The whole run: steps, metrics, grids, checkpoints; every rank calls it, rank 0 writes.
 
     Returns:
         the number of the signal that stopped it, or None if it reached `train.steps`.
     """
-    config = trainer.config
-    total = config.train.steps
-    trainer.run_dir.mkdir(parents=True, exist_ok=True)
-    metrics = MetricsFile(trainer.run_dir / "metrics.jsonl", trainer.progress.step)
-    wandb = WandbLog(config.wandb, trainer.run_dir, to_plain(config))
-    bar = progress_bar(trainer.run_dir.name, total, trainer.progress.step)
-    stop = StopRequest()
-    try:
-        with stop.listening(), bar:
-            if trainer.validation and trainer.validation.missing(trainer):  # killed between checkpoint and grid
-                trainer.validation.grid(trainer)
-            for row in trainer.train_steps():
-                metrics.write(row)
-                wandb.log(row)
-                bar.set_postfix(
-                    loss=f"{row['loss']:.4f}", samples_per_s=f"{row['samples_per_second']:.1f}", refresh=False
-                )
-                bar.update()
-                step = row["step"]
-                if step % config.checkpoint.every == 0 or step == total or stop.signal is not None:
-                    trainer.save()
-                if trainer.validation and trainer.validation.due(step):
-                    wandb.image("samples", trainer.validation.grid(trainer), step)
-                if stop.signal is not None and step < total:
-                    return stop.signal
-    finally:
-        metrics.close()
-        wandb.close()
+    with (
+        Log(trainer) as log,
+        trainer.stop.listening(),
+        Watchdog(trainer.world, trainer.config.engine.timeout) as watchdog,
+    ):
+        if trainer.validation and trainer.validation.missing(trainer):  # killed between checkpoint and grid
+            trainer.validation.grid(trainer)
+        while True:
+            try:
+                stopped_by = _run_steps(trainer, log, watchdog)
+                trainer.writer.wait()
+                return stopped_by
+            except SkippedTooOften:
+                log.rolled_back(trainer.roll_back())
+
+
+def _run_steps(trainer: Trainer, log: "Log", watchdog: Watchdog) -> int | None:
+    config, total = trainer.config, trainer.config.train.steps
+    for row in trainer.train_steps():
+        watchdog.beat(f"step {row['step'] + 1}")
+        log.step(row)
+        step, stopping = row["step"], trainer.stopping
+        # Not within a row of skipped steps: it would push out the checkpoint that the run may have to go back to.
+        due = step % config.checkpoint.every == 0 and trainer.guard.first_skipped is None
+        if due or step == total or stopping is not None:
+            watchdog.beat(f"the checkpoint of step {step}")
+            trainer.save()
+            watchdog.beat(f"step {step + 1}")
+        if trainer.validation and trainer.validation.due(step):
+            picture = trainer.validation.grid(trainer)
+            log.picture(picture, step)
+            watchdog.beat(f"step {step + 1}")
+        if stopping is not None and step < total:
+            return stopping
     return None
+
+
+class Log:
+    """Where a run's numbers go: files, W&B and the bar of rank 0; nowhere on the other ranks."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._exits = contextlib.ExitStack()
+
+    def __enter__(self) -> "Log":
+        trainer, progress = self._trainer, self._trainer.progress
+        self._main = trainer.world.is_main
+        if self._main:
+            run_dir, config = trainer.run_dir, trainer.config
+            run_dir.mkdir(parents=True, exist_ok=True)
+            self._metrics = MetricsFile(run_dir / "metrics.jsonl", progress.step)
+            self._incidents = IncidentsFile(run_dir / "incidents.jsonl")
+            self._wandb = WandbLog(config.wandb, run_dir, to_plain(config))
+            self._exits.callback(self._wandb.close)
+            self._exits.callback(lambda: self._metrics.close())
+            self._bar = self._exits.enter_context(progress_bar(run_dir.name, config.train.steps, progress.step))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._exits.close()
+
+    def step(self, row: dict[str, Any]) -> None:
+        """One step's row."""
+        if not self._main:
+            return
+        if "skipped" in row:
+            self._incidents.write({"event": "skip", **row})
+            self._bar.write(f"step {row['step']} skipped: {row['skipped']}; samples to look at: {row['suspects']}")
+        self._metrics.write(row)
+        self._wandb.log(row)
+        self._bar.set_postfix(
+            loss=f"{row['loss']:.4f}", samples_per_s=f"{row['samples_per_second']:.1f}", refresh=False
+        )
+        self._bar.update()
+
+    def picture(self, path: Path, step: int) -> None:
+        """A grid of samples."""
+        if self._main:
+            self._wandb.image("samples", path, step)
+
+    def rolled_back(self, incident: dict[str, Any]) -> None:
+        """The run went back; the steps after that point will be done, and written, anew."""
+        if not self._main:
+            return
+        self._incidents.write(incident)
+        self._metrics.close()
+        self._metrics = MetricsFile(self._trainer.run_dir / "metrics.jsonl", incident["to_step"])
+        self._bar.write(f"{incident['reason']}: back to step {incident['to_step']}, the data goes on behind the fault")
+        self._bar.n = incident["to_step"]

@@ -2,15 +2,21 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from scfm_core.flow.sampler import euler_sample
 from scfm_core.flow.schedule import sigma_grid
-from scfm_core.models.encoders import Autoencoder
+from scfm_core.models.encoders import Autoencoder, TextEncoders
 from scfm_core.models.protocol import Conditioning
 from scfm_core.models.student import FullModel, LoRAModel
+from scfm_core.scfm.plan import sampling_strength
+from scfm_core.train.build import compute_dtype, sampling_shift
+
+if TYPE_CHECKING:
+    from scfm_core.train.trainer import Trainer
 
 MIN_CELL = 96  # pixels: smaller images are enlarged in grids
 
@@ -87,3 +93,61 @@ def _distinct_parts(prompts: Sequence[str]) -> list[str]:
     while len(words) > 1 and all(len(w) > shared + 1 and w[shared] == words[0][shared] for w in words):
         shared += 1
     return [" ".join(w[shared:]) for w in words]
+
+
+class Validation:
+    """The grid of samples at an interval: prompts encoded once, then the text encoders are dropped."""
+
+    def __init__(self, trainer: "Trainer", prompts: list[str]) -> None:
+        config, family = trainer.config, trainer.family
+        dtype = compute_dtype(config)
+        self.prompts, self.every, self.last = prompts, config.sample.every, config.train.steps
+        text = trainer.encoder.text or TextEncoders(family.folder, config.model.text_length, dtype, trainer.device)
+        self.cond = text.encode(prompts, guidance=config.sample.guidance)
+        self.vae = trainer.encoder.vae or Autoencoder(family.folder, dtype, trainer.device)
+        height, width = config.data.resolution
+        seeds = [config.sample.seed + i for i in range(len(prompts))]
+        self.noise = initial_noise(family.latent_shape(height, width), seeds, dtype).to(trainer.device)
+        self.shift = sampling_shift(config.sample, family, height, width)
+
+    def due(self, step: int) -> bool:
+        """Whether a grid belongs to this step: every `sample.every` steps, and the last."""
+        return step > 0 and (step % self.every == 0 or step == self.last)
+
+    def path(self, trainer: "Trainer") -> Path:
+        """Where the grid of the present step goes."""
+        return trainer.run_dir / "samples" / f"step_{trainer.progress.step:08d}.png"
+
+    def missing(self, trainer: "Trainer") -> bool:
+        """Whether the present step should have a grid and has none."""
+        there = trainer.world.from_main(self.path(trainer).is_file())  # ranks must not differ: all sample or none
+        return self.due(trainer.progress.step) and not there
+
+    def grid(self, trainer: "Trainer") -> Path:
+        """Sample every prompt at every step count and save the picture."""
+        config, rows = trainer.config, []
+        for num_steps in config.sample.steps:
+            latents = trainer.engine.forward(lambda num_steps=num_steps: self._latents(trainer, num_steps))  # type: ignore[misc]
+            if trainer.world.is_main:
+                images = decode(self.vae, latents, config.train.micro_batch_size)
+                rows.append((f"{num_steps} step{'s' if num_steps > 1 else ''}", images))
+        if trainer.world.is_main:
+            save_grid(self.path(trainer), rows, self.prompts)
+        return self.path(trainer)
+
+    def _latents(self, trainer: "Trainer", num_steps: int) -> Tensor:
+        """All prompts' latents; every rank computes them, for sharded weights are gathered by all."""
+        config, size = trainer.config, trainer.config.train.micro_batch_size
+        parts = [
+            sample_latents(
+                trainer.model,
+                config.sample.weights,
+                self.noise[at : at + size],
+                self.cond[at : at + size],
+                num_steps=num_steps,
+                shift=self.shift,
+                strength=sampling_strength(config.method.step_gain, num_steps),
+            )
+            for at in range(0, len(self.prompts), size)
+        ]
+        return torch.cat(parts)

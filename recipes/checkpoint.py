@@ -1,0 +1,130 @@
+"""`scfm checkpoint`: look into checkpoints, hold them against their manifests, turn one format into another."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from scfm_core.distributed.convert import write_dcp, write_zero
+from scfm_core.distributed.engine import GROUPS
+from scfm_core.distributed.reader import DCP_FOLDER, module_name
+from scfm_core.distributed.world import World
+from scfm_core.errors import UserError
+from scfm_core.train.checkpoint import (
+    Checkpoint,
+    CheckpointWriter,
+    checkpoint_path,
+    find_checkpoint,
+    load_checkpoint,
+    read_manifest,
+    verify_checkpoint,
+)
+
+
+def inspect(path: Path) -> str:
+    """What a checkpoint (or a run's newest) holds, as text.
+
+    Raises:
+        UserError: if it is no complete checkpoint.
+    """
+    checkpoint = _open(path, verify=False)
+    state, reader = checkpoint.state, checkpoint.reader
+    files = read_manifest(checkpoint.path)
+    lines = [
+        f"checkpoint  {checkpoint.path}",
+        f"written by  {state['engine']} on {_count(state['world_size'], 'process', 'processes')}",
+        f"run         {state['config']['run']['dir']}, step {state['step']:,} of {state['config']['train']['steps']:,}",
+        f"progress    {state['updates']:,} updates applied, {state['step'] - state['updates']:,} steps skipped, "
+        f"{_count(state['rollbacks'], 'rollback', 'rollbacks')}, {state['samples']:,} samples, {state['seconds'] / 3600:,.2f} hours",
+        f"weights     {state['config']['train']['weights']}, {len(state['shapes']):,} tensors of "
+        f"{state['config']['model']['path']}",
+        f"base        {state['base_fingerprint'][:12]}   data {state['data_fingerprint'][:12]}",
+        f"files       {len(files)}, {sum(size for size, _ in files.values()) / 1e6:,.1f} MB",
+    ]
+    for group in GROUPS:
+        elements, squared = 0, 0.0
+        for key in (key for key in reader.shapes if key.startswith(f"{group}.")):  # one tensor in memory at a time
+            tensor = reader.tensor(key)
+            elements, squared = elements + tensor.numel(), squared + float(tensor.double().square().sum())
+        lines.append(f"  {group:<11} {elements:>15,} elements, norm {squared**0.5:.6g}")
+    return "\n".join(lines)
+
+
+def verify(path: Path) -> str:
+    """Hash every file of a checkpoint, or of all checkpoints of a run.
+
+    Raises:
+        UserError: naming each damaged one, and the newest intact one.
+    """
+    folders = sorted((path / "checkpoints").glob("step_*")) if (path / "checkpoints").is_dir() else [path]
+    if not folders:
+        raise UserError(f"{path} has no checkpoint")
+    lines, damaged = [], 0
+    for folder in folders:
+        try:
+            verify_checkpoint(folder)
+            lines.append(f"{folder}: intact")
+        except UserError as error:
+            damaged += 1
+            lines.append(str(error))
+    if damaged:
+        raise UserError(
+            f"{damaged} of {len(folders)} damaged:\n"
+            + "\n".join(lines)
+            + "\n`scfm train` goes on from the newest intact one"
+        )
+    return "\n".join(lines)
+
+
+def convert(source: Path, target: Path, kind: str, stage: int, ranks: int) -> Path:
+    """Write a checkpoint anew as a run of its own, in another engine's format.
+
+    Training needs this not: every engine reads every format, on any number of processes. It is for other tools, and to
+    move a run to another format once.
+
+    Args:
+        source: a checkpoint, or a run, of which the newest is taken.
+        target: the new run's folder; `scfm train ... run.dir=TARGET` goes on from it.
+        kind: `dcp` or `zero`.
+        stage, ranks: of `zero`.
+
+    Raises:
+        UserError: if the source is damaged or the target exists.
+    """
+    checkpoint = _open(source, verify=True)
+    if target.exists():
+        raise UserError(f"{target} exists already; choose another folder, or delete it")
+    if ranks < 1:
+        raise UserError(f"--ranks must be at least 1, got {ranks}")
+    reader, state = checkpoint.reader, dict(checkpoint.state)
+    shapes = {name: tuple(shape) for name, shape in state["shapes"].items()}
+
+    def write(folder: Path, _: World) -> Any:
+        if kind == "zero":
+            write_zero(reader, shapes, module_name, folder, stage, ranks)
+        else:
+            write_dcp(reader, list(reader.shapes), folder / DCP_FOLDER)
+        return lambda: None
+
+    state |= {"kind": kind, "engine": f"ZeRO-{stage}" if kind == "zero" else "fsdp2"}
+    state["world_size"] = ranks if kind == "zero" else 1
+    CheckpointWriter(target, keep=1).save(state["step"], write, state)
+    for name in ("config.yaml", "metrics.jsonl", "incidents.jsonl"):
+        file = checkpoint.path.parents[1] / name
+        if file.is_file():
+            shutil.copy(file, target / name)
+    return checkpoint_path(target, state["step"])
+
+
+def _open(path: Path, *, verify: bool) -> Checkpoint:
+    if not path.is_dir():
+        raise UserError(f"there is no folder {path}. Give a run's folder, or one of its checkpoints/step_XXXXXXXX")
+    if (path / "checkpoints").is_dir():
+        found = find_checkpoint(path)
+        if found is None:
+            raise UserError(f"{path} has no complete checkpoint yet; train first")
+        return load_checkpoint(found, verify=False)
+    return load_checkpoint(path, verify=verify)
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number:,} {one if number == 1 else many}"
