@@ -22,7 +22,11 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `flux` (a pipeline whose transformer is random but not zero), `digits`, `cache`, `classifier`."""
-    root = tmp_path_factory.mktemp("tiny")
+    return write_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+def write_tiny(root: Path) -> Path:
+    """What `tiny` holds, in `root`."""
     write_pipeline(root / "flux", vae_steps=30)
     _randomise_transformer(root / "flux")
     write_digits(root / "digits", count=48)

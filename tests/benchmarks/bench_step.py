@@ -14,13 +14,15 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from scfm_core.distributed.engine import LocalEngine
+from scfm_core.distributed.engine import EngineConfig, OptimizerConfig
+from scfm_core.distributed.fsdp2 import Fsdp2Engine, Fsdp2Layout, Parameters
+from scfm_core.distributed.world import World
 from scfm_core.flow.path import euler_step, noise_latents, per_sample
 from scfm_core.flow.random import sample_noise
 from scfm_core.models.adapters import LoRAConfig
@@ -38,7 +40,7 @@ TINY = {
     "joint_attention_dim": 32, "num_attention_heads": 4, "num_layers": 1, "num_single_layers": 3, "patch_size": 1,
     "pooled_projection_dim": 32,
 }  # fmt: skip
-OPTIMIZER = {"lr": lambda step: 2e-5, "betas": (0.9, 0.999), "weight_decay": 0.0, "clip_norm": 10.0, "accumulation": 1}
+LR = 2e-5
 
 
 class Setting:
@@ -70,12 +72,22 @@ class Setting:
         return plan, noised, self.cond.with_guidance(plan.guidance)
 
 
+def make_engine(setting: Setting, parameters: Parameters, networks: Mapping[str, nn.Module]) -> Fsdp2Engine:
+    """The trainer's own, of one process, in both arms: what differs is the method's share of a step."""
+    config = OptimizerConfig(
+        betas=(0.9, 0.999), weight_decay=0.0, clip_norm=10.0, accumulation=1, micro_batch_size=setting.batch, lr=LR,
+        compute_dtype="bfloat16" if setting.dtype == torch.bfloat16 else "float32",
+    )  # fmt: skip
+    layout = Fsdp2Layout(EngineConfig(), World(), setting.device, setting.dtype)
+    return Fsdp2Engine(parameters, networks, layout, World(), config)
+
+
 def ours(setting: Setting, *, compiled: bool) -> Callable[[], None]:
     network = setting.network()
     model = LoRAModel(setting.family, network, LoRAConfig(rank=setting.rank, alpha=float(setting.rank)))
     if compiled:
-        compile_blocks(model)
-    engine = LocalEngine(model.parameters("student"), **OPTIMIZER)
+        compile_blocks(network)
+    engine = make_engine(setting, model.parameters, model.networks)
     emas = DualEMA(*(model.parameters(role) for role in ("student", "ema_fast", "ema_slow")))
 
     def step() -> None:
@@ -83,7 +95,8 @@ def ours(setting: Setting, *, compiled: bool) -> Callable[[], None]:
         target = scfm_target(plan, noised, cond, model.near_velocity, model.far_velocity)
         prediction = model.student_velocity(noised, plan.sigma_start, cond, plan.student_strength)
         engine.backward(scfm_loss(prediction, target, plan))
-        engine.step()
+        engine.reduce()
+        engine.step(LR)
         emas.update()
 
     return step
@@ -100,7 +113,7 @@ def reference(setting: Setting) -> Callable[[], None]:
     for parameter in trained.values():
         parameter.data = parameter.data.float()
     student, fast, slow = ({n: p.detach().clone() for n, p in trained.items()} for _ in range(3))
-    engine = LocalEngine(trained, **OPTIMIZER)
+    engine = make_engine(setting, lambda role: trained, {})
     autocast = setting.device.type == "cuda"
 
     @torch.no_grad()
@@ -134,7 +147,8 @@ def reference(setting: Setting) -> Callable[[], None]:
         target = target_of(plan, noised, cond)
         copy(student)
         engine.backward(scfm_loss(velocity(noised, plan.sigma_start, cond), target, plan))
-        engine.step()
+        engine.reduce()
+        engine.step(LR)
         with torch.no_grad():
             for name, parameter in trained.items():
                 student[name].copy_(parameter)

@@ -153,6 +153,64 @@ class TestResuming:
         assert read(start=40) == []
 
 
+class TestRanks:
+    """A step's samples are the same, in the same order, however many processes share them."""
+
+    def shares(self, world_size: int, *, micro: int, start: int = 0, stop: int = 48, **changes) -> list[list[Batch]]:
+        options = {"seed": 0, "micro_batch_size": micro, "start": start, "stop": stop, "world_size": world_size}
+        return [list(batches(Numbers(), make_config(**changes), rank=rank, **options)) for rank in range(world_size)]
+
+    @pytest.mark.parametrize("world_size", [1, 2, 4])
+    @pytest.mark.parametrize(("micro", "start"), [(1, 0), (2, 0), (4, 0), (2, 16)])
+    def test_take_consecutive_micro_batches_in_turn(self, world_size, micro, start):
+        shares = self.shares(world_size, micro=micro, start=start)
+        together = [batch for round_ in zip(*shares, strict=True) for batch in round_]
+        ids = [batch.sample_ids.tolist() for batch in together]
+        assert ids == [list(range(at, at + micro)) for at in range(start, 48, micro)]
+        assert [int(key) for batch in together for key in batch.keys] == records(read(start=start, stop=48))
+
+    @pytest.mark.parametrize("world_size", [2, 4])
+    def test_global_batches_are_those_of_one_process(self, world_size):
+        """Eight samples a step: `8 / (world_size x micro)` micro-batches on each rank."""
+        whole = [batch.sample_ids.tolist() for batch in self.shares(1, micro=8)[0]]
+        for micro in (1, 2):
+            accumulation = 8 // (world_size * micro)
+            shares = self.shares(world_size, micro=micro)
+            for step, expected in enumerate(whole):
+                part = slice(step * accumulation, (step + 1) * accumulation)
+                taken = [share[part] for share in shares]
+                in_order = [batch for round_ in zip(*taken, strict=True) for batch in round_]
+                assert [index for batch in in_order for index in batch.sample_ids.tolist()] == expected
+
+    def test_no_sample_is_read_twice_or_by_nobody(self):
+        ids = [index for share in self.shares(4, micro=3) for batch in share for index in batch.sample_ids.tolist()]
+        assert sorted(ids) == list(range(48))
+
+    def test_read_nothing_of_each_others(self):
+        """A rank pays for its own samples alone."""
+        asked: list[int] = []
+
+        class Counting(Numbers):
+            def __getitem__(self, index: int) -> Record:
+                asked.append(index)
+                return super().__getitem__(index)
+
+        options = {"seed": 0, "micro_batch_size": 2, "start": 0, "stop": 40, "world_size": 4}
+        share = list(batches(Counting(), make_config(), rank=2, **options))
+        assert len(asked) == 10
+        assert asked == [int(key) for batch in share for key in batch.keys]
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_of_another_number_go_on_where_the_last_stopped(self, workers):
+        """One cursor serves all: two processes up to sample 16, four from there."""
+        first = self.shares(2, micro=2, stop=16, num_workers=workers)
+        second = self.shares(4, micro=2, start=16, num_workers=workers)
+        keys = []
+        for shares in (first, second):
+            keys += [int(key) for round_ in zip(*shares, strict=True) for batch in round_ for key in batch.keys]
+        assert keys == records(read(stop=48))
+
+
 class TestWorkers:
     def test_do_not_change_the_stream_of_a_cache(self, tmp_path):
         with ShardWriter(tmp_path, DRAFT, 3) as writer:

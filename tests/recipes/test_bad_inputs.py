@@ -265,6 +265,130 @@ def encode_in_batches_of_none(recipe, tiny, tmp_path):
     return [*words, "--batch-size", "0"], "batch size and samples per shard must be at least 1"
 
 
+def no_shards(recipe, tiny, tmp_path):
+    return train(recipe, "engine.shard=0"), "engine.shard must be -1 (all processes) or at least 1, got 0"
+
+
+def shards_of_fewer_processes(recipe, tiny, tmp_path):
+    return train(recipe, "engine.shard=2"), "engine.shard=2 does not divide the 1 processes that were started"
+
+
+def offload_of_one_process(recipe, tiny, tmp_path):
+    return train(recipe, "engine.cpu_offload=true"), "engine.cpu_offload needs several processes"
+
+
+def deepspeed_json_for_fsdp2(recipe, tiny, tmp_path):
+    return train(recipe, "engine.deepspeed_config=ds.json"), "is read with engine.name=deepspeed alone; set that"
+
+
+def shards_of_deepspeed(recipe, tiny, tmp_path):
+    return train(recipe, "engine.name=deepspeed", "engine.shard=2"), "engine.shard=2 is fsdp2's; with engine.name"
+
+
+def asynchronous_deepspeed(recipe, tiny, tmp_path):
+    words = train(recipe, "engine.name=deepspeed", "checkpoint.asynchronous=true")
+    return words, "checkpoint.asynchronous is fsdp2's; DeepSpeed writes its own files. Set it to false"
+
+
+def compiled_zero_3(recipe, tiny, tmp_path):
+    words = train(recipe, "engine.name=deepspeed", "engine.zero_stage=3", "train.compile=true")
+    return words, "train.compile=true does not go with engine.zero_stage=3"
+
+
+def unknown_zero_stage(recipe, tiny, tmp_path):
+    return train(recipe, "engine.name=deepspeed", "engine.zero_stage=4"), "engine.zero_stage: Input should be 1, 2 or 3"
+
+
+def no_timeout(recipe, tiny, tmp_path):
+    return train(recipe, "engine.timeout=0"), "engine.timeout must be positive, got 0.0"
+
+
+def spike_below_the_median(recipe, tiny, tmp_path):
+    return train(recipe, "train.spike_factor=0.5"), "train.spike_factor must be above 1 or none, got 0.5"
+
+
+def negative_skips(recipe, tiny, tmp_path):
+    return train(recipe, "train.max_skips=-1"), "train.max_skips must be at least 0, got -1"
+
+
+def with_json(recipe, tmp_path, content, *overrides):
+    """A run under DeepSpeed with a JSON of the user's own."""
+    path = tmp_path / "ds.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return train(recipe, "engine.name=deepspeed", f"engine.deepspeed_config={path}", *overrides)
+
+
+def json_of_another_clipping(recipe, tiny, tmp_path):
+    words = with_json(recipe, tmp_path, {"gradient_clipping": 0.5}, "train.clip_norm=2")
+    return words, "gradient_clipping is 0.5 there, train.clip_norm asks for 2.0"
+
+
+def json_of_another_batch(recipe, tiny, tmp_path):
+    words = with_json(recipe, tmp_path, {"train_batch_size": 64, "gradient_accumulation_steps": "auto"})
+    return words, "train_batch_size is 64 there, train.global_batch_size asks for 8"
+
+
+def json_of_another_stage(recipe, tiny, tmp_path):
+    words = with_json(recipe, tmp_path, {"zero_optimization": {"stage": 3}}, "engine.zero_stage=1")
+    return words, "zero_optimization.stage is 3 there, engine.zero_stage asks for 1"
+
+
+def json_of_another_rate(recipe, tiny, tmp_path):
+    optimizer = {"type": "AdamW", "params": {"lr": 1.0, "betas": "auto", "weight_decay": "auto"}}
+    return with_json(
+        recipe, tmp_path, {"optimizer": optimizer}
+    ), "optimizer.params.lr is 1.0 there, train.lr asks for 0.001"
+
+
+def json_of_another_optimizer(recipe, tiny, tmp_path):
+    words = with_json(recipe, tmp_path, {"optimizer": {"type": "Lamb"}})
+    return words, "optimizer.type is 'Lamb' there, the optimizer asks for 'AdamW'"
+
+
+def json_of_another_dtype(recipe, tiny, tmp_path):
+    words = with_json(recipe, tmp_path, {"bf16": {"enabled": True}})
+    return words, "bf16.enabled is True there, train.compute_dtype=float32 asks for False"
+
+
+def json_with_a_schedule(recipe, tiny, tmp_path):
+    words = with_json(recipe, tmp_path, {"scheduler": {"type": "WarmupLR"}})
+    return words, "scheduler is the recipe's train.lr_schedule and train.warmup_steps"
+
+
+def json_with_offloaded_weights(recipe, tiny, tmp_path):
+    words = with_json(recipe, tmp_path, {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}})
+    return words, "zero_optimization.offload_param would take the EMAs' shards with it"
+
+
+def json_with_an_unknown_key(recipe, tiny, tmp_path):
+    words = with_json(recipe, tmp_path, {"gradient_cliping": 10.0})
+    return words, "gradient_cliping is unknown here; did you mean gradient_clipping?"
+
+
+def json_with_an_unknown_optimizer_key(recipe, tiny, tmp_path):
+    words = with_json(recipe, tmp_path, {"optimizer": {"params": {"learning_rate": 1.0}}})
+    return words, "optimizer.params.learning_rate is unknown here"
+
+
+def broken_json(recipe, tiny, tmp_path):
+    return with_json(recipe, tmp_path, '{"gradient_clipping": 1.0,'), "ds.json cannot be read as JSON"
+
+
+def binary_json(recipe, tiny, tmp_path):
+    words = with_json(recipe, tmp_path, "")
+    (tmp_path / "ds.json").write_bytes(b"\xff\xfe{}")
+    return words, "ds.json cannot be read as JSON"
+
+
+def json_that_is_a_list(recipe, tiny, tmp_path):
+    return with_json(recipe, tmp_path, "[1]"), "ds.json must hold an object, but holds list"
+
+
+def missing_json(recipe, tiny, tmp_path):
+    words = train(recipe, "engine.name=deepspeed", "engine.deepspeed_config=nowhere.json")
+    return words, "nowhere.json cannot be read as JSON ("
+
+
 CASES = [
     unknown_key, unknown_section, wrong_type, wrong_choice, zero_steps, uneven_batch, override_without_value,
     missing_recipe, broken_yaml, missing_model, hub_without_network, wrong_model_folder, wrong_pipeline,
@@ -274,6 +398,12 @@ CASES = [
     checkpoint_of_another_recipe, unknown_checkpoint, lora_without_targets, no_gpu, not_a_run, sample_without_prompt,
     inception_without_weights, prompt_given_as_file, grids_without_prompts, missing_section_file, number_for_a_section,
     run_dir_is_a_file, unknown_device, strength_without_number, export_over_something, encode_in_batches_of_none,
+    no_shards, shards_of_fewer_processes, offload_of_one_process, deepspeed_json_for_fsdp2, shards_of_deepspeed,
+    asynchronous_deepspeed, compiled_zero_3, unknown_zero_stage, no_timeout, spike_below_the_median, negative_skips,
+    json_of_another_clipping, json_of_another_batch, json_of_another_stage, json_of_another_rate,
+    json_of_another_optimizer, json_of_another_dtype, json_with_a_schedule, json_with_offloaded_weights,
+    json_with_an_unknown_key, json_with_an_unknown_optimizer_key, broken_json, binary_json, json_that_is_a_list,
+    missing_json,
 ]  # fmt: skip
 
 
@@ -292,12 +422,33 @@ def test_bad_input(case, recipe, tiny, tmp_path, capsys, monkeypatch):
             print(f"\n{case.__name__}: {' '.join(error.split())}")
 
 
+def test_everything_that_a_json_contradicts_is_named_at_once(recipe, tmp_path, capsys):
+    content = {"gradient_clipping": 0.5, "fp16": {"enabled": True}, "amp": {"enabled": True}, "zero_optimisation": {}}
+    assert main(with_json(recipe, tmp_path, content)) == 2
+    error = capsys.readouterr().err
+    for part in ("gradient_clipping is 0.5", "fp16.enabled is True", "amp casts", "mean zero_optimization?", "ds.json"):
+        assert part in error
+    assert "Change one of the two" in error
+
+
+@pytest.mark.parametrize("number", ["2", "8"])
+def test_launcher_that_says_half(recipe, capsys, monkeypatch, number):
+    """Several processes, but nothing about where they meet."""
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", number)
+    assert main(train(recipe)) == 2
+    error = capsys.readouterr().err
+    assert f"WORLD_SIZE is {number}, but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set" in error
+    assert "Start several processes with torchrun" in error
+
+
 def test_disk_full(make_config, tmp_path):
-    """A real full disk: a tmpfs of one megabyte."""
+    """A real full disk: a tmpfs of four megabytes, which holds a few checkpoints."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True, text=True
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], capture_output=True, text=True
     )
     if mounted.returncode:
         pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.strip()}")
@@ -308,7 +459,7 @@ def test_disk_full(make_config, tmp_path):
         trainer = Trainer(config)
         with pytest.raises(ValueError, match=r"the disk is full.*The last one, step_\d+, is intact"):
             fit(trainer)
-        resumed = sorted((disk / "run" / "checkpoints").iterdir())
+        resumed = sorted(path for path in (disk / "run" / "checkpoints").iterdir() if path.name != "latest")
         assert all(path.name.startswith("step_") for path in resumed)  # nothing half-written is left
         saved = len(resumed)
         assert saved >= 1

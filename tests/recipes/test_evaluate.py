@@ -50,6 +50,17 @@ def test_evaluate_and_report_write_their_files(run_dir, capsys):
     assert f"{result['student']['3']['fid_teacher']:.3f}" in page
 
 
+def test_report_of_a_run_with_skipped_steps(run_dir, capsys):
+    """Their losses are null: the curve has a gap there, and the page is made all the same."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    for key in [key for key in lines[1] if key.startswith("loss") or key == "grad_norm"]:
+        lines[1][key] = None
+    lines[1] |= {"skipped": "loss is nan", "sample_ids": list(range(8, 16)), "suspects": [11]}
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(["report", str(run_dir)]) == 0
+    assert (run_dir / "report.html").read_text().count("data:image/png;base64,") >= 1
+
+
 def test_a_run_without_a_teacher_has_nothing_to_compare(make_config, capsys):
     config = make_config({"train.weights": "full", "method.flow_fraction": 1.0, "method.teacher_fraction": 0.0})
     trainer = Trainer(config)

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from scfm_core.train.checkpoint import find_checkpoint
+from scfm_core.distributed.engine import GROUPS
+from scfm_core.train.checkpoint import find_checkpoint, load_checkpoint
 from scfm_core.train.config import dump_config
 
 STEPS = 60
@@ -63,13 +64,16 @@ def wait_for_steps(process, run_dir, steps):
 def assert_same_end(left, right):
     ends = [find_checkpoint(run_dir) for run_dir in (left, right)]
     assert [end.name for end in ends] == [f"step_{STEPS:08d}"] * 2
-    files = [
-        f"checkpoints/{ends[0].name}/{name}.safetensors" for name in ("student", "ema_fast", "ema_slow", "optimizer")
-    ]
-    for name in (*files, "adapter/pytorch_lora_weights.safetensors"):
-        one, other = (load_file(run_dir / name) for run_dir in (left, right))
-        assert one.keys() == other.keys()
-        assert all(one[key].equal(other[key]) for key in one), name
+    checkpoints = [load_checkpoint(end) for end in ends]
+    contents = [{group: c.reader.group(group) for group in GROUPS} for c in checkpoints]
+    adapters = [load_file(run_dir / "adapter" / "pytorch_lora_weights.safetensors") for run_dir in (left, right)]
+    for group in (*GROUPS, "adapter"):
+        one, other = adapters if group == "adapter" else (content[group] for content in contents)
+        assert one and one.keys() == other.keys()
+        assert all(one[key].equal(other[key]) for key in one), group
+    clock = {"seconds", "config"}  # the run's folder is in the configuration
+    states = [{key: value for key, value in c.state.items() if key not in clock} for c in checkpoints]
+    assert states[0] == states[1]
     rows = [[json.loads(line) for line in (d / "metrics.jsonl").read_text().splitlines()] for d in (left, right)]
     assert [row["step"] for row in rows[1]] == list(range(1, STEPS + 1))
     assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]

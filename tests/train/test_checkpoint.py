@@ -5,61 +5,105 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch.distributed.checkpoint import filesystem, state_dict_saver
 
+from scfm_core.distributed.engine import GROUPS
+from scfm_core.distributed.fsdp2 import save_dcp
+from scfm_core.distributed.reader import DCP_FOLDER
+from scfm_core.distributed.world import World
 from scfm_core.errors import UserError
 from scfm_core.train import checkpoint as module
 from scfm_core.train.checkpoint import (
+    LATEST,
     MANIFEST,
+    CheckpointWriter,
     checkpoint_path,
     find_checkpoint,
     load_checkpoint,
-    save_checkpoint,
+    newest_complete,
+    read_manifest,
     verify_checkpoint,
 )
 
-STATE = {"step": 3, "samples": 24, "seconds": 1.25, "config": {"run": {"dir": "läufe"}, "steps": [1, 2], "none": None}}
+Tensors = dict[str, torch.Tensor]
 
 
-def make_tensors(seed: int = 0) -> dict[str, dict[str, torch.Tensor]]:
+def make_tensors(seed: int = 0) -> Tensors:
+    """Of every group: contiguous, transposed, scalar, and the values that a conversion would lose."""
     generator = torch.Generator().manual_seed(seed)
-    weights = torch.randn(4, 6, generator=generator)
-    return {
-        "student": {"block.0.lora_A.weight": weights, "transposed": weights.clone().T, "scalar": torch.tensor(0.5)},
-        "ema_fast": {"special": torch.tensor([float("nan"), float("inf"), -0.0, 1e-45])},
-        "optimizer": {"bf16": weights.bfloat16(), "count": torch.tensor(2**53 + 1), "flags": torch.tensor([True])},
-        "empty": {},
-    }
+    tensors = {}
+    for group in GROUPS:
+        weights = torch.randn(4, 6, generator=generator)
+        tensors |= {
+            f"{group}.block.0.lora_A.weight": weights,
+            f"{group}.transposed": weights.clone().T,
+            f"{group}.bias": torch.randn(5, generator=generator),
+            f"{group}.scalar": torch.tensor(0.5 + seed),
+            f"{group}.special": torch.tensor([float("nan"), float("inf"), -0.0, 1e-45]),
+            f"{group}.bf16": weights.bfloat16(),
+        }
+    return tensors
 
 
-def save(run_dir: Path, step: int, keep: int = 5) -> Path:
-    return save_checkpoint(run_dir, step, make_tensors(step), {"step": step}, keep)
+def make_state(step: int, tensors: Tensors, **more: object) -> dict[str, object]:
+    prefix = "student."
+    shapes = {key.removeprefix(prefix): list(t.shape) for key, t in tensors.items() if key.startswith(prefix)}
+    return {"step": step, "kind": "dcp", "shapes": shapes, **more}
+
+
+def writes(tensors: Tensors, *, on_thread: bool = False) -> module.Write:
+    return lambda folder, world: save_dcp(tensors, folder / DCP_FOLDER, world, on_thread=on_thread)
+
+
+def save(run_dir: Path, step: int, keep: int = 5, *, seed: int | None = None, **more: object) -> Path:
+    tensors = make_tensors(step if seed is None else seed)
+    return CheckpointWriter(run_dir, keep).save(step, writes(tensors), make_state(step, tensors, **more))
 
 
 def saved_steps(run_dir: Path) -> list[int]:
     """Every folder under `checkpoints`, complete or not; a leftover fails."""
-    return sorted(int(path.name.removeprefix("step_")) for path in (run_dir / "checkpoints").iterdir())
+    inside = [path for path in (run_dir / "checkpoints").iterdir() if path.name != LATEST]
+    return sorted(int(path.name.removeprefix("step_")) for path in inside)
+
+
+def pointed_at(run_dir: Path) -> str:
+    """What `latest` names, once it was found to be complete and undamaged."""
+    name = (run_dir / "checkpoints" / LATEST).read_text()
+    verify_checkpoint(run_dir / "checkpoints" / name)
+    return name
 
 
 def bits(tensor: torch.Tensor) -> tuple[torch.dtype, torch.Size, bytes]:
     return tensor.dtype, tensor.shape, tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
-def assert_holds(run_dir: Path, step: int) -> None:
+def assert_tensors(path: Path, expected: Tensors) -> None:
+    """The checkpoint holds these and no others, bit by bit."""
+    reader = load_checkpoint(path).reader
+    assert reader.shapes.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert bits(reader.tensor(key)) == bits(tensor), key
+
+
+def assert_holds(run_dir: Path, step: int, *, seed: int | None = None) -> None:
     """The newest checkpoint is that of `step`, bit by bit."""
     found = find_checkpoint(run_dir, warn=lambda _: None)
     assert found == checkpoint_path(run_dir, step)
-    loaded = load_checkpoint(found)
-    assert loaded.state == {"step": step}
-    for group, members in make_tensors(step).items():
-        assert loaded.tensors[group].keys() == members.keys()
-        for name, tensor in members.items():
-            assert bits(loaded.tensors[group][name]) == bits(tensor), (group, name)
+    assert load_checkpoint(found).state == make_state(step, make_tensors())
+    assert_tensors(found, make_tensors(step if seed is None else seed))
 
 
 @pytest.fixture
@@ -72,40 +116,33 @@ def run_dir(tmp_path: Path) -> Path:
 
 class TestRoundTrip:
     def test_every_bit_comes_back(self, tmp_path):
-        path = save_checkpoint(tmp_path, 3, make_tensors(), STATE, keep=1)
+        more = {"samples": 24, "seconds": 1.25, "config": {"run": {"dir": "läufe"}, "steps": [1, 2], "none": None}}
+        path = save(tmp_path, 3, **more)
         loaded = load_checkpoint(path)
         assert loaded.path == path == tmp_path / "checkpoints" / "step_00000003"
-        assert loaded.state == STATE
-        assert loaded.tensors.keys() == make_tensors().keys()
-        for group, members in make_tensors().items():
-            assert {name: bits(t) for name, t in loaded.tensors[group].items()} == {
-                n: bits(t) for n, t in members.items()
-            }
+        assert loaded.state == make_state(3, make_tensors(), **more)
+        assert_tensors(path, make_tensors(3))
 
-    def test_parameters_are_saved_as_tensors(self, tmp_path):
-        parameter = torch.nn.Parameter(torch.ones(2))
-        loaded = load_checkpoint(save_checkpoint(tmp_path, 1, {"student": {"w": parameter}}, {}, 1))
-        assert torch.equal(loaded.tensors["student"]["w"], parameter)
+    def test_groups_by_parameter_name(self, run_dir):
+        reader = load_checkpoint(checkpoint_path(run_dir, 2)).reader
+        for group in GROUPS:
+            expected = {k.removeprefix(f"{group}."): t for k, t in make_tensors(2).items() if k.startswith(group + ".")}
+            read = reader.group(group)
+            assert read.keys() == expected.keys()
+            assert all(bits(read[name]) == bits(expected[name]) for name in expected)
 
     def test_manifest_lists_every_other_file(self, run_dir):
         path = checkpoint_path(run_dir, 2)
         manifest = json.loads((path / MANIFEST).read_text())
-        assert manifest["step"] == 2
-        assert {MANIFEST, *manifest["files"]} == {file.name for file in path.iterdir()}
-
-    def test_no_file_is_a_pickle(self, run_dir):
-        for file in checkpoint_path(run_dir, 2).iterdir():
-            if file.suffix == ".json":
-                json.loads(file.read_text())
-            else:
-                assert file.suffix == ".safetensors"
-                with safe_open(file, framework="pt") as opened:
-                    assert opened.metadata() is None
+        assert (manifest["step"], manifest["format"]) == (2, 2)
+        files = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
+        assert {MANIFEST, *manifest["files"]} == files == {MANIFEST, *FILES}
 
     def test_same_step_again_replaces_it(self, run_dir):
-        save_checkpoint(run_dir, 2, make_tensors(9), {"step": 9}, keep=5)
-        assert load_checkpoint(checkpoint_path(run_dir, 2)).state == {"step": 9}
+        save(run_dir, 2, seed=9)
+        assert_holds(run_dir, 2, seed=9)
         assert saved_steps(run_dir) == [1, 2]
+        assert pointed_at(run_dir) == "step_00000002"
 
     def test_newest_is_by_number(self, tmp_path):
         for step in (9, 20, 100):
@@ -117,10 +154,20 @@ class TestRoundTrip:
         for step in (9, 100, 20):
             save(tmp_path, step)
         assert_holds(tmp_path, 20)
+        assert pointed_at(tmp_path) == "step_00000020"
         assert not checkpoint_path(tmp_path, 100).exists()
 
     def test_run_without_checkpoints(self, tmp_path):
         assert find_checkpoint(tmp_path) is None
+        assert newest_complete(tmp_path) is None
+
+    def test_newest_before_a_step(self, tmp_path):
+        for step in (9, 20, 100):
+            save(tmp_path, step)
+        checkpoint_path(tmp_path, 50).mkdir()
+        names = {before: newest_complete(tmp_path, before) for before in (9, 10, 20, 21, 99, 101, None)}
+        steps = {before: path and int(path.name[-8:]) for before, path in names.items()}
+        assert steps == {9: None, 10: 9, 20: 9, 21: 20, 99: 20, 101: 100, None: 100}
 
 
 def flip(path: Path, offset: int, bit: int = 0) -> None:
@@ -133,19 +180,39 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
-DAMAGE = {
-    "flipped bit": lambda folder: flip(folder / "student.safetensors", -3),
-    "flipped bit in the state": lambda folder: flip(folder / "state.json", 4),
-    "cut file": lambda folder: cut(folder / "optimizer.safetensors"),
-    "missing tensors": lambda folder: (folder / "ema_fast.safetensors").unlink(),
-    "missing state": lambda folder: (folder / "state.json").unlink(),
-    "missing manifest": lambda folder: (folder / MANIFEST).unlink(),
-    "cut manifest": lambda folder: cut(folder / MANIFEST),
-    "empty manifest": lambda folder: (folder / MANIFEST).write_text(""),
-    "manifest that lists nothing": lambda folder: (folder / MANIFEST).write_text('{"files": {}}'),
+FILES = (f"{DCP_FOLDER}/.metadata", f"{DCP_FOLDER}/__0_0.distcp", "state.json")
+DAMAGE: dict[str, Callable[[Path], object]] = {}
+for _name in (*FILES, MANIFEST):
+    DAMAGE |= {
+        f"missing {_name}": lambda folder, name=_name: (folder / name).unlink(),
+        f"cut {_name}": lambda folder, name=_name: cut(folder / name),
+        f"empty {_name}": lambda folder, name=_name: (folder / name).write_bytes(b""),
+        f"first bit of {_name}": lambda folder, name=_name: flip(folder / name, 0, bit=7),  # no UTF-8 any more
+    }
+for _name in FILES:
+    DAMAGE |= {
+        f"last bit of {_name}": lambda folder, name=_name: flip(folder / name, -1),
+        f"middle bit of {_name}": lambda folder, name=_name: flip(
+            folder / name, (folder / name).stat().st_size // 2, 3
+        ),
+        f"longer {_name}": lambda folder, name=_name: (folder / name).open("ab").write(b"\0"),
+        f"folder for {_name}": lambda folder, name=_name: ((folder / name).unlink(), (folder / name).mkdir()),
+    }
+DAMAGE |= {
+    "no tensors": lambda folder: shutil.rmtree(folder / DCP_FOLDER),
+    "manifest that lists nothing": lambda folder: (folder / MANIFEST).write_text('{"format": 2, "files": {}}'),
+    "manifest without the state": lambda folder: rewrite_manifest(folder, lambda m: m["files"].pop("state.json")),
+    "manifest without sizes": lambda folder: rewrite_manifest(folder, lambda m: m["files"]["state.json"].pop("bytes")),
+    "manifest without files": lambda folder: rewrite_manifest(folder, lambda m: m.pop("files")),
     "other JSON": lambda folder: (folder / MANIFEST).write_text("[]"),
-    "empty folder": lambda folder: [file.unlink() for file in folder.iterdir()],
+    "empty folder": lambda folder: (shutil.rmtree(folder), folder.mkdir()),
 }
+
+
+def rewrite_manifest(folder: Path, change: Callable[[dict], object]) -> None:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    change(manifest)
+    (folder / MANIFEST).write_text(json.dumps(manifest))
 
 
 class TestDamage:
@@ -166,10 +233,25 @@ class TestDamage:
         with pytest.raises(UserError, match=r"step_00000002 is (damaged|not a complete checkpoint)"):
             load_checkpoint(checkpoint_path(run_dir, 2))
 
-    def test_damaged_file_is_named(self, run_dir):
-        flip(checkpoint_path(run_dir, 2) / "optimizer.safetensors", -1)
-        with pytest.raises(UserError, match=r"optimizer\.safetensors differs from the manifest's sha256"):
+    @pytest.mark.parametrize("name", FILES)
+    def test_damaged_file_is_named(self, run_dir, name):
+        flip(checkpoint_path(run_dir, 2) / name, -1)
+        with pytest.raises(UserError) as caught:
             verify_checkpoint(checkpoint_path(run_dir, 2))
+        assert f"step_00000002 is damaged: {name} differs from the manifest's sha256" in str(caught.value)
+
+    @pytest.mark.parametrize("name", FILES)
+    def test_missing_file_is_named(self, run_dir, name):
+        (checkpoint_path(run_dir, 2) / name).unlink()
+        with pytest.raises(UserError) as caught:
+            verify_checkpoint(checkpoint_path(run_dir, 2))
+        assert str(caught.value).endswith(f"step_00000002 is damaged: {name} is missing")
+
+    def test_state_that_the_manifest_does_not_list(self, run_dir):
+        """Its hash would be held against nothing."""
+        rewrite_manifest(checkpoint_path(run_dir, 2), lambda manifest: manifest["files"].pop("state.json"))
+        with pytest.raises(UserError, match=r"is not a complete checkpoint \(manifest.json does not list state.json\)"):
+            read_manifest(checkpoint_path(run_dir, 2))
 
     def test_several_in_a_row(self, run_dir):
         for step in (3, 4):
@@ -191,8 +273,8 @@ class TestDamage:
         with pytest.raises(UserError, match="is not a complete checkpoint"):
             load_checkpoint(run_dir.parent / path)
 
-    def test_no_flipped_bit_of_the_manifest_ends_in_a_traceback(self, tmp_path):
-        folder = save_checkpoint(tmp_path, 1, {"student": {"w": torch.ones(1)}}, {}, 1)
+    def test_no_flipped_bit_of_the_manifest_ends_in_a_traceback(self, run_dir):
+        folder = checkpoint_path(run_dir, 1)
         good = (folder / MANIFEST).read_bytes()
         for offset in range(len(good)):
             flip(folder / MANIFEST, offset, bit=7 if offset % 2 else offset % 7)  # bit 7 breaks the UTF-8
@@ -202,8 +284,51 @@ class TestDamage:
 
     def test_file_that_the_manifest_does_not_list_is_not_loaded(self, run_dir):
         folder = checkpoint_path(run_dir, 2)
-        shutil.copy(folder / "student.safetensors", folder / "stray.safetensors")
-        assert load_checkpoint(folder).tensors.keys() == make_tensors().keys()
+        shutil.copy(folder / DCP_FOLDER / "__0_0.distcp", folder / DCP_FOLDER / "__1_0.distcp")
+        shutil.copy(folder / "state.json", folder / "stray.json")
+        assert_holds(run_dir, 2)
+
+    def test_pointer_is_not_trusted(self, run_dir):
+        (run_dir / "checkpoints" / LATEST).write_text("step_00000009")
+        assert_holds(run_dir, 2)
+        (run_dir / "checkpoints" / LATEST).unlink()
+        assert_holds(run_dir, 2)
+
+
+def first_format(folder: Path) -> None:
+    """A checkpoint as scfm 0.1 wrote it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    save_file({"w": torch.zeros(2)}, folder / "student.safetensors")
+    (folder / "state.json").write_text('{"step": 2}')
+    files = {file.name: {"bytes": file.stat().st_size, "sha256": module.file_sha256(file)} for file in folder.iterdir()}
+    (folder / MANIFEST).write_text(json.dumps({"step": 2, "files": files}))
+
+
+class TestOtherFormats:
+    def test_that_of_the_first_version_is_refused_by_its_name(self, run_dir):
+        first_format(checkpoint_path(run_dir, 2))
+        with pytest.raises(UserError) as caught:
+            load_checkpoint(checkpoint_path(run_dir, 2))
+        message = str(caught.value)
+        assert "step_00000002 has checkpoint format 1; this version of scfm reads 2" in message
+        assert "damaged" not in message
+        assert "not a complete" not in message
+
+    @pytest.mark.parametrize("number", [3, "2", None, [2]])
+    def test_one_to_come_is_refused(self, run_dir, number):
+        rewrite_manifest(checkpoint_path(run_dir, 2), lambda manifest: manifest.update(format=number))
+        with pytest.raises(UserError, match=r"has checkpoint format .*; this version of scfm reads 2"):
+            load_checkpoint(checkpoint_path(run_dir, 2))
+
+    def test_a_run_of_the_first_version_is_not_started_over(self, tmp_path):
+        for step in (1, 2):
+            first_format(checkpoint_path(tmp_path, step))
+        warnings = []
+        with pytest.raises(UserError, match=r"none of the 2 checkpoints .*--resume never"):
+            find_checkpoint(tmp_path, warnings.append)
+        assert all("has checkpoint format 1; this version of scfm reads 2" in warning for warning in warnings)
+        assert len(warnings) == 2
 
 
 class TestLeftovers:
@@ -211,8 +336,15 @@ class TestLeftovers:
 
     def leave(self, run_dir: Path, step: int) -> None:
         before = set((run_dir / "checkpoints").iterdir())
+        rename = Path.rename
+
+        def interrupted(path: Path, target: Path) -> Path:
+            if Path(target).name == checkpoint_path(run_dir, step).name:
+                raise KeyboardInterrupt
+            return rename(path, target)
+
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(Path, "rename", raising(KeyboardInterrupt()))
+            patch.setattr(Path, "rename", interrupted)
             save(run_dir, step)
         (leftover,) = set((run_dir / "checkpoints").iterdir()) - before
         assert (leftover / MANIFEST).exists()
@@ -222,6 +354,7 @@ class TestLeftovers:
         warnings = []
         assert find_checkpoint(run_dir, warnings.append) == checkpoint_path(run_dir, 2)
         assert warnings == []
+        assert pointed_at(run_dir) == "step_00000002"
 
     def test_are_replaced_when_the_same_step_is_saved(self, run_dir):
         self.leave(run_dir, 3)
@@ -240,45 +373,216 @@ class TestRetention:
     def test_newest_are_kept(self, tmp_path):
         for step in range(1, 6):
             save(tmp_path, step, keep=2)
+            assert pointed_at(tmp_path) == f"step_{step:08d}"
         assert saved_steps(tmp_path) == [4, 5]
 
     def test_incomplete_ones_do_not_count(self, run_dir):
         """Counting them would leave one good checkpoint where two were asked for."""
         checkpoint_path(run_dir, 3).mkdir()
-        (checkpoint_path(run_dir, 3) / "student.safetensors").write_bytes(b"partial")
+        (checkpoint_path(run_dir, 3) / "state.json").write_bytes(b"partial")
         save(run_dir, 4, keep=2)
         assert {2, 4} <= set(saved_steps(run_dir))
         assert 1 not in saved_steps(run_dir)
 
     def test_new_one_outlives_a_damaged_one_of_a_later_step(self, run_dir):
         """A resumed run falls back behind the damaged one, and a signal stops it before it gets there again."""
-        flip(save(run_dir, 300) / "student.safetensors", -1)
+        flip(save(run_dir, 300) / DCP_FOLDER / "__0_0.distcp", -1)
         save(run_dir, 250, keep=1)
         assert_holds(run_dir, 250)
 
-    def test_nothing_is_dropped_before_the_new_one_is_complete(self, run_dir, monkeypatch):
-        monkeypatch.setattr(module, "save_file", raising(OSError(errno.EIO, "Input/output error")))
+    def test_nothing_is_dropped_before_the_new_one_is_complete(self, run_dir):
         with pytest.raises(UserError):
-            save(run_dir, 3, keep=1)
+            CheckpointWriter(run_dir, 1).save(3, raising(OSError(errno.EIO, "Input/output error")), {"step": 3})
         assert saved_steps(run_dir) == [1, 2]
 
 
-def raising(error: Exception):
-    def fail(*args, **kwargs):
+def raising(error: BaseException) -> Callable[..., object]:
+    def fail(*args: object, **kwargs: object) -> None:
         raise error
 
     return fail
 
 
+CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.link", "os.symlink", "shutil.rmtree"}
+SAVED, REFUSED, WRONG = 0, 2, 99
+
+
+def in_child(action: Callable[[], object], at: int | None, then: Callable[[], object]) -> int:
+    """`action` in a forked process, in which `then` happens before the change of a file or folder number `at`.
+
+    Returns:
+        its exit code; without `at` the number of changes.
+    """
+    sys.stdout.flush()
+    process = os.fork()
+    if not process:
+        code, count = WRONG, 0
+
+        def hook(event: str, arguments: tuple) -> None:
+            nonlocal count
+            writing = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+            if writing and not hidden(arguments[0]):  # a kill before it is filled would leave it empty under its name
+                print(f"{arguments[0]} is written in place", file=sys.stderr)
+                os._exit(WRONG)
+            if writing or event in CHANGES:
+                count += 1
+                if count - 1 == at:
+                    then()
+
+        try:
+            sys.addaudithook(hook)  # there is no way to remove one
+            action()
+            code = SAVED if at is not None else count
+        except UserError as error:
+            text = str(error)
+            if "could not be written to " in text and text.endswith("and run the same command again"):
+                code = REFUSED
+            else:
+                traceback.print_exc()
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def hidden(path: object) -> bool:
+    """Whether a file lies, under `checkpoints`, in or under what a reader does not look at."""
+    parts = Path(os.fsdecode(path)).parts
+    return "checkpoints" not in parts or parts[parts.index("checkpoints") + 1].startswith(".")
+
+
+def killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def broken() -> None:
+    raise OSError(errno.EIO, "Input/output error")
+
+
+def next_step(run_dir: Path) -> None:
+    """The oldest goes."""
+    save(run_dir, 3, keep=2)
+
+
+def behind_an_abandoned_one(run_dir: Path) -> None:
+    """Steps 100 and 1 go."""
+    save(run_dir, 3, keep=2)
+
+
+def same_step(run_dir: Path) -> None:
+    """A run that went back on its own comes to a step again that it had saved."""
+    save(run_dir, 2, keep=1, seed=9)
+
+
+class TestEveryMoment:
+    """Before each single change that a save makes to the file system, it is killed, or the change fails."""
+
+    @pytest.fixture
+    def moments(self, tmp_path) -> Callable[..., Iterator[tuple[Path, int]]]:
+        def run(action: Callable[[Path], None], then: Callable[[], object]) -> Iterator[tuple[Path, int]]:
+            template = tmp_path / "template"
+            # As a killed run would find it: a leftover lies about.
+            for step in (1, 100, 2) if action is behind_an_abandoned_one else (1, 2):
+                save(template, step)
+            if action is behind_an_abandoned_one:
+                shutil.copytree(checkpoint_path(template, 2), checkpoint_path(template, 100))
+                (template / "checkpoints" / LATEST).write_text("step_00000100")
+            (template / "checkpoints" / ".step_00000001.tmp" / DCP_FOLDER).mkdir(parents=True)
+
+            def fresh(name: str) -> Path:
+                return Path(shutil.copytree(template, tmp_path / name))
+
+            counting = fresh("counting")
+            total = in_child(lambda: action(counting), None, then)
+            assert 15 <= total < WRONG, "the hook sees nothing"
+            for at in range(total):
+                copy = fresh(f"at_{at}")
+                code = in_child(lambda copy=copy: action(copy), at, then)
+                assert code in ((-signal.SIGKILL,) if then is killed else (SAVED, REFUSED)), at
+                yield copy, code
+                shutil.rmtree(copy)
+
+        return run
+
+    @pytest.mark.parametrize("then", [killed, broken], ids=["killed", "failing"])
+    @pytest.mark.parametrize("action", [next_step, behind_an_abandoned_one])
+    def test_of_a_new_step(self, moments, action, then):
+        ends, codes = set(), set()
+        for run_dir, code in moments(action, then):
+            name = pointed_at(run_dir)
+            found = find_checkpoint(run_dir, warn=lambda _: None)
+            step = int(found.name[-8:])
+            assert step in ((2, 3) if action is next_step else (2, 3, 100))
+            assert_tensors(found, make_tensors(2 if step == 100 else step))
+            if action is next_step:
+                assert name in ("step_00000002", found.name)
+            if code == SAVED:
+                assert (name, step) == ("step_00000003", 3)
+            assert newest_complete(run_dir) is not None
+            save(run_dir, 4, keep=2)
+            assert_holds(run_dir, 4)
+            assert not [path for path in (run_dir / "checkpoints").iterdir() if path.name.startswith(".step")]
+            assert pointed_at(run_dir) == "step_00000004"
+            ends.add(step)
+            codes.add(code)
+        assert {2 if action is next_step else 100, 3} <= ends
+        assert codes == ({-signal.SIGKILL} if then is killed else {SAVED, REFUSED})
+
+    @pytest.mark.parametrize("then", [killed, broken], ids=["killed", "failing"])
+    def test_of_the_step_that_is_there_already(self, moments, then):
+        """There is no moment without a good checkpoint; the pointer may be gone, but does not name a bad one."""
+        for run_dir, code in moments(same_step, then):
+            found = find_checkpoint(run_dir, warn=lambda _: None)
+            assert found is not None
+            if (run_dir / "checkpoints" / LATEST).exists():
+                assert pointed_at(run_dir) == found.name
+            reader = load_checkpoint(found).reader
+            bias = bits(reader.tensor("student.bias"))
+            (seed,) = [seed for seed in (1, 2, 9) if bits(make_tensors(seed)["student.bias"]) == bias]
+            assert_tensors(found, make_tensors(seed))
+            assert found.name == f"step_{1 if seed == 1 else 2:08d}"
+            if code == SAVED:
+                assert seed == 9
+            save(run_dir, 2, seed=9)
+            assert_holds(run_dir, 2, seed=9)
+            assert pointed_at(run_dir) == "step_00000002"
+
+    def test_everything_is_on_disk_before_it_gets_its_name(self, run_dir, monkeypatch):
+        order, fsync, rename = [], os.fsync, Path.rename
+
+        def recorded_fsync(descriptor: int) -> None:
+            order.append(("fsync", str(Path(f"/proc/self/fd/{descriptor}").readlink())))
+            fsync(descriptor)
+
+        def recorded_rename(path: Path, target: Path) -> Path:
+            order.append(("rename", str(target)))
+            return rename(path, target)
+
+        monkeypatch.setattr(os, "fsync", recorded_fsync)
+        monkeypatch.setattr(Path, "rename", recorded_rename)
+        final = save(run_dir, 3)
+        named = order.index(("rename", str(final)))
+        before = {Path(path) for kind, path in order[:named] if kind == "fsync"}
+        aside = final.with_name(f".{final.name}.tmp")
+        expected = [aside, *(aside / path.relative_to(final) for path in final.rglob("*"))]
+        assert before >= set(expected)
+        assert ("fsync", str(final.parent)) in order[named:]
+        assert ("fsync", str(final.with_name(f".{LATEST}.tmp"))) in order[named:]
+
+
 @pytest.fixture
 def tiny_disk(tmp_path: Path):
     """A file system of one megabyte."""
-    disk = tmp_path / "disk"
+    yield from mounted(tmp_path / "disk", "size=1m")
+
+
+def mounted(disk: Path, options: str) -> Iterator[Path]:
     disk.mkdir()
-    mounted = shutil.which("mount") and subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True, check=False
+    result = shutil.which("mount") and subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)], capture_output=True, check=False
     )
-    if not mounted or mounted.returncode:
+    if not result or result.returncode:
         pytest.skip("a file system can only be mounted by root, on Linux")
     yield disk
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
@@ -288,68 +592,215 @@ class TestFailedWrites:
     def assert_intact(self, run_dir: Path) -> None:
         assert saved_steps(run_dir) == [1, 2]
         assert_holds(run_dir, 2)
+        assert pointed_at(run_dir) == "step_00000002"
 
     @pytest.mark.parametrize(
-        ("tensors", "state"),
+        ("tensors", "more"),
         [
-            ({"student": {"big": torch.zeros(1 << 19)}}, {}),
-            ({"a": {"small": torch.zeros(1 << 16)}, "b": {"big": torch.zeros(1 << 18)}}, {}),
-            ({"student": {"small": torch.zeros(4)}}, {"big": "x" * (2 << 20)}),
+            ({"student.big": torch.zeros(1 << 19)}, {}),
+            ({f"student.{n:04d}{'x' * 3500}": torch.zeros(1) for n in range(300)}, {}),
+            ({"student.small": torch.zeros(4)}, {"big": "x" * (2 << 20)}),
         ],
-        ids=["first file", "second file", "state"],
+        ids=["tensors", "metadata", "state"],
     )
-    def test_full_disk(self, tiny_disk, tensors, state):
+    def test_full_disk(self, tiny_disk, tensors, more):
         for step in (1, 2):
             save(tiny_disk, step)
         with pytest.raises(UserError) as caught:
-            save_checkpoint(tiny_disk, 3, tensors, state, keep=1)
+            CheckpointWriter(tiny_disk, 1).save(3, writes(tensors), make_state(3, {}, **more))
         message = str(caught.value)
-        assert (
-            f"the checkpoint of step 3 could not be written to {tiny_disk / 'checkpoints'}: the disk is full" in message
-        )
-        assert "The last one, step_00000002, is intact. Make room" in message
+        folder = tiny_disk / "checkpoints"
+        assert f"the checkpoint step_00000003 could not be written to {folder}: the disk is full (" in message
+        assert "make room. The last one, step_00000002, is intact. " in message
+        assert message.endswith("run the same command again")
+        assert "\n" not in message
         self.assert_intact(tiny_disk)
 
         save(tiny_disk, 3)  # room enough for a small one: the failure left nothing behind
         assert_holds(tiny_disk, 3)
 
     def test_full_disk_before_the_first_checkpoint(self, tiny_disk):
-        with pytest.raises(UserError, match=r"the disk is full\. Make room"):
-            save_checkpoint(tiny_disk, 1, {"student": {"big": torch.zeros(1 << 19)}}, {}, keep=1)
+        with pytest.raises(UserError, match=r"the disk is full \(.*\); make room\. Mend that") as caught:
+            CheckpointWriter(tiny_disk, 1).save(1, writes({"student.big": torch.zeros(1 << 19)}), make_state(1, {}))
+        assert "intact" not in str(caught.value)
         assert saved_steps(tiny_disk) == []
+        assert not (tiny_disk / "checkpoints" / LATEST).exists()
 
     @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-    @pytest.mark.parametrize("files_before", [0, 2])
-    def test_full_disk_or_quota(self, run_dir, monkeypatch, number, files_before):
-        written, write = [], module.save_file
-
-        def full(tensors, path):
-            if len(written) == files_before:
-                raise OSError(number, os.strerror(number))
-            written.append(path)
-            write(tensors, path)
-
-        monkeypatch.setattr(module, "save_file", full)
-        with pytest.raises(UserError, match=r"the disk is full\. The last one, step_00000002, is intact"):
-            save(run_dir, 3)
+    @pytest.mark.parametrize("late", [False, True], ids=["at once", "while waiting"])
+    def test_full_disk_or_quota(self, run_dir, number, late):
+        fail = raising(OSError(number, os.strerror(number)))
+        with pytest.raises(
+            UserError, match=r"the disk is full \(.*\); make room\. The last one, step_00000002, is intact"
+        ):
+            CheckpointWriter(run_dir, 5).save(3, (lambda folder, world: fail) if late else fail, make_state(3, {}))
         self.assert_intact(run_dir)
 
-    def test_failing_device(self, run_dir, monkeypatch):
+    @pytest.mark.parametrize("place", [(filesystem.FileSystem, "create_stream"), (Path, "write_text")])
+    @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+    def test_full_disk_or_quota_wherever_it_shows(self, run_dir, monkeypatch, place, number):
+        with monkeypatch.context() as patch:
+            patch.setattr(*place, raising(OSError(number, os.strerror(number))))
+            with pytest.raises(UserError, match=r"the disk is full .*The last one, step_00000002, is intact"):
+                save(run_dir, 3)
+        self.assert_intact(run_dir)
+
+    @pytest.mark.parametrize("place", [(os, "fsync"), (module, "_fsync"), (module, "file_sha256")])
+    def test_failing_device(self, run_dir, monkeypatch, place):
         """A disk may fail as late as in fsync; then nothing may be renamed into place."""
-        monkeypatch.setattr(os, "fsync", raising(OSError(errno.EIO, "Input/output error")))
-        with pytest.raises(UserError, match=r"step 3 could not be written .*Input/output error"):
-            save(run_dir, 3)
-        monkeypatch.undo()
+        with monkeypatch.context() as patch:
+            patch.setattr(*place, raising(OSError(errno.EIO, "Input/output error")))
+            with pytest.raises(UserError, match=r"step_00000003 could not be written .*Input/output error") as caught:
+                save(run_dir, 3)
+        assert "disk is full" not in str(caught.value)
+        assert "make room" not in str(caught.value)
         self.assert_intact(run_dir)
 
-    def test_what_is_called_intact_is(self, run_dir, monkeypatch):
-        checkpoint_path(run_dir, 9).mkdir()
-        monkeypatch.setattr(module, "save_file", raising(OSError(errno.ENOSPC, "No space left on device")))
-        with pytest.raises(UserError, match="The last one, step_00000002, is intact"):
-            save(run_dir, 3)
+    @pytest.mark.parametrize("damaged", [False, True], ids=["empty", "damaged"])
+    def test_what_is_called_intact_is(self, run_dir, damaged):
+        if damaged:
+            flip(save(run_dir, 9) / DCP_FOLDER / "__0_0.distcp", -1)
+        else:
+            checkpoint_path(run_dir, 9).mkdir()
+        with pytest.raises(UserError) as caught:
+            CheckpointWriter(run_dir, 5).save(3, raising(OSError(errno.ENOSPC, "No space left")), make_state(3, {}))
+        assert "step_00000009, is intact" not in str(caught.value)
 
     def test_advice_fits_the_reason(self, tmp_path):
         (tmp_path / "run").write_text("a file where the run's folder should be")
-        with pytest.raises(UserError, match="Not a directory") as caught:
+        with pytest.raises(UserError, match=r"Not a directory.*Mend that and run the same command again") as caught:
             save(tmp_path / "run", 1)
-        assert "Make room" not in str(caught.value)
+        assert "room" not in str(caught.value)
+        assert "full" not in str(caught.value)
+
+    def test_read_only_file_system(self, tmp_path):
+        for disk in mounted(tmp_path / "disk", "ro"):
+            with pytest.raises(UserError, match=r"step_00000001 could not be written to .*Read-only file system"):
+                save(disk, 1)
+
+    def test_an_impatient_ctrl_c_is_no_failed_write(self, run_dir, monkeypatch):
+        """The second one interrupts wherever the run is; DCP would make an error of its own of it."""
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(filesystem.FileSystem, "create_stream", raising(KeyboardInterrupt()))
+            save(run_dir, 3)
+        assert_holds(run_dir, 2)
+
+
+class Gate:
+    """Holds DCP's own thread until the test opens it."""
+
+    def __init__(self) -> None:
+        self.opened = threading.Event()
+        self.error: BaseException | None = None
+        self._save = state_dict_saver.save
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        assert threading.current_thread() is not threading.main_thread()
+        assert self.opened.wait(30)
+        if self.error is not None:
+            raise self.error
+        return self._save(*args, **kwargs)
+
+
+class TestOnThread:
+    @pytest.fixture
+    def world(self):
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        yield World(group=dist.group.WORLD)
+        dist.destroy_process_group()
+
+    @pytest.fixture
+    def gate(self, monkeypatch):
+        gate = Gate()
+        monkeypatch.setattr(state_dict_saver, "save", gate)
+        return gate
+
+    @pytest.fixture
+    def writer(self, run_dir, world):
+        writer = CheckpointWriter(run_dir, 2, world, on_thread=True)
+        yield writer
+        with contextlib.suppress(UserError):
+            writer.wait()
+
+    def begin(self, writer: CheckpointWriter, step: int, tensors: Tensors | None = None) -> Path:
+        tensors = tensors or make_tensors(step)
+        return writer.save(step, writes(tensors, on_thread=True), make_state(step, tensors))
+
+    def test_values_are_those_at_the_time_of_save(self, writer, gate, run_dir):
+        tensors = make_tensors(3)
+        path = self.begin(writer, 3, tensors)
+        for tensor in tensors.values():  # what the next optimizer step does
+            tensor.fill_(7)
+        gate.opened.set()
+        writer.wait()
+        assert path == checkpoint_path(run_dir, 3)
+        assert_holds(run_dir, 3)
+
+    def test_nothing_has_a_name_before_it_is_complete(self, writer, gate, run_dir):
+        path = self.begin(writer, 3)
+        time.sleep(0.1)
+        assert not path.exists()
+        assert pointed_at(run_dir) == "step_00000002"
+        assert_holds(run_dir, 2)
+        gate.opened.set()
+        writer.wait()
+        assert pointed_at(run_dir) == path.name
+        assert_holds(run_dir, 3)
+
+    def test_next_save_waits_for_the_one_before(self, writer, gate, run_dir):
+        self.begin(writer, 3)
+        threading.Timer(0.2, gate.opened.set).start()
+        self.begin(writer, 4)
+        assert checkpoint_path(run_dir, 3).is_dir()
+        writer.wait()
+        assert_holds(run_dir, 4)
+
+    def test_newest_are_kept(self, writer, run_dir):
+        for step in range(3, 8):
+            self.begin(writer, step)
+        writer.wait()
+        assert saved_steps(run_dir) == [6, 7]
+        assert pointed_at(run_dir) == "step_00000007"
+        assert_holds(run_dir, 7)
+
+    @pytest.mark.parametrize("surfaces_at", ["wait", "next save"])
+    def test_an_error_surfaces(self, writer, gate, run_dir, surfaces_at):
+        gate.error = OSError(errno.ENOSPC, "No space left on device")
+        gate.opened.set()
+        self.begin(writer, 3)
+        message = r"step_00000003 could not be written to .*the disk is full.*The last one, step_00000002, is intact"
+        with pytest.raises(UserError, match=message):
+            writer.wait() if surfaces_at == "wait" else self.begin(writer, 4)
+        assert saved_steps(run_dir) == [1, 2]
+        assert_holds(run_dir, 2)
+        assert pointed_at(run_dir) == "step_00000002"
+        writer.wait()  # told once
+        gate.error = None
+        self.begin(writer, 5)
+        writer.wait()
+        assert_holds(run_dir, 5)
+
+    def test_an_error_after_the_writing_surfaces(self, writer, run_dir, monkeypatch):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_fsync", raising(OSError(errno.EIO, "Input/output error")))
+            self.begin(writer, 3)
+            with pytest.raises(UserError, match=r"step_00000003 could not be written .*Input/output error"):
+                writer.wait()
+        assert saved_steps(run_dir) == [1, 2]
+
+    def test_an_error_before_the_writing_surfaces(self, writer, run_dir):
+        """Copying to host memory may fail too."""
+        with pytest.raises(UserError, match=r"step_00000003 could not be written .*out of memory"):
+            writer.save(3, raising(RuntimeError("out of memory")), make_state(3, {}))
+            writer.wait()
+        assert saved_steps(run_dir) == [1, 2]
+
+    def test_without_a_save_there_is_nothing_to_wait_for(self, writer):
+        writer.wait()
+
+    def test_a_second_writer_reads_what_the_first_wrote(self, writer, run_dir):
+        """One that writes at once, and one on a thread, leave the same files but for the clock."""
+        self.begin(writer, 3)
+        writer.wait()
+        threaded = read_manifest(checkpoint_path(run_dir, 3))
+        assert threaded.keys() == read_manifest(checkpoint_path(run_dir, 2)).keys()

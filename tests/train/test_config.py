@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from scfm_core.data.loader import DataConfig
+from scfm_core.distributed.engine import EngineConfig
 from scfm_core.errors import UserError
 from scfm_core.models.adapters import LoRAConfig
 from scfm_core.scfm.ema import EMAConfig
@@ -133,6 +134,12 @@ class TestDumping:
                 compute_dtype="float32",
                 activation_checkpointing="selective",
                 compile=True,
+                spike_factor=4.5,
+                max_skips=0,
+                max_rollbacks=3,
+            ),
+            engine=EngineConfig(
+                name="deepspeed", cpu_offload=True, zero_stage=3, deepspeed_config="0777", timeout=1e-3
             ),
             checkpoint=CheckpointConfig(every=1, keep=1),
             sample=SampleConfig(
@@ -151,10 +158,15 @@ class TestDumping:
             for field in dataclasses.fields(getattr(config, section.name))
             if getattr(getattr(config, section.name), field.name) == field.default
         ]
-        # One has a single choice so far; the other must be lora beside step_gain.
-        assert unchanged == ["model.family", "train.weights"], "a field is missing above"
-        (tmp_path / "config.yaml").write_text(dump_config(config))
-        assert load_config(tmp_path / "config.yaml") == config
+        # One has a single choice so far; the second must be lora beside step_gain, the others are fsdp2's.
+        rest = ["model.family", "train.weights", "engine.shard", "checkpoint.asynchronous"]
+        assert unchanged == rest, "a field is missing above"
+        fsdp2 = dataclasses.replace(
+            config, engine=EngineConfig(shard=4), checkpoint=CheckpointConfig(asynchronous=True)
+        )
+        for each in (config, fsdp2):
+            (tmp_path / "config.yaml").write_text(dump_config(each))
+            assert load_config(tmp_path / "config.yaml") == each
 
     def test_optional_fields_come_back_empty(self, recipe, tmp_path):
         config = load_config(recipe)
@@ -334,6 +346,17 @@ INVALID = [
     ("train.clip_norm=-1", "train.lr and train.clip_norm must be positive, got 2e-05 and -1.0"),
     ("train.warmup_steps=-1", "train.warmup_steps must be in 0..train.steps, got -1"),
     ("train.warmup_steps=3001", "train.warmup_steps must be in 0..train.steps, got 3001"),
+    ("train.spike_factor=1", "train.spike_factor must be above 1 or none, got 1.0"),
+    ("train.spike_factor=.nan", "train.spike_factor must be above 1 or none, got nan"),
+    ("train.max_skips=-1", "train.max_skips must be at least 0, got -1"),
+    ("train.max_rollbacks=-1", "train.max_rollbacks must be at least 0, got -1"),
+    ("engine.shard=0", "engine.shard must be -1 (all processes) or at least 1, got 0"),
+    ("engine.shard=-2", "engine.shard must be -1 (all processes) or at least 1, got -2"),
+    ("engine.timeout=0", "engine.timeout must be positive, got 0.0"),
+    ("engine.timeout=.nan", "engine.timeout must be positive, got nan"),
+    ("engine.deepspeed_config=x.json", "engine.deepspeed_config is read with engine.name=deepspeed alone"),
+    ("engine.zero_stage=0", "engine.zero_stage"),
+    ("engine.name=fsdp", "engine.name"),
     ("checkpoint.every=0", "checkpoint.every and checkpoint.keep must be at least 1, got 0, 2"),
     ("checkpoint.keep=0", "checkpoint.every and checkpoint.keep must be at least 1, got 250, 0"),
     ("sample.every=-1", "sample.every must be >= 0 and sample.steps positive, got -1"),
@@ -368,6 +391,13 @@ class TestValidation:
             "ema.slow=0.99",
             "train.micro_batch_size=16",
             "train.warmup_steps=3000",
+            "train.spike_factor=1.01",
+            "train.spike_factor=none",
+            "train.max_skips=0",
+            "train.max_rollbacks=0",
+            "engine.shard=1",
+            "engine.name=deepspeed",
+            "checkpoint.asynchronous=true",
             "train.weights=full",
             "sample.every=0",
             "sample.shift=dynamic",
@@ -376,6 +406,18 @@ class TestValidation:
     )
     def test_limits_themselves_are_fine(self, recipe, override):
         load_config(recipe, [override])
+
+    @pytest.mark.parametrize(
+        ("overrides", "message"),
+        [
+            (["engine.name=deepspeed", "engine.shard=2"], "engine.shard=2 is fsdp2's"),
+            (["engine.shard=1", "engine.cpu_offload=true"], "engine.cpu_offload needs sharded weights"),
+            (["engine.name=deepspeed", "checkpoint.asynchronous=true"], "checkpoint.asynchronous is fsdp2's"),
+        ],
+        ids=lambda value: None if isinstance(value, str) else " ".join(value),
+    )
+    def test_what_one_engine_has_the_other_refuses(self, recipe, overrides, message):
+        assert message in refusal(recipe, *overrides)
 
     @pytest.mark.parametrize(
         "override",

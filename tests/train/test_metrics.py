@@ -1,10 +1,12 @@
 """Where a step's numbers go: every step once in `metrics.jsonl`, and W&B without a network."""
 
 import json
+import math
 import os
 import selectors
 import socket
 import sys
+from datetime import datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +14,7 @@ import pytest
 
 from scfm_core.errors import UserError
 from scfm_core.train.config import WandbConfig
-from scfm_core.train.metrics import MetricsFile, WandbLog, read_metrics
+from scfm_core.train.metrics import IncidentsFile, MetricsFile, WandbLog, read_metrics
 
 
 def row(step: int) -> dict[str, float]:
@@ -37,11 +39,18 @@ class TestMetricsFile:
     def test_numbers_come_back_as_they_were(self, path):
         file = MetricsFile(path, 0)
         file.write(row(1))
-        file.write({**row(2), "grad_norm": float("nan")})
         file.close()
-        first, second = read_metrics(path)
-        assert first == row(1)
-        assert second["grad_norm"] != second["grad_norm"]
+        assert read_metrics(path) == [row(1)]
+
+    def test_what_is_no_finite_number_is_null(self, path):
+        """Python would write NaN and Infinity, which no other reader of JSON takes."""
+        file = MetricsFile(path, 0)
+        wild = {"loss": math.nan, "grad_norm": math.inf, "low": -math.inf, "skipped": "loss is nan", "sample_ids": [8]}
+        file.write({"step": 1, **wild})
+        file.close()
+        (line,) = path.read_text().splitlines()
+        parsed = json.loads(line, parse_constant=pytest.fail)
+        assert parsed == {**wild, "step": 1, "loss": None, "grad_norm": None, "low": None}
 
     def test_a_row_is_there_before_write_returns(self, path):
         """A killed process loses nothing that was written."""
@@ -93,6 +102,30 @@ class TestMetricsFile:
 
     def test_missing_file_has_no_rows(self, path):
         assert read_metrics(path) == []
+
+
+class TestIncidentsFile:
+    def test_is_only_ever_appended_to(self, tmp_path):
+        for number in range(3):
+            IncidentsFile(tmp_path / "incidents.jsonl").write({"event": "skip", "step": number})
+        incidents = read_metrics(tmp_path / "incidents.jsonl")
+        assert [(incident["event"], incident["step"]) for incident in incidents] == [("skip", n) for n in range(3)]
+
+    def test_says_when(self, tmp_path):
+        before = datetime.now(timezone.utc).replace(microsecond=0)
+        IncidentsFile(tmp_path / "incidents.jsonl").write({"event": "rollback"})
+        incident = json.loads((tmp_path / "incidents.jsonl").read_text())
+        when = datetime.strptime(incident["time"], "%Y-%m-%dT%H:%M:%S%z")
+        assert before <= when <= datetime.now(timezone.utc)
+
+    def test_what_is_no_finite_number_is_null(self, tmp_path):
+        IncidentsFile(tmp_path / "incidents.jsonl").write({"event": "skip", "loss": math.nan})
+        line = (tmp_path / "incidents.jsonl").read_text()
+        assert json.loads(line, parse_constant=pytest.fail)["loss"] is None
+
+    def test_without_an_incident_there_is_no_file(self, tmp_path):
+        IncidentsFile(tmp_path / "incidents.jsonl")
+        assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from scfm_core.data.loader import batches
-from scfm_core.distributed.engine import NonFiniteGradient
+from scfm_core.distributed.engine import GROUPS
 from scfm_core.errors import UserError
 from scfm_core.scfm.loss import LossMeter
-from scfm_core.train.checkpoint import checkpoint_path, find_checkpoint, load_checkpoint
-from scfm_core.train.trainer import Trainer, fit, learning_rate
+from scfm_core.train.checkpoint import checkpoint_path, find_checkpoint, load_checkpoint, verify_checkpoint
+from scfm_core.train.trainer import SkippedTooOften, Trainer, fit, learning_rate
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_losses.json"
 
@@ -25,10 +25,41 @@ VARIANTS = {
 }
 
 
-def run(config, resume=None):
+def run(config, resume=None, poisoned=()):
     trainer = Trainer(config, resume)
+    poison(trainer, poisoned)
     assert fit(trainer) is None
-    return trainer, [json.loads(line) for line in (trainer.run_dir / "metrics.jsonl").read_text().splitlines()]
+    return trainer, rows_of(trainer, "metrics.jsonl")
+
+
+def rows_of(trainer, name):
+    """Of a file of JSON lines, as any reader takes them: without NaN."""
+    lines = (trainer.run_dir / name).read_text().splitlines()
+    return [json.loads(line, parse_constant=pytest.fail) for line in lines]
+
+
+def poison(trainer, samples):
+    """Data: the latents of these global samples are no numbers."""
+    encode, bad = trainer.encoder.encode, torch.tensor(sorted(samples), dtype=torch.int64)
+
+    def poisoned(batch):
+        latents, cond = encode(batch)
+        return latents.masked_fill(torch.isin(batch.sample_ids, bad).view(-1, 1, 1, 1), math.nan), cond
+
+    trainer.encoder.encode = poisoned
+
+
+def steps_of(*steps):
+    """The global samples of these steps, counted from 1, at the tests' batch of eight."""
+    return [sample for step in steps for sample in range(8 * step - 8, 8 * step)]
+
+
+def everything(trainer):
+    """Weights, moments and averages, as a checkpoint would hold them, and the optimizer's own count of updates."""
+    state = {name: tensor.detach().clone() for name, tensor in trainer.engine.state().items()}
+    assert {name.partition(".")[0] for name in state} == set(GROUPS)
+    counts = {entry["step"].item() for entry in trainer.engine._optimizer.state.values()}
+    return {**state, "updates": torch.tensor(sorted(counts))}
 
 
 def snapshot(trainer):
@@ -188,18 +219,241 @@ def test_losses_are_the_golden_ones(make_config):
     assert losses == pytest.approx(json.loads(GOLDEN.read_text()), rel=1e-3)
 
 
-def test_a_wild_gradient_stops_before_anything_changes(make_config, monkeypatch):
-    trainer = Trainer(make_config({"train.steps": 3, "checkpoint.every": 1}))
-    steps = iter(trainer.train_steps())
-    next(steps)
-    before = snapshot(trainer)
-    next(iter(trainer.model.parameters("student").values())).register_hook(lambda gradient: gradient * math.nan)
-    with pytest.raises(
-        UserError, match=r"step 2 stopped: .*samples are 8\.\.\.15; weights and EMAs are as after step 1"
-    ):
+class TestSkippedSteps:
+    """A step that is no number, or a spike, is not applied: it leaves no trace but its row and its incident."""
+
+    @pytest.mark.parametrize("variant", VARIANTS)
+    @pytest.mark.parametrize("micro_batch_size", [8, 2])
+    def test_nothing_changes_but_the_counters(self, make_config, variant, micro_batch_size):
+        """One sample of eight is bad, in the second of four micro-batches; averages were due for a restart."""
+        changes = {"train.micro_batch_size": micro_batch_size, "ema.restart_every": 2}
+        trainer = Trainer(make_config({**VARIANTS[variant], **changes}))
+        poison(trainer, [11])
+        steps = trainer.train_steps()
+        assert "skipped" not in next(steps)
+        before = everything(trainer)
+        row = next(steps)
+        assert_bitwise(everything(trainer), before)
+        assert row["skipped"] == "loss is nan"
+        assert math.isnan(row["loss"])
+        assert row["sample_ids"] == list(range(8, 16))
+        assert row["suspects"] == [11]
+        progress = trainer.progress
+        assert (progress.step, progress.samples, progress.updates) == (2, 16, 1)
+        assert "skipped" not in next(steps)
+        assert (progress.step, progress.samples, progress.updates) == (3, 24, 2)
+        assert not torch.equal(everything(trainer)["updates"], before["updates"])
+
+    @pytest.mark.parametrize("micro_batch_size", [8, 2])
+    def test_the_run_goes_on_as_if_the_samples_were_not_there(self, make_config, tmp_path, micro_batch_size):
+        """Bitwise: no gradient of the bad step stays behind, and Adam's bias correction counts updates."""
+        config = make_config({"train.steps": 4, "train.micro_batch_size": micro_batch_size})
+        trainer, _ = run(config, poisoned=[11])
+        other = Trainer(make_config({"run.dir": str(tmp_path / "other")}))
+        next(other.train_steps())
+        other.progress.step, other.progress.samples = 2, 16
+        for _ in other.train_steps():
+            pass
+        assert other.progress.updates == trainer.progress.updates == 3
+        assert_bitwise(everything(trainer), everything(other))
+
+    def test_resuming_behind_one_is_bitwise_the_uninterrupted_run(self, make_config, tmp_path):
+        """The optimizer has made fewer updates than there were steps."""
+        changes = {"train.steps": 5, "train.micro_batch_size": 4, "checkpoint.every": 3}
+        whole, rows = run(make_config({**changes, "run.dir": str(tmp_path / "whole")}), poisoned=[11])
+        run(make_config({"run.dir": str(tmp_path / "parts"), "train.steps": 3}), poisoned=[11])
+        parts, part_rows = run(make_config({"train.steps": 5}), checkpoint_path(tmp_path / "parts", 3), poisoned=[11])
+        assert parts.progress.updates == whole.progress.updates == 4
+        assert_bitwise(everything(parts), everything(whole))
+        assert [row["loss"] for row in part_rows] == [row["loss"] for row in rows]
+
+    @pytest.mark.parametrize("wild", [math.nan, math.inf])
+    def test_gradient_alone(self, make_config, monkeypatch, wild):
+        """The loss is fine, its derivative is not: a backward can overflow where the forward does not."""
+        trainer = Trainer(make_config())
+        steps = trainer.train_steps()
         next(steps)
-    assert_bitwise(snapshot(trainer), before)
-    assert issubclass(NonFiniteGradient, RuntimeError)
+        before = everything(trainer)
+        hook = next(iter(trainer.model.parameters("student").values())).register_hook(lambda g: g + wild)
+        row = next(steps)
+        hook.remove()
+        assert_bitwise(everything(trainer), before)
+        assert row["skipped"] == f"gradient norm is {wild}"
+        assert math.isfinite(row["loss"])
+        assert len(row["suspects"]) == 4  # the largest losses
+        assert set(row["suspects"]) < set(row["sample_ids"])
+        assert "skipped" not in next(steps)
+
+    def test_metrics_and_incidents_tell_of_it(self, make_config, capsys):
+        trainer, rows = run(make_config(), poisoned=[11, 13])
+        assert [row["step"] for row in rows] == [1, 2, 3, 4]
+        assert [row["samples"] for row in rows] == [8, 16, 24, 32]
+        assert ["skipped" in row for row in rows] == [False, True, False, False]
+        assert (rows[1]["loss"], rows[1]["grad_norm"], rows[1]["skipped"]) == (None, None, "loss is nan")
+        assert all(math.isfinite(row["loss"]) for number, row in enumerate(rows) if number != 1)
+        (incident,) = rows_of(trainer, "incidents.jsonl")
+        assert (incident["event"], incident["step"], incident["skipped"]) == ("skip", 2, "loss is nan")
+        assert incident["sample_ids"] == list(range(8, 16))
+        assert incident["suspects"] == [11, 13]
+        assert "step 2 skipped: loss is nan; samples to look at: [11, 13]" in capsys.readouterr().out
+        state = load_checkpoint(find_checkpoint(trainer.run_dir)).state
+        assert (state["step"], state["updates"], state["samples"]) == (4, 3, 32)
+
+    def test_without_one_there_is_no_file_of_incidents(self, make_config):
+        trainer, _ = run(make_config())
+        assert not (trainer.run_dir / "incidents.jsonl").exists()
+
+    def test_spikes(self, make_config):
+        """A factor this small makes every loss above the median one; the first twenty steps are applied all the same."""
+        trainer = Trainer(make_config({"train.steps": 40, "train.spike_factor": 1.0001, "train.max_skips": 99}))
+        skipped, before = [], everything(trainer)
+        for row in trainer.train_steps():
+            after = everything(trainer)
+            same = all(torch.equal(before[name], after[name]) for name in before)
+            assert same == ("skipped" in row)
+            if "skipped" in row:
+                skipped.append(row["step"])
+                assert "is more than 1.0001 x" in row["skipped"]
+                assert len(row["suspects"]) == 4
+            before = after
+        assert skipped
+        assert min(skipped) > 20
+        assert trainer.progress.updates == 40 - len(skipped)
+
+    def test_spikes_are_applied_without_a_factor(self, make_config):
+        _, rows = run(make_config({"train.steps": 24, "train.spike_factor": None}))
+        assert not any("skipped" in row for row in rows)
+
+    def test_suspects_of_a_spike_are_its_largest_losses(self, make_config):
+        config = make_config({"train.steps": 1})
+        trainer = Trainer(config)
+        meter = LossMeter("cpu")
+        for batch in batches(trainer.dataset, config.data, seed=0, micro_batch_size=2, start=0, stop=8):
+            trainer.micro_step(batch, meter)
+        losses = dict(meter.by_sample())
+        assert sorted(losses) == list(range(8))
+        assert sum(losses.values()) / 8 == pytest.approx(meter.compute()["loss"])
+        assert trainer._suspects(meter) == sorted(losses, key=losses.get, reverse=True)[:4]
+
+
+ROLLING = {"train.steps": 8, "train.max_skips": 1, "checkpoint.every": 2, "checkpoint.keep": 9}
+
+
+class TestRollback:
+    """More skipped steps in a row than are borne: back to the checkpoint before them, and on with the data behind."""
+
+    def test_the_trainer_says_so_after_the_row(self, make_config):
+        trainer = Trainer(make_config({**ROLLING, "train.max_skips": 2}))
+        poison(trainer, steps_of(2, 3, 4))
+        steps, rows = trainer.train_steps(), []
+        with pytest.raises(SkippedTooOften):
+            rows.extend(steps)
+        assert [row["step"] for row in rows] == [1, 2, 3, 4]
+
+    def test_weights_are_those_before_and_the_data_those_behind(self, make_config, tmp_path):
+        trainer, rows = run(make_config(ROLLING), poisoned=steps_of(4, 5))
+        assert [row["step"] for row in rows] == list(range(1, 9))
+        assert not any("skipped" in row for row in rows)
+        # Steps 3 to 8 were done with what would have been the samples of steps 6 to 11.
+        assert [row["samples"] for row in rows] == [8, 16, 48, 56, 64, 72, 80, 88]
+        assert (trainer.progress.rollbacks, trainer.progress.updates) == (1, 8)
+        assert trainer.guard.first_skipped is None
+
+        other = Trainer(make_config({"run.dir": str(tmp_path / "other")}))
+        for row in other.train_steps():
+            if row["step"] == 2:
+                break
+        other.progress.samples = 40
+        assert [row["loss"] for row in other.train_steps()] == [row["loss"] for row in rows[2:]]
+        assert_bitwise(everything(trainer), everything(other))
+
+    def test_incidents_stay_on_record(self, make_config):
+        trainer, _ = run(make_config(ROLLING), poisoned=steps_of(4, 5))
+        incidents = rows_of(trainer, "incidents.jsonl")
+        rollback = incidents[-1]
+        assert [(row["event"], row.get("step")) for row in incidents] == [("skip", 4), ("skip", 5), ("rollback", None)]
+        assert (rollback["from_step"], rollback["to_step"], rollback["next_sample"]) == (5, 2, 40)
+        assert "2 steps in a row, 4 to 5, could not be applied" in rollback["reason"]
+
+    def test_a_row_that_is_borne_is_none(self, make_config):
+        trainer, rows = run(make_config({**ROLLING, "train.max_skips": 2}), poisoned=steps_of(3, 4, 6, 7))
+        assert trainer.progress.rollbacks == 0
+        assert [row["step"] for row in rows if "skipped" in row] == [3, 4, 6, 7]
+
+    def test_a_second_time_ends_the_run(self, make_config):
+        """The first rollback leads to step 2 and sample 40; steps 7 and 8 of the second attempt are bad again."""
+        trainer = Trainer(make_config(ROLLING))
+        poison(trainer, [*steps_of(4, 5), *range(72, 88)])
+        with pytest.raises(UserError) as caught:
+            fit(trainer)
+        message = str(caught.value)
+        assert "2 steps in a row, 7 to 8, could not be applied, and the run has gone back 1 times already" in message
+        assert f"{trainer.run_dir / 'incidents.jsonl'} names the reasons and the samples" in message
+        assert "lower train.lr or train.clip_norm, or raise train.max_skips" in message
+        events = [row["event"] for row in rows_of(trainer, "incidents.jsonl")]
+        assert events == ["skip", "skip", "rollback", "skip", "skip"]
+
+    def test_as_often_as_is_allowed(self, make_config):
+        config = make_config({**ROLLING, "train.max_rollbacks": 2})
+        trainer, rows = run(config, poisoned=[*steps_of(4, 5), *range(72, 88)])
+        assert trainer.progress.rollbacks == 2
+        assert [row["step"] for row in rows] == list(range(1, 9))
+
+    def test_never_if_none_is_allowed(self, make_config):
+        trainer = Trainer(make_config({**ROLLING, "train.max_rollbacks": 0}))
+        poison(trainer, steps_of(4, 5))
+        with pytest.raises(UserError, match="the run has gone back 0 times already"):
+            fit(trainer)
+
+    def test_without_a_checkpoint_before_the_row(self, make_config):
+        trainer = Trainer(make_config(ROLLING))
+        poison(trainer, steps_of(2, 3))
+        with pytest.raises(
+            UserError, match=r"2 steps in a row, 2 to 3, .* there is no checkpoint from before to go back"
+        ):
+            fit(trainer)
+        assert [row["step"] for row in rows_of(trainer, "metrics.jsonl")] == [1, 2, 3]
+
+    def test_a_checkpoint_within_the_row_is_not_gone_back_to(self, make_config):
+        """It would be as bad as what followed; nor may it push out the one before."""
+        changes = {"checkpoint.every": 1, "checkpoint.keep": 2, "train.max_skips": 3}
+        trainer, rows = run(make_config({**ROLLING, **changes}), poisoned=steps_of(4, 5, 6, 7))
+        assert rows_of(trainer, "incidents.jsonl")[-1]["to_step"] == 3
+        assert [row["step"] for row in rows] == list(range(1, 9))
+
+    @pytest.mark.parametrize("stopped_at", [4, 5])
+    def test_resumed_within_the_row_it_happens_all_the_same(self, make_config, tmp_path, stopped_at):
+        """The row's length and beginning are in the checkpoint."""
+        bad = steps_of(4, 5, 6)
+        changes = {**ROLLING, "train.max_skips": 2, "checkpoint.every": 1}
+        whole, rows = run(make_config({**changes, "run.dir": str(tmp_path / "whole")}), poisoned=bad)
+        run(make_config({"run.dir": str(tmp_path / "parts"), "train.steps": stopped_at}), poisoned=bad)
+        resume = find_checkpoint(tmp_path / "parts")
+        assert resume == checkpoint_path(tmp_path / "parts", stopped_at)
+        parts, part_rows = run(make_config({"train.steps": 8}), resume, poisoned=bad)
+        assert whole.progress.rollbacks == parts.progress.rollbacks == 1
+        assert_bitwise(everything(parts), everything(whole))
+        assert [(row["step"], row["loss"]) for row in part_rows] == [(row["step"], row["loss"]) for row in rows]
+
+    def test_resumed_after_it_the_run_remembers(self, make_config):
+        """Neither the samples that are left out nor the number of rollbacks is forgotten."""
+        config = make_config({**ROLLING, "train.steps": 4})
+        run(config, poisoned=steps_of(3, 4))
+        trainer = Trainer(make_config({"train.steps": 8}), find_checkpoint(Path(config.run.dir)))
+        assert (trainer.progress.step, trainer.progress.samples, trainer.progress.rollbacks) == (4, 48, 1)
+        poison(trainer, range(48, 64))
+        with pytest.raises(UserError, match="has gone back 1 times already"):
+            fit(trainer)
+
+    def test_checkpoints_are_whole_afterwards(self, make_config):
+        trainer, _ = run(make_config(ROLLING), poisoned=steps_of(4, 5))
+        folder = trainer.run_dir / "checkpoints"
+        assert (folder / "latest").read_text() == "step_00000008"
+        names = sorted(path.name for path in folder.glob("step_*"))
+        assert names == [f"step_{step:08d}" for step in (2, 4, 6, 8)]
+        for name in names:
+            verify_checkpoint(folder / name)
+        assert load_checkpoint(folder / "step_00000004").state["samples"] == 56  # of the second attempt
 
 
 def test_learning_rate_schedules(make_config):
@@ -211,12 +465,18 @@ def test_learning_rate_schedules(make_config):
     assert learning_rate(train, 99) < 0.001
 
 
-def test_frozen_base_and_pickles_stay_out_of_the_checkpoint(make_config):
+def test_frozen_base_stays_out_of_the_checkpoint(make_config):
     trainer, _ = run(make_config())
     checkpoint = load_checkpoint(find_checkpoint(trainer.run_dir))
-    assert checkpoint.tensors.keys() == {"student", "ema_fast", "ema_slow", "optimizer"}
-    assert all(".lora_" in name for group in checkpoint.tensors.values() for name in group)
-    assert {path.suffix for path in checkpoint.path.iterdir()} == {".safetensors", ".json"}
+    reader = checkpoint.reader
+    assert {key.partition(".")[0] for key in reader.shapes} == set(GROUPS)
+    assert all(".lora_" in key for key in reader.shapes)
+    trained = trainer.model.parameters("student")
+    assert checkpoint.state["shapes"] == {name: list(parameter.shape) for name, parameter in trained.items()}
+    assert len(reader.shapes) == len(GROUPS) * len(trained)
+    # DCP's own index is a pickle, which is read with a list of what it may hold (tests/distributed/test_reader.py).
+    files = {path.relative_to(checkpoint.path).as_posix() for path in checkpoint.path.rglob("*") if path.is_file()}
+    assert files == {"state.json", "manifest.json", "dcp/.metadata", "dcp/__0_0.distcp"}
 
 
 @pytest.mark.parametrize(

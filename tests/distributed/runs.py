@@ -1,0 +1,105 @@
+"""Small runs on several processes, as functions that a test hands to `run_distributed`."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from launch import run_distributed
+
+ENGINES: dict[str, dict[str, Any]] = {
+    "replicas": {"shard": 1},
+    "fsdp2": {},
+    "zero1": {"name": "deepspeed", "zero_stage": 1},
+    "zero2": {"name": "deepspeed", "zero_stage": 2},
+    "zero3": {"name": "deepspeed", "zero_stage": 3},
+}
+
+
+def make_tree(tiny: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
+    """The smallest complete configuration as plain values; `changes` as `section__key=value`."""
+    tree: dict[str, Any] = {
+        "run": {"dir": str(run_dir), "device": "cpu"},
+        "model": {"path": str(tiny / "flux"), "text_length": 8},
+        "data": {"path": str(tiny / "cache"), "resolution": [16, 16], "num_workers": 0},
+        "method": {"self_grids": [16, 8, 4, 2]},
+        "lora": {"rank": 4, "alpha": 4.0},
+        "train": {
+            "steps": 4,
+            "global_batch_size": 8,
+            "micro_batch_size": 2,
+            "lr": 1e-3,
+            "compute_dtype": "float32",
+        },
+        "engine": {"timeout": 60.0},
+        "checkpoint": {"every": 2},
+        "sample": {"every": 0},
+        "wandb": {"mode": "disabled"},
+    }
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        if name:
+            tree[section][name] = value
+        else:
+            tree[section] |= value
+    return tree
+
+
+def joined_trainer(tree: dict[str, Any]) -> Any:
+    """In a rank: the world and a trainer in it; a context manager."""
+    import contextlib
+
+    from scfm_core.distributed.world import join_world
+    from scfm_core.train.checkpoint import find_checkpoint
+    from scfm_core.train.config import parse_config
+    from scfm_core.train.trainer import Trainer
+
+    @contextlib.contextmanager
+    def make() -> Any:
+        config = parse_config(tree, "test")
+        needs_group = config.engine.name == "deepspeed" or config.checkpoint.asynchronous
+        with join_world(torch.device("cpu"), config.engine.timeout, always=needs_group) as world:
+            yield Trainer(config, find_checkpoint(Path(config.run.dir), world=world), world)
+
+    return make()
+
+
+def train_all(tree: dict[str, Any]) -> list[dict[str, Any]]:
+    """In a rank: resume, run to the end, save the last step; the rows of this start."""
+    with joined_trainer(tree) as trainer:
+        rows = list(trainer.train_steps())
+        trainer.save()
+        trainer.writer.wait()
+        return rows
+
+
+def train_cli(tree: dict[str, Any], *arguments: str) -> int:
+    """In a rank: `scfm train` with this configuration; its exit code."""
+    import yaml
+
+    from recipes.cli import main
+
+    path = Path(f"{tree['run']['dir']}.rank{os.environ['RANK']}.yaml")
+    path.write_text(yaml.safe_dump(tree))
+    return main(["train", str(path), *arguments])
+
+
+def tensors(run_dir: Path, step: int | None = None) -> dict[str, torch.Tensor]:
+    """Everything that the newest (or a given) checkpoint of a run holds."""
+    from scfm_core.train.checkpoint import checkpoint_path, find_checkpoint, load_checkpoint
+
+    path = checkpoint_path(run_dir, step) if step is not None else find_checkpoint(run_dir)
+    assert path is not None
+    reader = load_checkpoint(path).reader
+    return {key: reader.tensor(key).clone() for key in reader.shapes}
+
+
+def distance(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor], group: str) -> float:
+    """||left - right|| / ||right|| over all tensors of a group."""
+    assert left.keys() == right.keys()
+    keys = [key for key in right if key.startswith(f"{group}.")]
+    difference = sum(float((left[key] - right[key]).double().square().sum()) for key in keys)
+    return float((difference / sum(float(right[key].double().square().sum()) for key in keys)) ** 0.5)
+
+
+__all__ = ["ENGINES", "distance", "joined_trainer", "make_tree", "run_distributed", "tensors", "train_all", "train_cli"]

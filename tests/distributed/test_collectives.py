@@ -1,0 +1,154 @@
+"""Every collective of a step, by kind and bytes, on each engine. docs/engines.md shows the table:
+`python tests/distributed/test_collectives.py` prints it anew."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import ENGINES, joined_trainer, make_tree, run_distributed
+from torch.utils._python_dispatch import TorchDispatchMode
+
+CASES: dict[str, dict[str, Any]] = {"one process": {}, **ENGINES, "hsdp": {"shard": 2}}
+KINDS = {
+    "allreduce": "all-reduce",
+    "allgather": "all-gather",
+    "reduce_scatter": "reduce-scatter",
+    "broadcast": "broadcast",
+    "alltoall": "all-to-all",
+    "barrier": "barrier",
+    "gather": "gather",
+}
+
+
+class Collectives(TorchDispatchMode):
+    """Counts what goes through torch.distributed: calls and bytes of the input, by kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace in ("c10d", "_c10d_functional") and "wait" not in function.__name__:
+            name = function.__name__.replace("_", "")
+            kind = next(kind for part, kind in KINDS.items() if part.replace("_", "") in name)
+            # The larger side of a gather or scatter is the whole.
+            sizes = [
+                t.nbytes for t in torch.utils._pytree.tree_leaves((args, kwargs or {})) if isinstance(t, torch.Tensor)
+            ]
+            self.calls[kind] += 1
+            self.bytes[kind] += max(sizes, default=0)
+        return function(*args, **(kwargs or {}))
+
+
+def count(tree: dict[str, Any]) -> dict[str, dict[str, tuple[int, int]]]:
+    """In a rank: the collectives of the third step, by part of the step."""
+    with joined_trainer(tree) as trainer:
+        parts: dict[str, Any] = {}
+
+        def counted(name: str, function: Any) -> Any:
+            def call(*arguments: Any, **options: Any) -> Any:
+                with Collectives() as seen:
+                    result = function(*arguments, **options)
+                known = parts.setdefault(name, {})
+                for kind, calls in seen.calls.items():
+                    before = known.get(kind, (0, 0))
+                    known[kind] = (before[0] + calls, before[1] + seen.bytes[kind])
+                return result
+
+            return call
+
+        engine, emas = trainer.engine, trainer.emas
+        engine.forward = counted("passes", engine.forward)
+        engine.backward = counted("backward", engine.backward)
+        engine.reduce = counted("reduce", engine.reduce)
+        engine.step = counted("update", engine.step)
+        emas.update = counted("ema", emas.update)
+        engine.after_ema_update = counted("ema", engine.after_ema_update)
+        trainer._share = counted("metrics", trainer._share)
+        for row in trainer.train_steps():
+            if row["step"] < 3:
+                parts.clear()
+        return parts
+
+
+def measure(name: str, weights: str, tiny: Path, tmp_path: Path) -> tuple[dict[str, Any], int]:
+    """One step's collectives on rank 0, and the trained weights' bytes."""
+    from scfm_core.models.flux import Flux
+    from scfm_core.train.config import parse_config
+    from scfm_core.train.estimate import estimate
+
+    world_size = {"one process": 1, "hsdp": 4}.get(name, 2)
+    settings = tmp_path / "deepspeed.json"
+    # DeepSpeed keeps weights below 100,000 elements gathered, which is all of them here and next to none of Flux.
+    settings.write_text('{"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}')
+    engine = {**CASES[name], "deepspeed_config": str(settings)} if name == "zero3" else CASES[name]
+    tree = make_tree(tiny, tmp_path / f"{name}_{weights}", engine=engine, train__steps=3, train__weights=weights)
+    trained = estimate(parse_config(tree, "test"), Flux(str(tiny / "flux"))).trained_parameters
+    return run_distributed(count, world_size, tree)[0], 4 * trained
+
+
+@pytest.mark.parametrize("weights", ["lora", "full"])
+@pytest.mark.parametrize("name", CASES)
+def test_what_a_step_sends(name, weights, tiny, tmp_path):
+    parts, trained = measure(name, weights, tiny, tmp_path)
+    assert parts["ema"] == {}, "an EMA's update is local"
+    if name == "one process":
+        assert not any(parts.values())
+        return
+    assert parts["metrics"] == {"all-reduce": (1, 8 * (24 + 3))}
+    if name == "replicas":  # one all-reduce of the trained weights' gradients, and nothing else
+        assert parts["passes"] == parts["backward"] == parts["update"] == {}
+        assert parts["reduce"] == {"all-reduce": (1, trained)}
+    elif name in ("fsdp2", "hsdp"):
+        assert set(parts["passes"]) == {"all-gather"} and parts["update"] == {}
+        assert parts["reduce"] == {"all-reduce": (1, 4)}, "the squared norm"
+        scattered = parts["backward"]["reduce-scatter"][1]
+        accumulation = 8 // (2 * (4 if name == "hsdp" else 2))
+        assert scattered == pytest.approx(accumulation * trained, rel=0.05)  # padding
+        if name == "hsdp":  # a shard's gradients, between the replicas
+            assert parts["backward"]["all-reduce"][1] == pytest.approx(trained / 2, rel=0.05)
+        else:
+            assert "all-reduce" not in parts["backward"]
+    elif name in ("zero1", "zero2"):
+        assert parts["passes"] == {}
+        assert parts["reduce"]["all-reduce"] == (1, 8)
+        assert parts["update"]["all-gather"][1] == pytest.approx(trained, rel=0.05)
+        accumulation = 1 if name == "zero1" else 2
+        assert sum(size for _, size in parts["backward"].values()) == pytest.approx(accumulation * trained, rel=0.05)
+    else:
+        assert set(parts["passes"]) == {"all-gather"}
+        assert parts["backward"]["reduce-scatter"][1] == pytest.approx(2 * trained, rel=0.05)
+
+
+def table(tiny: Path, tmp_path: Path) -> str:
+    """The docs' table."""
+    lines = [
+        "| engine | weights | passes | backward | reduce | update | EMA update | metrics |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name in CASES:
+        for weights in ("lora", "full"):
+            parts, trained = measure(name, weights, tiny, tmp_path)
+            cells = [
+                ", ".join(f"{calls} {kind} ({_size(size, trained)})" for kind, (calls, size) in parts[part].items())
+                or "-"
+                for part in ("passes", "backward", "reduce", "update", "ema", "metrics")
+            ]
+            lines.append(f"| {name} | {weights} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _size(size: int, trained: int) -> str:
+    return f"{size} B" if size < 1000 else f"{size / trained:.2f} T"
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    import conftest
+
+    with tempfile.TemporaryDirectory() as folder:
+        print(table(conftest.write_tiny(Path(folder)), Path(folder)))

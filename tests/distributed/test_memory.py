@@ -1,0 +1,85 @@
+"""The dry run's memory against the bytes that an engine really holds, by part."""
+
+from typing import Any
+
+import pytest
+import torch
+from runs import ENGINES, joined_trainer, make_tree, run_distributed
+
+from scfm_core.models.flux import Flux
+from scfm_core.train.config import parse_config
+from scfm_core.train.estimate import estimate
+
+CASES = {
+    "one": (1, {}),
+    "hsdp": (4, {"shard": 2}),
+    **{name: (2, engine) for name, engine in ENGINES.items()},
+    "fsdp2 on 4": (4, {}),
+}
+
+
+def size(tensors: Any) -> int:
+    """Bytes of the distinct storages behind tensors, each once, counting what a view uses of a shared flat buffer."""
+    return sum({(t.data_ptr(), t.nbytes): t.nbytes for t in tensors if t is not None and t.numel()}.values())
+
+
+def held(tree: dict[str, Any]) -> dict[str, int]:
+    """In a rank: bytes by part, at their most in a step."""
+    with joined_trainer(tree) as trainer:
+        engine, model = trainer.engine, trainer.model
+        found: dict[str, int] = {}
+        plain, backward, gradients = engine.step, engine.backward, []
+
+        def local(parameter: Any) -> torch.Tensor:
+            if hasattr(parameter, "ds_tensor"):
+                return parameter.ds_tensor
+            return parameter.to_local() if hasattr(parameter, "to_local") else parameter.detach()
+
+        def counted_backward(loss: torch.Tensor) -> None:
+            backward(loss)
+            # Between micro-batches: ZeRO-1 keeps whole gradients here, ZeRO-2 and 3 this rank's part.
+            kept = [local(p.grad) for p in model.parameters("student").values() if p.grad is not None]
+            gradients.append(size([*kept, *(engine._reduced_gradients() if hasattr(engine, "_vectors") else ())]))
+
+        def step(lr: float) -> None:
+            found["gradients (fp32)"] = max(gradients)
+            trained = {id(p) for role in ("student", "ema_fast", "ema_slow") for p in model.parameters(role).values()}
+            frozen = [p for network in model.networks.values() for p in network.parameters() if id(p) not in trained]
+            found["frozen base"] = found["teacher"] = size(map(local, frozen))
+            found["student (fp32)"] = size(map(local, model.parameters("student").values()))
+            found["EMAs, fast and slow (fp32)"] = size(
+                local(p) for role in ("ema_fast", "ema_slow") for p in model.parameters(role).values()
+            )
+            if hasattr(engine, "_vectors"):
+                states = [engine._zero.optimizer.state[vector] for vector in engine._vectors()]
+                weights = {local(p).data_ptr() for p in model.parameters("student").values()}
+                own = [v for v in engine._vectors() if v.data_ptr() not in weights]
+                found["optimizer's masters (fp32)"] = size(own) if engine._stage < 3 else 0
+            else:
+                states = list(engine._optimizer.state.values())
+            found["Adam (fp32)"] = size(state[moment] for state in states for moment in ("exp_avg", "exp_avg_sq"))
+            plain(lr)
+
+        engine.step, engine.backward = step, counted_backward
+        list(trainer.train_steps())
+        return found
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("weights", ["lora", "full"])
+@pytest.mark.parametrize("name", CASES)
+def test_the_estimate_is_within_a_tenth(name, weights, dtype, tiny, tmp_path):
+    world_size, engine = CASES[name]
+    tree = make_tree(
+        tiny, tmp_path / "run", engine=engine, train__steps=2, train__weights=weights, train__compute_dtype=dtype,
+        train__micro_batch_size=4 // world_size,
+    )  # fmt: skip
+    expected = estimate(parse_config(tree, "test"), Flux(str(tiny / "flux")), world_size).memory
+    measured = run_distributed(held, world_size, tree)[0]
+    parts = ("frozen base" if weights == "lora" else "teacher", "student (fp32)", "EMAs, fast and slow (fp32)",
+             "optimizer's masters (fp32)", "gradients (fp32)", "Adam (fp32)")  # fmt: skip
+    compared = {part: (expected.get(part, 0), measured.get(part, 0)) for part in parts}
+    for part, (wanted, got) in compared.items():
+        assert got == pytest.approx(wanted, rel=0.1), (part, compared)
+    total = [sum(pair[i] for pair in compared.values()) for i in (0, 1)]
+    assert total[1] == pytest.approx(total[0], rel=0.1)

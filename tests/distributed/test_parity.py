@@ -1,0 +1,97 @@
+"""One run on every engine: the same losses, gradient norms and EMAs as one process, from the same global batches.
+
+`SCFM_SHOW_PARITY=1 pytest -s tests/distributed/test_parity.py` prints the measured table.
+"""
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from runs import ENGINES, distance, make_tree, run_distributed, tensors, train_all
+
+STEPS = 20
+CASES = {
+    "replicas on 2": (2, ENGINES["replicas"]),
+    "FSDP2 on 2": (2, ENGINES["fsdp2"]),
+    "FSDP2 on 4": (4, ENGINES["fsdp2"]),
+    "HSDP on 2 x 2": (4, {"shard": 2}),
+    "ZeRO-1 on 2": (2, ENGINES["zero1"]),
+    "ZeRO-2 on 2": (2, ENGINES["zero2"]),
+    "ZeRO-3 on 2": (2, ENGINES["zero3"]),
+    "FSDP2 on 2, offloaded": (2, {"cpu_offload": True}),
+    "ZeRO-2 on 2, offloaded": (2, {**ENGINES["zero2"], "cpu_offload": True}),
+    "ZeRO-3 on 2, offloaded": (2, {**ENGINES["zero3"], "cpu_offload": True}),
+}
+# fp32: the order of summation. bf16: a matrix product over other rows rounds otherwise, by 2^-9 of a value, and Adam
+# turns a gradient's changed sign into a step of full length; so the EMAs' distance is held against what they moved.
+LIMITS = {"float32": (1e-5, 1e-5), "bfloat16": (5e-2, 0.5)}
+
+
+@pytest.fixture(scope="module")
+def reference(tiny, tmp_path_factory):
+    """(weights, dtype) -> rows and tensors of one process."""
+    known: dict[tuple[str, str], Any] = {}
+
+    def get(weights: str, dtype: str):
+        if (weights, dtype) not in known:
+            folder = tmp_path_factory.mktemp("one")
+            changes = {"train__steps": STEPS, "train__weights": weights, "train__compute_dtype": dtype}
+            start = make_tree(tiny, folder / "start", **changes, train__lr=1e-12)
+            start["train"]["steps"] = 1
+            run_distributed(train_all, 1, start)
+            tree = make_tree(tiny, folder / "run", **changes, train__micro_batch_size=4)
+            [rows] = run_distributed(train_all, 1, tree)
+            known[weights, dtype] = rows, tensors(folder / "run"), tensors(folder / "start")
+        return known[weights, dtype]
+
+    return get
+
+
+ROUNDED = [name for name, (world_size, engine) in CASES.items() if world_size == 2 and "cpu_offload" not in engine]
+
+
+@pytest.mark.parametrize("weights", ["lora", "full"])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, "float32") for name in CASES), *((name, "bfloat16") for name in ROUNDED)]
+)
+def test_every_engine_trains_as_one_process(name, weights, dtype, tiny, tmp_path, reference):
+    world_size, engine = CASES[name]
+    rows, expected, start = reference(weights, dtype)
+    changes = {"train__steps": STEPS, "train__weights": weights, "train__compute_dtype": dtype, "engine": engine}
+    tree = make_tree(tiny, tmp_path / "run", **changes, train__micro_batch_size=8 // world_size)
+    by_rank = run_distributed(train_all, world_size, tree)
+    timeless = [
+        [{k: v for k, v in row.items() if "seconds" not in k and "second" not in k} for row in r] for r in by_rank
+    ]
+    assert all(other == timeless[0] for other in timeless[1:]), "ranks report different numbers"
+
+    loss, norm = (
+        max(abs(a[key] - b[key]) / abs(b[key]) for a, b in zip(by_rank[0], rows, strict=True))
+        for key in ("loss", "grad_norm")
+    )
+    actual = tensors(tmp_path / "run")
+    apart = {group: distance(actual, expected, group) for group in ("student", "ema_fast", "ema_slow")}
+    if dtype == "bfloat16":
+        moved = {group: distance(start, expected, group) for group in apart}
+        apart = {group: apart[group] / moved[group] for group in apart}
+    if os.environ.get("SCFM_SHOW_PARITY"):
+        print(
+            f"\n| {name} | {weights} | {dtype} | {loss:.1e} | {norm:.1e} | "
+            + " | ".join(f"{a:.1e}" for a in apart.values())
+            + " |"
+        )
+    assert len(by_rank[0]) == STEPS
+    limit_curve, limit_weights = LIMITS[dtype]
+    assert loss < limit_curve and norm < limit_curve, (loss, norm)
+    assert all(value < limit_weights for value in apart.values()), apart
+
+
+def test_the_comparison_sees_a_wrong_ema(reference):
+    """The limit would catch an average that misses one update."""
+    _, expected, _ = reference("lora", "float32")
+    late = {
+        key: torch.lerp(t, expected[key.replace("ema_fast", "student")], -0.01) if "ema_fast" in key else t
+        for key, t in expected.items()
+    }
+    assert distance(late, expected, "ema_fast") > 1e-5

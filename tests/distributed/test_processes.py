@@ -1,0 +1,446 @@
+"""Lost, stuck and stopped processes: a bounded end on every rank that names the one at fault, and one voice for all.
+
+Row 22 of RELIABILITY.md on one machine: ranks killed and hung in a step; signals that reach one rank; errors on one rank
+and on all. Also the helper that the distributed tests stand on.
+"""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from launch import RankFailed
+from runs import ENGINES, make_tree, run_distributed, tensors, train_all, train_cli
+
+from scfm_core.errors import UserError
+from scfm_core.train.checkpoint import find_checkpoint
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT = 10.0
+# Beyond engine.timeout: the watchdog looks once a second, `blame` takes three, and a busy machine needs its time.
+MARGIN = 15.0
+LOST = 70
+
+
+def make_run(tiny: Path, run_dir: Path, name: str, **changes: Any) -> dict[str, Any]:
+    tree = make_tree(tiny, run_dir, engine=ENGINES[name], train__micro_batch_size=4, **changes)
+    tree["engine"]["timeout"] = TIMEOUT
+    return tree
+
+
+# Under torchrun, as a user starts it.
+
+
+class Job:
+    """`torchrun --no-python scfm train`, what it prints as it comes, and the processes of its ranks."""
+
+    def __init__(self, tree: dict[str, Any]) -> None:
+        self.run_dir = Path(tree["run"]["dir"])
+        recipe = self.run_dir.with_name("recipe.yaml")
+        recipe.write_text(yaml.safe_dump(tree))
+        scripts = Path(sys.executable).parent
+        command = [
+            scripts / "torchrun",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "--no-python",
+            scripts / "scfm",
+            "train",
+            recipe,
+        ]
+        environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+        self.process = subprocess.Popen(
+            [str(word) for word in command], env={**environment, "OMP_NUM_THREADS": "1"}, cwd=ROOT, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        self.lines: list[tuple[float, str]] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append((time.monotonic(), line))
+
+    def text(self) -> str:
+        """All that was printed so far."""
+        return "".join(line for _, line in self.lines)
+
+    def wait_for_steps(self, steps: int, seconds: float = 150) -> None:
+        metrics, deadline = self.run_dir / "metrics.jsonl", time.monotonic() + seconds
+        while not metrics.is_file() or metrics.read_bytes().count(b"\n") < steps:
+            assert self.process.poll() is None, self.text()
+            assert time.monotonic() < deadline, f"the run makes no progress:\n{self.text()}"
+            time.sleep(0.05)
+
+    def ranks(self) -> dict[int, int]:
+        """Rank -> process id, of this launcher's own children."""
+        found = {}
+        for status in Path("/proc").glob("[0-9]*/status"):
+            with contextlib.suppress(OSError):
+                if f"\nPPid:\t{self.process.pid}\n" in status.read_text():
+                    environ = (status.parent / "environ").read_bytes().split(b"\0")
+                    values = dict(entry.split(b"=", 1) for entry in environ if b"=" in entry)
+                    if b"LOCAL_RANK" in values:
+                        found[int(values[b"RANK"])] = int(status.parent.name)
+        return found
+
+    def wait_for_error(self, seconds: float) -> tuple[float, str]:
+        """The first `scfm: error`, and when it came."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            for at, line in list(self.lines):
+                if "scfm: error" in line:
+                    return at, line
+            time.sleep(0.05)
+        raise AssertionError(f"no rank said what happened within {seconds} s:\n{self.text()}")
+
+    def finish(self, seconds: float) -> int:
+        code = self.process.wait(seconds)
+        self._reader.join(5)
+        return code
+
+    def end(self) -> None:
+        """Leave no process behind."""
+        for pid in [*self.ranks().values(), self.process.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture
+def start():
+    jobs: list[Job] = []
+
+    def make(tree: dict[str, Any]) -> Job:
+        jobs.append(Job(tree))
+        return jobs[-1]
+
+    yield make
+    for job in jobs:
+        job.end()
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("name", "victim", "number"),
+    [("fsdp2", 1, "SIGKILL"), ("zero2", 0, "SIGKILL"), ("fsdp2", 0, "SIGSTOP"), ("zero2", 1, "SIGSTOP")],
+)
+def test_a_rank_that_is_killed_or_stopped_in_a_step_under_torchrun(name, victim, number, tiny, tmp_path, start):
+    job = start(make_run(tiny, tmp_path / "run", name, train__steps=100_000, checkpoint__every=100_000))
+    job.wait_for_steps(3)
+    ranks = job.ranks()
+    assert sorted(ranks) == [0, 1]
+    survivor = ranks[1 - victim]
+    struck = time.monotonic()
+    os.kill(ranks[victim], getattr(signal, number))
+    at, message = job.wait_for_error(TIMEOUT + MARGIN)
+    assert at - struck < TIMEOUT + MARGIN
+    while is_running(survivor):  # its message is not its end: threads and groups must let it go
+        assert time.monotonic() - struck < TIMEOUT + MARGIN, f"the other rank does not end:\n{job.text()}"
+        time.sleep(0.05)
+    if number == "SIGSTOP":
+        with contextlib.suppress(ProcessLookupError):  # torchrun would wait another 30 s for it
+            os.kill(ranks[victim], signal.SIGKILL)
+    assert job.finish(60) != 0
+    assert re.search(rf"rank {victim} is gone, last seen at (step \d+)", message), message
+    assert "Start the job again" in job.text() or "start it again" in job.text()
+
+
+# The same without a launcher.
+
+
+def train_with_a_fault(tree: dict[str, Any], victim: int, how: str) -> int:
+    """In a rank: `scfm train`, in which the victim sleeps, is killed or raises in step 3; stderr goes to a file."""
+    from scfm_core.train.trainer import Trainer
+
+    micro_step = Trainer.micro_step
+
+    def faulty(self: Trainer, *arguments: Any) -> Any:
+        if self.world.rank == victim and self.progress.step == 2:
+            if how == "sleeps":
+                time.sleep(3600)
+            if how == "is killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise IndexError("a defect of ours")
+        return micro_step(self, *arguments)
+
+    Trainer.micro_step = faulty  # type: ignore[method-assign]
+    path = Path(f"{tree['run']['dir']}.rank{os.environ['RANK']}.stderr")
+    with path.open("w") as stream, contextlib.redirect_stderr(stream):  # the watchdog ends the process at once
+        return train_cli(tree)
+
+
+def train_until_the_fault(
+    tree: dict[str, Any], victim: int, how: str, limit: float
+) -> tuple[list[Any], list[str], float]:
+    began = time.monotonic()
+    outcomes = run_distributed(train_with_a_fault, 2, tree, victim, how, timeout=limit, expect_failure=True)
+    said = [Path(f"{tree['run']['dir']}.rank{rank}.stderr").read_text() for rank in range(2)]
+    assert all(outcomes), f"a rank did not end within {limit} s: {said}"
+    return outcomes, said, time.monotonic() - began
+
+
+def code_of(outcome: Any) -> int:
+    """`scfm train` returned it, or the watchdog ended the process with it."""
+    return outcome.value if outcome.value is not None else outcome.exit_code
+
+
+@pytest.mark.parametrize(("name", "victim"), [("fsdp2", 1), ("fsdp2", 0), ("zero2", 1)])
+def test_a_rank_that_sleeps_in_a_step(name, victim, tiny, tmp_path):
+    """It is alive and stands still: both ends come from the timeout, its own and that of the rank that waits for it."""
+    tree = make_run(tiny, tmp_path / "run", name)
+    outcomes, said, _ = train_until_the_fault(tree, victim, "sleeps", 20 + TIMEOUT + MARGIN)
+    assert [code_of(outcome) for outcome in outcomes] == [LOST, LOST], said
+    assert f"scfm: error: rank {victim} has stood at step 3 for more than engine.timeout=10 s" in said[victim]
+    if os.environ.get("SCFM_SHOW_MESSAGES"):
+        print(f"\nasleep: {said[victim]}\nwaiting: {said[1 - victim]}")
+    assert f"rank {victim}" in said[1 - victim].partition("scfm: error: ")[2]
+    assert all("Traceback" not in text for text in said)
+
+
+@pytest.mark.parametrize(("name", "victim"), [("fsdp2", 1), ("zero3", 0)])
+def test_a_rank_that_is_killed_in_a_step(name, victim, tiny, tmp_path):
+    tree = make_run(tiny, tmp_path / "run", name)
+    outcomes, said, _ = train_until_the_fault(tree, victim, "is killed", 40 + TIMEOUT + MARGIN)
+    assert outcomes[victim].exit_code == -signal.SIGKILL
+    assert code_of(outcomes[1 - victim]) == LOST, said
+    assert re.search(rf"scfm: error: rank {1 - victim}: rank {victim}\b.* gone", said[1 - victim])
+    assert find_checkpoint(tmp_path / "run").name == "step_00000002"
+
+
+def test_a_defect_on_one_rank_keeps_its_traceback(tiny, tmp_path):
+    """And ends the others, who do not take the blame."""
+    outcomes, said, _ = train_until_the_fault(
+        make_run(tiny, tmp_path / "run", "fsdp2"), 1, "raises", 30 + TIMEOUT + MARGIN
+    )
+    assert "IndexError: a defect of ours" in outcomes[1].traceback
+    assert code_of(outcomes[0]) == LOST, said
+    assert "scfm: error: " in said[0] and "rank 1" in said[0].partition("scfm: error: ")[2].partition("rank 0")[2]
+
+
+# Errors of one rank, and of all.
+
+
+def agree(case: str) -> tuple[str, bool]:
+    """In a rank: the error that comes out."""
+    from scfm_core.distributed.world import join_world
+
+    with join_world(torch.device("cpu"), 30) as world:
+        with pytest.raises(UserError) as caught, world.together():
+            if case == "rank 1 fails" and world.rank == 1:
+                raise UserError("its disk is gone")
+            if case == "all fail":
+                raise UserError("no such model")
+            if case == "each with its own":
+                raise UserError(f"folder {world.rank} is missing")
+            if case == "two of three" and world.rank > 0:
+                raise UserError("no such model")
+        assert world.gather(world.rank) == list(range(world.size)), "they are in step again"
+        with world.together():
+            pass
+        return str(caught.value), caught.value.agreed
+
+
+@pytest.mark.parametrize(
+    ("case", "world_size", "message"),
+    [
+        ("rank 1 fails", 2, "rank 1: its disk is gone"),
+        ("all fail", 2, "no such model"),
+        ("each with its own", 2, "rank 0: folder 0 is missing\nrank 1: folder 1 is missing"),
+        ("two of three", 3, "ranks 1, 2: no such model"),
+    ],
+)
+def test_together(case, world_size, message):
+    assert run_distributed(agree, world_size, case) == [(message, True)] * world_size
+
+
+def refused(tree: dict[str, Any], victim: int) -> int:
+    """In a rank: `scfm train`, in which one rank's network cannot be loaded."""
+    from scfm_core.train.trainer import Trainer
+
+    build = Trainer._build
+
+    def broken(self: Trainer) -> None:
+        build(self)
+        if self.world.rank == victim:
+            raise UserError("its copy of the model is damaged")
+
+    Trainer._build = broken  # type: ignore[method-assign]
+    return train_cli(tree)
+
+
+@pytest.mark.parametrize(("name", "victim"), [("fsdp2", 0), ("fsdp2", 1), ("zero3", 1)])
+def test_an_error_on_one_rank_is_every_ranks(name, victim, tiny, tmp_path):
+    outcomes = run_distributed(refused, 2, make_run(tiny, tmp_path / "run", name), victim, expect_failure=True)
+    assert [outcome.value for outcome in outcomes] == [2, 2], [o.traceback or o.output for o in outcomes]
+    assert [outcome.output.count("scfm: error: ") for outcome in outcomes] == [1, 0]
+    assert f"scfm: error: rank {victim}: its copy of the model is damaged" in outcomes[0].output
+    assert all("Traceback" not in outcome.output for outcome in outcomes)
+
+
+def cli(arguments: list[str]) -> int:
+    """In a rank: the command line, with the same words on every rank."""
+    from recipes.cli import main
+
+    return main(arguments)
+
+
+@pytest.mark.parametrize("what", ["model", "batch", "recipe", "typo"])
+def test_an_error_on_all_ranks_is_said_once(what, tiny, tmp_path):
+    tree = make_run(tiny, tmp_path / "run", "fsdp2")
+    if what == "recipe":  # of the run that is resumed
+        run_distributed(train_all, 2, tree)
+        tree["run"]["seed"] = 7
+    elif what == "model":
+        tree["model"]["path"] = str(tmp_path / "nowhere")
+    elif what == "batch":
+        tree["train"]["micro_batch_size"] = 8
+    else:
+        tree["train"]["stepz"] = 3
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    outcomes = run_distributed(cli, 2, ["train", str(tmp_path / "recipe.yaml")], expect_failure=True)
+    assert [outcome.value for outcome in outcomes] == [2, 2], [o.traceback or o.output for o in outcomes]
+    assert [outcome.output.count("scfm: error: ") for outcome in outcomes] == [1, 0], [o.output for o in outcomes]
+    assert not re.search(r"scfm: error: ranks? \d", outcomes[0].output)
+
+
+# Signals that reach one rank.
+
+
+def signalled(tree: dict[str, Any], victim: int, number: int) -> tuple[int, int]:
+    """In a rank: `scfm train`; one rank gets the signal in step 2. Exit code, and the step that this rank got to."""
+    from scfm_core.train.trainer import Trainer
+
+    micro_step = Trainer.micro_step
+    reached = []
+
+    def asked(self: Trainer, *arguments: Any) -> Any:
+        reached.append(self.progress.step + 1)
+        if self.world.rank == victim and self.progress.step == 1:
+            os.kill(os.getpid(), number)
+        return micro_step(self, *arguments)
+
+    Trainer.micro_step = asked  # type: ignore[method-assign]
+    return train_cli(tree), max(reached)
+
+
+@pytest.mark.parametrize(
+    ("name", "victim", "number"),
+    [
+        ("fsdp2", 1, signal.SIGUSR2),
+        ("fsdp2", 0, signal.SIGTERM),
+        ("zero2", 1, signal.SIGTERM),
+        ("zero3", 1, signal.SIGUSR2),
+        ("fsdp2 async", 1, signal.SIGTERM),
+    ],
+)
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(name, victim, number, tiny, tmp_path):
+    """With one checkpoint, and the same command ends where a run that nobody asked ends."""
+    asynchronous = name.endswith("async")
+    whole, run = (
+        make_run(
+            tiny,
+            tmp_path / folder,
+            name.removesuffix(" async"),
+            checkpoint__every=1000,
+            checkpoint__asynchronous=asynchronous,
+        )
+        for folder in ("whole", "run")
+    )
+    run_distributed(train_all, 2, whole)
+    outcomes = run_distributed(signalled, 2, run, victim, number, expect_failure=True)
+    assert [outcome.value for outcome in outcomes] == [(128 + number, 2)] * 2, [
+        o.traceback or o.output for o in outcomes
+    ]
+    assert f"stopped by {number.name} after step 2; the same command goes on" in outcomes[0].output
+    assert "stopped by" not in outcomes[1].output
+    folder = tmp_path / "run" / "checkpoints"
+    assert [path.name for path in folder.glob("*step_*")] == ["step_00000002"]
+    rows = run_distributed(train_all, 2, run)
+    assert [[row["step"] for row in each] for each in rows] == [[3, 4]] * 2
+    left, right = tensors(tmp_path / "run"), tensors(tmp_path / "whole")
+    assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
+# The launchers.
+
+
+def test_the_deepspeed_launchers_option_is_accepted(tiny, tmp_path):
+    """`deepspeed` puts --local_rank before our own words; without GPUs it starts nothing itself."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(make_run(tiny, tmp_path / "run", "zero2")))
+    command = [sys.executable, "-m", "recipes.cli", "--local_rank=1", "train", str(recipe), "--dry-run", "--gpus", "2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_incomplete_environment_is_named(tiny, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(make_run(tiny, tmp_path / "run", "fsdp2")))
+    environment = {**os.environ, "WORLD_SIZE": "2", "RANK": "0"}
+    command = [sys.executable, "-m", "recipes.cli", "train", str(recipe)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "WORLD_SIZE is 2, but LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set" in done.stderr
+
+
+# The helper.
+
+
+def helper_case(case: str) -> int:
+    rank = int(os.environ["RANK"])
+    print(f"this is rank {rank}")
+    if rank == 1 and case == "raises":
+        raise KeyError("missing")
+    if rank == 1 and case == "hangs":
+        time.sleep(3600)
+    if rank == 1 and case == "is killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if rank == 1 and case == "leaves":
+        os._exit(7)
+    return rank * 10
+
+
+class TestHelper:
+    def test_values_come_back_by_rank(self):
+        assert run_distributed(helper_case, 3, "well") == [0, 10, 20]
+        assert [o.output for o in run_distributed(helper_case, 2, "well", expect_failure=True)] == [
+            "this is rank 0\n",
+            "this is rank 1\n",
+        ]
+
+    def test_a_raising_ranks_traceback_appears(self):
+        with pytest.raises(RankFailed, match=r"(?s)rank 1:.*in helper_case.*KeyError: 'missing'.*this is rank 1"):
+            run_distributed(helper_case, 2, "raises")
+
+    def test_a_hanging_rank_ends_at_the_timeout(self):
+        began = time.monotonic()
+        with pytest.raises(RankFailed, match=r"ranks \[1\] did not end within 3 s"):
+            run_distributed(helper_case, 2, "hangs", timeout=3)
+        assert time.monotonic() - began < 20
+        outcomes = run_distributed(helper_case, 2, "hangs", timeout=3, expect_failure=True)
+        assert outcomes[0].value == 0 and outcomes[1] is None
+
+    @pytest.mark.parametrize(("case", "code"), [("is killed", -9), ("leaves", 7)])
+    def test_a_killed_rank_is_reported_with_its_code(self, case, code):
+        with pytest.raises(RankFailed, match=f"rank 1:\nended with code {code}, without a result"):
+            run_distributed(helper_case, 2, case)
+        outcomes = run_distributed(helper_case, 2, case, expect_failure=True)
+        assert [outcome.exit_code for outcome in outcomes] == [0, code]

@@ -1,0 +1,187 @@
+"""Going on: on the same engine exactly, on any other engine and number of processes with the same weights and optimizer."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import ENGINES, distance, joined_trainer, make_tree, run_distributed, tensors, train_all
+
+from recipes.checkpoint import convert, inspect
+from recipes.export import export
+from scfm_core.distributed.reader import module_name
+from scfm_core.train.checkpoint import find_checkpoint, load_checkpoint
+
+GROUPS = ("student", "ema_fast", "ema_slow", "exp_avg", "exp_avg_sq")
+
+
+def rows_of(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    return [(row["step"], row["loss"], row["grad_norm"], row["lr"], row["samples"]) for row in rows]
+
+
+@pytest.mark.parametrize("weights", ["lora", "full"])
+@pytest.mark.parametrize("name", [*ENGINES, "fsdp2 async"])
+def test_interrupted_equals_uninterrupted(name, weights, tiny, tmp_path):
+    """N + M steps against N, restart, M: bitwise, on every engine, with guard, restart of the EMAs and a schedule."""
+    engine = ENGINES[name.removesuffix(" async")]
+    changes: dict[str, Any] = {
+        "engine": engine,
+        "train__weights": weights,
+        "train__warmup_steps": 3,
+        "checkpoint__asynchronous": name.endswith("async"),
+        "ema": {"restart_every": 4},
+        "train__micro_batch_size": 4,
+    }
+    tree = {
+        **make_tree(tiny, tmp_path / "a", **{k: v for k, v in changes.items() if k != "ema"}),
+        "ema": changes["ema"],
+    }
+    tree["train"]["steps"] = 6
+    [whole, _] = run_distributed(train_all, 2, tree)
+    tree["run"]["dir"] = str(tmp_path / "b")
+    tree["train"]["steps"] = 3
+    [first, _] = run_distributed(train_all, 2, tree)
+    tree["train"]["steps"] = 6
+    [second, _] = run_distributed(train_all, 2, tree)
+    assert rows_of(first + second) == rows_of(whole)
+    left, right = tensors(tmp_path / "a"), tensors(tmp_path / "b")
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[key], right[key]) for key in left)
+    assert float(left["exp_avg.proj_out.weight" if weights == "full" else "exp_avg.proj_out.lora_B.weight"].norm()) > 0
+
+
+CHAIN = [(2, "zero2"), (1, "zero3"), (4, "fsdp2"), (2, "zero1"), (1, "fsdp2"), (2, "zero3")]
+
+
+@pytest.mark.parametrize("weights", ["lora", "full"])
+def test_a_run_moves_between_engines_and_world_sizes(weights, tiny, tmp_path):
+    """2 -> 1 -> 4 processes, ZeRO-2 -> ZeRO-3 -> FSDP2 and on: the losses are those of a run that never moved."""
+    tree = make_tree(
+        tiny, tmp_path / "still", train__weights=weights, train__steps=2 * len(CHAIN), train__micro_batch_size=8
+    )
+    [still] = run_distributed(train_all, 1, tree)
+    moved: list[dict[str, Any]] = []
+    for leg, (world_size, name) in enumerate(CHAIN, 1):
+        tree = make_tree(tiny, tmp_path / "moved", train__weights=weights, engine=ENGINES[name])
+        tree["train"] |= {"steps": 2 * leg, "micro_batch_size": 8 // world_size}
+        moved += run_distributed(train_all, world_size, tree)[0]
+    assert [row["step"] for row in moved] == list(range(1, 2 * len(CHAIN) + 1))
+    for key in ("loss", "grad_norm"):
+        assert [row[key] for row in moved] == pytest.approx([row[key] for row in still], rel=1e-5)
+    left, right = tensors(tmp_path / "moved"), tensors(tmp_path / "still")
+    assert all(distance(left, right, group) < 1e-5 for group in GROUPS)
+
+
+def save_and_tell(tree: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """In a rank: train, save, and return the live student as the network has it, gathered by the engine itself."""
+    with joined_trainer(tree) as trainer:
+        list(trainer.train_steps())
+        trainer.save()
+        live = {}
+        for name, parameter in trainer.model.parameters("student").items():
+            if hasattr(parameter, "ds_id"):
+                import deepspeed
+
+                with deepspeed.zero.GatheredParameters([parameter]):
+                    live[name] = parameter.detach().clone().numpy()
+            else:
+                full = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+                live[name] = full.detach().clone().numpy()
+        frozen = sum(p.numel() for n, p in trainer.model.networks["student"].named_parameters() if not p.requires_grad)
+        assert frozen > 0
+        return live
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_the_exported_adapter_is_the_live_one(name, tiny, tmp_path):
+    """And the frozen base is in no file of the checkpoint."""
+    from safetensors.torch import load_file
+
+    tree = make_tree(tiny, tmp_path / "run", engine=ENGINES[name], train__micro_batch_size=4)
+    live, other = run_distributed(save_and_tell, 2, tree)
+    assert all((live[key] == other[key]).all() for key in live)
+    (tmp_path / "run").mkdir(exist_ok=True)
+    write_config(tree, tmp_path / "run")
+    exported = load_file(export(tmp_path / "run", [], merged=None, num_steps=None) / "pytorch_lora_weights.safetensors")
+    assert len(exported) == len(live)
+    for key, value in live.items():
+        assert torch.equal(exported[f"transformer.{key}"], torch.from_numpy(value)), key
+
+    checkpoint = find_checkpoint(tmp_path / "run")
+    base = load_file(next((tiny / "flux" / "transformer").glob("*.safetensors")))
+    written = [path.read_bytes() for path in checkpoint.rglob("*") if path.is_file()]
+    for key in ("x_embedder.weight", "transformer_blocks.0.attn.to_q.weight"):
+        assert not any(base[key].numpy().tobytes()[:64] in content for content in written), key
+    some = next(iter(live.values())).tobytes()[:64]
+    assert any(some in content for content in written), "the search finds what is stored"
+    names = {key.partition(".")[2] for key in load_checkpoint(checkpoint).reader.shapes}
+    assert all(".lora_" in key for key in names)
+
+
+def write_config(tree: dict[str, Any], run_dir: Path) -> None:
+    import yaml
+
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(tree))
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3"])
+def test_deepspeeds_own_tool_reads_the_checkpoint(name, tiny, tmp_path):
+    """zero_to_fp32.py as DeepSpeed left it beside the checkpoints, by its pointer, without our code."""
+    tree = make_tree(tiny, tmp_path / "run", engine=ENGINES[name], train__weights="full", train__micro_batch_size=4)
+    run_distributed(train_all, 2, tree)
+    folder = tmp_path / "run" / "checkpoints"
+    command = [sys.executable, str(folder / "zero_to_fp32.py"), str(folder), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    from safetensors.torch import load_file
+
+    files = list((tmp_path / "out").glob("*.safetensors")) or list((tmp_path / "out").glob("*.bin"))
+    state = load_file(files[0]) if files[0].suffix == ".safetensors" else torch.load(files[0], weights_only=True)
+    ours = {
+        key.removeprefix("student."): t for key, t in tensors(tmp_path / "run").items() if key.startswith("student.")
+    }
+    assert state.keys() == {module_name(key) for key in ours}
+    assert all(torch.equal(state[module_name(key)], value) for key, value in ours.items())
+
+
+@pytest.mark.parametrize("source", ["fsdp2", "zero2", "zero3"])
+@pytest.mark.parametrize(("kind", "stage", "ranks"), [("dcp", 2, 1), ("zero", 1, 3), ("zero", 3, 4)])
+def test_convert_keeps_every_bit(source, kind, stage, ranks, tiny, tmp_path_factory, tmp_path):
+    tree = make_tree(
+        tiny, source_run(source, tiny, tmp_path_factory), engine=ENGINES[source], train__micro_batch_size=4
+    )
+    run_dir = Path(tree["run"]["dir"])
+    made = convert(run_dir, tmp_path / "new", kind, stage, ranks)
+    assert made == find_checkpoint(tmp_path / "new")
+    left, right = tensors(tmp_path / "new"), tensors(run_dir)
+    assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+    assert f"{'ZeRO-' + str(stage) if kind == 'zero' else 'fsdp2'} on {ranks}" in inspect(tmp_path / "new")
+    # And a run goes on from it, on yet another engine.
+    tree |= {"run": {**tree["run"], "dir": str(tmp_path / "new")}, "engine": {}}
+    tree["train"] |= {"steps": 5, "micro_batch_size": 8}
+    [rows] = run_distributed(train_all, 1, tree)
+    assert [row["step"] for row in rows] == [5]
+
+
+_SOURCES: dict[str, Path] = {}
+
+
+def source_run(name: str, tiny: Path, factory: pytest.TempPathFactory) -> Path:
+    """A finished run on two processes, one for all tests."""
+    if name not in _SOURCES:
+        run_dir = factory.mktemp("source") / "run"
+        run_distributed(train_all, 2, make_tree(tiny, run_dir, engine=ENGINES[name], train__micro_batch_size=4))
+        _SOURCES[name] = run_dir
+    return _SOURCES[name]
+
+
+def test_pytorchs_own_loader_reads_the_checkpoint(tiny, tmp_path_factory):
+    import torch.distributed.checkpoint as dcp
+
+    run_dir = source_run("fsdp2", tiny, tmp_path_factory)
+    ours = tensors(run_dir)
+    loaded = {key: torch.zeros_like(value) for key, value in ours.items()}
+    dcp.load(loaded, checkpoint_id=find_checkpoint(run_dir) / "dcp", no_dist=True)
+    assert all(torch.equal(loaded[key], ours[key]) for key in ours)
