@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from recipes.runs import open_run, open_trained
 from scfm_core.errors import UserError
+from scfm_core.models.adapters import merge
 from scfm_core.models.flux import Flux
 from scfm_core.models.weights import read_weights, save_adapter, save_pipeline
 from scfm_core.scfm.plan import sampling_strength
@@ -70,7 +70,7 @@ def _merged_weights(
         module = name.removesuffix(".weight")
         if f"{role}.{module}.lora_A.weight" in reader.shapes and name.endswith(".weight"):
             down, up = (reader.tensor(f"{role}.{module}.lora_{side}.weight") for side in "AB")
-            yield name, torch.addmm(weight.to(compute_dtype(config)).float(), up, down, alpha=scale)
+            yield name, merge(weight.to(compute_dtype(config)), down, up, scale)
         else:
             yield name, weight
 

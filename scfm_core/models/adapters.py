@@ -142,17 +142,8 @@ class LoRABank:
             for side, factor in zip("AB", layer.factors(adapter), strict=True)
         }
 
-    @torch.no_grad()
-    def merged_weights(self, adapter: str, strength: float) -> dict[str, Tensor]:
-        """`W + strength * alpha / rank * B A` of every adapted linear, in the base's dtype, by `<module>.weight`."""
-        scale = strength * self.config.alpha / self.config.rank
-        merged = {}
-        for name, layer in self.layers.items():
-            base, (down, up) = layer.base_layer.weight, layer.factors(adapter)
-            merged[f"{name}.weight"] = torch.addmm(base.float(), up, down, alpha=scale).to(base.dtype)
-        return merged
 
-
-def plain_name(name: str) -> str:
-    """A parameter's name in the network without adapters (`to_q.base_layer.weight` -> `to_q.weight`)."""
-    return name.replace(".base_layer.", ".")
+@torch.no_grad()
+def merge(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+    """`W + scale * B A` in fp32, for a base weight [out, in] and an adapter's factors; scale is `strength * alpha / rank`."""
+    return torch.addmm(weight.float(), up, down, alpha=scale)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from scfm_core.flow.path import per_sample
-from scfm_core.models.adapters import LoRABank, LoRAConfig, plain_name
+from scfm_core.models.adapters import LoRABank, LoRAConfig
 from scfm_core.models.protocol import Conditioning, ModelFamily
 
 ROLES = ("teacher", "student", "ema_fast", "ema_slow")
@@ -34,10 +34,6 @@ class ShortcutModel(Protocol):
 
     def velocity(self, role: str, x: Tensor, sigma: Tensor, cond: Conditioning, strength: Tensor) -> Tensor:
         """The velocity of `role` at per-sample strength; strength 0 is the teacher."""
-        ...
-
-    def merged(self, role: str, strength: float) -> dict[str, Tensor]:
-        """The state dict of one plain network that equals `role` at `strength`."""
         ...
 
 
@@ -93,15 +89,6 @@ class LoRAModel(_Passes):
         else:
             self.bank.select(role, strength)
         return self.family.velocity(self.bank.network, x, sigma, cond)
-
-    def merged(self, role: str, strength: float) -> dict[str, Tensor]:
-        """See `ShortcutModel`."""
-        state = {
-            plain_name(name): tensor
-            for name, tensor in self.bank.network.state_dict().items()
-            if ".lora_A." not in name and ".lora_B." not in name
-        }
-        return state if role == "teacher" else state | self.bank.merged_weights(role, strength)
 
 
 class FullModel(_Passes):
@@ -186,9 +173,3 @@ class FullModel(_Passes):
         mixed = self.compute_dtype != torch.float32
         with torch.autocast(x.device.type, dtype=self.compute_dtype, enabled=mixed and role != "teacher"):
             return self.family.velocity(network, x, sigma, cond)
-
-    def merged(self, role: str, strength: float) -> dict[str, Tensor]:
-        """See `ShortcutModel`; `strength` must be 1 for trained roles."""
-        if role != "teacher" and strength != 1:
-            raise ValueError("full weights have no strength other than 1")
-        return dict(self._networks[role].state_dict())

@@ -12,8 +12,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from scfm_core.distributed.world import World
 from scfm_core.errors import UserError
-from scfm_core.train.config import WandbConfig
+from scfm_core.train.config import RunConfig, WandbConfig, to_plain
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -132,3 +133,65 @@ def progress_bar(description: str, total: int, initial: int = 0, unit: str = "st
         mininterval=0.2 if live else 30,
         smoothing=0.1,
     )
+
+
+class RunLog:
+    """Where a run's numbers go: files, W&B and the bar of rank 0; nowhere on the other ranks.
+
+    Args:
+        config: the run.
+        step: where it stands; later steps in `metrics.jsonl` are forgotten.
+        world: the processes; entering raises on every rank what fails on rank 0.
+    """
+
+    def __init__(self, config: RunConfig, step: int, world: World) -> None:
+        self._config, self._step, self._world = config, step, world
+        self._folder = Path(config.run.dir)
+        self._exits = contextlib.ExitStack()
+
+    def __enter__(self) -> "RunLog":
+        with self._world.together():
+            if self._world.is_main:
+                self._open()
+        return self
+
+    def _open(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._metrics = MetricsFile(self._folder / "metrics.jsonl", self._step)
+        self._exits.callback(lambda: self._metrics.close())
+        self._incidents = IncidentsFile(self._folder / "incidents.jsonl")
+        self._wandb = WandbLog(self._config.wandb, self._folder, to_plain(self._config))
+        self._exits.callback(self._wandb.close)
+        self._bar = self._exits.enter_context(progress_bar(self._folder.name, self._config.train.steps, self._step))
+
+    def __exit__(self, *_: object) -> None:
+        self._exits.close()
+
+    def step(self, row: dict[str, Any]) -> None:
+        """One step's row."""
+        if not self._world.is_main:
+            return
+        if "skipped" in row:
+            self._incidents.write({"event": "skip", **row})
+            self._bar.write(f"step {row['step']} skipped: {row['skipped']}; samples to look at: {row['suspects']}")
+        self._metrics.write(row)
+        self._wandb.log(row)
+        self._bar.set_postfix(
+            loss=f"{row['loss']:.4f}", samples_per_s=f"{row['samples_per_second']:.1f}", refresh=False
+        )
+        self._bar.update()
+
+    def picture(self, path: Path, step: int) -> None:
+        """A grid of samples."""
+        if self._world.is_main:
+            self._wandb.image("samples", path, step)
+
+    def rolled_back(self, incident: dict[str, Any]) -> None:
+        """The run went back; the steps after that point will be done, and written, anew."""
+        if not self._world.is_main:
+            return
+        self._incidents.write(incident)
+        self._metrics.close()
+        self._metrics = MetricsFile(self._folder / "metrics.jsonl", incident["to_step"])
+        self._bar.write(f"{incident['reason']}: back to step {incident['to_step']}, the data goes on behind the fault")
+        self._bar.n = incident["to_step"]

@@ -37,7 +37,7 @@ from scfm_core.train.build import (
 from scfm_core.train.checkpoint import Checkpoint, CheckpointWriter, load_checkpoint, newest_complete, verify_checkpoint
 from scfm_core.train.config import RunConfig, TrainConfig, to_plain
 from scfm_core.train.guard import Guard
-from scfm_core.train.metrics import IncidentsFile, MetricsFile, WandbLog, progress_bar
+from scfm_core.train.metrics import RunLog
 from scfm_core.train.resume import refuse_other_recipe
 from scfm_core.train.stop import SIGNALS, StopRequest
 from scfm_core.train.validate import Validation
@@ -317,7 +317,7 @@ def fit(trainer: Trainer) -> int | None:
         the number of the signal that stopped it, or None if it reached `train.steps`.
     """
     with (
-        Log(trainer) as log,
+        RunLog(trainer.config, trainer.progress.step, trainer.world) as log,
         trainer.stop.listening(),
         Watchdog(trainer.world, trainer.config.engine.timeout) as watchdog,
     ):
@@ -332,7 +332,7 @@ def fit(trainer: Trainer) -> int | None:
                 log.rolled_back(trainer.roll_back())
 
 
-def _run_steps(trainer: Trainer, log: "Log", watchdog: Watchdog) -> int | None:
+def _run_steps(trainer: Trainer, log: RunLog, watchdog: Watchdog) -> int | None:
     config, total = trainer.config, trainer.config.train.steps
     for row in trainer.train_steps():
         watchdog.beat(f"step {row['step'] + 1}")
@@ -351,57 +351,3 @@ def _run_steps(trainer: Trainer, log: "Log", watchdog: Watchdog) -> int | None:
         if stopping is not None and step < total:
             return stopping
     return None
-
-
-class Log:
-    """Where a run's numbers go: files, W&B and the bar of rank 0; nowhere on the other ranks."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
-        self._exits = contextlib.ExitStack()
-
-    def __enter__(self) -> "Log":
-        trainer, progress = self._trainer, self._trainer.progress
-        self._main = trainer.world.is_main
-        if self._main:
-            run_dir, config = trainer.run_dir, trainer.config
-            run_dir.mkdir(parents=True, exist_ok=True)
-            self._metrics = MetricsFile(run_dir / "metrics.jsonl", progress.step)
-            self._incidents = IncidentsFile(run_dir / "incidents.jsonl")
-            self._wandb = WandbLog(config.wandb, run_dir, to_plain(config))
-            self._exits.callback(self._wandb.close)
-            self._exits.callback(lambda: self._metrics.close())
-            self._bar = self._exits.enter_context(progress_bar(run_dir.name, config.train.steps, progress.step))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._exits.close()
-
-    def step(self, row: dict[str, Any]) -> None:
-        """One step's row."""
-        if not self._main:
-            return
-        if "skipped" in row:
-            self._incidents.write({"event": "skip", **row})
-            self._bar.write(f"step {row['step']} skipped: {row['skipped']}; samples to look at: {row['suspects']}")
-        self._metrics.write(row)
-        self._wandb.log(row)
-        self._bar.set_postfix(
-            loss=f"{row['loss']:.4f}", samples_per_s=f"{row['samples_per_second']:.1f}", refresh=False
-        )
-        self._bar.update()
-
-    def picture(self, path: Path, step: int) -> None:
-        """A grid of samples."""
-        if self._main:
-            self._wandb.image("samples", path, step)
-
-    def rolled_back(self, incident: dict[str, Any]) -> None:
-        """The run went back; the steps after that point will be done, and written, anew."""
-        if not self._main:
-            return
-        self._incidents.write(incident)
-        self._metrics.close()
-        self._metrics = MetricsFile(self._trainer.run_dir / "metrics.jsonl", incident["to_step"])
-        self._bar.write(f"{incident['reason']}: back to step {incident['to_step']}, the data goes on behind the fault")
-        self._bar.n = incident["to_step"]

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from scfm_core.models.adapters import ADAPTERS, LoRABank, LoRAConfig
+from scfm_core.models.adapters import ADAPTERS, LoRABank, LoRAConfig, merge
 
 
 class Net(nn.Module):
@@ -29,7 +29,12 @@ def make_bank(dtype=torch.float32, **config):
 def merged_network(bank, adapter, strength):
     network = Net()
     state = {name.replace("base_layer.", ""): p for name, p in bank.network.state_dict().items() if "lora" not in name}
-    network.load_state_dict(state | bank.merged_weights(adapter, strength))
+    scale = strength * bank.config.alpha / bank.config.rank
+    merged = {
+        f"{name}.weight": merge(state[f"{name}.weight"], *bank.layers[name].factors(adapter), scale)
+        for name in bank.layers
+    }
+    network.load_state_dict(state | merged)
     return network
 
 

@@ -69,15 +69,3 @@ def test_full_weights_refuse_other_strengths(family, batch):
         full_model(family).student_velocity(x, sigma, cond, torch.full((4,), 0.5))
     with pytest.raises(ValueError, match="without a teacher"):
         full_model(family, with_teacher=False).near_velocity(x, sigma, cond, torch.zeros(4))
-
-
-@torch.no_grad()
-def test_merged_weights_are_one_plain_network(family, batch):
-    model = LoRAModel(family, family.load_network(torch.float32, "cpu"), LoRAConfig(rank=4, alpha=8.0))
-    perturb(model)
-    x, sigma, cond = batch
-    plain = family.load_network(torch.float32, "cpu")
-    for role, strength in (("student", 0.6), ("ema_slow", 1.0), ("teacher", 0.0)):
-        plain.load_state_dict(model.merged(role, strength))
-        ours = model.velocity(role, x, sigma, cond, torch.full((4,), strength))
-        torch.testing.assert_close(family.velocity(plain, x, sigma, cond), ours, rtol=1e-4, atol=1e-4)
