@@ -391,7 +391,7 @@ def failing_save(tree: dict[str, Any]) -> tuple[str, bool]:
         return str(caught.value), caught.value.agreed
 
 
-@pytest.mark.parametrize("name", ["fsdp2", "fsdp2 async", "zero2"])
+@pytest.mark.parametrize("name", ALL)
 def test_a_full_disk_is_the_same_error_on_all_ranks(name, tiny, disk):
     tree = make_run(tiny, disk / "run", name)
     fill(disk, first_step(tree) // 2)
