@@ -1,100 +1,181 @@
-"""`scfm data encode`: a folder of images with captions -> shards of cached latents and text embeddings."""
+"""`scfm data encode`: images with captions -> shards of cached latents and text embeddings."""
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
+from torch import Tensor
 
-from scfm_core.data.folder import ImageFolder
-from scfm_core.data.schema import MANIFEST, Manifest, Record
-from scfm_core.data.webdataset import ShardWriter
+from data_tools.job import Job, Piece, cut
+from scfm_core.data.corpus import Corpus
+from scfm_core.data.schema import BadData, Manifest, Record, Size
+from scfm_core.data.source import PADDING
+from scfm_core.data.webdataset import TarWriter
 from scfm_core.errors import UserError
 from scfm_core.models.encoders import Autoencoder, TextEncoders
 from scfm_core.models.flux import Flux
 from scfm_core.models.weights import encoder_fingerprint
 
 
-def encode_folder(
-    images: Path,
-    output: Path,
-    family: Flux,
-    *,
-    resolution: tuple[int, int],
-    text_length: int,
-    dtype: torch.dtype = torch.bfloat16,
-    device: torch.device | str = "cpu",
-    batch_size: int = 16,
-    samples_per_shard: int = 1000,
-    progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda items, total: items,
-) -> Manifest:
-    """Encode every image and caption once.
+@dataclass(frozen=True, kw_only=True)
+class EncodeConfig:
+    """How a cache is made."""
+
+    text_length: int = 256
+    """T5 tokens."""
+    keep_padding: bool = False
+    """Store T5's output at every padding token too. Off: stored up to the caption's end, and filled up with the output
+    for an empty caption, which it is near to (the job says how near)."""
+    dtype: torch.dtype = torch.bfloat16
+    """Of the encoders and the stored tensors."""
+    device: torch.device | str = "cpu"
+    """Of the encoders."""
+    batch_size: int = 16
+    """Images a forward."""
+    samples_per_shard: int = 1000
+    """Records in a full shard."""
+
+    def __post_init__(self) -> None:
+        if min(self.batch_size, self.samples_per_shard) < 1 or not 1 <= self.text_length <= 512:
+            raise UserError(
+                f"batch size and samples per shard must be at least 1 and the text length in 1..512, got {self.batch_size}, "
+                f"{self.samples_per_shard} and {self.text_length}"
+            )
+
+
+class CacheWriter:
+    """Turns latents and captions into cached samples; the padding that is trimmed lies beside the shards.
 
     Args:
-        images: folder with captions, see `ImageFolder`.
-        output: folder of the shards; must not hold a finished cache.
+        output: folder of the shards.
+        family: the model whose encoders are used.
+        config: how.
+    """
+
+    def __init__(self, output: Path, family: Flux, config: EncodeConfig) -> None:
+        self.config = config
+        self.text = TextEncoders(family.folder, config.text_length, config.dtype, config.device)
+        self.padding: Tensor | None = None
+        digest = None
+        if not config.keep_padding:
+            self.padding = self.text.encode([""]).text[0].to(config.dtype).cpu().contiguous()
+            content = save({"text": self.padding})
+            digest = hashlib.sha256(content).hexdigest()
+            (output / PADDING).write_bytes(content)
+        self.draft = Manifest(
+            encoder=encoder_fingerprint(family.folder), text_length=config.text_length, padding=digest
+        )
+        self._error = [0.0, 0.0]
+
+    def fields(
+        self, latents: Tensor, captions: list[str], details: list[dict[str, object]]
+    ) -> Iterator[dict[str, bytes]]:
+        """The stored fields of each sample.
+
+        Args:
+            latents: [B, C, h, w].
+            captions: B of them.
+            details: what `json` holds.
+        """
+        cond = self.text.encode(captions)
+        lengths = self.text.lengths(captions) if self.padding is not None else [self.config.text_length] * len(captions)
+        for row, (caption, length, detail) in enumerate(zip(captions, lengths, details, strict=True)):
+            text = cond.text[row].to(self.config.dtype).cpu()
+            if self.padding is not None:
+                self._error[0] += float((text[length:].float() - self.padding[length:].float()).square().sum())
+                self._error[1] += float(text[length:].float().square().sum())
+            tensors = {"latents": latents[row], "text": text[:length], "pooled": cond.pooled[row]}
+            yield {
+                "safetensors": save(
+                    {name: tensor.to(self.config.dtype).cpu().contiguous() for name, tensor in tensors.items()}
+                ),
+                "txt": caption.encode(),
+                "json": json.dumps(detail).encode(),
+            }
+
+    @property
+    def padding_error(self) -> float | None:
+        """||T5's padding - what stands for it|| / ||T5's padding||, over all samples so far; None if it is kept."""
+        return (self._error[0] / self._error[1]) ** 0.5 if self._error[1] else None
+
+
+def encode(
+    corpus: Corpus,
+    output: Path,
+    family: Flux,
+    config: EncodeConfig,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda items, total: items,
+) -> tuple[Manifest | None, float | None]:
+    """Encode every image and caption once; each shard holds one size.
+
+    Args:
+        corpus: images; their sizes and crops are the recipe's.
+        output: folder of the shards.
         family: the model whose VAE, CLIP and T5 encode.
-        resolution: height and width in pixels.
-        text_length: T5 tokens.
-        dtype: of the encoders and the stored tensors.
-        progress: wraps the batches to show a bar; called with (batches, their number).
+        config: how.
+        rank, world_size: this process, of how many that share the work.
+        progress: wraps the shards to show a bar; called with (shards, their number).
 
     Returns:
-        the manifest written beside the shards.
+        the manifest written beside the shards (None while other processes are at work), and the error of the padding.
 
     Raises:
-        UserError: for a bad folder, caption, image or resolution, or an output that is not writable or holds a finished cache.
+        UserError: for an image, caption or size that cannot be encoded, or an output that is not writable or holds
+            something else.
     """
-    _refuse_impossible(batch_size, samples_per_shard, text_length)
-    family.latent_shape(*resolution)
-    if (output / MANIFEST).exists():
-        raise UserError(f"{output} already holds a finished cache; choose another folder, or delete it")
-    dataset = ImageFolder(images, *resolution)
-    try:
-        output.mkdir(parents=True, exist_ok=True)  # before the encoders are loaded, which takes minutes
-    except OSError as error:
-        raise UserError(
-            f"the cache could not be written to {output}: {error.strerror}. Choose another folder"
-        ) from error
-    text = TextEncoders(family.folder, text_length, dtype, device)
-    vae = Autoencoder(family.folder, dtype, device)
-    manifest = Manifest(
-        encoder=encoder_fingerprint(family.folder), text_length=text_length, resolution=resolution, samples=0, shards=()
-    )
-    starts = range(0, len(dataset), batch_size)
-    try:
-        with ShardWriter(output, manifest, samples_per_shard) as writer:
-            for start in progress(starts, len(starts)):
-                records = [dataset[index] for index in range(start, min(start + batch_size, len(dataset)))]
-                details = {"height": resolution[0], "width": resolution[1]}
-                for number, cached in enumerate(_encode(records, vae, text, dtype), start):
-                    # The key is a number, never the file's name: it may hold no dot or slash.
-                    cached.key, source = f"{number:08d}", cached.key
-                    writer.write(cached, {**details, "source": source})
-    except OSError as error:
-        raise UserError(
-            f"the cache could not be written to {output}: {error.strerror or error}. Mend that and run again"
-        ) from error
-    return Manifest.read(output)
+    for size in corpus.sizes:
+        family.latent_shape(*size)
+    if corpus.is_cached:
+        raise UserError("data: this is a cache already; encode images")
+    parameters = {
+        "data": corpus.fingerprint,
+        "sizes": corpus.sizes,
+        "encoder": encoder_fingerprint(family.folder),
+        "text_length": config.text_length,
+        "keep_padding": config.keep_padding,
+        "dtype": str(config.dtype),
+        "samples_per_shard": config.samples_per_shard,
+    }
+    job = Job(output, parameters)  # before the encoders are loaded, which takes minutes
+    writer = CacheWriter(output, family, config)
+    vae = Autoencoder(family.folder, config.dtype, config.device)
+
+    def write(piece: Piece, tar: TarWriter) -> list[str]:
+        size, left_out = corpus.sizes[corpus.buckets[piece.items[0]]], []
+        for at in range(0, len(piece.items), config.batch_size):
+            items, records = [], []
+            for item in piece.items[at : at + config.batch_size]:
+                try:
+                    records.append(corpus.record(item, item))
+                    items.append(item)
+                except BadData as error:
+                    if corpus.config.max_bad_fraction == 0:
+                        raise
+                    left_out.append(str(error))
+            if records:
+                _write_batch(tar, items, records, size, vae, writer)
+        return left_out
+
+    pieces = cut([corpus.items_of(size).tolist() for size in corpus.sizes], config.samples_per_shard)
+    manifest = job.run(pieces, write, writer.draft, rank=rank, world_size=world_size, progress=progress)
+    return manifest, writer.padding_error
 
 
-def _refuse_impossible(batch_size: int, samples_per_shard: int, text_length: int) -> None:
-    if min(batch_size, samples_per_shard) < 1 or not 1 <= text_length <= 512:
-        raise UserError(
-            f"batch size and samples per shard must be at least 1 and the text length in 1..512, got {batch_size}, "
-            f"{samples_per_shard} and {text_length}"
-        )
-
-
-def _encode(records: list[Record], vae: Autoencoder, text: TextEncoders, dtype: torch.dtype) -> Iterator[Record]:
-    """The same records with latents and embeddings in place of images."""
+def _write_batch(
+    tar: TarWriter, items: list[int], records: list[Record], size: Size, vae: Autoencoder, writer: CacheWriter
+) -> None:
     latents = vae.encode(torch.stack([record.image for record in records if record.image is not None]))
-    cond = text.encode([record.caption for record in records])
-    for row, record in enumerate(records):
-        yield Record(
-            key=record.key,
-            caption=record.caption,
-            latents=latents[row].to(dtype),
-            text=cond.text[row].to(dtype),
-            pooled=cond.pooled[row].to(dtype),
-        )
+    details: list[dict[str, object]] = [
+        {"height": size[0], "width": size[1], "source": record.key} for record in records
+    ]
+    samples = writer.fields(latents, [record.caption for record in records], details)
+    for item, fields in zip(items, samples, strict=True):
+        tar.write(f"{item:08d}", fields, size)  # never the file's name: it may hold a dot or a slash

@@ -2,11 +2,13 @@
 
 import argparse
 import os
+import signal
 import sys
 import time
 import traceback
 from pathlib import Path
 
+from recipes.data_commands import add_commands
 from scfm_core import __version__
 from scfm_core.errors import PeerLost, UserError
 
@@ -38,6 +40,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"scfm: error: {_of_rank(os.environ.get('RANK', '0'))}{error}. Start the job again", file=sys.stderr)
         _let_go(error)
         return error.exit_code
+    except BrokenPipeError:  # `scfm ... | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         print("scfm: interrupted", file=sys.stderr)
         return 130
@@ -68,8 +73,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_export(commands)
     _add_report(commands)
     _add_checkpoint(commands)
-    data = commands.add_parser("data", help="make data sets").add_subparsers(required=True, metavar="COMMAND")
-    _add_encode(data)
+    data = commands.add_parser("data", help="make data sets, and look at them")
+    add_commands(data.add_subparsers(required=True, metavar="COMMAND"), _command)
     return parser
 
 
@@ -109,6 +114,11 @@ def _add_train(commands) -> None:  # type: ignore[no-untyped-def]
         help="auto (default): from the newest complete checkpoint in run.dir; never: start over, the earlier attempt is "
         "moved aside; PATH: from that checkpoint or run",
     )  # fmt: skip
+    parser.add_argument(
+        "--allow-data-change",
+        action="store_true",
+        help="go on with other data than the checkpoint's, from the start of its order",
+    )
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -122,6 +132,7 @@ def _train(arguments: argparse.Namespace) -> int:
         resume=arguments.resume,
         dry_run=arguments.dry_run,
         processes=arguments.gpus,
+        data_may_change=arguments.allow_data_change,
     )
 
 
@@ -246,62 +257,6 @@ def _checkpoint_convert(arguments: argparse.Namespace) -> None:
     from recipes.checkpoint import convert
 
     print(convert(arguments.source, arguments.target, arguments.to, arguments.stage, arguments.ranks))
-
-
-def _add_encode(commands) -> None:  # type: ignore[no-untyped-def]
-    parser = _command(
-        commands, "encode", "Encode a folder of images with captions into shards of latents and embeddings.", _encode
-    )
-    parser.add_argument(
-        "images", type=Path, help="folder of images; captions in same-named .txt files or metadata.jsonl"
-    )
-    parser.add_argument("output", type=Path, help="folder of the shards")
-    parser.add_argument("--model", required=True, help="hub id or local folder whose VAE, CLIP and T5 encode")
-    parser.add_argument(
-        "--resolution",
-        type=int,
-        nargs=2,
-        default=(512, 512),
-        metavar=("HEIGHT", "WIDTH"),
-        help="pixels (default 512 512)",
-    )
-    parser.add_argument("--text-length", type=int, default=256, help="T5 tokens (default 256)")
-    parser.add_argument(
-        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of encoders and stored tensors"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cuda, cpu")
-    parser.add_argument("--batch-size", type=int, default=16, help="images a forward")
-    parser.add_argument("--samples-per-shard", type=int, default=1000)
-
-
-def _encode(arguments: argparse.Namespace) -> None:
-    import torch
-
-    from data_tools.encode import encode_folder
-    from scfm_core.models.flux import Flux
-    from scfm_core.train.build import resolve_device
-    from scfm_core.train.metrics import progress_bar
-
-    def with_bar(batches, total):  # type: ignore[no-untyped-def]
-        with progress_bar("encode", total, unit="batch") as bar:
-            for batch in batches:
-                yield batch
-                bar.update()
-
-    manifest = encode_folder(
-        arguments.images,
-        arguments.output,
-        Flux(arguments.model),
-        resolution=tuple(arguments.resolution),
-        text_length=arguments.text_length,
-        dtype=getattr(torch, arguments.dtype),
-        device=resolve_device(arguments.device),
-        batch_size=arguments.batch_size,
-        samples_per_shard=arguments.samples_per_shard,
-        progress=with_bar,
-    )
-    total = sum(shard.bytes for shard in manifest.shards)
-    print(f"{manifest.samples} samples in {len(manifest.shards)} shards, {total / 1e6:,.1f} MB, in {arguments.output}")
 
 
 if __name__ == "__main__":

@@ -58,8 +58,8 @@ def make_assets(root: Path, vae_steps: int) -> None:
     accuracy = write_classifier(root / "classifier")
     print(f"the classifier reads {accuracy:.1%} of held-out digits")
     _run(
-        "data", "encode", root / "digits", root / "digits_cache", "--model", root / "tiny_flux",
-        "--resolution", 16, 16, "--text-length", 8, "--dtype", "float32", "--batch-size", 64,
+        "data", "encode", root / "digits", "--output", root / "digits_cache", "--model", root / "tiny_flux",
+        "--resolution", 16, 16, "--text-length", 8, "--keep-padding", "--dtype", "float32", "--batch-size", 64,
     )  # fmt: skip
 
 

@@ -4,15 +4,14 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from recipes.runs import load_trained, open_run
 from recipes.sample import generate
-from scfm_core.data.loader import open_dataset
-from scfm_core.data.webdataset import CachedDataset
+from scfm_core.data.corpus import Corpus
+from scfm_core.data.schema import collate
 from scfm_core.errors import UserError
 from scfm_core.models.encoders import Autoencoder, TextEncoders
 from scfm_core.models.protocol import Conditioning
@@ -77,14 +76,20 @@ class _Bench:
                 "this run has no teacher (method.teacher_fraction is 0), so there is nothing to compare with"
             )
         folder, dtype = self.model.family.folder, compute_dtype(config)
-        dataset = open_dataset(config.data)
-        self.prompts = _prompts(config, dataset)
+        corpus = Corpus(config.data)
+        items = corpus.items_of(config.data.resolution).tolist()
+        if not items:
+            raise UserError(
+                f"data: no sample is of data.resolution {config.data.resolution}, the size at which images are compared. "
+                f"Set it to one of {corpus.sizes}"
+            )
+        self.prompts = _prompts(config, corpus, items)
         self.vae = Autoencoder(folder, dtype, self.device)
         distinct = sorted(set(self.prompts))
         self.cond = self._encode(TextEncoders(folder, config.model.text_length, dtype, self.device), distinct)
         where = {prompt: row for row, prompt in enumerate(distinct)}
         self.rows = torch.tensor([where[prompt] for prompt in self.prompts])
-        self.real = self._real_features(dataset)
+        self.real = self._real_features(corpus, items)
         if len(self.real) <= self.real.shape[1]:
             print(
                 f"note: {len(self.real)} samples for {self.real.shape[1]} features give a singular covariance: these "
@@ -139,29 +144,29 @@ class _Bench:
         )
 
     @torch.no_grad()
-    def _real_features(self, dataset: Any) -> Tensor:
+    def _real_features(self, corpus: Corpus, items: list[int]) -> Tensor:
         """Features of at most `evaluate.samples` images of the data; cached latents are decoded."""
-        if isinstance(dataset, CachedDataset):
-            check_cache(self.config, self.model.family, dataset)  # type: ignore[arg-type]
-        found = []
-        count = min(self.config.evaluate.samples, len(dataset))
-        for at in range(0, count, self.size):
-            records = [dataset[i] for i in range(at, min(at + self.size, count))]
-            if records[0].image is not None:
-                images = torch.stack([record.image for record in records]) / 2 + 0.5
+        if corpus.is_cached:
+            check_cache(self.config, self.model.family, corpus)  # type: ignore[arg-type]
+        found, items = [], items[: self.config.evaluate.samples]
+        for at in range(0, len(items), self.size):
+            part = collate(items[at : at + self.size], [corpus.record(item) for item in items[at : at + self.size]])
+            if part.images is not None:
+                images = part.images / 2 + 0.5
             else:
-                images = self.vae.decode(torch.stack([record.latents for record in records]))
+                assert part.latents is not None
+                images = self.vae.decode(part.latents)
             found.append(extract(self.features, images, self.device, self.size))
         return torch.cat(found)
 
 
-def _prompts(config: RunConfig, dataset: Any) -> list[str]:
+def _prompts(config: RunConfig, corpus: Corpus, items: list[int]) -> list[str]:
     """`evaluate.samples` prompts: those of the file, else the data's captions, repeated as needed."""
     count = config.evaluate.samples
     if config.evaluate.prompts is not None:
         given = read_prompts(config.evaluate.prompts, "evaluate.prompts")
         return [given[i % len(given)] for i in range(count)]
-    return [dataset.caption(i % len(dataset)) for i in range(count)]
+    return [corpus.caption(items[i % len(items)]) for i in range(count)]
 
 
 def _clip_score(path: str | None, device: torch.device) -> Callable[[Tensor, list[str]], Tensor] | None:

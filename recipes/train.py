@@ -34,7 +34,13 @@ _ATTEMPT = (
 
 
 def train(
-    config_path: str, overrides: list[str], *, resume: str = "auto", dry_run: bool = False, processes: int | None = None
+    config_path: str,
+    overrides: list[str],
+    *,
+    resume: str = "auto",
+    dry_run: bool = False,
+    processes: int | None = None,
+    data_may_change: bool = False,
 ) -> int:
     """Run a recipe; returns the exit code: 0 when done, 128 + signal when stopped by one (as a shell would)."""
     try:
@@ -53,19 +59,18 @@ def train(
     needs_group = config.engine.name == "deepspeed" or config.checkpoint.asynchronous
     try:
         with join_world(device, config.engine.timeout, always=needs_group) as world, _claimed(config, world):
-            return _run(config, resume, world)
+            return _run(config, resume, world, data_may_change)
     except OSError as error:
         raise UserError(
             f"the run in {config.run.dir} stopped: {error}. If its disk is full, make room and run the same command again"
         ) from error
 
 
-def _run(config: RunConfig, resume: str, world: World) -> int:
+def _run(config: RunConfig, resume: str, world: World, data_may_change: bool) -> int:
     run_dir = Path(config.run.dir)
     start = _starting_point(run_dir, resume, world)
-    trainer = Trainer(
-        config, start, world
-    )  # refuses what does not fit, before anything of an earlier attempt is touched
+    # Refuses what does not fit, before anything of an earlier attempt is touched.
+    trainer = Trainer(config, start, world, data_may_change=data_may_change)
     with world.together():
         if world.is_main:
             if resume == "never":

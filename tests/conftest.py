@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from data_tools.encode import encode_folder
+from data_tools.encode import EncodeConfig, encode
 from recipes.tiny import write_classifier, write_digits, write_pipeline
+from scfm_core.data.corpus import Corpus
+from scfm_core.data.recipe import DataConfig
 from scfm_core.models.flux import Flux
 from scfm_core.train.config import RunConfig, parse_config
 
@@ -31,14 +33,11 @@ def write_tiny(root: Path) -> Path:
     _randomise_transformer(root / "flux")
     write_digits(root / "digits", count=48)
     write_classifier(root / "classifier", steps=50)
-    encode_folder(
-        root / "digits",
+    encode(
+        Corpus(DataConfig(path=str(root / "digits"), format="folder", resolution=(16, 16))),
         root / "cache",
         Flux(str(root / "flux")),
-        resolution=(16, 16),
-        text_length=8,
-        dtype=torch.float32,
-        samples_per_shard=20,
+        EncodeConfig(text_length=8, keep_padding=True, dtype=torch.float32, samples_per_shard=20),
     )
     return root
 

@@ -1,13 +1,17 @@
 """A folder of images with captions: same-named `.txt` files, or `metadata.jsonl` (`file_name`, `text`)."""
 
+import contextlib
 import hashlib
+import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from scfm_core.data.schema import Record
+from scfm_core.data.schema import BadData, Record, Size
 from scfm_core.errors import UserError
 
 _ORIENTATION = 0x0112  # the EXIF tag, and what undoes its values
@@ -21,28 +25,28 @@ _TURNS = {
     8: "ROTATE_90",
 }
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 
 
 class ImageFolder:
-    """Images in the order of their names, each with its caption, cropped to one size.
+    """Images in the order of their names, each with its caption.
 
     Args:
         folder: searched recursively.
-        height, width: of the returned images, in pixels; resized to cover, then centre-cropped.
 
     Raises:
         UserError: if there is no image, or an image has no caption.
     """
 
-    def __init__(self, folder: Path, height: int, width: int) -> None:
+    def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
             raise UserError(f"data: there is no folder {str(folder)!r}")
-        self.folder, self.height, self.width = folder, height, width
+        self.folder = folder
         self.paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
         if not self.paths:
             raise UserError(f"data: {folder} holds no image ({', '.join(IMAGE_SUFFIXES)})")
         self._captions = self._read_captions()
-        digest = hashlib.sha256(f"{height}x{width}".encode())
+        digest = hashlib.sha256()
         for path, caption in zip(self.paths, self._captions, strict=True):
             digest.update(f"{path.relative_to(folder)}:{path.stat().st_size}:{caption}\n".encode())
         self.fingerprint = digest.hexdigest()
@@ -93,12 +97,17 @@ class ImageFolder:
         """The caption of image `index`."""
         return self._captions[index]
 
-    def __getitem__(self, index: int) -> Record:
+    def sizes(self) -> list[Size]:
+        """Height and width of every image, from its header; BadData names one that is none."""
+        return [image_size(path, str(path)) for path in self.paths]
+
+    def load(self, index: int, size: Size) -> Record:
+        """Image `index`, resized to cover `size` and centre-cropped, with its caption; BadData if it cannot be read."""
         path = self.paths[index]
         return Record(
             key=path.relative_to(self.folder).as_posix(),
             caption=self._captions[index],
-            image=load_image(path, self.height, self.width),
+            image=load_image(path, *size),
         )
 
 
@@ -111,24 +120,51 @@ def _read_text(path: Path) -> str:
         ) from error
 
 
-def load_image(path: Path, height: int, width: int) -> Tensor:
+def load_image(source: Path | bytes, height: int, width: int, name: str | None = None) -> Tensor:
     """An image resized to cover `height` x `width` and centre-cropped: fp32 [3, height, width] in [-1, 1].
 
+    Args:
+        source: a file, or its content.
+        height, width: in pixels.
+        name: for messages; by default the path.
+
     Raises:
-        UserError: if the file is not a readable image.
+        BadData: if it is not a readable image.
     """
     import numpy as np
     from PIL import Image, ImageOps
 
-    try:
-        with Image.open(path) as opened:
-            # PIL's exif_transpose would also write the other tags anew, and fail at odd ones.
-            turn = _TURNS.get(opened.getexif().get(_ORIENTATION, 1))
-            image = opened if turn is None else opened.transpose(getattr(Image.Transpose, turn))
-            if image.mode.startswith("I"):  # 16-bit grey: PIL would clip it at 255
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            image = image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # PIL raises all of these
-        raise UserError(f"data: {path} is not a readable image ({error}). Remove it or replace it") from error
+    with _opened(source, name) as opened:
+        # PIL's exif_transpose would also write the other tags anew, and fail at odd ones.
+        turn = _TURNS.get(opened.getexif().get(_ORIENTATION, 1))
+        if turn is None:
+            opened.draft("RGB", (width, height))  # a JPEG is decoded at half, a quarter ... where that is enough
+        image = opened if turn is None else opened.transpose(getattr(Image.Transpose, turn))
+        if image.mode.startswith("I"):  # 16-bit grey: PIL would clip it at 255
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        image = image.convert("RGB")
     fitted = ImageOps.fit(image, (width, height), method=Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def image_size(source: Path | bytes, name: str) -> Size:
+    """Height and width as it is shown, from the header alone; BadData if it is no image."""
+    with _opened(source, name) as opened:
+        width, height = opened.size
+        turned = opened.getexif().get(_ORIENTATION, 1) >= 5  # by a quarter
+    return (width, height) if turned else (height, width)
+
+
+@contextlib.contextmanager
+def _opened(source: Path | bytes, name: str | None) -> Iterator[Any]:
+    """PIL's image; what PIL raises at a damaged one becomes BadData."""
+    from PIL import Image
+
+    try:
+        # A whitelist: PIL's other formats include some that run programs (EPS) or are rarely tested.
+        with Image.open(source if isinstance(source, Path) else io.BytesIO(source), formats=_FORMATS) as opened:
+            yield opened
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # PIL raises all of these
+        raise BadData(
+            f"data: {source if isinstance(source, Path) else name} is not a readable image ({error}). Remove it or replace it"
+        ) from error

@@ -1,16 +1,16 @@
-"""What a sample is, in memory and in a shard.
+"""What a sample is, in memory and in a shard, and what the manifest beside the shards says of them.
 
-A cached sample is three members of a tar in webdataset's layout (https://github.com/webdataset/webdataset):
-`<key>.safetensors` (`latents` [C, H, W], `text` [L, D], `pooled` [P]), `<key>.txt` (caption, UTF-8) and `<key>.json`
-(`height`, `width` in pixels, `source`). Every record carries its own shapes, so one shard may hold several sizes;
-`manifest.json` beside the shards counts and hashes them.
+A cached sample has three fields: `safetensors` (`latents` [C, h, w], `text` [L, D], `pooled` [P]), `txt` (caption, UTF-8)
+and `json` (`height`, `width` in pixels, `source`). A sample of images has an image file and its captions. In a tar of
+webdataset's layout (https://github.com/webdataset/webdataset) a field is the member `<key>.<field>`, in MDS
+(https://docs.mosaicml.com/projects/streaming) a column. `manifest.json` counts, measures and hashes the shards of either.
 """
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,8 +18,15 @@ from torch import Tensor
 from scfm_core.errors import UserError
 
 MANIFEST = "manifest.json"
-MANIFEST_FORMAT = "scfm-webdataset"
-MANIFEST_VERSION = 1
+MANIFEST_FORMAT = "scfm-manifest"
+MANIFEST_VERSION = 2
+
+Size = tuple[int, int]
+"""Height and width in pixels."""
+
+
+class BadData(UserError):
+    """Content that cannot be used: a corrupt shard, an undecodable sample. `data.max_bad_fraction` says how much is borne."""
 
 
 @dataclass(kw_only=True)
@@ -47,6 +54,8 @@ class Batch:
     text: Tensor | None
     pooled: Tensor | None
     images: Tensor | None
+    bad: list[str] = field(default_factory=list)
+    """Samples that could not be used and were replaced: which, and why."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -68,7 +77,7 @@ def collate(sample_ids: Sequence[int], records: Sequence[Record]) -> Batch:
             keys = ", ".join(record.key for record in records[:4])
             raise UserError(
                 f"data: a batch needs {name} of one shape, but samples {keys} ... have {sorted(shapes)}. "
-                f"Encode the folder at one resolution"
+                f"Set data.buckets"
             )
         return torch.stack(tensors)
 
@@ -83,86 +92,114 @@ def collate(sample_ids: Sequence[int], records: Sequence[Record]) -> Batch:
     )
 
 
-class Dataset(Protocol):
-    """Random access to records; the order is the loader's business."""
-
-    fingerprint: str
-    """Identity of the content: a resumed run must find the same."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Record:
-        """The record at `index`; raises UserError, naming file and key, if it cannot be read."""
-        ...
-
-    def caption(self, index: int) -> str:
-        """The caption alone, without decoding the rest."""
-        ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class ShardEntry:
     """One shard as the manifest lists it."""
 
     name: str
+    """Path relative to the data set's folder."""
     samples: int
     bytes: int
-    sha256: str
+    sha256: str | None
+    """In hex; none where a foreign index has none: then the size alone is held."""
+    sizes: tuple[tuple[int, int, int], ...] = ()
+    """Runs of (height, width, samples), in pixels, in the samples' order; empty if nobody measured them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """`manifest.json` of a cache."""
+    """`manifest.json` of a data set."""
 
-    encoder: str
-    """Fingerprint of VAE and text encoders; caches of two models do not mix."""
-    text_length: int
-    """T5 tokens."""
-    resolution: tuple[int, int]
-    """Height and width in pixels."""
-    samples: int
-    shards: tuple[ShardEntry, ...]
+    format: Literal["webdataset", "mds"] = "webdataset"
+    encoder: str | None = None
+    """Of a cache: fingerprint of VAE and text encoders; caches of two models do not mix. None: images."""
+    text_length: int | None = None
+    """Of a cache: T5 tokens."""
+    padding: str | None = None
+    """Of a cache whose T5 padding is trimmed: sha256 of `padding.safetensors`, which fills it up again."""
+    shards: tuple[ShardEntry, ...] = ()
 
-    def write(self, folder: Path) -> None:
+    @property
+    def samples(self) -> int:
+        """In all shards."""
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def sizes(self) -> set[Size]:
+        """Every height and width that occurs."""
+        return {(height, width) for shard in self.shards for height, width, _ in shard.sizes}
+
+    def dumps(self) -> str:
+        """As JSON text, a line a shard."""
+        data = {"manifest": MANIFEST_FORMAT, "version": MANIFEST_VERSION, **asdict(self), "samples": self.samples}
+        shards = ",\n    ".join(json.dumps(shard) for shard in data.pop("shards"))
+        return json.dumps(data, indent=2)[:-2] + f',\n  "shards": [\n    {shards}\n  ]\n}}\n'
+
+    def write(self, path: Path) -> None:
         """Write aside and rename: a manifest that is there is complete."""
-        data = {"format": MANIFEST_FORMAT, "version": MANIFEST_VERSION, **asdict(self)}
-        aside = folder / f"{MANIFEST}.tmp"
-        aside.write_text(json.dumps(data, indent=2) + "\n")
-        aside.replace(folder / MANIFEST)
+        aside = path.with_name(f"{path.name}.tmp")
+        aside.write_text(self.dumps(), encoding="utf-8")
+        aside.replace(path)
 
     @classmethod
-    def read(cls, folder: Path) -> "Manifest":
-        """Read and check.
+    def parse(cls, text: bytes | str, where: str) -> "Manifest":
+        """Read and check; `where` is what messages name.
 
         Raises:
-            UserError: if it is missing, damaged or of another version.
+            UserError: if it is damaged, of another version, or names shards outside its folder.
         """
-        path = folder / MANIFEST
-        if not folder.is_dir():
-            raise UserError(
-                f"data.path: there is no folder {str(folder)!r}. Make it with `scfm data encode IMAGES {folder}`"
-            )
-        if not path.is_file():
-            raise UserError(
-                f"data.path: {folder} has no {MANIFEST}. Either it is not a cache, or `scfm data encode` did not "
-                f"finish: run it again. For a folder of plain images set data.format=folder"
-            )
         try:
-            data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            if data.pop("format") != MANIFEST_FORMAT or data.pop("version") != MANIFEST_VERSION:
+            data: dict[str, Any] = json.loads(text)
+            if data.pop("manifest", None) != MANIFEST_FORMAT or data.pop("version", None) != MANIFEST_VERSION:
                 raise UserError(
-                    f"data.path: {path} is of another format or version than this release reads; encode again"
+                    f"data: {where} is of another format or version than this release reads. Encode again, or index "
+                    f"the shards again with `scfm data index`"
                 )
-            shards = tuple(ShardEntry(**shard) for shard in data.pop("shards"))
-            manifest = cls(resolution=tuple(data.pop("resolution")), shards=shards, **data)
+            samples = data.pop("samples")
+            shards = tuple(_entry(shard) for shard in data.pop("shards"))
+            manifest = cls(shards=shards, **data)
         except UserError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:  # no JSON, no UTF-8, or other keys
-            raise UserError(f"data.path: {path} is damaged ({error!r}); encode again") from error
-        if manifest.samples != sum(shard.samples for shard in manifest.shards):
             raise UserError(
-                f"data.path: {path} is damaged: {manifest.samples} samples are not its shards' sum; encode again"
-            )
-        if manifest.samples == 0:
-            raise UserError(f"data.path: {path} lists no sample; encode a folder with images")
+                f"data: {where} is damaged ({error!r}). Make it again: `scfm data encode` or `scfm data index`"
+            ) from error
+        if manifest.samples != samples:
+            raise UserError(f"data: {where} is damaged: {samples} samples are not its shards' sum. Make it again")
+        if samples == 0:
+            raise UserError(f"data: {where} lists no sample")
+        for shard in shards:
+            refuse_outside(shard.name, where)
         return manifest
+
+
+def _entry(data: dict[str, Any]) -> ShardEntry:
+    sizes = tuple((int(height), int(width), int(count)) for height, width, count in data.pop("sizes"))
+    entry = ShardEntry(sizes=sizes, **data)
+    if not isinstance(entry.name, str) or min(entry.samples, entry.bytes) < 0:
+        raise ValueError(f"shard {entry.name!r}")
+    if sizes and sum(count for _, _, count in sizes) != entry.samples:
+        raise ValueError(f"the sizes of shard {entry.name} are not those of {entry.samples} samples")
+    return entry
+
+
+def refuse_outside(name: str, where: str) -> None:
+    """A shard's name is a path below the data set's folder, whatever a manifest says.
+
+    Raises:
+        UserError: if it leads elsewhere.
+    """
+    parts = PurePosixPath(name).parts
+    if not parts or name.startswith("/") or ".." in parts or "\\" in name or ":" in name:
+        raise UserError(f"data: {where} names a shard outside its folder: {name!r}. Do not use it")
+
+
+def runs_of(sizes: Sequence[Size]) -> tuple[tuple[int, int, int], ...]:
+    """Run-length form of the sizes of a shard's samples."""
+    runs: list[tuple[int, int, int]] = []
+    for height, width in sizes:
+        if runs and runs[-1][:2] == (height, width):
+            runs[-1] = (height, width, runs[-1][2] + 1)
+        else:
+            runs.append((height, width, 1))
+    return tuple(runs)

@@ -42,6 +42,11 @@ class TextEncoders:
         rows = None if guidance is None else torch.full((len(captions),), guidance, device=self.device)
         return Conditioning(text=text, pooled=pooled, guidance=rows)
 
+    def lengths(self, captions: Sequence[str]) -> list[int]:
+        """T5 tokens of each caption, its end mark included, at most `text_length`; the rest is padding."""
+        tokens = self._pipeline.tokenizer_2(list(captions), truncation=True, max_length=self.text_length)
+        return [len(row) for row in tokens.input_ids]
+
 
 class Autoencoder:
     """diffusers' `AutoencoderKL`, with the scaling of the latents folded in."""

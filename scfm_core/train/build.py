@@ -14,8 +14,8 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from scfm_core.data.schema import Batch, Dataset
-from scfm_core.data.webdataset import CachedDataset
+from scfm_core.data.corpus import Corpus
+from scfm_core.data.schema import Batch
 from scfm_core.distributed.deepspeed import ZeroEngine, ZeroLayout
 from scfm_core.distributed.deepspeed_config import deepspeed_config
 from scfm_core.distributed.engine import OptimizerConfig
@@ -75,8 +75,11 @@ def compute_dtype(config: RunConfig) -> torch.dtype:
 
 
 def build_family(config: RunConfig, *, offline: bool = False) -> Flux:
-    """The model family of `config.model`, its folder resolved; UserError if it is not there."""
-    return Flux(config.model.path, offline=offline)
+    """The model family of `config.model`, its folder resolved; UserError if it is not there, or cannot pack a size."""
+    family = Flux(config.model.path, offline=offline)
+    for size in {config.data.resolution, *config.data.sizes()}:
+        family.latent_shape(*size)
+    return family
 
 
 Layout = Fsdp2Layout | ZeroLayout
@@ -238,16 +241,15 @@ class BatchEncoder:
     """Batch -> latents and conditioning on the device: a copy for cached samples, else VAE and text encoders run.
 
     Raises:
-        UserError: if a cache does not belong to this model, text length or resolution.
+        UserError: if a cache does not belong to this model or text length.
     """
 
-    def __init__(self, config: RunConfig, family: Flux, dataset: Dataset, device: torch.device) -> None:
+    def __init__(self, config: RunConfig, family: Flux, corpus: Corpus, device: torch.device) -> None:
         self.device = device
         self.text: TextEncoders | None = None
         self.vae: Autoencoder | None = None
-        family.latent_shape(*config.data.resolution)  # refuses resolutions that cannot be packed
-        if isinstance(dataset, CachedDataset):
-            check_cache(config, family, dataset)
+        if corpus.is_cached:
+            check_cache(config, family, corpus)
         else:
             self.text = TextEncoders(family.folder, config.model.text_length, compute_dtype(config), device)
             self.vae = Autoencoder(family.folder, compute_dtype(config), device)
@@ -262,23 +264,18 @@ class BatchEncoder:
         return self.vae.encode(batch.images.to(self.device)).float(), self.text.encode(batch.captions)
 
 
-def check_cache(config: RunConfig, family: Flux, dataset: CachedDataset) -> None:
-    """Hold a cache's manifest against the run's model; UserError names both sides."""
-    manifest = dataset.manifest
-    for key, cached, wanted in (
-        ("model.text_length", manifest.text_length, config.model.text_length),
-        ("data.resolution", tuple(manifest.resolution), tuple(config.data.resolution)),
-    ):
-        if cached != wanted:
-            raise UserError(
-                f"data.path: the cache {dataset.folder} was encoded with {key} {cached}, this run asks for {wanted}. "
-                f"Set {key} to match, or encode again"
-            )
-    fingerprint = encoder_fingerprint(family.folder)
-    if manifest.encoder != fingerprint:
+def check_cache(config: RunConfig, family: Flux, corpus: Corpus) -> None:
+    """Hold cached sources against the run's model; UserError names both sides."""
+    if corpus.text_length != config.model.text_length:
         raise UserError(
-            f"data.path: the cache {dataset.folder} was encoded by another model (encoder {manifest.encoder[:12]}) "
-            f"than {family.folder} (encoder {fingerprint[:12]}). Encode it again with this model's encoders"
+            f"data: the cache was encoded with model.text_length {corpus.text_length}, this run asks for "
+            f"{config.model.text_length}. Set it to match, or encode again"
+        )
+    fingerprint = encoder_fingerprint(family.folder)
+    if corpus.encoder != fingerprint:
+        raise UserError(
+            f"data: the cache was encoded by another model (encoder {str(corpus.encoder)[:12]}) than {family.folder} "
+            f"(encoder {fingerprint[:12]}). Encode it again with this model's encoders"
         )
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from torch.distributed.checkpoint.api import CheckpointException
 
-from scfm_core.data.webdataset import file_sha256
+from scfm_core.data.cache import file_sha256
 from scfm_core.distributed.reader import Reader, open_reader
 from scfm_core.distributed.world import World
 from scfm_core.errors import UserError

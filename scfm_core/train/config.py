@@ -5,7 +5,7 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +13,9 @@ from typing import Any, Literal
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from scfm_core.data.loader import DataConfig
+from scfm_core.data.recipe import DataConfig
+from scfm_core.data.source import guess_format
+from scfm_core.data.uri import is_remote
 from scfm_core.distributed.engine import EngineConfig
 from scfm_core.errors import UserError
 from scfm_core.models.adapters import LoRAConfig
@@ -247,13 +249,51 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return parse_config(tree, source=str(path))
 
 
+def load_data_config(source: str, overrides: Sequence[str], changes: Mapping[str, Any]) -> DataConfig:
+    """A data recipe by itself: of a file, or of a folder, address or shards that are read as they are.
+
+    Args:
+        source: a `.yaml`; or a path or address, whose format is seen by what lies there.
+        overrides: `data.key=value`.
+        changes: values of keys.
+
+    Raises:
+        UserError: as `load_config`.
+    """
+    if source.endswith((".yaml", ".yml")):
+        tree = _swap_sections({"data": source})
+    else:
+        name = Path(source.rstrip("/")).name.partition(".")[0]
+        known = {"name": re.sub(r"[^\w.-]", "_", name) or "data", "uri": source, "format": guess_format(source)}
+        tree = {"data": {"sources": [known], "num_workers": 0}}
+    tree["data"] |= changes
+    for override in overrides:
+        if not override.startswith("data."):
+            raise UserError(f"override {override!r} is not of the form data.key=value")
+        _apply(tree, override)
+    _refuse_unknown(_DataOnly, tree, "", source)
+    try:
+        return TypeAdapter(_DataOnly).validate_python(_none_words(_DataOnly, tree)).data
+    except ValidationError as error:
+        lines = dict.fromkeys(_explain(item) for item in error.errors())
+        raise UserError(f"{source} is not a valid data recipe:\n" + "\n".join(lines)) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class _DataOnly:
+    data: DataConfig
+
+
 def _swap_sections(tree: dict[str, Any]) -> dict[str, Any]:
     """Sections given as a file's name are read from it: `data: recipes/data/digits.yaml`."""
+    shipped = Path(__file__).parents[2] / "recipes" / "data"
     for section, value in tree.items():
         if isinstance(value, str) and value.endswith((".yaml", ".yml")):
-            if not Path(value).is_file():
-                raise UserError(f"{section}: there is no file {value!r}")
-            tree[section] = _read_yaml(Path(value))
+            path = next((p for p in (Path(value), shipped / value) if p.is_file()), None)
+            if path is None:
+                known = f". Shipped data recipes: {', '.join(sorted(p.name for p in shipped.glob('*.yaml')))}"
+                raise UserError(f"{section}: there is no file {value!r}{known if section == 'data' else ''}")
+            tree[section] = _read_yaml(path)
     return tree
 
 
@@ -283,14 +323,17 @@ def _explain(item: Any) -> str:
     elif item["type"] in ("missing", "value_error"):
         got = ""
     where = ".".join(parts)
-    return f"  {where}: {message}{got}" if where else f"  {message}"
+    if not where or message.startswith(f"{parts[0]}."):  # our own messages begin with the key
+        return f"  {message}{got}"
+    return f"  {where}: {message}{got}"
 
 
 def _keys_of(section: str) -> list[str]:
     """The keys of a (nested) section by its dotted name."""
     cls: Any = RunConfig
     for part in section.split("."):
-        cls = _dataclass_in(typing.get_type_hints(cls)[part])
+        if not part.isdigit():
+            cls = _dataclass_in(typing.get_type_hints(cls)[part])
     return list(typing.get_type_hints(cls))
 
 
@@ -316,11 +359,23 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, path=absolute(config.model.path)),
-        data=dataclasses.replace(config.data, path=absolute(config.data.path)),
+        data=_with_absolute_data(config.data, absolute),
         engine=dataclasses.replace(config.engine, deepspeed_config=absolute(config.engine.deepspeed_config)),
         sample=dataclasses.replace(config.sample, prompts=absolute(config.sample.prompts)),
         evaluate=dataclasses.replace(config.evaluate, **evaluate),
     )
+
+
+def _with_absolute_data(data: DataConfig, absolute: Callable[[Any], Any]) -> DataConfig:
+    def anchored(uri: str) -> str:  # with braces there is no file of that name
+        return uri if is_remote(uri) else str(Path(uri).expanduser().absolute())
+
+    sources = tuple(
+        dataclasses.replace(source, uri=anchored(source.uri), manifest=source.manifest and anchored(source.manifest))
+        for source in data.sources
+    )
+    cache = dataclasses.replace(data.cache, dir=anchored(data.cache.dir))
+    return dataclasses.replace(data, path=absolute(data.path), sources=sources, cache=cache)
 
 
 def dump_config(config: RunConfig) -> str:
@@ -362,15 +417,29 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     except yaml.YAMLError as error:
         raise UserError(f"the value of override {override!r} is not valid YAML: {error}") from error
     *parents, last = key.split(".")
-    node = tree
+    node: Any = tree
     for parent in parents:
+        if isinstance(node, list):
+            node = _item(node, parent, override)
+            continue
         child = node.setdefault(parent, {})
         if child is None:
             child = node[parent] = {}
-        if not isinstance(child, dict):
+        if not isinstance(child, (dict, list)):
             raise UserError(f"override {override!r}: {parent} is not a section")
         node = child
-    node[last] = value
+    if isinstance(node, list):
+        _item(node, last, override)
+        node[int(last)] = value
+    else:
+        node[last] = value
+
+
+def _item(items: list[Any], place: str, override: str) -> Any:
+    """`data.sources.0`: the member of a list by its number."""
+    if not place.isdigit() or int(place) >= len(items):
+        raise UserError(f"override {override!r}: a list of {len(items)} has no member {place!r}; they count from 0")
+    return items[int(place)]
 
 
 def _none_words(cls: Any, tree: Any) -> Any:
@@ -383,13 +452,19 @@ def _none_words(cls: Any, tree: Any) -> Any:
         if value == "none" and types.NoneType in typing.get_args(hints[key]):
             value = None
         nested = _dataclass_in(hints[key])
-        translated[key] = value if nested is None else _none_words(nested, value)
+        if nested is None:
+            translated[key] = value
+        elif isinstance(value, list):
+            translated[key] = [_none_words(nested, item) for item in value]
+        else:
+            translated[key] = _none_words(nested, value)
     return translated
 
 
 def _dataclass_in(annotation: Any) -> Any:
-    """The dataclass in `X` or `X | None`, or None."""
-    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    """The dataclass in `X`, `X | None` or `tuple[X, ...]`, or None."""
+    several = isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is tuple
+    options = typing.get_args(annotation) if several else (annotation,)
     return next((option for option in options if dataclasses.is_dataclass(option)), None)
 
 
@@ -405,5 +480,8 @@ def _refuse_unknown(cls: Any, tree: Any, prefix: str, source: str) -> None:
         if isinstance(value, bool) and bool not in (hints[key], *typing.get_args(hints[key])):
             raise UserError(f"{source}: {prefix}{key} takes no true or false (got {value})")
         nested = _dataclass_in(hints[key])
-        if nested is not None:
+        if nested is not None and isinstance(value, list):
+            for number, item in enumerate(value):
+                _refuse_unknown(nested, item, f"{prefix}{key}.{number}.", source)
+        elif nested is not None:
             _refuse_unknown(nested, value, f"{prefix}{key}.", source)

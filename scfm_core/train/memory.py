@@ -71,7 +71,9 @@ def estimate_memory(
         "Adam (fp32)": 8 * trained / share.optimizer,
     }
     working = {
-        "encoders (on the fly)": float(family.encoder_bytes if config.data.format == "folder" else 0),
+        "encoders (on the fly)": float(
+            family.encoder_bytes if any(source.format == "folder" for source in config.data.mixture()) else 0
+        ),
         "gathered weights (a guess)": _gathered(config, network, share, width),
         "reduce bucket (fp32)": 4 * min(REDUCE_BUCKET, trained) * zero,
         "activations (a guess)": _activations(config, family, tokens, width),

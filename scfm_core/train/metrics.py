@@ -174,12 +174,23 @@ class RunLog:
         if "skipped" in row:
             self._incidents.write({"event": "skip", **row})
             self._bar.write(f"step {row['step']} skipped: {row['skipped']}; samples to look at: {row['suspects']}")
+        if "bad_samples" in row:
+            bad = row["bad_samples"]
+            self._incidents.write({"event": "bad_samples", "step": row["step"], "samples": bad})
+            self._bar.write(f"step {row['step']}: {len(bad)} unusable samples were replaced, the first: {bad[0]}")
+            row = {**row, "bad_samples": len(bad)}
         self._metrics.write(row)
         self._wandb.log(row)
         self._bar.set_postfix(
             loss=f"{row['loss']:.4f}", samples_per_s=f"{row['samples_per_second']:.1f}", refresh=False
         )
         self._bar.update()
+
+    def incident(self, incident: dict[str, Any]) -> None:
+        """Something that the reader of the run's folder should know."""
+        if self._world.is_main:
+            self._incidents.write(incident)
+            self._bar.write("; ".join(f"{key}: {value}" for key, value in incident.items()))
 
     def picture(self, path: Path, step: int) -> None:
         """A grid of samples."""

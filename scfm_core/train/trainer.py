@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scfm_core.data.loader import batches, open_dataset
+from scfm_core.data.corpus import Corpus
+from scfm_core.data.loader import batches
 from scfm_core.data.schema import Batch
 from scfm_core.distributed.watchdog import Watchdog
 from scfm_core.distributed.world import World
@@ -63,10 +64,18 @@ class Progress:
     """Steps that were applied: the optimizer's own count."""
     samples: int = 0
     """Samples consumed: the data cursor, and the next global sample index."""
+    data_start: int = 0
+    """Samples consumed before the present data recipe began; its own stream starts there."""
+    bad_samples: int = 0
+    """How many of the samples could not be used and were replaced."""
     seconds: float = 0.0
     """Time spent in steps, over all starts."""
     rollbacks: int = 0
     """How often the run went back to an earlier checkpoint on its own."""
+
+
+_FEW_SAMPLES = 1000
+"""Of fewer, as many may be unusable as of these: a share says little of a handful."""
 
 
 class SkippedTooOften(RuntimeError):
@@ -80,12 +89,20 @@ class Trainer:
         config: the run.
         resume: the checkpoint to go on from, if any; already verified.
         world: the processes; each of them has a trainer.
+        data_may_change: go on with other data than the checkpoint's; their order begins at its start.
 
     Raises:
         UserError: on every rank, if model, data, prompts, engine or checkpoint do not fit the configuration.
     """
 
-    def __init__(self, config: RunConfig, resume: Path | None = None, world: World | None = None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        resume: Path | None = None,
+        world: World | None = None,
+        *,
+        data_may_change: bool = False,
+    ) -> None:
         self.config = config
         self.world = world or World()
         self.run_dir = Path(config.run.dir)
@@ -93,6 +110,8 @@ class Trainer:
         self.stop = StopRequest()
         self.stopping: int | None = None
         """The signal by which any rank was asked to stop, the same on every rank at the same step."""
+        self.data_error: UserError | None = None
+        """Why the next step has no data, or may not go on with it; the same on every rank at the same step."""
         with self.world.together():
             self._build()
         self.progress = Progress()
@@ -104,18 +123,21 @@ class Trainer:
         self.writer = CheckpointWriter(
             self.run_dir, config.checkpoint.keep, self.world, on_thread=config.checkpoint.asynchronous
         )
+        self.data_change: dict[str, Any] | None = None
+        """What changed in the data since the checkpoint, for the log."""
         if resume is not None:
             with self.world.together():
-                self._restore(load_checkpoint(resume, verify=False))
+                self._restore(load_checkpoint(resume, verify=False), data_may_change)
         self.validation = Validation(self, self._prompts) if self._prompts else None
 
     def _build(self) -> None:
         config = self.config
         self._prompts = validation_prompts(config)
         accumulation = micro_batches(config.train, self.world)
-        self.dataset = open_dataset(config.data)
         self.family = build_family(config)
-        self.encoder = BatchEncoder(config, self.family, self.dataset, self.device)
+        self.corpus = Corpus(config.data)
+        self.corpus.order(config.train.global_batch_size, config.run.seed)  # refuses partitions that do not divide it
+        self.encoder = BatchEncoder(config, self.family, self.corpus, self.device)
         layout = build_layout(config, self.world, self.device, accumulation)
         self.model = build_model(config, self.family, self.device, layout=layout)
         self.engine = build_engine(config, self.model, layout, self.world, accumulation)
@@ -138,35 +160,67 @@ class Trainer:
     def train_steps(self) -> Iterator[dict[str, Any]]:
         """Run to `train.steps`, yielding each step's row of metrics once the step is done, on every rank the same.
 
+        A step's data are taken before the step before it ends, so that all ranks learn of missing data together, where
+        nothing is half done.
+
         Raises:
             SkippedTooOften: after more skipped steps in a row than are borne.
+            UserError: on every rank, if any has no data, or too many samples were unusable.
         """
-        train, world = self.config.train, self.world
-        left = train.steps - self.progress.step
+        train, world, progress = self.config.train, self.world, self.progress
+        left = train.steps - progress.step
         stream = batches(
-            self.dataset,
-            self.config.data,
+            self.corpus,
             seed=self.config.run.seed,
+            global_batch_size=train.global_batch_size,
             micro_batch_size=train.micro_batch_size,
-            start=self.progress.samples,
-            stop=self.progress.samples + left * train.global_batch_size,
+            start=progress.samples - progress.data_start,
+            stop=progress.samples - progress.data_start + left * train.global_batch_size,
             rank=world.rank,
             world_size=world.size,
+            sample_offset=progress.data_start,
         )
         with contextlib.closing(stream):
-            for _ in range(left):
-                yield self._step(stream)
+            with world.together():
+                upcoming = self._take(stream, left)
+                if isinstance(upcoming, UserError):
+                    raise upcoming
+            for number in range(left):
+                assert not isinstance(upcoming, UserError)
+                began, data = time.perf_counter(), upcoming
+                meter = self._backward(data)
+                waited = time.perf_counter()
+                upcoming = self._take(stream, left - number - 1)
+                waited = time.perf_counter() - waited
+                yield self._finish_step(meter, data, upcoming, began) | {"data_seconds": round(waited, 4)}
+                if self.data_error is not None:
+                    raise self.data_error
                 if self.guard.exhausted:
                     raise SkippedTooOften
 
-    def _step(self, stream: Iterator[Batch]) -> dict[str, Any]:
-        train, progress = self.config.train, self.progress
-        meter, began = LossMeter(self.device), time.perf_counter()
-        for _ in range(micro_batches(train, self.world)):
-            batch = next(stream)
+    def _backward(self, data: list[Batch]) -> LossMeter:
+        """Gradients of a step's micro-batches."""
+        meter = LossMeter(self.device)
+        for batch in data:
             self.engine.backward(self.engine.forward(lambda batch=batch: self.micro_step(batch, meter)))  # type: ignore[misc]
+        return meter
+
+    def _take(self, stream: Iterator[Batch], steps_left: int) -> list[Batch] | UserError:
+        """The micro-batches of the next step, or why there are none."""
+        if not steps_left:
+            return []
+        try:
+            return [next(stream) for _ in range(micro_batches(self.config.train, self.world))]
+        except UserError as error:
+            return error
+
+    def _finish_step(
+        self, meter: LossMeter, data: list[Batch], upcoming: list[Batch] | UserError, began: float
+    ) -> dict[str, Any]:
+        """From the gradients to the next step: what is shared, decided and applied, and the row that says so."""
+        train, progress = self.config.train, self.progress
         grad_norm = self.engine.reduce()
-        self._share(meter)
+        bad = self._share(meter, data, upcoming)
         losses = meter.compute()
         lr = learning_rate(train, progress.step)
         first_sample = progress.samples
@@ -196,16 +250,43 @@ class Trainer:
         if skipped is not None:
             ids = list(range(first_sample, progress.samples))
             row |= {"skipped": skipped, "sample_ids": ids, "suspects": self._suspects(meter)}
+        if bad:
+            row["bad_samples"] = bad
+            self._judge_data()
         return row
 
-    def _share(self, meter: LossMeter) -> None:
-        """Losses of all ranks, and whether any was asked to stop: one all-reduce of some 200 bytes."""
-        asked = torch.tensor([self.stop.signal == number for number in SIGNALS], dtype=meter.sums.dtype)
-        shared = self.world.sum_(torch.cat([meter.sums.flatten(), asked.to(meter.sums.device)]))
-        meter.sums = shared[: -len(SIGNALS)].view_as(meter.sums)
-        self.stopping = next(
-            (number for number, count in zip(SIGNALS, shared[-len(SIGNALS) :], strict=True) if count), None
-        )
+    def _share(self, meter: LossMeter, data: list[Batch], upcoming: list[Batch] | UserError) -> list[str]:
+        """Losses of all ranks, whether any was asked to stop, and how their data are: one all-reduce of some 200 bytes.
+
+        Returns:
+            the samples of this step that could not be used, of all ranks.
+        """
+        bad = [reason for batch in data for reason in batch.bad]
+        news = [*(self.stop.signal == number for number in SIGNALS), len(bad), isinstance(upcoming, UserError)]
+        told = torch.tensor(news, dtype=meter.sums.dtype, device=meter.sums.device)
+        shared = self.world.sum_(torch.cat([meter.sums.flatten(), told]))
+        meter.sums = shared[: -len(news)].view_as(meter.sums)
+        *asked, bad_samples, failed = shared[-len(news) :].tolist()
+        self.stopping = next((number for number, count in zip(SIGNALS, asked, strict=True) if count), None)
+        if failed:
+            try:
+                self.world.agree(upcoming if isinstance(upcoming, UserError) else None)
+            except UserError as error:
+                self.data_error = error
+        if bad_samples:
+            bad = [reason for rank in self.world.gather(bad) for reason in rank]
+            self.progress.bad_samples += len(bad)
+        return bad
+
+    def _judge_data(self) -> None:
+        """More unusable samples than the recipe bears end the run."""
+        most, progress = self.config.data.max_bad_fraction, self.progress
+        if self.data_error is None and progress.bad_samples > most * max(progress.samples, _FEW_SAMPLES):
+            self.data_error = self._everywhere(
+                f"data: {progress.bad_samples} of {progress.samples} samples could not be used, more than "
+                f"data.max_bad_fraction={most} bears; {self.run_dir / 'incidents.jsonl'} names them. Look at the data with "
+                f"`scfm data validate`, or raise the limit"
+            )
 
     def _suspects(self, meter: LossMeter) -> list[int]:
         """The samples of a skipped step to look at first: those without a finite loss, else the largest losses."""
@@ -229,26 +310,43 @@ class Trainer:
             "engine": f"ZeRO-{engine.zero_stage}" if engine.name == "deepspeed" else "fsdp2",
             "world_size": self.world.size,
             "shapes": {name: list(shape) for name, shape in self.model.shapes().items()},
-            "data_fingerprint": self.dataset.fingerprint,
+            "data_fingerprint": self.corpus.fingerprint,
             "base_fingerprint": network_fingerprint(self.family.folder),
             "config": to_plain(self.config),
         }
 
-    def _restore(self, checkpoint: Checkpoint) -> None:
+    def _restore(self, checkpoint: Checkpoint, data_may_change: bool) -> None:
         state = checkpoint.state
-        refuse_other_recipe(state["config"], to_plain(self.config), checkpoint.path, quiet=not self.world.is_main)
+        changes = refuse_other_recipe(
+            state["config"],
+            to_plain(self.config),
+            checkpoint.path,
+            data_may_change=data_may_change,
+            quiet=not self.world.is_main,
+        )
         if state["base_fingerprint"] != network_fingerprint(self.family.folder):
             raise UserError(
                 f"checkpoint {checkpoint.path} was trained on another model than model.path={self.config.model.path} "
                 f"holds now. Resume with the same one, or start over with --resume never"
             )
-        if state["data_fingerprint"] != self.dataset.fingerprint:
-            raise UserError(
-                f"checkpoint {checkpoint.path} was trained on other data than data.path={self.config.data.path} "
-                f"(fingerprint {state['data_fingerprint'][:12]} and {self.dataset.fingerprint[:12]}). Resume with "
-                f"the same data, or start over with --resume never"
-            )
+        before, now = state["data_fingerprint"], self.corpus.fingerprint
+        if before != now:
+            if not data_may_change:
+                raise UserError(
+                    f"checkpoint {checkpoint.path} was trained on other data than the recipe's shards hold now "
+                    f"(fingerprint {before[:12]} and {now[:12]}). Resume with the same data; or go on with these, from "
+                    f"their start, with --allow-data-change; or start over with --resume never"
+                )
+            changes.append(f"content: fingerprint {before[:12]} there, {now[:12]} now")
         self._load(checkpoint)
+        if changes:
+            self.progress.data_start = self.progress.samples
+            self.data_change = {
+                "event": "data_changed",
+                "step": self.progress.step,
+                "samples": self.progress.samples,
+                "changes": changes,
+            }
 
     def _load(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state
@@ -281,9 +379,11 @@ class Trainer:
         if progress.rollbacks >= train.max_rollbacks:
             raise self._everywhere(f"{why}, and the run has gone back {progress.rollbacks} times already. {advice}")
         samples, rollbacks, seconds, last = progress.samples, progress.rollbacks, progress.seconds, progress.step
+        data_start, bad_samples = progress.data_start, progress.bad_samples
         with self.world.together():
             self._load(load_checkpoint(start, verify=False))
         self.progress.samples, self.progress.rollbacks, self.progress.seconds = samples, rollbacks + 1, seconds
+        self.progress.data_start, self.progress.bad_samples = data_start, bad_samples
         return {
             "event": "rollback",
             "from_step": last,
@@ -321,6 +421,8 @@ def fit(trainer: Trainer) -> int | None:
         trainer.stop.listening(),
         Watchdog(trainer.world, trainer.config.engine.timeout) as watchdog,
     ):
+        if trainer.data_change is not None:
+            log.incident(trainer.data_change)
         if trainer.validation and trainer.validation.missing(trainer):  # killed between checkpoint and grid
             trainer.validation.grid(trainer)
         while True:
@@ -340,7 +442,7 @@ def _run_steps(trainer: Trainer, log: RunLog, watchdog: Watchdog) -> int | None:
         step, stopping = row["step"], trainer.stopping
         # Not within a row of skipped steps: it would push out the checkpoint that the run may have to go back to.
         due = step % config.checkpoint.every == 0 and trainer.guard.first_skipped is None
-        if due or step == total or stopping is not None:
+        if due or step == total or stopping is not None or trainer.data_error is not None:
             watchdog.beat(f"the checkpoint of step {step}")
             trainer.save()
             watchdog.beat(f"step {step + 1}")

@@ -1,73 +1,165 @@
-"""The order of samples: a pure function of (seed, global index), whatever the workers, batches and restarts."""
+"""The stream of batches from real shards: the order's, whatever the processes, workers, interruptions and bad samples."""
 
 import gc
+import itertools
 import multiprocessing
 import os
+import random
+import re
 import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save
 
-from scfm_core.data.folder import ImageFolder
-from scfm_core.data.loader import DataConfig, batches, dataset_index, open_dataset
-from scfm_core.data.schema import Batch, Manifest, Record, collate
-from scfm_core.data.webdataset import CachedDataset, ShardWriter
+from scfm_core.data import source
+from scfm_core.data.corpus import Corpus
+from scfm_core.data.loader import batches
+from scfm_core.data.mds import MdsWriter
+from scfm_core.data.recipe import CacheConfig, DataConfig, SourceConfig
+from scfm_core.data.schema import MANIFEST, Batch, Manifest, Record, Size, collate
+from scfm_core.data.webdataset import TarWriter
 from scfm_core.errors import UserError
 
-LENGTH = 10
-DRAFT = Manifest(encoder="e", text_length=1, resolution=(8, 8), samples=0, shards=())
+DRAFT = Manifest(encoder="e" * 64, text_length=1)
+SIZE = (8, 8)
+MANY = 10_000
 
 
-class Numbers:
-    """A dataset whose every part tells its index."""
-
-    fingerprint = "numbers"
-
-    def __init__(self, length: int = LENGTH) -> None:
-        self.length = length
-
-    def __len__(self) -> int:
-        return self.length
-
-    def caption(self, index: int) -> str:
-        return f"caption {index}"
-
-    def __getitem__(self, index: int) -> Record:
-        full = torch.full((2,), float(index))
-        return Record(key=str(index), caption=self.caption(index), latents=full, text=full + 0.25, pooled=full + 0.5)
+def fields(number: int, size: Size = SIZE) -> dict[str, bytes]:
+    """A cached sample of which every part tells its number."""
+    shape = (1, size[0] // 8, size[1] // 8)
+    tensors = {
+        "latents": torch.full(shape, float(number)),
+        "text": torch.full((1, 1), number + 0.25),
+        "pooled": torch.full((1,), number + 0.5),
+    }
+    return {"safetensors": save(tensors), "txt": f"caption {number}".encode()}
 
 
-def make_config(**changes: object) -> DataConfig:
-    return DataConfig(**{"path": "unused", "num_workers": 0, **changes})
+def write_tars(
+    folder: Path,
+    counts: Sequence[int],
+    *,
+    first: int = 0,
+    sizes: Sequence[Size] = (SIZE,),
+    bad: Sequence[int] = (),
+) -> Path:
+    """Samples `first`, `first + 1`, ... in shards of so many; their sizes in turn; those of `bad` cannot be decoded."""
+    folder.mkdir(parents=True)
+    numbers, entries = itertools.count(first), []
+    for shard, count in enumerate(counts):
+        with TarWriter(folder / f"shard-{shard:06d}.tar") as writer:
+            for number in itertools.islice(numbers, count):
+                size = sizes[number % len(sizes)]
+                sample = fields(number, size)
+                if number in bad:
+                    sample["safetensors"] = b"no tensors"
+                writer.write(f"{number:08d}", sample, size)
+        entries.append(writer.entry)
+    Manifest(**{**DRAFT.__dict__, "shards": tuple(entries)}).write(folder / MANIFEST)
+    return folder
 
 
-def read(dataset=None, *, start=0, stop=40, micro=4, seed=0, **changes) -> list[tuple[int, int]]:
-    """(global index, record) of every sample, after checking that the parts of each belong together."""
-    stream = []
-    for batch in batches(
-        dataset or Numbers(), make_config(**changes), seed=seed, micro_batch_size=micro, start=start, stop=stop
-    ):
-        assert len(batch) == micro
-        numbers = [int(key) for key in batch.keys]
-        assert batch.captions == [f"caption {number}" for number in numbers]
-        assert torch.equal(batch.latents[:, 0], torch.tensor(numbers).float())
-        assert torch.equal(batch.text, batch.latents + 0.25)
-        assert torch.equal(batch.pooled, batch.latents + 0.5)
-        stream += zip(batch.sample_ids.tolist(), numbers, strict=True)
-    return stream
+def write_mds(folder: Path, count: int, *, first: int = 0, compression: str | None = None, shard_bytes: int) -> Path:
+    with MdsWriter(folder, ["safetensors", "txt"], DRAFT, shard_bytes=shard_bytes, compression=compression) as writer:
+        for number in range(first, first + count):
+            writer.write(f"{number:08d}", fields(number), SIZE)
+    return folder
 
 
-def records(stream: list[tuple[int, int]]) -> list[int]:
-    return [record for _, record in stream]
+def open_corpus(path: Path, **changes: Any) -> Corpus:
+    return Corpus(DataConfig(**{"path": str(path), "resolution": SIZE, "num_workers": 0, **changes}))
 
 
-def write_images(folder: Path, count: int) -> None:
-    folder.mkdir()
-    for number in range(count):
-        Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / f"{number}.png")
-        (folder / f"{number}.txt").write_text(f"caption {number}")
+def numbers_of(batch: Batch) -> list[int]:
+    """The samples of a batch, after checking that the parts of each belong together."""
+    numbers = [int(key) for key in batch.keys]
+    assert batch.captions == [f"caption {number}" for number in numbers]
+    expected = torch.tensor(numbers).float()
+    assert batch.latents is not None and batch.text is not None and batch.pooled is not None
+    assert torch.equal(batch.latents.flatten(1)[:, 0], expected)
+    assert torch.equal(batch.text[:, 0, 0], expected + 0.25)
+    assert torch.equal(batch.pooled[:, 0], expected + 0.5)
+    return numbers
+
+
+def one_rank(
+    corpus: Corpus, size: int, start: int, stop: int, *, micro: int, rank: int = 0, world_size: int = 1, end: int
+) -> Iterator[Batch]:
+    """Global batches `start` to `stop - 1` of a run of `end`, which is then broken off."""
+    stream = batches(
+        corpus,
+        seed=0,
+        global_batch_size=size,
+        micro_batch_size=micro,
+        start=start * size,
+        stop=end * size,
+        rank=rank,
+        world_size=world_size,
+    )
+    yield from itertools.islice(stream, (stop - start) * (size // world_size // micro))
+    stream.close()
+
+
+def read(
+    path: Path,
+    size: int,
+    end: int,
+    *,
+    cuts: Sequence[int] = (),
+    worlds: Sequence[int] = (1,),
+    micro: int = 0,
+    bad: list[str] | None = None,
+    **changes: Any,
+) -> list[int]:
+    """The samples of `end` global batches, in the stream's order.
+
+    Args:
+        path: of the shards.
+        size: of a global batch.
+        end: global batches of the run.
+        cuts: global batches before which it is broken off and gone on with.
+        worlds: ranks of each of its parts, in turn.
+        micro: samples of a micro-batch; 0: a rank's whole share.
+        bad: gets what the batches say of bad samples.
+        changes: of the recipe.
+    """
+    stream: dict[int, int] = {}
+    for (start, stop), world_size in zip(itertools.pairwise([0, *cuts, end]), itertools.cycle(worlds), strict=False):
+        share = size // world_size
+        corpus = open_corpus(path, **changes)  # as a process that has just been started
+        for rank in range(world_size):
+            ids: list[int] = []
+            options = {"micro": micro or share, "rank": rank, "world_size": world_size}
+            for batch in one_rank(corpus, size, start, stop, **options, end=end):
+                ids += batch.sample_ids.tolist()
+                stream.update(zip(batch.sample_ids.tolist(), numbers_of(batch), strict=True))
+                if bad is not None:
+                    bad += batch.bad
+            begins = [step * size + rank * share for step in range(start, stop)]
+            assert ids == [begin + row for begin in begins for row in range(share)]
+    assert sorted(stream) == list(range(end * size))
+    return [stream[at] for at in range(end * size)]
+
+
+def expected(path: Path, size: int, end: int, **changes: Any) -> list[int]:
+    """What the order says, without reading a sample."""
+    order = open_corpus(path, **changes).order(size, 0)
+    rows: list[list[int]] = []
+    for number in itertools.count():
+        if len(rows) >= end:
+            return [item for row in rows[:end] for item in row]
+        rows += order.epoch(number).items.tolist()
+    raise AssertionError
 
 
 def end_workers() -> None:
@@ -82,223 +174,537 @@ def end_workers() -> None:
 
 
 @pytest.fixture(autouse=True)
-def no_worker_outlives_its_test():
+def no_worker_outlives_its_test() -> Iterator[None]:
     yield
     end_workers()
 
 
-class TestOrder:
-    def test_is_pinned(self):
-        """A change of this order breaks the resuming of every run there is."""
-        assert records(read(stop=20)) == [3, 8, 4, 7, 1, 6, 5, 0, 2, 9, 4, 2, 0, 9, 1, 6, 7, 3, 8, 5]
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """10,000 samples in 37 shards of 1 to some 700."""
+    draw = random.Random(0)
+    edges = sorted([*draw.sample(range(2, MANY - 1), 34), 1, MANY - 1])
+    counts = [stop - start for start, stop in itertools.pairwise([0, *edges, MANY])]
+    assert len(counts) == 37
+    assert min(counts) == 1
+    assert max(counts) > 500
+    return write_tars(tmp_path_factory.mktemp("many") / "shards", counts)
 
-    def test_sample_ids_count_the_endless_stream(self):
-        assert [index for index, _ in read(start=12, stop=36)] == list(range(12, 36))
 
-    def test_every_epoch_is_another_permutation(self):
-        stream = records(read(stop=60))
-        epochs = [tuple(stream[at : at + LENGTH]) for at in range(0, 60, LENGTH)]
-        assert all(sorted(epoch) == list(range(LENGTH)) for epoch in epochs)
-        assert len(set(epochs)) == 6
+@pytest.fixture(scope="module")
+def many_mds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """2,000 samples: 41 batches of 48 and 32 samples."""
+    folder = write_mds(tmp_path_factory.mktemp("mds") / "shards", 2000, shard_bytes=40_000)
+    assert len(list(folder.glob("*.mds"))) > 10
+    return folder
 
-    def test_seeds_differ(self):
-        assert records(read(seed=0)) != records(read(seed=1))
 
-    def test_neighbouring_seeds_do_not_share_epochs(self):
-        """With a generator seeded by seed + epoch, run 1 would be run 0 without its first epoch."""
-        assert records(read(seed=0, start=LENGTH, stop=LENGTH + 8)) != records(read(seed=1, stop=8))
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """30 samples in 4 shards; batches of 4 straddle the epochs."""
+    return write_tars(tmp_path_factory.mktemp("few") / "shards", (11, 1, 12, 6))
 
-    def test_batches_straddle_epochs_and_drop_nothing(self):
-        stream = records(read(Numbers(7), stop=28, micro=4))
-        assert all(sorted(stream[at : at + 7]) == list(range(7)) for at in range(0, 28, 7))
 
-    def test_batch_larger_than_the_dataset(self):
-        assert records(read(Numbers(3), stop=16, micro=8)) == records(read(Numbers(3), stop=16, micro=1))
+@pytest.fixture(scope="module")
+def whole(many: Path) -> list[int]:
+    """`many`, read by one process without an interruption."""
+    return read_many(many)
 
-    @pytest.mark.parametrize("micro", [1, 2, 4, 8])
-    def test_micro_batch_size_does_not_matter(self, micro):
-        assert read(micro=micro) == read(micro=5)
 
-    def test_without_shuffling_it_is_the_files_order_again_and_again(self):
-        assert records(read(stop=24, shuffle=False)) == [*range(LENGTH), *range(LENGTH), 0, 1, 2, 3]
+def read_many(many: Path, **changes: Any) -> list[int]:
+    """41 batches of 240, and one that begins with the last 160 samples of the epoch."""
+    return read(many, 240, 42, shuffle_block=500, **changes)
 
-    def test_global_random_state_does_not_matter(self):
-        torch.manual_seed(1)
-        first = read()
-        torch.manual_seed(2)
-        assert read() == first
 
-    def test_index_does_not_depend_on_what_was_asked_before(self):
-        """The permutations of the last epochs are kept: seed, epoch and length must all be in the key."""
-        questions = [(index, length, seed) for index in range(0, 40, 3) for length in (5, 10) for seed in (0, 1)]
-        forwards = {question: dataset_index(*question) for question in questions}
-        assert {question: dataset_index(*question) for question in reversed(questions)} == forwards
+class TestTenThousandSamples:
+    def test_are_the_orders(self, many, whole):
+        assert sorted(whole[:MANY]) == list(range(MANY))
+        assert whole == expected(many, 240, 42, shuffle_block=500)
+        assert whole[:100] != list(range(100))
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+    def test_come_once_each_in_one_order(self, many, whole, world_size, workers):
+        assert read_many(many, worlds=[world_size], num_workers=workers) == whole
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+    def test_with_three_interruptions(self, many, whole, world_size, workers):
+        """The last of them between the epochs."""
+        cuts = [1, 19, 41]
+        assert read_many(many, cuts=cuts, worlds=[world_size], num_workers=workers) == whole
+
+    @pytest.mark.parametrize("worlds", [(2, 4, 1), (1, 3, 2)])
+    def test_on_another_number_of_processes_after_each(self, many, whole, worlds):
+        assert read_many(many, cuts=[10, 41], worlds=worlds, micro=20, num_workers=1) == whole
+
+    def test_of_mds(self, many_mds):
+        stream = read(many_mds, 48, 42, format="mds")
+        assert sorted(stream[:2000]) == list(range(2000))
+        assert stream == expected(many_mds, 48, 42, format="mds")
+        changes = {"cuts": [1, 19, 41], "worlds": [3, 2], "format": "mds", "num_workers": 2}
+        assert read(many_mds, 48, 42, **changes) == stream
 
 
 class TestResuming:
-    def test_at_every_micro_batch(self):
-        whole = read()
-        for start in range(0, 40, 4):
-            assert read(start=start) == whole[start:]
+    def test_at_every_global_batch(self, few):
+        whole = read(few, 4, 20)
+        for start in range(20):
+            assert read(few, 4, 20, cuts=[start]) == whole
 
-    @pytest.mark.parametrize("start", [0, 4, 20, 36])
-    def test_with_two_workers(self, start):
-        assert read(start=start, num_workers=2) == read()[start:]
+    @pytest.mark.parametrize("start", [1, 7, 8, 15, 19])
+    def test_with_two_workers(self, few, start):
+        assert read(few, 4, 20, cuts=[start], num_workers=2) == read(few, 4, 20)
 
-    def test_three_times_one_of_them_at_an_epochs_end(self):
-        parts = read(stop=4) + read(start=4, stop=LENGTH, micro=2) + read(start=LENGTH, stop=40, micro=5)
-        assert parts == read()
-
-    def test_at_the_end_there_is_nothing_left(self):
-        assert read(start=40) == []
+    def test_at_the_end_there_is_nothing_left(self, few):
+        assert list(one_rank(open_corpus(few), 4, 20, 20, micro=4, end=20)) == []
+        with_workers = open_corpus(few, num_workers=2)
+        assert list(one_rank(with_workers, 4, 20, 20, micro=4, end=20)) == []
 
 
-class TestRanks:
-    """A step's samples are the same, in the same order, however many processes share them."""
+class TestStream:
+    @pytest.mark.parametrize("micro", [1, 2, 3, 4, 6])
+    def test_does_not_depend_on_the_micro_batch(self, few, micro):
+        assert read(few, 12, 5, micro=micro) == read(few, 12, 5)
 
-    def shares(self, world_size: int, *, micro: int, start: int = 0, stop: int = 48, **changes) -> list[list[Batch]]:
-        options = {"seed": 0, "micro_batch_size": micro, "start": start, "stop": stop, "world_size": world_size}
-        return [list(batches(Numbers(), make_config(**changes), rank=rank, **options)) for rank in range(world_size)]
+    def test_follows_the_recipes_seed_rather_than_the_runs(self, few):
+        def stream(of_run: int, of_recipe: int | None = None) -> list[int]:
+            options = {"global_batch_size": 6, "micro_batch_size": 6, "start": 0, "stop": 30}
+            corpus = open_corpus(few, seed=of_recipe)
+            return [number for batch in batches(corpus, seed=of_run, **options) for number in numbers_of(batch)]
 
-    @pytest.mark.parametrize("world_size", [1, 2, 4])
-    @pytest.mark.parametrize(("micro", "start"), [(1, 0), (2, 0), (4, 0), (2, 16)])
-    def test_take_consecutive_micro_batches_in_turn(self, world_size, micro, start):
-        shares = self.shares(world_size, micro=micro, start=start)
-        together = [batch for round_ in zip(*shares, strict=True) for batch in round_]
-        ids = [batch.sample_ids.tolist() for batch in together]
-        assert ids == [list(range(at, at + micro)) for at in range(start, 48, micro)]
-        assert [int(key) for batch in together for key in batch.keys] == records(read(start=start, stop=48))
+        assert stream(0) != stream(1)
+        assert stream(0, 5) == stream(1, 5) == stream(5)
+        assert stream(1, 0) == stream(0)
 
-    @pytest.mark.parametrize("world_size", [2, 4])
-    def test_global_batches_are_those_of_one_process(self, world_size):
-        """Eight samples a step: `8 / (world_size x micro)` micro-batches on each rank."""
-        whole = [batch.sample_ids.tolist() for batch in self.shares(1, micro=8)[0]]
-        for micro in (1, 2):
-            accumulation = 8 // (world_size * micro)
-            shares = self.shares(world_size, micro=micro)
-            for step, expected in enumerate(whole):
-                part = slice(step * accumulation, (step + 1) * accumulation)
-                taken = [share[part] for share in shares]
-                in_order = [batch for round_ in zip(*taken, strict=True) for batch in round_]
-                assert [index for batch in in_order for index in batch.sample_ids.tolist()] == expected
+    def test_of_a_later_run_numbers_its_samples_on(self, few):
+        options = {"seed": 0, "global_batch_size": 4, "micro_batch_size": 2, "start": 4, "stop": 12}
+        plain = list(batches(open_corpus(few), **options))
+        shifted = list(batches(open_corpus(few), **options, sample_offset=1000))
+        assert [b.sample_ids.tolist() for b in plain] == [[4, 5], [6, 7], [8, 9], [10, 11]]
+        assert [(b.sample_ids - 1000).tolist() for b in shifted] == [b.sample_ids.tolist() for b in plain]
+        assert [b.keys for b in shifted] == [b.keys for b in plain]
 
-    def test_no_sample_is_read_twice_or_by_nobody(self):
-        ids = [index for share in self.shares(4, micro=3) for batch in share for index in batch.sample_ids.tolist()]
-        assert sorted(ids) == list(range(48))
+    def test_of_a_rank_costs_its_own_samples_alone(self, few, monkeypatch):
+        asked = []
+        record = Corpus.record
 
-    def test_read_nothing_of_each_others(self):
-        """A rank pays for its own samples alone."""
-        asked: list[int] = []
+        def counting(corpus: Corpus, item: int, sample_id: int = 0) -> Record:
+            asked.append(item)
+            return record(corpus, item, sample_id)
 
-        class Counting(Numbers):
-            def __getitem__(self, index: int) -> Record:
-                asked.append(index)
-                return super().__getitem__(index)
-
-        options = {"seed": 0, "micro_batch_size": 2, "start": 0, "stop": 40, "world_size": 4}
-        share = list(batches(Counting(), make_config(), rank=2, **options))
+        monkeypatch.setattr(Corpus, "record", counting)
+        share = list(one_rank(open_corpus(few), 8, 0, 5, micro=2, rank=2, world_size=4, end=5))
         assert len(asked) == 10
-        assert asked == [int(key) for batch in share for key in batch.keys]
+        assert asked == [number for batch in share for number in numbers_of(batch)]
 
-    @pytest.mark.parametrize("workers", [0, 2])
-    def test_of_another_number_go_on_where_the_last_stopped(self, workers):
-        """One cursor serves all: two processes up to sample 16, four from there."""
-        first = self.shares(2, micro=2, stop=16, num_workers=workers)
-        second = self.shares(4, micro=2, start=16, num_workers=workers)
-        keys = []
-        for shares in (first, second):
-            keys += [int(key) for round_ in zip(*shares, strict=True) for batch in round_ for key in batch.keys]
-        assert keys == records(read(stop=48))
+    def test_with_partitions_keeps_each_part_on_its_ranks(self, tmp_path):
+        """Two machines of two ranks: each needs half of the shards in an epoch."""
+        path = write_tars(tmp_path / "shards", (10,) * 16)
+        needed = []
+        for ranks in ((0, 1), (2, 3)):
+            shards = set()
+            for rank in ranks:
+                corpus = open_corpus(path, partitions=2, shuffle_block=20)
+                for batch in one_rank(corpus, 8, 0, 20, micro=2, rank=rank, world_size=4, end=20):
+                    shards |= {number // 10 for number in numbers_of(batch)}
+            needed.append(shards)
+        assert [len(shards) for shards in needed] == [8, 8]
+        assert needed[0].isdisjoint(needed[1])
+        assert read(path, 8, 40, worlds=[4, 1], cuts=[13], partitions=2) == read(path, 8, 40, partitions=2)
 
-
-class TestWorkers:
-    def test_do_not_change_the_stream_of_a_cache(self, tmp_path):
-        with ShardWriter(tmp_path, DRAFT, 3) as writer:
-            for index in range(LENGTH):
-                writer.write(Numbers()[index], {})
-        dataset = CachedDataset(tmp_path)
-        dataset.caption(0)  # opens a file that the workers then inherit
-        assert read(dataset, num_workers=2) == read(dataset) == read()
-
-    def test_do_not_change_the_stream_of_a_folder(self, tmp_path):
-        write_images(tmp_path / "images", LENGTH)
+    def test_of_a_folder_is_the_same_with_workers(self, tmp_path):
+        write_images(tmp_path / "images", 10)
 
         def stream(workers: int) -> list[tuple[int, str, int]]:
-            config = make_config(path=str(tmp_path / "images"), format="folder", resolution=(8, 8), num_workers=workers)
+            corpus = open_corpus(tmp_path / "images", format="folder", num_workers=workers)
             rows = []
-            for batch in batches(open_dataset(config), config, seed=0, micro_batch_size=4, start=0, stop=20):
+            for batch in one_rank(corpus, 4, 0, 5, micro=2, end=5):
                 red = ((batch.images[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()
                 rows += zip(batch.sample_ids.tolist(), batch.keys, red, strict=True)
             return rows
 
-        assert stream(2) == stream(0) == [(index, f"{record}.png", record) for index, record in read(stop=20)]
+        assert stream(2) == stream(0)
+        assert [(key, red) for _, key, red in stream(0)] == [(f"{red}.png", red) for _, _, red in stream(0)]
+        assert sorted(red for _, _, red in stream(0)) == sorted([*range(10), *range(10)])
 
-    def test_survive_the_signals_that_stop_a_run(self):
-        """Ctrl-C and SIGTERM reach the whole process group; the run still has a step to finish."""
-        stream = batches(Numbers(), make_config(num_workers=2), seed=0, micro_batch_size=4, start=0, stop=400)
-        ids = next(stream).sample_ids.tolist() + next(stream).sample_ids.tolist()  # one of each: both are up
-        workers = multiprocessing.active_children()
-        assert len(workers) == 2
-        for worker in workers:
-            os.kill(worker.pid, signal.SIGINT)
-            os.kill(worker.pid, signal.SIGTERM)
-        for batch in stream:
-            ids += batch.sample_ids.tolist()
-        assert ids == list(range(400))
 
-    def test_end_when_the_run_stops_early(self):
-        stream = batches(Numbers(), make_config(num_workers=2), seed=0, micro_batch_size=4, start=0, stop=4000)
-        next(stream)
-        assert len(multiprocessing.active_children()) == 2
-        stream.close()
+def write_images(folder: Path, count: int) -> None:
+    folder.mkdir()
+    for number in range(count):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"caption {number}")
+
+
+class TestSourcesOfEqualNames:
+    """Row 4. Shards of two folders have the same names and, in MDS, the same sizes."""
+
+    @pytest.mark.parametrize("kind", ["tar", "mds", "compressed mds"])
+    def test_are_both_read_by_their_weights(self, tmp_path, kind):
+        sources = []
+        for first, weight in ((0, 3.0), (100, 1.0)):
+            folder = tmp_path / str(first) / "shards"
+            if kind == "tar":
+                write_tars(folder, (20, 20, 20), first=first)
+            else:
+                folder.parent.mkdir()
+                compression = "zstd:1" if "compressed" in kind else None
+                write_mds(folder, 60, first=first, shard_bytes=8000, compression=compression)
+            form = "webdataset" if kind == "tar" else "mds"
+            sources.append(SourceConfig(name=f"from{first}", uri=str(folder), format=form, weight=weight))
+        first_names, second_names = ({p.name for p in (tmp_path / n / "shards").iterdir()} for n in ("0", "100"))
+        assert first_names == second_names
+        assert len(first_names) > 3
+        cache = CacheConfig(dir=str(tmp_path / "cache"))
+        changes = {"sources": tuple(sources), "epoch_size": 80, "cache": cache}
+        for workers in (0, 2):
+            corpus = Corpus(DataConfig(**changes, resolution=SIZE, num_workers=workers))
+            stream = [n for batch in one_rank(corpus, 8, 0, 30, micro=8, end=30) for n in numbers_of(batch)]
+            epochs = [stream[at : at + 80] for at in range(0, 240, 80)]
+            assert [sum(number < 100 for number in epoch) for epoch in epochs] == [60, 60, 60]
+            assert Counter(stream) == Counter({**dict.fromkeys(range(60), 3), **dict.fromkeys(range(100, 160), 1)})
+
+
+class TestFewShards:
+    """Row 9. Ranks and workers share samples, not shards: there is nothing to run out of."""
+
+    @pytest.mark.parametrize("counts", [(50,), (1,), (1, 2, 61), (3, 3)], ids=str)
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_serve_four_ranks(self, tmp_path, counts, workers):
+        path = write_tars(tmp_path / "shards", counts)
+        size, count = 8, sum(counts)
+        end = -(-2 * count // size)
+        stream = read(path, size, end, worlds=[4], num_workers=workers)
+        assert stream == expected(path, size, end)
+        assert Counter(stream[: 2 * count]) == Counter([*range(count)] * 2)
+
+    def test_every_rank_takes_as_many_steps(self, tmp_path):
+        corpus = open_corpus(write_tars(tmp_path / "shards", (1, 2, 61)))
+        steps = [len(list(one_rank(corpus, 12, 0, 21, micro=1, rank=rank, world_size=4, end=21))) for rank in range(4)]
+        assert steps == [63, 63, 63, 63]
+
+
+SHAPES = ((8, 8), (8, 24), (24, 8))
+
+
+class TestBuckets:
+    def test_batches_are_of_one_shape_on_all_ranks(self, tmp_path):
+        path = write_tars(tmp_path / "shards", (30, 7, 23), sizes=SHAPES)
+        shapes: dict[int, set[tuple[int, ...]]] = {}
+        for rank in range(2):
+            corpus = open_corpus(path, buckets=SHAPES, num_workers=rank * 2)
+            for batch in one_rank(corpus, 4, 0, 45, micro=1, rank=rank, world_size=2, end=45):
+                step = int(batch.sample_ids[0]) // 4
+                shapes.setdefault(step, set()).add(tuple(batch.latents.shape[2:]))
+        assert {len(of_step) for of_step in shapes.values()} == {1}
+        count = Counter(shape for of_step in shapes.values() for shape in of_step)
+        assert count == {(1, 1): 15, (1, 3): 15, (3, 1): 15}  # 180 draws of 60 samples, a third of each size
+        stream = read(path, 4, 45, worlds=[2], buckets=SHAPES)
+        assert Counter(stream) == Counter([*range(60)] * 3)
+
+    def test_images_of_all_sizes_are_cropped_to_the_nearest(self, tmp_path):
+        (tmp_path / "images").mkdir()
+        for number, size in enumerate([(50, 50), (60, 20), (100, 33), (21, 60), (48, 52), (30, 90)]):
+            Image.new("RGB", size, (number, 0, 0)).save(tmp_path / "images" / f"{number}.png")
+            (tmp_path / "images" / f"{number}.txt").write_text("caption")
+        corpus = open_corpus(tmp_path / "images", format="folder", buckets=SHAPES)
+        shapes = set()
+        for batch in one_rank(corpus, 2, 0, 30, micro=2, end=30):
+            red = ((batch.images[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()
+            shapes |= {(number, tuple(batch.images.shape[2:])) for number in red}
+        assert shapes == {(0, (8, 8)), (4, (8, 8)), (1, (8, 24)), (2, (8, 24)), (3, (24, 8)), (5, (24, 8))}
+
+
+class TestBadSamples:
+    """Row 8, at the loader: who replaces whom is the order's, so that all ranks take the same steps."""
+
+    BAD = (3, 11, 12, 25, 40, 41, 42)
+    SIZE, END = 6, 20
+
+    @pytest.fixture
+    def path(self, tmp_path) -> Path:
+        """60 samples of two sizes in turn; seven cannot be decoded."""
+        return write_tars(tmp_path / "shards", (14, 23, 1, 22), sizes=SHAPES[:2], bad=self.BAD)
+
+    def read(self, path: Path, bad: list[str], **changes: Any) -> list[int]:
+        changes = {"max_bad_fraction": 0.5, "buckets": SHAPES[:2], "bad": bad, **changes}
+        return read(path, self.SIZE, self.END, **changes)
+
+    def test_are_replaced_by_others_of_their_size(self, path):
+        bad: list[str] = []
+        stream = self.read(path, bad)
+        planned = expected(path, self.SIZE, self.END, buckets=SHAPES[:2])
+        assert not set(stream) & set(self.BAD)
+        for number, plan in zip(stream, planned, strict=True):
+            assert number == plan or plan in self.BAD
+            assert number % 2 == plan % 2
+        places = [at for at, plan in enumerate(planned) if plan in self.BAD]
+        assert len(places) == 2 * len(self.BAD)
+
+    def test_are_reported_once_each(self, path):
+        bad: list[str] = []
+        self.read(path, bad, worlds=[3], micro=1)
+        planned = expected(path, self.SIZE, self.END, buckets=SHAPES[:2])
+        said = [reason.split(": ", 2) for reason in sorted(bad, key=lambda reason: int(reason.split()[1][:-1]))]
+        places = [at for at, plan in enumerate(planned) if plan in self.BAD]
+        assert [where for where, *_ in said] == [f"sample {at}" for at in places]
+        for at, (_, data, reason) in zip(places, said, strict=True):
+            shard = next(number for number, end in enumerate((14, 37, 38, 60)) if planned[at] < end)
+            assert data == "data"
+            assert f"sample '{planned[at]:08d}' of shard {path}/shard-{shard:06d}.tar cannot be decoded" in reason
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    @pytest.mark.parametrize(("worlds", "cuts"), [((1,), ()), ((2,), ()), ((3, 1, 2), (1, 13)), ((6,), (19,))])
+    def test_have_the_same_substitutes_everywhere(self, path, worlds, cuts, workers):
+        first: list[str] = []
+        second: list[str] = []
+        whole = self.read(path, first)
+        assert self.read(path, second, worlds=worlds, cuts=cuts, micro=1, num_workers=workers) == whole
+        assert sorted(second) == sorted(first)
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_of_a_whole_shard_are_replaced_from_the_others(self, tmp_path, workers):
+        """A flipped bit: the hash tells. Its samples lie beside one another in the order."""
+        path = write_tars(tmp_path / "good", (20, 20, 20))
+        shard = path / "shard-000001.tar"
+        content = bytearray(shard.read_bytes())
+        content[5000] ^= 1
+        shard.write_bytes(content)
+        bad: list[str] = []
+        stream = read(path, 6, 20, bad=bad, max_bad_fraction=0.9, num_workers=workers)
+        assert not set(stream) & set(range(20, 40))
+        assert len(bad) == 40
+        assert all(f"shard {shard} is corrupt: its sha256 is" in reason for reason in bad)
+        assert len(set(stream)) > 30  # not one substitute for all
+        assert stream == read(path, 6, 20, cuts=[7], worlds=[2, 3], max_bad_fraction=0.9)
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    @pytest.mark.parametrize("borne", [0.0, 0.9])
+    def test_stop_the_run_where_none_is_borne_or_none_is_left(self, tmp_path, borne, workers):
+        path = write_tars(tmp_path / "shards", (4, 4), bad=range(8) if borne else (5,))
+        with pytest.raises(UserError) as caught:
+            read(path, 4, 4, max_bad_fraction=borne, num_workers=workers)
+        assert type(caught.value) is UserError
+        name = r"'0000000\d'" if borne else "'00000005'"
+        assert caught.match(rf"^data: sample {name} of shard {path}/shard-00000\d.tar cannot be decoded")
+        assert "\n" not in str(caught.value)
         assert multiprocessing.active_children() == []
 
 
 class TestErrors:
-    @pytest.fixture
-    def stream(self, tmp_path):
-        """Batches of a folder of images of which one is corrupt; `stream(workers)`."""
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_of_an_image_arrive_as_one_clean_line(self, tmp_path, workers):
         write_images(tmp_path / "images", 6)
         (tmp_path / "images" / "3.png").write_bytes(b"no image")
-
-        def make(workers: int):
-            config = make_config(path=str(tmp_path / "images"), format="folder", resolution=(8, 8), num_workers=workers)
-            return batches(open_dataset(config), config, seed=0, micro_batch_size=2, start=0, stop=6)
-
-        return make
-
-    @pytest.mark.parametrize("workers", [0, 2])
-    def test_of_a_record_arrives_as_one_clean_line(self, stream, workers):
-        with pytest.raises(
-            UserError, match=r"^data: .*3\.png is not a readable image .*Remove it or replace it$"
-        ) as caught:
-            list(stream(workers))
+        corpus = open_corpus(tmp_path / "images", format="folder", num_workers=workers)
+        message = r"^data: .*3\.png is not a readable image .*Remove it or replace it$"
+        with pytest.raises(UserError, match=message) as caught:
+            list(one_rank(corpus, 2, 0, 3, micro=2, end=3))
         assert "\n" not in str(caught.value)
 
-    def test_of_a_record_ends_the_workers(self, stream):
+    def test_end_the_workers(self, tmp_path):
         """While somebody holds the error, its traceback holds the loader; the interpreter's exit joins the workers."""
+        corpus = open_corpus(write_tars(tmp_path / "shards", (6,), bad=[3]), num_workers=2)
         with pytest.raises(UserError) as caught:
-            list(stream(2))
+            list(one_rank(corpus, 2, 0, 3, micro=2, end=3))
         left_over = multiprocessing.active_children()
         del caught
         end_workers()
         assert left_over == []
 
-    def test_what_came_before_it_is_delivered(self, stream):
-        place = [dataset_index(at, 6, 0) for at in range(6)].index(3)
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_come_after_all_that_was_before_them(self, tmp_path, workers):
+        path = write_tars(tmp_path / "shards", (20,), bad=[13])
+        place = expected(path, 2, 10).index(13)
+        assert place >= 2
         read_before = []
         with pytest.raises(UserError):
-            for batch in stream(0):
+            for batch in one_rank(open_corpus(path, num_workers=workers), 2, 0, 10, micro=2, end=10):
                 read_before += batch.sample_ids.tolist()
         assert read_before == list(range(place // 2 * 2))
 
-    def test_mixed_shapes_are_refused(self):
-        class Growing(Numbers):
-            def __getitem__(self, index: int) -> Record:
-                return Record(key=f"key{index}", caption="", latents=torch.zeros(1, 2, 2 + index // 9))
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_name_a_shard_that_goes_missing(self, tmp_path, workers):
+        path = write_tars(tmp_path / "shards", (6, 6))
+        corpus = open_corpus(path, num_workers=workers)
+        (path / "shard-000001.tar").unlink()
+        with pytest.raises(UserError, match=r"^data: shard .*/shard-000001.tar is listed in the manifest but missing"):
+            list(one_rank(corpus, 4, 0, 3, micro=4, end=3))
 
-        with pytest.raises(UserError, match=r"latents of one shape.*key3.*\(1, 2, 2\), \(1, 2, 3\).*one resolution"):
-            list(batches(Growing(), make_config(), seed=0, micro_batch_size=10, start=0, stop=10))
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_name_mixed_shapes(self, tmp_path, workers):
+        """A cache that says one size and holds two."""
+        folder = tmp_path / "shards"
+        folder.mkdir()
+        with TarWriter(folder / "shard-000000.tar") as writer:
+            for number in range(4):
+                writer.write(f"{number:08d}", fields(number, SHAPES[number % 2]), SIZE)
+        Manifest(**{**DRAFT.__dict__, "shards": (writer.entry,)}).write(folder / MANIFEST)
+        message = r"latents of one shape.*0000000.*\(1, 1, 1\), \(1, 1, 3\).*Set data.buckets"
+        with pytest.raises(UserError, match=message):
+            list(one_rank(open_corpus(folder, num_workers=workers), 4, 0, 1, micro=4, end=1))
+
+
+class TestProcesses:
+    """Two workers, and one process that fetches shards ahead of them."""
+
+    def test_survive_the_signals_that_stop_a_run(self, few):
+        """Ctrl-C, SIGTERM and Slurm's SIGUSR2 reach the whole group; the run still has a step to finish."""
+        stream = one_rank(open_corpus(few, num_workers=2), 4, 0, 200, micro=4, end=200)
+        ids = next(stream).sample_ids.tolist() + next(stream).sample_ids.tolist()  # one of each: both are up
+        workers = multiprocessing.active_children()
+        assert len(workers) >= 2
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+            for worker in workers:
+                os.kill(worker.pid, number)
+        for batch in stream:
+            ids += batch.sample_ids.tolist()
+        assert ids == list(range(800))
+
+    def test_fetching_ahead_survives_them_too(self, many):
+        stream = one_rank(open_corpus(many, num_workers=1, shuffle_block=100), 10, 0, 900, micro=10, end=900)
+        next(stream)
+        assert len(multiprocessing.active_children()) == 2
+        for child in multiprocessing.active_children():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+                os.kill(child.pid, number)
+        time.sleep(0.5)
+        assert len(multiprocessing.active_children()) == 2
+        stream.close()
+
+    def test_end_when_the_run_stops_early(self, many):
+        stream = one_rank(open_corpus(many, num_workers=2, shuffle_block=100), 4, 0, 2000, micro=4, end=2000)
+        next(stream)
+        assert len(multiprocessing.active_children()) == 3
+        stream.close()
+        assert multiprocessing.active_children() == []
+
+    def test_end_with_the_stream(self, few):
+        list(one_rank(open_corpus(few, num_workers=2), 4, 0, 10, micro=4, end=10))
+        assert multiprocessing.active_children() == []
+
+    def test_end_when_the_run_is_killed(self, many):
+        """kill -9 of the training process: its children notice, and nothing stays in shared memory."""
+        script = RUN.format(path=str(many))
+        with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            children = [int(number) for number in process.stdout.readline().split()]
+            assert len(children) == 3
+            assert all(map(is_running, children))
+            process.kill()
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline and any(map(is_running, children)):
+            time.sleep(0.1)
+        assert not [child for child in children if is_running(child)]
+        mine = {str(number) for number in (process.pid, *children)}
+        assert not [path for path in Path("/dev/shm").iterdir() if mine & set(re.split(r"\D+", path.name))]
+
+
+def is_running(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+RUN = """
+import multiprocessing, time
+from scfm_core.data.corpus import Corpus
+from scfm_core.data.loader import batches
+from scfm_core.data.recipe import DataConfig
+config = DataConfig(path={path!r}, resolution=(8, 8), num_workers=2, shuffle_block=100)
+stream = batches(Corpus(config), seed=0, global_batch_size=4, micro_batch_size=4, start=0, stop=40000)
+next(stream), next(stream)
+print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+time.sleep(600)
+"""
+
+
+def when_at_rest(log: Path) -> list[str]:
+    """Lines of a file that other processes write, when no more come."""
+    seen = -1
+    while seen != log.stat().st_size:
+        seen = log.stat().st_size
+        time.sleep(0.4)
+    return log.read_text().split()
+
+
+class TestFetchingAhead:
+    @pytest.fixture
+    def fetched(self, tmp_path, monkeypatch):
+        """Numbers of the shards that were made ready, in that process; a function that reads them when it is at rest."""
+        log = tmp_path / "log"
+        log.touch()
+
+        def make_ready(corpus: Corpus, shard: int) -> None:
+            with log.open("a") as file:
+                file.write(f"{shard}\n")
+
+        monkeypatch.setattr(Corpus, "make_ready", make_ready)
+        return lambda: [int(line) for line in when_at_rest(log)]
+
+    def first_needed(self, corpus: Corpus, size: int) -> dict[int, int]:
+        """Of each shard, the first batch that needs it."""
+        first: dict[int, int] = {}
+        for at, row in enumerate(corpus.order(size, 0).epoch(0).items.tolist()):
+            for item in row:
+                first.setdefault(corpus.shard_of(item), at)
+        return first
+
+    def test_is_a_block_ahead_and_no_farther(self, tmp_path, fetched):
+        """Blocks of 80 samples are 20 batches of 4; of the 60 shards of 10 samples 8 or 9 are in use."""
+        path = write_tars(tmp_path / "shards", (10,) * 60)
+        corpus = open_corpus(path, num_workers=1, shuffle_block=80)
+        first = self.first_needed(corpus, 4)
+        stream = one_rank(corpus, 4, 0, 150, micro=4, end=150)
+        done = 0
+        for more in (1, 1, 29, 59):
+            done += len(list(itertools.islice(stream, more)))
+            wanted = {shard for shard, at in first.items() if at <= done + 20}
+            assert set(fetched()) == wanted
+        assert len(first) == 60
+        stream.close()
+
+    def test_is_never_more_than_half_of_the_cache_ahead(self, tmp_path, fetched):
+        path = write_tars(tmp_path / "shards", (10,) * 60)
+        one = (path / "shard-000000.tar").stat().st_size
+        assert one == (path / "shard-000059.tar").stat().st_size
+        cache = CacheConfig(limit_gb=9.9 * one / 1e9)
+        stream = one_rank(
+            open_corpus(path, num_workers=1, shuffle_block=10_000, cache=cache), 4, 0, 150, micro=4, end=150
+        )
+        next(stream)
+        assert len(set(fetched())) == 5
+        stream.close()
+
+    def test_fetches_what_its_own_rank_needs(self, tmp_path, fetched):
+        path = write_tars(tmp_path / "shards", (10,) * 16)
+        corpus = open_corpus(path, num_workers=1, partitions=2, shuffle_block=20)
+        stream = one_rank(corpus, 8, 0, 20, micro=4, rank=1, world_size=2, end=20)
+        needed = {number // 10 for batch in stream for number in numbers_of(batch)}
+        assert len(needed) == 8
+        assert set(fetched()) <= needed
+
+    def test_spares_the_workers_the_hashing(self, tmp_path, monkeypatch):
+        """What one process has hashed none hashes again; the workers' own prefetching reaches but a few shards."""
+        log = tmp_path / "log"
+        log.touch()
+        mismatch = source.mismatch
+
+        def logging(file: BinaryIO, size: int, sha256: str | None) -> str | None:
+            if sha256 is not None:
+                with log.open("a") as lines:
+                    lines.write(f"{Path(file.name).name}\n")
+            return mismatch(file, size, sha256)
+
+        monkeypatch.setattr(source, "mismatch", logging)
+        path = write_tars(tmp_path / "shards", (10,) * 60)
+        stream = one_rank(open_corpus(path, num_workers=1, shuffle=False), 4, 0, 300, micro=4, end=300)
+        next(stream)
+        hashed = when_at_rest(log)
+        assert set(hashed) == {f"shard-{number:06d}.tar" for number in range(60)}
+        assert len(list(stream)) == 299
+        assert when_at_rest(log) == hashed
 
 
 class TestCollate:
@@ -308,33 +714,12 @@ class TestCollate:
         assert isinstance(batch, Batch)
         assert batch.sample_ids.dtype == torch.int64
         assert batch.images.shape == (3, 3, 2, 2)
+        assert batch.images[:, 0, 0, 0].tolist() == [0, 1, 2]
         assert batch.latents is batch.text is batch.pooled is None
+        assert batch.bad == []
 
     @pytest.mark.parametrize("name", ["latents", "text", "pooled", "image"])
     def test_names_what_differs(self, name):
         rows = [Record(key=f"key{n}", caption="", **{name: torch.zeros(n + 1)}) for n in range(2)]
         with pytest.raises(UserError, match=rf"{name} of one shape.*key0, key1.*\(1,\), \(2,\)"):
             collate([0, 1], rows)
-
-
-class TestOpenDataset:
-    def test_by_format(self, tmp_path, monkeypatch):
-        monkeypatch.setenv("HOME", str(tmp_path))
-        write_images(tmp_path / "images", 1)
-        with ShardWriter(tmp_path / "cache", DRAFT) as writer:
-            writer.write(Numbers()[0], {})
-        folder = open_dataset(DataConfig(path="~/images", format="folder", resolution=(4, 6)))
-        assert isinstance(folder, ImageFolder)
-        assert folder[0].image.shape == (3, 4, 6)
-        assert isinstance(open_dataset(DataConfig(path="~/cache")), CachedDataset)
-
-    def test_verify_is_passed_on(self, tmp_path):
-        with ShardWriter(tmp_path, DRAFT) as writer:
-            writer.write(Numbers()[0], {})
-        shard = tmp_path / "shard-000000.tar"
-        content = bytearray(shard.read_bytes())
-        content[-1] ^= 1
-        shard.write_bytes(content)
-        assert len(open_dataset(DataConfig(path=str(tmp_path), verify=False))) == 1
-        with pytest.raises(UserError, match="corrupt"):
-            open_dataset(DataConfig(path=str(tmp_path)))

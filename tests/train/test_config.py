@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from scfm_core.data.loader import DataConfig
+from scfm_core.data.recipe import CacheConfig, DataConfig, SourceConfig
 from scfm_core.distributed.engine import EngineConfig
 from scfm_core.errors import UserError
 from scfm_core.models.adapters import LoRAConfig
@@ -106,7 +106,17 @@ class TestDumping:
         config = RunConfig(
             run=RunSection(dir="123", seed=7, device="cuda:3"),
             model=ModelConfig(path="~", init="random", text_length=77),
-            data=DataConfig(path="1e3", format="folder", resolution=(64, 48), shuffle=False, num_workers=0, verify=False),
+            data=DataConfig(
+                sources=(
+                    SourceConfig(
+                        name="1e3", uri="s3://b/{0..9}.tar", format="mds", manifest="0x1", split="no", weight=0.1 + 0.2,
+                        image=("null", "1_0"), captions={"json.yes": 1e-5, "~": 2},
+                    ),
+                ),
+                resolution=(64, 48), buckets=((64, 48), (32, 96)), bucket_step=16, shuffle=False, shuffle_block=7,
+                partitions=2, epoch_size=5, seed=3, max_bad_fraction=1e-5, num_workers=0, verify=False,
+                cache=CacheConfig(dir="010", limit_gb=0.5, timeout=1e-3),
+            ),
             method=PlanConfig(
                 teacher_fraction=1 / 3,
                 flow_fraction=0.1,
@@ -158,11 +168,16 @@ class TestDumping:
             for field in dataclasses.fields(getattr(config, section.name))
             if getattr(getattr(config, section.name), field.name) == field.default
         ]
-        # One has a single choice so far; the second must be lora beside step_gain, the others are fsdp2's.
-        rest = ["model.family", "train.weights", "engine.shard", "checkpoint.asynchronous"]
+        # One has a single choice so far; two go with one path alone; one must be lora beside step_gain; two are fsdp2's.
+        rest = [
+            "model.family", "data.path", "data.format", "train.weights", "engine.shard", "checkpoint.asynchronous",
+        ]  # fmt: skip
         assert unchanged == rest, "a field is missing above"
         fsdp2 = dataclasses.replace(
-            config, engine=EngineConfig(shard=4), checkpoint=CheckpointConfig(asynchronous=True)
+            config,
+            data=DataConfig(path="1e3", format="folder", buckets="auto"),
+            engine=EngineConfig(shard=4),
+            checkpoint=CheckpointConfig(asynchronous=True),
         )
         for each in (config, fsdp2):
             (tmp_path / "config.yaml").write_text(dump_config(each))

@@ -80,7 +80,9 @@ def one_global_batch(config, micro_batch_size):
     """Loss and gradients of the first eight samples."""
     trainer = Trainer(config)
     meter, total = LossMeter("cpu"), 0.0
-    for batch in batches(trainer.dataset, config.data, seed=0, micro_batch_size=micro_batch_size, start=0, stop=8):
+    for batch in batches(
+        trainer.corpus, seed=0, global_batch_size=8, micro_batch_size=micro_batch_size, start=0, stop=8
+    ):
         loss = trainer.micro_step(batch, meter)
         (loss * micro_batch_size / 8).backward()
         total += loss.item() * micro_batch_size / 8
@@ -111,7 +113,7 @@ def test_resuming_is_bitwise_the_uninterrupted_run(make_config, tmp_path, varian
     assert resume == checkpoint_path(tmp_path / "parts", 3)
     parts, part_rows = run(make_config({"train.steps": 6}), resume)
     assert_bitwise(snapshot(parts), snapshot(whole))
-    clock = ("seconds", "samples_per_second")
+    clock = ("seconds", "samples_per_second", "data_seconds")
     assert [{k: v for k, v in row.items() if k not in clock} for row in part_rows] == [
         {k: v for k, v in row.items() if k not in clock} for row in rows
     ]
@@ -178,7 +180,7 @@ def test_full_checkpointing_recomputes_every_block(make_config):
         for block in blocks:
             # a method, not a hook on __call__: recomputation calls forward again either way
             block.attn.register_forward_pre_hook(hook)
-        batch = next(iter(batches(trainer.dataset, config.data, seed=0, micro_batch_size=8, start=0, stop=8)))
+        batch = next(iter(batches(trainer.corpus, seed=0, global_batch_size=8, micro_batch_size=8, start=0, stop=8)))
         trainer.micro_step(batch, LossMeter("cpu")).backward()
         return count / len(blocks)
 
@@ -328,7 +330,7 @@ class TestSkippedSteps:
         config = make_config({"train.steps": 1})
         trainer = Trainer(config)
         meter = LossMeter("cpu")
-        for batch in batches(trainer.dataset, config.data, seed=0, micro_batch_size=2, start=0, stop=8):
+        for batch in batches(trainer.corpus, seed=0, global_batch_size=8, micro_batch_size=2, start=0, stop=8):
             trainer.micro_step(batch, meter)
         losses = dict(meter.by_sample())
         assert sorted(losses) == list(range(8))

@@ -1,0 +1,220 @@
+"""`scfm data pack`: the samples of any recipe, as they are, in shards of another format."""
+
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import replace
+from itertools import chain, count, islice, repeat
+from pathlib import Path
+from typing import Any, Literal
+
+from scfm_core.data.corpus import Corpus
+from scfm_core.data.folder import ImageFolder
+from scfm_core.data.mds import MdsWriter
+from scfm_core.data.remote import read
+from scfm_core.data.schema import MANIFEST, BadData, Manifest, Size
+from scfm_core.data.source import PADDING, Shard, Source
+from scfm_core.data.uri import is_remote, join
+from scfm_core.data.webdataset import TarShard, TarWriter
+from scfm_core.errors import UserError
+
+Sample = tuple[str, dict[str, bytes], Size | None]
+"""Key, fields, and height and width in pixels if anybody measured them."""
+
+_LONGEST_NAME = 100  # bytes that a tar's plain header has for a member's name
+
+
+def pack(
+    corpus: Corpus,
+    output: Path,
+    *,
+    to: Literal["webdataset", "mds"],
+    samples_per_shard: int = 1000,
+    shard_bytes: int = 1 << 28,
+    compression: str | None = None,
+    progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda items, total: items,
+) -> Manifest:
+    """Write every sample again: the fields byte for byte, in the sources' order.
+
+    Keys are kept, behind the source's name if there are several sources; an image of a folder has its path without the
+    suffix. In a tar, a key that is taken, too long, or would be read as another one (a dot in its last part, `..`) is
+    spelt with `_` and ends in the sample's number.
+
+    Args:
+        corpus: the samples.
+        output: folder of the shards; appears when it is complete.
+        to: the format.
+        samples_per_shard: of tars.
+        shard_bytes: of MDS: size at which a new shard begins.
+        compression: of MDS: algorithm and level as mosaicml-streaming names them (`zstd:7`), or none.
+        progress: wraps the samples to show a bar; called with (samples, their number).
+
+    Returns:
+        the manifest written beside the shards.
+
+    Raises:
+        UserError: if `output` exists or cannot be written, the sources' paddings differ, or a sample cannot be read or does
+            not fit into the format.
+    """
+    if output.exists():
+        raise UserError(f"{output} exists already; choose another folder, or delete it")
+    if samples_per_shard < 1 or not 1 <= shard_bytes < 1 << 32:  # MDS has offsets of 32 bits
+        raise UserError(
+            f"samples per shard must be at least 1 and bytes per shard in 1..2^32-1, got {samples_per_shard} and {shard_bytes}"
+        )
+    if compression is not None and to == "webdataset":
+        raise UserError(f"compression {compression!r} is for mds: tars are read in the middle, so they stay plain")
+    digest, padding = _padding(corpus)
+    draft = Manifest(format=to, encoder=corpus.encoder, text_length=corpus.text_length, padding=digest)
+    aside = output.with_name(f".{output.name}.tmp")
+    samples = progress(_samples(corpus), len(corpus))
+    try:
+        shutil.rmtree(aside, ignore_errors=True)  # of a killed job
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if to == "webdataset":
+            _write_tars(samples, aside, draft, samples_per_shard)
+        else:
+            _write_mds(samples, aside, draft, list(_sample(*corpus.raw(0))[1]), shard_bytes, compression)
+        if padding is not None:
+            (aside / PADDING).write_bytes(padding)
+        manifest = Manifest.parse((aside / MANIFEST).read_text(), str(aside / MANIFEST))
+        aside.rename(output)
+    except OSError as error:
+        raise UserError(f"packing into {output} failed: {error}. Mend that and run again") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return manifest
+
+
+def _padding(corpus: Corpus) -> tuple[str | None, bytes | None]:
+    """sha256 and content of the file that fills up trimmed texts. A source that has none is not trimmed."""
+    found = {
+        source.manifest.padding: source
+        for source in corpus.sources
+        if isinstance(source, Source) and source.manifest.padding is not None
+    }
+    if len(found) > 1:
+        names = ", ".join(source.config.name for source in found.values())
+        raise UserError(
+            f"data.sources: the texts of {names} are trimmed and filled up with different tensors, of which one data set "
+            f"holds one. Pack each by itself, or encode them alike"
+        )
+    for digest, source in found.items():
+        where = join(source.base, PADDING)
+        return digest, read(where, corpus.config.cache.timeout) if is_remote(where) else Path(where).read_bytes()
+    return None, None
+
+
+def _samples(corpus: Corpus) -> Iterator[Sample]:
+    """All samples in order."""
+    items = count()
+    for config, source in zip(corpus.configs, corpus.sources, strict=True):
+        prefix = f"{config.name}/" if len(corpus.sources) > 1 else ""
+        for size in _sizes(source):
+            key, fields = _sample(*corpus.raw(next(items)))
+            yield prefix + key, fields, size
+
+
+def _sizes(source: Source | ImageFolder) -> Iterable[Size | None]:
+    """Of every sample of a source; None where its manifest has none."""
+    if isinstance(source, ImageFolder):
+        return source.sizes()
+    return chain.from_iterable(
+        chain.from_iterable(repeat((height, width), samples) for height, width, samples in entry.sizes)
+        if entry.sizes
+        else repeat(None, entry.samples)
+        for entry in source.manifest.shards
+    )
+
+
+def _sample(shard: Shard | None, at: int, source: Source | ImageFolder) -> tuple[str, dict[str, bytes]]:
+    """Key and fields of what `Corpus.raw` found."""
+    if isinstance(source, ImageFolder):
+        path = source.paths[at]
+        key = path.relative_to(source.folder).with_suffix("").as_posix()
+        return key, {path.suffix[1:].lower(): path.read_bytes(), "txt": source.caption(at).encode()}
+    assert shard is not None
+    return shard.key(at), {name: value for name in shard.fields(at) if (value := shard.read(at, name)) is not None}
+
+
+def _write_tars(samples: Iterable[Sample], folder: Path, draft: Manifest, samples_per_shard: int) -> None:
+    """Tars of so many samples, and their manifest."""
+    folder.mkdir()
+    entries, rest = [], iter(samples)
+    for number in count():
+        part = islice(rest, samples_per_shard)
+        first = next(part, None)
+        if first is None:
+            break
+        path = folder / f"shard-{number:06d}.tar"
+        written: dict[str, list[str]] = {}
+        with TarWriter(path) as writer:
+            for item, (key, fields, size) in enumerate(chain([first], part), number * samples_per_shard):
+                name = _tar_key(key, item, fields, written)
+                writer.write(name, fields, size)
+                written[name] = sorted(fields)
+        _read_back(path, written)
+        entries.append(writer.entry)
+    replace(draft, shards=tuple(entries)).write(folder / MANIFEST)
+
+
+def _tar_key(key: str, item: int, fields: Mapping[str, bytes], taken: Mapping[str, Any]) -> str:
+    """The key, if a reader of tars makes it out again and this tar does not have it yet; else one near it."""
+    longest = max(fields, key=len, default="")
+    room = _LONGEST_NAME - len(f".{longest}".encode())
+    if room < 20:
+        raise UserError(f"sample {key!r}: the name of its field {longest!r} is too long for a tar. Pack into mds")
+    parts = key.split("/")
+    # From its last part's first dot on, the name of a member is the field's. MDS of other makers counts its samples in
+    # every shard from 0.
+    plain = key.isprintable() and "." not in parts[-1] and "" not in parts and ".." not in parts
+    if plain and len(key.encode()) <= room and key not in taken:
+        return key
+    stem, end = re.sub(r"[^\w-]", "_", key, flags=re.ASCII), f"-{item:08d}"
+    while (name := stem[: room - len(end)] + end) in taken:
+        end += "_"
+    return name
+
+
+def _read_back(path: Path, written: Mapping[str, list[str]]) -> None:
+    """Refuse a tar in which a reader finds other samples than were written."""
+    try:
+        with closing(TarShard(path.open("rb"), path.name)) as shard:
+            found = {shard.key(at): sorted(shard.fields(at)) for at in range(len(shard))}
+    except BadData as error:
+        raise UserError(f"the samples do not fit into tars, for readers would refuse them: {error}") from error
+    for key, fields in written.items():
+        if found.get(key) != fields:
+            raise UserError(
+                f"sample {key!r} does not fit into a tar: of its fields {', '.join(fields)} a reader would find "
+                f"{', '.join(found.get(key, [])) or 'none'}. Names are of lower-case letters and digits there; pack into mds"
+            )
+
+
+def _write_mds(
+    samples: Iterable[Sample],
+    folder: Path,
+    draft: Manifest,
+    names: list[str],
+    shard_bytes: int,
+    compression: str | None,
+) -> None:
+    """MDS with the columns `names`, and its manifest."""
+    try:
+        writer = MdsWriter(folder, names, draft, shard_bytes=shard_bytes, compression=compression)
+    except UserError:
+        raise
+    except ValueError as error:  # of mosaicml-streaming
+        raise UserError(f"mosaicml-streaming takes no compression {compression!r} ({error}); zstd:7 is one") from error
+    with writer:
+        for key, fields, size in samples:
+            if set(fields) != set(names):
+                raise UserError(
+                    f"sample {key!r} has the fields {', '.join(sorted(fields))}, the first one {', '.join(sorted(names))}; in mds "
+                    f"all have the same. Pack into webdataset"
+                )
+            try:
+                writer.write(key, fields, size)
+            except UnicodeError as error:
+                raise UserError(f"sample {key!r} has text that is not UTF-8 ({error}). Pack into webdataset") from error

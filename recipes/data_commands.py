@@ -1,0 +1,305 @@
+"""`scfm data`: making data sets and looking at them."""
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scfm_core.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from data_tools.encode import EncodeConfig
+    from scfm_core.data.corpus import Corpus
+
+Command = Callable[..., argparse.ArgumentParser]
+
+
+def add_commands(group: Any, command: Command) -> None:
+    """The subcommands of `scfm data`; `command(group, name, help, run)` makes a parser."""
+    _add_generate(command(group, "generate", "Make the teacher's own samples of prompts, as latents.", _generate))
+    _add_encode(command(group, "encode", "Encode images with captions into shards of latents and embeddings.", _encode))
+    _add_pack(command(group, "pack", "Write shards anew in another format, bit for bit.", _pack))
+    _add_index(command(group, "index", "Make the manifest of shards that were written elsewhere.", _index))
+    _add_inspect(command(group, "inspect", "Count, measure and show what a data set holds.", _inspect))
+    _add_validate(command(group, "validate", "Hash and decode everything; lists every bad sample.", _validate))
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source",
+        help="folder of images (captions in same-named .txt files or metadata.jsonl) or of shards; shards by address "
+        "('s3://bucket/{000..127}.tar'); or a data recipe (.yaml)",
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="data.key=value", help="change the recipe, e.g. data.max_bad_fraction=0.01"
+    )
+
+
+def _add_cache_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="hub id or local folder whose VAE, CLIP and T5 encode")
+    parser.add_argument("--text-length", type=int, default=256, help="T5 tokens (default 256)")
+    parser.add_argument(
+        "--keep-padding",
+        action="store_true",
+        help="store T5's output at padding tokens too (exact, and at 60 tokens a caption four times as large); off: it is "
+        "filled up with that of an empty caption",
+    )
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of encoders and stored tensors"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cuda, cpu")
+    parser.add_argument("--batch-size", type=int, default=16, help="images a forward")
+    parser.add_argument("--samples-per-shard", type=int, default=1000)
+    parser.add_argument(
+        "--resolution", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="pixels (default 512 512, or the recipe's)"
+    )
+
+
+def _cache_config(arguments: argparse.Namespace) -> "EncodeConfig":
+    import torch
+
+    from data_tools.encode import EncodeConfig
+    from scfm_core.train.build import resolve_device
+
+    return EncodeConfig(
+        text_length=arguments.text_length,
+        keep_padding=arguments.keep_padding,
+        dtype=getattr(torch, arguments.dtype),
+        device=resolve_device(arguments.device),
+        batch_size=arguments.batch_size,
+        samples_per_shard=arguments.samples_per_shard,
+    )
+
+
+def open_corpus(source: str, overrides: list[str], **changes: Any) -> "Corpus":
+    """The samples of a folder, of shards, or of a data recipe; a cache that no recipe describes in the sizes it has.
+
+    Args:
+        source: as on the command line.
+        overrides: `data.key=value`.
+        changes: of the recipe's keys; None leaves the key.
+
+    Raises:
+        UserError: if it cannot be opened.
+    """
+    from scfm_core.data.corpus import Corpus
+    from scfm_core.data.source import open_source
+    from scfm_core.train.config import load_data_config
+
+    changes = {key: value for key, value in changes.items() if value is not None}
+    config = load_data_config(source, overrides, changes)
+    sized = any(word.startswith(("data.resolution=", "data.buckets=")) for word in overrides)
+    [first, *_] = config.mixture()
+    if not source.endswith((".yaml", ".yml")) and not sized and first.format != "folder":
+        manifest = open_source(first, None, config.cache.timeout).manifest
+        if manifest.encoder is not None:
+            sizes = tuple(sorted(manifest.sizes))
+            config = dataclasses.replace(config, resolution=sizes[-1], buckets=sizes)
+    return Corpus(config)
+
+
+def _bar(name: str, unit: str = "shard") -> Callable[[Iterable[Any], int], Iterator[Any]]:
+    from scfm_core.train.metrics import progress_bar
+
+    def with_bar(items: Iterable[Any], total: int) -> Iterator[Any]:
+        with progress_bar(name, total, unit=unit) as bar:
+            for item in items:
+                yield item
+                bar.update()
+
+    return with_bar
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompts", help="text file with one prompt a line")
+    parser.add_argument("--output", "-o", type=Path, required=True, help="folder of the shards")
+    _add_cache_options(parser)
+    parser.add_argument("--buckets", choices=("none", "auto"), default="none", help="auto: all aspect ratios in turn")
+    parser.add_argument("--per-prompt", type=int, default=1, help="samples of each prompt (default 1)")
+    parser.add_argument("--steps", type=int, default=32, help="Euler steps (default 32)")
+    parser.add_argument("--shift", default="3.25", help="timestep shift, or dynamic (default 3.25)")
+    parser.add_argument("--guidance", type=float, default=3.5, help="embedded guidance (default 3.5)")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    from data_tools.generate import generate
+    from data_tools.job import processes
+    from scfm_core.data.recipe import DataConfig
+    from scfm_core.models.flux import Flux
+    from scfm_core.train.build import read_prompts
+
+    try:
+        shift = arguments.shift if arguments.shift == "dynamic" else float(arguments.shift)
+    except ValueError:
+        raise UserError(f"--shift is a number or dynamic, got {arguments.shift!r}") from None
+    resolution = tuple(arguments.resolution or (512, 512))
+    sizes = DataConfig(path="unused", resolution=resolution, buckets=arguments.buckets).sizes()
+    rank, world_size = processes()
+    manifest, padding_error = generate(
+        read_prompts(arguments.prompts, "prompts"),
+        arguments.output,
+        Flux(arguments.model),
+        _cache_config(arguments),
+        sizes=sizes,
+        per_prompt=arguments.per_prompt,
+        num_steps=arguments.steps,
+        shift=shift,
+        guidance=arguments.guidance,
+        seed=arguments.seed,
+        rank=rank,
+        world_size=world_size,
+        progress=_bar("generate"),
+    )
+    _tell(manifest, padding_error, arguments.output)
+
+
+def _add_pack(parser: argparse.ArgumentParser) -> None:
+    _add_source(parser)
+    parser.add_argument("--output", "-o", type=Path, required=True, help="folder of the shards")
+    parser.add_argument("--to", choices=("webdataset", "mds"), required=True)
+    parser.add_argument("--samples-per-shard", type=int, default=1000, help="of tars (default 1000)")
+    parser.add_argument("--shard-mb", type=float, default=256, help="of MDS: 10^6 bytes (default 256)")
+    parser.add_argument("--compression", help="of MDS, as mosaicml-streaming names it: zstd:7")
+
+
+def _pack(arguments: argparse.Namespace) -> None:
+    from data_tools.pack import pack
+
+    manifest = pack(
+        open_corpus(arguments.source, arguments.overrides),
+        arguments.output,
+        to=arguments.to,
+        samples_per_shard=arguments.samples_per_shard,
+        shard_bytes=int(arguments.shard_mb * 1e6),
+        compression=arguments.compression,
+        progress=_bar("pack", unit="sample"),
+    )
+    _tell(manifest, None, arguments.output)
+
+
+def _add_index(parser: argparse.ArgumentParser) -> None:
+    _add_source(parser)
+    parser.add_argument(
+        "--output", "-o", type=Path, metavar="FILE", help="default: manifest.json beside local shards, or here"
+    )
+    parser.add_argument("--threads", type=int, default=4, help="shards that are read at a time (default 4)")
+
+
+def _index(arguments: argparse.Namespace) -> None:
+    from data_tools.index import default_output, index
+    from scfm_core.train.config import load_data_config
+
+    config = load_data_config(arguments.source, arguments.overrides, {})
+    [source, *others] = config.mixture()
+    if others:
+        raise UserError(f"{arguments.source} has several sources; index their shards one by one")
+    output = arguments.output or default_output(source)
+    manifest = index(source, output, timeout=config.cache.timeout, threads=arguments.threads, progress=_bar("index"))
+    print(f"{manifest.samples} samples in {len(manifest.shards)} shards, of {len(manifest.sizes)} sizes: {output}")
+
+
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    _add_source(parser)
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a contact sheet too")
+    parser.add_argument(
+        "--model", help="of a cache: hub id or local folder whose VAE decodes the contact sheet's latents"
+    )
+    parser.add_argument("--device", default="auto", help="of the VAE: auto, cuda, cpu")
+    parser.add_argument("--samples", type=int, default=2000, help="captions that are read (default 2000)")
+    parser.add_argument("--count", type=int, default=48, help="samples on the contact sheet (default 48)")
+    parser.add_argument("--batch-size", type=int, default=16, help="the run's global batch (default 16)")
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from data_tools.contact_sheet import write_contact_sheet
+    from data_tools.inspect import format_summary, summarise
+
+    corpus = open_corpus(arguments.source, arguments.overrides)
+    summary = summarise(corpus, sample=arguments.samples, global_batch_size=arguments.batch_size)
+    print(format_summary(summary))
+    if arguments.html is not None:
+        decode = _decoder(arguments.model, arguments.device) if arguments.model else None
+        print(write_contact_sheet(corpus, summary, arguments.html, decode=decode, count=arguments.count))
+
+
+def _decoder(model: str, device: str) -> "Callable[[Tensor], Tensor]":
+    import torch
+
+    from scfm_core.models.encoders import Autoencoder
+    from scfm_core.models.flux import Flux
+    from scfm_core.train.build import resolve_device
+
+    where = resolve_device(device)
+    vae = Autoencoder(Flux(model).folder, torch.bfloat16 if where.type == "cuda" else torch.float32, where)
+    return lambda latents: vae.decode(latents).cpu()
+
+
+def _add_validate(parser: argparse.ArgumentParser) -> None:
+    _add_source(parser)
+    parser.add_argument("--no-decode", action="store_true", help="hashes, counts and fields alone")
+    parser.add_argument("--processes", type=int, default=1, help="that share the shards (default 1)")
+
+
+def _validate(arguments: argparse.Namespace) -> int:
+    from data_tools.validate import format_problems, validate
+
+    # To open where shards are missing or cut: they are what is looked for.
+    corpus = open_corpus(arguments.source, arguments.overrides, max_bad_fraction=0.5)
+    problems = validate(
+        corpus, decode=not arguments.no_decode, processes=arguments.processes, progress=_bar("validate")
+    )
+    print(format_problems(problems) if problems else f"all {len(corpus)} samples are good")
+    return 1 if problems else 0
+
+
+def _add_encode(parser: argparse.ArgumentParser) -> None:
+    _add_source(parser)
+    parser.add_argument("--output", "-o", type=Path, required=True, help="folder of the shards")
+    _add_cache_options(parser)
+    parser.add_argument(
+        "--buckets", choices=("none", "auto"), help="aspect-ratio buckets (default: the recipe's, or none)"
+    )
+
+
+def _encode(arguments: argparse.Namespace) -> None:
+    from data_tools.encode import encode
+    from data_tools.job import processes
+    from scfm_core.models.flux import Flux
+
+    rank, world_size = processes()
+    corpus = open_corpus(
+        arguments.source, arguments.overrides, resolution=arguments.resolution, buckets=arguments.buckets
+    )
+    manifest, error = encode(
+        corpus,
+        arguments.output,
+        Flux(arguments.model),
+        _cache_config(arguments),
+        rank=rank,
+        world_size=world_size,
+        progress=_bar("encode"),
+    )
+    _tell(manifest, error, arguments.output)
+
+
+def _tell(manifest: Any, error: float | None, output: Path) -> None:
+    if error is not None:
+        print(
+            f"text padding is trimmed; what stands for it differs from T5's by {error:.1%} (--keep-padding stores it)"
+        )
+    if manifest is None:
+        print(f"this process is done; the last one to end writes the manifest of {output}")
+        return
+    total = sum(shard.bytes for shard in manifest.shards)
+    print(
+        f"{manifest.samples} samples in {len(manifest.shards)} shards, {total / 1e6:,.1f} MB ({total / manifest.samples / 1e3:,.1f} "
+        f"kB a sample), in {output}"
+    )
+    if (output / "left_out.txt").is_file():
+        print(
+            f"left out: {len((output / 'left_out.txt').read_text().splitlines())} samples, see {output / 'left_out.txt'}"
+        )

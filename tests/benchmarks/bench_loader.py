@@ -1,0 +1,274 @@
+"""Samples a second of this loader, of raw webdataset and of raw mosaicml-streaming, over the same records.
+
+    python tests/benchmarks/bench_loader.py [--repeats 5] [--samples 1500] [--workers 2] [--s3] [--json PATH]
+
+Two kinds of records: cached latents and embeddings of Flux at 512 x 512 (bf16; captions of 20 to 120 T5 tokens, trimmed),
+and JPEG images of 512 x 512 (crops of scikit-learn's photographs). All arms shuffle, decode with the same functions, collate
+into the same batches, and run in a DataLoader of as many workers; their order is what differs. Arms are interleaved, each
+repeat begins with empty caches of the libraries (with `--s3`: a local S3 server that shares the machine's cores), and
+medians are printed, as ratios to raw webdataset.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import platform
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load, save
+from torch.utils.data import DataLoader
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
+from storage import S3Server
+
+from data_tools.pack import pack
+from scfm_core.data.corpus import Corpus
+from scfm_core.data.folder import load_image
+from scfm_core.data.loader import batches
+from scfm_core.data.recipe import CacheConfig, DataConfig, SourceConfig
+from scfm_core.data.schema import Manifest, Record, collate
+from scfm_core.data.source import PADDING
+from scfm_core.data.webdataset import TarWriter
+
+LENGTH = 256
+
+
+def cached_fields(number: int, width: int) -> dict[str, bytes]:
+    """One sample of a cache; the texts' lengths are drawn, so that trimming has something to trim."""
+    generator = torch.Generator().manual_seed(number)
+    length = int(torch.randint(20, 121, (), generator=generator)) * LENGTH // 256
+    tensors = {
+        "latents": torch.randn(16, width // 64, width // 64, generator=generator),
+        "text": torch.randn(max(1, length), width, generator=generator),
+        "pooled": torch.randn(768, generator=generator),
+    }
+    packed = save({name: tensor.bfloat16() for name, tensor in tensors.items()})
+    return {"safetensors": packed, "txt": f"caption {number}".encode(), "json": b"{}"}
+
+
+@lru_cache
+def photographs() -> list[Any]:
+    """The two inside scikit-learn, 427 x 640."""
+    from sklearn.datasets import load_sample_images
+
+    return list(load_sample_images().images)
+
+
+def jpeg_fields(number: int, size: int) -> dict[str, bytes]:
+    """A crop of a photograph."""
+    rng = np.random.default_rng(number)
+    picture = Image.fromarray(photographs()[number % 2])
+    left, top = (int(rng.integers(0, max(1, edge - size // 2))) for edge in picture.size)
+    buffer = io.BytesIO()
+    picture.crop((left, top, left + size // 2, top + size // 2)).resize((size, size)).save(buffer, "JPEG", quality=92)
+    return {"jpg": buffer.getvalue(), "txt": f"caption {number}".encode()}
+
+
+def write(folder: Path, fields: Callable[[int], dict[str, bytes]], samples: int, size: int, width: int = 0) -> None:
+    """The records as tars and, packed from those, as MDS."""
+    tars = folder / "tars"
+    tars.mkdir(parents=True)
+    entries, per_shard = [], max(1, samples // 8)
+    for first in range(0, samples, per_shard):
+        writer = TarWriter(tars / f"shard-{first // per_shard:06d}.tar")
+        with writer:
+            for number in range(first, min(first + per_shard, samples)):
+                writer.write(f"{number:08d}", fields(number), (size, size))
+        entries.append(writer.entry)
+    encoder = {}
+    if width:
+        content = save({"text": torch.zeros(LENGTH, width, dtype=torch.bfloat16)})
+        (tars / PADDING).write_bytes(content)
+        encoder = {"encoder": "bench", "text_length": LENGTH, "padding": hashlib.sha256(content).hexdigest()}
+    Manifest(shards=tuple(entries), **encoder).write(tars / "manifest.json")  # type: ignore[arg-type]
+    corpus = Corpus(DataConfig(path=str(tars), resolution=(size, size)))
+    pack(corpus, folder / "mds", to="mds", shard_bytes=max(1 << 16, sum(entry.bytes for entry in entries) // 8))
+
+
+def decode(fields: dict[str, bytes], key: str, size: int) -> Record:
+    """What every arm does with a sample's bytes."""
+    if "jpg" in fields:
+        return Record(key=key, caption=fields["txt"].decode(), image=load_image(fields["jpg"], size, size))
+    tensors = load(fields["safetensors"])
+    text = torch.zeros(LENGTH, tensors["text"].shape[1], dtype=tensors["text"].dtype)
+    text[: len(tensors["text"])] = tensors["text"]
+    return Record(
+        key=key, caption=fields["txt"].decode(), latents=tensors["latents"], text=text, pooled=tensors["pooled"]
+    )
+
+
+def stack(records: Sequence[Record]) -> Any:
+    """As a batch of ours."""
+    return collate(list(range(len(records))), records)
+
+
+class Arms:
+    """The three loaders over one set of records."""
+
+    def __init__(self, base: str, scratch: Path, size: int, samples: int, batch: int, workers: int) -> None:
+        self.base, self.scratch, self.size = base, scratch, size
+        self.samples, self.batch, self.workers = samples // batch * batch, batch, workers
+        self.shards = max(1, -(-samples // max(1, samples // 8)))
+
+    def ours(self, form: str) -> Iterator[Any]:
+        """One epoch."""
+        source = SourceConfig(name="bench", uri=f"{self.base}/{form}", format="mds" if form == "mds" else "webdataset")
+        config = DataConfig(
+            sources=(source,),
+            resolution=(self.size, self.size),
+            num_workers=self.workers,
+            cache=CacheConfig(dir=str(self.scratch / "ours")),
+        )
+        return batches(
+            Corpus(config),
+            seed=0,
+            global_batch_size=self.batch,
+            micro_batch_size=self.batch,
+            start=0,
+            stop=self.samples,
+        )
+
+    def webdataset(self) -> Iterator[Any]:
+        """Raw: shards shuffled, a buffer of 1000 samples, its own cache for S3."""
+        import webdataset
+
+        urls = [f"{self.base}/tars/shard-{number:06d}.tar" for number in range(self.shards)]
+        if self.base.startswith("s3://"):  # it has no S3 of its own; curl from the same server is the quickest it can
+            urls = [url.replace("s3://", f"{os.environ['S3_ENDPOINT_URL']}/") for url in urls]
+        dataset = webdataset.WebDataset(urls, shardshuffle=len(urls), empty_check=False).shuffle(1000)
+        dataset = dataset.map(lambda row: decode(row, row["__key__"], self.size)).batched(
+            self.batch, collation_fn=stack, partial=False
+        )
+        return iter(DataLoader(dataset, batch_size=None, num_workers=self.workers))
+
+    def streaming(self) -> Iterator[Any]:
+        """Raw: StreamingDataset with its default shuffle."""
+        from streaming import StreamingDataset
+        from streaming.base.util import clean_stale_shared_memory
+
+        clean_stale_shared_memory()
+        size = self.size
+
+        class Decoded(StreamingDataset):
+            def __getitem__(self, index: Any) -> Record:
+                row = super().__getitem__(index)
+                row["txt"] = row["txt"].encode()
+                return decode(row, row["__key__"], size)
+
+        remote = f"{self.base}/mds" if self.base.startswith("s3://") else None
+        local = str(self.scratch / "streaming") if remote else f"{self.base}/mds"
+        dataset = Decoded(local=local, remote=remote, shuffle=True, batch_size=self.batch)
+        return iter(
+            DataLoader(dataset, batch_size=self.batch, num_workers=self.workers, collate_fn=stack, drop_last=True)
+        )
+
+
+def time_epoch(start: Callable[[], Iterator[Any]], scratch: Path) -> tuple[float, float]:
+    """Samples a second of an epoch: from the start of the workers on, and from the first batch on."""
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    began = time.perf_counter()
+    count, first_count, first = 0, 0, began
+    for batch in start():
+        count += len(batch)
+        if not first_count:
+            first, first_count = time.perf_counter(), count
+    ended = time.perf_counter()
+    return count / (ended - began), (count - first_count) / max(1e-9, ended - first)
+
+
+def measure(kind: str, place: str, arms: Arms, repeats: int) -> list[dict[str, Any]]:
+    """Medians of interleaved epochs, as rows."""
+    starts = {
+        "reference: webdataset": arms.webdataset,
+        "reference: streaming": arms.streaming,
+        "ours: webdataset": lambda: arms.ours("tars"),
+        "ours: mds": lambda: arms.ours("mds"),
+    }
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in starts}
+    for _ in range(repeats):
+        for name, start in starts.items():
+            found[name].append(time_epoch(start, arms.scratch))
+    rows = []
+    for name, pairs in found.items():
+        whole, steady = (statistics.median(pair[column] for pair in pairs) for column in (0, 1))
+        rows.append({"records": kind, "place": place, "arm": name, "samples_per_s": whole, "steady": steady})
+    best = max(row["samples_per_s"] for row in rows if row["arm"].startswith("reference"))
+    for row in rows:
+        row["ratio"] = row["samples_per_s"] / best
+    return rows
+
+
+def trimmed(folder: Path) -> dict[str, float]:
+    """Bytes a sample of the cached records, as they are and with the text's padding."""
+    manifest = Manifest.parse((folder / "tars" / "manifest.json").read_text(), "bench")
+    bytes_a_sample = sum(shard.bytes for shard in manifest.shards) / manifest.samples
+    shards = [Corpus(DataConfig(path=str(folder / "tars"), resolution=manifest.sizes.pop())).raw(0)[0]]
+    stored = [load(shard.read(i, "safetensors") or b"")["text"] for shard in shards if shard for i in range(len(shard))]
+    missing = statistics.mean(2 * text.shape[1] * (LENGTH - len(text)) for text in stored)
+    return {"trimmed": bytes_a_sample, "padded": bytes_a_sample + missing}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run all arms, print one table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--samples", type=int, default=1500)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--width", type=int, default=4096, help="of the text embeddings; smaller for a quick look")
+    parser.add_argument("--s3", action="store_true", help="from a local S3 server too")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    rows, sizes = [], {}
+    with ExitStack() as stack_:
+        root = Path(stack_.enter_context(tempfile.TemporaryDirectory()))
+        side = max(16, options.width // 8)
+        write(
+            root / "cached", lambda number: cached_fields(number, options.width), options.samples, side, options.width
+        )
+        write(root / "jpeg", lambda number: jpeg_fields(number, side), options.samples, side)
+        sizes = trimmed(root / "cached")
+        places = {"local": str(root)}
+        if options.s3:
+            server = stack_.enter_context(S3Server())
+            os.environ.update(server.environment | {"S3_ENDPOINT_URL": server.endpoint})
+            server.upload(root / "cached", "records", "cached")
+            server.upload(root / "jpeg", "records", "jpeg")
+            places["s3"] = "s3://records"
+        for place, base in places.items():
+            for kind in ("cached", "jpeg"):
+                arms = Arms(f"{base}/{kind}", root / "scratch", side, options.samples, options.batch, options.workers)
+                rows += measure(kind, place, arms, options.repeats)
+    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}; ", end="")
+    print(f"{options.samples} samples, batch {options.batch}, {options.workers} workers, {options.repeats} repeats")
+    print(
+        f"cached records: {sizes['trimmed'] / 1e3:,.0f} kB a sample, {sizes['padded'] / 1e3:,.0f} kB with the padding"
+    )
+    print(f"{'records':<9}{'from':<7}{'arm':<24}{'samples/s':>10}{'steady':>9}   x reference (the faster one)")
+    for row in rows:
+        print(
+            f"{row['records']:<9}{row['place']:<7}{row['arm']:<24}{row['samples_per_s']:>10.0f}{row['steady']:>9.0f}"
+            f"   {row['ratio']:.2f} x reference"
+        )
+    if options.json:
+        options.json.write_text(json.dumps({"rows": rows, "bytes_a_sample": sizes}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,370 @@
+"""`generate`: the stored latents are what a straight-line computation of the sampler says, however the work is cut."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from data_tools.encode import EncodeConfig
+from data_tools.generate import generate
+from recipes.tiny import caption
+from scfm_core.data.corpus import Corpus
+from scfm_core.data.recipe import DataConfig
+from scfm_core.data.schema import MANIFEST, Manifest, collate
+from scfm_core.errors import UserError
+from scfm_core.flow.random import sample_noise
+from scfm_core.models.flux import Flux
+from scfm_core.models.protocol import Conditioning
+from scfm_core.models.weights import encoder_fingerprint
+
+PROMPTS = [*map(caption, (1, 3, 5)), "a lion", ""]
+SIZES = ((16, 16), (8, 24))
+PER_PROMPT, LENGTH, SEED, GUIDANCE = 3, 48, 11, 2.5
+TOTAL = len(PROMPTS) * PER_PROMPT  # in shards of 3: 8 samples of (16, 16) and 7 of (8, 24), six shards
+
+
+def make(output: Path, family: Flux, prompts: list[str] = PROMPTS, **changes: Any) -> Manifest | None:
+    """`generate` with small arguments; `changes` of them or of the `EncodeConfig`."""
+    config = {"text_length": LENGTH, "dtype": torch.float32, "batch_size": 2, "samples_per_shard": 3}
+    config |= {name: changes.pop(name) for name in EncodeConfig.__dataclass_fields__ if name in changes}
+    arguments = {"sizes": SIZES, "per_prompt": PER_PROMPT, "num_steps": 3, "shift": 2.0, "guidance": GUIDANCE}
+    return generate(prompts, output, family, EncodeConfig(**config), **{**arguments, "seed": SEED, **changes})[0]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def opened(folder: Path) -> Corpus:
+    return Corpus(DataConfig(path=str(folder), resolution=SIZES[0], buckets=SIZES))
+
+
+def by_number(folder: Path) -> dict[int, Tensor]:
+    corpus = opened(folder)
+    return {int(record.key): record.latents for record in map(corpus.record, range(len(corpus)))}
+
+
+@pytest.fixture(scope="module")
+def family(tiny: Path) -> Flux:
+    return Flux(str(tiny / "flux"))
+
+
+@pytest.fixture(scope="module")
+def whole(family: Flux, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All samples by one process. Not to be changed by a test."""
+    folder = tmp_path_factory.mktemp("generated") / "whole"
+    assert make(folder, family) == Manifest.parse((folder / MANIFEST).read_text(), "")
+    return folder
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt_after(count: int) -> Any:
+    def progress(items: Iterable[Any], total: int) -> Iterator[Any]:
+        for number, item in enumerate(items):
+            if number == count:
+                raise Interrupted
+            yield item
+
+    return progress
+
+
+class Texts:
+    """T5 and CLIP by transformers alone."""
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+
+        self.clip = CLIPTextModel.from_pretrained(folder / "text_encoder")
+        self.t5 = T5EncoderModel.from_pretrained(folder / "text_encoder_2")
+        self.clip_tokens = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+        self.t5_tokens = T5TokenizerFast.from_pretrained(folder / "tokenizer_2")
+
+    @torch.no_grad()
+    def __call__(self, prompt: str) -> tuple[Tensor, Tensor, int]:
+        """T5's output, CLIP's pooled one, and the tokens that are not padding."""
+        short = self.clip_tokens([prompt], padding="max_length", truncation=True, max_length=77, return_tensors="pt")
+        long = self.t5_tokens([prompt], padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")
+        text = self.t5(long.input_ids)[0]
+        return text, self.clip(short.input_ids).pooler_output, int(long.attention_mask.sum())
+
+
+@torch.no_grad()
+def straight(
+    network: nn.Module, text: Tensor, pooled: Tensor, number: int, size: tuple[int, int], shift: Any
+) -> Tensor:
+    """One sample's latents, [1, h, w], by a loop of its own: packing, shift, Euler steps."""
+    height, width = size[0] // 2, size[1] // 2
+    rows, columns = height // 2, width // 2
+    if shift == "dynamic":
+        shift = math.exp(0.5 + (rows * columns - 256) * (1.15 - 0.5) / (4096 - 256))
+    x = sample_noise(torch.empty(1, 1, height, width), torch.tensor([2**62 + number]), SEED)
+    places = torch.tensor([[0.0, row, column] for row in range(rows) for column in range(columns)])
+    us = [1 - step / 3 for step in range(4)]
+    sigmas = [shift * u / (1 + (shift - 1) * u) for u in us]
+    for now, then in pairwise(sigmas):
+        tokens = torch.stack(
+            [x[0, 0, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2].flatten() for i in range(rows) for j in range(columns)]
+        )
+        out = network(
+            hidden_states=tokens[None],
+            encoder_hidden_states=text,
+            pooled_projections=pooled,
+            timestep=torch.tensor([now]),
+            guidance=torch.tensor([GUIDANCE]),
+            img_ids=places,
+            txt_ids=torch.zeros(LENGTH, 3),
+        ).sample[0]
+        velocity = torch.zeros_like(x)
+        for token, values in enumerate(out):
+            i, j = divmod(token, columns)
+            velocity[0, 0, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2] = values.reshape(2, 2)
+        x = x + (then - now) * velocity
+    return x[0]
+
+
+class TestContent:
+    @pytest.mark.parametrize("shift", [2.0, "dynamic"])
+    def test_latents_and_texts_are_those_of_a_straight_line_computation(self, family, whole, tmp_path, shift):
+        folder = whole
+        if shift == "dynamic":
+            folder = tmp_path / "dynamic"
+            make(folder, family, shift="dynamic", batch_size=8)
+        network = family.load_network(torch.float32, "cpu")
+        texts, corpus, seen = Texts(family.folder), opened(folder), []
+        filler = texts("")[0][0]
+        for item in range(len(corpus)):
+            record = corpus.record(item)
+            number = int(record.key)
+            prompt, size = PROMPTS[number // PER_PROMPT], SIZES[number % 2]
+            text, pooled, length = texts(prompt)
+            assert record.caption == prompt
+            assert 0 < length < LENGTH  # or nothing would be trimmed
+            torch.testing.assert_close(record.text, torch.cat([text[0, :length], filler[length:]]), atol=1e-5, rtol=0)
+            torch.testing.assert_close(record.pooled, pooled[0], atol=1e-5, rtol=0)
+            latents = straight(network, text, pooled, number, size, shift)
+            torch.testing.assert_close(record.latents, latents, atol=2e-5, rtol=0)
+            seen.append(number)
+        assert sorted(seen) == list(range(TOTAL))
+
+    def test_shards_hold_one_size_each_and_say_how_each_sample_was_made(self, whole):
+        manifest = Manifest.parse((whole / MANIFEST).read_text(), "")
+        assert [shard.sizes for shard in manifest.shards] == [
+            *(((16, 16, n),) for n in (3, 3, 2)),
+            *(((8, 24, n),) for n in (3, 3, 1)),
+        ]
+        corpus, numbers = opened(whole), []
+        for item in range(TOTAL):
+            shard, at, _ = corpus.raw(item)
+            details = json.loads(shard.read(at, "json"))
+            number, size = details["sample"], (details["height"], details["width"])
+            assert details == {
+                "height": size[0],
+                "width": size[1],
+                "sample": number,
+                "prompt": number // PER_PROMPT,
+                "seed": SEED,
+                "steps": 3,
+                "guidance": GUIDANCE,
+            }
+            assert (shard.key(at), size) == (f"{number:08d}", corpus.sizes[corpus.buckets[item]])
+            numbers.append(number)
+        assert numbers == [*range(0, TOTAL, 2), *range(1, TOTAL, 2)]
+
+    def test_the_result_opens_as_a_cache_of_the_model(self, family, whole):
+        corpus = opened(whole)
+        assert (corpus.is_cached, corpus.encoder, corpus.text_length) == (
+            True,
+            encoder_fingerprint(family.folder),
+            LENGTH,
+        )
+        network = family.load_network(torch.float32, "cpu")
+        for size in SIZES:
+            items = corpus.items_of(size).tolist()
+            batch = collate(items, [corpus.record(item) for item in items])
+            assert batch.latents.shape == (len(items), *family.latent_shape(*size))
+            cond = Conditioning(text=batch.text, pooled=batch.pooled, guidance=torch.full((len(items),), 1.0))
+            velocity = family.velocity(network, batch.latents, torch.full((len(items),), 0.5), cond)
+            assert velocity.shape == batch.latents.shape
+            assert velocity.isfinite().all()
+
+    def test_a_batch_size_of_its_own_changes_nothing_but_rounding(self, family, whole, tmp_path):
+        make(tmp_path / "other", family, batch_size=1)
+        one, other = by_number(whole), by_number(tmp_path / "other")
+        assert one.keys() == other.keys()
+        for number, latents in one.items():
+            torch.testing.assert_close(latents, other[number], atol=2e-5, rtol=0)
+        assert min((one[i] - one[j]).abs().max() for i in range(0, 8, 2) for j in range(i + 2, 9, 2)) > 0.1
+
+    def test_bfloat16(self, family, tmp_path, whole):
+        make(tmp_path / "half", family, prompts=PROMPTS[:1], dtype=torch.bfloat16)
+        exact = by_number(whole)
+        for number, latents in by_number(tmp_path / "half").items():
+            assert latents.dtype == torch.bfloat16
+            assert (latents.float() - exact[number]).norm() < 0.1 * exact[number].norm()
+
+
+class TestProcesses:
+    @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+    def test_two_processes_write_the_files_of_one(self, family, whole, tmp_path, order):
+        first = make(tmp_path / "two", family, rank=order[0], world_size=2)
+        half = {path.name for path in (tmp_path / "two").glob("*.tar")}
+        last = make(tmp_path / "two", family, rank=order[1], world_size=2)
+        assert (first, len(half)) == (None, 3)
+        assert last == Manifest.parse((whole / MANIFEST).read_text(), "")
+        assert files(tmp_path / "two") == files(whole)
+
+    def test_an_interrupted_job_goes_on(self, family, whole, tmp_path):
+        with pytest.raises(Interrupted):
+            make(tmp_path / "new", family, progress=interrupt_after(2))
+        assert not (tmp_path / "new" / MANIFEST).exists()
+        kept = {path: path.stat().st_ino for path in (tmp_path / "new").glob("*.tar")}
+        assert len(kept) == 2
+        told = []
+        make(tmp_path / "new", family, progress=lambda items, total: told.append((len(items), total)) or items)
+        assert told == [(4, 4)]
+        assert {path: path.stat().st_ino for path in kept} == kept  # not written again
+        assert files(tmp_path / "new") == files(whole)
+
+    def test_kill_nine_in_the_middle_of_a_shard(self, family, whole, tmp_path):
+        script = f"""
+import os, signal
+from pathlib import Path
+import test_generate
+from scfm_core.models.flux import Flux
+
+class Deadly(Flux):
+    calls = 0
+    def velocity(self, *arguments):
+        self.calls += 1
+        if self.calls == 10:  # of 6 a shard: in the second batch of the second
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().velocity(*arguments)
+
+test_generate.make(Path({str(tmp_path / "new")!r}), Deadly({str(family.folder)!r}))
+"""
+        root = Path(__file__).parents[2]
+        path = os.pathsep.join([str(root), str(Path(__file__).parent)])
+        ended = subprocess.run(
+            [sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120
+        )  # fmt: skip
+        assert ended.returncode == -signal.SIGKILL, ended.stderr
+        left = files(tmp_path / "new")
+        assert {"shard-000000.tar", "shard-000001.tar.tmp"} <= left.keys()
+        assert not {"shard-000001.tar", MANIFEST} & left.keys()
+        make(tmp_path / "new", family)
+        assert files(tmp_path / "new") == files(whole)
+
+
+@pytest.fixture(scope="module")
+def unfinished(family: Flux, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One of two shards. Not to be changed by a test."""
+    folder = tmp_path_factory.mktemp("unfinished") / "cache"
+    with pytest.raises(Interrupted):
+        make(folder, family, prompts=PROMPTS[:2], num_steps=1, progress=interrupt_after(1))
+    return folder
+
+
+class TestOtherJobs:
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("prompts", [PROMPTS[0], "another"]),
+            ("prompts", PROMPTS[1::-1]),
+            ("sizes", SIZES[::-1]),
+            ("per_prompt", 2),
+            ("num_steps", 2),
+            ("shift", 3.0),
+            ("shift", "dynamic"),
+            ("guidance", 1.0),
+            ("seed", 12),
+            ("text_length", 40),
+            ("keep_padding", True),
+            ("dtype", torch.bfloat16),
+            ("samples_per_shard", 4),
+        ],
+    )
+    def test_other_arguments_do_not_go_on(self, family, unfinished, name, value):
+        before = files(unfinished)
+        arguments = {"prompts": PROMPTS[:2], "num_steps": 1} | {name: value}
+        with pytest.raises(UserError, match=rf"another job:\n  {name}: .* there, .* now\nStart with the same"):
+            make(unfinished, family, **arguments)
+        assert files(unfinished) == before
+
+    @pytest.mark.parametrize(("component", "name"), [("transformer", "network"), ("text_encoder_2", "encoder")])
+    def test_another_model_does_not_go_on(self, family, unfinished, tmp_path, component, name):
+        shutil.copytree(family.folder, tmp_path / "flux")
+        [weights] = (tmp_path / "flux" / component).glob("*.safetensors")
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 1
+        weights.write_bytes(content)
+        with pytest.raises(UserError, match=rf"another job:\n  {name}: "):
+            make(unfinished, Flux(str(tmp_path / "flux")), prompts=PROMPTS[:2], num_steps=1)
+
+    def test_another_batch_size_does(self, family, unfinished, tmp_path):
+        shutil.copytree(unfinished, tmp_path / "cache")
+        manifest = make(tmp_path / "cache", family, prompts=PROMPTS[:2], num_steps=1, batch_size=5)
+        assert manifest is not None
+        assert manifest.samples == 6
+
+    def test_a_finished_cache_is_left_alone(self, family, whole):
+        before = files(whole)
+        with pytest.raises(UserError, match="already holds a finished cache"):
+            make(whole, family)
+        assert files(whole) == before
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"prompts": []}, "no prompts"),
+            ({"per_prompt": 0}, "number of samples a prompt must be at least 1, got 0"),
+            ({"num_steps": 0}, "number of steps must be at least 1, got 0"),
+            ({"sizes": ()}, "number of sizes must be at least 1"),
+            ({"sizes": ((16, 16), (18, 30))}, "18 x 30 pixels cannot be packed.*nearest is 16 x 32"),
+            ({"shift": 0.0}, "shift must be positive"),
+            ({"shift": math.inf}, "shift must be positive and finite"),
+            ({"shift": math.nan}, "shift must be positive and finite"),
+            ({"shift": "fast"}, "'dynamic', got 'fast'"),
+        ],
+    )
+    def test_arguments_that_make_no_sample(self, family, tmp_path, changes, message):
+        with pytest.raises(UserError, match=message):
+            make(tmp_path / "cache", family, **changes)
+        assert not (tmp_path / "cache").exists()
+
+    def test_a_file_in_the_way(self, family, tmp_path):
+        (tmp_path / "file").write_text("precious")
+        with pytest.raises(UserError, match="could not be written"):
+            make(tmp_path / "file", family)
+        assert (tmp_path / "file").read_text() == "precious"
+
+    def test_samples_that_are_not_finite(self, family, tmp_path):
+        class Wild(Flux):
+            calls = 0
+
+            def velocity(self, *arguments: Any) -> Tensor:
+                velocity = super().velocity(*arguments)
+                self.calls += 1
+                if self.calls == 9:  # the last step of the third batch, which holds samples 6 and 8
+                    velocity[1, 0, 0, 0] = math.inf
+                return velocity
+
+        with pytest.raises(UserError, match=rf"1 of 2 .* not finite .* sample 8, of the prompt '{PROMPTS[2]}'\. Check"):
+            make(tmp_path / "cache", Wild(str(family.folder)))
+        assert not (tmp_path / "cache" / MANIFEST).exists()
+        assert [path.name for path in (tmp_path / "cache").glob("*.tar*")] == ["shard-000000.tar"]

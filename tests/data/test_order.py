@@ -1,0 +1,463 @@
+"""The order of samples as arithmetic: no file, no process. The references below are written the slow and plain way."""
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from scfm_core.data.order import Epoch, Order, SourceOrder, choose
+
+
+@dataclass(frozen=True)
+class Case:
+    """A setting; `Order(**case.options())` is its order."""
+
+    number: int
+    sources: tuple[SourceOrder, ...]
+    buckets: np.ndarray
+    batch_size: int
+    partitions: int
+    shuffle: bool
+    block: int
+
+    def options(self) -> dict[str, Any]:
+        return {
+            "sources": self.sources,
+            "buckets": self.buckets,
+            "global_batch_size": self.batch_size,
+            "seed": self.number,
+            "shuffle": self.shuffle,
+            "block": self.block,
+            "partitions": self.partitions,
+        }
+
+    def order(self, **changes: Any) -> Order:
+        return Order(**{**self.options(), **changes})
+
+    def draws(self, epoch: int) -> list[int]:
+        """What an epoch takes, before it is cut: batches of one, all of one size, are the draws themselves."""
+        plain = self.order(buckets=np.zeros_like(self.buckets), global_batch_size=1, partitions=1)
+        return [int(row[0]) for row in plain.epoch(epoch).items]
+
+
+def random_case(number: int) -> Case:
+    draw = random.Random(number)
+    sources, start = [], 0
+    for name in ("first", "second", "third")[: draw.choice([1, 2, 3])]:
+        shards = tuple(draw.choice([1, 2, 5, 9, 14]) for _ in range(draw.randint(1, 7)))
+        samples = sum(shards)
+        # Less than a pass, exactly one, several in an epoch.
+        draws = draw.choice([samples, draw.randint(1, samples), samples * 2 + draw.randint(0, samples)])
+        sources.append(SourceOrder(name, start, shards, draws))
+        start += samples
+    partitions = draw.choice([1, 1, 2, 4])
+    kinds = draw.choice([1, 1, 2, 4])
+    buckets = np.array([draw.randrange(kinds) for _ in range(start)], np.int16)
+    epoch = sum(source.draws for source in sources)
+    per_part = draw.choice([1, 2, 3, max(1, epoch // 20), max(1, epoch // partitions + 2)])
+    return Case(
+        number,
+        tuple(sources),
+        buckets,
+        partitions * per_part,
+        partitions,
+        shuffle=draw.random() < 0.8,
+        block=draw.choice([1, 4, 10, 1000]),
+    )
+
+
+CASES = [random_case(number) for number in range(120)]
+EPOCHS = 5
+
+
+def over(cases: list[Case]) -> Callable[[Callable[[Any, Case], None]], Callable[[Any], None]]:
+    """One test of all cases: a thousand dots would tell no more."""
+
+    def decorate(test: Callable[[Any, Case], None]) -> Callable[[Any], None]:
+        def run(self: Any) -> None:
+            for case in cases:
+                try:
+                    test(self, case)
+                except AssertionError as error:
+                    raise AssertionError(f"{case}\n{error}") from error
+
+        run.__doc__ = test.__doc__
+        return run
+
+    return decorate
+
+
+anywhere = over(CASES)
+unpartitioned = over([case for case in CASES if case.partitions == 1])
+partitioned = over([case for case in CASES if case.partitions > 1])
+
+
+def test_the_cases_are_as_different_as_they_should_be():
+    assert {len(case.sources) for case in CASES} == {1, 2, 3}
+    assert {case.partitions for case in CASES} == {1, 2, 4}
+    assert {int(case.buckets.max()) + 1 for case in CASES} >= {1, 2, 4}
+    sizes = [case.batch_size / case.order().epoch_size for case in CASES]
+    assert sum(size > 1 for size in sizes) > 5
+    assert sum(size < 0.1 for size in sizes) > 20
+    assert sum(len(case.sources) > 1 and case.partitions > 1 and case.buckets.max() > 0 for case in CASES) > 5
+
+
+def rows(epoch: Epoch) -> list[list[int]]:
+    return epoch.items.tolist()
+
+
+def as_text(epoch: Epoch) -> str:
+    return ", ".join(" ".join(map(str, row)) for row in rows(epoch))
+
+
+def source_of(case: Case, item: int) -> int:
+    return next(n for n, source in enumerate(case.sources) if 0 <= item - source.start < source.samples)
+
+
+def streams(case: Case, epochs: int = EPOCHS) -> list[list[int]]:
+    """What is drawn from each source, over several epochs."""
+    drawn: list[list[int]] = [[] for _ in case.sources]
+    for epoch in range(epochs):
+        for item in case.draws(epoch):
+            drawn[source_of(case, item)].append(item)
+    return drawn
+
+
+class TestDraws:
+    @anywhere
+    def test_of_an_epoch_are_as_many_as_every_source_gives(self, case):
+        for epoch in range(EPOCHS):
+            count = Counter(source_of(case, item) for item in case.draws(epoch))
+            assert [count[number] for number in range(len(case.sources))] == [s.draws for s in case.sources]
+
+    @anywhere
+    def test_go_through_a_source_pass_by_pass(self, case):
+        for source, stream in zip(case.sources, streams(case), strict=True):
+            everything = list(range(source.start, source.start + source.samples))
+            whole = len(stream) // source.samples
+            passes = [stream[at * source.samples : (at + 1) * source.samples] for at in range(whole)]
+            for one in passes:
+                assert sorted(one) == everything
+            rest = stream[whole * source.samples :]
+            assert len(set(rest)) == len(rest)
+            if case.shuffle and source.samples > 20 and case.block > 1:
+                assert len({tuple(one) for one in passes}) == len(passes)
+
+    @anywhere
+    def test_without_shuffling_are_in_the_order_of_the_files(self, case):
+        plain = replace(case, shuffle=False)
+        for source, stream in zip(plain.sources, streams(plain, 2), strict=True):
+            assert stream == [source.start + at % source.samples for at in range(len(stream))]
+
+    @anywhere
+    def test_stay_in_their_block_of_shards(self, case):
+        """A pass is a row of whole shards, cut every `block` samples; within the pieces alone samples change places."""
+        shuffled = replace(case, shuffle=True)
+        for source, stream in zip(shuffled.sources, streams(shuffled), strict=True):
+            shard_of = np.repeat(np.arange(len(source.shards)), source.shards)
+            first = np.cumsum(source.shards) - source.shards
+            for begin in range(0, len(stream) - source.samples + 1, source.samples):
+                taken = [0] * len(source.shards)
+                unfinished: set[int] = set()
+                for at in range(begin, begin + source.samples, case.block):
+                    block = sorted(stream[at : min(at + case.block, begin + source.samples)])
+                    shards = [int(shard_of[item - source.start]) for item in block]
+                    for shard in set(shards):
+                        mine = [
+                            item - source.start for item, owner in zip(block, shards, strict=True) if owner == shard
+                        ]
+                        # A shard is used from its start on, and goes on in the next block.
+                        start = int(first[shard]) + taken[shard]
+                        assert mine == list(range(start, start + len(mine)))
+                        taken[shard] += len(mine)
+                    assert unfinished <= set(shards)
+                    unfinished = {s for s in set(shards) if taken[s] < source.shards[s]}
+                    assert len(unfinished) <= 1
+
+    def test_change_places_within_a_block(self):
+        """With blocks of one sample the shards alone are shuffled; with large ones every sample is."""
+        source = SourceOrder("only", 0, (50,) * 8, 400)
+        runs = []
+        for block in (1, 100, 1000):
+            items = Order([source], np.zeros(400, np.int16), 400, 0, block=block).epoch(0).items[0]
+            runs.append(int((np.diff(items) == 1).sum()))
+        assert runs[0] >= 8 * 49
+        assert max(runs[1:]) < 20
+
+    def test_are_shuffled_without_a_bias(self):
+        """Every sample comes everywhere: over 400 passes the mean place of each is the middle."""
+        source = SourceOrder("only", 0, (3, 7, 10), 20)
+        order = Order([source], np.zeros(20, np.int16), 20, 0)
+        places = np.stack([np.argsort(order.epoch(epoch).items[0]) for epoch in range(400)])
+        error = 20 / 12**0.5 / 400**0.5
+        assert np.abs(places.mean(0) - 9.5).max() < 4.5 * error
+
+    @pytest.mark.parametrize("draws", [(900, 90, 10), (500, 500), (997, 3), (1, 1, 1)])
+    def test_of_a_mixture_are_spread_evenly(self, draws):
+        """Any stretch of the epoch has each source's share of it, give or take a draw a source."""
+        names = ("a", "b", "c")[: len(draws)]
+        sources = [
+            SourceOrder(name, 1000 * number, (1000,), count)
+            for number, (name, count) in enumerate(zip(names, draws, strict=True))
+        ]
+        order = Order(sources, np.zeros(1000 * len(draws), np.int16), 1, 3)
+        for epoch in range(3):
+            owners = order.epoch(epoch).items[:, 0] // 1000
+            for tenth in range(11):
+                end = round(len(owners) * tenth / 10)
+                counts = np.bincount(owners[:end], minlength=len(draws))
+                assert np.abs(counts - np.array(draws) * end / len(owners)).max() <= len(draws)
+
+    def test_of_a_mixture_do_not_alternate_like_a_clock(self):
+        sources = [SourceOrder(name, 1000 * number, (1000,), 500) for number, name in enumerate("ab")]
+        order = Order(sources, np.zeros(2000, np.int16), 1, 0)
+        first, second = (order.epoch(epoch).items[:, 0] // 1000 for epoch in range(2))
+        assert not np.array_equal(first, second)
+        assert 50 < np.count_nonzero(np.diff(first) == 0) < 450
+
+
+class TestBatches:
+    @unpartitioned
+    def test_are_those_of_one_queue_for_every_size(self, case):
+        """The definition itself: draws fall one by one into the queue of their size; a full queue is a batch."""
+        order = case.order()
+        queues: dict[int, list[int]] = {}
+        for number in range(EPOCHS):
+            expected, kinds = [], []
+            for item in case.draws(number):
+                kind = int(case.buckets[item])
+                queue = queues.setdefault(kind, [])
+                queue.append(item)
+                if len(queue) == case.batch_size:
+                    expected.append(queues.pop(kind))
+                    kinds.append(kind)
+            epoch = order.epoch(number)
+            assert rows(epoch) == expected
+            assert epoch.buckets.tolist() == kinds
+
+    @anywhere
+    def test_drop_and_repeat_nothing(self, case):
+        """Per size and epoch: what was left over and what is drawn = what is in batches and what is left over now."""
+        order = case.order()
+        left: list[list[int]] = [[] for _ in range(int(case.buckets.max()) + 1)]
+        for number in range(EPOCHS):
+            draws = case.draws(number)
+            epoch = order.epoch(number)
+            for kind, queue in enumerate(left):
+                queue += [item for item in draws if case.buckets[item] == kind]
+                filled = len(queue) // case.batch_size * case.batch_size
+                batches = [item for row in epoch.items[epoch.buckets == kind].tolist() for item in row]
+                assert Counter(batches) == Counter(queue[:filled])
+                del queue[:filled]
+                assert len(queue) < case.batch_size
+
+    @anywhere
+    def test_are_of_one_size(self, case):
+        order = case.order()
+        for number in range(EPOCHS):
+            epoch = order.epoch(number)
+            assert epoch.items.shape == (len(epoch.buckets), case.batch_size)
+            assert (case.buckets[epoch.items] == epoch.buckets[:, None]).all()
+
+    @anywhere
+    def test_before_an_epoch_are_counted_in_closed_form(self, case):
+        order, before = case.order(), 0
+        counts: Counter[int] = Counter()
+        for number in range(EPOCHS):
+            epoch = order.epoch(number)
+            assert epoch.first == before == sum(count // case.batch_size for count in counts.values())
+            before += len(epoch.items)
+            counts.update(int(case.buckets[item]) for item in case.draws(number))
+
+    @anywhere
+    def test_are_located_where_they_are(self, case):
+        order = case.order()
+        places = [(number, at) for number in range(EPOCHS) for at in range(len(order.epoch(number).items))]
+        fresh = case.order()
+        assert [fresh.locate(batch) for batch in range(len(places))] == places
+        assert [order.epoch(number).first + at for number, at in places] == list(range(len(places)))
+
+    def test_are_located_far_away_without_walking_there(self):
+        order = Order([SourceOrder("only", 0, (7, 6), 13)], np.array([0, 1] * 6 + [0], np.int16), 4, 0)
+        far = 10**9
+        number, place = order.locate(far)
+        assert order.epoch(number).first + place == far
+        assert 0 <= place < len(order.epoch(number).items)
+
+    @anywhere
+    def test_do_not_depend_on_what_was_asked_before(self, case):
+        order = case.order()
+        walked = [rows(order.epoch(number)) for number in range(EPOCHS)]
+        assert [rows(case.order().epoch(number)) for number in range(EPOCHS)] == walked
+        backwards = case.order()
+        assert [rows(backwards.epoch(number)) for number in reversed(range(EPOCHS))] == walked[::-1]
+
+
+class TestPartitions:
+    @partitioned
+    def test_each_reads_a_stretch_of_its_own(self, case):
+        """Per size: an epoch's queue is cut into as many pieces as there are partitions; batches take from each in turn."""
+        order = case.order()
+        left: list[list[int]] = [[] for _ in range(int(case.buckets.max()) + 1)]
+        share = case.batch_size // case.partitions
+        for number in range(EPOCHS):
+            draws, epoch = case.draws(number), order.epoch(number)
+            for kind, queue in enumerate(left):
+                queue += [item for item in draws if case.buckets[item] == kind]
+                batches = epoch.items[epoch.buckets == kind]
+                stretch = len(batches) * share
+                for part in range(case.partitions):
+                    mine = batches[:, part * share : (part + 1) * share].ravel().tolist()
+                    assert mine == queue[part * stretch : (part + 1) * stretch]
+                del queue[: len(batches) * case.batch_size]
+
+    def test_touch_few_shards_of_each_other(self):
+        """With blocks of two shards, a quarter of the batch meets a quarter of 40 shards and those at its edges."""
+        order = Order(
+            [SourceOrder("only", 0, (25,) * 40, 1000)], np.zeros(1000, np.int16), 40, 0, block=50, partitions=4
+        )
+        parts = [set((order.epoch(0).items[:, at : at + 10] // 25).ravel().tolist()) for at in range(0, 40, 10)]
+        assert [len(part) for part in parts] == [10, 10, 10, 10]
+        assert len(set.union(*parts)) == 40
+
+    @partitioned
+    def test_do_not_change_how_often_a_sample_comes(self, case):
+        one = case.order(partitions=1)
+        for number in range(EPOCHS):
+            several = case.order()
+            assert several.epoch(number).first == one.epoch(number).first
+            assert np.array_equal(np.sort(several.epoch(number).items, None), np.sort(one.epoch(number).items, None))
+
+    def test_sizes_alternate_as_without(self):
+        """Batches of two sizes come in turn through the epoch, not first all of one and then of the other."""
+        buckets = np.arange(4000, dtype=np.int16) % 2
+        for partitions in (1, 2, 4):
+            order = Order([SourceOrder("only", 0, (100,) * 40, 4000)], buckets, 8, 0, partitions=partitions)
+            kinds = order.epoch(0).buckets
+            assert abs(int(kinds[: len(kinds) // 2].sum()) - len(kinds) // 4) < 20
+
+
+class TestSpares:
+    @anywhere
+    def test_are_of_the_samples_size_and_never_the_sample(self, case):
+        order, again = case.order(), case.order()
+        for number in range(2):
+            epoch = order.epoch(number)
+            for place in range(0, len(epoch.items), 3):
+                for row in range(0, case.batch_size, 2):
+                    item = int(epoch.items[place, row])
+                    spares = order.spares(epoch, place, row)
+                    assert item not in spares
+                    assert len(set(spares)) == len(spares)
+                    assert all(case.buckets[spare] == case.buckets[item] for spare in spares)
+                    assert spares == again.spares(again.epoch(number), place, row)
+
+    def test_lie_in_ever_farther_batches(self):
+        """A corrupt shard takes its neighbours with it, in the batches around and, at last, beside the sample."""
+        order = Order([SourceOrder("only", 0, (100,) * 10, 1000)], np.zeros(1000, np.int16), 10, 0, shuffle=False)
+        epoch = order.epoch(0)
+        assert order.spares(epoch, 50, 3) == (493, 483, 463, 423, 343, 183, 863, 504, 505, 506)
+        assert len({spare // 100 for spare in order.spares(epoch, 50, 3)}) >= 5
+
+    def test_stay_in_the_samples_partition(self):
+        """Those of other batches: its machine has their shards."""
+        order = Order([SourceOrder("only", 0, (100,) * 10, 1000)], np.zeros(1000, np.int16), 8, 0, partitions=4)
+        epoch = order.epoch(0)
+        own = set(epoch.items[:, 2:4].ravel().tolist())
+        assert set(order.spares(epoch, 60, 2)[:-3]) <= own
+
+    def test_of_an_only_sample_are_none(self):
+        order = Order([SourceOrder("only", 0, (1,), 1)], np.zeros(1, np.int16), 4, 0)
+        assert order.spares(order.epoch(3), 0, 0) == ()
+
+
+class TestRandomness:
+    SOURCES = (SourceOrder("a", 0, (9, 4, 7), 20), SourceOrder("b", 20, (5, 5), 15))
+
+    def items(self, sources: tuple[SourceOrder, ...] = SOURCES, seed: int = 0, epoch: int = 0) -> list[list[int]]:
+        return rows(Order(sources, np.zeros(30, np.int16), 7, seed).epoch(epoch))
+
+    def test_is_pinned(self):
+        """A change of these numbers breaks the resuming of every run there is."""
+        buckets = np.array([0, 0, 1] * 10, np.int16)
+        order = Order(self.SOURCES, buckets, 4, seed=0, block=10)
+        assert [as_text(order.epoch(number)) for number in (0, 1, 7)] == [
+            "3 0 25 13, 23 26 5 29, 4 21 7 24, 6 1 22 16, 28 19 9 27, 8 2 20 14, 22 18 21 25, 10 15 24 27",
+            "11 17 29 11, 12 9 28 0, 23 2 20 26, 10 1 3 21, 12 4 7 19, 5 23 29 20, 15 13 22 27, 28 16 18 25, 26 17 8 14",
+            "20 2 8 29, 0 22 3 4, 23 2 5 26, 7 24 25 6, 0 25 1 28, 8 23 14 17, 9 22 21 16, 10 27 19 24, 11 20 29 26, "
+            "12 13 15 18",
+        ]
+        assert [order.epoch(number).first for number in (0, 1, 7)] == [0, 8, 60]
+        parts = Order(self.SOURCES, buckets, 4, seed=5, partitions=2)
+        assert as_text(parts.epoch(1)) == (
+            "29 2 20 14, 0 24 24 19, 8 20 26 2, 5 8 23 11, 12 4 7 15, 26 23 17 29, 6 21 27 10, 13 16 25 3, 28 9 21 18"
+        )
+
+    def test_of_two_seeds_differs(self):
+        orders = [self.items(seed=seed, epoch=epoch) for seed in range(4) for epoch in range(4)]
+        assert all(one != other for at, one in enumerate(orders) for other in orders[:at])
+
+    @pytest.mark.parametrize(("shards", "block"), [((1,) * 40, 1), ((40,), 40)], ids=["of shards", "of samples"])
+    def test_follows_seed_name_and_pass(self, shards, block):
+        """Either shuffle alone: 40 shards of a sample each, or one shard of 40."""
+
+        def one_pass(seed: int, name: str, number: int) -> tuple[int, ...]:
+            order = Order([SourceOrder(name, 0, shards, 40)], np.zeros(40, np.int16), 40, seed, block=block)
+            return tuple(order.epoch(number).items[0].tolist())
+
+        keys = [(seed, name, number) for seed in range(3) for name in ("a", "b") for number in range(4)]
+        passes = {one_pass(*key) for key in keys}
+        assert len(passes) == len(keys)
+        assert tuple(range(40)) not in passes
+        assert one_pass(1, "a", 2) == one_pass(1, "a", 2)
+
+    def test_follows_the_sources_name(self):
+        renamed = (replace(self.SOURCES[0], name="c"), self.SOURCES[1])
+        assert self.items(renamed) != self.items()
+        # The other source's own stream is none of its business.
+        for sources in (self.SOURCES, renamed):
+            stream = [item for row in self.items(sources) for item in row if item >= 20]
+            assert stream == [item for row in self.items() for item in row if item >= 20]
+
+    def test_of_two_sources_differs(self):
+        """Equal shards under two names: what is drawn as 13th of the one is not of the other."""
+        twins = (SourceOrder("a", 0, (15,), 15), SourceOrder("b", 15, (15,), 15))
+        order = Order(twins, np.zeros(30, np.int16), 30, 0)
+        items = order.epoch(0).items[0]
+        assert [i for i in items if i < 15] != [i - 15 for i in items if i >= 15]
+
+    def test_does_not_hear_of_the_global_state(self):
+        random.seed(1), np.random.seed(1), torch.manual_seed(1)  # noqa: NPY002
+        first = self.items()
+        random.seed(2), np.random.seed(2), torch.manual_seed(2)  # noqa: NPY002
+        state = np.random.get_state()[1].tolist()  # noqa: NPY002
+        assert self.items() == first
+        assert np.random.get_state()[1].tolist() == state  # noqa: NPY002
+
+
+class TestChoose:
+    def test_follows_the_weights(self):
+        weights = [1.0, 0.0, 3.0, 0.5]
+        count = Counter(choose(weights, 7, "captions", number) for number in range(9000))
+        assert set(count) == {0, 2, 3}
+        for place in (0, 2, 3):
+            share = weights[place] / 4.5
+            assert abs(count[place] - 9000 * share) < 4 * (9000 * share * (1 - share)) ** 0.5
+
+    def test_is_a_function_of_the_whole_key(self):
+        def row(*key: object) -> list[int]:
+            return [choose([1, 1, 1], *key, number) for number in range(64)]
+
+        assert row(0, "a") == row(0, "a")
+        assert len({tuple(row(*key)) for key in [(0, "a"), (1, "a"), (0, "b"), ("a", 0)]}) == 4
+
+    def test_of_one_is_that_one(self):
+        assert choose([2.5], 0) == 0
+
+    def test_is_pinned(self):
+        assert [choose([1, 2, 3, 4], 11, number) for number in range(12)] == [0, 2, 1, 2, 3, 3, 3, 1, 0, 1, 1, 3]
