@@ -1,14 +1,16 @@
 """`scfm data encode`: images with captions -> shards of cached latents and text embeddings."""
 
+import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from data_tools.job import Job, Piece, cut
@@ -63,14 +65,29 @@ class CacheWriter:
         self.padding: Tensor | None = None
         digest = None
         if not config.keep_padding:
-            self.padding = self.text.encode([""]).text[0].to(config.dtype).cpu().contiguous()
-            content = save({"text": self.padding})
+            content = self._shared_padding(output / PADDING)
+            self.padding = load(content)["text"]
             digest = hashlib.sha256(content).hexdigest()
-            (output / PADDING).write_bytes(content)
         self.draft = Manifest(
             encoder=encoder_fingerprint(family.folder), text_length=config.text_length, padding=digest
         )
         self._error = [0.0, 0.0]
+
+    def _shared_padding(self, path: Path) -> bytes:
+        """The padding's file: that of the process which was first, since another GPU may round otherwise."""
+        padding = self.text.encode([""]).text[0].to(self.config.dtype).cpu().contiguous()
+        aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        try:
+            aside.write_bytes(save({"text": padding}))
+            with contextlib.suppress(FileExistsError):
+                os.link(aside, path)
+            return path.read_bytes()
+        except OSError as error:
+            raise UserError(
+                f"the cache could not be written to {path.parent}: {error.strerror}. Mend that and run again"
+            ) from error
+        finally:
+            aside.unlink(missing_ok=True)
 
     def fields(
         self, latents: Tensor, captions: list[str], details: list[dict[str, object]]
@@ -145,6 +162,8 @@ def encode(
         "samples_per_shard": config.samples_per_shard,
     }
     job = Job(output, parameters)  # before the encoders are loaded, which takes minutes
+    if job.finished is not None:
+        return job.finished, None
     writer = CacheWriter(output, family, config)
     vae = Autoencoder(family.folder, config.dtype, config.device)
 

@@ -87,6 +87,8 @@ def generate(
         "samples_per_shard": config.samples_per_shard,
     }
     job = Job(output, parameters)  # before the weights are loaded, which takes minutes
+    if job.finished is not None:
+        return job.finished, None
     writer = CacheWriter(output, family, config)
     network = family.load_network(config.dtype, config.device)
     teacher = _Teacher(family, network, writer.text, num_steps, shift, guidance, seed)

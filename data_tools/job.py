@@ -1,9 +1,11 @@
 """Shards written by several processes, resumable: what `encode` and `generate` have in common.
 
 The plan of shards is fixed beforehand; process r of n writes every n-th. A finished shard leaves a note of its manifest
-entry in `.job/`; a job that is started again skips what has one. Whoever finds the last note writes the manifest.
+entry in `.job/`; a job that is started again skips what has one. Whoever finds the last note writes the manifest, and
+`job.json`, by which a process that comes late sees that its job is done.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -16,7 +18,7 @@ from scfm_core.data.schema import MANIFEST, Manifest, ShardEntry
 from scfm_core.data.webdataset import TarWriter
 from scfm_core.errors import UserError
 
-_JOB = ".job"
+_JOB, _PARAMETERS, _DONE = ".job", "parameters.json", "job.json"
 
 
 @dataclass(frozen=True)
@@ -51,17 +53,24 @@ class Job:
         parameters: what decides the content; a job is gone on with only if they are the same.
 
     Raises:
-        UserError: if the folder holds a finished data set, or the shards of another job, or cannot be written.
+        UserError: if the folder holds another finished data set, or the shards of another job, or cannot be written.
     """
+
+    finished: Manifest | None = None
+    """The manifest, if this very job was done before."""
 
     def __init__(self, output: Path, parameters: dict[str, Any]) -> None:
         self.output, self.notes = output, output / _JOB
-        if (output / MANIFEST).exists():
-            raise UserError(f"{output} already holds a finished cache; choose another folder, or delete it")
         plain = json.loads(json.dumps(parameters))
+        if (output / MANIFEST).exists():
+            done = output / _DONE
+            if not done.is_file() or json.loads(done.read_text()) != plain:
+                raise UserError(f"{output} already holds a finished cache; choose another folder, or delete it")
+            self.finished = self._manifest()
+            return
         try:
             self.notes.mkdir(parents=True, exist_ok=True)
-            path = self.notes / "parameters.json"
+            path = self.notes / _PARAMETERS
             if not path.exists():
                 aside = path.with_suffix(f".{os.getpid()}.tmp")
                 aside.write_text(json.dumps(plain, indent=2))
@@ -108,7 +117,7 @@ class Job:
         Raises:
             UserError: if the disk is full; the shards written so far are kept.
         """
-        mine = [piece for piece in pieces[rank::world_size] if not self._note(piece).exists()]
+        mine = [piece for piece in pieces[rank::world_size] if not self._is_done(piece)]
         try:
             for piece in progress(mine, len(mine)):
                 writer = TarWriter(self.output / piece.name)
@@ -122,14 +131,19 @@ class Job:
                 f"finished shards are kept"
             ) from error
 
-    def left_out(self) -> list[str]:
-        """Samples that were left out so far, and why."""
-        return [
-            line for note in sorted(self.notes.glob("*.tar.json")) for line in json.loads(note.read_text())["left_out"]
-        ]
-
     def _note(self, piece: Piece) -> Path:
         return self.notes / f"{piece.name}.json"
+
+    def _is_done(self, piece: Piece) -> bool:
+        try:
+            entry = json.loads(self._note(piece).read_text())["entry"]
+            return bool((self.output / piece.name).stat().st_size == entry["bytes"])
+        except FileNotFoundError:
+            return False
+
+    def _manifest(self) -> Manifest:
+        path = self.output / MANIFEST
+        return Manifest.parse(path.read_bytes(), str(path))
 
     def _write(self, path: Path, content: Any) -> None:
         aside = path.with_suffix(f".{os.getpid()}.tmp")
@@ -141,17 +155,21 @@ class Job:
             notes = [json.loads(self._note(piece).read_text()) for piece in pieces]
         except FileNotFoundError:
             if (self.output / MANIFEST).exists():  # another process was faster
-                return Manifest.parse((self.output / MANIFEST).read_text(), str(self.output / MANIFEST))
+                return self._manifest()
             return None
         entries = tuple(
             ShardEntry(**{**note["entry"], "sizes": tuple(map(tuple, note["entry"]["sizes"]))}) for note in notes
         )
         left_out = [line for note in notes for line in note["left_out"]]
         if left_out:
-            (self.output / "left_out.txt").write_text("\n".join(left_out) + "\n")
+            aside = self.output / f"left_out.{os.getpid()}.tmp"
+            aside.write_text("\n".join(left_out) + "\n")
+            aside.replace(self.output / "left_out.txt")
         manifest = Manifest(**{**draft.__dict__, "shards": tuple(entry for entry in entries if entry.samples)})
         if not manifest.samples:
             raise UserError(f"{self.output}: no sample could be used; {self.output / 'left_out.txt'} says why")
+        with contextlib.suppress(FileNotFoundError):  # another process did both
+            (self.notes / _PARAMETERS).replace(self.output / _DONE)
         manifest.write(self.output / MANIFEST)
         shutil.rmtree(self.notes, ignore_errors=True)
         return manifest

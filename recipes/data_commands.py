@@ -52,7 +52,7 @@ def _add_cache_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="auto", help="auto, cuda, cpu")
     parser.add_argument("--batch-size", type=int, default=16, help="images a forward")
-    parser.add_argument("--samples-per-shard", type=int, default=1000)
+    parser.add_argument("--samples-per-shard", type=int, default=1000, help="default %(default)s")
     parser.add_argument(
         "--resolution", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="pixels (default 512 512, or the recipe's)"
     )
@@ -117,6 +117,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompts", help="text file with one prompt a line")
     parser.add_argument("--output", "-o", type=Path, required=True, help="folder of the shards")
     _add_cache_options(parser)
+    parser.set_defaults(samples_per_shard=100)  # a shard is what a kill costs, and a sample takes seconds
     parser.add_argument("--buckets", choices=("none", "auto"), default="none", help="auto: all aspect ratios in turn")
     parser.add_argument("--per-prompt", type=int, default=1, help="samples of each prompt (default 1)")
     parser.add_argument("--steps", type=int, default=32, help="Euler steps (default 32)")

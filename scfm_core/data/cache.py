@@ -11,9 +11,10 @@ import fcntl
 import hashlib
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from scfm_core.data.remote import fetch
 from scfm_core.data.schema import BadData
@@ -69,15 +70,15 @@ class ShardCache:
             BadData: if the object's content is twice not what the manifest says.
             UserError: if it cannot be downloaded, or the cache's disk is full.
         """
-        copy = self.path(uri, sha256)
+        copy, end = self.path(uri, sha256), time.monotonic() + self.timeout
         if self._touch(copy):
             return copy, False
-        with self._part(copy) as part:
+        with self._part(copy, end, uri) as part:
             if self._touch(copy):
                 return copy, False
             self._make_room(size, uri)
             try:
-                self._download(uri, part, size, sha256)
+                self._download(uri, part, size, sha256, end)
                 if unpack is not None:
                     part.write_bytes(unpack(part.read_bytes()))
             except OSError as error:
@@ -97,8 +98,8 @@ class ShardCache:
         """Delete what killed downloads left."""
         for part in self.folder.glob(f"*{_PART}"):
             with contextlib.suppress(OSError), part.open("rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                part.unlink()
+                if _locked(file):
+                    part.unlink()
 
     def _touch(self, copy: Path) -> bool:
         """Mark as used now; whether it is there."""
@@ -109,12 +110,18 @@ class ShardCache:
         return True
 
     @contextlib.contextmanager
-    def _part(self, copy: Path) -> Iterator[Path]:
-        """`KEY.part`, empty and held by this process alone."""
+    def _part(self, copy: Path, end: float, uri: str) -> Iterator[Path]:
+        """`KEY.part`, empty and held by this process alone. Waiting counts: else many processes would fail in turn."""
         part = copy.with_name(copy.name + _PART)
         while True:
             with part.open("ab") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
+                while not _locked(file):
+                    if time.monotonic() > end:
+                        raise UserError(
+                            f"data: {uri} could not be had within {self.timeout:.0f} s, in which another process tried to "
+                            f"download it. If the storage is slow, raise data.cache.timeout"
+                        )
+                    time.sleep(0.02)
                 # Whoever held it has renamed or deleted it meanwhile: this lock is then of another file.
                 with contextlib.suppress(FileNotFoundError):
                     if os.fstat(file.fileno()).st_ino == part.stat().st_ino:
@@ -125,9 +132,9 @@ class ShardCache:
                                 part.unlink()  # not renamed: the copy was there, or the download failed
                         return
 
-    def _download(self, uri: str, part: Path, size: int, sha256: str | None) -> None:
+    def _download(self, uri: str, part: Path, size: int, sha256: str | None, end: float) -> None:
         for attempt in (1, 2):
-            fetch(uri, part, self.timeout)
+            fetch(uri, part, max(1.0, end - time.monotonic()))
             with part.open("rb") as file:
                 wrong = mismatch(file, size, sha256)
             if wrong is None:
@@ -165,6 +172,15 @@ class ShardCache:
                 f"data.cache.dir: the disk of {self.folder} is full. Make room, or set data.cache.limit_gb below it"
             )
         return error
+
+
+def _locked(file: IO[bytes]) -> bool:
+    """Lock, unless another open file has the lock."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def mismatch(file: BinaryIO, size: int, sha256: str | None) -> str | None:

@@ -205,9 +205,13 @@ class MdsWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
             shutil.rmtree(self._aside, ignore_errors=True)
-            return
+
+    def _finish(self) -> None:
         self._library.finish()
         index = MdsIndex((self._aside / INDEX).read_bytes(), str(self._aside / INDEX))
         shards, at = [], 0

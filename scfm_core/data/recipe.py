@@ -28,7 +28,7 @@ class SourceConfig:
     """Subfolder of `uri`."""
     weight: float | None = None
     """Share of the mixture, relative to the other sources'; none: by the number of samples."""
-    image: tuple[str, ...] = ("jpg", "jpeg", "png", "webp", "image")
+    image: tuple[str, ...] = ("jpg", "jpeg", "png", "webp", "bmp", "image")
     """Of images: the field that holds one; the first that a sample has."""
     captions: Mapping[str, float] = field(default_factory=lambda: {"txt": 1.0})
     """Of images: the fields that hold captions, `json.NAME` for a key of a JSON field, and how often each is chosen."""

@@ -7,6 +7,7 @@ webdataset's layout (https://github.com/webdataset/webdataset) a field is the me
 """
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
@@ -137,7 +138,7 @@ class Manifest:
 
     def write(self, path: Path) -> None:
         """Write aside and rename: a manifest that is there is complete."""
-        aside = path.with_name(f"{path.name}.tmp")
+        aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         aside.write_text(self.dumps(), encoding="utf-8")
         aside.replace(path)
 

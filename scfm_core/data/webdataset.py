@@ -40,6 +40,8 @@ class TarShard:
             field = field.lower()
             if member.startswith("/") or ".." in member.split("/") or field.rpartition(".")[2] in _HOSTILE:
                 raise BadData(f"data: shard {name} has a member {member!r}, which is refused. Do not use this data set")
+            if not stem or not field:
+                continue  # LICENSE, .DS_Store, ._x.jpg: no sample's, for webdataset either
             key = f"{folder}/{stem}" if folder else stem
             place = places.setdefault(key, len(self.keys))
             if place == len(self.keys):

@@ -321,10 +321,20 @@ class TestOtherJobs:
         assert manifest.samples == 6
 
     def test_a_finished_cache_is_left_alone(self, family, whole):
+        """The same job again is done; another one is refused."""
         before = files(whole)
+        assert make(whole, family) == Manifest.parse((whole / "manifest.json").read_bytes(), "test")
         with pytest.raises(UserError, match="already holds a finished cache"):
-            make(whole, family)
+            make(whole, family, seed=99)
         assert files(whole) == before
+
+    def test_a_shard_that_went_missing_is_made_again(self, family, unfinished, tmp_path):
+        shutil.copytree(unfinished, tmp_path / "cache")
+        lost = min((tmp_path / "cache").glob("*.tar"))
+        content = lost.read_bytes()
+        lost.unlink()
+        assert make(tmp_path / "cache", family, prompts=PROMPTS[:2], num_steps=1) is not None
+        assert lost.read_bytes() == content
 
 
 class TestRefusals:

@@ -244,6 +244,8 @@ class TestKeys:
         assert by_webdataset(tmp_path / "tars") == by_tarfile(tmp_path / "tars") == expected
         pack(new, tmp_path / "again", to="webdataset")
         assert by_tarfile(tmp_path / "again") == expected
+        pack(corpus, tmp_path / "cut", to="webdataset", samples_per_shard=9)  # the second "a_b" in another tar
+        assert [key for key, _ in by_tarfile(tmp_path / "cut")] == [*keys[:-1], "a_b"]
 
     def test_numbers_that_begin_anew_in_every_shard(self, open_corpus, tmp_path):
         """MDS of other makers has no keys; nor may a number that was put in hide a sample that has it already."""
