@@ -154,6 +154,7 @@ def encode(
         raise UserError("data: this is a cache already; encode images")
     parameters = {
         "data": corpus.fingerprint,
+        "fields": [[config.image, dict(config.captions)] for config in corpus.configs],
         "sizes": corpus.sizes,
         "encoder": encoder_fingerprint(family.folder),
         "text_length": config.text_length,

@@ -19,9 +19,9 @@ from scfm_core.data.cache import mismatch, sha256_of
 from scfm_core.data.folder import image_size
 from scfm_core.data.mds import INDEX, MdsIndex, MdsShard
 from scfm_core.data.recipe import SourceConfig
-from scfm_core.data.remote import _attempts, _filesystem, fetch
+from scfm_core.data.remote import fetch, names_below
 from scfm_core.data.schema import MANIFEST, BadData, Manifest, ShardEntry, Size, refuse_outside, runs_of
-from scfm_core.data.source import Shard, _optional
+from scfm_core.data.source import Shard, read_if_there
 from scfm_core.data.uri import expand, is_remote, join, parent
 from scfm_core.data.webdataset import TarShard
 from scfm_core.errors import UserError
@@ -136,7 +136,7 @@ class _Reader:
         self.mds: MdsIndex | None = None
         if source.format == "mds":
             where = join(self.base, INDEX)
-            text = _optional(where, timeout)
+            text = read_if_there(where, timeout)
             if text is None:
                 raise UserError(f"data: there is no {where}: {source.uri} is no data set of MDS. Correct the address")
             self.mds = MdsIndex(text, where)
@@ -212,7 +212,6 @@ class _Reader:
         known = None
         if self.mds is None:
             digest, shard = sha256_of(file), _opened(file, where)
-            _refuse_early_end(file, shard)
         else:
             number = self._numbers[reading.name]
             known = self.mds.entries[number]
@@ -221,6 +220,10 @@ class _Reader:
                 raise BadData(f"data: shard {where} is corrupt: {wrong.replace('manifest', INDEX)}")
             digest = known.sha256 or sha256_of(file)
             shard = _opened(file, where, self.mds.shards[number])
+        if not len(shard):
+            raise BadData(f"data: shard {where} holds no sample")
+        if isinstance(shard, TarShard):
+            _refuse_early_end(file, shard)
         sizes: list[Size] = []
         for at in range(len(shard)):
             try:
@@ -246,14 +249,12 @@ def _opened(file: Any, where: str, description: dict[str, Any] | None = None) ->
         raise BadData(f"data: shard {where} is not what {INDEX} says ({error!r})") from error
 
 
-def _refuse_early_end(file: Any, shard: Shard) -> None:
+def _refuse_early_end(file: Any, shard: TarShard) -> None:
     """A reader takes zeros for a tar's end and asks the manifest's count; here is none yet, so a cut must not pass."""
-    assert isinstance(shard, TarShard)
     descriptor, size = file.fileno(), file.seek(0, os.SEEK_END)
     if os.pread(descriptor, _END, max(0, size - _END)).strip(b"\0"):
         raise BadData(f"data: shard {shard.name} has no end mark: it is cut, or its writer was killed")
-    last = max(place + count for fields in shard._fields for place, count in fields.values())
-    end = -(-last // 512) * 512
+    end = shard.end
     is_mark = not os.pread(descriptor, 512, end).strip(b"\0")
     if is_mark and (size - end > _PADDING or os.pread(descriptor, size - end, end).strip(b"\0")):
         raise BadData(
@@ -308,12 +309,7 @@ def _tars(base: str, source: SourceConfig, timeout: float) -> list[str]:
             f"{join(base, '{00000..00127}.tar')}"
         )
     if is_remote(base):
-
-        def ls(left: float) -> list[str]:
-            filesystem, path = _filesystem(base, left)
-            return [str(name) for name in filesystem.ls(path, detail=False, timeout=left)]
-
-        names = [name.rpartition("/")[2] for name in _attempts(base, ls, timeout)]
+        names = names_below(base, timeout)
     else:
         if not Path(base).is_dir():
             raise UserError(f"data: there is no folder {base!r}. Correct the path")
@@ -330,7 +326,7 @@ def _tars(base: str, source: SourceConfig, timeout: float) -> list[str]:
 def _facts_of_cache(source: SourceConfig, base: str, timeout: float) -> Manifest:
     """The manifest that is there already: of a cache, encoder, text length and padding cannot be seen in the shards."""
     where = source.manifest or join(base, MANIFEST)
-    text = _optional(where, timeout)
+    text = read_if_there(where, timeout)
     facts = None if text is None else Manifest.parse(text, where)
     if facts is None or facts.encoder is None:
         raise UserError(

@@ -156,7 +156,7 @@ def summarise(corpus: Corpus, *, sample: int = 2000, seed: int = 0, global_batch
     """
     order = corpus.order(global_batch_size, seed)
     sources = tuple(_source(corpus, number, part.draws) for number, part in enumerate(order.sources))
-    draws = order._counts_before(1).tolist()
+    draws = order.counts_before(1).tolist()
     samples = np.bincount(corpus.buckets, minlength=len(corpus.sizes)).tolist()
     buckets = tuple(
         BucketSummary(

@@ -40,8 +40,13 @@ def processes() -> tuple[int, int]:
     if "RANK" in os.environ:
         return int(os.environ["RANK"]), int(os.environ.get("WORLD_SIZE", "1"))
     if "SLURM_ARRAY_TASK_ID" in os.environ:
-        first, count = int(os.environ.get("SLURM_ARRAY_TASK_MIN", "0")), int(os.environ["SLURM_ARRAY_TASK_COUNT"])
-        return int(os.environ["SLURM_ARRAY_TASK_ID"]) - first, count
+        task, first, last, step, count = (
+            int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", default))
+            for name, default in (("ID", "0"), ("MIN", "0"), ("MAX", "0"), ("STEP", "1"), ("COUNT", "1"))
+        )
+        if (last - first) // step + 1 != count:
+            raise UserError("a Slurm array must be a range, such as --array=0-15, to share the shards among its tasks")
+        return (task - first) // step, count
     return 0, 1
 
 
@@ -168,8 +173,8 @@ class Job:
         manifest = Manifest(**{**draft.__dict__, "shards": tuple(entry for entry in entries if entry.samples)})
         if not manifest.samples:
             raise UserError(f"{self.output}: no sample could be used; {self.output / 'left_out.txt'} says why")
-        with contextlib.suppress(FileNotFoundError):  # another process did both
-            (self.notes / _PARAMETERS).replace(self.output / _DONE)
+        with contextlib.suppress(FileNotFoundError):  # another process did all three
+            self._write(self.output / _DONE, json.loads((self.notes / _PARAMETERS).read_text()))
         manifest.write(self.output / MANIFEST)
         shutil.rmtree(self.notes, ignore_errors=True)
         return manifest

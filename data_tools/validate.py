@@ -90,7 +90,7 @@ def validate(
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
-        findings.sort(key=lambda finding: finding.piece.first)
+        findings.sort(key=lambda finding: finding.piece.first)  # of equally frequent shapes the first is the usual one
     places = [(place, problem) for finding in findings for place, problem in finding.problems]
     places += _other_shapes(corpus, findings)
     places += _used_twice(corpus, findings)
@@ -193,12 +193,12 @@ def _look(corpus: Corpus, piece: _Piece, decode: bool) -> _Finding:
         finding.problems.append((piece.first, Problem(name, where, None, _reason(error, where, None))))
         return finding
     with contextlib.closing(shard):
-        named = not isinstance(shard, MdsShard) or shard.read(0, "__key__") is not None
         for at, item in enumerate(items):
             key = f"{at:06d}"
             try:
                 key = shard.key(at)
-                if named:  # else the key is the place in the shard
+                # Without that column of MDS the key is the place in the shard.
+                if not isinstance(shard, MdsShard) or shard.read(at, "__key__") is not None:
                     finding.keys.append(
                         int.from_bytes(hashlib.sha256(key.encode(errors="surrogatepass")).digest()[:8], "little")
                     )

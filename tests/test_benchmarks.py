@@ -2,19 +2,23 @@
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import pytest
 
+SMALLEST = {"bench_loader": ["--samples", "48", "--width", "128", "--workers", "1", "--s3"]}
 SCRIPTS = sorted((Path(__file__).parent / "benchmarks").glob("bench_*.py"))
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
-def test_benchmark_runs(path, tmp_path, capsys):
+def test_benchmark_runs(path, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("os.environ", os.environ.copy())  # of a storage that ends with the benchmark
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.main(["--repeats", "1", "--batch", "2", "--json", str(tmp_path / "out.json")])
+    arguments = ["--repeats", "1", "--batch", "2", "--json", str(tmp_path / "out.json")]
+    module.main([*arguments, *SMALLEST.get(path.stem, [])])
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
-    assert {row["arm"] for row in rows} == {"reference", "ours"}
+    assert {row["arm"].partition(":")[0] for row in rows} == {"reference", "ours"}
     assert "x reference" in capsys.readouterr().out

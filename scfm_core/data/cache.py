@@ -1,7 +1,7 @@
 """Local copies of remote shards: keyed by address and hash, verified, limited in size, shared by processes and jobs.
 
-A copy is written to `KEY.part` under an flock on that very file, then renamed to `KEY`: a file without `.part` is
-complete. The lock ends with its process, however it ends, so that a kill -9 leaves at most a `.part` that nobody holds;
+A copy is written to `KEY.BYTES.part` under an flock on that very file, then renamed to `KEY`: a file without `.part` is
+complete, and one with it takes the room that it will need. The lock ends with its process, however it ends, so that a kill -9 leaves at most a `.part` that nobody holds;
 the next start takes it over or sweeps it. Deleting a copy that another process reads is harmless: its descriptor lives.
 """
 
@@ -21,6 +21,7 @@ from scfm_core.data.schema import BadData
 from scfm_core.errors import UserError
 
 _PART = ".part"
+_OURS = re.compile(r"[0-9a-f]{24}-")
 
 
 class ShardCache:
@@ -51,7 +52,12 @@ class ShardCache:
         return self.folder / f"{key}-{name}"
 
     def get(
-        self, uri: str, size: int, sha256: str | None, unpack: Callable[[bytes], bytes] | None = None
+        self,
+        uri: str,
+        size: int,
+        sha256: str | None,
+        unpack: Callable[[bytes], bytes] | None = None,
+        unpacked_size: int = 0,
     ) -> tuple[Path, bool]:
         """The path of a shard's copy, which is downloaded if need be, by one process while the others wait.
 
@@ -62,33 +68,31 @@ class ShardCache:
             size: its bytes.
             sha256: its hash, if known.
             unpack: from the object's content to the copy's, for a compressed shard.
+            unpacked_size: bytes of the copy then.
 
         Returns:
-            the path, and whether it was verified just now: a copy that was there already is not looked into.
+            the path, and whether it was verified just now: a copy that was there already, or was unpacked, is not.
 
         Raises:
             BadData: if the object's content is twice not what the manifest says.
             UserError: if it cannot be downloaded, or the cache's disk is full.
         """
         copy, end = self.path(uri, sha256), time.monotonic() + self.timeout
-        if self._touch(copy):
-            return copy, False
-        with self._part(copy, end, uri) as part:
+        try:
             if self._touch(copy):
                 return copy, False
-            self._make_room(size, uri)
-            try:
+            room = max(size, unpacked_size)
+            with self._part(copy, room, end, uri) as part:
+                if self._touch(copy):
+                    return copy, False
+                self._make_room(room, part, uri)
                 self._download(uri, part, size, sha256, end)
                 if unpack is not None:
                     part.write_bytes(unpack(part.read_bytes()))
-            except OSError as error:
-                part.unlink(missing_ok=True)
-                raise self._no_room(error) from error
-            except UserError:
-                part.unlink(missing_ok=True)
-                raise
-            part.replace(copy)
-            return copy, True
+                part.replace(copy)
+                return copy, unpack is None
+        except OSError as error:
+            raise self._explained(error) from error
 
     def discard(self, uri: str, sha256: str | None) -> None:
         """Delete a copy that turned out to be damaged; the original is never touched."""
@@ -98,22 +102,21 @@ class ShardCache:
         """Delete what killed downloads left."""
         for part in self.folder.glob(f"*{_PART}"):
             with contextlib.suppress(OSError), part.open("rb") as file:
-                if _locked(file):
+                if _locked(file) and _is_of(file, part):
                     part.unlink()
 
     def _touch(self, copy: Path) -> bool:
         """Mark as used now; whether it is there."""
-        try:
+        with contextlib.suppress(PermissionError, OSError):  # the cache may be read-only
             os.utime(copy)
-        except FileNotFoundError:
-            return False
-        return True
+        return copy.exists()
 
     @contextlib.contextmanager
-    def _part(self, copy: Path, end: float, uri: str) -> Iterator[Path]:
-        """`KEY.part`, empty and held by this process alone. Waiting counts: else many processes would fail in turn."""
-        part = copy.with_name(copy.name + _PART)
+    def _part(self, copy: Path, room: int, end: float, uri: str) -> Iterator[Path]:
+        """`KEY.BYTES.part`, empty and held by this process alone. Waiting counts: else many processes would fail in turn."""
+        part = copy.with_name(f"{copy.name}.{room}{_PART}")
         while True:
+            self.folder.mkdir(parents=True, exist_ok=True)  # somebody may have cleaned up
             with part.open("ab") as file:
                 while not _locked(file):
                     if time.monotonic() > end:
@@ -123,14 +126,14 @@ class ShardCache:
                         )
                     time.sleep(0.02)
                 # Whoever held it has renamed or deleted it meanwhile: this lock is then of another file.
-                with contextlib.suppress(FileNotFoundError):
-                    if os.fstat(file.fileno()).st_ino == part.stat().st_ino:
-                        file.truncate(0)
+                if _is_of(file, part):
+                    file.truncate(0)
+                    try:
                         yield part
-                        with contextlib.suppress(OSError):
-                            if os.fstat(file.fileno()).st_ino == part.stat().st_ino:
-                                part.unlink()  # not renamed: the copy was there, or the download failed
-                        return
+                    finally:
+                        if _is_of(file, part):  # not renamed: the copy was there, or the download failed
+                            part.unlink(missing_ok=True)
+                    return
 
     def _download(self, uri: str, part: Path, size: int, sha256: str | None, end: float) -> None:
         for attempt in (1, 2):
@@ -142,7 +145,7 @@ class ShardCache:
             if attempt == 2:
                 raise BadData(f"data: {uri} is corrupt, downloaded twice: {wrong}")
 
-    def _make_room(self, size: int, uri: str) -> None:
+    def _make_room(self, size: int, own: Path, uri: str) -> None:
         if self.limit is None:
             return
         if size > self.limit:
@@ -152,26 +155,39 @@ class ShardCache:
             )
         with (self.folder / ".room").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            copies = []
+            copies, taken = [], size
             for path in self.folder.iterdir():
+                if not _OURS.match(path.name) or path == own:
+                    continue  # somebody else's
+                if path.name.endswith(_PART):
+                    taken += int(path.name.split(".")[-2])
+                    continue
                 with contextlib.suppress(FileNotFoundError):
-                    if path.name != ".room":
-                        status = path.stat()
-                        copies.append((status.st_mtime_ns, status.st_size, path))
-            excess = sum(copy[1] for copy in copies) + size - self.limit
+                    status = path.stat()
+                    copies.append((status.st_mtime_ns, status.st_size, path))
+                    taken += status.st_size
             for _, used, path in sorted(copies):
-                if excess <= 0:
+                if taken <= self.limit:
                     break
-                if not path.name.endswith(_PART):
-                    path.unlink(missing_ok=True)
-                    excess -= used
+                path.unlink(missing_ok=True)
+                taken -= used
 
-    def _no_room(self, error: OSError) -> Exception:
+    def _explained(self, error: OSError) -> UserError:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return UserError(
                 f"data.cache.dir: the disk of {self.folder} is full. Make room, or set data.cache.limit_gb below it"
             )
-        return error
+        return UserError(
+            f"data.cache.dir: {self.folder} cannot be used ({error.strerror or error}). Choose another folder"
+        )
+
+
+def _is_of(file: IO[bytes], path: Path) -> bool:
+    """Whether an open file is what lies at `path` now."""
+    try:
+        return os.fstat(file.fileno()).st_ino == path.stat().st_ino
+    except FileNotFoundError:
+        return False
 
 
 def _locked(file: IO[bytes]) -> bool:

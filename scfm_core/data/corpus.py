@@ -23,6 +23,9 @@ from scfm_core.data.source import Shard, Source, json_value, open_source
 from scfm_core.data.uri import is_remote
 from scfm_core.errors import UserError
 
+_OF_DECODERS = (SafetensorError, ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError)
+"""What bytes that are no text, JSON or tensors make of decoders; RecursionError is a RuntimeError."""
+
 _MOST_OPEN = 64
 """Shards a process keeps open: each holds a descriptor and some megabytes of offsets."""
 
@@ -142,7 +145,7 @@ class Corpus:
             return self._image_record(shard, at, source.config, size, sample_id)
         except BadData:
             raise
-        except (SafetensorError, ValueError, KeyError, AttributeError, RuntimeError) as error:  # of decoders, all
+        except _OF_DECODERS as error:
             raise BadData(
                 f"data: sample {shard.key(at)!r} of shard {shard.name} cannot be decoded ({error!r})"
             ) from error
@@ -214,10 +217,16 @@ class Corpus:
         for name in names:  # the chosen one; the others where a sample has it not
             field, *path = name.split(".")
             content = shard.read(at, field)
-            if content is not None:
+            if content is None:
+                continue
+            try:
                 value = json_value(content, path) if path else content.decode()
-                if isinstance(value, str):
-                    return value
+            except _OF_DECODERS as error:
+                raise BadData(
+                    f"data: sample {shard.key(at)!r} of shard {shard.name} has a {field} that cannot be decoded ({error!r})"
+                ) from error
+            if isinstance(value, str):
+                return value
         raise BadData(
             f"data: sample {shard.key(at)!r} of shard {shard.name} has no caption in {', '.join(names)}, but the fields "
             f"{', '.join(shard.fields(at))}. Name the right one with `captions:` of the source"
@@ -257,7 +266,8 @@ class Corpus:
         if isinstance(source, ImageFolder):
             if len(self.sizes) == 1:
                 return np.zeros(len(source), np.int16)
-            return np.array([nearest_size(size, self.sizes) for size in source.sizes()], np.int16)
+            strict = self.config.max_bad_fraction == 0
+            return np.array([nearest_size(size, self.sizes) for size in source.sizes(strict=strict)], np.int16)
         if not self.is_cached and len(self.sizes) == 1:
             return np.zeros(source.manifest.samples, np.int16)
         if any(entry.samples and not entry.sizes for entry in source.manifest.shards):

@@ -97,9 +97,21 @@ class ImageFolder:
         """The caption of image `index`."""
         return self._captions[index]
 
-    def sizes(self) -> list[Size]:
-        """Height and width of every image, from its header; BadData names one that is none."""
-        return [image_size(path, str(path)) for path in self.paths]
+    def sizes(self, *, strict: bool = True) -> list[Size]:
+        """Height and width of every image, from its header.
+
+        Args:
+            strict: BadData names one that is none; else it counts as a square, and is met when it is loaded.
+        """
+        sizes = []
+        for path in self.paths:
+            try:
+                sizes.append(image_size(path, str(path)))
+            except BadData:
+                if strict:
+                    raise
+                sizes.append((1, 1))
+        return sizes
 
     def load(self, index: int, size: Size) -> Record:
         """Image `index`, resized to cover `size` and centre-cropped, with its caption; BadData if it cannot be read."""
@@ -136,7 +148,7 @@ def load_image(source: Path | bytes, height: int, width: int, name: str | None =
 
     with _opened(source, name) as opened:
         # PIL's exif_transpose would also write the other tags anew, and fail at odd ones.
-        turn = _TURNS.get(opened.getexif().get(_ORIENTATION, 1))
+        turn = _TURNS.get(_orientation(opened))
         if turn is None:
             opened.draft("RGB", (width, height))  # a JPEG is decoded at half, a quarter ... where that is enough
         image = opened if turn is None else opened.transpose(getattr(Image.Transpose, turn))
@@ -151,8 +163,16 @@ def image_size(source: Path | bytes, name: str) -> Size:
     """Height and width as it is shown, from the header alone; BadData if it is no image."""
     with _opened(source, name) as opened:
         width, height = opened.size
-        turned = opened.getexif().get(_ORIENTATION, 1) >= 5  # by a quarter
+        turned = _orientation(opened) >= 5  # by a quarter
     return (width, height) if turned else (height, width)
+
+
+def _orientation(image: Any) -> int:
+    # Asked for its EXIF data, a PNG that has none before its pixels would be decoded whole.
+    if image.format == "PNG" and "exif" not in image.info:
+        return 1
+    turn = image.getexif().get(_ORIENTATION, 1)
+    return turn if isinstance(turn, int) else 1
 
 
 @contextlib.contextmanager

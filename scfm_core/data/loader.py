@@ -9,7 +9,7 @@ import struct
 import time
 from collections import deque
 from collections.abc import Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from torch.utils.data import DataLoader
@@ -17,6 +17,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from scfm_core.data.corpus import Corpus
 from scfm_core.data.order import Order
+from scfm_core.data.remote import close_connections
 from scfm_core.data.schema import BadData, Batch, Record, collate
 from scfm_core.errors import UserError
 
@@ -162,6 +163,7 @@ def batches(
         # Forked, so that they share the table of hashed shards.
         multiprocessing_context="fork" if config.num_workers else None,
     )
+    close_connections()
     with contextlib.ExitStack() as stack:
         ahead = stack.enter_context(_FetchAhead(corpus, picks)) if config.num_workers else None
         iterator = iter(loader)
@@ -211,28 +213,29 @@ class _FetchAhead:
         most_bytes = float("inf") if limit is None else limit * 1e9 / 2
         block = corpus.config.shuffle_block // self.picks.world_size
         most_batches = max(16, block // self.picks.micro_batch_size)
-        window: deque[tuple[int, int]] = (
-            deque()
-        )  # (micro-batch that needs it, shard), of those fetched or being fetched
-        running: dict[int, Future[None]] = {}
+        window: deque[tuple[int, int]] = deque()  # (micro-batch that needs it first, shard), of those asked for
+
+        def is_ahead(number: int, new: bool) -> bool:
+            """Whether to wait before going on with micro-batch `number`, or with a `new` shard of it."""
+            if os.getppid() != self._parent:
+                os._exit(0)  # the training process was killed
+            done = self._done
+            # A shard is used for about a block's length after its first sample.
+            while window and window[0][0] + most_batches < done:
+                window.popleft()
+            held = sum(corpus.shard_bytes(known) for _, known in window)
+            return number > done + most_batches or (new and bool(window) and held >= most_bytes)
+
         with ThreadPoolExecutor(_FETCHERS) as pool:
             for number, micro_batch in enumerate(self.picks):
                 for shard in dict.fromkeys(corpus.shard_of(pick.item) for pick in micro_batch):
-                    if any(shard == known for _, known in window):
-                        continue
-                    while True:
-                        if os.getppid() != self._parent:
-                            os._exit(0)  # the training process was killed
-                        done = self._done
-                        # A shard is used for about a block's length after its first sample.
-                        while window and window[0][0] + most_batches < done:
-                            running.pop(window.popleft()[1])
-                        held = sum(corpus.shard_bytes(known) for _, known in window)
-                        if number <= done + most_batches and (not window or held < most_bytes):
-                            break
+                    known = any(shard == each for _, each in window)
+                    while is_ahead(number, not known):
                         time.sleep(0.05)
-                    window.append((number, shard))
-                    running[shard] = pool.submit(self._ready, shard)
+                    if not known:
+                        window.append((number, shard))
+                        if number >= self._done:  # else whoever needed it has fetched it meanwhile
+                            pool.submit(self._ready, shard)
         os._exit(0)
 
     def _ready(self, shard: int) -> None:

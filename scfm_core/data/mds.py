@@ -49,32 +49,38 @@ class MdsIndex:
             if data["version"] != 2 or any(shard["format"] != "mds" for shard in self.shards):
                 raise UserError(f"data: {where} is not of MDS version 2, the one that mosaicml-streaming writes")
             self.entries = [self._entry(shard) for shard in self.shards]
+            for number in range(len(self.shards)):
+                self.compressed(number)
         except UserError:
             raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
             raise UserError(f"data: {where} is damaged ({error!r}); write the data set again") from error
-        for entry in self.entries:
+        packed = [self.compressed(number) for number in range(len(self.shards))]
+        for entry in [*self.entries, *(entry for entry in packed if entry is not None)]:
             refuse_outside(entry.name, where)
         if not sum(entry.samples for entry in self.entries):
             raise UserError(f"data: {where} lists no sample")
 
     @staticmethod
     def _entry(shard: dict[str, Any]) -> ShardEntry:
-        raw = shard["raw_data"]
-        return ShardEntry(
-            name=raw["basename"],
-            samples=int(shard["samples"]),
-            bytes=int(raw["bytes"]),
-            sha256=raw.get("hashes", {}).get("sha256"),
-        )
+        _library()[0].from_json("", None, shard)  # refuses what it does not know
+        names, encodings, sizes = (shard[key] for key in ("column_names", "column_encodings", "column_sizes"))
+        if not all(type(column) is list for column in (names, encodings, sizes)):
+            raise TypeError("the columns are no lists")
+        if not len(names) == len(encodings) == len(sizes) > 0 or len(set(names)) < len(names):
+            raise ValueError("the columns do not match")
+        if any(type(word) is not str for word in (*names, *encodings)):
+            raise TypeError("a column's name or encoding is no text")
+        if any(size is not None and (type(size) is not int or size < 1) for size in sizes):
+            raise ValueError(f"the columns' sizes are {sizes}")
+        if shard.get("compression") is not None and (type(shard["compression"]) is not str or not shard["zip_data"]):
+            raise ValueError("compression without a compressed file")
+        return checked_entry(shard["raw_data"], shard["samples"])
 
     def compressed(self, number: int) -> ShardEntry | None:
         """What is stored in place of shard `number`, if it is compressed."""
-        packed = self.shards[number].get("zip_data")
-        if packed is None:
-            return None
-        sha256 = packed.get("hashes", {}).get("sha256")
-        return ShardEntry(name=packed["basename"], samples=0, bytes=int(packed["bytes"]), sha256=sha256)
+        shard = self.shards[number]
+        return checked_entry(shard["zip_data"], 0) if shard.get("compression") is not None else None
 
     def unpack(self, number: int, name: str) -> Callable[[bytes], bytes] | None:
         """How a compressed shard becomes a plain one; None if it is one."""
@@ -90,6 +96,14 @@ class MdsIndex:
                 raise BadData(f"data: shard {name} cannot be decompressed ({error!r})") from error
 
         return unpack
+
+
+def checked_entry(file: dict[str, Any], samples: int) -> ShardEntry:
+    """A file of `index.json`; ValueError or TypeError if it cannot be one."""
+    hashes = file.get("hashes") or {}
+    return ShardEntry(
+        name=file["basename"], samples=samples, bytes=file["bytes"], sha256=hashes.get("sha256")
+    ).checked()
 
 
 class MdsShard:
@@ -147,13 +161,13 @@ class MdsShard:
     def _sample(self, index: int) -> dict[str, bytes]:
         if self._last[0] != index:
             descriptor = self._file.fileno()
-            begin, end = struct.unpack("<II", os.pread(descriptor, 8, 4 * (1 + index)))
-            data = os.pread(descriptor, max(0, end - begin), begin)
             try:
+                begin, end = struct.unpack("<II", os.pread(descriptor, 8, 4 * (1 + index)))
+                data = os.pread(descriptor, max(0, end - begin), begin)
                 sample = self._reader.decode_sample(data)
                 if end <= begin or len(data) != end - begin:
                     raise ValueError(f"it should lie at bytes {begin} to {end}")
-            except (ValueError, IndexError, struct.error) as error:
+            except (ValueError, IndexError, TypeError, OverflowError, struct.error) as error:
                 raise BadData(f"data: sample {index} of shard {self.name} is damaged ({error})") from error
             self._last = (index, sample)
         return self._last[1]

@@ -13,7 +13,7 @@ keeps the words of its bit generators the same between releases (NEP 19), which 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,6 +65,12 @@ class Epoch:
     """Sample numbers [batches, global_batch_size]."""
     buckets: NDArray[np.int16]
     """Size of each batch, as a number."""
+
+    @cached_property
+    def alike(self) -> list[NDArray[np.int64]]:
+        """The places of the batches of each size."""
+        kinds = int(self.buckets.max()) + 1 if len(self.buckets) else 0
+        return [np.flatnonzero(self.buckets == kind) for kind in range(kinds)]
 
 
 class Order:
@@ -118,7 +124,7 @@ class Order:
 
     def spares(self, epoch: Epoch, place: int, row: int) -> tuple[int, ...]:
         """What may stand in for a sample that cannot be used: others of its size, ever farther away."""
-        same = np.flatnonzero(epoch.buckets == epoch.buckets[place])
+        same = epoch.alike[int(epoch.buckets[place])]
         at, count = int(np.searchsorted(same, place)), len(same)
         steps = [1 << power for power in range(12) if 1 << power < count]
         earlier = [int(epoch.items[same[at - step], row]) for step in steps]  # a negative place counts from the end
@@ -166,7 +172,7 @@ class Order:
             places.append((np.arange(len(part)) + jitter / 2.0**53) / max(1, len(part)))
         return np.concatenate(parts)[np.argsort(np.concatenate(places), kind="stable")]
 
-    def _counts_before(self, epoch: int) -> NDArray[np.int64]:
+    def counts_before(self, epoch: int) -> NDArray[np.int64]:
         """Draws of each size in all earlier epochs."""
         counts = np.zeros(self._kinds, np.int64)
         for number, source in enumerate(self.sources):
@@ -177,11 +183,11 @@ class Order:
         return counts
 
     def _batches_before(self, epoch: int) -> int:
-        return int((self._counts_before(epoch) // self.batch_size).sum())
+        return int((self.counts_before(epoch) // self.batch_size).sum())
 
     def _carried(self, epoch: int) -> list[Items]:
         """Of each size, the samples of earlier epochs that did not fill a batch, oldest first."""
-        missing = self._counts_before(epoch) % self.batch_size
+        missing = self.counts_before(epoch) % self.batch_size
         carried: list[list[Items]] = [[] for _ in range(self._kinds)]
         while missing.any():
             epoch -= 1

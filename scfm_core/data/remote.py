@@ -1,8 +1,10 @@
 """Objects of remote storage, through fsspec: attempts with growing pauses, and a deadline."""
 
+import errno
 import os
 import random
 import re
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +15,8 @@ from scfm_core.errors import UserError
 
 # No byte for so long: the connection is dead. One of several attempts, so far below any deadline.
 _CONNECT_SECONDS, _STALL_SECONDS = 10.0, 20.0
-_SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL")
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL|CONNECTION_STRING|SIGNATURE")
 
 
 def fetch(uri: str, target: Path, deadline: float) -> None:
@@ -46,10 +49,31 @@ def read(uri: str, deadline: float) -> bytes:
     return _attempts(uri, cat, deadline)
 
 
+def names_below(uri: str, deadline: float) -> list[str]:
+    """The names of the objects in a folder; errors as `fetch`."""
+
+    def ls(left: float) -> list[str]:
+        filesystem, path = _filesystem(uri, left)
+        return [str(name).rpartition("/")[2] for name in filesystem.ls(path, detail=False, timeout=left)]
+
+    return list(_attempts(uri, ls, deadline))
+
+
+def close_connections() -> None:
+    """Forget open connections, before processes are forked that would share them."""
+    for name, scheme in (("s3fs", "s3"), ("fsspec.implementations.http", "https")):
+        if name in sys.modules:
+            import fsspec
+
+            fsspec.get_filesystem_class(scheme).clear_instance_cache()
+
+
 def _filesystem(uri: str, left: float) -> tuple[Any, str]:
     import fsspec
 
-    stall, scheme = min(_STALL_SECONDS, float(round(left))), uri.partition("://")[0]
+    scheme = uri.partition("://")[0]
+    # Of few values, since each makes a client of its own.
+    stall = next((seconds for seconds in (_STALL_SECONDS, 5.0) if left > seconds), 1.0)
     options: dict[str, Any] = {}
     if scheme == "s3":
         endpoint = os.environ.get("S3_ENDPOINT_URL") or os.environ.get("AWS_ENDPOINT_URL")
@@ -62,12 +86,12 @@ def _filesystem(uri: str, left: float) -> tuple[Any, str]:
                 "retries": {"total_max_attempts": 1},
             },
         }
-    elif scheme in ("http", "https"):
-        import aiohttp
-
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=stall)
-        options = {"client_kwargs": {"timeout": timeout}}
     try:
+        if scheme in ("http", "https"):
+            import aiohttp
+
+            timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=stall)
+            options = {"client_kwargs": {"timeout": timeout}}
         filesystem, path = fsspec.core.url_to_fs(uri, **options)
     except ImportError as error:
         raise UserError(f"data: {uri} needs one more package: {SCHEMES[scheme]}") from error
@@ -86,15 +110,15 @@ def _attempts(uri: str, call: Callable[[float], Any], deadline: float) -> Any:
         except FileNotFoundError as error:
             if error.filename is not None:  # the local side: the target's folder has gone
                 raise
-            raise UserError(f"data: there is no {uri} (404): {_said(error)}") from error
+            raise UserError(f"data: there is no {uri} (404): {_said(error)}") from None  # it repeats the server's words
         except PermissionError as error:
             if error.filename is not None:
                 raise
             raise UserError(
                 f"data: {uri} may not be read (403): {_said(error)}. Check the credentials in the environment"
-            ) from error
+            ) from None
         except Exception as error:  # botocore, aiohttp, asyncio and OSError, of some twenty classes
-            if isinstance(error, OSError) and error.filename is not None:
+            if isinstance(error, OSError) and (error.filename is not None or error.errno in _OF_THE_DISK):
                 raise
             final = _final(error)
             if final:
@@ -124,12 +148,13 @@ def _said(error: Exception) -> str:
     # aiohttp's repr holds the request with its headers.
     status = getattr(error, "status", None)
     text = f"status {status}" if isinstance(status, int) else f"{type(error).__name__}: {error}".strip(": ")
-    return scrub(" ".join(text.split())[:300])
+    return scrub(" ".join(text.split()))[:300]
 
 
 def scrub(text: str) -> str:
-    """`text` without the values of the environment's secrets."""
-    for name, value in os.environ.items():
-        if len(value) >= 8 and _SECRET_NAME.search(name.upper()):
+    """`text` without the values of the environment's secrets, and without users and queries of addresses."""
+    secrets = [(value, name) for name, value in os.environ.items() if _SECRET_NAME.search(name.upper())]
+    for value, name in sorted(secrets, key=lambda secret: -len(secret[0])):  # one may begin with another
+        if len(value) >= 8:
             text = text.replace(value, f"${name}")
-    return text
+    return re.sub(r"(://[^\s?#'\"]*)[?#][^\s'\"]*", r"\1", re.sub(r"://[^\s/'\"]*@", "://", text))

@@ -106,6 +106,20 @@ class ShardEntry:
     sizes: tuple[tuple[int, int, int], ...] = ()
     """Runs of (height, width, samples), in pixels, in the samples' order; empty if nobody measured them."""
 
+    def checked(self) -> "ShardEntry":
+        """Itself; ValueError or TypeError if a value is none that a shard can have."""
+        for value, kind in ((self.name, str), (self.samples, int), (self.bytes, int)):
+            if type(value) is not kind:
+                raise TypeError(f"{value!r} of shard {self.name!r} is no {kind.__name__}")
+        if self.sha256 is not None and (type(self.sha256) is not str or len(self.sha256) != 64):
+            raise ValueError(f"the sha256 of shard {self.name} is {self.sha256!r}")
+        if not 0 <= self.samples <= self.bytes:  # a sample takes a byte at least
+            raise ValueError(f"shard {self.name} has {self.samples} samples in {self.bytes} bytes")
+        runs = [type(number) is int and number > 0 for run in self.sizes for number in run]
+        if self.sizes and (not all(runs) or sum(count for _, _, count in self.sizes) != self.samples):
+            raise ValueError(f"the sizes of shard {self.name} are not those of {self.samples} samples")
+        return self
+
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
@@ -159,6 +173,10 @@ class Manifest:
             samples = data.pop("samples")
             shards = tuple(_entry(shard) for shard in data.pop("shards"))
             manifest = cls(shards=shards, **data)
+            if manifest.format not in ("webdataset", "mds") or type(manifest.text_length) not in (int, type(None)):
+                raise ValueError(f"format {manifest.format!r}, text_length {manifest.text_length!r}")
+            if any(type(value) not in (str, type(None)) for value in (manifest.encoder, manifest.padding)):
+                raise TypeError("encoder and padding are texts")
         except UserError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:  # no JSON, no UTF-8, or other keys
@@ -175,13 +193,8 @@ class Manifest:
 
 
 def _entry(data: dict[str, Any]) -> ShardEntry:
-    sizes = tuple((int(height), int(width), int(count)) for height, width, count in data.pop("sizes"))
-    entry = ShardEntry(sizes=sizes, **data)
-    if not isinstance(entry.name, str) or min(entry.samples, entry.bytes) < 0:
-        raise ValueError(f"shard {entry.name!r}")
-    if sizes and sum(count for _, _, count in sizes) != entry.samples:
-        raise ValueError(f"the sizes of shard {entry.name} are not those of {entry.samples} samples")
-    return entry
+    sizes = tuple((height, width, count) for height, width, count in data.pop("sizes"))
+    return ShardEntry(sizes=sizes, **data).checked()
 
 
 def refuse_outside(name: str, where: str) -> None:
@@ -191,7 +204,7 @@ def refuse_outside(name: str, where: str) -> None:
         UserError: if it leads elsewhere.
     """
     parts = PurePosixPath(name).parts
-    if not parts or name.startswith("/") or ".." in parts or "\\" in name or ":" in name:
+    if not parts or name.startswith("/") or ".." in parts or any(mark in name for mark in "\\:\0"):
         raise UserError(f"data: {where} names a shard outside its folder: {name!r}. Do not use it")
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
@@ -86,7 +87,9 @@ class Source:
             except FileNotFoundError as error:
                 if self._is_copy(packed):
                     continue  # deleted between the two lines, to make room for another shard
-                raise UserError(f"data: shard {name} is listed in the manifest but missing; copy it again") from error
+                raise BadData(f"data: shard {name} is listed in the manifest but missing; copy it again") from error
+            except OSError as error:
+                raise BadData(f"data: shard {name} cannot be opened ({error.strerror})") from error
             wrong = None if fresh else mismatch(file, entry.bytes, entry.sha256 if check else None)
             if wrong is None:
                 return self._parse(file, number, entry, name)
@@ -94,7 +97,8 @@ class Source:
             if not self._is_copy(packed) or not again:
                 raise BadData(f"data: shard {name} is corrupt: {wrong}. Copy it again")
             assert self.cache is not None
-            self.cache.discard(name, (packed or entry).sha256)
+            stored = packed or entry
+            self.cache.discard(join(self.base, stored.name), stored.sha256)
             again = False
 
     def _is_copy(self, packed: ShardEntry | None) -> bool:
@@ -109,7 +113,11 @@ class Source:
             return self.cache.get(name, entry.bytes, entry.sha256)
         assert self.index is not None
         return self.cache.get(
-            join(self.base, packed.name), packed.bytes, packed.sha256, self.index.unpack(number, packed.name)
+            join(self.base, packed.name),
+            packed.bytes,
+            packed.sha256,
+            self.index.unpack(number, packed.name),
+            entry.bytes,
         )
 
     def _parse(self, file: Any, number: int, entry: ShardEntry, name: str) -> Shard:
@@ -166,7 +174,12 @@ def open_source(config: SourceConfig, cache: ShardCache | None, timeout: float) 
     if by_name:
         # Braces may stand in folders too: names are relative to what is fixed.
         base = parent(uri.partition("{")[0] + "x")
-        wanted = [name[len(base) + 1 :] for name in expand(uri, f"data.sources ({config.name})")]
+        if is_remote(uri) and not is_remote(join(base, "")):
+            raise UserError(
+                f"data.sources ({config.name}): {config.uri!r} has braces in the name of the bucket or host. Make each a "
+                f"source of its own"
+            )
+        wanted = [name.removeprefix(join(base, "")) for name in expand(uri, f"data.sources ({config.name})")]
     index = None
     if config.format == "mds":
         index = MdsIndex(_required(join(base, INDEX), config, timeout), join(base, INDEX))
@@ -181,7 +194,8 @@ def open_source(config: SourceConfig, cache: ShardCache | None, timeout: float) 
 
 def _manifest(config: SourceConfig, base: str, index: MdsIndex | None, timeout: float) -> Manifest:
     where = config.manifest or join(base, MANIFEST)
-    text = _optional(where, timeout) if index is not None and config.manifest is None else None
+    where = where if is_remote(where) else str(Path(where).expanduser())
+    text = read_if_there(where, timeout) if index is not None and config.manifest is None else None
     if index is not None and text is None and config.manifest is None:
         return Manifest(format="mds", shards=tuple(index.entries))
     manifest = Manifest.parse(text if text is not None else _required(where, config, timeout), where)
@@ -218,7 +232,7 @@ def _required(where: str, config: SourceConfig, timeout: float) -> bytes:
         raise UserError(
             f"data: there is no folder {folder!r}. Make it with `scfm data encode IMAGES {folder}`, or correct the path"
         )
-    text = _optional(where, timeout)
+    text = read_if_there(where, timeout)
     if text is None:
         name = where.rpartition("/")[2]
         advice = (
@@ -232,7 +246,8 @@ def _required(where: str, config: SourceConfig, timeout: float) -> bytes:
     return text
 
 
-def _optional(where: str, timeout: float) -> bytes | None:
+def read_if_there(where: str, timeout: float) -> bytes | None:
+    """A small file of this machine or of a storage; None if there is none."""
     if is_remote(where):
         try:
             return read(where, timeout)
@@ -249,10 +264,13 @@ def _optional(where: str, timeout: float) -> bytes | None:
 
 
 def _padding(where: str, sha256: str, timeout: float) -> Tensor:
-    content = _optional(where, timeout)
+    content = read_if_there(where, timeout)
     if content is None or hashlib.sha256(content).hexdigest() != sha256:
         raise UserError(f"data: {where} is missing or not the one that the manifest names; copy it again")
-    tensor: Tensor = load(content)["text"]
+    try:
+        tensor: Tensor = load(content)["text"]
+    except (SafetensorError, KeyError) as error:
+        raise UserError(f"data: {where} holds no padding of texts ({error!r}). Do not use this data set") from error
     return tensor
 
 
@@ -261,7 +279,7 @@ def guess_format(uri: str) -> Literal["webdataset", "mds", "folder"]:
     if uri.endswith(".tar"):
         return "webdataset"
     if is_remote(uri):
-        return "mds" if _optional(join(uri, INDEX), 60.0) is not None else "webdataset"
+        return "mds" if read_if_there(join(uri, INDEX), 60.0) is not None else "webdataset"
     folder = Path(uri).expanduser()
     if (folder / INDEX).is_file():
         return "mds"

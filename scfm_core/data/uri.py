@@ -1,6 +1,7 @@
 """Where data may come from: a whitelist of schemes, and nothing in an address that must not be stored."""
 
 import itertools
+import re
 from urllib.parse import urlsplit
 
 from scfm_core.errors import UserError
@@ -14,7 +15,7 @@ SCHEMES = {
     "abfs": "pip install adlfs",
     "az": "pip install adlfs",
 }
-_MOST_SHARDS = 1_000_000
+_MOST_SHARDS, _MOST_BRACES = 1_000_000, 16
 
 
 def is_remote(uri: str) -> bool:
@@ -28,17 +29,26 @@ def refuse_uri(uri: str, where: str) -> None:
     Raises:
         ValueError: for another scheme, a pipe, or an address with a secret in it; the secret is not repeated.
     """
-    if uri.startswith("pipe:") or "$(" in uri or "`" in uri or "\0" in uri or "\n" in uri:
-        raise ValueError(f"{where}: commands are not run; give a path or an address ({', '.join(SCHEMES)})")
+    if uri.startswith("pipe:") or "::" in uri or any(mark in uri for mark in ("$(", "`", "\0", "\n")):
+        raise ValueError(
+            f"{where}: commands are not run, nor chains of addresses; give a path or an address ({', '.join(SCHEMES)})"
+        )
     if uri.startswith("file://"):
-        raise ValueError(f"{where}: write the path itself, {uri.removeprefix('file://')!r}, without file://")
+        raise ValueError(f"{where}: write the path itself, without file://")
     if not is_remote(uri):
+        if re.match(r"[A-Za-z][\w+.-]*:/", uri):
+            raise ValueError(f"{where}: this is neither a path nor an address, which has :// behind its scheme")
         return
     scheme = uri.partition("://")[0]
     if scheme not in SCHEMES:
-        raise ValueError(f"{where}: scheme {scheme!r} is not known; a path, or one of {', '.join(SCHEMES)}")
-    parts = urlsplit(uri)
-    if "@" in parts.netloc:
+        named = f"scheme {scheme!r}" if re.fullmatch(r"[\w+.-]{1,20}", scheme) else "what stands before ://"
+        raise ValueError(f"{where}: {named} is not known; a path, or one of {', '.join(SCHEMES)}")
+    try:
+        parts = urlsplit(uri)
+    except ValueError:
+        raise ValueError(f"{where}: the host of the {scheme} address is none") from None
+    # abfs://container@account.dfs.core.windows.net is Azure's own form.
+    if "@" in parts.netloc and not (scheme in ("abfs", "az") and ":" not in parts.netloc):
         raise ValueError(
             f"{where}: the address has a user or password before {parts.hostname!r}; the recipe is stored with every "
             f"checkpoint. Put credentials into the environment (AWS_ACCESS_KEY_ID, ...)"
@@ -70,6 +80,12 @@ def expand(uri: str, where: str) -> list[str]:
     """
     import braceexpand
 
+    # The library writes a range out before anyone could count it, and recurses.
+    ranges = re.findall(r"\{(-?\d+)\.\.(-?\d+)", uri)
+    if any(abs(int(last) - int(first)) >= _MOST_SHARDS for first, last in ranges) or uri.count("{") > _MOST_BRACES:
+        raise UserError(
+            f"{where}: the braces name more than {_MOST_SHARDS} shards, or there are more than {_MOST_BRACES}"
+        )
     try:
         names = list(itertools.islice(braceexpand.braceexpand(uri), _MOST_SHARDS + 1))
     except ValueError as error:

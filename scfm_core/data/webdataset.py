@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import struct
 import tarfile
 from collections.abc import Mapping
@@ -67,6 +68,12 @@ class TarShard:
         place = self._fields[index].get(field)
         return None if place is None else os.pread(self._file.fileno(), place[1], place[0])
 
+    @property
+    def end(self) -> int:
+        """Where the last member ends, in whole blocks: there the end mark should begin."""
+        last = max(place + count for fields in self._fields for place, count in fields.values())
+        return -(-last // _BLOCK) * _BLOCK
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()
@@ -85,9 +92,11 @@ def _members(file: BinaryIO, name: str) -> list[tuple[str, int, int]]:
         if not header.strip(b"\0"):
             break  # the end mark; a zeroed header looks alike, and the manifest's count tells them apart
         kind, size = header[156:157], header[124:136]
-        if kind not in (b"0", b"\0", b"5") or size[:1] >= b"\x80" or header[345:346] != b"\0":
+        if kind not in (b"0", b"\0", b"5", b"x") or size[:1] >= b"\x80" or header[345:346] != b"\0":
             return _members_by_tarfile(file, name)
         try:
+            if not re.fullmatch(rb"[ \0]*[0-7]*[ \0]*", size):  # int() would take a sign
+                raise ValueError(f"a size is {size!r}")
             if int(header[148:156].strip(b"\0 "), 8) != sum(header) - sum(header[148:156]) + 8 * ord(" "):
                 raise ValueError("a header's checksum is wrong")
             count = int(size.strip(b"\0 ") or b"0", 8)
@@ -96,12 +105,21 @@ def _members(file: BinaryIO, name: str) -> list[tuple[str, int, int]]:
             raise BadData(f"data: shard {name} is no intact tar: at byte {at}, {error}") from error
         if at + _BLOCK + count > end:
             raise BadData(f"data: shard {name} is cut: member {member!r} ends behind the file's end")
-        if kind != b"5":
+        if kind == b"x" and not _only_times(os.pread(descriptor, count, at + _BLOCK)):
+            return _members_by_tarfile(file, name)
+        if kind not in (b"5", b"x"):
             found.append((member, at + _BLOCK, count))
         at += _BLOCK + -(-count // _BLOCK) * _BLOCK
     if not found:
         raise BadData(f"data: shard {name} is no tar, or an empty one")
     return found
+
+
+def _only_times(records: bytes) -> bool:
+    """Whether an extended header (`LENGTH KEY=VALUE` lines) says nothing that matters: webdataset's writer stores each
+    member's time in one."""
+    keys = [line.partition(b" ")[2].partition(b"=")[0] for line in records.split(b"\n") if line]
+    return all(key in (b"mtime", b"atime", b"ctime") for key in keys)
 
 
 def _members_by_tarfile(file: BinaryIO, name: str) -> list[tuple[str, int, int]]:
@@ -114,11 +132,13 @@ def _members_by_tarfile(file: BinaryIO, name: str) -> list[tuple[str, int, int]]
                     raise BadData(
                         f"data: shard {name} has a member {member.name!r} that is no plain file. Do not use this data set"
                     )
-                if member.offset_data + member.size > end:
+                if member.size < 0 or member.offset_data + member.size > end:
                     raise BadData(f"data: shard {name} is cut: member {member.name!r} ends behind the file's end")
                 if member.isfile():
                     found.append((member.name, member.offset_data, member.size))
-    except (tarfile.TarError, ValueError, OverflowError, struct.error) as error:
+    except BadData:
+        raise
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError, OSError, struct.error) as error:
         raise BadData(f"data: shard {name} is no intact tar ({error})") from error
     return found
 

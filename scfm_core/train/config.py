@@ -276,7 +276,7 @@ def load_data_config(source: str, overrides: Sequence[str], changes: Mapping[str
         return TypeAdapter(_DataOnly).validate_python(_none_words(_DataOnly, tree)).data
     except ValidationError as error:
         lines = dict.fromkeys(_explain(item) for item in error.errors())
-        raise UserError(f"{source} is not a valid data recipe:\n" + "\n".join(lines)) from error
+        raise UserError(f"{source} is not a valid data recipe:\n" + "\n".join(lines)) from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,7 +304,8 @@ def parse_config(tree: Mapping[str, Any], source: str) -> RunConfig:
         return TypeAdapter(RunConfig).validate_python(_none_words(RunConfig, tree))
     except ValidationError as error:
         lines = dict.fromkeys(_explain(item) for item in error.errors())
-        raise UserError(f"{source} is not a valid configuration:\n" + "\n".join(lines)) from error
+        # Not `from error`: that prints the input, with whatever stands in an address.
+        raise UserError(f"{source} is not a valid configuration:\n" + "\n".join(lines)) from None
 
 
 def _explain(item: Any) -> str:
@@ -322,6 +323,8 @@ def _explain(item: Any) -> str:
         message = f"is a section: set its keys, such as {section}.{_keys_of(section)[0]}=..."
     elif item["type"] in ("missing", "value_error"):
         got = ""
+    if "://" in got or "@" in got:
+        got = ""  # an address, which may have a password
     where = ".".join(parts)
     if not where or message.startswith(f"{parts[0]}."):  # our own messages begin with the key
         return f"  {message}{got}"

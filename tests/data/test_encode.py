@@ -1,28 +1,59 @@
-"""`encode_folder`: what the cache holds is what the pipeline's own encoders say, and a bad input is refused early."""
+"""`encode`: what the cache holds is what the pipeline's own encoders say, whoever wrote it and however often it was begun."""
 
 import json
+import multiprocessing
+import os
+import signal
+import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file
 
-from data_tools.encode import encode_folder
+from data_tools.encode import EncodeConfig, encode
+from data_tools.job import Job, Piece, cut, processes
 from recipes.tiny import write_digits, write_pipeline
+from scfm_core.data.corpus import Corpus
 from scfm_core.data.folder import ImageFolder
-from scfm_core.data.schema import MANIFEST, Manifest
-from scfm_core.data.webdataset import CachedDataset
+from scfm_core.data.recipe import DataConfig, SourceConfig
+from scfm_core.data.schema import MANIFEST, Manifest, Record
+from scfm_core.data.source import PADDING
+from scfm_core.data.webdataset import TarWriter
 from scfm_core.errors import UserError
 from scfm_core.models.encoders import Autoencoder, TextEncoders
 from scfm_core.models.flux import Flux
 from scfm_core.models.weights import encoder_fingerprint
 
-COUNT, BATCH = 20, 8
+COUNT, BATCH, LENGTH = 20, 8, 8
+OPTIONS = {"text_length": LENGTH, "batch_size": BATCH, "samples_per_shard": 9}
 
 
-def encode(images: Path, output: Path, family: Flux, **changes: object) -> Manifest:
-    options = {"resolution": (16, 16), "text_length": 8, "batch_size": BATCH, "samples_per_shard": 9}
-    return encode_folder(images, output, family, **{**options, **changes})
+def images_of(folder: Path, **changes: Any) -> Corpus:
+    return Corpus(DataConfig(**{"path": str(folder), "format": "folder", "resolution": (16, 16), **changes}))
+
+
+def run(images: Path | Corpus, output: Path, family: Flux, **changes: Any) -> Manifest:
+    """One process encodes everything."""
+    corpus = images if isinstance(images, Corpus) else images_of(images)
+    manifest, _ = encode(corpus, output, family, EncodeConfig(**{**OPTIONS, **changes}))
+    assert manifest is not None
+    return manifest
+
+
+def open_cache(folder: Path, **changes: Any) -> Corpus:
+    return Corpus(DataConfig(**{"path": str(folder), "resolution": (16, 16), **changes}))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    return Manifest.parse((folder / MANIFEST).read_bytes(), str(folder))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +65,13 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Flux:
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Not to be changed by a test."""
+    """Twenty images with captions of 2 to 4 words; not to be changed by a test."""
     folder = tmp_path_factory.mktemp("digits")
     write_digits(folder, count=COUNT)
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row["text"] = " ".join(row["text"].split()[-(2 + number % 3) :])
+    (folder / "metadata.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     return folder
 
 
@@ -49,61 +84,66 @@ def images(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def cache(digits: Path, family: Flux, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Not to be changed by a test."""
+    """With trimmed padding, the default; not to be changed by a test."""
     folder = tmp_path_factory.mktemp("encoded") / "cache"
-    encode(digits, folder, family)
+    run(digits, folder, family)
     return folder
 
 
 class TestContent:
     def test_manifest(self, cache, family):
-        manifest = Manifest.read(cache)
+        manifest = read_manifest(cache)
         assert manifest.encoder == encoder_fingerprint(family.folder)
-        assert (manifest.text_length, manifest.resolution, manifest.samples) == (8, (16, 16), COUNT)
+        assert (manifest.text_length, manifest.sizes, manifest.samples) == (LENGTH, {(16, 16)}, COUNT)
         assert [shard.samples for shard in manifest.shards] == [9, 9, 2]
+        assert sorted(contents(cache)) == ["job.json", MANIFEST, PADDING, *(f"shard-{n:06d}.tar" for n in range(3))]
 
     def test_returned_manifest_is_the_written_one(self, digits, tmp_path, family):
-        assert encode(digits, tmp_path / "cache", family) == Manifest.read(tmp_path / "cache")
+        assert run(digits, tmp_path / "cache", family) == read_manifest(tmp_path / "cache")
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-    def test_tensors_are_the_encoders_own(self, digits, tmp_path, family, dtype):
-        encode(digits, tmp_path / "cache", family, dtype=dtype)
-        cached, folder = CachedDataset(tmp_path / "cache"), ImageFolder(digits, 16, 16)
-        vae, text = Autoencoder(family.folder, dtype, "cpu"), TextEncoders(family.folder, 8, dtype, "cpu")
-        assert len(cached) == len(folder)
-        for start in range(0, COUNT, BATCH):  # in the same batches: then every bit agrees
-            rows = range(start, min(start + BATCH, COUNT))
-            latents = vae.encode(torch.stack([folder[row].image for row in rows]))
-            cond = text.encode([folder.caption(row) for row in rows])
-            for at, row in enumerate(rows):
-                record = cached[row]
+    def test_with_its_padding_is_the_encoders_own_bit_by_bit(self, digits, tmp_path, family, dtype):
+        """What training on the images would see: the same images in the same batches."""
+        run(digits, tmp_path / "cache", family, dtype=dtype, keep_padding=True)
+        assert not (tmp_path / "cache" / PADDING).exists()
+        cached, fly = open_cache(tmp_path / "cache"), images_of(digits)
+        vae, text = Autoencoder(family.folder, dtype, "cpu"), TextEncoders(family.folder, LENGTH, dtype, "cpu")
+        assert len(cached) == len(fly) == COUNT
+        rows = [list(range(at, at + n)) for at, n in ((0, 8), (8, 1), (9, 8), (17, 1), (18, 2))]  # shards of 9, by 8
+        for batch in rows:
+            records = [fly.record(row) for row in batch]
+            latents = vae.encode(torch.stack([record.image for record in records]))
+            cond = text.encode([record.caption for record in records])
+            for at, row in enumerate(batch):
+                record = cached.record(row)
                 assert record.latents.dtype == record.text.dtype == record.pooled.dtype == dtype
                 assert torch.equal(record.latents, latents[at])
                 assert torch.equal(record.text, cond.text[at])
                 assert torch.equal(record.pooled, cond.pooled[at])
-                assert record.caption == folder.caption(row)
+                assert record.caption == records[at].caption
 
     def test_shapes_are_the_models(self, cache, family):
-        record = CachedDataset(cache)[0]
+        record = open_cache(cache).record(0)
         assert record.latents.shape == family.latent_shape(16, 16)
-        assert record.text.shape == (8, 32)
+        assert record.text.shape == (LENGTH, 32)
         assert record.pooled.shape == (32,)
 
     def test_records_differ(self, cache):
         """Random encoders that returned a constant would pass every comparison above."""
-        dataset = CachedDataset(cache)
-        assert not torch.equal(dataset[0].latents, dataset[1].latents)
-        assert not torch.equal(dataset[0].text, dataset[1].text)
-        assert not torch.equal(dataset[0].pooled, dataset[1].pooled)
+        first, second = (open_cache(cache).record(number) for number in (0, 1))
+        for name in ("latents", "text", "pooled"):
+            assert not torch.equal(getattr(first, name), getattr(second, name))
 
     def test_non_square_resolution(self, images, tmp_path, family):
-        encode(images, tmp_path / "cache", family, resolution=(8, 24))
-        assert CachedDataset(tmp_path / "cache")[0].latents.shape == family.latent_shape(8, 24)
-        assert Manifest.read(tmp_path / "cache").resolution == (8, 24)
+        run(images_of(images, resolution=(8, 24)), tmp_path / "cache", family)
+        corpus = open_cache(tmp_path / "cache", resolution=(8, 24))
+        assert corpus.record(0).latents.shape == family.latent_shape(8, 24)
+        with pytest.raises(UserError, match=r"encoded with data.resolution \(8, 24\)"):
+            open_cache(tmp_path / "cache")
 
     def test_each_sample_says_which_file_it_was(self, cache):
         sources = []
-        for shard in Manifest.read(cache).shards:
+        for shard in read_manifest(cache).shards:
             with tarfile.open(cache / shard.name) as tar:
                 rows = [json.load(tar.extractfile(member)) for member in tar if member.name.endswith(".json")]
             assert all((row["height"], row["width"]) == (16, 16) for row in rows)
@@ -115,40 +155,552 @@ class TestContent:
         (images / "v1.5").mkdir()
         (images / "0000.png").rename(images / "v1.5" / "a.b.png")
         (images / "v1.5" / "a.b.txt").write_text("moved")
-        encode(images, tmp_path / "cache", family)
-        dataset = CachedDataset(tmp_path / "cache")
-        assert [dataset[row].key for row in range(6)] == [f"{row:08d}" for row in range(6)]
-        assert dataset.caption(5) == "moved"
+        run(images, tmp_path / "cache", family)
+        corpus = open_cache(tmp_path / "cache")
+        assert [corpus.record(row).key for row in range(6)] == [f"{row:08d}" for row in range(6)]
+        assert corpus.caption(5) == "moved"
 
-    def test_again_gives_the_same_bytes(self, cache, digits, tmp_path, family):
-        assert encode(digits, tmp_path / "again", family) == Manifest.read(cache)
+    def test_from_shards_is_that_from_a_folder(self, digits, cache, tmp_path, family):
+        folder, entries = ImageFolder(digits), []
+        (tmp_path / "tars").mkdir()
+        for numbers in (range(13), range(13, COUNT)):
+            with TarWriter(tmp_path / "tars" / f"{len(entries)}.tar") as writer:
+                for number in numbers:
+                    fields = {"png": folder.paths[number].read_bytes(), "txt": folder.caption(number).encode()}
+                    writer.write(f"key{number}", fields, (16, 16))
+            entries.append(writer.entry)
+        Manifest(shards=tuple(entries)).write(tmp_path / "tars" / MANIFEST)
+        run(images_of(tmp_path / "tars", format="webdataset"), tmp_path / "cache", family)
+        ours, theirs = open_cache(tmp_path / "cache"), open_cache(cache)
+        for number in range(COUNT):
+            mine, other = ours.record(number), theirs.record(number)
+            assert mine.caption == other.caption
+            assert torch.equal(mine.latents, other.latents)
+            assert torch.equal(mine.text, other.text)
 
-    def test_progress_is_told_of_every_batch(self, digits, tmp_path, family):
+    def test_progress_is_told_of_every_shard(self, digits, tmp_path, family):
         seen = []
 
-        def progress(batches, total):
-            for batch in batches:
-                seen.append(total)
-                yield batch
+        def progress(shards, total):
+            for shard in shards:
+                seen.append((shard.name, total))
+                yield shard
 
-        encode(digits, tmp_path / "cache", family, progress=progress)
-        assert seen == [3, 3, 3]
+        encode(images_of(digits), tmp_path / "cache", family, EncodeConfig(**OPTIONS), progress=progress)
+        assert seen == [(f"shard-{number:06d}.tar", 3) for number in range(3)]
+
+
+def stored_texts(folder: Path) -> list[torch.Tensor]:
+    from safetensors.torch import load
+
+    texts = []
+    for shard in read_manifest(folder).shards:
+        with tarfile.open(folder / shard.name) as tar:
+            texts += [load(tar.extractfile(m).read())["text"] for m in tar if m.name.endswith(".safetensors")]
+    return texts
+
+
+class TestPadding:
+    def test_is_stored_up_to_the_captions_end(self, cache, family, digits):
+        text = TextEncoders(family.folder, LENGTH, torch.bfloat16, "cpu")
+        lengths = text.lengths([ImageFolder(digits).caption(n) for n in range(COUNT)])
+        assert lengths == [3 + n % 3 for n in range(COUNT)]  # the words, and the end mark
+        assert [len(row) for row in stored_texts(cache)] == lengths
+
+    def test_is_filled_up_with_that_of_an_empty_caption(self, cache, digits, tmp_path, family):
+        run(digits, tmp_path / "exact", family, keep_padding=True)
+        empty = TextEncoders(family.folder, LENGTH, torch.bfloat16, "cpu").encode([""]).text[0]
+        assert torch.equal(load_file(cache / PADDING)["text"], empty)
+        trimmed, exact = open_cache(cache), open_cache(tmp_path / "exact")
+        for number in range(COUNT):
+            length, ours, whole = 3 + number % 3, trimmed.record(number).text, exact.record(number).text
+            assert torch.equal(ours[:length], whole[:length])
+            assert torch.equal(ours[length:], empty[length:])
+            assert ours.shape == whole.shape
+
+    def test_costs_most_of_a_cache(self, images, tmp_path, family):
+        sizes = []
+        for keep in (True, False):
+            manifest = run(images, tmp_path / str(keep), family, text_length=256, keep_padding=keep)
+            sizes.append(sum(shard.bytes for shard in manifest.shards))
+        # 6 samples of 256 rows of 32 bf16, or of 5: tar's own blocks remain.
+        assert sizes[0] - sizes[1] == pytest.approx(6 * 251 * 64, rel=0.05)
+        assert sizes[1] <= sizes[0] / 4
+
+    def test_error_is_told_as_it_is(self, digits, tmp_path, family):
+        _, error = encode(images_of(digits), tmp_path / "trimmed", family, EncodeConfig(**OPTIONS, dtype=torch.float32))
+        run(digits, tmp_path / "exact", family, keep_padding=True, dtype=torch.float32)
+        difference = whole = 0.0
+        trimmed, exact = open_cache(tmp_path / "trimmed"), open_cache(tmp_path / "exact")
+        for number in range(COUNT):
+            ours, theirs = (corpus.record(number).text[3 + number % 3 :] for corpus in (trimmed, exact))
+            difference += float((ours - theirs).square().sum())
+            whole += float(theirs.square().sum())
+        assert error == pytest.approx((difference / whole) ** 0.5, rel=1e-4)
+        assert error > 0
+
+    def test_kept_has_no_error(self, digits, tmp_path, family):
+        config = EncodeConfig(**OPTIONS, keep_padding=True)
+        assert encode(images_of(digits), tmp_path / "cache", family, config)[1] is None
+
+    def test_of_a_caption_that_fills_all_tokens_is_none(self, images, tmp_path, family):
+        (images / "metadata.jsonl").unlink()
+        for path in images.glob("*.png"):
+            path.with_suffix(".txt").write_text("a handwritten digit " * 9)
+        run(images, tmp_path / "cache", family)
+        assert [len(row) for row in stored_texts(tmp_path / "cache")] == [LENGTH] * 6
+
+
+class TestBuckets:
+    SHOWN = ((40, 40), (20, 60), (60, 20), (44, 40), (16, 48), (300, 100))
+    SIZES = ((16, 16), (8, 24), (24, 8))
+
+    @pytest.fixture
+    def shapes(self, tmp_path) -> Path:
+        """Twelve images, in turn square, wide and tall."""
+        (tmp_path / "shapes").mkdir()
+        for number in range(12):
+            height, width = self.SHOWN[number % 6]
+            image = Image.new("RGB", (width, height), (20 * number, 0, 0))
+            image.save(tmp_path / "shapes" / f"{number:02d}.png")
+            (tmp_path / "shapes" / f"{number:02d}.txt").write_text(f"caption {number}")
+        return tmp_path / "shapes"
+
+    def test_each_shard_holds_one(self, shapes, tmp_path, family):
+        manifest = run(images_of(shapes, buckets=self.SIZES), tmp_path / "cache", family, samples_per_shard=3)
+        assert [shard.sizes for shard in manifest.shards] == [
+            ((16, 16, 3),),
+            ((16, 16, 1),),
+            ((8, 24, 3),),
+            ((8, 24, 1),),
+            ((24, 8, 3),),
+            ((24, 8, 1),),
+        ]
+        corpus = open_cache(tmp_path / "cache", buckets=self.SIZES)
+        captions = {}
+        for item in range(12):
+            record = corpus.record(item)
+            size = corpus.sizes[corpus.buckets[item]]
+            assert record.latents.shape == family.latent_shape(*size)
+            captions[int(record.caption.split()[1])] = size
+        square, wide, tall = self.SIZES
+        assert captions == {n: (square, wide, tall, square, wide, tall)[n % 6] for n in range(12)}
+
+    def test_are_encoded_as_they_are_cropped(self, shapes, tmp_path, family):
+        corpus = images_of(shapes, buckets=self.SIZES)
+        run(corpus, tmp_path / "cache", family, batch_size=1, keep_padding=True)
+        vae, cached = (
+            Autoencoder(family.folder, torch.bfloat16, "cpu"),
+            open_cache(tmp_path / "cache", buckets=self.SIZES),
+        )
+        by_caption = {cached.caption(item): cached.record(item) for item in range(12)}
+        for item in range(12):
+            record = corpus.record(item)
+            assert torch.equal(by_caption[record.caption].latents, vae.encode(record.image[None])[0])
+
+    def test_that_the_model_cannot_take(self, shapes, tmp_path, family):
+        with pytest.raises(UserError, match="multiples of 4"):
+            run(images_of(shapes, buckets=((16, 16), (8, 30))), tmp_path / "cache", family)
+        assert not (tmp_path / "cache").exists()
+
+
+FORK = multiprocessing.get_context("fork")  # seconds less than a new interpreter with torch; killed alike
+
+
+class Started:
+    """A process that encodes with what its environment says, and may kill itself before it reads an image.
+
+    Args:
+        die_at: number of the image, from 1; 0: none.
+        environment: RANK and the like.
+    """
+
+    def __init__(self, images: Path, output: Path, family: Flux, *, die_at: int = 0, **environment: str) -> None:
+        self._said, said = FORK.Pipe(duplex=False)
+        self.process = FORK.Process(target=self._run, args=(said, images, output, family, die_at, environment))
+        self.process.start()
+        said.close()
+
+    @staticmethod
+    def _run(said: Any, images: Path, output: Path, family: Flux, die_at: int, environment: dict[str, str]) -> None:
+        os.environ.update(environment)
+        corpus, count = images_of(images), 0
+        record = corpus.record
+
+        def counting(item: int, sample_id: int = 0) -> Record:
+            nonlocal count
+            count += 1
+            if count == die_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return record(item, sample_id)
+
+        corpus.record = counting  # type: ignore[method-assign]
+        rank, world_size = processes()
+        config = EncodeConfig(text_length=LENGTH, batch_size=2, samples_per_shard=3)
+        manifest, _ = encode(corpus, output, family, config, rank=rank, world_size=world_size)
+        said.send((count, manifest is not None))
+
+    def is_killed(self) -> bool:
+        self.process.join(300)
+        return self.process.exitcode == -signal.SIGKILL
+
+    def ends(self) -> tuple[int, bool]:
+        """Images that it read, and whether it found the data set complete."""
+        self.process.join(300)
+        assert self.process.exitcode == 0
+        return self._said.recv()  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def small_shards(digits: Path, family: Flux, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `Started` makes of the digits in one go: seven shards of three."""
+    folder = tmp_path_factory.mktemp("small") / "cache"
+    run(digits, folder, family, batch_size=2, samples_per_shard=3)
+    return folder
+
+
+class TestInterrupted:
+    def test_by_kill_9_goes_on_where_it_was(self, digits, small_shards, tmp_path, family):
+        """Killed twice: in the third shard and in the sixth; each shard that was complete is kept."""
+        output = tmp_path / "cache"
+        for die_at, complete in ((9, 2), (11, 5)):
+            assert Started(digits, output, family, die_at=die_at).is_killed()
+            assert len(list(output.glob("*.tar"))) == complete
+            assert not (output / MANIFEST).exists()
+            with pytest.raises(UserError, match="did not finish"):
+                open_cache(output)
+        assert Started(digits, output, family).ends() == (5, True)
+        assert contents(output) == contents(small_shards)
+
+    def test_leaves_what_looks_unfinished(self, images, tmp_path, family):
+        good = (images / "0004.png").read_bytes()
+        (images / "0004.png").write_bytes(bytes(len(good)))
+        with pytest.raises(UserError, match=r"0004\.png is not a readable image"):
+            run(images, tmp_path / "cache", family, batch_size=2, samples_per_shard=3)
+        assert not (tmp_path / "cache" / MANIFEST).exists()
+        assert not list((tmp_path / "cache").glob("*.tmp"))
+        (images / "0004.png").write_bytes(good)
+        run(images, tmp_path / "cache", family, batch_size=2, samples_per_shard=3)
+        assert len(open_cache(tmp_path / "cache")) == 6
+
+    @pytest.fixture
+    def unfinished(self, images, tmp_path, family) -> Path:
+        """One of two shards."""
+        config = EncodeConfig(**{**OPTIONS, "samples_per_shard": 3})
+        assert encode(images_of(images), tmp_path / "cache", family, config, rank=0, world_size=2)[0] is None
+        return tmp_path / "cache"
+
+    @pytest.mark.parametrize(
+        ("change", "what"),
+        [
+            ({"text_length": 16}, "text_length: 8 there, 16 now"),
+            ({"samples_per_shard": 4}, "samples_per_shard: 3 there, 4 now"),
+            ({"dtype": torch.float32}, "dtype: 'torch.bfloat16' there, 'torch.float32' now"),
+            ({"keep_padding": True}, "keep_padding: False there, True now"),
+        ],
+    )
+    def test_is_not_gone_on_with_by_other_arguments(self, unfinished, images, family, change, what):
+        before = contents(unfinished)
+        with pytest.raises(UserError, match=rf"{unfinished} holds unfinished shards of another job:\n  {what}\nStart"):
+            run(images, unfinished, family, **{"samples_per_shard": 3, **change})
+        assert contents(unfinished) == before
+
+    def test_is_not_gone_on_with_from_other_images_sizes_or_models(self, unfinished, images, family, tmp_path):
+        write_pipeline(tmp_path / "other", vae_steps=0, seed=1)
+        with pytest.raises(UserError, match=r"encoder: '.*' there, '.*' now"):
+            run(images, unfinished, Flux(str(tmp_path / "other")), samples_per_shard=3)
+        with pytest.raises(UserError, match=r"sizes: \[\[16, 16\]\] there, \[\[8, 8\]\] now"):
+            run(images_of(images, resolution=(8, 8)), unfinished, family, samples_per_shard=3)
+        (images / "0000.png").unlink()
+        with pytest.raises(UserError, match=r"data: '.*' there, '.*' now"):
+            run(images, unfinished, family, samples_per_shard=3)
+
+    @pytest.mark.parametrize("change", [{"captions": {"other": 1.0}}, {"image": ("other",)}], ids=str)
+    def test_is_not_gone_on_with_from_other_fields(self, tmp_path, images, family, change):
+        with TarWriter(tmp_path / "0.tar") as writer:
+            for number in range(6):
+                png = (images / f"{number:04d}.png").read_bytes()
+                fields = {"png": png, "txt": b"one", "other": b"two" if "captions" in change else png}
+                writer.write(f"{number}", fields, (16, 16))
+        Manifest(shards=(writer.entry,)).write(tmp_path / MANIFEST)
+
+        def corpus(**options: Any) -> Corpus:
+            source = SourceConfig(name="a", uri=str(tmp_path), **options)
+            return Corpus(DataConfig(sources=(source,), resolution=(16, 16)))
+
+        config = EncodeConfig(**{**OPTIONS, "samples_per_shard": 3})
+        encode(corpus(), tmp_path / "cache", family, config, rank=0, world_size=2)
+        with pytest.raises(UserError, match="another job"):
+            encode(corpus(**change), tmp_path / "cache", family, config)
+
+
+class TestSeveralProcesses:
+    @pytest.mark.parametrize("world_size", [2, 3])
+    def test_share_the_shards(self, digits, small_shards, tmp_path, family, world_size):
+        output = tmp_path / "cache"
+        of_all = {"WORLD_SIZE": str(world_size)}
+        started = [Started(digits, output, family, **of_all, RANK=str(rank)) for rank in range(world_size)]
+        ends = [process.ends() for process in started]
+        assert [count for count, _ in ends] == (
+            [11, 9] if world_size == 2 else [8, 6, 6]
+        )  # the seventh shard holds two
+        assert any(done for _, done in ends)
+        assert contents(output) == contents(small_shards)
+
+    def test_of_a_slurm_array_one_of_which_is_killed(self, digits, small_shards, tmp_path, family):
+        output = tmp_path / "cache"
+        task = {"SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_MAX": "2", "SLURM_ARRAY_TASK_COUNT": "2"}
+        killed = Started(digits, output, family, die_at=5, **task, SLURM_ARRAY_TASK_ID="1")
+        other = Started(digits, output, family, **task, SLURM_ARRAY_TASK_ID="2")
+        assert killed.is_killed()
+        assert other.ends() == (9, False)
+        assert not (output / MANIFEST).exists()
+        assert Started(digits, output, family, **task, SLURM_ARRAY_TASK_ID="1").ends() == (8, True)
+        assert contents(output) == contents(small_shards)
+
+
+class TestProcesses:
+    @pytest.fixture(autouse=True)
+    def clean(self, monkeypatch) -> None:
+        for name in [*os.environ]:
+            if name in ("RANK", "WORLD_SIZE") or name.startswith("SLURM_"):
+                monkeypatch.delenv(name)
+
+    def of(self, monkeypatch: pytest.MonkeyPatch, **environment: str) -> tuple[int, int]:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        return processes()
+
+    def test_alone(self, monkeypatch):
+        assert self.of(monkeypatch) == (0, 1)
+
+    def test_of_a_launcher(self, monkeypatch):
+        assert self.of(monkeypatch, RANK="3", WORLD_SIZE="4") == (3, 4)
+
+    def test_of_a_launcher_inside_an_array(self, monkeypatch):
+        array = {"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_COUNT": "9"}
+        assert self.of(monkeypatch, RANK="1", WORLD_SIZE="2", **array) == (1, 2)
+
+    @pytest.mark.parametrize(("first", "count"), [(0, 4), (1, 4), (10, 3)])
+    def test_of_an_array(self, monkeypatch, first, count):
+        """`--array=FIRST-LAST`, as sbatch(1) describes its variables."""
+        found = []
+        for number in range(first, first + count):
+            array = {"SLURM_ARRAY_TASK_MIN": str(first), "SLURM_ARRAY_TASK_MAX": str(first + count - 1)}
+            array |= {"SLURM_ARRAY_TASK_COUNT": str(count), "SLURM_ARRAY_TASK_ID": str(number)}
+            found.append(self.of(monkeypatch, **array))
+        assert found == [(rank, count) for rank in range(count)]
+
+    def test_of_an_array_with_steps(self, monkeypatch):
+        """`--array=0-8:4` has the tasks 0, 4, 8: each of three processes must get a share of its own."""
+        found = []
+        for number in (0, 4, 8):
+            array = {"SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_MAX": "8", "SLURM_ARRAY_TASK_STEP": "4"}
+            array |= {"SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_ID": str(number)}
+            found.append(self.of(monkeypatch, **array))
+        assert found == [(0, 3), (1, 3), (2, 3)]
+
+    def test_of_an_array_with_gaps(self, monkeypatch):
+        """`--array=0,1,7`: nobody knows which place a task has."""
+        array = {"SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_MAX": "7", "SLURM_ARRAY_TASK_STEP": "1"}
+        with pytest.raises(UserError, match=r"a Slurm array must be a range"):
+            self.of(monkeypatch, **array, SLURM_ARRAY_TASK_COUNT="3", SLURM_ARRAY_TASK_ID="7")
+
+    def test_one_task_of_an_array_again_does_what_is_left(self, monkeypatch):
+        array = {"SLURM_ARRAY_TASK_MIN": "7", "SLURM_ARRAY_TASK_MAX": "7", "SLURM_ARRAY_TASK_COUNT": "1"}
+        assert self.of(monkeypatch, **array, SLURM_ARRAY_TASK_ID="7") == (0, 1)
+
+
+def one_sample(piece: Piece, tar: TarWriter) -> list[str]:
+    for item in piece.items:
+        tar.write(f"{item:08d}", {"txt": b"a"}, (8, 8))
+    return []
+
+
+class TestJob:
+    def test_shards_do_not_mix_groups(self):
+        pieces = cut([list(range(7)), [], list(range(7, 10))], 3)
+        assert [piece.items for piece in pieces] == [[0, 1, 2], [3, 4, 5], [6], [7, 8, 9]]
+        assert [piece.name for piece in pieces] == [f"shard-{number:06d}.tar" for number in range(4)]
+
+    def test_the_last_to_end_writes_the_manifest(self, tmp_path):
+        pieces = cut([list(range(7))], 2)
+        ends = []
+        for rank in (2, 0, 1):
+            ends.append(Job(tmp_path, {"a": 1}).run(pieces, one_sample, Manifest(), rank=rank, world_size=3))
+            assert (tmp_path / MANIFEST).exists() == (len(ends) == 3)
+        assert ends[:2] == [None, None]
+        assert ends[2] == read_manifest(tmp_path)
+        assert [entry.samples for entry in ends[2].shards] == [2, 2, 2, 1]
+        assert not (tmp_path / ".job").exists()
+
+    @pytest.mark.parametrize(
+        ("name", "file"),
+        [
+            ("read_text", "shard-000001.tar.json"),
+            ("read_text", "parameters.json"),
+            ("write_text", MANIFEST),
+            ("replace", MANIFEST),
+        ],
+    )
+    def test_two_that_end_at_once_agree(self, tmp_path, monkeypatch, name, file):
+        """While one process is about to call Path.`name` on `file` (or its draft), another does all that is left."""
+        pieces = cut([list(range(4))], 2)
+        first, second = Job(tmp_path, {}), Job(tmp_path, {})
+        first.run(pieces, one_sample, Manifest(), rank=0, world_size=2)
+        original, others = getattr(Path, name), []
+
+        def call(path: Path, *arguments: Any, **options: Any) -> Any:
+            if path.name.startswith(file) and not others and (first.notes / "shard-000001.tar.json").exists():
+                others.append(FORK.Process(target=first.run, args=(pieces, one_sample, Manifest())))
+                others[0].start()
+                others[0].join()
+            return original(path, *arguments, **options)
+
+        monkeypatch.setattr(Path, name, call)
+        manifest = second.run(pieces, one_sample, Manifest(), rank=1, world_size=2)
+        assert manifest == read_manifest(tmp_path)
+        assert manifest.samples == 4
+        assert [other.exitcode for other in others] == [0]
+        assert sorted(contents(tmp_path)) == ["job.json", MANIFEST, "shard-000000.tar", "shard-000001.tar"]
+
+    def test_a_process_without_work_that_comes_late(self, tmp_path):
+        """Of three processes for two shards the third may start when the others have ended."""
+        pieces = cut([list(range(4))], 2)
+        for rank in range(2):
+            manifest = Job(tmp_path, {"a": 1}).run(pieces, one_sample, Manifest(), rank=rank, world_size=3)
+        assert Job(tmp_path, {"a": 1}).finished == manifest
+        with pytest.raises(UserError, match="already holds a finished cache"):
+            Job(tmp_path, {"a": 2})
+
+    @pytest.mark.parametrize(
+        "parameters",
+        [pytest.param({"a": 1}, id="by the same job"), pytest.param({"a": 2}, id="by another")],
+    )
+    def test_that_is_killed_before_its_manifest_is_written(self, tmp_path, monkeypatch, parameters):
+        pieces = cut([list(range(4))], 2)
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            patch.setattr(Manifest, "write", lambda *_: sys.exit("killed"))
+            Job(tmp_path, {"a": 1}).run(pieces, one_sample, Manifest())
+        if parameters == {"a": 1}:
+            assert Job(tmp_path, parameters).run(pieces, one_sample, Manifest()).samples == 4
+            assert sorted(contents(tmp_path)) == ["job.json", MANIFEST, "shard-000000.tar", "shard-000001.tar"]
+        else:
+            with pytest.raises(UserError, match="another job"):
+                Job(tmp_path, parameters)
+
+    @pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_bytes(b"cut")], ids=["deleted", "cut"])
+    def test_whose_shard_was_lost_writes_it_again(self, tmp_path, spoil):
+        pieces = cut([list(range(4))], 2)
+        Job(tmp_path, {}).run(pieces, one_sample, Manifest(), rank=0, world_size=2)
+        spoil(tmp_path / "shard-000000.tar")
+        manifest = Job(tmp_path, {}).run(pieces, one_sample, Manifest())
+        assert [(tmp_path / shard.name).stat().st_size for shard in manifest.shards] == [
+            shard.bytes for shard in manifest.shards
+        ]
+
+    def test_without_any_sample_says_why(self, tmp_path):
+        job = Job(tmp_path, {})
+        with pytest.raises(UserError, match=r"no sample could be used; .*left_out.txt says why"):
+            job.run(cut([[0, 1]], 2), lambda piece, tar: ["sample 0", "sample 1"], Manifest())
+        assert (tmp_path / "left_out.txt").read_text() == "sample 0\nsample 1\n"
+        assert not (tmp_path / MANIFEST).exists()
+
+    def test_on_a_full_disk_keeps_what_is_finished(self, tmp_path):
+        def write(piece: Piece, tar: TarWriter) -> list[str]:
+            if piece.items[0] >= 2:
+                raise OSError(28, "No space left on device")
+            return one_sample(piece, tar)
+
+        pieces = cut([list(range(4))], 2)
+        with pytest.raises(
+            UserError, match=f"could not be written to {tmp_path}: No space left.*finished shards are kept"
+        ):
+            Job(tmp_path, {}).run(pieces, write, Manifest())
+        written: list[str] = []
+
+        def log(piece: Piece, tar: TarWriter) -> list[str]:
+            written.append(piece.name)
+            return one_sample(piece, tar)
+
+        manifest = Job(tmp_path, {}).run(pieces, log, Manifest())
+        assert written == ["shard-000001.tar"]
+        assert manifest is not None
+        assert manifest.samples == 4
+
+
+class TestBadImages:
+    @pytest.fixture
+    def spoiled(self, images) -> Path:
+        """Of six, 0001 and 0004 are none."""
+        for number in (1, 4):
+            (images / f"000{number}.png").write_bytes(b"no image")
+        return images
+
+    def test_are_left_out_and_listed_where_some_are_borne(self, spoiled, tmp_path, family):
+        corpus = images_of(spoiled, max_bad_fraction=0.5)
+        manifest = run(corpus, tmp_path / "cache", family, samples_per_shard=4)
+        assert [shard.samples for shard in manifest.shards] == [3, 1]
+        lines = (tmp_path / "cache" / "left_out.txt").read_text().splitlines()
+        assert len(lines) == 2
+        for line, number in zip(lines, (1, 4), strict=True):
+            assert line.startswith(f"data: {spoiled}/000{number}.png is not a readable image")
+        cached = open_cache(tmp_path / "cache")
+        assert [cached.record(at).key for at in range(4)] == ["00000000", "00000002", "00000003", "00000005"]
+        good = [images_of(spoiled).caption(number) for number in (0, 2, 3, 5)]
+        assert [cached.caption(at) for at in range(4)] == good
+
+    def test_of_several_processes_are_all_listed(self, spoiled, tmp_path, family):
+        corpus, config = images_of(spoiled, max_bad_fraction=0.5), EncodeConfig(**{**OPTIONS, "samples_per_shard": 2})
+        ends = [encode(corpus, tmp_path / "cache", family, config, rank=rank, world_size=2)[0] for rank in (1, 0)]
+        assert ends[0] is None
+        assert ends[1].samples == 4
+        lines = (tmp_path / "cache" / "left_out.txt").read_text().splitlines()
+        assert [f"000{number}.png" in line for line, number in zip(lines, (1, 4), strict=True)] == [True, True]
+
+    def test_stop_it_where_none_is_borne(self, spoiled, tmp_path, family):
+        with pytest.raises(UserError, match=r"0001\.png is not a readable image"):
+            run(spoiled, tmp_path / "cache", family)
+
+    def test_there_is_no_list_where_all_are_good(self, cache):
+        assert not (cache / "left_out.txt").exists()
+
+    def test_a_shard_without_a_good_one_is_not_listed(self, images, tmp_path, family):
+        for number in (2, 3):
+            (images / f"000{number}.png").write_bytes(b"no image")
+        manifest = run(images_of(images, max_bad_fraction=0.5), tmp_path / "cache", family, samples_per_shard=2)
+        assert [(shard.name, shard.samples) for shard in manifest.shards] == [
+            ("shard-000000.tar", 2),
+            ("shard-000002.tar", 2),
+        ]
+        assert len(open_cache(tmp_path / "cache")) == 4
 
 
 class TestRefusals:
+    def test_finished_cache_is_not_made_again(self, cache, digits, family):
+        """Asked for the same, the job says what is there."""
+        before = contents(cache)
+        config = EncodeConfig(**OPTIONS)
+        assert encode(images_of(digits), cache, family, config) == (read_manifest(cache), None)
+        assert contents(cache) == before
+
     def test_finished_cache_is_left_alone(self, cache, images, family):
-        before = {path.name: path.read_bytes() for path in cache.iterdir()}
+        before = contents(cache)
         with pytest.raises(UserError, match=f"{cache} already holds a finished cache; choose another folder"):
-            encode(images, cache, family)
-        assert {path.name: path.read_bytes() for path in cache.iterdir()} == before
+            run(images, cache, family)
+        assert contents(cache) == before
+
+    def test_cache_is_not_encoded_again(self, cache, tmp_path, family):
+        with pytest.raises(UserError, match="this is a cache already; encode images"):
+            run(open_cache(cache), tmp_path / "cache", family)
+        assert not (tmp_path / "cache").exists()
 
     @pytest.mark.parametrize(
-        ("resolution", "nearest"),
-        [((18, 30), "16 x 32"), ((16, 13), "16 x 12"), ((1, 16), "4 x 16"), ((0, 16), "4 x 16")],
+        ("resolution", "nearest"), [((18, 30), "16 x 32"), ((16, 13), "16 x 12"), ((1, 16), "4 x 16")]
     )
     def test_resolution_that_cannot_be_packed(self, images, tmp_path, family, resolution, nearest):
         with pytest.raises(UserError, match=f"multiples of 4; the nearest is {nearest}"):
-            encode(images, tmp_path / "cache", family, resolution=resolution)
+            run(images_of(images, resolution=resolution), tmp_path / "cache", family)
         assert not (tmp_path / "cache").exists()
 
     @pytest.mark.parametrize("below", ["", "sub", "sub/sub"])
@@ -156,34 +708,12 @@ class TestRefusals:
         """A regular file stands in the way: not even root can write there."""
         (tmp_path / "file").write_text("precious")
         with pytest.raises(UserError, match=f"could not be written to {tmp_path / 'file' / below}"):
-            encode(images, tmp_path / "file" / below, family)
+            run(images, tmp_path / "file" / below, family)
         assert (tmp_path / "file").read_text() == "precious"
 
-    def test_image_without_caption(self, images, tmp_path, family):
-        (images / "new.png").write_bytes((images / "0000.png").read_bytes())
-        with pytest.raises(UserError, match=r"1 of 7 images .*'new\.png'.*'new\.txt'"):
-            encode(images, tmp_path / "cache", family)
-        assert not (tmp_path / "cache").exists()
-
     @pytest.mark.parametrize(
-        "spoil", [lambda folder: folder.rename(f"{folder}2"), lambda folder: None], ids=["gone", "empty"]
+        "change", [{"batch_size": 0}, {"samples_per_shard": 0}, {"text_length": 0}, {"text_length": 513}]
     )
-    def test_no_images(self, tmp_path, family, spoil):
-        (tmp_path / "images").mkdir()
-        spoil(tmp_path / "images")
-        with pytest.raises(UserError, match=str(tmp_path / "images")):
-            encode(tmp_path / "images", tmp_path / "cache", family)
-
-    def test_bad_image_in_the_middle_leaves_nothing_that_looks_finished(self, images, tmp_path, family):
-        good = (images / "0004.png").read_bytes()
-        (images / "0004.png").write_bytes(good[:60])
-        with pytest.raises(UserError, match=r"0004\.png is not a readable image"):
-            encode(images, tmp_path / "cache", family, batch_size=2, samples_per_shard=3)
-        assert not (tmp_path / "cache" / MANIFEST).exists()
-        assert not list((tmp_path / "cache").glob("*.tmp"))
-        with pytest.raises(UserError, match="did not finish"):
-            CachedDataset(tmp_path / "cache")
-
-        (images / "0004.png").write_bytes(good)
-        encode(images, tmp_path / "cache", family, batch_size=2, samples_per_shard=3)
-        assert len(CachedDataset(tmp_path / "cache")) == 6
+    def test_numbers_that_make_no_sense(self, change):
+        with pytest.raises(UserError, match=r"at least 1 and the text length in 1\.\.512"):
+            EncodeConfig(**change)

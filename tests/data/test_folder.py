@@ -5,11 +5,13 @@ import struct
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from scfm_core.data.folder import ImageFolder, load_image
+from scfm_core.data.folder import ImageFolder, image_size, load_image
+from scfm_core.data.schema import BadData
 from scfm_core.errors import UserError
 
 
@@ -32,8 +34,8 @@ def write_metadata(folder: Path, rows: list[dict[str, str]], **options: bool) ->
 
 
 def contents(folder: Path) -> list[tuple[str, str]]:
-    dataset = ImageFolder(folder, 8, 8)
-    records = [dataset[index] for index in range(len(dataset))]
+    dataset = ImageFolder(folder)
+    records = [dataset.load(index, (8, 8)) for index in range(len(dataset))]
     assert [dataset.caption(index) for index in range(len(dataset))] == [record.caption for record in records]
     return [(record.key, record.caption) for record in records]
 
@@ -86,7 +88,7 @@ class TestCaptions:
         write_image(tmp_path / "sub" / "b.jpeg")
         write_image(tmp_path / "sub" / "c.jpeg")
         with pytest.raises(UserError) as caught:
-            ImageFolder(tmp_path, 8, 8)
+            ImageFolder(tmp_path)
         for part in ("2 of 3 images", str(tmp_path), "'sub/b.jpeg'", "'sub/b.txt'", "metadata.jsonl"):
             assert part in str(caught.value)
 
@@ -95,13 +97,13 @@ class TestCaptions:
         write_image(tmp_path / "a.png")
         (tmp_path / "metadata.jsonl").write_text(f'{{"file_name": "a.png", "text": "fine"}}\n{line}\n')
         with pytest.raises(UserError, match=r"line 2 of .*metadata\.jsonl"):
-            ImageFolder(tmp_path, 8, 8)
+            ImageFolder(tmp_path)
 
     def test_null_is_no_caption(self, tmp_path):
         write_image(tmp_path / "a.png")
         (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": null}\n')
         with pytest.raises(UserError, match=r"line 1 of .*metadata\.jsonl"):
-            ImageFolder(tmp_path, 8, 8)
+            ImageFolder(tmp_path)
 
     def test_only_newlines_end_a_line_of_metadata(self, tmp_path):
         write_image(tmp_path / "a.png")
@@ -113,7 +115,7 @@ class TestCaptions:
         write_pair(tmp_path, "a.png", "a")
         (tmp_path / name).write_bytes('{"file_name": "a.png", "text": "Bär"}'.encode("latin-1"))
         with pytest.raises(UserError, match=rf"{name}.*UTF-8"):
-            ImageFolder(tmp_path, 8, 8)
+            ImageFolder(tmp_path)
 
     def test_byte_order_mark_is_not_part_of_the_caption(self, tmp_path):
         write_image(tmp_path / "a.png")
@@ -139,29 +141,50 @@ class TestFolder:
 
     def test_no_folder(self, tmp_path):
         with pytest.raises(UserError, match=r"no folder '.*nowhere'"):
-            ImageFolder(tmp_path / "nowhere", 8, 8)
+            ImageFolder(tmp_path / "nowhere")
 
     def test_no_image(self, tmp_path):
         (tmp_path / "a.txt").write_text("a caption without an image")
         with pytest.raises(UserError, match=r"holds no image \(\.png, "):
-            ImageFolder(tmp_path, 8, 8)
+            ImageFolder(tmp_path)
 
-    def test_fingerprint_follows_captions_names_and_resolution(self, tmp_path):
+    def test_fingerprint_follows_names_captions_and_lengths(self, tmp_path):
         write_pair(tmp_path, "a.png", "a")
-        first = ImageFolder(tmp_path, 8, 8).fingerprint
-        assert ImageFolder(tmp_path, 8, 8).fingerprint == first
-        assert ImageFolder(tmp_path, 8, 16).fingerprint != first
+        found = [ImageFolder(tmp_path).fingerprint]
+        assert ImageFolder(tmp_path).fingerprint == found[0]
         (tmp_path / "a.txt").write_text("b")
-        second = ImageFolder(tmp_path, 8, 8).fingerprint
+        found.append(ImageFolder(tmp_path).fingerprint)
         (tmp_path / "a.png").rename(tmp_path / "c.png")
         (tmp_path / "a.txt").rename(tmp_path / "c.txt")
-        assert len({first, second, ImageFolder(tmp_path, 8, 8).fingerprint}) == 3
+        found.append(ImageFolder(tmp_path).fingerprint)
+        with (tmp_path / "c.png").open("ab") as file:
+            file.write(b"0")
+        found.append(ImageFolder(tmp_path).fingerprint)
+        write_pair(tmp_path, "d.png", "b")
+        found.append(ImageFolder(tmp_path).fingerprint)
+        assert len(set(found)) == 5
+
+    def test_fingerprint_does_not_follow_the_place(self, tmp_path):
+        for folder in ("one", "two"):
+            write_pair(tmp_path / folder, "sub/a.png", "a")
+        assert ImageFolder(tmp_path / "one").fingerprint == ImageFolder(tmp_path / "two").fingerprint
 
     def test_record_holds_the_image_alone(self, tmp_path):
         write_pair(tmp_path, "a.png", "a")
-        record = ImageFolder(tmp_path, 4, 6)[0]
-        assert record.image.shape == (3, 4, 6)
+        dataset = ImageFolder(tmp_path)
+        for size in ((4, 6), (8, 2)):
+            assert dataset.load(0, size).image.shape == (3, *size)
+        record = dataset.load(0, (4, 6))
         assert record.latents is record.text is record.pooled is None
+
+    def test_sizes_are_those_of_the_images(self, tmp_path):
+        for name, size in (("a.png", (4, 9)), ("b.jpg", (30, 2)), ("c.webp", (5, 5))):
+            write_image(tmp_path / name, torch.zeros(*size, 3, dtype=torch.uint8))
+            (tmp_path / name).with_suffix(".txt").write_text("a")
+        assert ImageFolder(tmp_path).sizes() == [(4, 9), (30, 2), (5, 5)]
+        (tmp_path / "b.jpg").write_bytes(b"no image")
+        with pytest.raises(BadData, match=rf"{tmp_path}/b.jpg is not a readable image"):
+            ImageFolder(tmp_path).sizes()
 
 
 class TestBadImages:
@@ -169,9 +192,12 @@ class TestBadImages:
         path = tmp_path / name
         path.write_bytes(content)
         path.with_suffix(".txt").write_text("a caption")
-        dataset = ImageFolder(tmp_path, 8, 8)  # images are opened when they are needed
-        with pytest.raises(UserError, match=rf"{path} is not a readable image.*Remove it or replace it"):
-            dataset[0]
+        dataset = ImageFolder(tmp_path)  # images are opened when they are needed
+        message = "{} is not a readable image.*Remove it or replace it"
+        with pytest.raises(BadData, match=message.format(path)):
+            dataset.load(0, (8, 8))
+        with pytest.raises(BadData, match=message.format("sample 'a' of shard b")):
+            load_image(content, 8, 8, name="sample 'a' of shard b")
 
     @pytest.mark.parametrize("name", ["bad.png", "bad.jpg", "bad.webp", "bad.bmp"])
     @pytest.mark.parametrize("content", [b"", b"<html>404 not found</html>"], ids=["empty", "html"])
@@ -263,6 +289,54 @@ class TestPixels:
         )
         shown = load_image(write_image(tmp_path / "a.png", stored, exif=exif), 8, 4)
         assert torch.equal(shown, as_image(stored.rot90(-1)))
+
+
+class TestContent:
+    """An image as bytes, as a shard holds it."""
+
+    @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.bmp"])
+    def test_is_read_as_the_file_is(self, tmp_path, name):
+        noise = torch.randint(256, (20, 30, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        path = write_image(tmp_path / name, noise)
+        assert torch.equal(load_image(path.read_bytes(), 8, 8, name="x"), load_image(path, 8, 8))
+        assert image_size(path.read_bytes(), "x") == image_size(path, "x") == (20, 30)
+
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    @pytest.mark.parametrize("suffix", ["png", "jpg"])
+    def test_size_is_as_it_is_shown(self, tmp_path, orientation, suffix):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        path = write_image(tmp_path / f"a.{suffix}", torch.zeros(10, 30, dtype=torch.uint8), exif=exif)
+        assert image_size(path, "x") == ((30, 10) if orientation >= 5 else (10, 30))
+
+    @pytest.mark.parametrize("name", ["a.png", "a.jpg"])
+    def test_size_needs_the_header_alone(self, tmp_path, name):
+        noise = torch.randint(256, (64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        content = write_image(tmp_path / name, noise).read_bytes()
+        assert image_size(content[: len(content) // 2], "x") == (64, 64)
+
+    def test_size_of_no_image(self):
+        with pytest.raises(BadData, match="sample 'a' is not a readable image"):
+            image_size(b"no image", "sample 'a'")
+
+    @pytest.mark.parametrize("size", [(32, 32), (30, 60), (64, 16)])
+    @pytest.mark.parametrize("stored", [(512, 512), (320, 960)])
+    def test_large_jpegs_are_decoded_smaller_and_look_the_same(self, tmp_path, size, stored):
+        """libjpeg leaves pixels out by powers of two: enough remain, and the picture is the same to a level or two."""
+        rows, columns = torch.meshgrid(torch.arange(stored[0]), torch.arange(stored[1]), indexing="ij")
+        smooth = (torch.stack([rows / stored[0], columns / stored[1], (rows + columns) / sum(stored)], -1) * 255).byte()
+        path = write_image(tmp_path / "a.jpg", smooth, quality=95)
+        lossless = write_image(tmp_path / "a.png", torch.from_numpy(np.array(Image.open(path))))
+        image = load_image(path, *size)
+        assert image.shape == (3, *size)
+        assert float((image - load_image(lossless, *size)).abs().max()) < 3 / 127.5
+
+    def test_large_jpegs_are_decoded_no_smaller_than_they_are_needed(self, tmp_path):
+        """Stripes a pixel wide in what is asked for."""
+        stripes = (torch.arange(512) // 4 % 2 * 255).byte().expand(512, 512)
+        path = write_image(tmp_path / "a.jpg", stripes, quality=95)
+        columns = load_image(path, 128, 128)[0].mean(0)
+        assert float((columns[1::2] - columns[::2]).min()) > 1.5
 
 
 class TestCrop:

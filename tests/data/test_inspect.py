@@ -123,6 +123,7 @@ class TestNumbers:
             assert (source.address, source.encoder, source.padding) == (str(folder), None, None)
         assert (summary.samples, summary.epoch) == (37, 40)
         assert summary.unused_sizes == 1
+        assert re.search(r"^one .* 75\.0%\n", format_summary(summary), re.MULTILINE)
         epoch = corpus.order(8, 0).epoch(0)
         for bucket in summary.buckets:
             number = corpus.sizes.index(bucket.size)
@@ -136,7 +137,9 @@ class TestNumbers:
         assert summary.warnings == []
         [warning] = summarise(corpus, global_batch_size=16).warnings[:1]
         assert warning.startswith("16 x 24 has 10 samples, fewer than the 16 of a global batch")
-        assert len(summarise(corpus, global_batch_size=10).warnings) == 0
+        tens = summarise(corpus, global_batch_size=10)
+        assert (tens.warnings, tens.buckets[0].batches, tens.buckets[0].waiting) == ([], 2, 0)
+        assert "16 x 16 has 17 samples" in summarise(corpus, global_batch_size=18).warnings[0]
 
     def test_of_a_folder(self, tiny):
         config = SourceConfig(name="digits", uri=str(tiny / "digits"), format="folder")
@@ -147,15 +150,13 @@ class TestNumbers:
         assert summary.captions.words[0] == ("digit", 48)
 
     def test_of_captions(self, tmp_path):
-        captions = ["The cat and the dog", "the cat", "", "  ", "the cat", "Élan d\u2019été cat's", "one " * 100]
+        captions = ["The cat and the dog", "the cat", "", "", "  ", "the cat", "Élan d\u2019été cat's", "one " * 100]
         found = summarise(open_(write_images(tmp_path / "i", captions))).captions
-        assert (found.count, found.empty, found.repeated) == (7, 2, 1)
+        assert (found.count, found.empty, found.repeated) == (8, 3, 1)
         assert (found.shortest, found.median, found.longest) == (0, 2, 100)
-        assert found.percentile_95 == round(float(np.percentile([5, 2, 0, 0, 2, 3, 100], 95)), 1)
-        assert found.words == (
-            ("cat", 3),
-        )  # a caption counts once, whatever it repeats; of words used once none is shown
-        assert "empty captions: 2 of 7" in " ".join(summarise(open_(tmp_path / "i")).warnings)
+        assert found.percentile_95 == round(float(np.percentile([5, 2, 0, 0, 0, 2, 3, 100], 95)), 1)
+        assert found.words == (("cat", 3),)  # a caption counts once, and words used once are left out
+        assert "empty captions: 3 of 8" in " ".join(summarise(open_(tmp_path / "i")).warnings)
         rare = summarise(open_(write_images(tmp_path / "j", ["Élan d\u2019été", "the"]))).captions
         assert rare.words == (("d\u2019été", 1), ("élan", 1))
 
@@ -275,16 +276,16 @@ class TestContactSheet:
         writer = TarWriter(folder / "0.tar")
         with writer:
             for number in range(2):
-                key = f"<b>{number}<i>"
+                key = f"'><b>{number}<i>"
                 writer.write(key, {"png": picture(1, 16, 16) if number else b"", "txt": b"x"}, (16, 16))
         Manifest(shards=(writer.entry,)).write(folder / MANIFEST)
         corpus = open_(folder)
         summary = summarise(corpus)
         page = Page(write_contact_sheet(corpus, summary, tmp_path / "x.html", decode=None))
         assert [tag for tag, _ in page.tags].count("b") == 6  # of the tiles
-        assert ("p", "<b>1<i>") in page.texts
+        assert ("p", "'><b>1<i>") in page.texts
         [broken] = [data for tag, data in page.texts if tag == "em"]
-        assert "'<b>0<i>'" in broken
+        assert "<b>0<i>" in broken
         assert "not a readable image" in broken
         assert len(page.images()) == 1
 
@@ -359,7 +360,8 @@ class TestContactSheet:
     def test_numbers_and_warnings_are_on_it(self, tmp_path):
         corpus = open_(write_images(tmp_path / "photos", ["a tabby cat"] * 19 + [""]))
         summary = summarise(corpus, global_batch_size=8)
-        text = Page(write_contact_sheet(corpus, summary, tmp_path / "x.html", decode=None)).text()
+        page = Page(write_contact_sheet(corpus, summary, tmp_path / "x.html", decode=None))
+        text = page.text()
         for part in (
             str(tmp_path / "photos"),
             "35.0%",
@@ -370,6 +372,8 @@ class TestContactSheet:
             "no caption",
         ):
             assert part in text, part
+        assert ("span", "tabby ") in page.texts
+        assert ("small", "19") in page.texts
         widths = re.findall(r"class=bar><span style='width:([\d.]+)%'", (tmp_path / "x.html").read_text())
         assert widths == ["100.0", "100.0", "85.7"]
 

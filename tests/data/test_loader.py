@@ -355,7 +355,7 @@ class TestSourcesOfEqualNames:
         first_names, second_names = ({p.name for p in (tmp_path / n / "shards").iterdir()} for n in ("0", "100"))
         assert first_names == second_names
         assert len(first_names) > 3
-        cache = CacheConfig(dir=str(tmp_path / "cache"))
+        cache = CacheConfig(dir=str(tmp_path / "cache"), timeout=20)
         changes = {"sources": tuple(sources), "epoch_size": 80, "cache": cache}
         for workers in (0, 2):
             corpus = Corpus(DataConfig(**changes, resolution=SIZE, num_workers=workers))
@@ -440,6 +440,11 @@ class TestBadSamples:
             assert number % 2 == plan % 2
         places = [at for at, plan in enumerate(planned) if plan in self.BAD]
         assert len(places) == 2 * len(self.BAD)
+        order = open_corpus(path, buckets=SHAPES[:2]).order(self.SIZE, 0)
+        for at in places:  # the nearest that is no bad sample itself
+            number, place = order.locate(at // self.SIZE)
+            spares = order.spares(order.epoch(number), place, at % self.SIZE)
+            assert stream[at] == next(spare for spare in spares if spare not in self.BAD)
 
     def test_are_reported_once_each(self, path):
         bad: list[str] = []
@@ -540,7 +545,7 @@ class TestErrors:
             for number in range(4):
                 writer.write(f"{number:08d}", fields(number, SHAPES[number % 2]), SIZE)
         Manifest(**{**DRAFT.__dict__, "shards": (writer.entry,)}).write(folder / MANIFEST)
-        message = r"latents of one shape.*0000000.*\(1, 1, 1\), \(1, 1, 3\).*Set data.buckets"
+        message = r"^data: a batch needs latents of one shape.*0000000.*\(1, 1, 1\), \(1, 1, 3\).*Set data.buckets$"
         with pytest.raises(UserError, match=message):
             list(one_rank(open_corpus(folder, num_workers=workers), 4, 0, 1, micro=4, end=1))
 
@@ -607,6 +612,11 @@ def is_running(process: int) -> bool:
         return False
 
 
+def cpu_seconds(process: int) -> float:
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 RUN = """
 import multiprocessing, time
 from scfm_core.data.corpus import Corpus
@@ -665,6 +675,20 @@ class TestFetchingAhead:
         assert len(first) == 60
         stream.close()
 
+    def test_comes_back_to_a_shard_in_the_next_epoch(self, tmp_path, fetched):
+        """By then its copy may have been deleted to make room."""
+        path = write_tars(tmp_path / "shards", (10,) * 60)
+        stream = one_rank(open_corpus(path, num_workers=1, shuffle_block=80), 4, 0, 300, micro=4, end=300)
+        for _ in range(150):
+            next(stream)
+        first = Counter(fetched())
+        assert set(first) == set(range(60))
+        for _ in range(149):
+            next(stream)
+        second = Counter(fetched()) - first
+        assert sum(second.values()) > 40  # those about the epoch's edge were still held
+        stream.close()
+
     def test_is_never_more_than_half_of_the_cache_ahead(self, tmp_path, fetched):
         path = write_tars(tmp_path / "shards", (10,) * 60)
         one = (path / "shard-000000.tar").stat().st_size
@@ -676,6 +700,20 @@ class TestFetchingAhead:
         next(stream)
         assert len(set(fetched())) == 5
         stream.close()
+
+    def test_rests_when_there_is_nothing_to_fetch(self, tmp_path):
+        """A data set of one shard, and a long run."""
+        corpus = open_corpus(write_tars(tmp_path / "shards", (200,)), num_workers=1)
+        stream = one_rank(corpus, 8, 0, 10, micro=8, end=2_000_000)
+        next(stream)
+        children = multiprocessing.active_children()
+        time.sleep(0.5)
+        before = [cpu_seconds(child.pid) for child in children]
+        time.sleep(3)
+        spent = [cpu_seconds(child.pid) - then for child, then in zip(children, before, strict=True)]
+        stream.close()
+        assert len(spent) == 2
+        assert max(spent) < 0.2
 
     def test_fetches_what_its_own_rank_needs(self, tmp_path, fetched):
         path = write_tars(tmp_path / "shards", (10,) * 16)

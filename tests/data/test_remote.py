@@ -173,17 +173,28 @@ class TestFaultsThatPass:
 
 
 class TestFaultsThatStay:
-    @pytest.mark.parametrize("mode", [*TRANSIENT, "slow"])
+    def test_the_deadline_holds_for_one_attempt(
+        self, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A byte now and then, so that no silence is too long."""
+        monkeypatch.setattr(remote, "_STALL_SECONDS", 10.0)
+        place.proxy.slow_seconds = 16
+        place.proxy.fail("slow", -1)
+        start = time.monotonic()
+        with pytest.raises(UserError, match=rf"^data: {re.escape(place.uri())} could not be read within 1 s"):
+            fetch(place.uri(), tmp_path / "x.tar", deadline=1)
+        assert time.monotonic() - start < 12
+
+    @pytest.mark.parametrize("mode", TRANSIENT)
     def test_the_deadline_holds(self, place: Place, tmp_path: Path, mode: str) -> None:
-        place.proxy.slow_seconds = 120
         place.proxy.fail(mode, -1)
         start = time.monotonic()
         with pytest.raises(
             UserError, match=rf"^data: {re.escape(place.uri())} could not be read within 1 s, .*raise data"
         ):
             fetch(place.uri(), tmp_path / "x.tar", deadline=1)
-        assert time.monotonic() - start < 15  # nothing of 60 or 120 s was waited for
-        assert place.gets >= (1 if mode == "slow" else 2)
+        assert time.monotonic() - start < 15
+        assert place.gets >= 2
 
     def test_the_last_fault_is_named(self, place: Place, tmp_path: Path) -> None:
         place.proxy.fail("503", -1)
@@ -266,9 +277,6 @@ class TestRefusals:
                 "https",
                 "aiohttp",
                 "aiohttp",
-                marks=pytest.mark.xfail(
-                    strict=True, reason="_filesystem imports aiohttp outside its try: attempts until the deadline"
-                ),
             ),
             ("gs://bucket/x", "gs", "gcsfs", "gcsfs"),
             ("abfs://bucket/x", "abfs", "adlfs", "adlfs"),
@@ -313,7 +321,6 @@ class TestTheLocalDisk:
         assert not isinstance(refused.value, UserError)
         assert place.gets == 1
 
-    @pytest.mark.xfail(strict=True, reason="ENOSPC of a write has no filename: attempts until the deadline, UserError")
     def test_it_is_full(self, place: Place, full_disk: Path) -> None:
         with pytest.raises(OSError, match="No space left") as refused:
             fetch(place.uri(), full_disk / "x.tar", deadline=3)
@@ -339,7 +346,7 @@ class _Echo(BaseHTTPRequestHandler):
     """Refuses, and shows what it was asked: as debugging proxies do."""
 
     def do_GET(self) -> None:
-        body = f"<Error><Code>AccessDenied</Code><Message>{self.headers} {CANARIES}</Message></Error>".encode()
+        body = f"<Error><Code>AccessDenied</Code><Message>{CANARIES} {self.headers}</Message></Error>".encode()
         self.send_response(int(self.path.rpartition("-")[2][:3]), f"no {CANARIES['HF_TOKEN']}")
         self.send_header("Content-Type", "application/xml")
         self.send_header("Content-Length", str(len(body)))
@@ -396,7 +403,6 @@ class TestSecrets:
                 fetch(uri, tmp_path / "x", deadline=1)
             assert canaries(refused.value) == []
 
-    @pytest.mark.xfail(strict=True, reason="`from error` keeps the server's own words, for SCFM_TRACEBACK=1")
     def test_in_no_traceback_when_the_server_repeats_them(
         self, echo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, canaries: Callable[[object], list[str]]
     ) -> None:
@@ -414,7 +420,6 @@ class TestSecrets:
             "http://user:canary-of-the-endpoint@127.0.0.1:9",
             pytest.param(
                 "http://user:canary-of-the-endpoint@127.0.0.1:9/?sig=canary-of-the-query",
-                marks=pytest.mark.xfail(strict=True, reason="botocore repeats an endpoint that is no valid one"),
             ),
         ],
     )
@@ -441,13 +446,11 @@ class TestSecrets:
         monkeypatch.setenv("EMPTY_TOKEN", "")
         assert scrub("fax: /data/shards") == "fax: /data/shards"
 
-    @pytest.mark.xfail(strict=True, reason="scrub replaces the values in the environment's order")
     def test_scrub_takes_the_longer_of_two(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("FIRST_TOKEN", "4711-hush")
         monkeypatch.setenv("SECOND_TOKEN", "4711-hush-hush")
         assert "hush" not in scrub("4711-hush-hush")
 
-    @pytest.mark.xfail(strict=True, reason="_said cuts at 300 characters before it scrubs")
     def test_a_message_is_not_cut_within_a_secret(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("MY_TOKEN", "hush" * 20)
         for length in range(200, 320):

@@ -68,19 +68,15 @@ SECRETS = [
     f"https://user:{SECRET}@[host/x",
     pytest.param(
         f"file://user:{SECRET}@host/x",
-        marks=pytest.mark.xfail(strict=True, reason="refuse_uri repeats what follows file://"),
     ),
     pytest.param(
         f"https://user:{SECRET}@ex℀mple/x",
-        marks=pytest.mark.xfail(strict=True, reason="urlsplit's own message repeats the netloc"),
     ),
     pytest.param(
         f"user:{SECRET}@host://x",
-        marks=pytest.mark.xfail(strict=True, reason="what stands before :// is repeated, whatever it is"),
     ),
     pytest.param(
         f"https:/user:{SECRET}@host/x",
-        marks=pytest.mark.xfail(strict=True, reason="one slash too few: taken for a path, and stored"),
     ),
 ]
 
@@ -99,12 +95,14 @@ def test_commands(uri: str) -> None:
 
 @pytest.mark.parametrize("uri", SCHEMES_OF_NO_USE)
 def test_other_schemes(uri: str) -> None:
-    with pytest.raises(ValueError, match=r"^here: scheme .* is not known; a path, or one of s3, https"):
+    with pytest.raises(
+        ValueError, match=r"^here: (scheme .*|what stands before ://|commands.*) (is|are) not (known|run)"
+    ):
         refuse_uri(uri, "here")
 
 
 def test_the_path_of_a_file_is_named() -> None:
-    with pytest.raises(ValueError, match=r"^here: write the path itself, '/data/x', without file://"):
+    with pytest.raises(ValueError, match=r"^here: write the path itself, without file://"):
         refuse_uri("file:///data/x", "here")
 
 
@@ -114,12 +112,10 @@ def test_an_address_without_a_host(uri: str) -> None:
         refuse_uri(uri, "here")
 
 
-@pytest.mark.xfail(strict=True, reason="abfs://container@account.dfs... is Azure's own form, and no password")
 def test_azures_form_of_an_address() -> None:
     refuse_uri("abfs://container@account.dfs.core.windows.net/prefix", "here")
 
 
-@pytest.mark.xfail(strict=True, reason="fsspec reads s3://bucket/x, silently, and drops the rest")
 @pytest.mark.parametrize("uri", ["s3://bucket/x::file:///etc/passwd", "https://host/x::github://org:repo@main/x"])
 def test_chains_of_fsspec(uri: str) -> None:
     with pytest.raises(ValueError, match="here"):
@@ -187,7 +183,6 @@ class TestThroughARecipe:
         }
 
 
-@pytest.mark.xfail(strict=True, reason="pydantic's error, its cause, prints the input; SCFM_TRACEBACK=1 shows it")
 def test_no_secret_in_the_traceback(tree: dict[str, Any]) -> None:
     tree["data"] = {"resolution": [16, 16], "path": f"https://user:{SECRET}@host/x"}
     with pytest.raises(UserError, match="every checkpoint") as refused:
@@ -195,7 +190,6 @@ def test_no_secret_in_the_traceback(tree: dict[str, Any]) -> None:
     assert SECRET not in "".join(traceback.format_exception(refused.value))
 
 
-@pytest.mark.xfail(strict=True, reason="_explain prints what it got where a section should stand")
 @pytest.mark.parametrize(
     "sources",
     [
@@ -252,13 +246,12 @@ class TestExpand:
 
     @pytest.mark.parametrize("uri", ["{0..1000000}.tar", "{0..1999}/{0..1999}.tar"])
     def test_millions(self, uri: str) -> None:
-        with pytest.raises(UserError, match=r"^here: '.*' names more than 1000000 shards"):
+        with pytest.raises(UserError, match=r"^here: .* names? more than 1000000 shards"):
             expand(uri, "here")
 
     def test_a_million_is_allowed(self) -> None:
         assert len(expand("{000000..999999}.tar", "here")) == 1_000_000
 
-    @pytest.mark.xfail(strict=True, reason="braceexpand writes a range out before its length is looked at: MemoryError")
     def test_billions_cost_no_memory(self) -> None:
         """In a process that may have one gigabyte more than it has."""
         process = multiprocessing.get_context("fork").Process(
@@ -269,7 +262,6 @@ class TestExpand:
         process.kill()
         assert process.exitcode == REFUSED
 
-    @pytest.mark.xfail(strict=True, reason="braceexpand recurses: RecursionError, with a traceback")
     def test_braces_in_braces_in_braces(self) -> None:
         with pytest.raises(UserError, match=r"^here"):
             expand("{a," * 2000 + "}" * 2000, "here")
