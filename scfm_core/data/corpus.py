@@ -4,6 +4,8 @@ import bisect
 import hashlib
 import json
 import mmap
+import os
+import time
 from collections import OrderedDict
 from pathlib import Path
 
@@ -25,6 +27,9 @@ from scfm_core.errors import UserError
 
 _OF_DECODERS = (SafetensorError, ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError)
 """What bytes that are no text, JSON or tensors make of decoders; RecursionError is a RuntimeError."""
+
+_CHECKED = -1
+"""In the table of shards; 0 is not yet, else the process that is fetching or hashing it."""
 
 _MOST_OPEN = 64
 """Shards a process keeps open: each holds a descriptor and some megabytes of offsets."""
@@ -64,7 +69,7 @@ class Corpus:
         self.buckets = np.concatenate([self._buckets_of(number) for number in range(len(self.sources))])
         self.fingerprint = self._fingerprint()
         # Shared with the processes forked from this one: each shard is hashed once by all of them.
-        self._checked = mmap.mmap(-1, max(1, len(self._shard_start)))
+        self._checked = np.frombuffer(mmap.mmap(-1, 4 * max(1, len(self._shard_start))), np.int32)
         self._open: OrderedDict[int, Shard] = OrderedDict()
         self._bad: dict[int, str] = {}
 
@@ -119,8 +124,7 @@ class Corpus:
         """Fetch and hash a shard ahead of its use; safe in threads. Errors as `record`."""
         source = self.sources[self._shard_source[shard]]
         if isinstance(source, Source):
-            source.open(self._shard_place[shard], check=self._needs_check(shard)).close()
-            self._checked[shard] = 1
+            self._open_anew(source, shard).close()
 
     def record(self, item: int, sample_id: int = 0) -> Record:
         """A sample.
@@ -184,18 +188,37 @@ class Corpus:
         source = self.sources[self._shard_source[shard]]
         assert isinstance(source, Source)
         try:
-            opened = source.open(self._shard_place[shard], check=self._needs_check(shard))
+            opened = self._open_anew(source, shard)
         except BadData as error:
             self._bad[shard] = str(error)  # quarantined: it is not read again
             raise
-        self._checked[shard] = 1
         self._open[shard] = opened
         if len(self._open) > _MOST_OPEN:
             self._open.popitem(last=False)[1].close()
         return opened
 
-    def _needs_check(self, shard: int) -> bool:
-        return self.config.verify and not self._checked[shard]
+    def _open_anew(self, source: Source, shard: int) -> Shard:
+        check = self._claim(shard)
+        try:
+            opened = source.open(self._shard_place[shard], check=check and self.config.verify)
+        except BaseException:
+            if check:
+                self._checked[shard] = 0
+            raise
+        self._checked[shard] = _CHECKED
+        return opened
+
+    def _claim(self, shard: int) -> bool:
+        """Whether this process is to fetch and hash a shard; if another is at it, wait for it."""
+        own, end = os.getpid(), time.monotonic() + self.config.cache.timeout
+        while (holder := int(self._checked[shard])) not in (0, own, _CHECKED) and time.monotonic() < end:
+            if not _is_alive(holder):
+                break
+            time.sleep(0.002)
+        if holder == _CHECKED:
+            return False
+        self._checked[shard] = own
+        return True
 
     def _image_record(self, shard: Shard, at: int, source: SourceConfig, size: Size, sample_id: int) -> Record:
         content = next((found for name in source.image if (found := shard.read(at, name)) is not None), None)
@@ -315,6 +338,14 @@ class Corpus:
                 content = json.dumps([[e.sha256, e.samples, e.bytes] for e in source.manifest.shards])
             digest.update(f"{config.name}:{content}\n".encode())
         return digest.hexdigest()
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        # The third field of `stat`: a killed child is a zombie until its parent looks.
+        return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][:1] != "Z"
+    except OSError:
+        return False
 
 
 def nearest_size(size: Size, sizes: tuple[Size, ...]) -> int:

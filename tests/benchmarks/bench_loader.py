@@ -148,7 +148,14 @@ class Arms:
 
         urls = [f"{self.base}/tars/shard-{number:06d}.tar" for number in range(self.shards)]
         if self.base.startswith("s3://"):  # it has no S3 of its own; curl from the same server is the quickest it can
-            urls = [url.replace("s3://", f"{os.environ['S3_ENDPOINT_URL']}/") for url in urls]
+            import boto3
+
+            client = boto3.client("s3", endpoint_url=os.environ["S3_ENDPOINT_URL"])
+            places = [url.removeprefix("s3://").partition("/") for url in urls]
+            urls = [
+                client.generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": key})
+                for bucket, _, key in places
+            ]
         dataset = webdataset.WebDataset(urls, shardshuffle=len(urls), empty_check=False).shuffle(1000)
         dataset = dataset.map(lambda row: decode(row, row["__key__"], self.size)).batched(
             self.batch, collation_fn=stack, partial=False
