@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ def index(
     *,
     timeout: float,
     threads: int = 4,
+    max_bad_fraction: float = 0.0,
     progress: Progress = lambda items, total: items,
 ) -> Manifest:
     """Make the manifest of a source's shards.
@@ -53,6 +55,8 @@ def index(
         output: the manifest's path, or the folder for it; written over. `default_output` has a good one.
         timeout: seconds for one download, attempts and pauses included.
         threads: shards that are read at a time; each downloaded one takes its size of the temporary folder (TMPDIR).
+        max_bad_fraction: share of samples whose size may be unreadable; they count as of the size of the one before, and
+            are met again in training, whose `data.max_bad_fraction` bears them.
         progress: wraps the shards to show a bar; called with (shards, their number).
 
     Returns:
@@ -85,7 +89,9 @@ def index(
         finally:
             pool.shutdown(cancel_futures=True)
     in_order = [readings[name] for name in reader.names]
-    _refuse_problems(source, [problem for reading in in_order for problem in reading.problems])
+    bad = sum(len(reading.bad) for reading in in_order)
+    borne = bad <= max_bad_fraction * sum(reading.entry.samples for reading in in_order if reading.entry is not None)
+    _refuse_problems(source, [line for each in in_order for line in (*each.problems, *(() if borne else each.bad))])
     if {True, False} <= set().union(*(reading.cached for reading in in_order)):
         raise UserError(f"data: the shards of {source.uri} mix cached samples and images. Keep them apart")
     entries = tuple(reading.entry for reading in in_order if reading.entry is not None)
@@ -121,6 +127,8 @@ class _Reading:
     cached: set[bool] = field(default_factory=set)
     """Whether its samples are cached ones; of a mixture, both."""
     problems: list[str] = field(default_factory=list)
+    bad: list[str] = field(default_factory=list)
+    """Its samples whose size cannot be told."""
     absent: bool = False
     """It could not be had, whatever it holds."""
 
@@ -224,20 +232,28 @@ class _Reader:
             raise BadData(f"data: shard {where} holds no sample")
         if isinstance(shard, TarShard):
             _refuse_early_end(file, shard)
-        sizes: list[Size] = []
+        sizes: list[Size | None] = []
         for at in range(len(shard)):
             try:
                 size, cached = _size_of(shard, at, self.source)
             except BadData as error:
-                reading.problems.append(_plain(error))
+                reading.bad.append(_plain(error))
+                sizes.append(None)
             else:
                 sizes.append(size)
                 reading.cached.add(cached)
-        if not reading.problems:
-            size_of_file = file.seek(0, os.SEEK_END)
+        known_sizes = [size for size in sizes if size is not None]
+        if known_sizes:
+            before = accumulate(sizes, lambda last, size: size or last, initial=known_sizes[0])
             reading.entry = ShardEntry(
-                name=reading.name, samples=len(sizes), bytes=size_of_file, sha256=digest, sizes=runs_of(sizes)
+                name=reading.name,
+                samples=len(sizes),
+                bytes=file.seek(0, os.SEEK_END),
+                sha256=digest,
+                sizes=runs_of([size for size in before if size is not None][1:]),
             )
+        else:
+            reading.problems, reading.bad = [*reading.problems, *reading.bad], []
 
 
 def _opened(file: Any, where: str, description: dict[str, Any] | None = None) -> Shard:

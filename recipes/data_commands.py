@@ -199,7 +199,14 @@ def _index(arguments: argparse.Namespace) -> None:
     if others:
         raise UserError(f"{arguments.source} has several sources; index their shards one by one")
     output = arguments.output or default_output(source)
-    manifest = index(source, output, timeout=config.cache.timeout, threads=arguments.threads, progress=_bar("index"))
+    manifest = index(
+        source,
+        output,
+        timeout=config.cache.timeout,
+        threads=arguments.threads,
+        max_bad_fraction=config.max_bad_fraction,
+        progress=_bar("index"),
+    )
     print(f"{manifest.samples} samples in {len(manifest.shards)} shards, of {len(manifest.sizes)} sizes: {output}")
 
 

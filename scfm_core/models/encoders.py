@@ -24,6 +24,8 @@ class TextEncoders:
         from diffusers.utils import logging
 
         logging.disable_progress_bar()  # of "loading components"; every start would print it
+        # A caption beyond 77 tokens is cut for CLIP, not for T5: as it should be, but said of every single one.
+        logging.get_logger("diffusers.pipelines.flux.pipeline_flux").setLevel(logging.ERROR)
         self.text_length = text_length
         self.device = torch.device(device)
         try:

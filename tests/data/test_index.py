@@ -351,6 +351,21 @@ class TestFaults:
         with pytest.raises(UserError, match=rf"ends at byte {third.offset} of"):
             index(source(tmp_path), tmp_path, timeout=5)
 
+    def test_a_share_of_unreadable_images_is_borne(self, tmp_path):
+        """They count as of the size of the one before, and are met in training."""
+        folder = write_tars(tmp_path / "tars")
+        with tarfile.open(folder / "000.tar") as tar:
+            place = tar.getmember("00002.png").offset_data
+        with (folder / "000.tar").open("r+b") as file:
+            file.seek(place)
+            file.write(b"no image")
+        with pytest.raises(UserError, match=r"1 shards or samples.*\n.*'00002'"):
+            index(source(folder), folder, timeout=5, max_bad_fraction=1 / 16)
+        manifest = index(source(folder), folder, timeout=5, max_bad_fraction=1 / 15)
+        assert manifest.samples == 15
+        assert manifest.shards[0].sizes == ((16, 24, 3), (16, 16, 1), (16, 24, 1))
+        assert manifest.shards[1].sizes == ((16, 24, 2), (24, 16, 1), (16, 16, 1), (16, 24, 1))
+
     def test_many_are_counted_and_twenty_shown(self, tmp_path):
         self.write_bad(tmp_path, count=40)
         with pytest.raises(UserError) as raised:

@@ -10,6 +10,7 @@ from recipes.demo import make_assets
 from scfm_core.train.config import find_recipe, load_config
 
 CONFIGS = sorted(find_recipe("flux_dev_lora").parent.rglob("*.yaml"))
+DATA = sorted((find_recipe("flux_dev_lora").parents[1] / "data").rglob("*.yaml"))
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +49,23 @@ def test_header_states_command_hardware_hours_and_loss(path):
     for word in ("command:", "hardware:", "hours:", "expect:"):
         assert word in header, word
     assert load_config(path).run.dir.startswith("runs/")
+
+
+def test_all_promised_data_recipes_are_there():
+    names = {path.stem for path in DATA}
+    assert names >= {"laion_pop", "self_generated", "fewshot_10", "cc12m_mds", "digits"}
+
+
+@pytest.mark.parametrize("path", DATA, ids=lambda path: path.stem)
+def test_data_recipe_is_swapped_in_by_one_argument(path, demo_root, monkeypatch, capsys):
+    """As the command in its header says."""
+    header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
+    assert "make:" in header
+    use = re.search(r"use: +scfm train (\S+) data=(\S+)(.*)", header)
+    assert use and use[2] == path.name
+    monkeypatch.chdir(demo_root)
+    assert main(["train", use[1], f"data={use[2]}", *use[3].replace("'", "").split(), "--dry-run"]) == 0
+    assert "memory" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["tiny_pretrain", "tiny_distill"])
