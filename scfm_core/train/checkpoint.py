@@ -29,7 +29,7 @@ from scfm_core.errors import UserError
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
-FORMAT = 2
+FORMAT = 3
 _FAILURES = (OSError, RuntimeError, CheckpointException)
 
 Write = Callable[[Path, World], Callable[[], object]]

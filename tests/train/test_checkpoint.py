@@ -134,7 +134,7 @@ class TestRoundTrip:
     def test_manifest_lists_every_other_file(self, run_dir):
         path = checkpoint_path(run_dir, 2)
         manifest = json.loads((path / MANIFEST).read_text())
-        assert (manifest["step"], manifest["format"]) == (2, 2)
+        assert (manifest["step"], manifest["format"]) == (2, 3)
         files = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
         assert {MANIFEST, *manifest["files"]} == files == {MANIFEST, *FILES}
 
@@ -200,7 +200,7 @@ for _name in FILES:
     }
 DAMAGE |= {
     "no tensors": lambda folder: shutil.rmtree(folder / DCP_FOLDER),
-    "manifest that lists nothing": lambda folder: (folder / MANIFEST).write_text('{"format": 2, "files": {}}'),
+    "manifest that lists nothing": lambda folder: (folder / MANIFEST).write_text('{"format": 3, "files": {}}'),
     "manifest without the state": lambda folder: rewrite_manifest(folder, lambda m: m["files"].pop("state.json")),
     "manifest without sizes": lambda folder: rewrite_manifest(folder, lambda m: m["files"]["state.json"].pop("bytes")),
     "manifest without files": lambda folder: rewrite_manifest(folder, lambda m: m.pop("files")),
@@ -311,14 +311,14 @@ class TestOtherFormats:
         with pytest.raises(UserError) as caught:
             load_checkpoint(checkpoint_path(run_dir, 2))
         message = str(caught.value)
-        assert "step_00000002 has checkpoint format 1; this version of scfm reads 2" in message
+        assert "step_00000002 has checkpoint format 1; this version of scfm reads 3" in message
         assert "damaged" not in message
         assert "not a complete" not in message
 
-    @pytest.mark.parametrize("number", [3, "2", None, [2]])
+    @pytest.mark.parametrize("number", [4, "3", None, [3]])
     def test_one_to_come_is_refused(self, run_dir, number):
         rewrite_manifest(checkpoint_path(run_dir, 2), lambda manifest: manifest.update(format=number))
-        with pytest.raises(UserError, match=r"has checkpoint format .*; this version of scfm reads 2"):
+        with pytest.raises(UserError, match=r"has checkpoint format .*; this version of scfm reads 3"):
             load_checkpoint(checkpoint_path(run_dir, 2))
 
     def test_a_run_of_the_first_version_is_not_started_over(self, tmp_path):
@@ -327,7 +327,7 @@ class TestOtherFormats:
         warnings = []
         with pytest.raises(UserError, match=r"none of the 2 checkpoints .*--resume never"):
             find_checkpoint(tmp_path, warnings.append)
-        assert all("has checkpoint format 1; this version of scfm reads 2" in warning for warning in warnings)
+        assert all("has checkpoint format 1; this version of scfm reads 3" in warning for warning in warnings)
         assert len(warnings) == 2
 
 
