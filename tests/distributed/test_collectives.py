@@ -98,7 +98,7 @@ def test_what_a_step_sends(name, weights, tiny, tmp_path):
     if name == "one process":
         assert not any(parts.values())
         return
-    assert parts["metrics"] == {"all-reduce": (1, 8 * (24 + 3))}
+    assert parts["metrics"] == {"all-reduce": (1, 8 * (24 + 5))}  # losses; signals, and how the data are
     if name == "replicas":  # one all-reduce of the trained weights' gradients, and nothing else
         assert parts["passes"] == parts["backward"] == parts["update"] == {}
         assert parts["reduce"] == {"all-reduce": (1, trained)}
