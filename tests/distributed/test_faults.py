@@ -458,7 +458,7 @@ def cli_that_fills_the_disk(tree: dict[str, Any]) -> int:
     """In a rank: `scfm train`, during whose first step the disk becomes full to the last byte."""
     from scfm_core.train.trainer import Trainer
 
-    step = Trainer._step
+    step = Trainer._finish_step
     disk = Path(tree["run"]["dir"]).parent
 
     def full(self: Trainer, *arguments: Any) -> Any:
@@ -467,7 +467,7 @@ def cli_that_fills_the_disk(tree: dict[str, Any]) -> int:
             fill(disk, 0)
         return row
 
-    Trainer._step = full  # type: ignore[method-assign]
+    Trainer._finish_step = full  # type: ignore[method-assign]
     return cli_beside_the_disk(tree)
 
 

@@ -61,9 +61,9 @@ def test_a_fault_on_one_rank_is_skipped_by_all(name, weights, tiny, tmp_path):
         assert ["skipped" in row for row in rows] == [False, False, True, False, True, False]
         assert "nan" in rows[2]["skipped"] and "10 x" in rows[4]["skipped"]
         assert rows[2]["sample_ids"] == list(range(16, 24)) and rows[4]["sample_ids"] == list(range(32, 40))
-        # Rank 1's rows of micro-batches of 2: every other pair.
-        assert rows[2]["suspects"] == [18, 19, 22, 23]
-        assert set(rows[4]["suspects"]) <= {32, 33, 36, 37}
+        # Rank 0 has the first half of each global batch, rank 1 the second.
+        assert rows[2]["suspects"] == [20, 21, 22, 23]
+        assert set(rows[4]["suspects"]) <= {32, 33, 34, 35}
         assert [row["samples"] for row in rows] == [8, 16, 24, 32, 40, 48]
         everything = ["ema_fast", "ema_slow", "exp_avg", "exp_avg_sq", "student"]
         assert result["changed"] == [everything, everything, [], everything, [], everything]
