@@ -49,6 +49,16 @@ class EncodeConfig:
                 f"{self.samples_per_shard} and {self.text_length}"
             )
 
+    def parameters(self, family: Flux) -> dict[str, object]:
+        """What of it decides a cache's content, with the model whose encoders are used."""
+        return {
+            "encoder": encoder_fingerprint(family.folder),
+            "text_length": self.text_length,
+            "keep_padding": self.keep_padding,
+            "dtype": str(self.dtype),
+            "samples_per_shard": self.samples_per_shard,
+        }
+
 
 class CacheWriter:
     """Turns latents and captions into cached samples; the padding that is trimmed lies beside the shards.
@@ -156,11 +166,7 @@ def encode(
         "data": corpus.fingerprint,
         "fields": [[config.image, dict(config.captions)] for config in corpus.configs],
         "sizes": corpus.sizes,
-        "encoder": encoder_fingerprint(family.folder),
-        "text_length": config.text_length,
-        "keep_padding": config.keep_padding,
-        "dtype": str(config.dtype),
-        "samples_per_shard": config.samples_per_shard,
+        **config.parameters(family),
     }
     job = Job(output, parameters)  # before the encoders are loaded, which takes minutes
     if job.finished is not None:

@@ -21,7 +21,7 @@ from scfm_core.flow.sampler import euler_sample
 from scfm_core.flow.schedule import dynamic_shift, sigma_grid
 from scfm_core.models.encoders import TextEncoders
 from scfm_core.models.flux import Flux
-from scfm_core.models.weights import encoder_fingerprint, network_fingerprint
+from scfm_core.models.weights import network_fingerprint
 
 # Out of reach of a run's sample ids: a run of the same seed must not draw the very noise that its latents came from.
 FIRST_ID = 1 << 62
@@ -79,12 +79,8 @@ def generate(
         "shift": shift,
         "guidance": guidance,
         "seed": seed,
-        "encoder": encoder_fingerprint(family.folder),
         "network": network_fingerprint(family.folder),
-        "text_length": config.text_length,
-        "keep_padding": config.keep_padding,
-        "dtype": str(config.dtype),
-        "samples_per_shard": config.samples_per_shard,
+        **config.parameters(family),
     }
     job = Job(output, parameters)  # before the weights are loaded, which takes minutes
     if job.finished is not None:

@@ -107,7 +107,7 @@ class ShardCache:
 
     def _touch(self, copy: Path) -> bool:
         """Mark as used now; whether it is there."""
-        with contextlib.suppress(PermissionError, OSError):  # the cache may be read-only
+        with contextlib.suppress(OSError):  # the cache may be read-only
             os.utime(copy)
         return copy.exists()
 
