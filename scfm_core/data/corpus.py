@@ -7,6 +7,7 @@ import mmap
 import os
 import time
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -126,12 +127,18 @@ class Corpus:
         if isinstance(source, Source):
             self._open_anew(source, shard).close()
 
-    def record(self, item: int, sample_id: int = 0) -> Record:
+    @property
+    def paddings(self) -> list[Tensor | None]:
+        """What fills up the trimmed texts of each source, [L, D]."""
+        return [source.padding if isinstance(source, Source) else None for source in self.sources]
+
+    def record(self, item: int, sample_id: int = 0, *, padded: bool = True) -> Record:
         """A sample.
 
         Args:
             item: its number.
             sample_id: its place in the stream, which decides between several captions.
+            padded: fill up a trimmed text; off: leave that to whoever has `paddings`.
 
         Raises:
             BadData: if its content is unusable; the message names shard and key.
@@ -145,7 +152,8 @@ class Corpus:
         shard = self._opened(place)
         try:
             if self.is_cached:
-                return _cached_record(shard, at, source.padding)
+                record = _cached_record(shard, at, number, source.padding)
+                return _filled_up(record, source.padding) if padded else record
             return self._image_record(shard, at, source.config, size, sample_id)
         except BadData:
             raise
@@ -362,7 +370,8 @@ def nearest_size(size: Size, sizes: tuple[Size, ...]) -> int:
     )
 
 
-def _cached_record(shard: Shard, at: int, padding: Tensor | None) -> Record:
+def _cached_record(shard: Shard, at: int, source: int, padding: Tensor | None) -> Record:
+    """With the text as it is stored."""
     content, caption = shard.read(at, "safetensors"), shard.read(at, "txt")
     key = shard.key(at)
     if content is None or caption is None:
@@ -371,9 +380,23 @@ def _cached_record(shard: Shard, at: int, padding: Tensor | None) -> Record:
         )
     tensors: dict[str, Tensor] = load(content)
     text = tensors["text"]
-    if padding is not None:
-        text = torch.cat([text, padding[len(text) :].to(text.dtype)])
-    return Record(key=key, caption=caption.decode(), latents=tensors["latents"], text=text, pooled=tensors["pooled"])
+    if padding is not None and (len(text) > len(padding) or text.shape[1:] != padding.shape[1:]):
+        raise ValueError(f"its text of {tuple(text.shape)} does not fit the padding of {tuple(padding.shape)}")
+    return Record(
+        key=key,
+        caption=caption.decode(),
+        latents=tensors["latents"],
+        text=text,
+        pooled=tensors["pooled"],
+        padding=None if padding is None else source,
+    )
+
+
+def _filled_up(record: Record, padding: Tensor | None) -> Record:
+    if padding is None or record.text is None:
+        return record
+    text = torch.cat([record.text, padding[len(record.text) :].to(record.text.dtype)])
+    return replace(record, text=text, padding=None)
 
 
 def _shard_counts(source: Source | ImageFolder) -> list[int]:

@@ -105,7 +105,7 @@ class _Samples(TorchDataset):  # type: ignore[type-arg]
         bad: list[str] = []
         for item in (pick.item, *pick.spares):
             try:
-                return pick, self.corpus.record(item, pick.sample_id), bad
+                return pick, self.corpus.record(item, pick.sample_id, padded=False), bad
             except BadData as error:
                 bad.append(str(error))
             except UserError as error:
@@ -182,7 +182,8 @@ def batches(
 class _FetchAhead:
     """A process that downloads and hashes shards before the workers need them.
 
-    It goes through the same picks, at most a shuffle block and half of the cache's limit ahead of the training.
+    It goes through the same picks, at most two shuffle blocks and half of the cache's limit ahead of the training. Two,
+    since a block's first batch needs nearly all of the block's shards.
     """
 
     def __init__(self, corpus: Corpus, picks: Picks) -> None:
@@ -212,7 +213,7 @@ class _FetchAhead:
         corpus, limit = self.corpus, self.corpus.config.cache.limit_gb
         most_bytes = float("inf") if limit is None else limit * 1e9 / 2
         block = corpus.config.shuffle_block // self.picks.world_size
-        most_batches = max(16, block // self.picks.micro_batch_size)
+        in_use = max(16, block // self.picks.micro_batch_size)
         window: deque[tuple[int, int]] = deque()  # (micro-batch that needs it first, shard), of those asked for
 
         def is_ahead(number: int, new: bool) -> bool:
@@ -221,10 +222,10 @@ class _FetchAhead:
                 os._exit(0)  # the training process was killed
             done = self._done
             # A shard is used for about a block's length after its first sample.
-            while window and window[0][0] + most_batches < done:
+            while window and window[0][0] + in_use < done:
                 window.popleft()
             held = sum(corpus.shard_bytes(known) for _, known in window)
-            return number > done + most_batches or (new and bool(window) and held >= most_bytes)
+            return number > done + 2 * in_use or (new and bool(window) and held >= most_bytes)
 
         with ThreadPoolExecutor(_FETCHERS) as pool:
             for number, micro_batch in enumerate(self.picks):

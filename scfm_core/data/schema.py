@@ -38,9 +38,49 @@ class Record:
     caption: str
     latents: Tensor | None = None
     text: Tensor | None = None
+    """[n, D]: all of the model's text length, or what a padding fills up to it."""
     pooled: Tensor | None = None
+    padding: int | None = None
+    """Which of the corpus's paddings fills up `text`; None if it is whole."""
     image: Tensor | None = None
     """fp32 [3, H, W] in [-1, 1]."""
+
+
+@dataclass(frozen=True)
+class PackedText:
+    """Text embeddings of a batch one after another, without their padding, which is added on the device.
+
+    The padding is most of the bytes (L = 512 tokens, a caption has some 60), so it is not carried from process to process.
+    """
+
+    tokens: Tensor
+    """[sum of lengths, D]."""
+    lengths: list[int]
+    """B rows."""
+    paddings: list[int | None]
+    """Which padding fills up each row; None if it is whole."""
+
+    def padded(self, paddings: Sequence[Tensor | None], device: torch.device | str = "cpu") -> Tensor:
+        """The embeddings as the network takes them.
+
+        Args:
+            paddings: those of the corpus, [L, D] each, on `device`.
+            device: of the result.
+
+        Returns:
+            [B, L, D] on `device`, of the tokens' dtype.
+        """
+        tokens = self.tokens.to(device)
+        if set(self.paddings) == {None}:
+            return tokens.view(len(self.lengths), -1, tokens.shape[1])
+        length = next(len(p) for n in self.paddings if n is not None and (p := paddings[n]) is not None)
+        text = tokens.new_empty(len(self.lengths), length, tokens.shape[1])
+        for row, own, number in zip(text, tokens.split(self.lengths), self.paddings, strict=True):
+            row[: len(own)] = own
+            padding = None if number is None else paddings[number]
+            if padding is not None:
+                row[len(own) :] = padding[len(own) :]
+        return text
 
 
 @dataclass(kw_only=True)
@@ -52,7 +92,7 @@ class Batch:
     keys: list[str]
     captions: list[str]
     latents: Tensor | None
-    text: Tensor | None
+    text: PackedText | None
     pooled: Tensor | None
     images: Tensor | None
     bad: list[str] = field(default_factory=list)
@@ -69,25 +109,37 @@ def collate(sample_ids: Sequence[int], records: Sequence[Record]) -> Batch:
         UserError: if their shapes differ (one batch holds one size).
     """
 
-    def stack(name: str) -> Tensor | None:
-        tensors = [getattr(record, name) for record in records]
-        if tensors[0] is None:
-            return None
-        shapes = {tuple(tensor.shape) for tensor in tensors}
+    def check(name: str, shapes: set[tuple[int, ...]]) -> None:
         if len(shapes) > 1:
             keys = ", ".join(record.key for record in records[:4])
             raise UserError(
                 f"data: a batch needs {name} of one shape, but samples {keys} ... have {sorted(shapes)}. "
                 f"Set data.buckets"
             )
+
+    def stack(name: str) -> Tensor | None:
+        tensors = [getattr(record, name) for record in records]
+        if tensors[0] is None:
+            return None
+        check(name, {tuple(tensor.shape) for tensor in tensors})
         return torch.stack(tensors)
+
+    def pack() -> PackedText | None:
+        texts = [record.text for record in records if record.text is not None]
+        if not texts:
+            return None
+        check(
+            "text", {tuple(text.shape) for text, record in zip(texts, records, strict=True) if record.padding is None}
+        )
+        check("text", {tuple(text.shape[1:]) for text in texts})
+        return PackedText(torch.cat(texts), [len(text) for text in texts], [record.padding for record in records])
 
     return Batch(
         sample_ids=torch.tensor(sample_ids, dtype=torch.int64),
         keys=[record.key for record in records],
         captions=[record.caption for record in records],
         latents=stack("latents"),
-        text=stack("text"),
+        text=pack(),
         pooled=stack("pooled"),
         images=stack("image"),
     )

@@ -248,6 +248,7 @@ class BatchEncoder:
         self.device = device
         self.text: TextEncoders | None = None
         self.vae: Autoencoder | None = None
+        self.paddings = [None if padding is None else padding.to(device) for padding in corpus.paddings]
         if corpus.is_cached:
             check_cache(config, family, corpus)
         else:
@@ -258,7 +259,8 @@ class BatchEncoder:
         """Latents fp32 [B, C, H, W] and conditioning."""
         if batch.latents is not None:
             assert batch.text is not None and batch.pooled is not None
-            cond = Conditioning(text=batch.text, pooled=batch.pooled).to(self.device)
+            text = batch.text.padded(self.paddings, self.device)
+            cond = Conditioning(text=text, pooled=batch.pooled.to(self.device))
             return batch.latents.to(self.device, torch.float32), cond
         assert batch.images is not None and self.vae is not None and self.text is not None
         return self.vae.encode(batch.images.to(self.device)).float(), self.text.encode(batch.captions)

@@ -1,12 +1,15 @@
 """Samples a second of this loader, of raw webdataset and of raw mosaicml-streaming, over the same records.
 
-    python tests/benchmarks/bench_loader.py [--repeats 5] [--samples 1500] [--workers 2] [--s3] [--json PATH]
+    python tests/benchmarks/bench_loader.py [--repeats 5] [--samples 1500] [--workers 2] [--window 256] [--s3]
+        [--json PATH]
 
 Two kinds of records: cached latents and embeddings of Flux at 512 x 512 (bf16; captions of 20 to 120 T5 tokens, trimmed),
-and JPEG images of 512 x 512 (crops of scikit-learn's photographs). All arms shuffle, decode with the same functions, collate
-into the same batches, and run in a DataLoader of as many workers; their order is what differs. Arms are interleaved, each
-repeat begins with empty caches of the libraries (with `--s3`: a local S3 server that shares the machine's cores), and
-medians are printed, as ratios to raw webdataset.
+and JPEG images of 512 x 512 (crops of scikit-learn's photographs). All arms shuffle within a window of as many samples (far
+fewer than the set's, as in a real run, so that nobody needs all of it before the first batch), decode with the same
+functions and run in a DataLoader of as many workers; their order is what differs, and that ours adds the padding of the
+texts where the batch is used. So the time counts until the whole batch has been copied as to a device. Arms are interleaved,
+each repeat begins with empty caches of the libraries (with `--s3`: a local S3 server that shares the machine's cores), and
+medians are printed, as ratios to the faster one of the libraries.
 """
 
 import argparse
@@ -30,6 +33,7 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load, save
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
@@ -40,11 +44,12 @@ from scfm_core.data.corpus import Corpus
 from scfm_core.data.folder import load_image
 from scfm_core.data.loader import batches
 from scfm_core.data.recipe import CacheConfig, DataConfig, SourceConfig
-from scfm_core.data.schema import Manifest, Record, collate
+from scfm_core.data.schema import Batch, Manifest, Record, collate
 from scfm_core.data.source import PADDING
 from scfm_core.data.webdataset import TarWriter
 
 LENGTH = 256
+SHARDS = 32
 
 
 def cached_fields(number: int, width: int) -> dict[str, bytes]:
@@ -82,7 +87,7 @@ def write(folder: Path, fields: Callable[[int], dict[str, bytes]], samples: int,
     """The records as tars and, packed from those, as MDS."""
     tars = folder / "tars"
     tars.mkdir(parents=True)
-    entries, per_shard = [], max(1, samples // 8)
+    entries, per_shard = [], max(1, samples // SHARDS)
     for first in range(0, samples, per_shard):
         writer = TarWriter(tars / f"shard-{first // per_shard:06d}.tar")
         with writer:
@@ -96,7 +101,7 @@ def write(folder: Path, fields: Callable[[int], dict[str, bytes]], samples: int,
         encoder = {"encoder": "bench", "text_length": LENGTH, "padding": hashlib.sha256(content).hexdigest()}
     Manifest(shards=tuple(entries), **encoder).write(tars / "manifest.json")  # type: ignore[arg-type]
     corpus = Corpus(DataConfig(path=str(tars), resolution=(size, size)))
-    pack(corpus, folder / "mds", to="mds", shard_bytes=max(1 << 16, sum(entry.bytes for entry in entries) // 8))
+    pack(corpus, folder / "mds", to="mds", shard_bytes=max(1 << 16, sum(entry.bytes for entry in entries) // SHARDS))
 
 
 def decode(fields: dict[str, bytes], key: str, size: int) -> Record:
@@ -116,13 +121,27 @@ def stack(records: Sequence[Record]) -> Any:
     return collate(list(range(len(records))), records)
 
 
+def to_device(batch: Batch, paddings: Sequence[Tensor | None]) -> list[Tensor]:
+    """What training would do with a batch: all of it copied, the texts whole."""
+    parts = [tensor.clone() for tensor in (batch.latents, batch.pooled, batch.images) if tensor is not None]
+    if batch.text is not None:
+        whole = set(batch.text.paddings) == {None}
+        text = batch.text.padded(paddings)
+        parts.append(text.clone() if whole else text)
+    return parts
+
+
 class Arms:
     """The three loaders over one set of records."""
 
-    def __init__(self, base: str, scratch: Path, size: int, samples: int, batch: int, workers: int) -> None:
+    def __init__(
+        self, base: str, scratch: Path, size: int, samples: int, batch: int, workers: int, window: int
+    ) -> None:
         self.base, self.scratch, self.size = base, scratch, size
         self.samples, self.batch, self.workers = samples // batch * batch, batch, workers
-        self.shards = max(1, -(-samples // max(1, samples // 8)))
+        self.window = window
+        self.paddings: Sequence[Tensor | None] = []
+        self.shards = max(1, -(-samples // max(1, samples // SHARDS)))
 
     def ours(self, form: str) -> Iterator[Any]:
         """One epoch."""
@@ -131,10 +150,13 @@ class Arms:
             sources=(source,),
             resolution=(self.size, self.size),
             num_workers=self.workers,
+            shuffle_block=self.window,
             cache=CacheConfig(dir=str(self.scratch / "ours")),
         )
+        corpus = Corpus(config)
+        self.paddings = corpus.paddings
         return batches(
-            Corpus(config),
+            corpus,
             seed=0,
             global_batch_size=self.batch,
             micro_batch_size=self.batch,
@@ -143,7 +165,7 @@ class Arms:
         )
 
     def webdataset(self) -> Iterator[Any]:
-        """Raw: shards shuffled, a buffer of 1000 samples, its own cache for S3."""
+        """Raw: shards shuffled, a buffer of samples, its own cache for S3."""
         import webdataset
 
         urls = [f"{self.base}/tars/shard-{number:06d}.tar" for number in range(self.shards)]
@@ -156,14 +178,14 @@ class Arms:
                 client.generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": key})
                 for bucket, _, key in places
             ]
-        dataset = webdataset.WebDataset(urls, shardshuffle=len(urls), empty_check=False).shuffle(1000)
+        dataset = webdataset.WebDataset(urls, shardshuffle=len(urls), empty_check=False).shuffle(self.window)
         dataset = dataset.map(lambda row: decode(row, row["__key__"], self.size)).batched(
             self.batch, collation_fn=stack, partial=False
         )
         return iter(DataLoader(dataset, batch_size=None, num_workers=self.workers))
 
     def streaming(self) -> Iterator[Any]:
-        """Raw: StreamingDataset with its default shuffle."""
+        """Raw: StreamingDataset with its default algorithm."""
         from streaming import StreamingDataset
         from streaming.base.util import clean_stale_shared_memory
 
@@ -178,20 +200,23 @@ class Arms:
 
         remote = f"{self.base}/mds" if self.base.startswith("s3://") else None
         local = str(self.scratch / "streaming") if remote else f"{self.base}/mds"
-        dataset = Decoded(local=local, remote=remote, shuffle=True, batch_size=self.batch)
+        dataset = Decoded(
+            local=local, remote=remote, shuffle=True, shuffle_block_size=self.window, batch_size=self.batch
+        )
         return iter(
             DataLoader(dataset, batch_size=self.batch, num_workers=self.workers, collate_fn=stack, drop_last=True)
         )
 
 
-def time_epoch(start: Callable[[], Iterator[Any]], scratch: Path) -> tuple[float, float]:
+def time_epoch(start: Callable[[], Iterator[Batch]], arms: Arms) -> tuple[float, float]:
     """Samples a second of an epoch: from the start of the workers on, and from the first batch on."""
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
+    shutil.rmtree(arms.scratch, ignore_errors=True)
+    arms.scratch.mkdir()
     began = time.perf_counter()
     count, first_count, first = 0, 0, began
     for batch in start():
         count += len(batch)
+        to_device(batch, arms.paddings)
         if not first_count:
             first, first_count = time.perf_counter(), count
     ended = time.perf_counter()
@@ -209,7 +234,7 @@ def measure(kind: str, place: str, arms: Arms, repeats: int) -> list[dict[str, A
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in starts}
     for _ in range(repeats):
         for name, start in starts.items():
-            found[name].append(time_epoch(start, arms.scratch))
+            found[name].append(time_epoch(start, arms))
     rows = []
     for name, pairs in found.items():
         whole, steady = (statistics.median(pair[column] for pair in pairs) for column in (0, 1))
@@ -238,6 +263,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--width", type=int, default=4096, help="of the text embeddings; smaller for a quick look")
+    parser.add_argument("--window", type=int, default=256, help="samples that are shuffled among each other")
     parser.add_argument("--s3", action="store_true", help="from a local S3 server too")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(argv)
@@ -260,7 +286,15 @@ def main(argv: list[str] | None = None) -> None:
             places["s3"] = "s3://records"
         for place, base in places.items():
             for kind in ("cached", "jpeg"):
-                arms = Arms(f"{base}/{kind}", root / "scratch", side, options.samples, options.batch, options.workers)
+                arms = Arms(
+                    f"{base}/{kind}",
+                    root / "scratch",
+                    side,
+                    options.samples,
+                    options.batch,
+                    options.workers,
+                    options.window,
+                )
                 rows += measure(kind, place, arms, options.repeats)
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}; ", end="")
     print(f"{options.samples} samples, batch {options.batch}, {options.workers} workers, {options.repeats} repeats")

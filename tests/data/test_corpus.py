@@ -28,7 +28,7 @@ from scfm_core.data.cache import file_sha256
 from scfm_core.data.corpus import Corpus, nearest_size
 from scfm_core.data.mds import INDEX, MdsWriter
 from scfm_core.data.recipe import CacheConfig, DataConfig, SourceConfig, aspect_buckets
-from scfm_core.data.schema import MANIFEST, BadData, Manifest, Record, ShardEntry, Size, runs_of
+from scfm_core.data.schema import MANIFEST, BadData, Manifest, Record, ShardEntry, Size, collate, runs_of
 from scfm_core.data.source import PADDING, Source, guess_format, json_value, open_source
 from scfm_core.data.webdataset import TarShard, TarWriter
 from scfm_core.errors import UserError
@@ -929,6 +929,14 @@ class TestCachedRecords:
         for index in range(5):
             text, whole = corpus.record(index).text, make_record(index, dtype).text
             assert bits(text) == bits(torch.cat([whole[:index], self.PADDING[index:].to(dtype)]))
+
+    def test_trimmed_texts_of_a_batch_are_filled_up_later(self, tmp_path):
+        corpus = open_corpus(self.trimmed(tmp_path / "cache"))
+        text = collate(range(5), [corpus.record(index, padded=False) for index in range(5)]).text
+        assert text.lengths == [0, 1, 2, 3, 4]
+        assert len(text.tokens) == 10
+        whole = torch.stack([corpus.record(index).text for index in range(5)])
+        assert bits(text.padded(corpus.paddings)) == bits(whole)
 
     @pytest.mark.parametrize("spoil", [Path.unlink, lambda path: flip(path, -1)], ids=["gone", "damaged"])
     def test_without_their_padding_are_refused(self, tmp_path, spoil):

@@ -20,13 +20,15 @@ from recipes.tiny import write_digits, write_pipeline
 from scfm_core.data.corpus import Corpus
 from scfm_core.data.folder import ImageFolder
 from scfm_core.data.recipe import DataConfig, SourceConfig
-from scfm_core.data.schema import MANIFEST, Manifest, Record
+from scfm_core.data.schema import MANIFEST, Manifest, Record, collate
 from scfm_core.data.source import PADDING
 from scfm_core.data.webdataset import TarWriter
 from scfm_core.errors import UserError
 from scfm_core.models.encoders import Autoencoder, TextEncoders
 from scfm_core.models.flux import Flux
 from scfm_core.models.weights import encoder_fingerprint
+from scfm_core.train.build import BatchEncoder
+from scfm_core.train.config import ModelConfig, RunConfig, RunSection
 
 COUNT, BATCH, LENGTH = 20, 8, 8
 OPTIONS = {"text_length": LENGTH, "batch_size": BATCH, "samples_per_shard": 9}
@@ -217,6 +219,15 @@ class TestPadding:
             assert torch.equal(ours[:length], whole[:length])
             assert torch.equal(ours[length:], empty[length:])
             assert ours.shape == whole.shape
+
+    def test_is_there_again_when_the_network_gets_the_batch(self, cache, family):
+        corpus, items = open_cache(cache), [0, 1, 2, 7]
+        batch = collate(items, [corpus.record(item, padded=False) for item in items])
+        assert len(batch.text.tokens) == sum(3 + item % 3 for item in items)
+        model = ModelConfig(path=str(family.folder), text_length=LENGTH)
+        config = RunConfig(run=RunSection(dir="unused"), model=model, data=corpus.config)
+        _, cond = BatchEncoder(config, family, corpus, torch.device("cpu")).encode(batch)
+        assert torch.equal(cond.text, torch.stack([corpus.record(item).text for item in items]))
 
     def test_costs_most_of_a_cache(self, images, tmp_path, family):
         sizes = []

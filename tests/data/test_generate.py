@@ -196,7 +196,9 @@ class TestContent:
             items = corpus.items_of(size).tolist()
             batch = collate(items, [corpus.record(item) for item in items])
             assert batch.latents.shape == (len(items), *family.latent_shape(*size))
-            cond = Conditioning(text=batch.text, pooled=batch.pooled, guidance=torch.full((len(items),), 1.0))
+            cond = Conditioning(
+                text=batch.text.padded([]), pooled=batch.pooled, guidance=torch.full((len(items),), 1.0)
+            )
             velocity = family.velocity(network, batch.latents, torch.full((len(items),), 0.5), cond)
             assert velocity.shape == batch.latents.shape
             assert velocity.isfinite().all()
