@@ -87,7 +87,7 @@ def open_corpus(source: str, overrides: list[str], **changes: Any) -> "Corpus":
     """
     from scfm_core.data.corpus import Corpus
     from scfm_core.data.source import open_source
-    from scfm_core.train.config import load_data_config
+    from scfm_core.train.parse import load_data_config
 
     changes = {key: value for key, value in changes.items() if value is not None}
     config = load_data_config(source, overrides, changes)
@@ -192,7 +192,7 @@ def _add_index(parser: argparse.ArgumentParser) -> None:
 
 def _index(arguments: argparse.Namespace) -> None:
     from data_tools.index import default_output, index
-    from scfm_core.train.config import load_data_config
+    from scfm_core.train.parse import load_data_config
 
     config = load_data_config(arguments.source, arguments.overrides, {})
     [source, *others] = config.mixture()

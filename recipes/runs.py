@@ -10,7 +10,8 @@ from scfm_core.models.student import FullModel, LoRAModel
 from scfm_core.models.weights import network_fingerprint
 from scfm_core.train.build import build_family, build_model, resolve_device
 from scfm_core.train.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
-from scfm_core.train.config import RunConfig, load_config
+from scfm_core.train.config import RunConfig
+from scfm_core.train.parse import load_config
 
 
 def open_run(run_dir: Path, overrides: list[str]) -> RunConfig:

@@ -14,8 +14,9 @@ from scfm_core.distributed.world import World, join_world, launched_size
 from scfm_core.errors import UserError
 from scfm_core.train.build import build_family, micro_batches, optimizer_config, resolve_device, validation_prompts
 from scfm_core.train.checkpoint import find_checkpoint, point_to, verify_checkpoint
-from scfm_core.train.config import RunConfig, dump_config, load_config, with_absolute_paths
+from scfm_core.train.config import RunConfig
 from scfm_core.train.estimate import estimate, format_estimate
+from scfm_core.train.parse import dump_config, load_config, with_absolute_paths
 from scfm_core.train.trainer import Trainer, fit
 
 # What belongs to one attempt at a run; `--resume never` moves it aside.

@@ -16,7 +16,8 @@ from recipes.tiny import write_classifier, write_digits, write_pipeline
 from scfm_core.data.corpus import Corpus
 from scfm_core.data.recipe import DataConfig
 from scfm_core.models.flux import Flux
-from scfm_core.train.config import RunConfig, parse_config
+from scfm_core.train.config import RunConfig
+from scfm_core.train.parse import parse_config
 
 torch.set_num_threads(1)
 

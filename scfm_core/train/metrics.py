@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from scfm_core.distributed.world import World
 from scfm_core.errors import UserError
-from scfm_core.train.config import RunConfig, WandbConfig, to_plain
+from scfm_core.train.config import RunConfig, WandbConfig
+from scfm_core.train.parse import to_plain
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

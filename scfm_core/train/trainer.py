@@ -36,9 +36,10 @@ from scfm_core.train.build import (
     validation_prompts,
 )
 from scfm_core.train.checkpoint import Checkpoint, CheckpointWriter, load_checkpoint, newest_complete, verify_checkpoint
-from scfm_core.train.config import RunConfig, TrainConfig, to_plain
+from scfm_core.train.config import RunConfig, TrainConfig
 from scfm_core.train.guard import Guard
 from scfm_core.train.metrics import RunLog
+from scfm_core.train.parse import to_plain
 from scfm_core.train.resume import refuse_other_recipe
 from scfm_core.train.stop import SIGNALS, StopRequest
 from scfm_core.train.validate import Validation

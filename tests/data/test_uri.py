@@ -12,7 +12,7 @@ import pytest
 from scfm_core.data.recipe import DataConfig, SourceConfig
 from scfm_core.data.uri import SCHEMES, expand, is_remote, join, parent, refuse_uri
 from scfm_core.errors import UserError
-from scfm_core.train.config import parse_config
+from scfm_core.train.parse import parse_config
 
 SECRET = "hush-4711"
 

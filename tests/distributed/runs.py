@@ -51,7 +51,7 @@ def joined_trainer(tree: dict[str, Any]) -> Any:
 
     from scfm_core.distributed.world import join_world
     from scfm_core.train.checkpoint import find_checkpoint
-    from scfm_core.train.config import parse_config
+    from scfm_core.train.parse import parse_config
     from scfm_core.train.trainer import Trainer
 
     @contextlib.contextmanager

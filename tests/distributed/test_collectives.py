@@ -77,8 +77,8 @@ def count(tree: dict[str, Any]) -> dict[str, dict[str, tuple[int, int]]]:
 def measure(name: str, weights: str, tiny: Path, tmp_path: Path) -> tuple[dict[str, Any], int]:
     """One step's collectives on rank 0, and the trained weights' bytes."""
     from scfm_core.models.flux import Flux
-    from scfm_core.train.config import parse_config
     from scfm_core.train.estimate import estimate
+    from scfm_core.train.parse import parse_config
 
     world_size = {"one process": 1, "hsdp": 4}.get(name, 2)
     settings = tmp_path / "deepspeed.json"

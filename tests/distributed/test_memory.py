@@ -7,8 +7,8 @@ import torch
 from runs import ENGINES, joined_trainer, make_tree, run_distributed
 
 from scfm_core.models.flux import Flux
-from scfm_core.train.config import parse_config
 from scfm_core.train.estimate import estimate
+from scfm_core.train.parse import parse_config
 
 CASES = {
     "one": (1, {}),

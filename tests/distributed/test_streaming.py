@@ -26,7 +26,7 @@ from scfm_core.data.recipe import DataConfig
 from scfm_core.data.schema import Manifest
 from scfm_core.data.webdataset import TarShard
 from scfm_core.models.flux import Flux
-from scfm_core.train.config import parse_config
+from scfm_core.train.parse import parse_config
 
 SIZES = [[16, 16], [8, 32], [32, 8]]
 

@@ -10,7 +10,7 @@ import yaml
 
 from recipes.cli import main
 from scfm_core.data.schema import Manifest
-from scfm_core.train.config import to_plain
+from scfm_core.train.parse import to_plain
 
 SECRET = "canary-6f1d2c"
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from recipes.cli import main
-from scfm_core.train.config import to_plain
+from scfm_core.train.parse import to_plain
 from scfm_core.train.trainer import Trainer, fit
 
 

@@ -6,7 +6,7 @@ import torch
 
 from recipes.cli import main
 from recipes.evaluate import evaluate
-from scfm_core.train.config import dump_config
+from scfm_core.train.parse import dump_config
 from scfm_core.train.trainer import Trainer, fit
 
 

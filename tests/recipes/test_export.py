@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from recipes.cli import main
 from scfm_core.models.weights import read_adapter_metadata
-from scfm_core.train.config import dump_config
+from scfm_core.train.parse import dump_config
 from scfm_core.train.trainer import Trainer, fit
 
 PROMPTS = ["a handwritten digit three", "a handwritten digit eight"]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from scfm_core.distributed.engine import GROUPS
 from scfm_core.train.checkpoint import find_checkpoint, load_checkpoint
-from scfm_core.train.config import dump_config
+from scfm_core.train.parse import dump_config
 
 STEPS = 60
 

@@ -7,7 +7,7 @@ import pytest
 
 from recipes.cli import main
 from recipes.demo import make_assets
-from scfm_core.train.config import find_recipe, load_config
+from scfm_core.train.parse import find_recipe, load_config
 
 CONFIGS = sorted(find_recipe("flux_dev_lora").parent.rglob("*.yaml"))
 DATA = sorted((find_recipe("flux_dev_lora").parents[1] / "data").rglob("*.yaml"))

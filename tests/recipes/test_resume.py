@@ -11,7 +11,7 @@ import torch
 from recipes.cli import main
 from scfm_core.models.weights import read_adapter_metadata
 from scfm_core.train.checkpoint import find_checkpoint, load_checkpoint
-from scfm_core.train.config import dump_config
+from scfm_core.train.parse import dump_config
 
 
 @pytest.fixture

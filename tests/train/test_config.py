@@ -20,11 +20,8 @@ from scfm_core.train.config import (
     SampleConfig,
     TrainConfig,
     WandbConfig,
-    dump_config,
-    find_recipe,
-    load_config,
-    parse_config,
 )
+from scfm_core.train.parse import dump_config, find_recipe, load_config, parse_config
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "configs"
 SHIPPED = sorted(path.relative_to(RECIPES).as_posix() for path in RECIPES.rglob("*.yaml"))

@@ -8,8 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from recipes.train import describe
 from scfm_core.models.encoders import TextEncoders
 from scfm_core.models.flux import Flux
-from scfm_core.train.config import load_config
 from scfm_core.train.estimate import estimate
+from scfm_core.train.parse import load_config
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,278 @@
+"""Configurations from YAML and overrides, and back; unknown keys are refused."""
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from scfm_core.data.recipe import DataConfig
+from scfm_core.data.source import guess_format
+from scfm_core.data.uri import is_remote
+from scfm_core.errors import UserError
+from scfm_core.train.config import RunConfig
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a recipe and apply overrides.
+
+    Args:
+        path: a YAML file; a bare name is also looked up among the shipped recipes.
+        overrides: `section.key=value`, with the value in YAML; `section=FILE.yaml` swaps a whole section.
+
+    Raises:
+        UserError: naming the key, what is wrong with it, and the nearest key that exists.
+    """
+    tree = _swap_sections(_read_yaml(find_recipe(path)))
+    for override in overrides:
+        _apply(tree, override)
+        _swap_sections(tree)
+    return parse_config(tree, source=str(path))
+
+
+def load_data_config(source: str, overrides: Sequence[str], changes: Mapping[str, Any]) -> DataConfig:
+    """A data recipe by itself: of a file, or of a folder, address or shards that are read as they are.
+
+    Args:
+        source: a `.yaml`; or a path or address, whose format is seen by what lies there.
+        overrides: `data.key=value`.
+        changes: values of keys.
+
+    Raises:
+        UserError: as `load_config`.
+    """
+    if source.endswith((".yaml", ".yml")):
+        tree = _swap_sections({"data": source})
+    else:
+        name = Path(source.rstrip("/")).name.partition(".")[0]
+        known = {"name": re.sub(r"[^\w.-]", "_", name) or "data", "uri": source, "format": guess_format(source)}
+        tree = {"data": {"sources": [known], "num_workers": 0}}
+    tree["data"] |= changes
+    for override in overrides:
+        if not override.startswith("data."):
+            raise UserError(f"override {override!r} is not of the form data.key=value")
+        _apply(tree, override)
+    _refuse_unknown(_DataOnly, tree, "", source)
+    try:
+        return TypeAdapter(_DataOnly).validate_python(_none_words(_DataOnly, tree)).data
+    except ValidationError as error:
+        lines = dict.fromkeys(_explain(item) for item in error.errors())
+        raise UserError(f"{source} is not a valid data recipe:\n" + "\n".join(lines)) from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _DataOnly:
+    data: DataConfig
+
+
+def _swap_sections(tree: dict[str, Any]) -> dict[str, Any]:
+    """Sections given as a file's name are read from it: `data: recipes/data/digits.yaml`."""
+    shipped = Path(__file__).parents[2] / "recipes" / "data"
+    for section, value in tree.items():
+        if isinstance(value, str) and value.endswith((".yaml", ".yml")):
+            path = next((p for p in (Path(value), shipped / value) if p.is_file()), None)
+            if path is None:
+                known = f". Shipped data recipes: {', '.join(sorted(p.name for p in shipped.glob('*.yaml')))}"
+                raise UserError(f"{section}: there is no file {value!r}{known if section == 'data' else ''}")
+            tree[section] = _read_yaml(path)
+    return tree
+
+
+def parse_config(tree: Mapping[str, Any], source: str) -> RunConfig:
+    """Build the typed configuration from plain values; UserError as in `load_config`."""
+    _refuse_unknown(RunConfig, tree, "", source)
+    try:
+        return TypeAdapter(RunConfig).validate_python(_none_words(RunConfig, tree))
+    except ValidationError as error:
+        lines = dict.fromkeys(_explain(item) for item in error.errors())
+        # Not `from error`: that prints the input, with whatever stands in an address.
+        raise UserError(f"{source} is not a valid configuration:\n" + "\n".join(lines)) from None
+
+
+def _explain(item: Any) -> str:
+    """One of pydantic's errors as a line: the key, what it should be, what it is."""
+    # pydantic's own places, such as the members of a union, are no keys.
+    parts = [str(part) for part in item["loc"] if not str(part).endswith("]") and str(part) not in ("float", "str")]
+    message, got = item["msg"].removeprefix("Value error, "), f" (got {item['input']!r})"
+    if item["type"] == "missing" and parts[-1] in ("0", "1"):
+        parts.pop()
+        message = "needs a list of two, such as [512, 512]"
+    elif item["type"] == "tuple_type":
+        message = "needs a list in brackets, such as [1, 2]"
+    elif item["type"] == "dataclass_type":
+        section = ".".join(parts)
+        message = f"is a section: set its keys, such as {section}.{_keys_of(section)[0]}=..."
+    elif item["type"] in ("missing", "value_error"):
+        got = ""
+    if "://" in got or "@" in got:
+        got = ""  # an address, which may have a password
+    where = ".".join(parts)
+    if not where or message.startswith(f"{parts[0]}."):  # our own messages begin with the key
+        return f"  {message}{got}"
+    return f"  {where}: {message}{got}"
+
+
+def _keys_of(section: str) -> list[str]:
+    """The keys of a (nested) section by its dotted name."""
+    cls: Any = RunConfig
+    for part in section.split("."):
+        if not part.isdigit():
+            cls = _dataclass_in(typing.get_type_hints(cls)[part])
+    return list(typing.get_type_hints(cls))
+
+
+def to_plain(config: Any) -> dict[str, Any]:
+    """The configuration as plain values, as `config.yaml` stores it."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    return dict(plain(dataclasses.asdict(config)))
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """The same run, usable from any working directory: paths that exist become absolute."""
+
+    def absolute(path: Any) -> Any:
+        here = Path(path).expanduser() if isinstance(path, str) else None
+        return str(here.resolve()) if here is not None and here.exists() else path
+
+    evaluate = {name: absolute(getattr(config.evaluate, name)) for name in ("prompts", "features_path", "clip_path")}
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, path=absolute(config.model.path)),
+        data=_with_absolute_data(config.data, absolute),
+        engine=dataclasses.replace(config.engine, deepspeed_config=absolute(config.engine.deepspeed_config)),
+        sample=dataclasses.replace(config.sample, prompts=absolute(config.sample.prompts)),
+        evaluate=dataclasses.replace(config.evaluate, **evaluate),
+    )
+
+
+def _with_absolute_data(data: DataConfig, absolute: Callable[[Any], Any]) -> DataConfig:
+    def anchored(uri: str) -> str:  # with braces there is no file of that name
+        return uri if is_remote(uri) else str(Path(uri).expanduser().absolute())
+
+    sources = tuple(
+        dataclasses.replace(source, uri=anchored(source.uri), manifest=source.manifest and anchored(source.manifest))
+        for source in data.sources
+    )
+    cache = dataclasses.replace(data.cache, dir=anchored(data.cache.dir))
+    return dataclasses.replace(data, path=absolute(data.path), sources=sources, cache=cache)
+
+
+def dump_config(config: RunConfig) -> str:
+    """YAML text that `load_config` reads back to the same configuration."""
+    return yaml.safe_dump(to_plain(config), sort_keys=False)
+
+
+def find_recipe(path: str | Path) -> Path:
+    """`path` itself, or the shipped recipe of that name.
+
+    Raises:
+        UserError: if neither exists, naming similar recipes.
+    """
+    shipped = Path(__file__).parents[2] / "recipes" / "configs"
+    for candidate in (Path(path), shipped / path, shipped / f"{path}.yaml"):
+        if candidate.is_file():
+            return candidate
+    names = sorted(p.name for p in shipped.rglob("*.yaml"))
+    near = difflib.get_close_matches(Path(path).name, names, n=3) or names
+    raise UserError(f"there is no configuration file {str(path)!r}. Shipped recipes: {', '.join(near)}")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold sections of keys, but holds {type(tree).__name__}")
+    return tree
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r} is not of the form section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"the value of override {override!r} is not valid YAML: {error}") from error
+    *parents, last = key.split(".")
+    node: Any = tree
+    for parent in parents:
+        if isinstance(node, list):
+            node = _item(node, parent, override)
+            continue
+        child = node.setdefault(parent, {})
+        if child is None:
+            child = node[parent] = {}
+        if not isinstance(child, (dict, list)):
+            raise UserError(f"override {override!r}: {parent} is not a section")
+        node = child
+    if isinstance(node, list):
+        _item(node, last, override)
+        node[int(last)] = value
+    else:
+        node[last] = value
+
+
+def _item(items: list[Any], place: str, override: str) -> Any:
+    """`data.sources.0`: the member of a list by its number."""
+    if not place.isdigit() or int(place) >= len(items):
+        raise UserError(f"override {override!r}: a list of {len(items)} has no member {place!r}; they count from 0")
+    return items[int(place)]
+
+
+def _none_words(cls: Any, tree: Any) -> Any:
+    """People write `none` where YAML says `null`: translate it wherever the field may be None."""
+    if not isinstance(tree, Mapping):
+        return tree
+    hints = typing.get_type_hints(cls)
+    translated = {}
+    for key, value in tree.items():
+        if value == "none" and types.NoneType in typing.get_args(hints[key]):
+            value = None
+        nested = _dataclass_in(hints[key])
+        if nested is None:
+            translated[key] = value
+        elif isinstance(value, list):
+            translated[key] = [_none_words(nested, item) for item in value]
+        else:
+            translated[key] = _none_words(nested, value)
+    return translated
+
+
+def _dataclass_in(annotation: Any) -> Any:
+    """The dataclass in `X`, `X | None` or `tuple[X, ...]`, or None."""
+    several = isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is tuple
+    options = typing.get_args(annotation) if several else (annotation,)
+    return next((option for option in options if dataclasses.is_dataclass(option)), None)
+
+
+def _refuse_unknown(cls: Any, tree: Any, prefix: str, source: str) -> None:
+    if not isinstance(tree, Mapping):
+        return  # the type check names it
+    hints = typing.get_type_hints(cls)
+    for key, value in tree.items():
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(hints)}"
+            raise UserError(f"{source}: unknown key {prefix}{key}; {hint}")
+        if isinstance(value, bool) and bool not in (hints[key], *typing.get_args(hints[key])):
+            raise UserError(f"{source}: {prefix}{key} takes no true or false (got {value})")
+        nested = _dataclass_in(hints[key])
+        if nested is not None and isinstance(value, list):
+            for number, item in enumerate(value):
+                _refuse_unknown(nested, item, f"{prefix}{key}.{number}.", source)
+        elif nested is not None:
+            _refuse_unknown(nested, value, f"{prefix}{key}.", source)
