@@ -25,6 +25,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck -x slurm/*.sh slurm/clusters/*.env
 
 bench: setup
 	for script in tests/benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done

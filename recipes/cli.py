@@ -72,7 +72,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_export(commands)
     _add_report(commands)
+    _add_status(commands)
     _add_checkpoint(commands)
+    _add_health(commands)
+    _add_job(commands)
     data = commands.add_parser("data", help="make data sets, and look at them")
     add_commands(data.add_subparsers(required=True, metavar="COMMAND"), _command)
     return parser
@@ -216,6 +219,77 @@ def _report(arguments: argparse.Namespace) -> None:
     from recipes.report import report
 
     print(report(arguments.run_dir, arguments.compare))
+
+
+def _add_status(commands) -> None:  # type: ignore[no-untyped-def]
+    parser = _command(
+        commands, "status", "Say where a run stands: step, rate, time left, starts and their ends.", _status
+    )
+    parser.add_argument("run_dir", type=Path)
+
+
+def _status(arguments: argparse.Namespace) -> None:
+    from recipes.status import status
+
+    print(status(arguments.run_dir))
+
+
+def _add_health(commands) -> None:  # type: ignore[no-untyped-def]
+    parser = _command(
+        commands,
+        "health",
+        "Check the machines of a launch (torchrun, slurm/) before a run: GPUs, versions, clocks, disks, network, model, data.",
+        _health,
+    )
+    parser.add_argument("config", help="the run's recipe: a YAML file, or the name of a shipped recipe")
+    _overrides(parser)
+
+
+def _health(arguments: argparse.Namespace) -> None:
+    from recipes.health import check_health
+
+    check_health(arguments.config, arguments.overrides)
+
+
+def _add_job(commands) -> None:  # type: ignore[no-untyped-def]
+    group = commands.add_parser("job", help="for slurm/: what a batch job asks about its run")
+    actions = group.add_subparsers(required=True, metavar="COMMAND")
+    parser = _command(
+        actions, "run-dir", "Check a run's configuration and print its folder, which is made.", _job_run_dir
+    )
+    parser.add_argument("config")
+    _overrides(parser)
+    parser = _command(actions, "verdict", "Print finished, requeue, cancelled or failed.", _job_verdict)
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--exit-code", type=int, required=True)
+    parser.add_argument("--cancelled", action="store_true")
+    parser.add_argument("--retries", type=int, default=3)
+
+
+def _job_run_dir(arguments: argparse.Namespace) -> None:
+    from scfm_core.train.parse import load_config
+
+    folder = Path(load_config(arguments.config, arguments.overrides).run.dir).absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"run.dir: {folder} cannot be made ({error.strerror}). Choose another with run.dir=PATH"
+        ) from error
+    print(folder)
+
+
+def _job_verdict(arguments: argparse.Namespace) -> None:
+    from recipes.status import verdict
+
+    found, why = verdict(
+        arguments.run_dir,
+        exit_code=arguments.exit_code,
+        cancelled=arguments.cancelled,
+        retries=arguments.retries,
+    )
+    print(why, file=sys.stderr)
+    print(found)
 
 
 def _add_checkpoint(commands) -> None:  # type: ignore[no-untyped-def]

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import gc
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ from scfm_core.train.build import build_family, micro_batches, optimizer_config,
 from scfm_core.train.checkpoint import find_checkpoint, point_to, verify_checkpoint
 from scfm_core.train.config import RunConfig
 from scfm_core.train.estimate import estimate, format_estimate
+from scfm_core.train.history import HISTORY, Start
 from scfm_core.train.parse import dump_config, load_config, with_absolute_paths
 from scfm_core.train.trainer import Trainer, fit
 
@@ -24,6 +26,7 @@ _ATTEMPT = (
     "config.yaml",
     "metrics.jsonl",
     "incidents.jsonl",
+    HISTORY,
     "checkpoints",
     "samples",
     "adapter",
@@ -56,35 +59,47 @@ def train(
             print(page)
         return 0
     config = with_absolute_paths(config)
-    device = resolve_device(config.run.device)
-    needs_group = config.engine.name == "deepspeed" or config.checkpoint.asynchronous
     try:
-        with join_world(device, config.engine.timeout, always=needs_group) as world, _claimed(config, world):
-            return _run(config, resume, world, data_may_change)
+        return _in_world(config, resume, data_may_change)
     except OSError as error:
         raise UserError(
             f"the run in {config.run.dir} stopped: {error}. If its disk is full, make room and run the same command again"
         ) from error
+    finally:
+        gc.collect()  # cycles hold the process group, whose threads abort an interpreter that ends before them
 
 
-def _run(config: RunConfig, resume: str, world: World, data_may_change: bool) -> int:
+def _in_world(config: RunConfig, resume: str, data_may_change: bool) -> int:
+    device = resolve_device(config.run.device)
+    needs_group = config.engine.name == "deepspeed" or config.checkpoint.asynchronous
+    with (
+        join_world(device, config.engine.timeout, always=needs_group) as world,
+        _claimed(config, world),
+        Start(Path(config.run.dir) if world.is_main else None).recorded() as start,
+    ):
+        return _run(config, resume, world, data_may_change, start)
+
+
+def _run(config: RunConfig, resume: str, world: World, data_may_change: bool, start: Start) -> int:
     run_dir = Path(config.run.dir)
-    start = _starting_point(run_dir, resume, world)
+    checkpoint = _starting_point(run_dir, resume, world)
     # Refuses what does not fit, before anything of an earlier attempt is touched.
-    trainer = Trainer(config, start, world, data_may_change=data_may_change)
+    trainer = Trainer(config, checkpoint, world, data_may_change=data_may_change)
     with world.together():
         if world.is_main:
             if resume == "never":
                 _move_aside(run_dir, _ATTEMPT)
-            elif resume != "auto" and start is not None:
-                _go_back(run_dir, start)
+            elif resume != "auto" and checkpoint is not None:
+                _go_back(run_dir, checkpoint)
             (run_dir / "config.yaml").write_text(dump_config(config))
-            if start is not None:
-                print(f"resuming from {start} at step {trainer.progress.step}")
+            if checkpoint is not None:
+                print(f"resuming from {checkpoint} at step {trainer.progress.step}")
+        start.begin(trainer.progress.step, config.train.steps, world.size)
     if trainer.progress.step < config.train.steps:
         stopped_by = fit(trainer)
         if stopped_by is not None:
             name = signal.Signals(stopped_by).name
+            start.end("stopped", trainer.progress.step, name)
             if world.is_main:
                 print(f"stopped by {name} after step {trainer.progress.step}; the same command goes on from there")
             return 128 + stopped_by
@@ -93,6 +108,7 @@ def _run(config: RunConfig, resume: str, world: World, data_may_change: bool) ->
     with world.together():
         if config.train.weights == "lora" and world.is_main:
             print(f"adapter: {export(run_dir, [], merged=None, num_steps=None)}")
+    start.end("finished", trainer.progress.step)
     return 0
 
 

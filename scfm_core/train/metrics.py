@@ -122,17 +122,38 @@ def _wandb_mode(config: WandbConfig) -> str:
     return "online" if has_key else "offline"
 
 
+class _Lines(tqdm):  # type: ignore[type-arg]
+    """A bar for a log file: a line a minute."""
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        """Write a line of its own where a terminal's bar would be drawn over."""
+        self.fp.write(f"{msg or self}\n")
+        self.fp.flush()
+        return True
+
+
 def progress_bar(description: str, total: int, initial: int = 0, unit: str = "step") -> "tqdm[Any]":
-    """A tqdm bar; where nobody watches (a log file), a line every 30 seconds."""
-    live = sys.stderr.isatty()
-    return tqdm(
+    """A tqdm bar; where nobody watches (a log file), a line a minute."""
+    if sys.stderr.isatty():
+        return tqdm(
+            desc=description,
+            total=total,
+            initial=initial,
+            unit=unit,
+            dynamic_ncols=True,
+            mininterval=0.2,
+            smoothing=0.1,
+        )
+    lines = "{desc}: {unit} {n_fmt}/{total_fmt}, {elapsed} < {remaining}, {rate_fmt}{postfix}"
+    return _Lines(
         desc=description,
         total=total,
         initial=initial,
         unit=unit,
-        dynamic_ncols=live,
-        mininterval=0.2 if live else 30,
+        mininterval=60,
+        maxinterval=120,
         smoothing=0.1,
+        bar_format=lines,
     )
 
 

@@ -1,0 +1,228 @@
+"""`scfm health`: the machines of a launch before a run, so that a bad one is named in a minute and not after an hour."""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import socket
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from scfm_core.data.corpus import Corpus
+from scfm_core.data.remote import scrub
+from scfm_core.distributed.world import World, join_world, launched_size
+from scfm_core.errors import UserError
+from scfm_core.train.build import build_family, resolve_device
+from scfm_core.train.config import RunConfig
+from scfm_core.train.history import write_event
+from scfm_core.train.parse import load_config
+
+_PACKAGES = ("scfm", "torch", "diffusers", "transformers", "deepspeed", "numpy", "safetensors")
+_MOST_SKEW = 5.0
+"""Seconds between clocks; signed requests to storage fail at minutes, and logs are hard to read before."""
+_LEAST_FREE = 0.9
+"""Of a GPU's memory: else another process is on it."""
+_LEAST_DISK = 5e9
+"""Bytes free where a run writes."""
+_MEET = 120.0
+"""Seconds for all processes to come."""
+_ALL = "all nodes"
+_REDUCED = 64 << 20
+"""Bytes of the trial all-reduce."""
+
+
+@dataclass(kw_only=True)
+class _Report:
+    """What one process found."""
+
+    node: str
+    clock: float = 0.0
+    versions: dict[str, str] = field(default_factory=dict)
+    device: str = ""
+    gpus: int = 0
+    free: float = 1.0
+    problems: list[str] = field(default_factory=list)
+
+
+def check_health(config_path: str, overrides: list[str]) -> None:
+    """Check this launch's machines for a recipe; rank 0 prints a table.
+
+    Raises:
+        UserError: on every rank, naming the node of every problem.
+    """
+    config = load_config(config_path, overrides)
+    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    device = resolve_device(config.run.device)
+    if launched_size() > 1:
+        _wait_for_all(node)
+    with join_world(device, _MEET) as world:
+        report = _look(config, node, device)
+        world.gather(None)  # all clocks are read at the same moment
+        report.clock = time.time()
+        reports = world.gather(report)
+        problems = _compare(reports)
+        if problems:
+            everywhere = all(line.startswith(_ALL) for line in problems)
+            what = "the run cannot work as it is" if everywhere else "these nodes are not fit for the run"
+            error = UserError(f"{what}:\n" + "\n".join(f"  {line}" for line in problems))
+            error.agreed = True
+            if world.is_main and Path(config.run.dir).is_dir():  # a batch job looks there whether to try again
+                how = "refused" if everywhere else "failed"
+                write_event(Path(config.run.dir), "end", how=how, step=None, reason=scrub(str(error)))
+            raise error
+        seconds = _reduce(world, device)
+        if world.is_main:
+            print(_table(reports, seconds), flush=True)
+
+
+def _wait_for_all(node: str) -> None:
+    """A rendezvous that says which ranks are missing, before the process group's own, which does not.
+
+    Raises:
+        UserError: naming them.
+    """
+    rank, size = int(os.environ["RANK"]), launched_size()
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    # torchrun's agent holds a store there already; else rank 0 does.
+    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if not agents:
+        return
+    try:
+        store = dist.TCPStore(address, port, size, is_master=False, timeout=timedelta(seconds=_MEET))
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        raise UserError(
+            f"node {node} cannot reach {address}:{port}, where the processes meet ({str(error).splitlines()[0]}). Look at "
+            f"its network and firewall, or set SCFM_RENDEZVOUS_HOST to an address that all nodes reach"
+        ) from error
+    store.set(f"scfm/health/{rank}", node)
+    keys = [f"scfm/health/{other}" for other in range(size)]
+    end = time.monotonic() + _MEET
+    while missing := [number for number, key in enumerate(keys) if not store.check([key])]:
+        if time.monotonic() > end:
+            here = sorted({store.get(key).decode() for number, key in enumerate(keys) if number not in missing})
+            raise UserError(
+                f"ranks {', '.join(map(str, missing))} of {size} did not come within {_MEET:g} s; those of "
+                f"{', '.join(here)} are there. Look at the logs of the other nodes"
+            )
+        time.sleep(0.1)
+
+
+def _look(config: RunConfig, node: str, device: torch.device) -> _Report:
+    """What this process can see by itself."""
+    report = _Report(node=node, device=device.type, gpus=torch.cuda.device_count() if device.type == "cuda" else 0)
+    report.versions = {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        report.device, report.free = torch.cuda.get_device_name(device), free / total
+        report.versions["cuda"] = str(torch.version.cuda)
+        report.versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+        if report.free < _LEAST_FREE:
+            report.problems.append(
+                f"GPU {device.index or 0} has {free / 1e9:.0f} of {total / 1e9:.0f} GB free: another process is on it"
+            )
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # once a node
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if device.type == "cuda" and report.gpus < local:
+            report.problems.append(f"{report.gpus} GPUs are visible, {local} processes were started")
+        for what, folder in (
+            ("run.dir", config.run.dir),
+            ("TMPDIR", tempfile.gettempdir()),
+            ("data.cache.dir", config.data.cache.dir),
+        ):
+            report.problems += _problem_of_folder(what, Path(folder).expanduser())
+        for what, check in (
+            ("model.path", lambda: build_family(config, offline=True)),
+            ("data", lambda: Corpus(config.data)),
+        ):
+            try:
+                check()
+            except (UserError, OSError) as error:
+                report.problems.append(str(error) if str(error).startswith(what) else f"{what}: {error}")
+    return report
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def _problem_of_folder(what: str, folder: Path) -> list[str]:
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if free < _LEAST_DISK:
+        return [f"{what}: {folder} has {free / 1e9:.1f} GB free, less than {_LEAST_DISK / 1e9:g}"]
+    if not os.access(there, os.W_OK):
+        return [f"{what}: {there} cannot be written"]
+    return []
+
+
+def _compare(reports: list[_Report]) -> list[str]:
+    """Every problem, with its node; of what should be equal, who differs from most."""
+    nodes = {report.node for report in reports}
+    found: dict[str, set[str]] = {}
+    for report in reports:
+        for text in report.problems:
+            found.setdefault(text, set()).add(report.node)
+    problems = [f"{_ALL if where == nodes else ', '.join(sorted(where))}: {text}" for text, where in found.items()]
+    for name in reports[0].versions:
+        counts = Counter(report.versions.get(name) for report in reports)
+        usual = counts.most_common(1)[0][0]
+        others = {r.node: r.versions.get(name) for r in reports if r.versions.get(name) != usual}
+        problems += [f"{node}: {name} {version}, the others have {usual}" for node, version in others.items()]
+    devices = Counter(report.device for report in reports)
+    usual_device = devices.most_common(1)[0][0]
+    problems += [
+        f"{node}: {device}, the others have {usual_device}"
+        for node, device in dict.fromkeys((r.node, r.device) for r in reports)
+        if device != usual_device
+    ]
+    middle = sorted(report.clock for report in reports)[len(reports) // 2]
+    skews = {report.node: report.clock - middle for report in reports}
+    problems += [
+        f"{node}: its clock is {abs(skew):.0f} s {'ahead' if skew > 0 else 'behind'}; synchronise it (chrony, ntpd)"
+        for node, skew in skews.items()
+        if abs(skew) > _MOST_SKEW
+    ]
+    return problems
+
+
+def _reduce(world: World, device: torch.device) -> float | None:
+    """Seconds of an all-reduce over all processes, after one to warm up; None for a single process."""
+    if world.size == 1:
+        return None
+    tensor = torch.ones(_REDUCED // 4, device=device)
+    for _ in range(2):
+        tensor.fill_(1.0)
+        dist.barrier()
+        began = time.perf_counter()
+        dist.all_reduce(tensor)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - began
+    if not bool((tensor == world.size).all()):
+        raise UserError(
+            f"node {os.environ.get('SLURMD_NODENAME') or socket.gethostname()}: an all-reduce of ones over {world.size} "
+            f"processes gave a wrong sum. Its GPU or network corrupts data: leave the node out (sbatch --exclude)"
+        )
+    return seconds
+
+
+def _table(reports: list[_Report], seconds: float | None) -> str:
+    nodes = Counter(report.node for report in reports)
+    lines = [
+        f"health: {len(nodes)} node{'s' if len(nodes) > 1 else ''} fit, {len(reports)} processes on {reports[0].device}"
+    ]
+    lines += [f"  {node}: {count} processes" for node, count in nodes.items()]
+    if seconds is not None:
+        lines.append(f"  all-reduce of {_REDUCED >> 20} MiB: {seconds * 1e3:.1f} ms")
+    lines.append("  " + ", ".join(f"{name} {version}" for name, version in reports[0].versions.items()))
+    return "\n".join(lines)

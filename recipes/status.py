@@ -1,0 +1,148 @@
+"""`scfm status`: where a run stands. And what a batch job does after its processes have ended."""
+
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+from scfm_core.errors import UserError
+from scfm_core.train.checkpoint import newest_complete
+from scfm_core.train.history import read_history, write_event
+from scfm_core.train.metrics import read_metrics
+
+Verdict = Literal["finished", "requeue", "cancelled", "failed"]
+
+_RECENT = 50
+"""Steps whose rate stands for the rest."""
+
+
+def status(run_dir: Path) -> str:
+    """Step, rate, what is left, last checkpoint, and every start with its end, as text.
+
+    Raises:
+        UserError: if nothing was ever started in the folder.
+    """
+    history, rows = read_history(run_dir), read_metrics(run_dir / "metrics.jsonl")
+    if not history:
+        raise UserError(f"{run_dir} is not a run: it has no history.jsonl. Give the run.dir of a `scfm train`")
+    starts = _starts(history)
+    done = rows[-1]["step"] if rows else 0
+    steps = next((int(start["steps"]) for start in reversed(starts) if "steps" in start), None)
+    lines = [f"{run_dir}: {_state(starts)}"]
+    lines.append(f"  step        {done:,}" + (f" of {steps:,} ({done / steps:.1%})" if steps else ""))
+    recent = rows[-_RECENT:]
+    if len(recent) > 1 and recent[-1]["seconds"] > recent[0]["seconds"]:
+        seconds = (recent[-1]["seconds"] - recent[0]["seconds"]) / (recent[-1]["step"] - recent[0]["step"])
+        samples = (recent[-1]["samples"] - recent[0]["samples"]) / (recent[-1]["seconds"] - recent[0]["seconds"])
+        lines.append(f"  rate        {samples:,.1f} samples/s, {seconds:,.2f} s a step")
+        if steps and done < steps:
+            lines.append(f"  left        {_duration(seconds * (steps - done))} of training")
+    if rows and rows[-1].get("loss") is not None:
+        lines.append(f"  loss        {rows[-1]['loss']:.4f}")
+    checkpoint = newest_complete(run_dir)
+    if checkpoint is None:
+        lines.append("  checkpoint  none yet")
+    else:
+        lines.append(f"  checkpoint  {checkpoint.name}, {_duration(time.time() - checkpoint.stat().st_mtime)} old")
+    lines.append(f"  starts      {len(starts)}")
+    lines += [f"    {_line(start)}" for start in starts[-10:]]
+    return "\n".join(lines)
+
+
+def verdict(run_dir: Path, *, exit_code: int, cancelled: bool, retries: int) -> tuple[Verdict, str]:
+    """What a batch job does next, after its processes have ended; it is written to the run's history.
+
+    torchrun's exit code says nothing about its workers' ends (a run that stopped in good order and one that crashed look
+    alike), so the history decides.
+
+    Args:
+        run_dir: of the run.
+        exit_code: of the processes' launcher.
+        cancelled: whether somebody cancelled the job.
+        retries: how often in a row the run may break off without a new checkpoint in between.
+
+    Returns:
+        `finished`, `requeue`, `cancelled` or `failed`, and why.
+    """
+    history = read_history(run_dir)
+    jobs = [number for number, row in enumerate(history) if row["event"] == "job"]
+    ends = [row for row in history[jobs[-1] + 1 if jobs else 0 :] if row["event"] == "end"]
+    how, reason = (ends[-1]["how"], ends[-1].get("reason")) if ends else (None, None)
+    newest = newest_complete(run_dir)
+    checkpoint = newest.name if newest else None
+    if how == "finished":  # what rank 0 says last; a process that fails after that has nothing more to do
+        found: tuple[Verdict, str] = "finished", "all steps are done"
+    elif cancelled:
+        found = "cancelled", "the job was cancelled"
+    elif how == "stopped":
+        found = "requeue", f"stopped by {reason}, to be continued"
+    elif how == "refused":
+        found = "failed", f"it cannot work as it is: {reason}"
+    else:
+        why = reason or f"the processes ended with exit code {exit_code}, and said nothing"
+        broken = 0
+        for row in reversed([history[number] for number in jobs]):
+            if not row["broke_off"] or row["checkpoint"] != checkpoint:
+                break
+            broken += 1
+        if broken >= retries:
+            found = "failed", f"it broke off {broken + 1} times in a row without a new checkpoint: {why}"
+        else:
+            found = "requeue", f"it broke off ({broken + 1} of at most {retries + 1} times in a row): {why}"
+    write_event(
+        run_dir,
+        "job",
+        verdict=found[0],
+        reason=found[1],
+        exit_code=exit_code,
+        checkpoint=checkpoint,
+        broke_off=found[0] in ("requeue", "failed") and how not in ("stopped", "refused"),
+    )
+    return found
+
+
+def _starts(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each start with its end, if it has one; a refusal never began."""
+    starts: list[dict[str, Any]] = []
+    for row in history:
+        if row["event"] == "start":
+            starts.append(dict(row))
+        elif row["event"] == "end":
+            if not starts or "how" in starts[-1] or row["how"] == "refused":
+                starts.append({"time": row["time"], "job": row.get("job")})
+            starts[-1] |= {"how": row["how"], "reason": row.get("reason"), "ended": row["time"], "at": row.get("step")}
+        elif starts and row["event"] == "job" and "how" not in starts[-1]:
+            starts[-1] |= {"how": "lost", "reason": row["reason"], "ended": row["time"]}
+    return starts
+
+
+def _state(starts: list[dict[str, Any]]) -> str:
+    how = starts[-1].get("how")
+    if how is None:
+        return "running, or killed without a word"
+    return {
+        "finished": "finished",
+        "stopped": "stopped, to be continued",
+        "refused": "refused",
+        "lost": "broke off",
+    }.get(how, "failed")
+
+
+def _line(start: dict[str, Any]) -> str:
+    job = f"job {start['job']}, " if start.get("job") else ""
+    where = (
+        f"{start['processes']} processes on {start['host']}, from step {start['step']:,}"
+        if "step" in start
+        else "refused"
+    )
+    end = "still going, or killed without a word"
+    if "how" in start:
+        at = f" at step {start['at']:,}" if start.get("at") is not None else ""
+        reason = f": {str(start['reason']).splitlines()[0]}" if start.get("reason") else ""
+        end = f"{start['how']}{at} {start['ended']}{reason}"
+    return f"{start['time']}  {job}{where}; {end}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"

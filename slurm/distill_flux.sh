@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Distil a flow-matching model on a Slurm cluster; goes on by itself after time limits, preemption and lost nodes.
+#
+#   sbatch slurm/distill_flux.sh                                              # flux_dev_lora.yaml on 2 nodes of 8 GPUs
+#   sbatch -N 4 slurm/distill_flux.sh recipes/configs/flux_dev_full.yaml data=recipes/data/laion_pop.yaml train.steps=3000
+#   sbatch --array=0-1 slurm/distill_flux.sh first.yaml second.yaml           # task k of the array runs recipe k
+#   bash slurm/distill_flux.sh recipes/configs/flux_dev_lora.yaml             # the same on this machine, without Slurm
+#
+# Whatever #SBATCH says here, the command line of sbatch overrides. docs/cluster.md has the rest.
+#SBATCH --job-name=scfm-distill
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+#SBATCH --signal=USR2@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.out
+set -euo pipefail
+
+# sbatch runs a copy of this file, so what stands beside it is looked for where the job was submitted.
+root="${SCFM_ROOT:-}"
+for folder in "$(dirname "${BASH_SOURCE[0]}")/.." "${SLURM_SUBMIT_DIR:-.}" "${SLURM_SUBMIT_DIR:-.}/.."; do
+    if [[ -z "$root" && -f "$folder/slurm/lib.sh" ]]; then root="$(cd "$folder" && pwd)"; fi
+done
+if [[ ! -f "$root/slurm/lib.sh" ]]; then
+    echo "slurm: there is no slurm/lib.sh in '${root:-$PWD}'. Submit from scfm's folder, or set SCFM_ROOT to it" >&2
+    exit 2
+fi
+# shellcheck source=slurm/lib.sh
+source "$root/slurm/lib.sh"
+
+# A global batch of 16 on 16 GPUs.
+main flux_dev_lora.yaml train.micro_batch_size=1 -- "$@"

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# What srun starts once on each node: `node.sh PYTHON... -- COMMAND ARGUMENTS...` runs `scfm COMMAND` under torchrun.
+set -euo pipefail
+python=()
+while [[ "$1" != -- ]]; do
+    python+=("$1")
+    shift
+done
+shift
+logs="$SCFM_LOGS/$1/${SLURMD_NODENAME:-$(hostname)}"
+mkdir -p "$logs"
+# Slurm signals every process of the job. The training decides when to stop, and torchrun, which would give it 30 seconds, must
+# live until it has; so torchrun ignores what the training's processes handle. `--tee`: a file a rank, and rank 0 of the node here.
+trap '' TERM USR2
+exec "${python[@]}" -m torch.distributed.run \
+    --nnodes="${SLURM_JOB_NUM_NODES:-1}" --node-rank="$SLURM_NODEID" --nproc-per-node="$SCFM_PROCESSES" \
+    --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" --signals-to-handle=SIGINT \
+    --log-dir="$logs" --tee=3 --local-ranks-filter=0 \
+    -m recipes.cli "$@"

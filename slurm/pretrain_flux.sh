@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Pretrain a flow-matching model with shortcut rows on a Slurm cluster; goes on by itself after time limits, preemption and lost nodes.
+#
+#   sbatch -N 4 slurm/pretrain_flux.sh                                       # flux_pretrain.yaml on 4 nodes of 8 GPUs
+#   sbatch -N 16 slurm/pretrain_flux.sh flux_pretrain.yaml data=recipes/data/laion_pop.yaml engine.shard=8
+#   bash slurm/pretrain_flux.sh recipes/configs/tiny_pretrain.yaml            # on this machine, without Slurm
+#
+# Whatever #SBATCH says here, the command line of sbatch overrides. docs/cluster.md has the rest.
+#SBATCH --job-name=scfm-pretrain
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+#SBATCH --signal=USR2@600
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.out
+set -euo pipefail
+
+# sbatch runs a copy of this file, so what stands beside it is looked for where the job was submitted.
+root="${SCFM_ROOT:-}"
+for folder in "$(dirname "${BASH_SOURCE[0]}")/.." "${SLURM_SUBMIT_DIR:-.}" "${SLURM_SUBMIT_DIR:-.}/.."; do
+    if [[ -z "$root" && -f "$folder/slurm/lib.sh" ]]; then root="$(cd "$folder" && pwd)"; fi
+done
+if [[ ! -f "$root/slurm/lib.sh" ]]; then
+    echo "slurm: there is no slurm/lib.sh in '${root:-$PWD}'. Submit from scfm's folder, or set SCFM_ROOT to it" >&2
+    exit 2
+fi
+# shellcheck source=slurm/lib.sh
+source "$root/slurm/lib.sh"
+
+# Weights sharded within each node, replicated over the nodes.
+main flux_pretrain.yaml engine.shard=8 -- "$@"

@@ -1,0 +1,147 @@
+"""slurm/*.sh without a Slurm: what they take for a recipe, a site, a secret; and that they run on one machine."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from runs import make_tree
+
+from scfm_core.train.history import read_history
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted((ROOT / "slurm").glob("*_flux.sh"))
+
+
+def bash(command, *arguments, **environment):
+    """A script, or a line of bash after sourcing lib.sh."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SCFM"))}
+    words = (
+        ["bash", *command] if isinstance(command, list) else ["bash", "-euc", f"source slurm/lib.sh; {command}", "bash"]
+    )
+    return subprocess.run(
+        [*words, *arguments], env=clean | {"SCFM_PYTHON": sys.executable} | environment, cwd=ROOT, capture_output=True,
+        text=True, timeout=120,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_are_clean(script):
+    result = subprocess.run(
+        [Path(sys.executable).with_name("shellcheck"), "-x", script], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout
+    assert "eval" not in script.read_text().split()
+
+
+def test_defaults_are_recipes_that_work():
+    """On the nodes that the #SBATCH lines ask for."""
+    for script, nodes in zip(SCRIPTS, (2, 4), strict=True):
+        (line,) = [line for line in script.read_text().splitlines() if line.startswith("main ")]
+        words = line.removeprefix("main ").removesuffix(' -- "$@"').split()
+        result = subprocess.run(
+            [sys.executable, "-m", "recipes.cli", "train", *words, "--dry-run", f"--gpus={8 * nodes}"],
+            cwd=ROOT, capture_output=True, text=True, timeout=120, env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+
+
+class TestRecipes:
+    show = 'choose_recipe "$@"; printf "[%s]" "${arguments[@]}"'
+
+    def test_come_first_and_overrides_behind(self):
+        assert bash(self.show, "a.yaml", "b=$(touch x)", "c=1 2").stdout == "[a.yaml][b=$(touch x)][c=1 2]"
+
+    def test_by_the_arrays_task(self):
+        found = [
+            bash(self.show, "a", "b", "c=1", SLURM_ARRAY_TASK_ID=task, SLURM_ARRAY_TASK_MIN="7").stdout for task in "78"
+        ]
+        assert found == ["[a][c=1]", "[b][c=1]"]
+
+    @pytest.mark.parametrize(
+        ("words", "environment", "message"),
+        [
+            (["a", "b"], {}, "2 recipes are for a job array: sbatch --array=0-1"),
+            (["a", "b"], {"SLURM_ARRAY_TASK_ID": "2"}, "task 2: there are 2 recipes"),
+            (["a", "--resume", "never"], {}, "--resume: only section.key=value may follow the recipe"),
+        ],
+    )
+    def test_refused(self, words, environment, message):
+        result = bash(self.show, *words, **environment)
+        assert result.returncode == 2
+        assert message in result.stderr
+
+
+class TestSecrets:
+    show = 'read_secrets "$1"; env'
+
+    def file(self, folder, text, mode=0o600):
+        path = folder / "secrets"
+        path.write_text(text)
+        path.chmod(mode)
+        return str(path)
+
+    def test_are_taken_as_they_are(self, tmp_path):
+        text = "# mine\n\nAWS_SECRET_ACCESS_KEY=a$(touch x)`b`'\"c d\nexport HF_TOKEN=hf\nLAST=1"
+        result = bash(self.show, self.file(tmp_path, text))
+        lines = result.stdout.splitlines()
+        assert {"AWS_SECRET_ACCESS_KEY=a$(touch x)`b`'\"c d", "HF_TOKEN=hf", "LAST=1"} <= set(lines)
+
+    @pytest.mark.parametrize(
+        ("text", "mode", "message"),
+        [("A=1", 0o640, "can be read by others (mode 640)"), ("rm -rf x", 0o600, "has a line that is not NAME=value")],
+    )
+    def test_refused(self, tmp_path, text, mode, message):
+        result = bash(self.show, self.file(tmp_path, text, mode))
+        assert result.returncode == 2
+        assert message in result.stderr
+        assert text not in result.stderr
+
+    def test_missing(self, tmp_path):
+        assert f"SCFM_SECRETS={tmp_path}/none cannot be read" in bash(self.show, f"{tmp_path}/none").stderr
+
+
+class TestSettings:
+    def test_site_is_sourced(self):
+        site = ROOT / "slurm" / "clusters" / "test-site.env"
+        try:
+            site.write_text('export NCCL_SOCKET_IFNAME=ib7\nlauncher=(env WITH="a b")\n')
+            result = bash(
+                'load_settings slurm; "${python[@]}" -c "import os; print(os.environ)"', SCFM_CLUSTER="test-site"
+            )
+        finally:
+            site.unlink()
+        assert "'NCCL_SOCKET_IFNAME': 'ib7'" in result.stdout
+        assert "'WITH': 'a b'" in result.stdout
+
+    @pytest.mark.parametrize("name", ["nowhere", "../clusters/example", "$(touch x)"])
+    def test_unknown_site(self, name):
+        result = bash("load_settings slurm", SCFM_CLUSTER=name)
+        assert result.returncode == 2
+        assert f"SCFM_CLUSTER={name}: there is no slurm/clusters/{name}.env" in result.stderr
+
+    def test_interpreter_without_scfm(self):
+        result = bash("load_settings slurm", SCFM_PYTHON="/bin/false")
+        assert result.returncode == 2
+        assert "'/bin/false' has no scfm" in result.stderr
+
+    def test_script_far_from_the_project(self, tmp_path):
+        """As in Slurm's spool, submitted from elsewhere."""
+        copy = tmp_path / "slurm_script"
+        copy.write_bytes(SCRIPTS[0].read_bytes())
+        result = bash([str(copy)], "a.yaml", SLURM_SUBMIT_DIR=str(tmp_path))
+        assert result.returncode == 2
+        assert "Submit from scfm's folder, or set SCFM_ROOT to it" in result.stderr
+        result = bash([str(copy)], "a.yaml", SLURM_SUBMIT_DIR=str(tmp_path), SCFM_ROOT=str(ROOT))
+        assert "there is no configuration file 'a.yaml'" in result.stderr
+
+
+def test_runs_on_this_machine(tiny, tmp_path):
+    tree = make_tree(tiny, tmp_path / "run", train__steps=2, train__micro_batch_size=4)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    result = bash([str(SCRIPTS[0])], str(tmp_path / "recipe.yaml"), "train.steps=3", SCFM_PROCESSES="2")
+    assert result.returncode == 0, result.stderr
+    start, end = read_history(tmp_path / "run")
+    assert (start["processes"], end["how"], end["step"]) == (2, "finished", 3)
