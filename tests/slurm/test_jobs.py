@@ -196,7 +196,7 @@ def test_as_a_user_submits_it(start, uninterrupted):
 
 def test_time_limit(start, uninterrupted):
     """Warned before it, the job saves, is requeued, and goes on."""
-    run = start(train__steps=200)
+    run = start(train__steps=120)
     run.submit("--time=2", "--signal=USR2@80")
     run.until(lambda: len(run.events("job")) == 1)
     assert run.events("job")[0]["verdict"] == "requeue"
@@ -206,7 +206,7 @@ def test_time_limit(start, uninterrupted):
     assert run.ended() == "COMPLETED", run.output
     assert run.cluster.job(run.number)["Restarts"] == "1"
     assert [start["step"] for start in run.events("start")] == [0, stopped["step"]]
-    same(run.adapter(), uninterrupted(train__steps=200))
+    same(run.adapter(), uninterrupted(train__steps=120))
 
 
 def preempted(run: Run, by_signal: str) -> None:
