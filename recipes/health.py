@@ -88,12 +88,10 @@ def _wait_for_all(node: str) -> None:
     Raises:
         UserError: naming them.
     """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return  # no torchrun, whose agent holds a store there
     rank, size = int(os.environ["RANK"]), launched_size()
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    # torchrun's agent holds a store there already; else rank 0 does.
-    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if not agents:
-        return
     try:
         store = dist.TCPStore(address, port, size, is_master=False, timeout=timedelta(seconds=_MEET))
     except (dist.DistNetworkError, dist.DistStoreError) as error:

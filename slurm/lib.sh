@@ -113,6 +113,7 @@ run_job() {
     export MASTER_ADDR="${SCFM_RENDEZVOUS_HOST:-${hosts%%$'\n'*}}"
     # Another port at each start, since the last one's may not be free again yet.
     local port="${SCFM_RENDEZVOUS_PORT:-$((20000 + (job * 16 + restart * 2) % 12000))}"
+    export SLURM_EXPORT_ENV=ALL                            # else `sbatch --export=...` keeps all of this from the nodes
     export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # srun takes it from the job no more, since 22.05
     export SCFM_LOGS="$run_dir/logs/job-$job.$restart"
     echo "job $job, start $((restart + 1)), ${SLURM_JOB_NUM_NODES:-1} nodes ($SLURM_JOB_NODELIST), $SCFM_PROCESSES processes each"

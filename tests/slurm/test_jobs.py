@@ -168,15 +168,15 @@ def uninterrupted(cluster, tiny, tmp_path_factory) -> Callable[..., dict[str, to
     return adapter
 
 
-def test_as_a_user_submits_it(start, uninterrupted):
-    """Two nodes with two processes each, the health check before; secrets in the environment stay there."""
+def test_as_a_user_submits_it(start, uninterrupted, tmp_path):
+    """Two nodes with two processes each, the health check before; secrets of the environment and of a file stay there."""
     run = start(train__micro_batch_size=4)
-    secrets = {
-        "AWS_SECRET_ACCESS_KEY": "canary-4f7a-aws",
-        "WANDB_API_KEY": "canary-4f7a-wandb",
-        "HF_TOKEN": "canary-4f7a-hf",
-    }
-    run.submit(SCFM_PROCESSES="2", SCFM_HEALTH="1", **secrets)
+    secrets = tmp_path / "secrets"
+    secrets.write_text("WANDB_API_KEY=canary-4f7a-wandb\nAWS_SECRET_ACCESS_KEY=canary-4f7a-aws\n")
+    secrets.chmod(0o600)
+    run.submit(SCFM_PROCESSES="2", SCFM_HEALTH="1", SCFM_SECRETS=str(secrets), HF_TOKEN="canary-4f7a-hf")
+    run.until(lambda: 3 in run.ranks())
+    assert run.ranks()[3].environ()["AWS_SECRET_ACCESS_KEY"] == "canary-4f7a-aws"
     shown = run.cluster.run("scontrol", "show", "job", run.number) + run.cluster.run("squeue", "-o", "%all")
     assert run.ended() == "COMPLETED", run.output
     assert run.cluster.job(run.number)["Restarts"] == "0"
@@ -342,7 +342,9 @@ def test_what_cannot_work_is_refused_once(start):
 def test_hostile_names_are_but_names(start, tmp_path):
     run = start(train__steps=2)
     name = "$(touch x)`touch x` 'a\" b;touch x"
-    run.submit(f"--job-name={name}".replace("/", ""), overrides=(f"run.dir={run.folder / name}\n",))
+    # And the job gets nothing of the environment but its settings.
+    settings = "SCFM_PROCESSES,SCFM_HEALTH,SCFM_RENDEZVOUS_HOST,SCFM_PYTHON"
+    run.submit(f"--job-name={name}", f"--export={settings}", overrides=(f"run.dir={run.folder / name}\n",))
     assert run.ended() == "COMPLETED", run.output
     assert (run.folder / name / "adapter").is_dir()
     assert not [path for path in tmp_path.rglob("*") if path.name == "x"]
