@@ -20,13 +20,10 @@
 #SBATCH --output=%x-%j.out
 set -euo pipefail
 
-# sbatch runs a copy of this file, so what stands beside it is looked for where the job was submitted.
-root="${SCFM_ROOT:-}"
-for folder in "$(dirname "${BASH_SOURCE[0]}")/.." "${SLURM_SUBMIT_DIR:-.}" "${SLURM_SUBMIT_DIR:-.}/.."; do
-    if [[ -z "$root" && -f "$folder/slurm/lib.sh" ]]; then root="$(cd "$folder" && pwd)"; fi
-done
+# sbatch runs a copy of this file, so scfm's folder is where the job was submitted.
+root="${SCFM_ROOT:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}"
 if [[ ! -f "$root/slurm/lib.sh" ]]; then
-    echo "slurm: there is no slurm/lib.sh in '${root:-$PWD}'. Submit from scfm's folder, or set SCFM_ROOT to it" >&2
+    echo "slurm: there is no slurm/lib.sh in '$root'. Submit from scfm's folder, or set SCFM_ROOT to it" >&2
     exit 2
 fi
 # shellcheck source=slurm/lib.sh
