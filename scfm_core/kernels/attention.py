@@ -1,0 +1,214 @@
+"""Which attention a run uses: PyTorch's own backends, xformers, FlashAttention-3, or the Triton kernel of `flash.py`.
+
+PyTorch's default choice is half the speed of cuDNN on Hopper, and which one is best depends on device, shape and
+versions. `auto` therefore measures once, forward and backward, and keeps the answer in a file of the user's cache. `math`,
+which holds whole matrices of scores, is measured only where there is nothing else.
+"""
+
+import json
+import os
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+BACKENDS = ("cudnn", "flash3", "flash", "xformers", "triton", "math")
+"""In order of preference where their times are equal."""
+TIE = 0.03  # a later backend must be faster by so much: the same choice in every run, though times vary
+_SDPA = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}
+_PROBE_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class AttentionChoice:
+    """A backend and why it was taken."""
+
+    backend: str
+    why: str
+    milliseconds: dict[str, float] = field(default_factory=dict)
+    """Forward and backward of those that were measured."""
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """What attention is called with: [batch, tokens, heads, head_dim] in `dtype`, on `device`."""
+
+    batch: int
+    tokens: int
+    heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def key(self) -> str:
+        """Names everything that the fastest backend depends on."""
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        shape = f"{self.batch}x{self.tokens}x{self.heads}x{self.head_dim}"
+        return f"{device}, {shape}, {str(self.dtype).removeprefix('torch.')}, torch {torch.__version__}"
+
+    def draw(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Random query, key and value."""
+        shape = (3, self.batch, self.tokens, self.heads, self.head_dim)
+        query, key, value = torch.randn(shape, dtype=self.dtype, device=self.device)
+        return query.requires_grad_(), key.requires_grad_(), value.requires_grad_()
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, backend: str) -> Tensor:
+    """`softmax(Q K^T / sqrt(D)) V` without a mask: query, key, value [B, S, H, D] -> [B, S, H, D]."""
+    if backend in _SDPA:
+        with sdpa_kernel(_SDPA[backend]):
+            query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+            return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+    if backend == "triton":
+        from scfm_core.kernels.flash import flash_attention
+
+        return flash_attention(query, key, value)
+    return _xformers(query, key, value) if backend == "xformers" else _flash3(query, key, value)
+
+
+def _xformers(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    try:
+        from xformers.ops import memory_efficient_attention
+    except ImportError as error:
+        raise ValueError(
+            f"xformers cannot be imported ({error}); install it with: pip install 'scfm[xformers]'"
+        ) from error
+    return memory_efficient_attention(query, key, value)  # type: ignore[no-any-return]
+
+
+def _flash3(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    try:
+        from flash_attn_interface import flash_attn_func
+    except ImportError as error:
+        raise ValueError(
+            f"FlashAttention-3 cannot be imported ({error}); it is built from source, for Hopper GPUs: "
+            f"https://github.com/Dao-AILab/flash-attention, folder hopper"
+        ) from error
+    result = flash_attn_func(query, key, value)
+    return result[0] if isinstance(result, tuple) else result  # type: ignore[no-any-return]
+
+
+def why_unavailable(backend: str, shape: AttentionShape) -> str | None:
+    """Why `backend` cannot serve `shape`, by trying a head of it on a few tokens, both ways; None if it can."""
+    if backend == "triton":
+        from scfm_core.kernels.launch import why_not
+
+        if (reason := why_not(shape.device)) is not None:
+            return reason
+    if backend == "xformers" and shape.device.type != "cuda":
+        return "xformers has no kernel for a CPU"
+    failures: tuple[type[Exception], ...] = (RuntimeError, ValueError, *_triton_errors())
+    try:
+        inputs = replace(shape, batch=1, tokens=min(_PROBE_TOKENS, shape.tokens), heads=1).draw()
+        attention(*inputs, backend).sum().backward()
+        if shape.device.type == "cuda":
+            torch.cuda.synchronize(shape.device)
+    except failures as error:
+        if backend in _SDPA and ("No viable backend" in str(error) or "No available kernel" in str(error)):
+            return f"PyTorch has no {backend} attention for this device, dtype and head size"
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return None
+
+
+def _triton_errors() -> tuple[type[Exception], ...]:
+    """A kernel that does not compile here, or needs more than this GPU has."""
+    try:
+        from triton.errors import TritonError
+    except ImportError:
+        return ()
+    return (TritonError,)
+
+
+def choose_attention(
+    name: str, shape: AttentionShape, *, time: Callable[[str, AttentionShape], float] | None = None
+) -> AttentionChoice:
+    """The backend for `shape`.
+
+    Args:
+        name: `auto`, or one of `BACKENDS`, which must be there.
+        shape: of the training's attention.
+        time: milliseconds of a backend; measured on the GPU if not given.
+
+    Raises:
+        ValueError: if the named backend is not there; the message says why, and what is.
+    """
+    if name != "auto":
+        reason = why_unavailable(name, shape)
+        if reason is None:
+            return AttentionChoice(name, "asked for")
+        there = [other for other in BACKENDS if other != name and why_unavailable(other, shape) is None]
+        raise ValueError(
+            f"kernels.attention={name} is not to be had for {shape.key}: {reason}. Choose among {', '.join(there)}, "
+            f"or auto, which takes the fastest"
+        )
+    if shape.device.type != "cuda" and time is None:
+        return AttentionChoice("flash", "PyTorch's own for a CPU")
+    path = _memory()
+    known = _read(path)
+    if (entry := known.get(shape.key)) is not None and why_unavailable(entry["backend"], shape) is None:
+        return AttentionChoice(entry["backend"], f"measured before ({path})", entry["milliseconds"])
+    there = [backend for backend in BACKENDS if why_unavailable(backend, shape) is None]
+    times = {}
+    for backend in there if there == ["math"] else [name for name in there if name != "math"]:
+        try:
+            times[backend] = (time or _milliseconds)(backend, shape)
+        except torch.OutOfMemoryError:
+            continue
+    if shape.device.type == "cuda":
+        torch.cuda.empty_cache()
+    if not times:
+        raise ValueError(f"no attention fits into the memory left for {shape.key}: lower train.micro_batch_size")
+    best = next(iter(times))
+    for backend, milliseconds in times.items():
+        if milliseconds < times[best] * (1 - TIE):
+            best = backend
+    _write(path, known | {shape.key: {"backend": best, "milliseconds": times}})
+    return AttentionChoice(best, "the fastest here, forward and backward", times)
+
+
+def _milliseconds(backend: str, shape: AttentionShape, repeats: int = 7, calls: int = 5) -> float:
+    """Median of a forward and backward, by the GPU's own clock; several calls at once, since in training the launches run
+    ahead too."""
+    inputs = shape.draw()
+    grad = torch.randn_like(inputs[0])
+    times = []
+    for number in range(repeats + 2):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(calls):
+            torch.autograd.grad(attention(*inputs, backend), inputs, grad)
+        end.record()
+        torch.cuda.synchronize(shape.device)
+        if number >= 2:
+            times.append(start.elapsed_time(end) / calls)
+    return statistics.median(times)
+
+
+def _memory() -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "scfm" / "attention.json"
+
+
+def _read(path: Path) -> dict[str, dict]:
+    try:
+        known = json.loads(path.read_text())
+        return {key: entry for key, entry in known.items() if entry["backend"] in BACKENDS and entry["milliseconds"]}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}  # measured again
+
+
+def _write(path: Path, known: dict[str, dict]) -> None:
+    """Several processes may write at once: each puts a whole file in place."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f"{path.name}.{os.getpid()}")
+        aside.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+        aside.replace(path)
+    except OSError:
+        return  # a home that cannot be written costs a second's measurement at every start

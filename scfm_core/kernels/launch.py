@@ -1,0 +1,49 @@
+"""Where the Triton kernels can run, and what their launches have in common.
+
+Every kernel is a `torch.library.custom_op` with a fake implementation and an autograd formula, so that `torch.compile`
+and activation checkpointing take it as one node. A `triton_op` would let inductor see the kernel inside; there is
+nothing that it could fuse into it, and it takes no interpreted kernel, so that what the tests run would not be what a
+GPU runs.
+"""
+
+import importlib.util
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def is_interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on any device and slowly (TRITON_INTERPRET=1 at import)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def why_not(device: torch.device) -> str | None:
+    """Why the kernels cannot run on `device`; None if they can."""
+    if is_interpreted():
+        return None
+    if device.type != "cuda":
+        return f"Triton kernels need a GPU, this is a {device.type.upper()}"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"the kernels need compute capability 8.0 (A100), {torch.cuda.get_device_name(device)} has less"
+    return None
+
+
+def compute_type(tensor: Tensor) -> Any:
+    """Triton's type to compute in: fp32; for fp64 inputs fp64, so that gradients can be checked numerically."""
+    import triton.language as tl
+
+    return tl.float64 if tensor.dtype == torch.float64 else tl.float32
+
+
+def accumulator(tensor: Tensor) -> torch.dtype:
+    """The dtype that belongs to `compute_type`."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def dense_rows(tensor: Tensor) -> Tensor:
+    """`tensor` with its last dimension contiguous; other strides are left as they are."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

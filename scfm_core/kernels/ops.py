@@ -1,0 +1,47 @@
+"""The fused operations of a transformer block as one table: Triton kernels, or the same in plain PyTorch."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from scfm_core.kernels.lora import lora_linear, lora_linear_reference
+from scfm_core.kernels.reference import (
+    gate_residual_reference,
+    gated_modulate_reference,
+    gelu_concat_reference,
+    modulate_reference,
+    norm_rope_reference,
+)
+
+
+@dataclass(frozen=True)
+class Ops:
+    """What a fused block calls; shapes and formulas stand at the functions of `triton_ops`' modules."""
+
+    norm_rope: Callable[..., Tensor]
+    modulate: Callable[..., Tensor]
+    gate_residual: Callable[..., Tensor]
+    gated_modulate: Callable[..., tuple[Tensor, Tensor]]
+    gelu_concat: Callable[..., Tensor]
+    lora_linear: Callable[..., Tensor]
+
+
+def triton_ops() -> Ops:
+    """The Triton kernels; imports Triton."""
+    from scfm_core.kernels.gelu_concat import gelu_concat
+    from scfm_core.kernels.modulate import gate_residual, gated_modulate, modulate
+    from scfm_core.kernels.norm_rope import norm_rope
+
+    return Ops(norm_rope, modulate, gate_residual, gated_modulate, gelu_concat, lora_linear)
+
+
+REFERENCE = Ops(
+    norm_rope_reference,
+    modulate_reference,
+    gate_residual_reference,
+    gated_modulate_reference,
+    gelu_concat_reference,
+    lora_linear_reference,
+)
+"""Plain PyTorch."""

@@ -1,0 +1,107 @@
+"""Compiles every kernel of scfm for A100 and H100 exactly as the ops would launch it, without a GPU, and prints what each
+one needs: registers, bytes spilled, shared memory. Run by test_compilation.py in a process without the interpreter."""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import JITFunction
+
+from scfm_core.kernels.flash import _flash, _flash_backward
+from scfm_core.kernels.gelu_concat import _gelu_backward, gelu_concat
+from scfm_core.kernels.modulate import (
+    _gate_backward,
+    _gated_backward,
+    _gated_modulate,
+    _modulate,
+    _modulate_backward,
+    gate_residual,
+)
+from scfm_core.kernels.norm_rope import _backward as _norm_rope_backward
+from scfm_core.kernels.norm_rope import norm_rope
+
+
+class NoDevice:
+    """As much of a driver as compiling asks for."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.target.arch  # Triton keeps compiled kernels by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
+def resources(kernel: Any) -> dict[str, int]:
+    """Registers a thread, and bytes of local memory a thread (spills), as NVIDIA's tool reads them from the binary."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK"))
+    return {"registers": registers, "stack": stack, "shared": kernel.metadata.shared}
+
+
+def launch_all(dtype: torch.dtype, dim: int) -> None:
+    """Every op once, at Flux's widths; the numbers of rows do not matter to a compiler."""
+    heads, rows = 3072 // dim, 16
+
+    def tensor(*shape: int) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype)
+
+    x, row = tensor(2, rows, 3072), tensor(2, 3072)
+    angles, weight = torch.empty(2 * rows, dim), tensor(dim)
+    statistic = torch.empty(2, rows)
+    joint = tensor(2, 2 * rows, heads, dim)
+    norm_rope(x, x, weight, weight, angles, angles, heads, 1e-6)
+    for weight_too in (False, True):
+        _norm_rope_backward(joint, x, weight, angles, angles, rows, 1e-6, weight_too)
+    _modulate(x, row, row, 1e-6)
+    _gated_modulate(x, x, row, row, row, 1e-6)
+    _modulate_backward(x, x, row, statistic, statistic)
+    _gated_backward(x, x, x, x, row, row, statistic, statistic)
+    gate_residual(x, x, row)
+    _gate_backward(x, x, row)
+    gelu_concat(x, tensor(2, rows, 12288))
+    _gelu_backward(tensor(2, rows, 12288), tensor(2, rows, 12288))
+    for keys in (128, 133):
+        query, key = tensor(2, keys, heads, dim), tensor(2, keys, heads, dim)
+        _flash(query, key, key)
+        _flash_backward(query, query, key, key, query, torch.empty(2, heads, keys))
+
+
+def main() -> None:
+    compiled: dict[int, Any] = {}
+    run = JITFunction.run
+
+    def compile_only(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        result = run(kernel, *args, grid=grid, warmup=True, **options)
+        compiled[id(result)] = (kernel.fn.__module__.rpartition(".")[2] + "." + kernel.fn.__name__, result)
+        return result
+
+    JITFunction.run = compile_only
+    for capability in (80, 90):
+        triton.runtime.driver.set_active(NoDevice(capability))
+        for dtype, dim in ((torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float32, 128)):
+            compiled.clear()
+            launch_all(dtype, dim)
+            for name, kernel in compiled.values():
+                row = {"kernel": name, "capability": capability, "dtype": str(dtype), "dim": dim}
+                print(json.dumps(row | resources(kernel)), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

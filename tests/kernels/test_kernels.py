@@ -1,0 +1,208 @@
+"""Every kernel against its plain PyTorch reference in fp64: in Triton's interpreter on a CPU, compiled where there is a GPU."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from scfm_core.kernels import flash, gelu_concat, lora, modulate, norm_rope, reference
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+HEADS, DIM = 3, 16
+# A result is rounded once where it is stored; sums of rounded values (gradients through a stored row) add a little. In bf16
+# Triton's interpreter cuts bits off where a GPU rounds to the nearest.
+BOUND = {torch.bfloat16: (2 if DEVICE.type == "cuda" else 4) * 2**-8, torch.float32: 16 * 2**-24, torch.float64: 1e-12}
+
+
+def rotation(tokens: int) -> tuple[Tensor, Tensor]:
+    angles = torch.rand(tokens, DIM // 2, device=DEVICE).repeat_interleave(2, dim=1) * 6
+    return angles.cos(), angles.sin()
+
+
+@dataclass
+class Case:
+    """A kernel, its reference, and the shapes of its inputs; `fixed` are passed behind them and take no gradient."""
+
+    kernel: Callable[..., Tensor | tuple[Tensor, ...]]
+    reference: Callable[..., Tensor | tuple[Tensor, ...]]
+    shapes: tuple[tuple[int, ...] | None, ...]
+    fixed: Callable[[], tuple] = tuple
+
+
+CASES = {
+    "norm_rope": Case(
+        norm_rope.norm_rope, reference.norm_rope_reference,
+        ((2, 19, HEADS * DIM), (2, 5, HEADS * DIM), (DIM,), (DIM,)), lambda: (*rotation(24), HEADS),
+    ),
+    "norm_rope of joined streams": Case(
+        norm_rope.norm_rope, reference.norm_rope_reference,
+        ((2, 17, HEADS * DIM), None, (DIM,), None), lambda: (*rotation(17), HEADS),
+    ),
+    "modulate": Case(modulate.modulate, reference.modulate_reference, ((2, 21, 20), (2, 20), (2, 20))),
+    "gate_residual": Case(modulate.gate_residual, reference.gate_residual_reference, ((2, 21, 20), (2, 21, 20), (2, 20))),
+    "gated_modulate": Case(
+        modulate.gated_modulate, reference.gated_modulate_reference,
+        ((2, 21, 20), (2, 21, 20), (2, 20), (2, 20), (2, 20)),
+    ),
+    "gelu_concat": Case(gelu_concat.gelu_concat, reference.gelu_concat_reference, ((2, 5, 20), (2, 5, 1100))),
+    "flash_attention": Case(
+        flash.flash_attention, reference.flash_attention_reference, ((2, 37, 2, DIM), (2, 45, 2, DIM), (2, 45, 2, DIM))
+    ),
+    "flash_attention, whole tiles": Case(
+        flash.flash_attention, reference.flash_attention_reference, ((1, 64, 2, 64), (1, 64, 2, 64), (1, 64, 2, 64))
+    ),
+    "flash_attention, heads of 128": Case(
+        flash.flash_attention, reference.flash_attention_reference, ((1, 33, 1, 128), (1, 33, 1, 128), (1, 33, 1, 128))
+    ),
+    "lora_linear": Case(
+        lora.lora_linear, lora.lora_linear_reference,
+        ((2, 7, 12), (10, 12), (10,), (4, 12), (10, 4)), lambda: (torch.tensor([0.0, 0.7], device=DEVICE),),
+    ),
+    "lora_linear of a vector": Case(
+        lora.lora_linear, lora.lora_linear_reference,
+        ((3, 12), (10, 12), None, (4, 12), (10, 4)), lambda: (torch.tensor([1.0, 0.0, 0.3], device=DEVICE),),
+    ),
+}  # fmt: skip
+
+
+def draw(case: Case, dtype: torch.dtype, *, dense: bool = True) -> list[Tensor | None]:
+    """Inputs that require gradients; if not `dense`, each is a slice of something wider."""
+    torch.manual_seed(0)
+    inputs: list[Tensor | None] = []
+    for shape in case.shapes:
+        if shape is None:
+            inputs.append(None)
+            continue
+        values = torch.randn(*shape[:-1], shape[-1] if dense else 3 * shape[-1], device=DEVICE).to(dtype)
+        inputs.append((values if dense else values[..., shape[-1] : 2 * shape[-1]]).requires_grad_())
+        assert values.numel() == 0 or inputs[-1].is_contiguous() == (dense or values.ndim == 1)
+    return inputs
+
+
+def as_tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def run(function: Callable, inputs: list[Tensor | None], fixed: tuple) -> tuple[list[Tensor], list[Tensor]]:
+    """Results, and gradients of the inputs under fixed random gradients of the results."""
+    leaves = [None if tensor is None else tensor.detach().requires_grad_() for tensor in inputs]
+    results = as_tuple(function(*leaves, *fixed))
+    generator = torch.Generator().manual_seed(1)
+    grads = [torch.randn(result.shape, generator=generator).to(result) for result in results]
+    # Rounded in bf16 first, so that both sides go back from the same gradients.
+    grads = [grad.bfloat16().to(result) for grad, result in zip(grads, results, strict=True)]
+    torch.autograd.backward(results, grads)
+    return list(results), [leaf.grad for leaf in leaves if leaf is not None]
+
+
+def wide(value: object) -> object:
+    return value.detach().double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def assert_close(found: list[Tensor], expected: list[Tensor], bound: float) -> None:
+    assert len(found) == len(expected)
+    for number, (one, other) in enumerate(zip(found, expected, strict=True)):
+        assert one.shape == other.shape
+        error = (one.double() - other).abs().max() / other.abs().max()
+        assert error <= bound, f"result {number}: {error:.2e} of the largest value, more than {bound:.2e}"
+
+
+@pytest.mark.parametrize("dense", [True, False], ids=["dense", "slices"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("name", CASES)
+def test_agrees_with_the_reference_in_fp64(name, dtype, dense):
+    case = CASES[name]
+    inputs, fixed = draw(case, dtype, dense=dense), case.fixed()
+    results, gradients = run(case.kernel, inputs, fixed)
+    assert all(result.dtype == dtype for result in results)
+    expected = run(case.reference, [wide(tensor) for tensor in inputs], tuple(wide(value) for value in fixed))
+    assert_close(results, expected[0], BOUND[dtype])
+    assert_close(gradients, expected[1], BOUND[dtype])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_are_the_slopes(name):
+    case = CASES[name]
+    inputs, fixed = draw(case, torch.float64), tuple(wide(value) for value in case.fixed())
+    given = [tensor for tensor in inputs if tensor is not None]
+
+    def function(*values: Tensor) -> tuple[Tensor, ...]:
+        left = iter(values)
+        return as_tuple(case.kernel(*(None if tensor is None else next(left) for tensor in inputs), *fixed))
+
+    assert torch.autograd.gradcheck(function, given, fast_mode=True, nondet_tol=0.0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_compiled_call_is_one_graph_with_the_same_results(name):
+    case = CASES[name]
+    inputs, fixed = draw(case, torch.float32), case.fixed()
+    eager = run(case.kernel, inputs, fixed)
+    compiled = run(torch.compile(case.kernel, fullgraph=True, dynamic=False), inputs, fixed)
+    for one, other in zip(eager[0] + eager[1], compiled[0] + compiled[1], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+OPS = {
+    "norm_rope": lambda x, row, head: (
+        torch.ops.scfm.norm_rope.default, (x, x, head, head, *rotation(14), HEADS, 1e-6),
+    ),
+    "modulate": lambda x, row, head: (torch.ops.scfm.modulate.default, (x, row, row, 1e-6)),
+    "gated_modulate": lambda x, row, head: (torch.ops.scfm.gated_modulate.default, (x, x, row, row, row, 1e-6)),
+    "gate_residual": lambda x, row, head: (torch.ops.scfm.gate_residual.default, (x, x, row)),
+    "gelu_concat": lambda x, row, head: (torch.ops.scfm.gelu_concat.default, (x, x)),
+    "flash_attention": lambda x, row, head: (
+        torch.ops.scfm.flash_attention.default, tuple(x.detach().unflatten(-1, (HEADS, DIM)) for _ in range(3)),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_registered_as_torch_expects(name):
+    """Schema, fake tensors, autograd and AOT dispatch, by torch's own checker."""
+    x, row, head = (torch.randn(*shape, device=DEVICE, requires_grad=True) for shape in ((2, 7, 48), (2, 48), (DIM,)))
+    op, arguments = OPS[name](x, row, head)
+    torch.library.opcheck(op, arguments)
+
+
+def test_a_frozen_norm_costs_no_gradient():
+    x = torch.randn(1, 4, HEADS * DIM, device=DEVICE, requires_grad=True)
+    weight = torch.ones(DIM, device=DEVICE)
+    norm_rope.norm_rope(x, None, weight, None, *rotation(4), HEADS).sum().backward()
+    assert x.grad is not None and weight.grad is None
+
+
+def test_heads_of_another_size_are_refused():
+    x = torch.randn(1, 4, 1, 24, device=DEVICE)
+    with pytest.raises(ValueError, match="not 24: choose another backend"):
+        flash.flash_attention(x, x, x)
+
+
+def test_attention_of_large_scores_does_not_overflow():
+    x = 60 * torch.randn(1, 40, 1, DIM, device=DEVICE)
+    expected = reference.flash_attention_reference(x.double(), x.double(), x.double())
+    assert_close([flash.flash_attention(x, x, x)], [expected], 1e-4)
+
+
+def test_attention_of_keys_that_all_repel_has_a_gradient():
+    """45 keys leave a tail in a tile of 32; every true score is far below the zero that the tail's would have."""
+    key = torch.randn(1, 45, 1, DIM, device=DEVICE)
+    key[..., 0] = 20.0
+    query = torch.zeros(1, 40, 1, DIM, device=DEVICE)
+    query[..., 0] = -30.0
+    expected = run(reference.flash_attention_reference, [query.double(), key.double(), key.double()], ())
+    found = run(flash.flash_attention, [query, key, key], ())
+    assert_close(found[1], expected[1], 1e-4)
+
+
+@pytest.mark.parametrize("unused", [0, 1])
+def test_one_result_of_two_is_enough_for_a_gradient(unused):
+    inputs = draw(CASES["gated_modulate"], torch.float32)
+    function = lambda *values: modulate.gated_modulate(*values)[1 - unused]  # noqa: E731
+    expected = lambda *values: reference.gated_modulate_reference(*values)[1 - unused]  # noqa: E731
+    found = torch.autograd.grad(function(*inputs).sum(), inputs, allow_unused=True, materialize_grads=True)
+    wanted = torch.autograd.grad(expected(*inputs).sum(), inputs, allow_unused=True, materialize_grads=True)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
