@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from scfm_core.data.source import PADDING
 from scfm_core.data.webdataset import TarWriter
 from scfm_core.errors import UserError
 from scfm_core.models.encoders import Autoencoder, TextEncoders
-from scfm_core.models.flux import Flux
+from scfm_core.models.protocol import ModelFamily
 from scfm_core.models.weights import encoder_fingerprint
 
 
@@ -49,7 +49,7 @@ class EncodeConfig:
                 f"{self.samples_per_shard} and {self.text_length}"
             )
 
-    def parameters(self, family: Flux) -> dict[str, object]:
+    def parameters(self, family: ModelFamily) -> dict[str, object]:
         """What of it decides a cache's content, with the model whose encoders are used."""
         return {
             "encoder": encoder_fingerprint(family.folder),
@@ -69,9 +69,9 @@ class CacheWriter:
         config: how.
     """
 
-    def __init__(self, output: Path, family: Flux, config: EncodeConfig) -> None:
+    def __init__(self, output: Path, family: ModelFamily, config: EncodeConfig) -> None:
         self.config = config
-        self.text = TextEncoders(family.folder, config.text_length, config.dtype, config.device)
+        self.text = TextEncoders(family, config.text_length, config.dtype, config.device)
         self.padding: Tensor | None = None
         digest = None
         if not config.keep_padding:
@@ -79,7 +79,9 @@ class CacheWriter:
             self.padding = load(content)["text"]
             digest = hashlib.sha256(content).hexdigest()
         self.draft = Manifest(
-            encoder=encoder_fingerprint(family.folder), text_length=config.text_length, padding=digest
+            encoder=encoder_fingerprint(family.folder),
+            text_length=family.text_tokens(config.text_length),
+            padding=digest,
         )
         self._error = [0.0, 0.0]
 
@@ -100,7 +102,11 @@ class CacheWriter:
             aside.unlink(missing_ok=True)
 
     def fields(
-        self, latents: Tensor, captions: list[str], details: list[dict[str, object]]
+        self,
+        latents: Tensor,
+        captions: list[str],
+        details: list[dict[str, object]],
+        path: Mapping[str, Tensor] | None = None,
     ) -> Iterator[dict[str, bytes]]:
         """The stored fields of each sample.
 
@@ -108,19 +114,20 @@ class CacheWriter:
             latents: [B, C, h, w].
             captions: B of them.
             details: what `json` holds.
+            path: the teacher's, to be stored as it is: tensors of B rows by name.
         """
         cond = self.text.encode(captions)
-        lengths = self.text.lengths(captions) if self.padding is not None else [self.config.text_length] * len(captions)
+        lengths = self.text.lengths(captions) if self.padding is not None else [None] * len(captions)
         for row, (caption, length, detail) in enumerate(zip(captions, lengths, details, strict=True)):
             text = cond.text[row].to(self.config.dtype).cpu()
             if self.padding is not None:
                 self._error[0] += float((text[length:].float() - self.padding[length:].float()).square().sum())
                 self._error[1] += float(text[length:].float().square().sum())
             tensors = {"latents": latents[row], "text": text[:length], "pooled": cond.pooled[row]}
+            stored = {name: tensor.to(self.config.dtype) for name, tensor in tensors.items()}
+            stored |= {name: tensor[row] for name, tensor in (path or {}).items()}
             yield {
-                "safetensors": save(
-                    {name: tensor.to(self.config.dtype).cpu().contiguous() for name, tensor in tensors.items()}
-                ),
+                "safetensors": save({name: tensor.cpu().contiguous() for name, tensor in stored.items()}),
                 "txt": caption.encode(),
                 "json": json.dumps(detail).encode(),
             }
@@ -134,7 +141,7 @@ class CacheWriter:
 def encode(
     corpus: Corpus,
     output: Path,
-    family: Flux,
+    family: ModelFamily,
     config: EncodeConfig,
     *,
     rank: int = 0,
@@ -172,7 +179,7 @@ def encode(
     if job.finished is not None:
         return job.finished, None
     writer = CacheWriter(output, family, config)
-    vae = Autoencoder(family.folder, config.dtype, config.device)
+    vae = Autoencoder(family, config.dtype, config.device)
 
     def write(piece: Piece, tar: TarWriter) -> list[str]:
         size, left_out = corpus.sizes[corpus.buckets[piece.items[0]]], []

@@ -17,10 +17,10 @@ from scfm_core.data.schema import Manifest, Size
 from scfm_core.data.webdataset import TarWriter
 from scfm_core.errors import UserError
 from scfm_core.flow.random import sample_noise
-from scfm_core.flow.sampler import euler_sample
+from scfm_core.flow.sampler import euler_sample, roll_out
 from scfm_core.flow.schedule import dynamic_shift, sigma_grid
 from scfm_core.models.encoders import TextEncoders
-from scfm_core.models.flux import Flux
+from scfm_core.models.protocol import ModelFamily
 from scfm_core.models.weights import network_fingerprint
 
 # Out of reach of a run's sample ids: a run of the same seed must not draw the very noise that its latents came from.
@@ -30,7 +30,7 @@ FIRST_ID = 1 << 62
 def generate(
     prompts: list[str],
     output: Path,
-    family: Flux,
+    family: ModelFamily,
     config: EncodeConfig,
     *,
     sizes: tuple[Size, ...],
@@ -39,6 +39,7 @@ def generate(
     shift: float | Literal["dynamic"],
     guidance: float,
     seed: int,
+    trajectories: bool = False,
     rank: int = 0,
     world_size: int = 1,
     progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda items, total: items,
@@ -56,10 +57,11 @@ def generate(
         config: how; its dtype and device are the network's too, and its batch size counts samples.
         sizes: heights and widths in pixels, taken in turn.
         per_prompt: samples of each prompt.
-        num_steps: Euler steps.
+        num_steps: steps, of Euler's method; with `trajectories` of the second-order Adams-Bashforth method.
         shift: the timestep shift; `dynamic`: Flux's, by the size.
-        guidance: embedded guidance; without effect on a network that has no such input.
+        guidance: embedded, or the scale of classifier-free guidance; without effect on a network that knows neither.
         seed: of the noise.
+        trajectories: store the paths too: mean velocities of the steps, sigmas, guidance.
         rank, world_size: this process, of how many that share the work.
         progress: wraps the shards to show a bar; called with (shards, their number).
 
@@ -79,6 +81,7 @@ def generate(
         "shift": shift,
         "guidance": guidance,
         "seed": seed,
+        **({"trajectories": True} if trajectories else {}),
         "network": network_fingerprint(family.folder),
         **config.parameters(family),
     }
@@ -87,7 +90,7 @@ def generate(
         return job.finished, None
     writer = CacheWriter(output, family, config)
     network = family.load_network(config.dtype, config.device)
-    teacher = _Teacher(family, network, writer.text, num_steps, shift, guidance, seed)
+    teacher = _Teacher(family, network, writer.text, num_steps, shift, guidance, seed, trajectories)
 
     def write(piece: Piece, tar: TarWriter) -> list[str]:
         size = sizes[piece.items[0] % len(sizes)]
@@ -95,12 +98,13 @@ def generate(
             items = piece.items[at : at + config.batch_size]
             numbers = [item // per_prompt for item in items]
             texts = [prompts[number] for number in numbers]
-            latents = teacher.sample(items, texts, size).to(config.dtype)
+            latents, path = teacher.sample(items, texts, size)
+            latents = latents.to(config.dtype)
             _refuse_not_finite(latents, items, texts)
             details = [
                 teacher.details(item, size) | {"prompt": number} for item, number in zip(items, numbers, strict=True)
             ]
-            for item, fields in zip(items, writer.fields(latents, texts, details), strict=True):
+            for item, fields in zip(items, writer.fields(latents, texts, details, path), strict=True):
                 tar.write(f"{item:08d}", fields, size)
         return []
 
@@ -114,25 +118,35 @@ def generate(
 class _Teacher:
     """The network with its text encoders, and how it is sampled."""
 
-    family: Flux
+    family: ModelFamily
     network: nn.Module
     text: TextEncoders
     num_steps: int
     shift: float | Literal["dynamic"]
     guidance: float
     seed: int
+    trajectories: bool
 
-    def sample(self, items: Sequence[int], texts: list[str], size: Size) -> Tensor:
-        """The latents of samples `items`, fp32 [B, C, h, w]."""
+    def sample(self, items: Sequence[int], texts: list[str], size: Size) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """The latents of samples `items`, fp32 [B, C, h, w], and their paths if they are to be stored."""
         cond = self.text.encode(texts, guidance=self.guidance)
         ids = torch.tensor(items, dtype=torch.int64) + FIRST_ID
         like = torch.empty(len(items), *self.family.latent_shape(*size), device=cond.text.device)
         shift = dynamic_shift(self.family.image_tokens(like)) if self.shift == "dynamic" else self.shift
-        return euler_sample(
-            lambda x, sigma: self.family.velocity(self.network, x, sigma, cond),
-            sample_noise(like, ids, self.seed),
-            sigma_grid(self.num_steps, shift),
-        )
+        noise, sigmas = sample_noise(like, ids, self.seed), sigma_grid(self.num_steps, shift)
+
+        def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+            return self.family.velocity(self.network, x, sigma, cond)
+
+        if not self.trajectories:
+            return euler_sample(velocity, noise, sigmas), None
+        latents, velocities = roll_out(velocity, noise, sigmas)
+        rows = len(items)
+        return latents, {
+            "velocities": velocities.to(cond.text.dtype),
+            "sigmas": sigmas.expand(rows, -1),
+            "guidance": torch.full((rows,), self.guidance),
+        }
 
     def details(self, item: int, size: Size) -> dict[str, object]:
         """What is stored of how a sample was made."""
@@ -141,7 +155,12 @@ class _Teacher:
 
 
 def _check(
-    prompts: list[str], family: Flux, sizes: tuple[Size, ...], per_prompt: int, num_steps: int, shift: float | str
+    prompts: list[str],
+    family: ModelFamily,
+    sizes: tuple[Size, ...],
+    per_prompt: int,
+    num_steps: int,
+    shift: float | str,
 ) -> None:
     if not prompts:
         raise UserError("there are no prompts to sample from; give at least one")

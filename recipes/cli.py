@@ -11,6 +11,7 @@ from pathlib import Path
 from recipes.data_commands import add_commands
 from scfm_core import __version__
 from scfm_core.errors import PeerLost, UserError
+from scfm_core.train.stop import remember_early
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -72,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_export(commands)
     _add_report(commands)
+    _add_study(commands)
     _add_status(commands)
     _add_checkpoint(commands)
     _add_health(commands)
@@ -125,6 +127,7 @@ def _add_train(commands) -> None:  # type: ignore[no-untyped-def]
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    remember_early()
     from recipes.train import train
 
     if arguments.gpus is not None and (arguments.gpus < 1 or not arguments.dry_run):
@@ -219,6 +222,37 @@ def _report(arguments: argparse.Namespace) -> None:
     from recipes.report import report
 
     print(report(arguments.run_dir, arguments.compare))
+
+
+def _add_study(commands) -> None:  # type: ignore[no-untyped-def]
+    parser = _command(
+        commands,
+        "study",
+        "Compare ways to train over several seeds: one table, one plot. The same command again goes on.",
+        _study,
+        epilog="examples:\n  scfm study digits\n  scfm study digits --arms paper step_scaled\n"
+        "  scfm study mine.yaml --only $SLURM_ARRAY_TASK_ID     # one run of the study, in an array job",
+    )
+    parser.add_argument("study", help="a YAML file, or the name of a shipped study")
+    _overrides(parser)
+    parser.add_argument("--output", "-o", type=Path, metavar="FOLDER", help="default runs/study/NAME")
+    parser.add_argument("--arms", nargs="+", default=[], metavar="ARM", help="run these alone")
+    parser.add_argument("--only", type=int, metavar="N", help="run the study's run number N alone, counted from 0")
+
+
+def _study(arguments: argparse.Namespace) -> None:
+    from recipes.study import run_study
+
+    print(
+        run_study(
+            arguments.study,
+            arguments.output,
+            arguments.overrides,
+            arms=arguments.arms,
+            only=arguments.only,
+            execute=main,
+        )
+    )
 
 
 def _add_status(commands) -> None:  # type: ignore[no-untyped-def]

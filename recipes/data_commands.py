@@ -120,9 +120,14 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(samples_per_shard=100)  # a shard is what a kill costs, and a sample takes seconds
     parser.add_argument("--buckets", choices=("none", "auto"), default="none", help="auto: all aspect ratios in turn")
     parser.add_argument("--per-prompt", type=int, default=1, help="samples of each prompt (default 1)")
-    parser.add_argument("--steps", type=int, default=32, help="Euler steps (default 32)")
+    parser.add_argument(
+        "--trajectories", action="store_true", help="store the teacher's paths too, for method.trajectory_fraction"
+    )
+    parser.add_argument(
+        "--steps", type=int, help="Euler steps (default 32); with --trajectories of a second-order method (default 12)"
+    )
     parser.add_argument("--shift", default="3.25", help="timestep shift, or dynamic (default 3.25)")
-    parser.add_argument("--guidance", type=float, default=3.5, help="embedded guidance (default 3.5)")
+    parser.add_argument("--guidance", type=float, default=3.5, help="guidance (default 3.5)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
 
 
@@ -130,7 +135,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     from data_tools.generate import generate
     from data_tools.job import processes
     from scfm_core.data.recipe import DataConfig
-    from scfm_core.models.flux import Flux
+    from scfm_core.models.families import open_family
     from scfm_core.train.build import read_prompts
 
     try:
@@ -140,14 +145,16 @@ def _generate(arguments: argparse.Namespace) -> None:
     resolution = tuple(arguments.resolution or (512, 512))
     sizes = DataConfig(path="unused", resolution=resolution, buckets=arguments.buckets).sizes()
     rank, world_size = processes()
+    steps = arguments.steps if arguments.steps is not None else 12 if arguments.trajectories else 32
     manifest, padding_error = generate(
         read_prompts(arguments.prompts, "prompts"),
         arguments.output,
-        Flux(arguments.model),
+        open_family(arguments.model),
         _cache_config(arguments),
         sizes=sizes,
         per_prompt=arguments.per_prompt,
-        num_steps=arguments.steps,
+        num_steps=steps,
+        trajectories=arguments.trajectories,
         shift=shift,
         guidance=arguments.guidance,
         seed=arguments.seed,
@@ -185,7 +192,11 @@ def _pack(arguments: argparse.Namespace) -> None:
 def _add_index(parser: argparse.ArgumentParser) -> None:
     _add_source(parser)
     parser.add_argument(
-        "--output", "-o", type=Path, metavar="FILE", help="default: manifest.json beside local shards, or here"
+        "--output",
+        "-o",
+        type=Path,
+        metavar="FILE",
+        help="default: manifest.json beside local shards; of remote ones it must be given",
     )
     parser.add_argument("--threads", type=int, default=4, help="shards that are read at a time (default 4)")
 
@@ -238,11 +249,11 @@ def _decoder(model: str, device: str) -> "Callable[[Tensor], Tensor]":
     import torch
 
     from scfm_core.models.encoders import Autoencoder
-    from scfm_core.models.flux import Flux
+    from scfm_core.models.families import open_family
     from scfm_core.train.build import resolve_device
 
     where = resolve_device(device)
-    vae = Autoencoder(Flux(model).folder, torch.bfloat16 if where.type == "cuda" else torch.float32, where)
+    vae = Autoencoder(open_family(model), torch.bfloat16 if where.type == "cuda" else torch.float32, where)
     return lambda latents: vae.decode(latents).cpu()
 
 
@@ -276,7 +287,7 @@ def _add_encode(parser: argparse.ArgumentParser) -> None:
 def _encode(arguments: argparse.Namespace) -> None:
     from data_tools.encode import encode
     from data_tools.job import processes
-    from scfm_core.models.flux import Flux
+    from scfm_core.models.families import open_family
 
     rank, world_size = processes()
     corpus = open_corpus(
@@ -285,7 +296,7 @@ def _encode(arguments: argparse.Namespace) -> None:
     manifest, error = encode(
         corpus,
         arguments.output,
-        Flux(arguments.model),
+        open_family(arguments.model),
         _cache_config(arguments),
         rank=rank,
         world_size=world_size,

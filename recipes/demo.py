@@ -1,6 +1,6 @@
 """`make demo`: from nothing to a distilled tiny Flux, by the commands that a person would type.
 
-python -m recipes.demo [--dir runs/demo] [--only assets]
+python -m recipes.demo [--dir runs/demo] [--only assets|teacher]
 """
 
 import argparse
@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 
 from recipes.cli import main as scfm
-from recipes.tiny import write_classifier, write_digits, write_pipeline
+from recipes.tiny import SIZE, caption, write_classifier, write_digits, write_pipeline
 
-_PAPER = ("method.step_gain=none", "ema.fast=0.99", "ema.slow=0.999", "method.self_grids=[16,8,4]")
+_PAPER = ("method.step_gain=none", "ema.restart_every=none")
 
 
 def main() -> None:
@@ -20,22 +20,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, default=Path("runs/demo"))
     parser.add_argument(
-        "--only", choices=("assets",), help="make the digits, the tiny pipeline and the cache, then stop"
+        "--only",
+        choices=("assets", "teacher"),
+        help="stop once digits, tiny pipeline and caches are made, or the teacher is trained too",
     )
     parser.add_argument("--vae-steps", type=int, default=300)
+    parser.add_argument(
+        "--pixels",
+        action="store_true",
+        help="a model of the 8 x 8 scans themselves, without a VAE (give another --dir)",
+    )
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="for both trainings, e.g. train.steps=20"
     )
     arguments = parser.parse_args()
     began, root = time.perf_counter(), arguments.dir
-    make_assets(root, arguments.vae_steps)
-    if arguments.only:
+    size = 8 if arguments.pixels else SIZE
+    make_assets(root, None if arguments.pixels else arguments.vae_steps, size)
+    if arguments.only == "assets":
         return
-    paths = [f"data.path={root / 'digits_cache'}"]
+    paths = [f"data.path={root / 'digits_cache'}", f"data.resolution=[{size},{size}]"]
     pretrain = [f"run.dir={root / 'pretrain'}", f"model.path={root / 'tiny_flux'}", *paths, *arguments.overrides]
     _run("train", "tiny_pretrain.yaml", *pretrain)
     if not (root / "teacher").is_dir():  # it appears when it is complete
         _run("export", root / "pretrain", "--merged", root / "teacher")
+    if arguments.only:
+        return
     paths += [f"model.path={root / 'teacher'}", f"evaluate.features_path={root / 'classifier'}", *arguments.overrides]
     for name, extra in (("distill", ()), ("paper_recipe", _PAPER)):
         _run("train", "tiny_distill.yaml", f"run.dir={root / name}", *paths, *extra)
@@ -46,21 +56,25 @@ def main() -> None:
     _summary(root, (time.perf_counter() - began) / 60)
 
 
-def make_assets(root: Path, vae_steps: int) -> None:
-    """Digits, tiny pipeline, classifier and cache in `root`; what is complete stays."""
-    if (root / "digits_cache" / "manifest.json").is_file():
-        return
-    print("making the digits, a tiny Flux pipeline of the real classes, and a digit classifier", flush=True)
-    for name in ("digits", "tiny_flux", "classifier", "digits_cache"):
-        shutil.rmtree(root / name, ignore_errors=True)
-    write_digits(root / "digits")
-    write_pipeline(root / "tiny_flux", vae_steps=vae_steps)
-    accuracy = write_classifier(root / "classifier")
-    print(f"the classifier reads {accuracy:.1%} of held-out digits")
-    _run(
-        "data", "encode", root / "digits", "--output", root / "digits_cache", "--model", root / "tiny_flux",
-        "--resolution", 16, 16, "--text-length", 8, "--keep-padding", "--dtype", "float32", "--batch-size", 64,
-    )  # fmt: skip
+def make_assets(root: Path, vae_steps: int | None, size: int = SIZE) -> None:
+    """Digits, tiny pipeline, classifier, caches of all digits and of ten, prompts in `root`; what is complete stays."""
+    if not (root / "classifier.json").is_file():
+        print("making the digits, a tiny Flux pipeline of the real classes, and a digit classifier", flush=True)
+        for name in ("digits", "tiny_flux", "classifier", "digits_cache", "digits_10", "digits_10_cache"):
+            shutil.rmtree(root / name, ignore_errors=True)
+        write_digits(root / "digits", size=size)
+        write_digits(root / "digits_10", count=10, size=size)
+        (root / "prompts.txt").write_text("".join(f"{caption(digit)}\n" for digit in range(10)))
+        write_pipeline(root / "tiny_flux", vae_steps=vae_steps)
+        accuracy = write_classifier(root / "classifier")
+        print(f"the classifier reads {accuracy:.1%} of held-out digits")
+        (root / "classifier.json").write_text(json.dumps({"accuracy": accuracy}) + "\n")
+    for name in ("digits", "digits_10"):
+        if not (root / f"{name}_cache" / "manifest.json").is_file():
+            _run(
+                "data", "encode", root / name, "--output", root / f"{name}_cache", "--model", root / "tiny_flux",
+                "--resolution", size, size, "--text-length", 8, "--keep-padding", "--dtype", "float32", "--batch-size", 64,
+            )  # fmt: skip
 
 
 def _run(*words: object) -> None:

@@ -1,11 +1,16 @@
 """`scfm evaluate`: student, undistilled base and teacher at the same step counts, from the same noise."""
 
+import hashlib
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from recipes.runs import load_trained, open_run
@@ -16,6 +21,7 @@ from scfm_core.errors import UserError
 from scfm_core.models.encoders import Autoencoder, TextEncoders
 from scfm_core.models.protocol import Conditioning
 from scfm_core.models.student import FullModel
+from scfm_core.models.weights import encoder_fingerprint, network_fingerprint
 from scfm_core.train.build import check_cache, compute_dtype, read_prompts, resolve_device
 from scfm_core.train.config import RunConfig
 from scfm_core.train.features import extract, frechet_distance, load_features
@@ -30,32 +36,36 @@ def evaluate(run_dir: Path, overrides: list[str]) -> Result:
     """Measure and write `RUN_DIR/evaluation.json` and `RUN_DIR/samples/evaluation.png`.
 
     Every figure starts from the same noise, so that `mse_teacher` compares image by image, and a Frechet distance
-    below that of two independent teacher sets says that the samples agree noise by noise.
+    below that of two independent teacher sets says that the samples agree noise by noise. A run from scratch has no teacher
+    and no base: its samples are compared with the data alone.
 
     Returns:
         `{"student": {"3": {...}}, "base": {...}, "teacher": {"32": {...}}}`, each with `fid_teacher` and
-        `mse_teacher` (not for the teacher), `fid_data`, `seconds_per_image` (decoding included), and `clip_score` if
-        CLIP is given.
+        `mse_teacher` (not for the teacher), `fid_data`, `seconds_per_image` (decoding included), `clip_score` if CLIP is
+        given, and the teacher's `fid_floor` if asked for.
     """
     config = open_run(run_dir, overrides)
     settings = config.evaluate
     bench = _Bench(run_dir, config)
-    jobs = [(kind, steps) for steps in settings.steps for kind in ("student", "base")]
-    result: Result = {"student": {}, "base": {}, "teacher": {}}
-    grids: dict[tuple[str, int], Tensor] = {}
-    with progress_bar("evaluate", len(jobs) + 1, unit="figure") as bar:
-        result["teacher"][str(settings.teacher_steps)] = bench.measure("teacher", settings.teacher_steps)
-        teacher_grid = bench.images[:GRID_COLUMNS]
-        bench.becomes_reference()
-        bar.update()
+    kinds = ("student", "base") if bench.has_teacher else ("student",)
+    jobs = [(kind, steps) for steps in settings.steps for kind in kinds]
+    if bench.has_teacher:
+        jobs.insert(0, ("teacher", settings.teacher_steps))
+    result: Result = {kind: {} for kind in (*kinds, *(["teacher"] if bench.has_teacher else []))}
+    grids: dict[str, Tensor] = {}
+    with progress_bar("evaluate", len(jobs), unit="figure") as bar:
         for kind, steps in jobs:
-            role = config.sample.weights if kind == "student" else "teacher"
-            result[kind][str(steps)] = bench.measure(role, steps)
-            grids[kind, steps] = bench.images[:GRID_COLUMNS]
+            result[kind][str(steps)] = bench.measure(config.sample.weights if kind == "student" else "teacher", steps)
+            grids[f"{kind} {steps}"] = bench.images[:GRID_COLUMNS] / 255
+            if kind == "teacher":
+                bench.becomes_reference()
+                if settings.noise_floor:
+                    result[kind][str(steps)]["fid_floor"] = bench.noise_floor(steps)
             bar.update()
-    rows = [(f"{kind} {steps}", grids[kind, steps] / 255) for kind in ("student", "base") for steps in settings.steps]
-    rows.append((f"teacher {settings.teacher_steps}", teacher_grid / 255))
-    save_grid(run_dir / "samples" / "evaluation.png", rows, bench.prompts[:GRID_COLUMNS])
+    order = sorted(grids, key=lambda name: list(result).index(name.split()[0]))
+    save_grid(
+        run_dir / "samples" / "evaluation.png", [(name, grids[name]) for name in order], bench.prompts[:GRID_COLUMNS]
+    )
     path = run_dir / "evaluation.json"
     path.with_suffix(".tmp").write_text(json.dumps(result, indent=2) + "\n")
     path.with_suffix(".tmp").replace(path)
@@ -70,12 +80,9 @@ class _Bench:
         self.config, self.device, self.size = config, resolve_device(config.run.device), settings.batch_size
         self.features = load_features(settings, self.device)
         self.clip = _clip_score(settings.clip_path, self.device)
-        self.model, _ = load_trained(run_dir, config)
-        if isinstance(self.model, FullModel) and "teacher" not in self.model.networks:
-            raise UserError(
-                "this run has no teacher (method.teacher_fraction is 0), so there is nothing to compare with"
-            )
-        folder, dtype = self.model.family.folder, compute_dtype(config)
+        self.model = load_trained(run_dir, config, with_teacher=True)
+        self.has_teacher = not isinstance(self.model, FullModel) or "teacher" in self.model.networks
+        dtype = compute_dtype(config)
         corpus = Corpus(config.data)
         items = corpus.items_of(config.data.resolution).tolist()
         if not items:
@@ -84,9 +91,11 @@ class _Bench:
                 f"Set it to one of {corpus.sizes}"
             )
         self.prompts = _prompts(config, corpus, items)
-        self.vae = Autoencoder(folder, dtype, self.device)
+        self.vae = Autoencoder(self.model.family, dtype, self.device)
         distinct = sorted(set(self.prompts))
-        self.cond = self._encode(TextEncoders(folder, config.model.text_length, dtype, self.device), distinct)
+        self.cond = self._encode(
+            TextEncoders(self.model.family, config.model.text_length, dtype, self.device), distinct
+        )
         where = {prompt: row for row, prompt in enumerate(distinct)}
         self.rows = torch.tensor([where[prompt] for prompt in self.prompts])
         self.real = self._real_features(corpus, items)
@@ -96,22 +105,16 @@ class _Bench:
                 f"Frechet distances compare with one another, not with published ones. Raise evaluate.samples"
             )
         self.images = torch.empty(0, dtype=torch.uint8)
+        """Those of the last `measure`, [N, 3, H, W]."""
         self._found = torch.empty(0)
         self._reference: tuple[Tensor, Tensor] | None = None
-        self._generate("teacher", 1, 0)  # the first call of a device is slow; it belongs to no figure
+        self._generate(config.sample.weights, 1, 0)  # the first call of a device is slow; it belongs to no figure
 
     def measure(self, role: str, steps: int) -> dict[str, float]:
-        """One row of the table; the images stay in `self.images` until the next."""
-        seconds, images, found, scores = 0.0, [], [], []
-        for at in range(0, len(self.prompts), self.size):
-            began = time.perf_counter()
-            part = self._generate(role, steps, at)
-            seconds += time.perf_counter() - began
-            found.append(extract(self.features, part, self.device, self.size))
-            images.append(to_uint8(part))
-            if self.clip is not None:
-                scores.append(self.clip(part, self.prompts[at : at + self.size]))
-        self.images, self._found = torch.cat(images), torch.cat(found)
+        """One row of the table; the images stay in `images` until the next."""
+        kept = self.config.evaluate.keep if role == "teacher" else None
+        self.images, seconds = self._make(role, steps) if kept is None else self._kept(Path(kept).expanduser(), steps)
+        self._found = self._features(self.images)
         row = {"fid_data": frechet_distance(self._found, self.real), "seconds_per_image": seconds / len(self.images)}
         if self._reference is not None:
             reference_images, reference_found = self._reference
@@ -119,18 +122,66 @@ class _Bench:
             pairs = zip(self.images.split(self.size), reference_images.split(self.size), strict=True)
             total = sum(float((a.double() - b.double()).square().sum()) for a, b in pairs)
             row["mse_teacher"] = total / self.images.numel() / 255**2
-        if scores:
-            row["clip_score"] = float(torch.cat(scores).mean())
+        if self.clip is not None:
+            starts = range(0, len(self.images), self.size)
+            parts = [(self.images[at : at + self.size], self.prompts[at : at + self.size]) for at in starts]
+            row["clip_score"] = float(torch.cat([self.clip(*part) for part in parts]).mean())
         return row
 
     def becomes_reference(self) -> None:
         """Later rows are compared with the one just measured."""
         self._reference = self.images, self._found
 
+    def noise_floor(self, steps: int) -> float:
+        """Distance of the reference to the teacher's samples of the same prompts from other noise."""
+        assert self._reference is not None
+        first, keep = len(self.prompts), self.config.evaluate.keep
+        if keep is None:
+            other, _ = self._make("teacher", steps, first)
+        else:
+            other, _ = self._kept(Path(keep).expanduser(), steps, first)
+        return frechet_distance(self._features(other), self._reference[1])
+
+    def _features(self, images: Tensor) -> Tensor:
+        parts = images.split(self.size)
+        return torch.cat([extract(self.features, part / 255, self.device, self.size) for part in parts])
+
+    def _make(self, role: str, steps: int, first: int = 0) -> tuple[Tensor, float]:
+        """All images of a role, from the noise of seeds `first` and on, and the seconds that they took."""
+        began = time.perf_counter()
+        starts = range(0, len(self.prompts), self.size)
+        images = torch.cat([to_uint8(self._generate(role, steps, at, first)) for at in starts])
+        return images, time.perf_counter() - began
+
+    def _kept(self, folder: Path, steps: int, first: int = 0) -> tuple[Tensor, float]:
+        """The frozen model's images, made once for all runs with the same model, prompts and settings."""
+        path = folder / f"teacher-{steps}-{self._settings(first)[:16]}.safetensors"
+        if path.is_file():
+            try:
+                with safe_open(path, "pt") as file:
+                    return file.get_tensor("images"), float(file.metadata()["seconds"])
+            except (SafetensorError, KeyError, TypeError, ValueError) as error:
+                raise UserError(f"evaluate.keep: {path} is damaged ({error}). Delete it; it is made again") from error
+        images, seconds = self._make("teacher", steps, first)
+        folder.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f"{path.name}.{os.getpid()}")
+        save_file({"images": images.contiguous()}, aside, {"seconds": repr(seconds)})
+        aside.replace(path)
+        return images, seconds
+
+    def _settings(self, first: int) -> str:
+        """A hash of everything that the frozen model's images depend on."""
+        config, folder, sample = self.config, self.model.family.folder, self.config.sample
+        known: list[Any] = [network_fingerprint(folder), encoder_fingerprint(folder), self.prompts, str(self.device)]
+        known += [first, sample.seed, sample.shift, sample.guidance]
+        known += [config.run.seed] if config.model.init == "random" else []
+        known += [config.data.resolution, config.model.text_length, config.train.compute_dtype]
+        return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+
     @torch.no_grad()
-    def _generate(self, role: str, steps: int, at: int) -> Tensor:
+    def _generate(self, role: str, steps: int, at: int, first: int = 0) -> Tensor:
         rows = self.rows[at : at + self.size]
-        seeds = [self.config.sample.seed + at + i for i in range(len(rows))]
+        seeds = [self.config.sample.seed + first + at + i for i in range(len(rows))]
         return generate(self.config, self.model, role, self.vae, self.cond[rows].to(self.device), seeds, steps)
 
     def _encode(self, text: TextEncoders, prompts: list[str]) -> Conditioning:
@@ -183,8 +234,7 @@ def _clip_score(path: str | None, device: torch.device) -> Callable[[Tensor, lis
 
     @torch.no_grad()
     def score(images: Tensor, prompts: list[str]) -> Tensor:
-        pixels = list(to_uint8(images))
-        inputs = processor(text=prompts, images=pixels, return_tensors="pt", padding=True, truncation=True)
+        inputs = processor(text=prompts, images=list(images), return_tensors="pt", padding=True, truncation=True)
         output = clip(**inputs.to(device))
         return 100 * torch.cosine_similarity(output.image_embeds, output.text_embeds).cpu()
 
@@ -193,7 +243,7 @@ def _clip_score(path: str | None, device: torch.device) -> Callable[[Tensor, lis
 
 def format_evaluation(result: Result) -> str:
     """The result as a table."""
-    names = [("fid_teacher", "FID to teacher"), ("mse_teacher", "MSE to teacher"), ("fid_data", "FID to data"),
+    names = [("fid_teacher", "FID to teacher"), ("mse_teacher", "MSE to teacher"), ("fid_data", "FID to data"), ("fid_floor", "noise floor"),
              ("clip_score", "CLIP score"), ("seconds_per_image", "s/image")]  # fmt: skip
     present = [
         (key, title) for key, title in names if any(key in row for kind in result.values() for row in kind.values())

@@ -9,7 +9,7 @@ from torch import Tensor
 from recipes.runs import open_run, open_trained
 from scfm_core.errors import UserError
 from scfm_core.models.adapters import merge
-from scfm_core.models.flux import Flux
+from scfm_core.models.protocol import ModelFamily
 from scfm_core.models.weights import read_weights, save_adapter, save_pipeline
 from scfm_core.scfm.plan import sampling_strength
 from scfm_core.train.build import compute_dtype
@@ -40,30 +40,33 @@ def export(run_dir: Path, overrides: list[str], *, merged: Path | None, num_step
         )
     checkpoint, family = open_trained(run_dir, config)
     if merged is None:
-        return _export_adapter(run_dir, config, checkpoint)
+        return _export_adapter(run_dir, config, checkpoint, family)
     shift = None if config.sample.shift == "dynamic" else float(config.sample.shift)
     weights = _merged_weights(config, checkpoint, family, sampling_strength(config.method.step_gain, num_steps or 1))
-    save_pipeline(family.folder, merged, weights, compute_dtype(config), shift)
+    learned = config.method.distil_guidance
+    save_pipeline(family.folder, merged, weights, compute_dtype(config), shift, has_learned_guidance=learned)
     return merged
 
 
-def _export_adapter(run_dir: Path, config: RunConfig, checkpoint: Checkpoint) -> Path:
+def _export_adapter(run_dir: Path, config: RunConfig, checkpoint: Checkpoint, family: ModelFamily) -> Path:
     """`RUN_DIR/adapter`: safetensors that `load_lora_weights` reads, and a README that says how to use them."""
     folder = run_dir / "adapter"
     scale = config.lora.alpha / config.lora.rank
-    save_adapter(folder, checkpoint.reader.group(config.sample.weights), scale, adapter_metadata(config))
-    (folder / "README.md").write_text(adapter_card(config))
+    save_adapter(folder, checkpoint.reader.group(config.sample.weights), scale, adapter_metadata(config, family))
+    (folder / "README.md").write_text(adapter_card(config, family))
     return folder
 
 
 def _merged_weights(
-    config: RunConfig, checkpoint: Checkpoint, family: Flux, strength: float
+    config: RunConfig, checkpoint: Checkpoint, family: ModelFamily, strength: float
 ) -> Iterator[tuple[str, Tensor]]:
     """Every weight of the exported network by name, one at a time: the memory of one, however large the network."""
     reader, role = checkpoint.reader, config.sample.weights
     if config.train.weights == "full":
-        for name in checkpoint.state["shapes"]:
-            yield name, reader.tensor(f"{role}.{name}")
+        for name, weight in read_weights(
+            family.folder, "transformer"
+        ):  # among them what is no parameter, such as tables
+            yield name, reader.tensor(f"{role}.{name}") if name in checkpoint.state["shapes"] else weight
         return
     scale = strength * config.lora.alpha / config.lora.rank
     for name, weight in read_weights(family.folder, "transformer"):
@@ -75,7 +78,7 @@ def _merged_weights(
             yield name, weight
 
 
-def adapter_metadata(config: RunConfig) -> dict[str, Any]:
+def adapter_metadata(config: RunConfig, family: ModelFamily) -> dict[str, Any]:
     """What a tool needs to sample with the adapter."""
     gain = config.method.step_gain
     return {
@@ -83,48 +86,68 @@ def adapter_metadata(config: RunConfig) -> dict[str, Any]:
         "step_gain_gamma": None if gain is None else gain.gamma,
         "strength_by_steps": {str(n): round(sampling_strength(gain, n), 6) for n in _CARD_STEPS},
         "shift": config.sample.shift,
-        "guidance": config.sample.guidance,
+        "guidance": student_guidance(config, family),
         "text_length": config.model.text_length,
         "resolution": list(config.data.resolution),
     }
 
 
-def adapter_card(config: RunConfig) -> str:
+def student_guidance(config: RunConfig, family: ModelFamily) -> float:
+    """diffusers' `guidance_scale` for the student: 1, one pass of the network, if guidance was learned."""
+    return 1.0 if config.method.distil_guidance or family.has_learned_guidance else config.sample.guidance
+
+
+def adapter_card(config: RunConfig, family: ModelFamily) -> str:
     """The README beside the adapter."""
-    gain, sample = config.method.step_gain, config.sample
+    gain, sample, method = config.method.step_gain, config.sample, config.method
     height, width = config.data.resolution
-    weight = sampling_strength(gain, 3)
-    table = "\n".join(f"| {n} | {sampling_strength(gain, n):.3f} |" for n in _CARD_STEPS)
+    guidance_alone = method.distil_guidance and not method.has_trajectory
+    steps = sample.steps[-1] if guidance_alone else 3
+    weight = sampling_strength(gain, steps)
+    title = "An adapter with the guidance in it" if guidance_alone else "A few-step adapter"
     advice = (
-        "The adapter's weight carries the step size: for N steps use N^-gamma, gamma = "
-        f"{gain.gamma:g}. Weight 0 is the original model."
+        f"The adapter's weight carries the step size: for N steps use N^-gamma, gamma = {gain.gamma:g}. Weight 0 is the "
+        f"original model."
         if gain is not None
         else "Use weight 1 at every step count."
     )
+    if method.distil_guidance:
+        advice += (
+            f" It has learned guidance_scale={method.guidance[0]:g}{', not fewer steps' if guidance_alone else ''}: set "
+            f"guidance_scale=1, which is one pass of the network a step."
+        )
+    elif family.has_learned_guidance:
+        advice += (
+            " The base model has its guidance inside: set guidance_scale=1, which is one pass of the network a step."
+        )
+    elif family.passes == 2:
+        advice += (
+            f" The guidance is part of what was learned: the adapter was trained with guidance_scale between "
+            f"{method.guidance[0]:g} and {method.guidance[1]:g}, two passes of the network a step."
+        )
+    rows = "\n".join(f"| {n} | {sampling_strength(gain, n):.3f} |" for n in _CARD_STEPS)
+    table = "" if guidance_alone else f"| steps | weight |\n|---|---|\n{rows}\n\n"
     scheduler = (
         f"pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift={sample.shift}, use_dynamic_shifting=False)\n"
         if sample.shift != "dynamic"
         else ""
     )
-    return f"""# A few-step adapter, made with scfm
+    return f"""# {title}, made with scfm
 
 Base model: `{config.model.path}`. {advice}
 
-| steps | weight |
-|---|---|
-{table}
-
-```python
+{table}```python
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, {family.pipeline}
 
-pipe = FluxPipeline.from_pretrained("{config.model.path}", torch_dtype=torch.{config.train.compute_dtype})
+pipe = {family.pipeline}.from_pretrained("{config.model.path}", torch_dtype=torch.{config.train.compute_dtype})
 {scheduler}pipe.load_lora_weights("adapter", adapter_name="scfm")
-pipe.set_adapters("scfm", {weight:.4f})  # the weight for 3 steps
+pipe.set_adapters("scfm", {weight:.4f})  # the weight for {steps} steps
 image = pipe(
     "your prompt",
-    num_inference_steps=3,
-    guidance_scale={sample.guidance},
+    num_inference_steps={steps},
+    sigmas=[1 - k / {steps} for k in range({steps})],  # an even grid, to which the scheduler applies its shift
+    guidance_scale={student_guidance(config, family)},
     height={height},
     width={width},
     max_sequence_length={config.model.text_length},

@@ -2,11 +2,11 @@
 
 import base64
 import html
-import io
 import json
 from pathlib import Path
 from typing import Any
 
+from recipes.plots import figure_style, quality_plot, to_png
 from scfm_core.errors import UserError
 from scfm_core.train.metrics import read_metrics
 
@@ -21,9 +21,11 @@ _COLUMNS = (
     ("fid_teacher", "Fréchet distance to teacher", "{:.3f}"),
     ("mse_teacher", "MSE to teacher", "{:.5f}"),
     ("fid_data", "Fréchet distance to data", "{:.3f}"),
+    ("fid_floor", "noise floor", "{:.3f}"),
     ("clip_score", "CLIP score", "{:.2f}"),
     ("seconds_per_image", "seconds an image", "{:.4f}"),
 )
+_COLUMN_TITLES = [(key, title) for key, title, _ in _COLUMNS]
 
 
 class _Run:
@@ -64,17 +66,25 @@ def report(run_dir: Path, compare: list[Path]) -> Path:
         + "</p>",
     ]
     if run.evaluation:
-        body.append("<h2>Quality over steps</h2>" + _image(_quality_plot(runs)))
+        body.append("<h2>Quality over steps</h2>" + _image(_quality_over_steps(runs)))
         body += [_evaluation_table(each) for each in runs if each.evaluation]
-        body.append(
-            "<p class=note>All figures start from the same noise. <b>base</b> is the undistilled model at few steps, "
-            "<b>teacher</b> the same model at many: the reference.</p>"
-        )
+        body.append("<p class=note>All figures start from the same noise.")
+        if "base" in run.evaluation:
+            body.append(
+                " <b>base</b> is the undistilled model at few steps, <b>teacher</b> the same model at many: the reference."
+            )
+        body.append("</p>")
     for each in runs:
         evaluated = each.folder / "samples" / "evaluation.png"
         if evaluated.is_file():
             body.append(f"<h2>Samples: {html.escape(each.name)}</h2>" + _image(evaluated.read_bytes()))
     body.append("<h2>Training</h2>" + _image(_training_plot(runs)))
+    if any(path.with_suffix(".json").is_file() for each in runs for path in each.grids):
+        body.append(
+            "<h2>Distance to the teacher on the grid's prompts</h2>"
+            "<p class=note>Mean squared, between latents from the same noise. Where it rises while the loss falls, the student "
+            "learns its data by heart.</p>" + _image(_validation_plot(runs))
+        )
     if run.grids:
         shown = [run.grids[i] for i in sorted({0, len(run.grids) // 2, len(run.grids) - 1})]
         body += [f"<h3>{html.escape(path.stem.replace('_', ' '))}</h3>" + _image(path.read_bytes()) for path in shown]
@@ -103,44 +113,20 @@ def _evaluation_table(run: _Run) -> str:
     return f"<h3>{html.escape(run.name)}</h3><table><tr><th></th>{head}</tr>{''.join(lines)}</table>"
 
 
-def _figure() -> tuple[Any, Any]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt, plt.rc_context(
-        {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
-    )
-
-
-def _png(plt: Any, figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
-    plt.close(figure)
-    return buffer.getvalue()
-
-
-def _quality_plot(runs: list[_Run]) -> bytes:
-    plt, style = _figure()
-    with style:
-        figure, axes = plt.subplots(figsize=(8, 4))
-        base = runs[0].evaluation["base"]
-        lines = [("undistilled", base), *((run.name, run.evaluation["student"]) for run in runs if run.evaluation)]
-        for number, (name, rows) in enumerate(lines):
-            steps = sorted(int(step) for step in rows)
-            values = [rows[str(step)]["fid_teacher"] for step in steps]
-            axes.plot(steps, values, marker="o", label=name, color="grey" if number == 0 else None)
-        axes.set(xscale="log", yscale="log", xlabel="steps", ylabel="Fréchet distance to teacher")
-        ticks = sorted({int(step) for _, rows in lines for step in rows})
-        axes.set_xticks(ticks, [str(tick) for tick in ticks])
-        axes.minorticks_off()
-        axes.legend(frameon=False)
-        return _png(plt, figure)
+def _quality_over_steps(runs: list[_Run]) -> bytes:
+    """One line a run, and the first one's undistilled base; a run from scratch has no teacher, and is held against data."""
+    metric = "fid_teacher" if "base" in runs[0].evaluation else "fid_data"
+    named = {"undistilled": runs[0].evaluation.get("base", {})}
+    named |= {run.name: run.evaluation["student"] for run in runs if run.evaluation}
+    lines = {
+        name: {int(steps): [row[metric]] for steps, row in rows.items() if metric in row}
+        for name, rows in named.items()
+    }
+    return quality_plot({name: rows for name, rows in lines.items() if rows}, dict(_COLUMN_TITLES)[metric])
 
 
 def _training_plot(runs: list[_Run]) -> bytes:
-    plt, style = _figure()
+    plt, style = figure_style()
     with style:
         figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6))
         for run in runs:
@@ -159,7 +145,22 @@ def _training_plot(runs: list[_Run]) -> bytes:
         left.set(xlabel="step", ylabel="loss (smoothed)", yscale="log")
         right.set(xlabel="step", ylabel="gradient norm (smoothed)", yscale="log")
         left.legend(frameon=False, fontsize=8)
-        return _png(plt, figure)
+        return to_png(plt, figure)
+
+
+def _validation_plot(runs: list[_Run]) -> bytes:
+    plt, style = figure_style()
+    with style:
+        figure, axes = plt.subplots(figsize=(8, 3.6))
+        for run in runs:
+            files = [path.with_suffix(".json") for path in run.grids]
+            found = {int(f.stem.split("_")[1]): json.loads(f.read_text())["mse_teacher"] for f in files if f.is_file()}
+            for count in next(iter(found.values()), {}):
+                known = {step: apart[count] for step, apart in found.items() if count in apart}
+                axes.plot(known.keys(), known.values(), marker="o", ms=3, label=f"{run.name}: {count} steps")
+        axes.set(xlabel="step of the training", ylabel="mean squared distance", yscale="log")
+        axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        return to_png(plt, figure)
 
 
 def _smooth(values: list[float], share: float = 0.02) -> list[float]:

@@ -4,13 +4,13 @@ from pathlib import Path
 
 from scfm_core.distributed.engine import Slot
 from scfm_core.errors import UserError
-from scfm_core.models.adapters import ADAPTERS
-from scfm_core.models.flux import Flux
+from scfm_core.models.protocol import ModelFamily
 from scfm_core.models.student import FullModel, LoRAModel
 from scfm_core.models.weights import network_fingerprint
 from scfm_core.train.build import build_family, build_model, resolve_device
 from scfm_core.train.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
 from scfm_core.train.config import RunConfig
+from scfm_core.train.kernels import choose_kernels
 from scfm_core.train.parse import load_config
 
 
@@ -22,10 +22,10 @@ def open_run(run_dir: Path, overrides: list[str]) -> RunConfig:
     """
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"{run_dir} is not a run: it has no config.yaml. Give the run.dir of a `scfm train`")
-    return load_config(run_dir / "config.yaml", overrides)
+    return load_config(run_dir / "config.yaml", overrides, stored=True)
 
 
-def open_trained(run_dir: Path, config: RunConfig) -> tuple[Checkpoint, Flux]:
+def open_trained(run_dir: Path, config: RunConfig) -> tuple[Checkpoint, ModelFamily]:
     """The run's newest intact checkpoint, and the model that it was trained on.
 
     Raises:
@@ -40,21 +40,22 @@ def open_trained(run_dir: Path, config: RunConfig) -> tuple[Checkpoint, Flux]:
     return checkpoint, family
 
 
-def load_trained(run_dir: Path, config: RunConfig) -> tuple[LoRAModel | FullModel, int]:
-    """The run's model in one process, with its newest checkpoint's student and EMAs, and the checkpoint's step.
+def load_trained(run_dir: Path, config: RunConfig, *, with_teacher: bool) -> LoRAModel | FullModel:
+    """The run's model in one process, with the weights of `sample.weights` from its newest checkpoint.
+
+    Args:
+        run_dir, config: the run.
+        with_teacher: load the teacher too, if the run trained full weights with one.
 
     Raises:
         UserError: as `open_trained`.
     """
     checkpoint, family = open_trained(run_dir, config)
-    model = build_model(config, family, resolve_device(config.run.device))
-    checkpoint.reader.fill(
-        {
-            f"{role}.{name}": Slot(parameter.detach())
-            for role in ADAPTERS
-            for name, parameter in model.parameters(role).items()
-        }
-    )
+    device = resolve_device(config.run.device)
+    kernels = choose_kernels(config, family, device, training=False)
+    model = build_model(config, family, device, kernels=kernels, with_teacher=with_teacher)
+    role = config.sample.weights
+    checkpoint.reader.fill({f"{role}.{name}": Slot(p.detach()) for name, p in model.parameters(role).items()})
     for network in model.networks.values():
         network.eval().requires_grad_(False)
-    return model, int(checkpoint.state["step"])
+    return model

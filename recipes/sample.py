@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,6 @@ from scfm_core.errors import UserError
 from scfm_core.models.encoders import Autoencoder, TextEncoders
 from scfm_core.models.protocol import Conditioning
 from scfm_core.models.student import FullModel, LoRAModel
-from scfm_core.scfm.plan import sampling_strength
 from scfm_core.train.build import compute_dtype, read_prompts, resolve_device, sampling_shift
 from scfm_core.train.config import RunConfig
 from scfm_core.train.validate import decode, initial_noise, sample_latents, to_uint8
@@ -49,12 +49,10 @@ def sample(
     prompts = prompts or read_prompts(prompt_file or config.sample.prompts, "--prompts")
     if not prompts:
         raise UserError("there is no prompt: give --prompt TEXT or --prompts FILE, or set sample.prompts")
-    model, _ = load_trained(run_dir, config)
+    model = load_trained(run_dir, config, with_teacher=False)
     device, dtype = resolve_device(config.run.device), compute_dtype(config)
-    cond = TextEncoders(model.family.folder, config.model.text_length, dtype, device).encode(
-        prompts, config.sample.guidance
-    )
-    vae = Autoencoder(model.family.folder, dtype, device)
+    cond = TextEncoders(model.family, config.model.text_length, dtype, device).encode(prompts, config.sample.guidance)
+    vae = Autoencoder(model.family, dtype, device)
     seeds = [config.sample.seed + i for i in range(len(prompts))]
     images = generate(config, model, config.sample.weights, vae, cond, seeds, num_steps, strength)
     folder = output or run_dir / "samples" / f"{num_steps}_steps"
@@ -78,15 +76,14 @@ def generate(
     """Images of `role` for rows of `cond` and their seeds, fp32 [N, 3, H, W] in [0, 1] on the CPU."""
     height, width = config.data.resolution
     shift = sampling_shift(config.sample, model.family, height, width)  # type: ignore[arg-type]
-    if strength is None:
-        strength = sampling_strength(config.method.step_gain, num_steps)
     batch = config.evaluate.batch_size
     dtype = compute_dtype(config)
+    settings: dict[str, Any] = {"method": config.method, "num_steps": num_steps, "shift": shift, "strength": strength}
     latents = []
     for at in range(0, len(seeds), batch):
         noise = initial_noise(model.family.latent_shape(height, width), seeds[at : at + batch], dtype)
         rows = cond[at : at + batch]
         noise = noise.to(rows.text.device)
-        latents.append(sample_latents(model, role, noise, rows, num_steps=num_steps, shift=shift, strength=strength))
+        latents.append(sample_latents(model, role, noise, rows, **settings))
     with torch.no_grad():
         return decode(vae, torch.cat(latents), batch)

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scfm_core.models.flux import zero_modulation
+from scfm_core.models.protocol import zero_modulation
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SIZE = 16  # pixels: the 8x8 scans enlarged, so that the VAE's 2x compression gives 8x8 latents
-SHIFT = 3.0  # of the saved scheduler, as METHOD's small reference
+SHIFT = 3.0  # of the saved scheduler
 
 
 def caption(digit: int) -> str:
@@ -25,8 +25,8 @@ def caption(digit: int) -> str:
     return f"a handwritten digit {DIGITS[digit]}"
 
 
-def write_digits(folder: Path, count: int | None = None) -> None:
-    """The digits as PNG files with `metadata.jsonl`."""
+def write_digits(folder: Path, count: int | None = None, size: int = SIZE) -> None:
+    """The digits as PNG files of `size` pixels with `metadata.jsonl`; 8 is that of the scans."""
     from PIL import Image
     from sklearn.datasets import load_digits
 
@@ -36,7 +36,7 @@ def write_digits(folder: Path, count: int | None = None) -> None:
     for number, (pixels, label) in enumerate(zip(digits.images[:count], digits.target[:count], strict=True)):
         image = Image.fromarray((pixels * 255 / 16).round().astype("uint8")).convert("RGB")
         name = f"{number:04d}.png"
-        image.resize((SIZE, SIZE), Image.Resampling.BICUBIC).save(folder / name)
+        image.resize((size, size), Image.Resampling.BICUBIC).save(folder / name)
         rows.append(json.dumps({"file_name": name, "text": caption(int(label))}))
     (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n")
 
@@ -51,12 +51,12 @@ def load_digit_images() -> tuple[Tensor, Tensor]:
     return images.expand(-1, 3, -1, -1).contiguous(), torch.from_numpy(digits.target).long()
 
 
-def write_pipeline(folder: Path, *, vae_steps: int, seed: int = 0) -> None:
+def write_pipeline(folder: Path, *, vae_steps: int | None, seed: int = 0) -> None:
     """A complete `FluxPipeline` folder: trained tiny VAE, fresh transformer, fixed random text encoders.
 
     Args:
         folder: where.
-        vae_steps: training steps of the VAE on the digits; 0 leaves it random.
+        vae_steps: training steps of the VAE on the digits; 0 leaves it random; None: no VAE, a model of grey pixels.
         seed: of every initialisation.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
@@ -65,7 +65,7 @@ def write_pipeline(folder: Path, *, vae_steps: int, seed: int = 0) -> None:
         torch.manual_seed(seed)
         clip_tokenizer, clip = _clip(folder)
         t5_tokenizer, t5 = _t5()
-        vae = _vae(vae_steps)
+        vae = None if vae_steps is None else _vae(vae_steps)
         FluxPipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT, use_dynamic_shifting=False),
             vae=vae,
@@ -73,7 +73,50 @@ def write_pipeline(folder: Path, *, vae_steps: int, seed: int = 0) -> None:
             tokenizer=clip_tokenizer,
             text_encoder_2=t5,
             tokenizer_2=t5_tokenizer,
-            transformer=_transformer(t5.config.d_model, clip.config.hidden_size, vae.config.latent_channels),
+            transformer=_transformer(t5.config.d_model, clip.config.hidden_size, 1),
+        ).save_pretrained(folder)
+
+
+def write_sd3_pipeline(folder: Path, *, vae: Path, seed: int = 0) -> None:
+    """A complete `StableDiffusion3Pipeline` folder: fresh tiny transformer, two CLIPs, T5, and the VAE in `vae`."""
+    from diffusers import (
+        AutoencoderKL,
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        clips = [_clip(folder, projected=True) for _ in range(2)]
+        t5_tokenizer, t5 = _t5(width=2 * 32)  # the CLIPs' tokens lie side by side, and are as wide as T5's
+        images = AutoencoderKL.from_pretrained(vae)
+        transformer = SD3Transformer2DModel(
+            sample_size=SIZE // 2,
+            patch_size=2,
+            in_channels=images.config.latent_channels,
+            out_channels=images.config.latent_channels,
+            num_layers=3,
+            attention_head_dim=16,
+            num_attention_heads=4,
+            joint_attention_dim=t5.config.d_model,
+            caption_projection_dim=64,
+            pooled_projection_dim=2 * 32,
+            pos_embed_max_size=16,
+            dual_attention_layers=(0,),
+            qk_norm="rms_norm",
+        )
+        zero_modulation(transformer)
+        StableDiffusion3Pipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
+            vae=images,
+            text_encoder=clips[0][1],
+            tokenizer=clips[0][0],
+            text_encoder_2=clips[1][1],
+            tokenizer_2=clips[1][0],
+            text_encoder_3=t5,
+            tokenizer_3=t5_tokenizer,
+            transformer=transformer,
         ).save_pretrained(folder)
 
 
@@ -96,9 +139,9 @@ def _transformer(text_dim: int, pooled_dim: int, latent_channels: int) -> torch.
     return network
 
 
-def _clip(folder: Path):  # type: ignore[no-untyped-def]
+def _clip(folder: Path, *, projected: bool = False):  # type: ignore[no-untyped-def]
     """A CLIP text model with a character vocabulary."""
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     letters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
@@ -110,6 +153,7 @@ def _clip(folder: Path):  # type: ignore[no-untyped-def]
     config = CLIPTextConfig(
         vocab_size=len(tokens),
         hidden_size=32,
+        projection_dim=32,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
@@ -117,10 +161,10 @@ def _clip(folder: Path):  # type: ignore[no-untyped-def]
         eos_token_id=len(tokens) - 1,
         initializer_factor=4.0,  # random weights must still tell captions apart
     )
-    return tokenizer, CLIPTextModel(config)
+    return tokenizer, (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
 
 
-def _t5():  # type: ignore[no-untyped-def]
+def _t5(width: int = 32):  # type: ignore[no-untyped-def]
     """A T5 encoder with a vocabulary of the captions' words."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import T5Config, T5EncoderModel, T5TokenizerFast
@@ -131,7 +175,7 @@ def _t5():  # type: ignore[no-untyped-def]
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     core.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     tokenizer = T5TokenizerFast(tokenizer_object=core, extra_ids=0, model_max_length=512)
-    config = T5Config(vocab_size=len(vocabulary), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+    config = T5Config(vocab_size=len(vocabulary), d_model=width, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
     return tokenizer, T5EncoderModel(config)
 
 

@@ -9,15 +9,19 @@ import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
+
 from recipes.export import export
 from scfm_core.distributed.deepspeed_config import deepspeed_config
 from scfm_core.distributed.world import World, join_world, launched_size
 from scfm_core.errors import UserError
+from scfm_core.models.protocol import ModelFamily
 from scfm_core.train.build import build_family, micro_batches, optimizer_config, resolve_device, validation_prompts
 from scfm_core.train.checkpoint import find_checkpoint, point_to, verify_checkpoint
 from scfm_core.train.config import RunConfig
 from scfm_core.train.estimate import estimate, format_estimate
 from scfm_core.train.history import HISTORY, Start
+from scfm_core.train.kernels import choose_kernels
 from scfm_core.train.parse import dump_config, load_config, with_absolute_paths
 from scfm_core.train.trainer import Trainer, fit
 
@@ -92,6 +96,7 @@ def _run(config: RunConfig, resume: str, world: World, data_may_change: bool, st
             elif resume != "auto" and checkpoint is not None:
                 _go_back(run_dir, checkpoint)
             (run_dir / "config.yaml").write_text(dump_config(config))
+            print(f"kernels: {trainer.kernels}")
             if checkpoint is not None:
                 print(f"resuming from {checkpoint} at step {trainer.progress.step}")
         start.begin(trainer.progress.step, config.train.steps, world.size)
@@ -153,7 +158,19 @@ def describe(config: RunConfig, processes: int = 1) -> str:
         raise UserError(
             f"engine.shard={config.engine.shard} does not divide {processes} processes; say how many with --gpus"
         )
-    return format_estimate(estimate(config, build_family(config, offline=True), processes), config)
+    family = build_family(config, offline=True)
+    return format_estimate(estimate(config, family, processes), config, _kernels_here(config, family))
+
+
+def _kernels_here(config: RunConfig, family: ModelFamily) -> str:
+    """What this machine would compute with; a dry run may be made where the run could not."""
+    try:
+        device = resolve_device(config.run.device)
+        kernels = choose_kernels(config, family, device)
+    except UserError as error:
+        return f"not to be chosen here: {error}"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU; a GPU chooses for itself"
+    return f"{kernels}; on {name}"
 
 
 def _starting_point(run_dir: Path, resume: str, world: World) -> Path | None:

@@ -2,7 +2,7 @@
 # Distil a flow-matching model on a Slurm cluster; goes on by itself after time limits, preemption and lost nodes.
 #
 #   sbatch slurm/distill_flux.sh                                              # flux_dev_lora.yaml on 2 nodes of 8 GPUs
-#   sbatch -N 4 slurm/distill_flux.sh recipes/configs/flux_dev_full.yaml data=recipes/data/laion_pop.yaml train.steps=3000
+#   sbatch -N 4 slurm/distill_flux.sh flux_dev_full.yaml data=my_data.yaml train.global_batch_size=32 train.steps=3000
 #   sbatch --array=0-1 slurm/distill_flux.sh first.yaml second.yaml           # task k of the array runs recipe k
 #   bash slurm/distill_flux.sh recipes/configs/flux_dev_lora.yaml             # the same on this machine, without Slurm
 #

@@ -128,7 +128,11 @@ run_job() {
     # Where Slurm itself ends the job, only a time limit is a reason to go on: else it was cancelled, or is requeued already.
     local cancelled=() shown verdict
     shown="$(scontrol --oneliner show job "$job" || true)"
-    if [[ "$shown" != *JobState=RUNNING* && "$shown" != *Reason=TimeLimit* ]]; then cancelled=(--cancelled); fi
+    # While a signal is on its way the state is SIGNALING; no answer is no reason either.
+    case "$shown" in
+    '' | *JobState=RUNNING* | *JobState=SIGNALING* | *Reason=TimeLimit*) ;;
+    *) cancelled=(--cancelled) ;;
+    esac
     verdict="$("${python[@]}" -m recipes.cli job verdict "$run_dir" --exit-code "$code" \
         --retries "${SCFM_RETRIES:-3}" "${cancelled[@]}")"
     echo "job $job: $verdict"

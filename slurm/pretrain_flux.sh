@@ -3,7 +3,7 @@
 # lost nodes.
 #
 #   sbatch -N 4 slurm/pretrain_flux.sh                                       # flux_pretrain.yaml on 4 nodes of 8 GPUs
-#   sbatch -N 16 slurm/pretrain_flux.sh flux_pretrain.yaml data=recipes/data/laion_pop.yaml engine.shard=8
+#   sbatch -N 16 slurm/pretrain_flux.sh flux_pretrain.yaml data=my_data.yaml engine.shard=8 train.micro_batch_size=2
 #   bash slurm/pretrain_flux.sh recipes/configs/tiny_pretrain.yaml            # on this machine, without Slurm
 #
 # Whatever #SBATCH says here, the command line of sbatch overrides. docs/cluster.md has the rest.

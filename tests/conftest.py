@@ -4,18 +4,22 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: threads cost more than they bring
 
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is imported
+
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from data_tools.encode import EncodeConfig, encode
-from recipes.tiny import write_classifier, write_digits, write_pipeline
+from recipes.tiny import write_classifier, write_digits, write_pipeline, write_sd3_pipeline
 from scfm_core.data.corpus import Corpus
 from scfm_core.data.recipe import DataConfig
-from scfm_core.models.flux import Flux
+from scfm_core.models.families import open_family
 from scfm_core.train.config import RunConfig
 from scfm_core.train.parse import parse_config
 
@@ -37,17 +41,26 @@ def write_tiny(root: Path) -> Path:
     encode(
         Corpus(DataConfig(path=str(root / "digits"), format="folder", resolution=(16, 16))),
         root / "cache",
-        Flux(str(root / "flux")),
+        open_family(str(root / "flux")),
         EncodeConfig(text_length=8, keep_padding=True, dtype=torch.float32, samples_per_shard=20),
     )
     return root
 
 
+@pytest.fixture(scope="session")
+def tiny_sd3(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `sd3`, as `tiny`'s flux with the same VAE, and `cache`."""
+    root = tmp_path_factory.mktemp("tiny_sd3")
+    write_sd3_pipeline(root / "sd3", vae=tiny / "flux" / "vae")
+    _randomise_transformer(root / "sd3")
+    images = Corpus(DataConfig(path=str(tiny / "digits"), format="folder", resolution=(16, 16)))
+    encode(images, root / "cache", open_family(str(root / "sd3")), EncodeConfig(text_length=8, dtype=torch.float32))
+    return root
+
+
 def _randomise_transformer(folder: Path) -> None:
     """adaLN-zero starts the network at zero output: no signal for a test."""
-    from diffusers import FluxTransformer2DModel
-
-    network = FluxTransformer2DModel.from_pretrained(folder, subfolder="transformer")
+    network: Any = open_family(str(folder)).load_network(torch.float32, "cpu")
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in network.parameters():

@@ -21,7 +21,7 @@ from scfm_core.data.cache import ShardCache
 from scfm_core.data.folder import ImageFolder, load_image
 from scfm_core.data.order import Order, SourceOrder, choose
 from scfm_core.data.recipe import DataConfig, SourceConfig
-from scfm_core.data.schema import BadData, Manifest, Record, Size
+from scfm_core.data.schema import PATH, BadData, Manifest, Record, Size
 from scfm_core.data.source import Shard, Source, json_value, open_source
 from scfm_core.data.uri import is_remote
 from scfm_core.errors import UserError
@@ -41,13 +41,14 @@ class Corpus:
 
     Args:
         config: the recipe.
+        with_paths: read the teacher's paths, which cached samples then must have; off: they are not carried along.
 
     Raises:
         UserError: if a source cannot be opened, or the sources do not go together.
     """
 
-    def __init__(self, config: DataConfig) -> None:
-        self.config, self.sizes = config, config.sizes()
+    def __init__(self, config: DataConfig, *, with_paths: bool = False) -> None:
+        self.config, self.sizes, self.with_paths = config, config.sizes(), with_paths
         self.configs = config.mixture()
         cache = self._cache()
         self.sources: list[Source | ImageFolder] = []
@@ -67,6 +68,11 @@ class Corpus:
         self._length = int(sizes.sum())
         self._counts = counts
         self.encoder, self.text_length = self._encoder()
+        if with_paths and not self.is_cached:
+            raise UserError(
+                "data: method.trajectory_fraction > 0 needs stored paths of the teacher, but the sources are images. Make "
+                "paths of their captions with `scfm data generate --trajectories`"
+            )
         self.buckets = np.concatenate([self._buckets_of(number) for number in range(len(self.sources))])
         self.fingerprint = self._fingerprint()
         # Shared with the processes forked from this one: each shard is hashed once by all of them.
@@ -112,6 +118,11 @@ class Corpus:
             partitions=config.partitions,
         )
 
+    def first_items(self) -> dict[str, int]:
+        """The first sample of each source, by the source's name."""
+        shards = zip(self._shard_source, self._shard_place, self._shard_start, strict=True)
+        return {self.configs[source].name: start for source, place, start in shards if place == 0}
+
     def shard_of(self, item: int) -> int:
         """Number of the shard that holds a sample."""
         return bisect.bisect_right(self._shard_start, item) - 1
@@ -152,7 +163,7 @@ class Corpus:
         shard = self._opened(place)
         try:
             if self.is_cached:
-                record = _cached_record(shard, at, number, source.padding)
+                record = _cached_record(shard, at, number, source.padding, self.with_paths)
                 return _filled_up(record, source.padding) if padded else record
             return self._image_record(shard, at, source.config, size, sample_id)
         except BadData:
@@ -370,7 +381,7 @@ def nearest_size(size: Size, sizes: tuple[Size, ...]) -> int:
     )
 
 
-def _cached_record(shard: Shard, at: int, source: int, padding: Tensor | None) -> Record:
+def _cached_record(shard: Shard, at: int, source: int, padding: Tensor | None, with_path: bool) -> Record:
     """With the text as it is stored."""
     content, caption = shard.read(at, "safetensors"), shard.read(at, "txt")
     key = shard.key(at)
@@ -382,9 +393,15 @@ def _cached_record(shard: Shard, at: int, source: int, padding: Tensor | None) -
     text = tensors["text"]
     if padding is not None and (len(text) > len(padding) or text.shape[1:] != padding.shape[1:]):
         raise ValueError(f"its text of {tuple(text.shape)} does not fit the padding of {tuple(padding.shape)}")
+    if with_path and (missing := [name for name in PATH if name not in tensors]):
+        raise BadData(
+            f"data: sample {key!r} of shard {shard.name} has no {' and '.join(missing)}: the teacher's paths are stored by "
+            f"`scfm data generate --trajectories`"
+        )
     return Record(
         key=key,
         caption=caption.decode(),
+        path={name: tensors[name] for name in PATH} if with_path else None,
         latents=tensors["latents"],
         text=text,
         pooled=tensors["pooled"],

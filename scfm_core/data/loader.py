@@ -1,6 +1,7 @@
 """Batches in an exact order that a run can go on with at any step, on any number of processes and workers."""
 
 import contextlib
+import gc
 import mmap
 import multiprocessing
 import os
@@ -166,7 +167,8 @@ def batches(
     close_connections()
     with contextlib.ExitStack() as stack:
         ahead = stack.enter_context(_FetchAhead(corpus, picks)) if config.num_workers else None
-        iterator = iter(loader)
+        with _inherited():
+            iterator = iter(loader)
         # A traceback may keep the iterator alive to the end of the process, whose exit would then wait for ever for
         # workers that ignore its SIGTERM.
         if config.num_workers:
@@ -193,7 +195,8 @@ class _FetchAhead:
         self._process = multiprocessing.get_context("fork").Process(target=self._run, daemon=True)
 
     def __enter__(self) -> "_FetchAhead":
-        self._process.start()
+        with _inherited():
+            self._process.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -243,6 +246,21 @@ class _FetchAhead:
         # Whoever needs the shard will meet the same error, and tell.
         with contextlib.suppress(UserError, OSError):
             self.corpus.make_ready(shard)
+
+
+@contextlib.contextmanager
+def _inherited() -> Generator[None]:
+    """Processes forked in here never collect what they inherit.
+
+    Among this process's garbage may be a process group (FSDP's modules hold one in a cycle), which joins its threads when
+    it goes; in a forked process those do not exist, and it would be aborted. Nor are the pages that a collection writes
+    to copied.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _ignore_signals(_: int) -> None:

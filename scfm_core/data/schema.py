@@ -1,7 +1,7 @@
 """What a sample is, in memory and in a shard, and what the manifest beside the shards says of them.
 
-A cached sample has three fields: `safetensors` (`latents` [C, h, w], `text` [L, D], `pooled` [P]), `txt` (caption, UTF-8)
-and `json` (`height`, `width` in pixels, `source`). A sample of images has an image file and its captions. In a tar of
+A cached sample has three fields: `safetensors` (`latents` [C, h, w], `text` [L, D], `pooled` [P]; with the teacher's path also
+`velocities` [K, C, h, w], `sigmas` [K + 1], `guidance` []), `txt` (caption, UTF-8) and `json` (`height`, `width` in pixels, `source`). A sample of images has an image file and its captions. In a tar of
 webdataset's layout (https://github.com/webdataset/webdataset) a field is the member `<key>.<field>`, in MDS
 (https://docs.mosaicml.com/projects/streaming) a column. `manifest.json` counts, measures and hashes the shards of either.
 """
@@ -21,6 +21,9 @@ from scfm_core.errors import UserError
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = "scfm-manifest"
 MANIFEST_VERSION = 2
+
+PATH = ("velocities", "sigmas", "guidance")
+"""Tensors of a stored path, beside a cached sample's others."""
 
 Size = tuple[int, int]
 """Height and width in pixels."""
@@ -44,6 +47,9 @@ class Record:
     """Which of the corpus's paddings fills up `text`; None if it is whole."""
     image: Tensor | None = None
     """fp32 [3, H, W] in [-1, 1]."""
+    path: dict[str, Tensor] | None = None
+    """The teacher's path to `latents`, where it was stored and is asked for: `velocities` [K, C, h, w], mean velocities of its
+    intervals; `sigmas` fp32 [K + 1], of its nodes; `guidance` fp32 []."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,8 @@ class Batch:
     text: PackedText | None
     pooled: Tensor | None
     images: Tensor | None
+    path: dict[str, Tensor] | None = None
+    """As the records', stacked."""
     bad: list[str] = field(default_factory=list)
     """Samples that could not be used and were replaced: which, and why."""
 
@@ -134,6 +142,13 @@ def collate(sample_ids: Sequence[int], records: Sequence[Record]) -> Batch:
         check("text", {tuple(text.shape[1:]) for text in texts})
         return PackedText(torch.cat(texts), [len(text) for text in texts], [record.padding for record in records])
 
+    def paths() -> dict[str, Tensor] | None:
+        found = [record.path for record in records if record.path is not None]
+        if not found:
+            return None
+        check("paths of the teacher", {tuple(path["velocities"].shape) for path in found})
+        return {name: torch.stack([path[name] for path in found]) for name in PATH}
+
     return Batch(
         sample_ids=torch.tensor(sample_ids, dtype=torch.int64),
         keys=[record.key for record in records],
@@ -142,6 +157,7 @@ def collate(sample_ids: Sequence[int], records: Sequence[Record]) -> Batch:
         text=pack(),
         pooled=stack("pooled"),
         images=stack("image"),
+        path=paths(),
     )
 
 

@@ -230,7 +230,7 @@ def _required(where: str, config: SourceConfig, timeout: float) -> bytes:
     folder = parent(where)
     if not is_remote(where) and not Path(folder).is_dir():
         raise UserError(
-            f"data: there is no folder {folder!r}. Make it with `scfm data encode IMAGES {folder}`, or correct the path"
+            f"data: there is no folder {folder!r}. Make it with `scfm data encode IMAGES -o {folder} --model MODEL`, or correct the path"
         )
     text = read_if_there(where, timeout)
     if text is None:

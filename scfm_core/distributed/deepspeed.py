@@ -40,6 +40,9 @@ def import_deepspeed(device: torch.device) -> ModuleType:
             f"Install it with: pip install 'scfm[deepspeed]', or set engine.name=fsdp2"
         ) from error
     deepspeed.utils.logger.setLevel(logging.WARNING)
+    # On a CPU DeepSpeed would compile an all-reduce for inference at the first start, half a minute; killed meanwhile, it
+    # leaves a lock behind for which every later start waits.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed  # type: ignore[no-any-return]
 
 
@@ -65,6 +68,8 @@ class ZeroLayout:
         """Partition every parameter over the ranks, one at a time."""
         if self.is_sharded:
             self.deepspeed.zero.Init(module=network, config_dict_or_path=self._for_init())
+            for buffer in network.buffers():  # such as a table of positions: DeepSpeed moves parameters alone
+                buffer.data = buffer.data.to(self.device)
 
     def _for_init(self) -> dict[str, Any]:
         return {key: value for key, value in self.config.items() if key != "torch_autocast"}
@@ -184,6 +189,8 @@ class ZeroEngine:
         parameters = self._parameters(role).items()
         if self._stage < 3:
             return {name: parameter.detach() for name, parameter in parameters}
+        for _, parameter in parameters:
+            _clear_padding(parameter)
         return {name: parameter.ds_tensor for name, parameter in parameters}  # type: ignore[attr-defined]
 
     def after_ema_update(self) -> None:
@@ -309,3 +316,9 @@ def _recording(checkpoint_engine: Any) -> Any:
     checkpoint_engine.__class__ = Recording
     checkpoint_engine.errors = []
     return checkpoint_engine
+
+
+def _clear_padding(parameter: Any) -> None:
+    """ZeRO-3's slices are of one length; what is behind the last one's end was never written, and may be no number."""
+    slice_, rank = parameter.ds_tensor, torch.distributed.get_rank(parameter.ds_process_group)
+    slice_.data[max(0, parameter.ds_numel - rank * slice_.numel()) :].zero_()

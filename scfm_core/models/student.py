@@ -1,17 +1,15 @@
 """Teacher, student and the two EMAs, behind one call: adapters over a shared base, or full copies."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from scfm_core.flow.path import per_sample
-from scfm_core.models.adapters import LoRABank, LoRAConfig
+from scfm_core.models.adapters import ADAPTERS, LoRABank, LoRAConfig
 from scfm_core.models.protocol import Conditioning, ModelFamily
-
-ROLES = ("teacher", "student", "ema_fast", "ema_slow")
 
 
 class ShortcutModel(Protocol):
@@ -32,8 +30,10 @@ class ShortcutModel(Protocol):
         """Whole shapes of the trained weights by name, however an engine has split them."""
         ...
 
-    def velocity(self, role: str, x: Tensor, sigma: Tensor, cond: Conditioning, strength: Tensor) -> Tensor:
-        """The velocity of `role` at per-sample strength; strength 0 is the teacher."""
+    def velocity(
+        self, role: str, x: Tensor, sigma: Tensor, cond: Conditioning, strength: Tensor, *, for_target: bool = False
+    ) -> Tensor:
+        """The velocity of `role` at per-sample strength; strength 0 is the teacher. `for_target`: fp8 is good enough."""
         ...
 
 
@@ -48,11 +48,11 @@ class _Passes:
 
     def near_velocity(self: "ShortcutModel", x: Tensor, sigma: Tensor, cond: Conditioning, strength: Tensor) -> Tensor:
         """First half of the target: the teacher where strength is 0, the fast EMA elsewhere."""
-        return self.velocity("ema_fast", x, sigma, cond, strength)
+        return self.velocity("ema_fast", x, sigma, cond, strength, for_target=True)
 
     def far_velocity(self: "ShortcutModel", x: Tensor, sigma: Tensor, cond: Conditioning, strength: Tensor) -> Tensor:
         """Second half of the target: the slow EMA."""
-        return self.velocity("ema_slow", x, sigma, cond, strength)
+        return self.velocity("ema_slow", x, sigma, cond, strength, for_target=True)
 
 
 class LoRAModel(_Passes):
@@ -82,12 +82,14 @@ class LoRAModel(_Passes):
         """See `ShortcutModel`."""
         return self._shapes
 
-    def velocity(self, role: str, x: Tensor, sigma: Tensor, cond: Conditioning, strength: Tensor) -> Tensor:
+    def velocity(
+        self, role: str, x: Tensor, sigma: Tensor, cond: Conditioning, strength: Tensor, *, for_target: bool = False
+    ) -> Tensor:
         """See `ShortcutModel`; x [B, C, H, W], sigma and strength fp32 [B]."""
         if role == "teacher":
             self.bank.select(None)
         else:
-            self.bank.select(role, strength)
+            self.bank.select(role, strength, in_fp8=for_target)
         return self.family.velocity(self.bank.network, x, sigma, cond)
 
 
@@ -98,9 +100,10 @@ class FullModel(_Passes):
 
     Args:
         family: how to call the networks.
-        network: the pre-trained network in fp32; it becomes the student.
-        compute_dtype: of matrix products (autocast).
+        network: the pre-trained network, in fp32 for training; it becomes the first of `roles`, and the others its copies.
+        compute_dtype: of matrix products (autocast, if `network` has another).
         teacher: the frozen network in `compute_dtype`; None for pretraining, which has no teacher rows.
+        roles: the networks there are: all for training; to sample, the one whose weights are wanted.
         prepare: called with each network of this class's making, and with whether it is trained, before the next is
             made: an engine shards it then, so that no more than two whole networks exist at a time.
     """
@@ -112,13 +115,15 @@ class FullModel(_Passes):
         compute_dtype: torch.dtype,
         *,
         teacher: nn.Module | None,
+        roles: Sequence[str] = ADAPTERS,
         prepare: Callable[[nn.Module, bool], object] = lambda network, trained: None,
     ) -> None:
         self.family = family
         self.compute_dtype = compute_dtype
+        self._mixed = network.dtype != compute_dtype
         self._shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
-        self._networks: dict[str, nn.Module] = {"student": network.requires_grad_(True)}
-        for role in ("ema_fast", "ema_slow"):
+        self._networks: dict[str, nn.Module] = {roles[0]: network.requires_grad_(True)}
+        for role in roles[1:]:
             average = copy.deepcopy(network).requires_grad_(False)
             prepare(average, False)
             self._networks[role] = average
@@ -128,7 +133,7 @@ class FullModel(_Passes):
 
     @property
     def networks(self) -> dict[str, nn.Module]:
-        """Student, EMAs, and the teacher if there is one."""
+        """Those of `roles`, and the teacher if there is one."""
         return self._networks
 
     def parameters(self, role: str) -> dict[str, nn.Parameter]:
@@ -139,7 +144,9 @@ class FullModel(_Passes):
         """See `ShortcutModel`."""
         return self._shapes
 
-    def velocity(self, role: str, x: Tensor, sigma: Tensor, cond: Conditioning, strength: Tensor) -> Tensor:
+    def velocity(
+        self, role: str, x: Tensor, sigma: Tensor, cond: Conditioning, strength: Tensor, *, for_target: bool = False
+    ) -> Tensor:
         """See `ShortcutModel`; strengths other than 0 and 1 are refused.
 
         Raises:
@@ -152,7 +159,8 @@ class FullModel(_Passes):
             raise ValueError(
                 "full weights know strengths 0 and 1 alone; step-scaled strengths need train.weights: lora"
             )
-        if role != "ema_fast" and not bool(is_teacher.any()):
+        is_near = role == "ema_fast" and for_target
+        if not is_near and not bool(is_teacher.any()):
             return self._run(role, x, sigma, cond)
         if "teacher" not in self._networks:
             if bool(is_teacher.any()):
@@ -170,6 +178,5 @@ class FullModel(_Passes):
 
     def _run(self, role: str, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         network = self._networks[role]
-        mixed = self.compute_dtype != torch.float32
-        with torch.autocast(x.device.type, dtype=self.compute_dtype, enabled=mixed and role != "teacher"):
+        with torch.autocast(x.device.type, dtype=self.compute_dtype, enabled=self._mixed and role != "teacher"):
             return self.family.velocity(network, x, sigma, cond)

@@ -14,8 +14,13 @@ from torch import Tensor
 from scfm_core.errors import UserError
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
-_ENCODERS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+_ENCODERS = (
+    "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "text_encoder_3", "tokenizer_3",
+)  # fmt: skip
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
+
+GUIDANCE_MARK = "GUIDANCE_IS_DISTILLED.txt"
+"""A file in a pipeline's folder: one pass of the network is guided already."""
 
 
 def is_local(path: str) -> bool:
@@ -23,11 +28,11 @@ def is_local(path: str) -> bool:
     return Path(path).expanduser().exists() or path.startswith((".", "/", "~")) or path.count("/") != 1
 
 
-def resolve_folder(path: str, pipeline: str) -> Path:
+def resolve_folder(path: str) -> Path:
     """A local folder in diffusers' format for `path`, downloaded from the hub if it is a hub id.
 
     Raises:
-        UserError: if there is no such folder or repository, or it holds another kind of pipeline.
+        UserError: if there is no such folder or repository.
     """
     folder = Path(path).expanduser() if is_local(path) else _download(path)
     index = folder / "model_index.json"
@@ -40,9 +45,6 @@ def resolve_folder(path: str, pipeline: str) -> Path:
             f"model.path: {folder} has no model_index.json, so it is not a pipeline in diffusers' format. "
             f"Point to the folder that holds transformer/, vae/, text_encoder/ and text_encoder_2/"
         )
-    found = json.loads(index.read_text()).get("_class_name")
-    if found != pipeline:
-        raise UserError(f"model.path: {folder} holds a {found}, but model.family needs a {pipeline}")
     return folder
 
 
@@ -178,6 +180,7 @@ def save_pipeline(
     dtype: torch.dtype,
     shift: float | None,
     *,
+    has_learned_guidance: bool = False,
     shard_bytes: int = 5 * 10**9,
 ) -> None:
     """A complete pipeline folder: `source` with its transformer's weights replaced, in `dtype`.
@@ -188,6 +191,7 @@ def save_pipeline(
         weights: every weight by name; read one by one and written in files of `shard_bytes`, as diffusers does, so that
             one such file is all that is ever in memory.
         shift: the sampler's fixed timestep shift; None leaves the scheduler as it is.
+        has_learned_guidance: mark it as a model that is not to be guided by a second pass; a marked `source` stays so.
 
     Raises:
         UserError: if `target` exists.
@@ -204,6 +208,8 @@ def save_pipeline(
         from diffusers import FlowMatchEulerDiscreteScheduler
 
         FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=False).save_pretrained(aside / "scheduler")
+    if has_learned_guidance:
+        (aside / GUIDANCE_MARK).write_text("Guidance was distilled into these weights: sample with guidance_scale=1.\n")
     aside.rename(target)
 
 

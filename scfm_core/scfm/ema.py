@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,14 +25,17 @@ class EMAConfig:
     """Decay of the fast average, per optimizer step."""
     slow: float = 0.999
     """Decay of the slow average, per optimizer step."""
-    restart_every: int | None = None
-    """Set both averages to the student every so many steps (the paper's cyclic restart: 1000); none: never."""
+    restart_every: int | Literal["auto"] | None = None
+    """Set both averages to the student every so many steps (the paper's cyclic restart: 1000); `auto`: when they lag behind
+    a steady drift (scfm/restart.py); none: never."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.fast <= self.slow < 1:
             raise ValueError(f"ema needs 0 <= fast <= slow < 1, got fast {self.fast}, slow {self.slow}")
-        if self.restart_every is not None and self.restart_every < 1:
-            raise ValueError(f"ema.restart_every must be at least 1 or none, got {self.restart_every}")
+        if isinstance(self.restart_every, int) and self.restart_every < 1:
+            raise ValueError(f"ema.restart_every must be at least 1, auto or none, got {self.restart_every}")
+        if self.restart_every == "auto" and self.fast == self.slow:
+            raise ValueError("ema.restart_every=auto compares a fast and a slow average: their decays must differ")
 
 
 class DualEMA:
@@ -86,6 +90,11 @@ class DualEMA:
         self.restart()
 
     @property
+    def student(self) -> dict[str, Tensor]:
+        """What is averaged, by canonical name."""
+        return self._student
+
+    @property
     def fast(self) -> dict[str, Tensor]:
         """The fast average by canonical name."""
         return self._averages["fast"]
@@ -108,10 +117,6 @@ class DualEMA:
         student = list(self._student.values())
         for average in (self.fast, self.slow):
             torch._foreach_copy_(list(average.values()), student)
-
-    def restart_due(self, step: int) -> bool:
-        """Whether the averages restart after optimizer step `step`, counted from 1."""
-        return self.config.restart_every is not None and step % self.config.restart_every == 0
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """`{"fast": {name: tensor}, "slow": {...}}`, the live tensors."""

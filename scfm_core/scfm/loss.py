@@ -5,7 +5,7 @@ from torch import Tensor
 
 from scfm_core.scfm.plan import ShortcutPlan
 
-SLICES = ("teacher", "self", "flow")
+SLICES = ("teacher", "self", "flow", "trajectory")
 SIGMA_BINS = 4
 
 
@@ -36,7 +36,9 @@ class LossMeter:
     def add(self, prediction: Tensor, target: Tensor, plan: ShortcutPlan) -> None:
         """Account for one micro-batch."""
         losses = (prediction.to(target.dtype) - target).square().flatten(1).mean(1).double()
-        row = torch.where(plan.is_flow, 2, torch.where(plan.is_teacher, 0, 1))
+        assert plan.is_trajectory is not None
+        given = torch.where(plan.is_trajectory, 3, 2)
+        row = torch.where(plan.is_given, given, torch.where(plan.is_teacher, 0, 1))
         column = (plan.sigma_start * SIGMA_BINS).long().clamp(0, SIGMA_BINS - 1)
         index = row * SIGMA_BINS + column
         self.sums[0].view(-1).index_add_(0, index, losses)

@@ -12,7 +12,7 @@ from scfm_core.flow.random import Stream, uniform
 from scfm_core.flow.schedule import dynamic_shift, shift_sigma
 
 # One column of uniform draws each; the order is part of the run's randomness and only grows at the end.
-_DRAWS = ("slice", "rung", "start", "shift", "dynamic", "guidance", "flow")
+_DRAWS = ("slice", "rung", "start", "shift", "dynamic", "guidance", "flow", "dropout")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,12 @@ class PlanConfig:
     teacher_fraction: float = 0.4
     """Share of the batch whose near half is the frozen teacher, on neighbouring points of `teacher_grid`."""
     flow_fraction: float = 0.0
-    """Share of the batch with the plain flow-matching target; the rest, after the teacher's, is the self slice."""
+    """Share of the batch with the plain flow-matching target (see `distil_guidance` for another); the rest, after the teacher's, is the self slice."""
+    trajectory_fraction: float = 0.0
+    """Share of the batch that learns the mean velocity of stored teacher paths; needs data made with
+    `scfm data generate --trajectories`."""
+    trajectory_grids: tuple[int, ...] = (1, 2, 3, 4, 6, 12)
+    """Numbers of steps of the grids on those paths, drawn uniformly; each divides the paths' number of intervals."""
     teacher_grid: int = 32
     """Steps of the teacher slice's grid."""
     self_grids: tuple[int, ...] = (16, 8, 4)
@@ -48,21 +53,37 @@ class PlanConfig:
     dynamic_shift_fraction: float = 0.0
     """Share of samples that take Flux's resolution-dependent shift instead (the authors' code: 0.1)."""
     guidance: tuple[float, float] = (0.0, 8.0)
-    """Range of the embedded guidance, drawn per sample, the same in all three passes."""
+    """Range of the guidance, drawn per sample, the same in all three passes: Flux's embedded one, or SD3's scale of
+    classifier-free guidance (the paper: 3.5 to 5)."""
+    distil_guidance: bool = False
+    """The student learns in one pass what the teacher says in two, guided at the scale `guidance`: flow-matching rows take the
+    teacher's guided velocity in place of the data's, rows on stored paths were guided when they were stored. To be done before
+    the path is shortened: there are no pairs."""
     step_gain: StepGain | None = None
     """Condition on the step size through the adapter's strength; none is the paper."""
+    step_embedding: bool = False
+    """Condition on the step size through the network's embedded guidance, which is then told the share of the grid that it
+    jumps: the original shortcut models (Frans et al., arXiv 2410.12557), trained from scratch."""
+    caption_dropout: float = 0.0
+    """Share of samples that get an empty caption, so that the network learns what classifier-free guidance needs; those on
+    stored paths keep theirs."""
     sigma_max: float = 1 - 1e-5
     """Clamp of the grid's first point."""
 
     def __post_init__(self) -> None:
-        for name in ("teacher_fraction", "flow_fraction", "dynamic_shift_fraction"):
+        shares_of_all = ("teacher_fraction", "flow_fraction", "trajectory_fraction", "dynamic_shift_fraction")
+        for name in (*shares_of_all, "caption_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"method.{name} must be in [0, 1], got {getattr(self, name)}")
-        if self.teacher_fraction + self.flow_fraction > 1 + 1e-9:
+        shares = {f"{name}_fraction": getattr(self, f"{name}_fraction") for name in ("teacher", "flow", "trajectory")}
+        if sum(shares.values()) > 1 + 1e-9:
+            taken = {name: share for name, share in shares.items() if share > 0}
             raise ValueError(
-                f"method.teacher_fraction + method.flow_fraction must be at most 1, got "
-                f"{self.teacher_fraction} + {self.flow_fraction}"
+                f"{' + '.join(f'method.{name}' for name in taken)} must be at most 1, got "
+                f"{' + '.join(str(share) for share in taken.values())}"
             )
+        if not self.trajectory_grids or any(n < 1 for n in self.trajectory_grids):
+            raise ValueError(f"method.trajectory_grids needs step counts of at least 1, got {self.trajectory_grids}")
         for name, grids in (("teacher_grid", (self.teacher_grid,)), ("self_grids", self.self_grids)):
             if not grids or any(n < 2 or n % 2 for n in grids):
                 raise ValueError(f"method.{name} needs even step counts of at least 2 (jumps are pairs), got {grids}")
@@ -72,9 +93,39 @@ class PlanConfig:
                 raise ValueError(
                     f"method.{name} must be [low, high] with {lowest:g} <= low <= high, finite, got {[low, high]}"
                 )
+        if self.step_embedding and self.step_gain is not None:
+            raise ValueError(
+                "method.step_embedding and method.step_gain are two ways to the same end: take one of them"
+            )
+        if self.step_embedding and self.teacher_fraction > 0:
+            raise ValueError(
+                "method.step_embedding is for training from scratch: a teacher was never told step sizes. Set "
+                "method.teacher_fraction to 0"
+            )
+        if self.distil_guidance:
+            self._refuse_more_than_guidance()
         if not 0.9 < self.sigma_max <= 1:
             raise ValueError(f"method.sigma_max must be in (0.9, 1], got {self.sigma_max}")
         self._refuse_collapsed_pairs(self.shift[1])
+
+    def _refuse_more_than_guidance(self) -> None:
+        if self.has_pairs:
+            raise ValueError(
+                "method.distil_guidance with pairs would learn guidance and shortcuts at once, and over-saturate. Set "
+                "method.teacher_fraction=0 and method.flow_fraction=1 (or trajectory_fraction=1); export the result merged, and "
+                "shorten the path of that model"
+            )
+        if self.step_gain is not None:
+            raise ValueError(
+                "method.distil_guidance and method.step_gain are two stages: at strength 0 there would be no guidance. Set "
+                "step_gain to none, and use it to shorten the path of the model that comes of this run"
+            )
+        low, high = self.guidance
+        if not 1 < low == high:
+            raise ValueError(
+                f"method.distil_guidance teaches one scale, for the network has no input that could tell more: give "
+                f"method.guidance equal ends above 1, e.g. [4.5, 4.5], got {[low, high]}"
+            )
 
     def _refuse_collapsed_pairs(self, shift: float) -> None:
         """The clamp may move a grid's first point alone: a pair that it shortened to nothing has no velocity."""
@@ -93,16 +144,43 @@ class PlanConfig:
         return self.flow_fraction > 0
 
     @property
+    def has_trajectory(self) -> bool:
+        """Whether any row can lie on a stored path."""
+        return self.trajectory_fraction > 0
+
+    @property
     def has_pairs(self) -> bool:
         """Whether any row can be a shortcut pair: if not, no near or far pass is needed."""
-        return self.flow_fraction < 1
+        return self.flow_fraction + self.trajectory_fraction < 1
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether any target needs a pass of the frozen teacher."""
+        return self.teacher_fraction > 0 or (self.distil_guidance and self.has_flow)
+
+    @property
+    def student_is_guided(self) -> bool:
+        """Whether a network that is guided by a second pass is so as the student."""
+        return not self.distil_guidance and (self.has_pairs or self.has_trajectory)
+
+    def passes(self, guided: int) -> tuple[float, float]:
+        """Passes of the network that a sample costs: with the student's gradient, and for the target.
+
+        Args:
+            guided: passes of a guided velocity: 2 with classifier-free guidance, else 1.
+        """
+        velocity = guided if self.student_is_guided else 1
+        pairs = 1 - self.flow_fraction - self.trajectory_fraction
+        # A batch with flow-matching rows goes to the guiding teacher as a whole.
+        return velocity, 2 * velocity * pairs + (guided if self.distil_guidance and self.has_flow else 0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShortcutPlan:
     """One row a sample. 1-D tensors [B]; floating ones are fp32.
 
-    `sigma_start > sigma_mid > sigma_end` on pairs; a flow-matching row is a jump of length zero, all three equal.
+    `sigma_start > sigma_mid > sigma_end` on pairs; a flow-matching row is a jump of length zero, all three equal. A
+    trajectory row gets its sigmas from its path (`on_trajectories`), with sigma_mid equal to sigma_start.
     """
 
     sigma_start: Tensor
@@ -115,19 +193,40 @@ class ShortcutPlan:
     is_flow: Tensor
     sample_ids: Tensor | None = None
     guidance: Tensor | None = None
+    step_size: Tensor | None = None
+    """What the student is told in place of the guidance, and near and far half of it: the share of the grid that it jumps.
+    None: they are told the guidance."""
     shift: Tensor | None = None
     grid: Tensor | None = None
-    """int64: steps of the grid that the pair lies on; 0 on flow-matching rows."""
+    """int64: steps of the grid that the pair or the trajectory's jump lies on; 0 on flow-matching rows."""
+    is_trajectory: Tensor | None = None
+    """bool; None: no row."""
+    interval: Tensor | None = None
+    """int64: which interval of `grid` a trajectory row jumps, counted from the noise; 0 on other rows."""
+    is_dropped: Tensor | None = None
+    """bool: rows without a caption; None: no row."""
     has_flow: bool | None = None
-    """Whether rows may be flow-matching rows, and `has_pairs`: whether they may be pairs. Given by the configuration,
-    so that every process of a run takes the same way; None: looked up in `is_flow`."""
+    """Whether rows may be flow-matching rows, and likewise `has_trajectory` and `has_pairs`. Given by the configuration, so
+    that every process of a run takes the same way; None: looked up in the rows."""
+    has_trajectory: bool | None = None
     has_pairs: bool | None = None
 
     def __post_init__(self) -> None:
+        if self.is_trajectory is None:
+            object.__setattr__(self, "is_trajectory", torch.zeros_like(self.is_flow))
+        assert self.is_trajectory is not None
         if self.has_flow is None:
             object.__setattr__(self, "has_flow", bool(self.is_flow.any()))
+        if self.has_trajectory is None:
+            object.__setattr__(self, "has_trajectory", bool(self.is_trajectory.any()))
         if self.has_pairs is None:
-            object.__setattr__(self, "has_pairs", not bool(self.is_flow.all()))
+            object.__setattr__(self, "has_pairs", not bool(self.is_given.all()))
+
+    @property
+    def is_given(self) -> Tensor:
+        """Rows whose target needs no pass: flow-matching and trajectory rows. bool [B]."""
+        assert self.is_trajectory is not None
+        return self.is_flow | self.is_trajectory
 
     def __len__(self) -> int:
         return self.sigma_start.shape[0]
@@ -159,12 +258,13 @@ def sample_plan(config: PlanConfig, sample_ids: Tensor, seed: int, *, image_toke
     """
     draws = uniform(seed, sample_ids, Stream.PLAN, len(_DRAWS))
     draw = dict(zip(_DRAWS, draws.unbind(1), strict=True))
-    is_flow = draw["slice"] < config.flow_fraction
-    is_teacher = ~is_flow & (draw["slice"] < config.flow_fraction + config.teacher_fraction)
-
-    rungs = torch.tensor(config.self_grids, device=sample_ids.device)
-    self_grid = rungs[(draw["rung"] * len(rungs)).long()]
-    grid = torch.where(is_teacher, config.teacher_grid, self_grid)
+    is_flow, is_trajectory, is_teacher = _slices(config, draw["slice"])
+    self_grid, path_grid = (
+        torch.tensor(grids, device=sample_ids.device)[(draw["rung"] * len(grids)).long()]
+        for grids in (config.self_grids, config.trajectory_grids)
+    )
+    grid = torch.where(is_teacher, config.teacher_grid, torch.where(is_trajectory, path_grid, self_grid))
+    interval = torch.where(is_trajectory, (draw["start"] * path_grid).long(), 0)
     k = 2 * (draw["start"] * (grid // 2)).long()  # starts are aligned to pairs
 
     low, high = config.shift
@@ -181,7 +281,10 @@ def sample_plan(config: PlanConfig, sample_ids: Tensor, seed: int, *, image_toke
 
     flow_sigma = shift_sigma(draw["flow"], shift)
     start, mid, end = (torch.where(is_flow, flow_sigma, sigma_at(k + offset)) for offset in (0, 1, 2))
-    student, near, far = _strengths(config, grid, is_teacher, is_flow)
+    # The student jumps two grid intervals, near and far one each. A flow-matching row has no length; it stands for what a
+    # many-step sampler does, one interval of the teacher's grid. A trajectory row is one interval in all.
+    jump = torch.where(is_flow, 1 / config.teacher_grid, torch.where(is_trajectory, 1, 2) / grid.double())
+    student, near, far = _strengths(config, jump, is_teacher)
     guidance_low, guidance_high = config.guidance
     return ShortcutPlan(
         sigma_start=start.clamp(max=config.sigma_max).float(),
@@ -191,26 +294,34 @@ def sample_plan(config: PlanConfig, sample_ids: Tensor, seed: int, *, image_toke
         near_strength=near.float(),
         far_strength=far.float(),
         guidance=(guidance_low + (guidance_high - guidance_low) * draw["guidance"]).float(),
+        step_size=jump.float() if config.step_embedding else None,
         shift=shift.float(),
         grid=torch.where(is_flow, 0, grid),
         is_teacher=is_teacher,
         is_flow=is_flow,
+        is_trajectory=is_trajectory,
+        is_dropped=(draw["dropout"] < config.caption_dropout) & ~is_trajectory if config.caption_dropout > 0 else None,
+        interval=interval,
         sample_ids=sample_ids,
         has_flow=config.has_flow,
+        has_trajectory=config.has_trajectory,
         has_pairs=config.has_pairs,
     )
 
 
-def _strengths(config: PlanConfig, grid: Tensor, is_teacher: Tensor, is_flow: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _slices(config: PlanConfig, draw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Flow-matching, trajectory and teacher rows, by a uniform draw [B]; the rest is the self slice."""
+    flow, given = config.flow_fraction, config.flow_fraction + config.trajectory_fraction
+    is_flow = draw < flow
+    is_trajectory = ~is_flow & (draw < given)
+    return is_flow, is_trajectory, ~is_flow & ~is_trajectory & (draw < given + config.teacher_fraction)
+
+
+def _strengths(config: PlanConfig, jump: Tensor, is_teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Strengths of student, near and far pass, fp64 [B] each. The teacher is strength 0."""
-    ones = torch.ones(grid.shape, dtype=torch.float64, device=grid.device)
-    if config.step_gain is None:
-        return ones, torch.where(is_teacher, 0.0, ones), ones
-    # The student jumps two grid intervals, near and far one each. A flow-matching row has no length; it trains the
-    # adapter where a many-step sampler uses it, one interval of the teacher's grid.
-    interval = torch.where(is_flow, 0.5 / config.teacher_grid, 1 / grid.double())
-    half = config.step_gain.strength(interval)
-    return config.step_gain.strength(2 * interval), torch.where(is_teacher, 0.0, half), half
+    ones = torch.ones_like(jump)
+    student, half = (ones, ones) if config.step_gain is None else map(config.step_gain.strength, (jump, jump / 2))
+    return student, torch.where(is_teacher, 0.0, half), half
 
 
 def sampling_strength(step_gain: StepGain | None, num_steps: int) -> float:

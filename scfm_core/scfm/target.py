@@ -32,32 +32,32 @@ def scfm_target(
             (None is passed on).
         near: first half: teacher on rows of strength 0, fast EMA elsewhere.
         far: second half, slow EMA.
-        flow_velocity: `noise - latents`, [B, ...]; the target of flow-matching rows.
+        flow_velocity: `noise - latents`, [B, ...]; the target of flow-matching rows, and on trajectory rows theirs.
 
     Returns:
         target velocity, fp32 [B, ...].
 
     Raises:
-        ValueError: if the plan has flow-matching rows and `flow_velocity` is missing.
+        ValueError: if the plan has rows with a given target and `flow_velocity` is missing.
     """
-    if plan.has_flow and flow_velocity is None:
+    if (plan.has_flow or plan.has_trajectory) and flow_velocity is None:
         raise ValueError("this plan has flow-matching rows: pass flow_velocity = noise - latents")
     if not plan.has_pairs:
         assert flow_velocity is not None
         return flow_velocity.detach().to(noised_latents.dtype)
-    if not plan.has_flow:
+    if not (plan.has_flow or plan.has_trajectory):
         return _pair_target(plan, slice(None), noised_latents, cond, near, far)
 
     assert flow_velocity is not None
     # Only pairs need the two passes. At least one row always goes through, so that every process of a sharded run
     # enters the network; as a jump of length zero it would only be overwritten.
-    rows = (~plan.is_flow).nonzero().squeeze(1)
+    rows = (~plan.is_given).nonzero().squeeze(1)
     if rows.numel() == 0:
         rows = rows.new_zeros(1)
     picked = None if cond is None else cond[rows]
     pairs = _pair_target(plan, rows, noised_latents[rows], picked, near, far)
     target = flow_velocity.to(pairs.dtype).index_copy(0, rows, pairs)
-    return torch.where(per_sample(plan.is_flow, target), flow_velocity.to(pairs.dtype), target)
+    return torch.where(per_sample(plan.is_given, target), flow_velocity.to(pairs.dtype), target)
 
 
 def _pair_target(

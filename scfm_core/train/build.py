@@ -1,5 +1,8 @@
 """From configuration to the parts of a run: device, family, model, engine, encoders."""
 
+import contextlib
+import gc
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +18,7 @@ from torch.utils.checkpoint import (
 )
 
 from scfm_core.data.corpus import Corpus
-from scfm_core.data.schema import Batch
+from scfm_core.data.schema import BadData, Batch
 from scfm_core.distributed.deepspeed import ZeroEngine, ZeroLayout
 from scfm_core.distributed.deepspeed_config import deepspeed_config
 from scfm_core.distributed.engine import OptimizerConfig
@@ -23,25 +26,30 @@ from scfm_core.distributed.fsdp2 import Fsdp2Engine, Fsdp2Layout
 from scfm_core.distributed.world import World, launched_size
 from scfm_core.errors import UserError
 from scfm_core.flow.schedule import dynamic_shift
+from scfm_core.models.adapters import ADAPTERS
 from scfm_core.models.encoders import Autoencoder, TextEncoders
-from scfm_core.models.flux import Flux
-from scfm_core.models.protocol import Conditioning
+from scfm_core.models.families import open_family
+from scfm_core.models.protocol import Conditioning, ModelFamily
 from scfm_core.models.student import FullModel, LoRAModel
 from scfm_core.models.weights import encoder_fingerprint
 from scfm_core.train.config import RunConfig, SampleConfig, TrainConfig
+from scfm_core.train.kernels import Kernels
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 # What selective checkpointing keeps: results that are dear to recompute. The rest of a block is elementwise.
 _KEPT = {
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten.bmm.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    "aten::mm",
+    "aten::addmm",
+    "aten::bmm",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "scfm::lora_linear",
+    "scfm::flash_attention",
 }
+_KEPT_LIBRARIES = {"xformers", "xformers_flash", "xformers_flash3", "flash_attn_3"}  # attention and nothing else
 
 
 def resolve_device(name: str) -> torch.device:
@@ -55,7 +63,14 @@ def resolve_device(name: str) -> torch.device:
     if not torch.cuda.is_available():
         raise UserError(f"run.device is {name!r}, but torch sees no GPU. Set run.device=cpu, or mend the driver")
     if launched_size() == 1:
-        return torch.device("cuda" if name == "auto" else name)
+        device = torch.device("cuda" if name == "auto" else name)
+        if device.index is not None:
+            if device.index >= torch.cuda.device_count():
+                raise UserError(
+                    f"run.device={name}, but this machine has {torch.cuda.device_count()} GPUs, from cuda:0 on"
+                )
+            torch.cuda.set_device(device)  # Triton launches on the current one, whatever its tensors lie on
+        return device
     if ":" in name:
         raise UserError(
             f"run.device={name} names one GPU, but the launcher started {launched_size()} processes. Set it to auto"
@@ -74,12 +89,32 @@ def compute_dtype(config: RunConfig) -> torch.dtype:
     return _DTYPES[config.train.compute_dtype]
 
 
-def build_family(config: RunConfig, *, offline: bool = False) -> Flux:
+def build_family(config: RunConfig, *, offline: bool = False) -> ModelFamily:
     """The model family of `config.model`, its folder resolved; UserError if it is not there, or cannot pack a size."""
-    family = Flux(config.model.path, offline=offline)
+    family = open_family(config.model.path, offline=offline)
     for size in {config.data.resolution, *config.data.sizes()}:
         family.latent_shape(*size)
+    if config.method.step_embedding and not family.network_config.get("guidance_embeds"):
+        raise UserError(
+            f"method.step_embedding tells the step size to the network's embedded guidance, which {config.model.path} has "
+            f"not (guidance_embeds in transformer/config.json). Take an architecture that has it"
+        )
+    _check_guidance(config, family)
     return family
+
+
+def _check_guidance(config: RunConfig, family: ModelFamily) -> None:
+    method = config.method
+    if family.passes == 1 and method.distil_guidance:
+        raise UserError(
+            f"method.distil_guidance is for models that are guided by a second pass of the network; {config.model.path} needs one "
+            f"pass as it is. Set it to false"
+        )
+    if family.passes == 2 and method.flow_fraction < 1 and method.guidance[0] < 1:
+        raise UserError(
+            f"method.guidance is the scale of classifier-free guidance for this model, and begins at "
+            f"{method.guidance[0]:g}: rows below 1 would teach to leave the caption out. Set it, for SD3.5 to [3.5, 5]"
+        )
 
 
 Layout = Fsdp2Layout | ZeroLayout
@@ -137,22 +172,32 @@ def build_engine(
 
 
 def build_model(
-    config: RunConfig, family: Flux, device: torch.device, *, layout: Layout | None = None
+    config: RunConfig,
+    family: ModelFamily,
+    device: torch.device,
+    *,
+    kernels: Kernels,
+    layout: Layout | None = None,
+    with_teacher: bool = True,
 ) -> LoRAModel | FullModel:
-    """Student, EMAs and teacher.
+    """Student, EMAs and teacher; to sample, the role of `sample.weights` and the teacher.
 
     Args:
         config: the run.
         family: how to load and call the network.
         device: where the weights go.
+        kernels: what the blocks are computed with.
         layout: build it for training on these processes, with activation checkpointing and compilation. A network that
-            is sharded is loaded into host memory, one after the other, and leaves it block by block.
+            is sharded is loaded into host memory, one after the other, and leaves it block by block. None: to sample, with
+            full weights in the compute dtype, as an exported pipeline has them.
+        with_teacher: load the teacher of full weights, if the run has one.
     """
     dtype = compute_dtype(config)
     target = torch.device("cpu") if layout is not None and layout.is_sharded else device
-    prepare = _preparation(config, layout)
+    prepare = _preparation(config, kernels, layout)
     model: LoRAModel | FullModel
-    loaded = dtype if config.train.weights == "lora" else torch.float32
+    loaded = dtype if config.train.weights == "lora" or layout is None else torch.float32
+    roles = ADAPTERS if layout is not None else (config.sample.weights,)
     if config.model.init == "random":
         network = family.random_network(loaded, target, config.run.seed)
     else:
@@ -162,20 +207,23 @@ def build_model(
             model = LoRAModel(family, network, config.lora, config.run.seed)
         except ValueError as error:
             raise UserError(str(error)) from error
+        if config.kernels.fp8 and layout is not None:
+            model.bank.quantise()
         prepare(network, True)
     else:
         teacher = None
-        if config.method.teacher_fraction > 0:
+        if with_teacher and config.method.has_teacher:
             teacher = family.load_network(dtype, target)
             prepare(teacher, False)
-        model = FullModel(family, network, dtype, teacher=teacher, prepare=prepare)
+        model = FullModel(family, network, dtype, teacher=teacher, roles=roles, prepare=prepare)
     return model
 
 
-def _preparation(config: RunConfig, layout: Layout | None) -> Callable[[nn.Module, bool], None]:
-    """What is done to each network for training: recompute (the trained one), compile, shard."""
+def _preparation(config: RunConfig, kernels: Kernels, layout: Layout | None) -> Callable[[nn.Module, bool], None]:
+    """What is done to each network: fuse; for training, recompute (the trained one), compile, shard."""
 
     def prepare(network: nn.Module, trained: bool) -> None:
+        kernels.apply(network)
         if layout is None:
             return
         if trained:
@@ -225,7 +273,8 @@ def _selective_contexts() -> Any:
 
 
 def _keep_dear_results(context: object, op: object, *_: object, **__: object) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    dear = isinstance(op, torch._ops.OpOverload) and (op.name() in _KEPT or op.namespace in _KEPT_LIBRARIES)
+    return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def compile_blocks(network: nn.Module) -> None:
@@ -244,16 +293,19 @@ class BatchEncoder:
         UserError: if a cache does not belong to this model or text length.
     """
 
-    def __init__(self, config: RunConfig, family: Flux, corpus: Corpus, device: torch.device) -> None:
+    def __init__(self, config: RunConfig, family: ModelFamily, corpus: Corpus, device: torch.device) -> None:
         self.device = device
         self.text: TextEncoders | None = None
         self.vae: Autoencoder | None = None
         self.paddings = [None if padding is None else padding.to(device) for padding in corpus.paddings]
         if corpus.is_cached:
             check_cache(config, family, corpus)
+            if family.passes == 2 or config.method.caption_dropout > 0:  # an empty caption; then the encoders go again
+                TextEncoders(family, config.model.text_length, compute_dtype(config), device)
+                gc.collect()  # cycles would keep them
         else:
-            self.text = TextEncoders(family.folder, config.model.text_length, compute_dtype(config), device)
-            self.vae = Autoencoder(family.folder, compute_dtype(config), device)
+            self.text = TextEncoders(family, config.model.text_length, compute_dtype(config), device)
+            self.vae = Autoencoder(family, compute_dtype(config), device)
 
     def encode(self, batch: Batch) -> tuple[Tensor, Conditioning]:
         """Latents fp32 [B, C, H, W] and conditioning."""
@@ -266,22 +318,37 @@ class BatchEncoder:
         return self.vae.encode(batch.images.to(self.device)).float(), self.text.encode(batch.captions)
 
 
-def check_cache(config: RunConfig, family: Flux, corpus: Corpus) -> None:
+def refuse_other_guidance(corpus: Corpus, scale: float) -> None:
+    """Hold the guidance of stored paths, by the first of each source, against the one scale that is learned from them."""
+    for name, item in corpus.first_items().items():
+        with contextlib.suppress(BadData):  # the loader has its way with those
+            path = corpus.record(item, padded=False).path
+            assert path is not None
+            if float(path["guidance"]) != scale:
+                raise UserError(
+                    f"data: the stored paths of source {name!r} were guided at scale {float(path['guidance']):g}, but "
+                    f"method.distil_guidance learns method.guidance={scale:g} alone. Set it and sample.guidance to that scale, "
+                    f"or make paths with `scfm data generate --trajectories --guidance {scale:g}`"
+                )
+
+
+def check_cache(config: RunConfig, family: ModelFamily, corpus: Corpus) -> None:
     """Hold cached sources against the run's model; UserError names both sides."""
-    if corpus.text_length != config.model.text_length:
-        raise UserError(
-            f"data: the cache was encoded with model.text_length {corpus.text_length}, this run asks for "
-            f"{config.model.text_length}. Set it to match, or encode again"
-        )
     fingerprint = encoder_fingerprint(family.folder)
     if corpus.encoder != fingerprint:
         raise UserError(
             f"data: the cache was encoded by another model (encoder {str(corpus.encoder)[:12]}) than {family.folder} "
             f"(encoder {fingerprint[:12]}). Encode it again with this model's encoders"
         )
+    if corpus.text_length != family.text_tokens(config.model.text_length):
+        cached = (corpus.text_length or 0) - family.clip_tokens
+        raise UserError(
+            f"data: the cache was encoded with model.text_length {cached}, this run asks for "
+            f"{config.model.text_length}. Set it to match, or encode again"
+        )
 
 
-def sampling_shift(config: SampleConfig, family: Flux, height: int, width: int) -> float:
+def sampling_shift(config: SampleConfig, family: ModelFamily, height: int, width: int) -> float:
     """The timestep shift of a sampler for images of `height` x `width` pixels."""
     if config.shift == "dynamic":
         _, rows, columns = family.latent_shape(height, width)
@@ -304,16 +371,23 @@ def validation_prompts(config: RunConfig) -> list[str]:
 
 
 def read_prompts(source: str | tuple[str, ...], where: str) -> list[str]:
-    """Prompts as given, or the lines of a text file.
+    """Prompts as given, the lines of a text file, or the captions of a JSON file in COCO's format, the first of each image
+    (https://cocodataset.org/#format-data).
 
     Raises:
-        UserError: if the file is missing or empty.
+        UserError: if the file is missing, empty, or JSON of another kind.
     """
     if not isinstance(source, str):
         return list(source)
     path = Path(source).expanduser()
     try:
-        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        content = path.read_text(encoding="utf-8")
+        lines = _coco_captions(content) if path.suffix == ".json" else content.splitlines()
+        prompts = [line.strip() for line in lines if line.strip()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        kind = 'JSON of COCO\'s format, {"annotations": [{"image_id": ..., "caption": ...}]}'
+        expected = kind if path.suffix == ".json" else "a text file in UTF-8"
+        raise UserError(f"{where}: the prompt file {source!r} is not {expected} ({error})") from error
     except OSError as error:
         raise UserError(
             f"{where}: the prompt file {source!r} cannot be read ({error.strerror}). A prompt itself goes into brackets: "
@@ -322,3 +396,12 @@ def read_prompts(source: str | tuple[str, ...], where: str) -> list[str]:
     if not prompts:
         raise UserError(f"{where}: the prompt file {source!r} has no prompt; put one on each line")
     return prompts
+
+
+def _coco_captions(content: str) -> list[str]:
+    """The caption of the lowest id of each image, by the images' ids."""
+    first: dict[int, tuple[int, str]] = {}
+    for row in json.loads(content)["annotations"]:
+        candidate = (row.get("id", 0), row["caption"])
+        first[row["image_id"]] = min(first.get(row["image_id"], candidate), candidate)
+    return [caption for _, (_, caption) in sorted(first.items())]

@@ -39,8 +39,6 @@ class ModelConfig:
 
     path: str
     """Hub id, or local folder in diffusers' format."""
-    family: Literal["flux"] = "flux"
-    """Which adapter calls it."""
     init: Literal["pretrained", "random"] = "pretrained"
     """`random` trains the network from scratch: the architecture and the encoders of `path`, fresh weights."""
     text_length: int = 256
@@ -114,6 +112,23 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KernelConfig:
+    """What the network's blocks are computed with. The dry run says what is chosen, and why."""
+
+    fused: Literal["auto", "triton", "reference", "none"] = "auto"
+    """`triton`: fused kernels; `reference`: the same blocks in plain PyTorch; `none`: diffusers' own blocks; `auto`:
+    triton on a GPU, none elsewhere."""
+    attention: Literal["auto", "cudnn", "flash3", "flash", "xformers", "triton", "math"] = "auto"
+    """Attention's backend; `auto` measures those that are there, once for a device, shape and dtype."""
+    fp8: bool = False
+    """Adapters over a base that is not sharded: multiply it in fp8 in the two passes that make the target. It costs a
+    byte a parameter of memory, and the target is off by some per cent; needs an H100 or later."""
+    cuda_graphs: bool = False
+    """Adapters over a base that is not sharded: replay the two passes that make the target as CUDA graphs. For
+    micro-batches so small that launching takes longer than the work."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """Checkpoints are also written at the end, and on SIGTERM or Ctrl-C."""
 
@@ -144,13 +159,18 @@ class SampleConfig:
     shift: float | Literal["dynamic"] = 3.25
     """Timestep shift; `dynamic` is Flux's, by image size."""
     guidance: float = 3.5
-    """Embedded guidance."""
+    """Flux's embedded guidance, or SD3's scale of classifier-free guidance."""
     weights: Role = "student"
     """Which weights to sample from and to export."""
+    teacher_steps: int = 0
+    """Sample the prompts of the grid with the teacher too, in so many steps, and log how far the student's latents are from
+    its: on prompts that are not the data's, it shows over-fitting. 0: do not."""
 
     def __post_init__(self) -> None:
         if self.every < 0 or not self.steps or min(self.steps) < 1:
             raise ValueError(f"sample.every must be >= 0 and sample.steps positive, got {self.every}, {self.steps}")
+        if self.teacher_steps < 0:
+            raise ValueError(f"sample.teacher_steps must be at least 0, got {self.teacher_steps}")
         if self.shift != "dynamic" and not float(self.shift) > 0:
             raise ValueError(f"sample.shift must be positive or 'dynamic', got {self.shift}")
 
@@ -169,6 +189,11 @@ class EvaluateConfig:
     """Text file with one prompt a line, in place of the data's captions."""
     batch_size: int = 8
     """Images a forward."""
+    keep: str | None = None
+    """Folder where the frozen model's own samples are kept for other runs: a row of a table then costs its student alone."""
+    noise_floor: bool = False
+    """Measure too how far two independent sets of the teacher's samples are apart: smaller distances mean that samples agree
+    noise by noise."""
     features: Literal["classifier", "inception"] = "inception"
     """Feature extractor of the Frechet distance: a small local classifier, or torchmetrics' Inception."""
     features_path: str | None = None
@@ -205,6 +230,7 @@ class RunConfig:
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    kernels: KernelConfig = field(default_factory=KernelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
@@ -214,6 +240,20 @@ class RunConfig:
         if self.train.weights == "full" and self.method.step_gain is not None:
             raise ValueError(
                 "method.step_gain needs adapters: full weights have no strength. Set it to none, or train.weights=lora"
+            )
+        if self.method.step_embedding and self.train.weights != "full":
+            raise ValueError("method.step_embedding teaches the network a new input: it needs train.weights=full")
+        if self.sample.teacher_steps and self.train.weights == "full" and not self.method.has_teacher:
+            raise ValueError(
+                "sample.teacher_steps needs a teacher, and full weights without one in their targets (method.teacher_fraction "
+                "is 0) are trained without. Set it to 0"
+            )
+        if self.model.init == "random" and self.train.weights == "lora":
+            raise ValueError("model.init=random leaves adapters nothing to adapt. Set train.weights=full")
+        if self.method.distil_guidance and self.sample.guidance != self.method.guidance[0]:
+            raise ValueError(
+                f"sample.guidance={self.sample.guidance:g} is the teacher's, in grids and evaluation, but the student learns "
+                f"scale {self.method.guidance[0]:g} (method.guidance). Make them equal"
             )
         if self.checkpoint.asynchronous and self.engine.name == "deepspeed":
             raise ValueError(

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from scfm_core.errors import UserError
 from scfm_core.models.adapters import LoRABank
-from scfm_core.models.flux import Flux
+from scfm_core.models.protocol import ModelFamily
 from scfm_core.train.config import RunConfig
 from scfm_core.train.memory import estimate_memory, shares
 
@@ -22,6 +22,8 @@ class Estimate:
     adapted_linears: int
     tokens: int
     """Image and text tokens a sample."""
+    text_tokens: int
+    """Of these, of the text."""
     forward_flops: float
     """One forward of the bare network, one sample."""
     step_flops: float
@@ -39,18 +41,15 @@ class Estimate:
         return A100_PEAK * ASSUMED_UTILISATION * 86400 / self.step_flops
 
 
-def estimate(config: RunConfig, family: Flux, world: int = 1) -> Estimate:
+def estimate(config: RunConfig, family: ModelFamily, world: int = 1) -> Estimate:
     """Estimate a run on `world` processes, without loading anything."""
     network = family.meta_network()
     base = sum(p.numel() for p in network.parameters())
     _, height, width = family.latent_shape(*config.data.resolution)
     image_tokens = height * width // 4
-    tokens = image_tokens + config.model.text_length
-    arch = family.network_config
-    dim = arch["num_attention_heads"] * arch["attention_head_dim"]
-    blocks = arch["num_layers"] + arch["num_single_layers"]
-    # Per token and block 12 D^2 weights act in either kind; attention is two S x S x D products a block.
-    linear, attention = 24 * blocks * dim**2 * tokens, 4 * blocks * dim * tokens**2
+    text_tokens = family.text_tokens(config.model.text_length)
+    tokens = image_tokens + text_tokens
+    linear, attention = family.products(image_tokens, text_tokens)
     forward = linear + attention
 
     adapted, trained, lora = 0, base, 0.0
@@ -62,13 +61,14 @@ def estimate(config: RunConfig, family: Flux, world: int = 1) -> Estimate:
         factors = bank.parameters("student")
         adapted, trained = len(bank.layers), sum(p.numel() for p in factors.values())
         lora = 2.0 * sum(p.numel() * _tokens_through(name, image_tokens, tokens) for name, p in factors.items())
-    step = _step_flops(config, linear, attention, lora)
+    step = _step_flops(config, linear, attention, lora, family.passes)
     memory = estimate_memory(config, family, network, base, trained, tokens, world)
     return Estimate(
         base_parameters=base,
         trained_parameters=trained,
         adapted_linears=adapted,
         tokens=tokens,
+        text_tokens=text_tokens,
         forward_flops=forward,
         step_flops=step,
         memory=memory.gpu,
@@ -90,8 +90,8 @@ def _tokens_through(name: str, image_tokens: int, tokens: int) -> int:
     return tokens - image_tokens if is_text else image_tokens
 
 
-def _step_flops(config: RunConfig, linear: float, attention: float, lora: float) -> float:
-    """A sample's share of one training step.
+def _step_flops(config: RunConfig, linear: float, attention: float, lora: float, guided: int) -> float:
+    """A sample's share of one training step, where a guided velocity costs `guided` passes, one of them with gradient.
 
     Backward: input gradients cost a linear forward (weight gradients another, if the base is trained), attention's
     four products two forwards; an adapter's two.
@@ -99,13 +99,12 @@ def _step_flops(config: RunConfig, linear: float, attention: float, lora: float)
     forward = linear + attention + lora
     full = config.train.weights == "full"
     backward = linear * (2 if full else 1) + 2 * attention + 2 * lora
-    no_gradient_passes = 2 * (1 - config.method.flow_fraction)
     recomputed = {"none": 0.0, "selective": 0.0, "full": forward}[config.train.activation_checkpointing]
-    return forward * (1 + no_gradient_passes) + backward + recomputed
+    return forward * sum(config.method.passes(guided)) + backward + recomputed
 
 
-def format_estimate(result: Estimate, config: RunConfig) -> str:
-    """The dry run's page."""
+def format_estimate(result: Estimate, config: RunConfig, kernels: str) -> str:
+    """The dry run's page; `kernels` says what the blocks would be computed with."""
     train = config.train
     per_day = result.samples_per_day
     trained = (
@@ -119,7 +118,7 @@ def format_estimate(result: Estimate, config: RunConfig) -> str:
         f"base        {_count(result.base_parameters)} parameters",
         f"trained     {trained}",
         f"sample      {config.data.resolution[0]} x {config.data.resolution[1]} pixels, {result.tokens} tokens "
-        f"({config.model.text_length} of text)",
+        f"({result.text_tokens} of text)",
         f"compute     {_flops(result.forward_flops)} a forward, {_flops(result.step_flops)} a sample "
         f"in a step (checkpointing: {train.activation_checkpointing})",
         f"A100-day    {per_day:,.0f} samples, {per_day / train.global_batch_size:,.0f} steps of batch "
@@ -127,6 +126,7 @@ def format_estimate(result: Estimate, config: RunConfig) -> str:
         f"this run    {train.steps:,} steps, {train.steps * train.global_batch_size:,} samples, "
         f"{train.steps * train.global_batch_size / per_day * 24:,.1f} A100-hours",
         f"engine      {_engine(config, result.world)}",
+        f"kernels     {kernels}",
         f"memory of one GPU, micro-batch {train.micro_batch_size}",
         *_table(result.memory),
     ]

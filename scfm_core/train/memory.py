@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from scfm_core.models.flux import Flux
+from scfm_core.models.protocol import ModelFamily
 from scfm_core.train.build import transformer_blocks
 from scfm_core.train.config import RunConfig
 
@@ -40,7 +40,7 @@ def shares(config: RunConfig, world: int) -> Shares:
 
 
 def estimate_memory(
-    config: RunConfig, family: Flux, network: nn.Module, base: int, trained: int, tokens: int, world: int
+    config: RunConfig, family: ModelFamily, network: nn.Module, base: int, trained: int, tokens: int, world: int
 ) -> Memory:
     """Bytes of one process of `world`.
 
@@ -58,7 +58,7 @@ def estimate_memory(
     engine, lora, share = config.engine, config.train.weights == "lora", shares(config, world)
     width = 2 if config.train.compute_dtype == "bfloat16" else 4
     zero = engine.name == "deepspeed"
-    has_teacher = lora or config.method.teacher_fraction > 0
+    has_teacher = lora or config.method.has_teacher
     weights = {
         "frozen base" if lora else "teacher": base * width * has_teacher / share.weights,
         "student (fp32)": 4 * trained / share.weights,
@@ -96,10 +96,10 @@ def _gathered(config: RunConfig, network: nn.Module, share: Shares, width: int) 
     return float(width * (total - sum(blocks) + 2 * max(blocks)))
 
 
-def _activations(config: RunConfig, family: Flux, tokens: int, width: int) -> float:
+def _activations(config: RunConfig, family: ModelFamily, tokens: int, width: int) -> float:
     arch = family.network_config
     dim = arch["num_attention_heads"] * arch["attention_head_dim"]
-    blocks = arch["num_layers"] + arch["num_single_layers"]
+    blocks = arch["num_layers"] + arch.get("num_single_layers", 0)
     # Kept for the backward, per token and block, in units of D elements: block input, norm outputs, q, k, v, the
     # attention's output, the feed-forward's hidden activations and the gated residuals; for the eager step.
     mode = config.train.activation_checkpointing

@@ -215,9 +215,12 @@ class RunLog:
             self._bar.write("; ".join(f"{key}: {value}" for key, value in incident.items()))
 
     def picture(self, path: Path, step: int) -> None:
-        """A grid of samples."""
+        """A grid of samples, and the figures beside it."""
         if self._world.is_main:
             self._wandb.image("samples", path, step)
+            if (figures := path.with_suffix(".json")).is_file():
+                apart = json.loads(figures.read_text())["mse_teacher"]
+                self._wandb.log({"step": step, **{f"validation/mse_teacher_{n}": value for n, value in apart.items()}})
 
     def rolled_back(self, incident: dict[str, Any]) -> None:
         """The run went back; the steps after that point will be done, and written, anew."""

@@ -19,22 +19,38 @@ from scfm_core.data.uri import is_remote
 from scfm_core.errors import UserError
 from scfm_core.train.config import RunConfig
 
+_GONE = (("model", "family"),)
+"""Keys of earlier versions, which the configurations of their runs still have."""
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, stored: bool = False) -> RunConfig:
     """Read a recipe and apply overrides.
 
     Args:
         path: a YAML file; a bare name is also looked up among the shipped recipes.
         overrides: `section.key=value`, with the value in YAML; `section=FILE.yaml` swaps a whole section.
+        stored: it is a run's own, perhaps of an earlier version.
 
     Raises:
         UserError: naming the key, what is wrong with it, and the nearest key that exists.
     """
     tree = _swap_sections(_read_yaml(find_recipe(path)))
+    if stored:
+        tree = without_gone_keys(tree)
     for override in overrides:
         _apply(tree, override)
         _swap_sections(tree)
     return parse_config(tree, source=str(path))
+
+
+def without_gone_keys(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored configuration without what this version has no more."""
+    return {
+        section: {key: value for key, value in keys.items() if (section, key) not in _GONE}
+        if isinstance(keys, Mapping)
+        else keys
+        for section, keys in tree.items()
+    }
 
 
 def load_data_config(source: str, overrides: Sequence[str], changes: Mapping[str, Any]) -> DataConfig:

@@ -26,6 +26,7 @@ _FREE_KEYS = (
     "train.micro_batch_size",
     "train.activation_checkpointing",
     "train.compile",
+    "kernels",
     "engine",
     "checkpoint",
     "sample",

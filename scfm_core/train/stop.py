@@ -6,6 +6,18 @@ from contextlib import contextmanager
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+_early: list[int] = []
+
+
+def remember_early() -> None:
+    """Keep Slurm's signals from now on until a run listens, instead of ignoring them; for a process's first lines.
+
+    A job script starts the training with SIGTERM and USR2 ignored, and loading torch and the model takes half a minute, in
+    which a warning would be lost. Where they are not ignored nothing changes: a start may be killed.
+    """
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: _early.append(number))
 
 
 class StopRequest:
@@ -18,6 +30,8 @@ class StopRequest:
     def listening(self) -> Iterator["StopRequest"]:
         """Install the handlers; the old ones come back afterwards."""
         previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        if _early:
+            self.signal = _early[0]
         try:
             yield self
         finally:

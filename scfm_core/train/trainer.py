@@ -18,13 +18,17 @@ from scfm_core.data.schema import Batch
 from scfm_core.distributed.watchdog import Watchdog
 from scfm_core.distributed.world import World
 from scfm_core.errors import UserError
-from scfm_core.flow.path import flow_velocity, noise_latents
+from scfm_core.flow.path import flow_velocity, noise_latents, per_sample
 from scfm_core.flow.random import sample_noise
+from scfm_core.models.graphs import GraphedVelocity
+from scfm_core.models.protocol import Conditioning
 from scfm_core.models.weights import network_fingerprint
 from scfm_core.scfm.ema import DualEMA
 from scfm_core.scfm.loss import LossMeter, scfm_loss
-from scfm_core.scfm.plan import sample_plan
+from scfm_core.scfm.plan import ShortcutPlan, sample_plan
+from scfm_core.scfm.restart import restart_due
 from scfm_core.scfm.target import scfm_target
+from scfm_core.scfm.trajectory import Trajectory, on_trajectories
 from scfm_core.train.build import (
     BatchEncoder,
     build_engine,
@@ -32,14 +36,16 @@ from scfm_core.train.build import (
     build_layout,
     build_model,
     micro_batches,
+    refuse_other_guidance,
     resolve_device,
     validation_prompts,
 )
 from scfm_core.train.checkpoint import Checkpoint, CheckpointWriter, load_checkpoint, newest_complete, verify_checkpoint
 from scfm_core.train.config import RunConfig, TrainConfig
 from scfm_core.train.guard import Guard
+from scfm_core.train.kernels import Kernels, choose_kernels
 from scfm_core.train.metrics import RunLog
-from scfm_core.train.parse import to_plain
+from scfm_core.train.parse import parse_config, to_plain, without_gone_keys
 from scfm_core.train.resume import refuse_other_recipe
 from scfm_core.train.stop import SIGNALS, StopRequest
 from scfm_core.train.validate import Validation
@@ -114,6 +120,10 @@ class Trainer:
         self.data_error: UserError | None = None
         """Why the next step has no data, or may not go on with it; the same on every rank at the same step."""
         with self.world.together():
+            self.family = build_family(config)
+            kernels = choose_kernels(config, self.family, self.device)
+        self.kernels: Kernels = self.world.from_main(kernels)  # times differ a little from GPU to GPU
+        with self.world.together():
             self._build()
         self.progress = Progress()
         self.guard = Guard(config.train.spike_factor, config.train.max_skips)
@@ -135,13 +145,19 @@ class Trainer:
         config = self.config
         self._prompts = validation_prompts(config)
         accumulation = micro_batches(config.train, self.world)
-        self.family = build_family(config)
-        self.corpus = Corpus(config.data)
+        self.corpus = Corpus(config.data, with_paths=config.method.has_trajectory)
         self.corpus.order(config.train.global_batch_size, config.run.seed)  # refuses partitions that do not divide it
+        if config.method.distil_guidance and config.method.has_trajectory:
+            refuse_other_guidance(self.corpus, config.method.guidance[0])
         self.encoder = BatchEncoder(config, self.family, self.corpus, self.device)
         layout = build_layout(config, self.world, self.device, accumulation)
-        self.model = build_model(config, self.family, self.device, layout=layout)
+        # What a sharded network gathers in such a pass could not be used by one with gradient.
+        self._in_inference_mode = not layout.is_sharded
+        self.model = build_model(config, self.family, self.device, kernels=self.kernels, layout=layout)
         self.engine = build_engine(config, self.model, layout, self.world, accumulation)
+        self._near, self._far = self.model.near_velocity, self.model.far_velocity
+        if config.kernels.cuda_graphs:
+            self._near, self._far = GraphedVelocity(self._near), GraphedVelocity(self._far)
 
     def micro_step(self, batch: Batch, meter: LossMeter) -> Tensor:
         """Forward of one micro-batch: its loss, ready for the backward."""
@@ -149,14 +165,56 @@ class Trainer:
         latents, cond = self.encoder.encode(batch)
         tokens = self.family.image_tokens(latents)
         plan = sample_plan(config.method, batch.sample_ids, config.run.seed, image_tokens=tokens).to(self.device)
-        cond = cond.with_guidance(plan.guidance)
         noise = sample_noise(latents, batch.sample_ids, config.run.seed)
         noised = noise_latents(latents, noise, plan.sigma_start)
         velocity = flow_velocity(latents, noise) if plan.has_flow else None
-        target = scfm_target(plan, noised, cond, model.near_velocity, model.far_velocity, flow_velocity=velocity)
+        if plan.has_trajectory:
+            plan, noised, velocity = on_trajectories(plan, self._paths(batch), latents, noised, velocity)
+        if plan.is_dropped is not None:
+            assert self.family.unconditional is not None
+            cond = cond.without_captions(plan.is_dropped, self.family.unconditional)
+        told, told_target = self._scalars(plan)
+        target_cond = cond.with_guidance(told_target)
+        with torch.inference_mode(self._in_inference_mode):
+            if config.method.distil_guidance and plan.has_flow:
+                velocity = self._guided(plan, noised, cond, velocity)
+            target = scfm_target(plan, noised, target_cond, self._near, self._far, flow_velocity=velocity)
+        if self._in_inference_mode:
+            target = target.clone()  # an ordinary tensor, which the loss may keep for its backward
+        cond = cond.with_guidance(told)
         prediction = model.student_velocity(noised, plan.sigma_start, cond, plan.student_strength)
         meter.add(prediction, target, plan)
         return scfm_loss(prediction, target, plan)
+
+    def _scalars(self, plan: ShortcutPlan) -> tuple[Tensor | None, Tensor | None]:
+        """What the network's guidance is told in the student's pass, and in those of the target."""
+        if plan.step_size is not None:
+            return plan.step_size, plan.step_size / 2
+        guidance = plan.guidance
+        if guidance is not None and self.family.passes == 2:
+            # The data's own velocity is not guided.
+            guidance = torch.where(plan.is_flow, 1.0, guidance) if self.config.method.student_is_guided else None
+        return guidance, guidance
+
+    @torch.no_grad()
+    def _guided(self, plan: ShortcutPlan, noised: Tensor, cond: Conditioning, velocity: Tensor | None) -> Tensor:
+        """The teacher's guided velocity, on stored paths `velocity`; all rows go through, on every rank."""
+        cond = cond.with_guidance(plan.guidance)
+        guided = self.model.velocity("teacher", noised, plan.sigma_start, cond, plan.student_strength).to(noised.dtype)
+        assert velocity is not None
+        return torch.where(per_sample(plan.is_flow, guided), guided, velocity)
+
+    def _paths(self, batch: Batch) -> Trajectory:
+        """The teacher's paths of a batch; UserError if the plan's grids do not lie on their nodes."""
+        assert batch.path is not None
+        intervals = batch.path["velocities"].shape[1]
+        grids = self.config.method.trajectory_grids
+        if any(intervals % grid for grid in grids):
+            raise self._everywhere(
+                f"data: the stored paths have {intervals} intervals, of which method.trajectory_grids={list(grids)} are not "
+                f"all divisors. Leave the others out, or store paths of another number of steps"
+            )
+        return Trajectory(**batch.path).to(self.device)
 
     def train_steps(self) -> Iterator[dict[str, Any]]:
         """Run to `train.steps`, yielding each step's row of metrics once the step is done, on every rank the same.
@@ -228,13 +286,11 @@ class Trainer:
         progress.step += 1
         progress.samples += train.global_batch_size
         skipped = self.guard.judge(progress.step, losses["loss"], grad_norm)
+        averages: dict[str, Any] = {}
         if skipped is None:
             self.engine.step(lr)
             progress.updates += 1
-            self.emas.update()
-            if self.emas.restart_due(progress.step):
-                self.emas.restart()
-            self.engine.after_ema_update()
+            averages = self._update_averages()
         else:
             self.engine.skip()
         seconds = time.perf_counter() - began
@@ -247,6 +303,7 @@ class Trainer:
             "samples": progress.samples,
             "seconds": round(progress.seconds, 4),
             "samples_per_second": round(train.global_batch_size / seconds, 3),
+            **averages,
         }
         if skipped is not None:
             ids = list(range(first_sample, progress.samples))
@@ -256,8 +313,17 @@ class Trainer:
             self._judge_data()
         return row
 
+    def _update_averages(self) -> dict[str, Any]:
+        """Both EMAs, and a restart where one is due: what the step's row says of it."""
+        self.emas.update()
+        due, ratio = restart_due(self.emas, self.progress.step, self.world.sum_)
+        if due:
+            self.emas.restart()
+        self.engine.after_ema_update()
+        return ({} if ratio is None else {"ema_lag_ratio": ratio}) | ({"ema_restart": True} if due else {})
+
     def _share(self, meter: LossMeter, data: list[Batch], upcoming: list[Batch] | UserError) -> list[str]:
-        """Losses of all ranks, whether any was asked to stop, and how their data are: one all-reduce of some 200 bytes.
+        """Losses of all ranks, whether any was asked to stop, and how their data are: one all-reduce of some 300 bytes.
 
         Returns:
             the samples of this step that could not be used, of all ranks.
@@ -318,8 +384,10 @@ class Trainer:
 
     def _restore(self, checkpoint: Checkpoint, data_may_change: bool) -> None:
         state = checkpoint.state
+        # What an earlier version did not know yet has its default.
+        saved = to_plain(parse_config(without_gone_keys(state["config"]), str(checkpoint.path)))
         changes = refuse_other_recipe(
-            state["config"],
+            saved,
             to_plain(self.config),
             checkpoint.path,
             data_may_change=data_may_change,

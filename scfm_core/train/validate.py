@@ -1,5 +1,6 @@
 """Sampling from a shortcut model, and the grids that show it."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from scfm_core.flow.schedule import sigma_grid
 from scfm_core.models.encoders import Autoencoder, TextEncoders
 from scfm_core.models.protocol import Conditioning
 from scfm_core.models.student import FullModel, LoRAModel
-from scfm_core.scfm.plan import sampling_strength
+from scfm_core.scfm.plan import PlanConfig, sampling_strength
 from scfm_core.train.build import compute_dtype, sampling_shift
 
 if TYPE_CHECKING:
@@ -35,12 +36,29 @@ def sample_latents(
     noise: Tensor,
     cond: Conditioning,
     *,
+    method: PlanConfig,
     num_steps: int,
     shift: float,
-    strength: float,
+    strength: float | None = None,
 ) -> Tensor:
-    """Plain Euler from `noise` [B, C, H, W] with constant adapter strength; latents at sigma 0, at least fp32."""
+    """Plain Euler from `noise` [B, C, H, W]; latents at sigma 0, at least fp32.
+
+    Args:
+        model: and the `role` whose weights are taken.
+        noise: where it starts.
+        cond: one row an image.
+        method: what the weights were trained with: it says how they are told the step size.
+        num_steps: Euler steps.
+        shift: timestep shift.
+        strength: of the adapter; None: what `method` says for so many steps.
+    """
+    if strength is None:
+        strength = sampling_strength(method.step_gain, num_steps)
     strengths = torch.full((noise.shape[0],), strength, device=noise.device)
+    if method.step_embedding:
+        cond = cond.with_guidance(torch.full_like(strengths, 1 / num_steps))
+    if method.distil_guidance and role != "teacher":
+        cond = cond.with_guidance(None)  # it has learned the teacher's
 
     def velocity(x: Tensor, sigma: Tensor) -> Tensor:
         return model.velocity(role, x, sigma, cond, strengths)
@@ -102,13 +120,15 @@ class Validation:
         config, family = trainer.config, trainer.family
         dtype = compute_dtype(config)
         self.prompts, self.every, self.last = prompts, config.sample.every, config.train.steps
-        text = trainer.encoder.text or TextEncoders(family.folder, config.model.text_length, dtype, trainer.device)
+        text = trainer.encoder.text or TextEncoders(family, config.model.text_length, dtype, trainer.device)
         self.cond = text.encode(prompts, guidance=config.sample.guidance)
-        self.vae = trainer.encoder.vae or Autoencoder(family.folder, dtype, trainer.device)
+        self.vae = trainer.encoder.vae or Autoencoder(family, dtype, trainer.device)
         height, width = config.data.resolution
         seeds = [config.sample.seed + i for i in range(len(prompts))]
         self.noise = initial_noise(family.latent_shape(height, width), seeds, dtype).to(trainer.device)
         self.shift = sampling_shift(config.sample, family, height, width)
+        self.teacher: Tensor | None = None
+        """The teacher's latents, once they are needed."""
 
     def due(self, step: int) -> bool:
         """Whether a grid belongs to this step: every `sample.every` steps, and the last."""
@@ -124,29 +144,42 @@ class Validation:
         return self.due(trainer.progress.step) and not there
 
     def grid(self, trainer: "Trainer") -> Path:
-        """Sample every prompt at every step count and save the picture."""
-        config, rows = trainer.config, []
+        """Sample every prompt at every step count, save the picture, and beside it how far the latents are from the
+        teacher's of the same noise (mean squared, by step count)."""
+        config, path = trainer.config, self.path(trainer)
+        role, rows, apart = config.sample.weights, [], {}
+        if config.sample.teacher_steps and self.teacher is None:
+            self.teacher = self._sampled(trainer, "teacher", config.sample.teacher_steps)
         for num_steps in config.sample.steps:
-            latents = trainer.engine.forward(lambda num_steps=num_steps: self._latents(trainer, num_steps))  # type: ignore[misc]
+            latents = self._sampled(trainer, role, num_steps)
+            if self.teacher is not None:
+                apart[str(num_steps)] = float((latents - self.teacher).square().mean())
             if trainer.world.is_main:
                 images = decode(self.vae, latents, config.train.micro_batch_size)
                 rows.append((f"{num_steps} step{'s' if num_steps > 1 else ''}", images))
         if trainer.world.is_main:
-            save_grid(self.path(trainer), rows, self.prompts)
-        return self.path(trainer)
+            if apart:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.with_suffix(".json").write_text(json.dumps({"mse_teacher": apart}) + "\n")
+            save_grid(path, rows, self.prompts)
+        return path
 
-    def _latents(self, trainer: "Trainer", num_steps: int) -> Tensor:
+    def _sampled(self, trainer: "Trainer", role: str, num_steps: int) -> Tensor:
         """All prompts' latents; every rank computes them, for sharded weights are gathered by all."""
+        latents: Tensor = trainer.engine.forward(lambda: self._latents(trainer, role, num_steps))
+        return latents
+
+    def _latents(self, trainer: "Trainer", role: str, num_steps: int) -> Tensor:
         config, size = trainer.config, trainer.config.train.micro_batch_size
         parts = [
             sample_latents(
                 trainer.model,
-                config.sample.weights,
+                role,
                 self.noise[at : at + size],
                 self.cond[at : at + size],
+                method=config.method,
                 num_steps=num_steps,
                 shift=self.shift,
-                strength=sampling_strength(config.method.step_gain, num_steps),
             )
             for at in range(0, len(self.prompts), size)
         ]

@@ -25,7 +25,8 @@ from scfm_core.data.source import PADDING
 from scfm_core.data.webdataset import TarWriter
 from scfm_core.errors import UserError
 from scfm_core.models.encoders import Autoencoder, TextEncoders
-from scfm_core.models.flux import Flux
+from scfm_core.models.families import open_family
+from scfm_core.models.protocol import ModelFamily
 from scfm_core.models.weights import encoder_fingerprint
 from scfm_core.train.build import BatchEncoder
 from scfm_core.train.config import ModelConfig, RunConfig, RunSection
@@ -38,7 +39,7 @@ def images_of(folder: Path, **changes: Any) -> Corpus:
     return Corpus(DataConfig(**{"path": str(folder), "format": "folder", "resolution": (16, 16), **changes}))
 
 
-def run(images: Path | Corpus, output: Path, family: Flux, **changes: Any) -> Manifest:
+def run(images: Path | Corpus, output: Path, family: ModelFamily, **changes: Any) -> Manifest:
     """One process encodes everything."""
     corpus = images if isinstance(images, Corpus) else images_of(images)
     manifest, _ = encode(corpus, output, family, EncodeConfig(**{**OPTIONS, **changes}))
@@ -59,10 +60,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def family(tmp_path_factory: pytest.TempPathFactory) -> Flux:
+def family(tmp_path_factory: pytest.TempPathFactory) -> ModelFamily:
     folder = tmp_path_factory.mktemp("pipeline")
     write_pipeline(folder, vae_steps=0)
-    return Flux(str(folder))
+    return open_family(str(folder))
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +86,7 @@ def images(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cache(digits: Path, family: Flux, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cache(digits: Path, family: ModelFamily, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With trimmed padding, the default; not to be changed by a test."""
     folder = tmp_path_factory.mktemp("encoded") / "cache"
     run(digits, folder, family)
@@ -109,7 +110,7 @@ class TestContent:
         run(digits, tmp_path / "cache", family, dtype=dtype, keep_padding=True)
         assert not (tmp_path / "cache" / PADDING).exists()
         cached, fly = open_cache(tmp_path / "cache"), images_of(digits)
-        vae, text = Autoencoder(family.folder, dtype, "cpu"), TextEncoders(family.folder, LENGTH, dtype, "cpu")
+        vae, text = Autoencoder(family, dtype, "cpu"), TextEncoders(family, LENGTH, dtype, "cpu")
         assert len(cached) == len(fly) == COUNT
         rows = [list(range(at, at + n)) for at, n in ((0, 8), (8, 1), (9, 8), (17, 1), (18, 2))]  # shards of 9, by 8
         for batch in rows:
@@ -204,14 +205,14 @@ def stored_texts(folder: Path) -> list[torch.Tensor]:
 
 class TestPadding:
     def test_is_stored_up_to_the_captions_end(self, cache, family, digits):
-        text = TextEncoders(family.folder, LENGTH, torch.bfloat16, "cpu")
+        text = TextEncoders(family, LENGTH, torch.bfloat16, "cpu")
         lengths = text.lengths([ImageFolder(digits).caption(n) for n in range(COUNT)])
         assert lengths == [3 + n % 3 for n in range(COUNT)]  # the words, and the end mark
         assert [len(row) for row in stored_texts(cache)] == lengths
 
     def test_is_filled_up_with_that_of_an_empty_caption(self, cache, digits, tmp_path, family):
         run(digits, tmp_path / "exact", family, keep_padding=True)
-        empty = TextEncoders(family.folder, LENGTH, torch.bfloat16, "cpu").encode([""]).text[0]
+        empty = TextEncoders(family, LENGTH, torch.bfloat16, "cpu").encode([""]).text[0]
         assert torch.equal(load_file(cache / PADDING)["text"], empty)
         trimmed, exact = open_cache(cache), open_cache(tmp_path / "exact")
         for number in range(COUNT):
@@ -301,7 +302,7 @@ class TestBuckets:
         corpus = images_of(shapes, buckets=self.SIZES)
         run(corpus, tmp_path / "cache", family, batch_size=1, keep_padding=True)
         vae, cached = (
-            Autoencoder(family.folder, torch.bfloat16, "cpu"),
+            Autoencoder(family, torch.bfloat16, "cpu"),
             open_cache(tmp_path / "cache", buckets=self.SIZES),
         )
         by_caption = {cached.caption(item): cached.record(item) for item in range(12)}
@@ -326,14 +327,16 @@ class Started:
         environment: RANK and the like.
     """
 
-    def __init__(self, images: Path, output: Path, family: Flux, *, die_at: int = 0, **environment: str) -> None:
+    def __init__(self, images: Path, output: Path, family: ModelFamily, *, die_at: int = 0, **environment: str) -> None:
         self._said, said = FORK.Pipe(duplex=False)
         self.process = FORK.Process(target=self._run, args=(said, images, output, family, die_at, environment))
         self.process.start()
         said.close()
 
     @staticmethod
-    def _run(said: Any, images: Path, output: Path, family: Flux, die_at: int, environment: dict[str, str]) -> None:
+    def _run(
+        said: Any, images: Path, output: Path, family: ModelFamily, die_at: int, environment: dict[str, str]
+    ) -> None:
         os.environ.update(environment)
         corpus, count = images_of(images), 0
         record = corpus.record
@@ -363,7 +366,7 @@ class Started:
 
 
 @pytest.fixture(scope="module")
-def small_shards(digits: Path, family: Flux, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small_shards(digits: Path, family: ModelFamily, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `Started` makes of the digits in one go: seven shards of three."""
     folder = tmp_path_factory.mktemp("small") / "cache"
     run(digits, folder, family, batch_size=2, samples_per_shard=3)
@@ -419,7 +422,7 @@ class TestInterrupted:
     def test_is_not_gone_on_with_from_other_images_sizes_or_models(self, unfinished, images, family, tmp_path):
         write_pipeline(tmp_path / "other", vae_steps=0, seed=1)
         with pytest.raises(UserError, match=r"encoder: '.*' there, '.*' now"):
-            run(images, unfinished, Flux(str(tmp_path / "other")), samples_per_shard=3)
+            run(images, unfinished, open_family(str(tmp_path / "other")), samples_per_shard=3)
         with pytest.raises(UserError, match=r"sizes: \[\[16, 16\]\] there, \[\[8, 8\]\] now"):
             run(images_of(images, resolution=(8, 8)), unfinished, family, samples_per_shard=3)
         (images / "0000.png").unlink()

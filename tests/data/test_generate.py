@@ -17,15 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from data_tools.encode import EncodeConfig
-from data_tools.generate import generate
+from data_tools.generate import FIRST_ID, generate
 from recipes.tiny import caption
 from scfm_core.data.corpus import Corpus
 from scfm_core.data.recipe import DataConfig
 from scfm_core.data.schema import MANIFEST, Manifest, collate
 from scfm_core.errors import UserError
 from scfm_core.flow.random import sample_noise
+from scfm_core.flow.schedule import sigma_grid
+from scfm_core.models.families import open_family
 from scfm_core.models.flux import Flux
-from scfm_core.models.protocol import Conditioning
+from scfm_core.models.protocol import Conditioning, ModelFamily
 from scfm_core.models.weights import encoder_fingerprint
 
 PROMPTS = [*map(caption, (1, 3, 5)), "a lion", ""]
@@ -34,7 +36,7 @@ PER_PROMPT, LENGTH, SEED, GUIDANCE = 3, 48, 11, 2.5
 TOTAL = len(PROMPTS) * PER_PROMPT  # in shards of 3: 8 samples of (16, 16) and 7 of (8, 24), six shards
 
 
-def make(output: Path, family: Flux, prompts: list[str] = PROMPTS, **changes: Any) -> Manifest | None:
+def make(output: Path, family: ModelFamily, prompts: list[str] = PROMPTS, **changes: Any) -> Manifest | None:
     """`generate` with small arguments; `changes` of them or of the `EncodeConfig`."""
     config = {"text_length": LENGTH, "dtype": torch.float32, "batch_size": 2, "samples_per_shard": 3}
     config |= {name: changes.pop(name) for name in EncodeConfig.__dataclass_fields__ if name in changes}
@@ -56,12 +58,12 @@ def by_number(folder: Path) -> dict[int, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def family(tiny: Path) -> Flux:
-    return Flux(str(tiny / "flux"))
+def family(tiny: Path) -> ModelFamily:
+    return open_family(str(tiny / "flux"))
 
 
 @pytest.fixture(scope="module")
-def whole(family: Flux, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(family: ModelFamily, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All samples by one process. Not to be changed by a test."""
     folder = tmp_path_factory.mktemp("generated") / "whole"
     assert make(folder, family) == Manifest.parse((folder / MANIFEST).read_text(), "")
@@ -256,7 +258,7 @@ class Deadly(Flux):
             os.kill(os.getpid(), signal.SIGKILL)
         return super().velocity(*arguments)
 
-test_generate.make(Path({str(tmp_path / "new")!r}), Deadly({str(family.folder)!r}))
+test_generate.make(Path({str(tmp_path / "new")!r}), Deadly(Path({str(family.folder)!r})))
 """
         root = Path(__file__).parents[2]
         path = os.pathsep.join([str(root), str(Path(__file__).parent)])
@@ -272,7 +274,7 @@ test_generate.make(Path({str(tmp_path / "new")!r}), Deadly({str(family.folder)!r
 
 
 @pytest.fixture(scope="module")
-def unfinished(family: Flux, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def unfinished(family: ModelFamily, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One of two shards. Not to be changed by a test."""
     folder = tmp_path_factory.mktemp("unfinished") / "cache"
     with pytest.raises(Interrupted):
@@ -314,7 +316,7 @@ class TestOtherJobs:
         content[-1] ^= 1
         weights.write_bytes(content)
         with pytest.raises(UserError, match=rf"another job:\n  {name}: "):
-            make(unfinished, Flux(str(tmp_path / "flux")), prompts=PROMPTS[:2], num_steps=1)
+            make(unfinished, open_family(str(tmp_path / "flux")), prompts=PROMPTS[:2], num_steps=1)
 
     def test_another_batch_size_does(self, family, unfinished, tmp_path):
         shutil.copytree(unfinished, tmp_path / "cache")
@@ -377,6 +379,67 @@ class TestRefusals:
                 return velocity
 
         with pytest.raises(UserError, match=rf"1 of 2 .* not finite .* sample 8, of the prompt '{PROMPTS[2]}'\. Check"):
-            make(tmp_path / "cache", Wild(str(family.folder)))
+            make(tmp_path / "cache", Wild(family.folder))
         assert not (tmp_path / "cache" / MANIFEST).exists()
         assert [path.name for path in (tmp_path / "cache").glob("*.tar*")] == ["shard-000000.tar"]
+
+
+STEPS, SHIFT = 4, 2.0
+
+
+@pytest.fixture(scope="module")
+def paths(family: ModelFamily, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache with the teacher's paths. Not to be changed by a test."""
+    folder = tmp_path_factory.mktemp("paths") / "cache"
+    make(folder, family, num_steps=STEPS, trajectories=True, shift=SHIFT, sizes=SIZES[:1], keep_padding=True)
+    return folder
+
+
+class TestTrajectories:
+    """Paths are stored beside the latents, whose end they are, and read by those who ask for them."""
+
+    def test_a_path_leads_from_the_noise_to_the_latents(self, family: ModelFamily, paths: Path) -> None:
+        corpus = Corpus(DataConfig(path=str(paths), resolution=SIZES[0]), with_paths=True)
+        assert len(corpus) == TOTAL
+        for item in range(0, TOTAL, 4):
+            record = corpus.record(item)
+            assert record.path is not None and record.latents is not None
+            assert torch.equal(record.path["sigmas"], sigma_grid(STEPS, SHIFT))
+            assert record.path["guidance"].item() == GUIDANCE
+            assert record.path["velocities"].shape == (STEPS, *record.latents.shape)
+            ids = torch.tensor([int(record.key)]) + FIRST_ID
+            noise = sample_noise(record.latents[None], ids, SEED)[0]
+            lengths = -record.path["sigmas"].diff()
+            end = noise - torch.einsum("k,kchw->chw", lengths, record.path["velocities"])
+            torch.testing.assert_close(end, record.latents, rtol=0, atol=1e-5)
+
+    def test_velocities_are_the_teachers(self, family: ModelFamily, paths: Path) -> None:
+        """The first is the network's at the noise; the later ones are of Adams-Bashforth's formula."""
+        corpus = Corpus(DataConfig(path=str(paths), resolution=SIZES[0]), with_paths=True)
+        record = corpus.record(0)
+        assert record.path is not None and record.text is not None and record.pooled is not None
+        network = family.load_network(torch.float32, "cpu")
+        cond = Conditioning(text=record.text[None], pooled=record.pooled[None], guidance=torch.tensor([GUIDANCE]))
+        sigmas, means = record.path["sigmas"], record.path["velocities"]
+        x = sample_noise(means[:1], torch.tensor([int(record.key)]) + FIRST_ID, SEED)
+        with torch.no_grad():
+            first = family.velocity(network, x, sigmas[:1], cond)
+            torch.testing.assert_close(means[:1], first, rtol=1e-4, atol=1e-5)
+            x = x - (sigmas[0] - sigmas[1]) * first
+            second = family.velocity(network, x, sigmas[1:2], cond)
+        ratio = ((sigmas[1] - sigmas[2]) / (sigmas[0] - sigmas[1]) / 2).item()
+        torch.testing.assert_close(means[1:2], (1 + ratio) * second - ratio * first, rtol=1e-4, atol=1e-5)
+
+    def test_who_does_not_ask_for_paths_does_not_carry_them(self, paths: Path) -> None:
+        corpus = Corpus(DataConfig(path=str(paths), resolution=SIZES[0]))
+        assert corpus.record(0).path is None
+        assert collate([0], [corpus.record(0)]).path is None
+
+    def test_a_cache_without_paths_says_what_makes_them(self, whole: Path) -> None:
+        corpus = Corpus(DataConfig(path=str(whole), resolution=SIZES[0], buckets=SIZES), with_paths=True)
+        with pytest.raises(UserError, match="scfm data generate --trajectories"):
+            corpus.record(0)
+
+    def test_another_kind_of_samples_does_not_mix_in(self, family: ModelFamily, paths: Path) -> None:
+        with pytest.raises(UserError):
+            make(paths, family, num_steps=STEPS, shift=SHIFT, sizes=SIZES[:1])

@@ -22,7 +22,7 @@ from scfm_core.data.schema import MANIFEST, Manifest
 from scfm_core.data.source import PADDING
 from scfm_core.data.webdataset import TarWriter
 from scfm_core.errors import UserError
-from scfm_core.models.flux import Flux
+from scfm_core.models.families import open_family
 
 Contents = list[tuple[str, dict[str, bytes]]]
 
@@ -50,7 +50,7 @@ def trimmed(tiny: Path, open_corpus: Any, tmp_path_factory: pytest.TempPathFacto
     """A cache whose texts are trimmed. Not to be changed by a test."""
     folder = tmp_path_factory.mktemp("trimmed") / "cache"
     config = EncodeConfig(text_length=40, samples_per_shard=20)
-    encode(open_corpus(tiny / "digits", "folder"), folder, Flux(str(tiny / "flux")), config)
+    encode(open_corpus(tiny / "digits", "folder"), folder, open_family(str(tiny / "flux")), config)
     return folder
 
 
@@ -195,7 +195,7 @@ class TestMixtures:
 
     def test_different_paddings_are_refused(self, tiny, trimmed, open_corpus, tmp_path):
         folder, config = tmp_path / "exact", EncodeConfig(text_length=40, dtype=torch.float32)
-        encode(open_corpus(tiny / "digits", "folder"), folder, Flux(str(tiny / "flux")), config)
+        encode(open_corpus(tiny / "digits", "folder"), folder, open_family(str(tiny / "flux")), config)
         assert manifest_of(folder).padding not in (None, manifest_of(trimmed).padding)
         with pytest.raises(
             UserError, match=r"the texts of s0, s1 are trimmed .* different tensors.* Pack each by itself"
@@ -205,7 +205,7 @@ class TestMixtures:
 
     def test_a_source_that_is_not_trimmed_goes_with_one_that_is(self, tiny, trimmed, open_corpus, tmp_path):
         config = EncodeConfig(text_length=40, keep_padding=True)
-        encode(open_corpus(tiny / "digits", "folder"), tmp_path / "kept", Flux(str(tiny / "flux")), config)
+        encode(open_corpus(tiny / "digits", "folder"), tmp_path / "kept", open_family(str(tiny / "flux")), config)
         for sources in ([trimmed, tmp_path / "kept"], [tmp_path / "kept", trimmed]):
             corpus, output = open_corpus(sources), tmp_path / f"to_{sources[0].name}"
             pack(corpus, output, to="webdataset")

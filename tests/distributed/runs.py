@@ -41,7 +41,7 @@ def make_tree(tiny: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
         if name:
             tree[section][name] = value
         else:
-            tree[section] |= value
+            tree.setdefault(section, {}).update(value)
     return tree
 
 

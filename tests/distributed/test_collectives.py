@@ -76,7 +76,7 @@ def count(tree: dict[str, Any]) -> dict[str, dict[str, tuple[int, int]]]:
 
 def measure(name: str, weights: str, tiny: Path, tmp_path: Path) -> tuple[dict[str, Any], int]:
     """One step's collectives on rank 0, and the trained weights' bytes."""
-    from scfm_core.models.flux import Flux
+    from scfm_core.models.families import open_family
     from scfm_core.train.estimate import estimate
     from scfm_core.train.parse import parse_config
 
@@ -86,7 +86,7 @@ def measure(name: str, weights: str, tiny: Path, tmp_path: Path) -> tuple[dict[s
     settings.write_text('{"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}')
     engine = {**CASES[name], "deepspeed_config": str(settings)} if name == "zero3" else CASES[name]
     tree = make_tree(tiny, tmp_path / f"{name}_{weights}", engine=engine, train__steps=3, train__weights=weights)
-    trained = estimate(parse_config(tree, "test"), Flux(str(tiny / "flux"))).trained_parameters
+    trained = estimate(parse_config(tree, "test"), open_family(str(tiny / "flux"))).trained_parameters
     return run_distributed(count, world_size, tree)[0], 4 * trained
 
 
@@ -98,7 +98,7 @@ def test_what_a_step_sends(name, weights, tiny, tmp_path):
     if name == "one process":
         assert not any(parts.values())
         return
-    assert parts["metrics"] == {"all-reduce": (1, 8 * (24 + 5))}  # losses; signals, and how the data are
+    assert parts["metrics"] == {"all-reduce": (1, 8 * (32 + 5))}  # losses; signals, and how the data are
     if name == "replicas":  # one all-reduce of the trained weights' gradients, and nothing else
         assert parts["passes"] == parts["backward"] == parts["update"] == {}
         assert parts["reduce"] == {"all-reduce": (1, trained)}

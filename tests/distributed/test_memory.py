@@ -6,7 +6,7 @@ import pytest
 import torch
 from runs import ENGINES, joined_trainer, make_tree, run_distributed
 
-from scfm_core.models.flux import Flux
+from scfm_core.models.families import open_family
 from scfm_core.train.estimate import estimate
 from scfm_core.train.parse import parse_config
 
@@ -74,7 +74,7 @@ def test_the_estimate_is_within_a_tenth(name, weights, dtype, tiny, tmp_path):
         tiny, tmp_path / "run", engine=engine, train__steps=2, train__weights=weights, train__compute_dtype=dtype,
         train__micro_batch_size=4 // world_size,
     )  # fmt: skip
-    expected = estimate(parse_config(tree, "test"), Flux(str(tiny / "flux")), world_size).memory
+    expected = estimate(parse_config(tree, "test"), open_family(str(tiny / "flux")), world_size).memory
     measured = run_distributed(held, world_size, tree)[0]
     parts = ("frozen base" if weights == "lora" else "teacher", "student (fp32)", "EMAs, fast and slow (fp32)",
              "optimizer's masters (fp32)", "gradients (fp32)", "Adam (fp32)")  # fmt: skip

@@ -25,7 +25,7 @@ from scfm_core.data.corpus import Corpus
 from scfm_core.data.recipe import DataConfig
 from scfm_core.data.schema import Manifest
 from scfm_core.data.webdataset import TarShard
-from scfm_core.models.flux import Flux
+from scfm_core.models.families import open_family
 from scfm_core.train.parse import parse_config
 
 SIZES = [[16, 16], [8, 32], [32, 8]]
@@ -51,7 +51,7 @@ def shards(tiny, tmp_path_factory) -> Path:
             (images / f"{number:04d}.txt").write_text(caption(number % 10))
         recipe = DataConfig(path=str(images), format="folder", resolution=(16, 16), buckets=tuple(map(tuple, SIZES)))
         config = EncodeConfig(text_length=8, dtype=torch.float32, samples_per_shard=7)
-        encode(Corpus(recipe), root / f"{part}_cache", Flux(str(tiny / "flux")), config)
+        encode(Corpus(recipe), root / f"{part}_cache", open_family(str(tiny / "flux")), config)
     shutil.copytree(root / "tars_cache", root / "tars")
     cached = DataConfig(path=str(root / "mds_cache"), resolution=(16, 16), buckets=tuple(map(tuple, SIZES)))
     pack(Corpus(cached), root / "mds", to="mds", shard_bytes=20_000, compression="zstd:3")

@@ -2,7 +2,9 @@ import pytest
 import torch
 from torch import nn
 
+from scfm_core.kernels.fp8 import fits
 from scfm_core.models.adapters import ADAPTERS, LoRABank, LoRAConfig, merge
+from scfm_core.models.families import open_family
 
 
 class Net(nn.Module):
@@ -112,6 +114,47 @@ def test_same_output_and_gradient_as_peft():
     theirs.square().sum().backward()
     for name, parameter in ours.items():
         torch.testing.assert_close(parameter.grad, names[name].grad)
+
+
+class TestFp8:
+    """Passes without gradient over a base in fp8: off by the rounding, and nothing else changes."""
+
+    @pytest.fixture
+    def bank(self):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 40))
+        bank = LoRABank(network, LoRAConfig(rank=4, alpha=4.0))
+        for parameter in bank.parameters("student").values():
+            parameter.data.normal_(std=0.1)
+        bank.quantise()
+        return bank
+
+    @pytest.mark.parametrize("adapter", [None, "student"])
+    def test_only_where_it_is_asked_for(self, bank, adapter):
+        x = torch.randn(3, 7, 32)
+        strength = None if adapter is None else torch.tensor([0.0, 0.5, 1.0])
+        outputs = []
+        for in_fp8 in (False, True, False):
+            bank.select(adapter, strength, in_fp8=in_fp8)
+            with torch.no_grad():
+                outputs.append(bank.network(x))
+        assert torch.equal(outputs[0], outputs[2])
+        error = (outputs[1] - outputs[0]).norm() / outputs[0].norm()
+        assert 0.005 < error < 0.06
+
+    def test_shapes_that_do_not_fit_stay_as_they_are(self, bank):
+        assert bank.layers["0"].fp8 is not None and bank.layers["2"].fp8 is None  # 40 is no multiple of 16
+
+    def test_modulations_stay_as_they_are(self, tiny):
+        network = open_family(str(tiny / "flux")).load_network(torch.float32, "cpu")
+        bank = LoRABank(network, LoRAConfig(rank=2))
+        bank.quantise()
+        kept = {name for name, layer in bank.layers.items() if layer.fp8 is None and fits(layer.base_layer.weight)}
+        assert kept and all("norm" in name or "time_text_embed" in name for name in kept)
+        assert bank.layers["transformer_blocks.0.attn.to_q"].fp8 is not None
+
+    def test_checkpoints_and_exports_know_nothing_of_it(self, bank):
+        assert not any("fp8" in name for name in bank.network.state_dict())
 
 
 def test_targets_pick_linears_by_full_name():

@@ -2,9 +2,11 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
+from recipes.tiny import write_pipeline
 from scfm_core.errors import UserError
 from scfm_core.models.encoders import Autoencoder, TextEncoders
-from scfm_core.models.flux import Flux, image_ids, pack_latents, unpack_latents
+from scfm_core.models.families import open_family
+from scfm_core.models.flux import image_ids, pack_latents, unpack_latents
 
 
 @pytest.mark.parametrize("shape", [(2, 16, 8, 12), (1, 4, 6, 2), (3, 1, 8, 8)])
@@ -37,8 +39,8 @@ def test_one_euler_step_of_the_pipeline_is_our_velocity(tiny):
         latents=pack_latents(noise),
         output_type="latent",
     ).images
-    family = Flux(str(tiny / "flux"))
-    cond = TextEncoders(family.folder, 8, torch.float32, "cpu").encode(prompts, guidance=2.5)
+    family = open_family(str(tiny / "flux"))
+    cond = TextEncoders(family, 8, torch.float32, "cpu").encode(prompts, guidance=2.5)
     with torch.no_grad():
         velocity = family.velocity(family.load_network(torch.float32, "cpu"), noise, torch.ones(2), cond)
     torch.testing.assert_close(unpack_latents(theirs, 8, 8), noise - velocity, rtol=1e-5, atol=1e-5)
@@ -47,7 +49,7 @@ def test_one_euler_step_of_the_pipeline_is_our_velocity(tiny):
 def test_latents_are_what_the_pipeline_decodes(tiny):
     pipe = FluxPipeline.from_pretrained(tiny / "flux")
     latents = torch.randn(2, 1, 8, 8)
-    vae = Autoencoder(tiny / "flux", torch.float32, "cpu")
+    vae = Autoencoder(open_family(str(tiny / "flux")), torch.float32, "cpu")
     with torch.no_grad():
         theirs = pipe.vae.decode(latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor).sample
         theirs = pipe.image_processor.postprocess(theirs, output_type="pt")
@@ -55,18 +57,35 @@ def test_latents_are_what_the_pipeline_decodes(tiny):
 
 
 def test_shapes_of_flux_dev():
-    family = Flux("black-forest-labs/FLUX.1-dev", offline=True)
+    family = open_family("black-forest-labs/FLUX.1-dev", offline=True)
     assert family.latent_shape(512, 768) == (16, 64, 96)
     with pytest.raises(UserError, match="multiples of 16; the nearest is 512 x 496"):
         family.latent_shape(512, 500)
 
 
 def test_bf16_network_gets_bf16_and_gives_finite_output(tiny):
-    family = Flux(str(tiny / "flux"))
+    family = open_family(str(tiny / "flux"))
     network = family.load_network(torch.bfloat16, "cpu")
     assert {p.dtype for p in network.parameters()} == {torch.bfloat16}
-    cond = TextEncoders(family.folder, 8, torch.bfloat16, "cpu").encode(["a handwritten digit one"], guidance=1.0)
+    cond = TextEncoders(family, 8, torch.bfloat16, "cpu").encode(["a handwritten digit one"], guidance=1.0)
     with torch.no_grad():
         exact = family.velocity(family.load_network(torch.float32, "cpu"), torch.ones(1, 1, 8, 8), torch.ones(1), cond)
         rounded = family.velocity(network, torch.ones(1, 1, 8, 8), torch.ones(1), cond)
     assert (rounded.float() - exact).norm() / exact.norm() < 0.05
+
+
+def test_a_model_without_a_vae_is_one_of_pixels(tmp_path):
+    """Grey images come back as they went in; the network's tokens are 2 x 2 pixels."""
+    write_pipeline(tmp_path / "pixels", vae_steps=None)
+    family = open_family(str(tmp_path / "pixels"))
+    assert family.in_pixels and family.latent_shape(8, 12) == (1, 8, 12)
+    with pytest.raises(UserError, match="multiples of 2; the nearest is 8 x 8"):
+        family.latent_shape(8, 7)
+    images = torch.rand(2, 1, 8, 8).expand(-1, 3, -1, -1) * 2 - 1
+    vae = Autoencoder(family, torch.float32, "cpu")
+    assert vae.encode(images).shape == (2, 1, 8, 8)
+    torch.testing.assert_close(vae.decode(vae.encode(images)), images / 2 + 0.5)
+    network = family.load_network(torch.float32, "cpu")
+    cond = TextEncoders(family, 8, torch.float32, "cpu").encode(["a handwritten digit one"], guidance=1.0)
+    with torch.no_grad():
+        assert family.velocity(network, torch.zeros(1, 1, 8, 8), torch.ones(1), cond).shape == (1, 1, 8, 8)

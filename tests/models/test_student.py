@@ -3,18 +3,18 @@ import torch
 
 from scfm_core.models.adapters import ADAPTERS, LoRAConfig
 from scfm_core.models.encoders import TextEncoders
-from scfm_core.models.flux import Flux
+from scfm_core.models.families import open_family
 from scfm_core.models.student import FullModel, LoRAModel
 
 
 @pytest.fixture
 def family(tiny):
-    return Flux(str(tiny / "flux"))
+    return open_family(str(tiny / "flux"))
 
 
 @pytest.fixture
 def batch(family):
-    cond = TextEncoders(family.folder, 8, torch.float32, "cpu").encode(["a handwritten digit four"] * 4, guidance=3.0)
+    cond = TextEncoders(family, 8, torch.float32, "cpu").encode(["a handwritten digit four"] * 4, guidance=3.0)
     return torch.randn(4, 1, 8, 8), torch.tensor([0.9, 0.7, 0.5, 0.2]), cond
 
 

@@ -98,10 +98,10 @@ def wrong_model_folder(recipe, tiny, tmp_path):
 def wrong_pipeline(recipe, tiny, tmp_path):
     folder = copy(tiny, tmp_path, "flux")
     index = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "StableDiffusion3Pipeline"}))
+    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "StableDiffusionXLPipeline"}))
     return train(
         recipe, f"model.path={folder}"
-    ), "holds a StableDiffusion3Pipeline, but model.family needs a FluxPipeline"
+    ), "holds a StableDiffusionXLPipeline; scfm knows FluxPipeline and StableDiffusion3Pipeline"
 
 
 def interrupted_download(recipe, tiny, tmp_path):
@@ -181,6 +181,13 @@ def resolution_not_divisible(recipe, tiny, tmp_path):
 def no_permission(recipe, tiny, tmp_path):
     (tmp_path / "file").write_text("")  # root may write anywhere, but not below a file
     return train(recipe, f"run.dir={tmp_path / 'file' / 'run'}"), "cannot be written (Not a directory)"
+
+
+def prompts_of_another_json(recipe, tiny, tmp_path):
+    (tmp_path / "prompts.json").write_text('["a cat"]')
+    return train(
+        recipe, "sample.every=1", f"sample.prompts={tmp_path / 'prompts.json'}"
+    ), "is not JSON of COCO's format"
 
 
 def unknown_prompt_file(recipe, tiny, tmp_path):
@@ -295,6 +302,40 @@ def compiled_zero_3(recipe, tiny, tmp_path):
     return words, "train.compile=true does not go with engine.zero_stage=3"
 
 
+def triton_without_a_gpu(recipe, tiny, tmp_path):
+    return train(recipe, "kernels.fused=triton"), "kernels.fused=triton cannot run here: Triton kernels need a GPU"
+
+
+def attention_that_is_not_there(recipe, tiny, tmp_path):
+    return train(recipe, "kernels.attention=xformers"), "xformers has no kernel for a CPU. Choose among flash"
+
+
+def guidance_distilled_from_one_pass(recipe, tiny, tmp_path):
+    method = "method={distil_guidance: true, teacher_fraction: 0, flow_fraction: 1, guidance: [4, 4]}"
+    return train(
+        recipe, method, "sample.guidance=4"
+    ), "method.distil_guidance is for models that are guided by a second pass"
+
+
+def fp8_without_pairs(recipe, tiny, tmp_path):
+    return train(recipe, "kernels.fp8=true", "method={flow_fraction: 1, teacher_fraction: 0}"), "no row is a pair"
+
+
+def fp8_of_full_weights(recipe, tiny, tmp_path):
+    return train(recipe, "kernels.fp8=true", "train.weights=full"), "train.weights=full has no frozen base"
+
+
+def fp8_of_a_sharded_base(recipe, tiny, tmp_path):
+    words = train(recipe, "kernels.fp8=true", "engine.name=deepspeed", "engine.zero_stage=3")
+    return words, "kernels.fp8=true cannot run here: ZeRO-3 shards the base"
+
+
+def graphs_without_a_gpu(recipe, tiny, tmp_path):
+    return train(
+        recipe, "kernels.cuda_graphs=true"
+    ), "CUDA graphs need a GPU, this is a CPU. Or set kernels.cuda_graphs=f"
+
+
 def unknown_zero_stage(recipe, tiny, tmp_path):
     return train(recipe, "engine.name=deepspeed", "engine.zero_stage=4"), "engine.zero_stage: Input should be 1, 2 or 3"
 
@@ -395,11 +436,14 @@ CASES = [
     interrupted_download, missing_weights, missing_data, images_given_as_cache, empty_data, image_without_caption,
     corrupt_image, corrupt_image_in_a_worker, cut_shard, flipped_bit, cache_of_another_model,
     cache_of_another_text_length, resolution_not_divisible, no_permission, unknown_prompt_file,
+    prompts_of_another_json,
     checkpoint_of_another_recipe, unknown_checkpoint, lora_without_targets, no_gpu, not_a_run, sample_without_prompt,
     inception_without_weights, prompt_given_as_file, grids_without_prompts, missing_section_file, number_for_a_section,
     run_dir_is_a_file, unknown_device, strength_without_number, export_over_something, encode_in_batches_of_none,
     no_shards, shards_of_fewer_processes, offload_of_one_process, deepspeed_json_for_fsdp2, shards_of_deepspeed,
-    asynchronous_deepspeed, compiled_zero_3, unknown_zero_stage, no_timeout, spike_below_the_median, negative_skips,
+    asynchronous_deepspeed, compiled_zero_3, triton_without_a_gpu, attention_that_is_not_there, guidance_distilled_from_one_pass,
+    fp8_without_pairs, fp8_of_full_weights,
+    fp8_of_a_sharded_base, graphs_without_a_gpu, unknown_zero_stage, no_timeout, spike_below_the_median, negative_skips,
     json_of_another_clipping, json_of_another_batch, json_of_another_stage, json_of_another_rate,
     json_of_another_optimizer, json_of_another_dtype, json_with_a_schedule, json_with_offloaded_weights,
     json_with_an_unknown_key, json_with_an_unknown_optimizer_key, broken_json, binary_json, json_that_is_a_list,
@@ -410,6 +454,7 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
 def test_bad_input(case, recipe, tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     command, message = case(recipe, tiny, tmp_path)
     capsys.readouterr()
     assert main(command) == 2

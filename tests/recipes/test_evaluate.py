@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from recipes.cli import main
-from recipes.evaluate import evaluate
+from recipes.evaluate import _Bench, evaluate
+from scfm_core.errors import UserError
+from scfm_core.train.build import read_prompts
 from scfm_core.train.parse import dump_config
 from scfm_core.train.trainer import Trainer, fit
 
@@ -61,13 +63,76 @@ def test_report_of_a_run_with_skipped_steps(run_dir, capsys):
     assert (run_dir / "report.html").read_text().count("data:image/png;base64,") >= 1
 
 
-def test_a_run_without_a_teacher_has_nothing_to_compare(make_config, capsys):
+def test_a_run_from_scratch_is_held_against_the_data(make_config, capsys):
     config = make_config({"train.weights": "full", "method.flow_fraction": 1.0, "method.teacher_fraction": 0.0})
     trainer = Trainer(config)
     fit(trainer)
     (trainer.run_dir / "config.yaml").write_text(dump_config(config))
-    assert main(["evaluate", str(trainer.run_dir)]) == 2
-    assert "has no teacher" in capsys.readouterr().err
+    assert main(["evaluate", str(trainer.run_dir)]) == 0
+    result = json.loads((trainer.run_dir / "evaluation.json").read_text())
+    assert result.keys() == {"student"}
+    assert all(row["fid_data"] > 0 and "fid_teacher" not in row for row in result["student"].values())
+    assert main(["report", str(trainer.run_dir)]) == 0
+    assert "distance to data" in (trainer.run_dir / "report.html").read_text()
+
+
+def test_the_step_size_reaches_the_network(make_config, tmp_path):
+    """Told another step size, the same weights make other images; the guidance has no effect any more."""
+    changes = {"train.weights": "full", "method.flow_fraction": 0.5, "method.teacher_fraction": 0.0}
+    config = make_config({**changes, "method.step_embedding": True})
+    trainer = Trainer(config)
+    trainer.run_dir.mkdir()
+    trainer.save()
+
+    def images(name, **settings):
+        told = make_config({**changes, **settings})
+        (trainer.run_dir / "config.yaml").write_text(dump_config(told))
+        words = ["--prompt", "a handwritten digit two", "--steps", "2", "--output", str(tmp_path / name)]
+        assert main(["sample", str(trainer.run_dir), *words]) == 0
+        return (tmp_path / name / "0000.png").read_bytes()
+
+    told = images("told", **{"method.step_embedding": True})
+    assert told == images("other guidance", **{"method.step_embedding": True, "sample.guidance": 7.0})
+    assert told == images("as guidance", **{"method.step_embedding": False, "sample.guidance": 0.5})
+    assert told != images("else", **{"method.step_embedding": False, "sample.guidance": 7.0})
+
+
+def test_the_teachers_samples_are_kept_for_other_runs(run_dir, tmp_path, monkeypatch):
+    plain = evaluate(run_dir, [])
+    keep = [f"evaluate.keep={tmp_path / 'kept'}"]
+    assert figures(evaluate(run_dir, keep)) == figures(plain)
+    files = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "kept").iterdir()}
+    assert len(files) == 3  # the teacher at 4 steps, the base at 1 and 3
+    asked = []
+    make = _Bench._make
+    monkeypatch.setattr(_Bench, "_make", lambda *a, **k: asked.append(a[1]) or make(*a, **k))
+    assert figures(evaluate(run_dir, keep)) == figures(plain)
+    assert asked == ["student", "student"]
+    assert files == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "kept").iterdir()}
+    evaluate(run_dir, [*keep, "sample.seed=5"])
+    assert len(list((tmp_path / "kept").iterdir())) == 6
+    next((tmp_path / "kept").glob(min(files))).write_bytes(b"no images")
+    with pytest.raises(UserError, match=r"evaluate.keep: .*is damaged .*Delete it; it is made again"):
+        evaluate(run_dir, keep)
+
+
+def figures(result):
+    """Without the times."""
+    return {
+        (kind, steps, name): value
+        for kind, rows in result.items()
+        for steps, row in rows.items()
+        for name, value in row.items()
+        if name != "seconds_per_image"
+    }
+
+
+def test_the_noise_floor_is_the_distance_of_two_sets_of_the_teachers(run_dir):
+    result = evaluate(run_dir, ["evaluate.noise_floor=true"])
+    other = evaluate(run_dir, ["sample.seed=1250"])  # the default 1234, and 16 samples on
+    assert result["teacher"]["4"]["fid_floor"] > 0.01
+    assert other["teacher"]["4"]["fid_data"] != result["teacher"]["4"]["fid_data"]
+    assert "fid_floor" not in other["teacher"]["4"]
 
 
 def test_clip_score_of_a_local_clip(run_dir, tmp_path):
@@ -103,3 +168,13 @@ def _model_folder(run_dir):
     import yaml
 
     return yaml.safe_load((run_dir / "config.yaml").read_text())["model"]["path"]
+
+
+def test_prompts_in_cocos_format(run_dir, tmp_path):
+    """One caption an image: the first of its captions, in the order of the images."""
+    rows = [(7, 2, "two of seven"), (3, 5, "b of three"), (7, 1, "one of seven"), (3, 4, "a of three")]
+    content = {"images": [], "annotations": [{"image_id": i, "id": n, "caption": text} for i, n, text in rows]}
+    (tmp_path / "captions_val2014.json").write_text(json.dumps(content))
+    path = str(tmp_path / "captions_val2014.json")
+    assert read_prompts(path, "evaluate.prompts") == ["a of three", "one of seven"]
+    assert main(["evaluate", str(run_dir), f"evaluate.prompts={path}", "evaluate.steps=[2]"]) == 0

@@ -1,5 +1,6 @@
 """What leaves the project must mean the same in diffusers."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -10,7 +11,9 @@ from PIL import Image
 from safetensors import safe_open
 
 from recipes.cli import main
+from recipes.runs import load_trained
 from scfm_core.models.weights import read_adapter_metadata
+from scfm_core.train.checkpoint import find_checkpoint, load_checkpoint
 from scfm_core.train.parse import dump_config
 from scfm_core.train.trainer import Trainer, fit
 
@@ -62,7 +65,7 @@ def test_the_adapter_in_diffusers_makes_our_images(make_config, tiny, tmp_path, 
     assert worst(ours, plain) > 20  # the adapter does something
 
 
-@pytest.mark.parametrize("steps", [1, 3, 8])
+@pytest.mark.parametrize("steps", [1, 3, 4, 8])
 def test_a_step_scaled_adapter_at_the_weight_of_its_card(make_config, tiny, tmp_path, steps):
     run_dir = train(make_config({"method.step_gain": {"gamma": 0.5}}))
     assert main(["export", str(run_dir)]) == 0
@@ -100,6 +103,19 @@ def test_merged_pipeline_stands_alone(make_config, tmp_path, weights):
     assert main(["export", str(run_dir), "--merged", str(tmp_path / "merged"), *steps]) == 0
     ours = our_images(run_dir, tmp_path / "images", "--steps", "4")
     assert worst(ours, their_images(FluxPipeline.from_pretrained(tmp_path / "merged"), 4)) <= 2
+
+
+def test_one_copy_of_full_weights_is_sampled_from(make_config):
+    """In the dtype of the exported pipeline: three networks in fp32 would not fit where the pipeline does."""
+    config = make_config({"train.weights": "full", "train.steps": 2, "train.compute_dtype": "bfloat16"})
+    run_dir = train(config)
+    whole = load_checkpoint(find_checkpoint(run_dir)).reader.group("ema_slow")
+    config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, weights="ema_slow"))
+    model = load_trained(run_dir, config, with_teacher=False)
+    assert list(model.networks) == ["ema_slow"]
+    for name, parameter in model.parameters("ema_slow").items():
+        assert torch.equal(parameter, whole[name].to(torch.bfloat16)), name
+    assert set(load_trained(run_dir, config, with_teacher=True).networks) == {"ema_slow", "teacher"}
 
 
 def test_training_ends_with_the_adapter_of_its_last_step(make_config, tiny):

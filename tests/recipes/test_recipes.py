@@ -4,12 +4,16 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from recipes.cli import main
 from recipes.demo import make_assets
-from scfm_core.train.parse import find_recipe, load_config
+from recipes.study import load_study, runs_of
+from scfm_core.train.parse import dump_config, find_recipe, load_config
 
-CONFIGS = sorted(find_recipe("flux_dev_lora").parent.rglob("*.yaml"))
+FOLDER = find_recipe("flux_dev_lora").parent
+CONFIGS = sorted(path for path in FOLDER.rglob("*.yaml") if path.parent.name != "study")
+STUDIES = sorted((FOLDER / "study").glob("*.yaml"))
 DATA = sorted((find_recipe("flux_dev_lora").parents[1] / "data").rglob("*.yaml"))
 
 
@@ -29,7 +33,10 @@ def test_all_promised_recipes_are_there():
         "flux_dev_full",
         "flux_dev_fewshot",
         "flux_pretrain",
+        "sd35_large_guidance",
+        "sd35_large_lora",
         "tiny_pretrain",
+        "tiny_pretrain_shortcut",
         "tiny_distill",
     }
 
@@ -41,6 +48,14 @@ def test_dry_run(path, demo_root, monkeypatch, capsys):
     page = capsys.readouterr().out
     for heading in ("model", "base", "trained", "compute", "A100-day", "this run", "memory"):
         assert re.search(rf"^{heading}", page, re.MULTILINE), heading
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here the run itself could start")
+@pytest.mark.parametrize("override", ["run.device=cuda", "kernels.cuda_graphs=true", "kernels.attention=cudnn"])
+def test_a_dry_run_where_the_run_could_not_be(override, capsys):
+    assert main(["train", "flux_dev_lora.yaml", "--dry-run", override]) == 0
+    page = capsys.readouterr().out
+    assert "kernels     not to be chosen here: " in page and "this run" in page
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -68,7 +83,22 @@ def test_data_recipe_is_swapped_in_by_one_argument(path, demo_root, monkeypatch,
     assert "memory" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["tiny_pretrain", "tiny_distill"])
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_every_arm_of_a_study_is_a_valid_run(path):
+    study = load_study(path.stem)
+    assert all(arm.about for arm in study.arms.values()) and len(study.seeds) >= 3
+    configs = [load_config(study.recipe, run.overrides) for run in runs_of(study, Path("runs/x"), [])]
+    assert len({dump_config(config) for config in configs}) == len(study.arms) * len(study.seeds)
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_a_studys_header_says_what_it_takes(path):
+    header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
+    for word in ("first:", f"command:  scfm study {path.stem}", "hardware:", "hours:", "expect:"):
+        assert word in header, word
+
+
+@pytest.mark.parametrize("name", ["tiny_pretrain", "tiny_pretrain_shortcut", "tiny_distill"])
 def test_tiny_recipes_train(name, demo_root, monkeypatch):
     monkeypatch.chdir(demo_root)
     small = ["train.steps=2", "train.warmup_steps=0", "train.global_batch_size=4", "train.micro_batch_size=2"]

@@ -219,7 +219,7 @@ def test_a_plan_is_1d_and_its_floats_are_fp32():
     assert len(plan) == N
     for name, values in tensors(plan).items():
         assert values.shape == (N,), name
-        assert values.dtype == {"sample_ids": torch.int64, "grid": torch.int64}.get(
+        assert values.dtype == dict.fromkeys(("sample_ids", "grid", "interval"), torch.int64).get(
             name, torch.bool if name.startswith("is_") else torch.float32
         ), name
 
@@ -282,3 +282,42 @@ def test_impossible_configurations_are_refused(change, message):
 def test_impossible_gammas_are_refused(gamma):
     with pytest.raises(ValueError, match=r"step_gain.gamma must be in \(0, 4\]"):
         StepGain(gamma=gamma)
+
+
+def test_the_step_size_is_the_share_of_the_grid_that_the_student_jumps():
+    plan = draw(PlanConfig(step_embedding=True, teacher_fraction=0.0, flow_fraction=0.3, teacher_grid=64))
+    assert plan.step_size is not None and plan.grid is not None
+    torch.testing.assert_close(plan.step_size[plan.is_flow], torch.full((int(plan.is_flow.sum()),), 1 / 64))
+    pairs = ~plan.is_flow
+    torch.testing.assert_close(plan.step_size[pairs], 2 / plan.grid[pairs].float())
+    assert torch.equal(plan.student_strength, torch.ones(N))
+
+
+def test_without_the_embedding_no_step_size_is_told():
+    assert draw(PlanConfig()).step_size is None
+
+
+def test_captions_are_dropped_independently_of_all_else_but_on_stored_paths():
+    config = PlanConfig(teacher_fraction=0.3, flow_fraction=0.3, trajectory_fraction=0.2, caption_dropout=0.1)
+    plan = draw(config)
+    assert plan.is_dropped is not None and plan.is_trajectory is not None
+    assert not (plan.is_dropped & plan.is_trajectory).any()
+    for rows in (plan.is_flow, plan.is_teacher):
+        assert_share(plan.is_dropped[rows], 0.1)
+    without = draw(dataclasses.replace(config, caption_dropout=0.0))
+    assert without.is_dropped is None
+    assert all(torch.equal(value, tensors(plan)[name]) for name, value in tensors(without).items())
+
+
+@pytest.mark.parametrize(
+    ("change", "student", "target"),
+    [
+        ({}, 2, 4),  # near and far, guided
+        ({"teacher_fraction": 0.0, "flow_fraction": 0.75}, 2, 1),
+        ({"teacher_fraction": 0.0, "flow_fraction": 1.0}, 1, 0),  # the data's velocity is not guided
+        ({"teacher_fraction": 0.0, "trajectory_fraction": 1.0}, 2, 0),
+        ({"teacher_fraction": 0.0, "flow_fraction": 1.0, "distil_guidance": True, "guidance": (4, 4)}, 1, 2),
+    ],
+)
+def test_passes_of_a_network_that_is_guided_by_two(change, student, target):
+    assert PlanConfig(**change).passes(2) == (student, target)

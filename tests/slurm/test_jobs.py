@@ -89,7 +89,9 @@ class Run:
         while not condition():
             assert time.monotonic() < end, self.output
             state = self.cluster.job(self.number)["JobState"]
-            assert state in ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "REQUEUED"), f"{state}\n{self.output}"
+            assert state in ("PENDING", "RUNNING", "SIGNALING", "CONFIGURING", "COMPLETING", "REQUEUED"), (
+                f"{state}\n{self.output}"
+            )
             time.sleep(0.1)
 
     def ended(self, seconds: float = 240) -> str:
@@ -196,8 +198,8 @@ def test_as_a_user_submits_it(start, uninterrupted, tmp_path):
 
 def test_time_limit(start, uninterrupted):
     """Warned before it, the job saves, is requeued, and goes on."""
-    run = start(train__steps=120)
-    run.submit("--time=2", "--signal=USR2@80")
+    run = start(train__steps=150)
+    run.submit("--time=2", "--signal=USR2@70")
     run.until(lambda: len(run.events("job")) == 1)
     assert run.events("job")[0]["verdict"] == "requeue"
     (stopped,) = run.events("end")
@@ -206,7 +208,7 @@ def test_time_limit(start, uninterrupted):
     assert run.ended() == "COMPLETED", run.output
     assert run.cluster.job(run.number)["Restarts"] == "1"
     assert [start["step"] for start in run.events("start")] == [0, stopped["step"]]
-    same(run.adapter(), uninterrupted(train__steps=120))
+    same(run.adapter(), uninterrupted(train__steps=150))
 
 
 def preempted(run: Run, by_signal: str) -> None:

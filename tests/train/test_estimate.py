@@ -7,14 +7,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from recipes.train import describe
 from scfm_core.models.encoders import TextEncoders
-from scfm_core.models.flux import Flux
+from scfm_core.models.families import open_family
 from scfm_core.train.estimate import estimate
 from scfm_core.train.parse import load_config
 
 
 @pytest.fixture(scope="module")
 def flux():
-    return Flux("black-forest-labs/FLUX.1-dev", offline=True)
+    return open_family("black-forest-labs/FLUX.1-dev", offline=True)
 
 
 def test_flux_dev_has_the_papers_adapters(flux):
@@ -53,9 +53,9 @@ def test_full_weights_cost_five_or_six_forwards(flux):
 
 def test_a_formula_of_ours_counts_what_torch_counts(tiny, make_config):
     """FLOPs of the tiny network's forward as torch's own counter sees them."""
-    family = Flux(str(tiny / "flux"))
+    family = open_family(str(tiny / "flux"))
     network = family.load_network(torch.float32, "cpu")
-    cond = TextEncoders(family.folder, 8, torch.float32, "cpu").encode(["a handwritten digit two"], guidance=1.0)
+    cond = TextEncoders(family, 8, torch.float32, "cpu").encode(["a handwritten digit two"], guidance=1.0)
     # The fused CPU attention is unknown to the counter.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         family.velocity(network, torch.zeros(1, 1, 8, 8), torch.ones(1), cond)

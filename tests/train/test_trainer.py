@@ -7,14 +7,21 @@ from pathlib import Path
 import pytest
 import torch
 
+from data_tools.encode import EncodeConfig
+from data_tools.generate import generate
+from recipes.tiny import caption
 from scfm_core.data.loader import batches
 from scfm_core.distributed.engine import GROUPS
 from scfm_core.errors import UserError
+from scfm_core.models.families import open_family
+from scfm_core.scfm import restart
 from scfm_core.scfm.loss import LossMeter
+from scfm_core.train.build import transformer_blocks
 from scfm_core.train.checkpoint import checkpoint_path, find_checkpoint, load_checkpoint, verify_checkpoint
 from scfm_core.train.trainer import SkippedTooOften, Trainer, fit, learning_rate
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_losses.json"
+GOLDEN_METHOD = {"method.step_gain": {"gamma": 0.5}, "method.flow_fraction": 0.1}
 
 # What a run can be: each must train, resume and keep its base.
 VARIANTS = {
@@ -22,6 +29,12 @@ VARIANTS = {
     "step_gain": {"method.step_gain": {"gamma": 0.5}},
     "full": {"train.weights": "full", "method.flow_fraction": 0.25},
     "pretrain": {"train.weights": "full", "method.flow_fraction": 1.0, "method.teacher_fraction": 0.0},
+    "step_embedding": {
+        "train.weights": "full",
+        "method.flow_fraction": 0.5,
+        "method.teacher_fraction": 0.0,
+        "method.step_embedding": True,
+    },
 }
 
 
@@ -120,6 +133,23 @@ def test_resuming_is_bitwise_the_uninterrupted_run(make_config, tmp_path, varian
     assert [row["step"] for row in part_rows] == [1, 2, 3, 4, 5, 6]
 
 
+def test_automatic_restarts_resume_bitwise(make_config, tmp_path, monkeypatch):
+    """Looked at at every step, with a limit that the ratio of four steps falls below."""
+    monkeypatch.setattr(restart, "CHECK_EVERY", 1)
+    monkeypatch.setattr(restart, "threshold", lambda config: 0.975)
+    changes = {"train.steps": 8, "ema.restart_every": "auto"}
+    whole, rows = run(make_config({**changes, "run.dir": str(tmp_path / "whole")}))
+    ratios = [row["ema_lag_ratio"] for row in rows]
+    assert [row.get("ema_restart", False) for row in rows] == [ratio < 0.975 for ratio in ratios]
+    restarts = [row["step"] for row in rows if "ema_restart" in row]
+    assert restarts and restarts[0] > 1
+    make_config({"run.dir": str(tmp_path / "parts"), "train.steps": restarts[0]})
+    run(make_config())
+    parts, part_rows = run(make_config({"train.steps": 8}), find_checkpoint(tmp_path / "parts"))
+    assert_bitwise(snapshot(parts), snapshot(whole))
+    assert [row["ema_lag_ratio"] for row in part_rows] == ratios
+
+
 @pytest.mark.parametrize("variant", ["lora", "full"])
 def test_training_leaves_the_teacher_bitwise_alone_and_moves_the_rest(make_config, variant):
     config = make_config({**VARIANTS[variant], "train.compute_dtype": "bfloat16"})
@@ -212,13 +242,114 @@ def test_compiled_blocks_agree(make_config, monkeypatch, checkpointing):
 
 def test_losses_are_the_golden_ones(make_config):
     """A refactoring must not move these; after a change of the method, delete the file, run, and explain in the commit."""
-    _, rows = run(make_config({"train.steps": 8, "method.step_gain": {"gamma": 0.5}, "method.flow_fraction": 0.1}))
+    _, rows = run(make_config({"train.steps": 8, **GOLDEN_METHOD}))
     losses = [row["loss"] for row in rows]
     if not GOLDEN.is_file():
         GOLDEN.write_text(json.dumps(losses, indent=1) + "\n")
         pytest.fail(f"wrote {GOLDEN}; look at it and run again")
     # Another CPU may sum in another order.
     assert losses == pytest.approx(json.loads(GOLDEN.read_text()), rel=1e-3)
+
+
+def test_fused_blocks_do_not_move_the_golden_losses(make_config):
+    kernels = {"kernels.fused": "reference", "kernels.attention": "math"}
+    trainer, rows = run(make_config({"train.steps": 8, **GOLDEN_METHOD, **kernels}))
+    blocks = transformer_blocks(trainer.model.networks["student"])
+    assert {type(block).__name__ for block in blocks} == {"FusedDoubleBlock", "FusedSingleBlock"}
+    assert [row["loss"] for row in rows] == pytest.approx(json.loads(GOLDEN.read_text()), rel=1e-3)
+
+
+def test_kernels_do_not_move_the_losses(make_config, tmp_path):
+    """Two samples a step: Triton's interpreter takes seconds a forward."""
+    small = {"train.steps": 2, "train.global_batch_size": 2, "train.micro_batch_size": 2, **GOLDEN_METHOD}
+    _, plain = run(make_config({**small, "run.dir": str(tmp_path / "plain")}))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    kernels = {"kernels.fused": "triton", "kernels.attention": "triton", "run.device": device}
+    trainer, rows = run(make_config({**small, **kernels}))
+    assert (trainer.kernels.fused, trainer.kernels.attention.backend) == ("triton", "triton")
+    for key in ("loss", "grad_norm"):
+        assert [row[key] for row in rows] == pytest.approx([row[key] for row in plain], rel=1e-4)
+
+
+def test_fp8_moves_the_target_by_some_per_cent(make_config, tmp_path):
+    _, plain = run(make_config({"train.steps": 1, "run.dir": str(tmp_path / "plain")}))
+    _, rows = run(make_config({"train.steps": 1, "kernels.fp8": True}))
+    assert rows[0]["loss"] != plain[0]["loss"]
+    assert rows[0]["loss"] == pytest.approx(plain[0]["loss"], rel=0.2)
+
+
+PATH_GRIDS = {"method.trajectory_grids": [1, 2, 4], "method.step_gain": {"gamma": 0.5}}
+ON_PATHS = {**PATH_GRIDS, "method.trajectory_fraction": 1.0, "method.teacher_fraction": 0.0}
+AMONG_OTHERS = {
+    **PATH_GRIDS,
+    "method.trajectory_fraction": 0.4,
+    "method.teacher_fraction": 0.2,
+    "method.flow_fraction": 0.2,
+}
+
+
+@pytest.fixture(scope="module")
+def paths(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("paths") / "cache"
+    generate(
+        [caption(digit) for digit in range(10)],
+        folder,
+        open_family(str(tiny / "flux")),
+        EncodeConfig(text_length=8, keep_padding=True, dtype=torch.float32, samples_per_shard=20),
+        sizes=((16, 16),), per_prompt=4, num_steps=4, shift=3.0, guidance=2.0, seed=5, trajectories=True,
+    )  # fmt: skip
+    return {"data.path": str(folder)}
+
+
+class TestTrajectories:
+    """Runs on stored paths of the teacher, alone and among the other slices."""
+
+    @pytest.mark.parametrize("method", ["alone", "among others"])
+    def test_resuming_is_bitwise_the_uninterrupted_run(self, make_config, tmp_path, paths, method):
+        changes = {
+            **(ON_PATHS if method == "alone" else AMONG_OTHERS),
+            **paths,
+            "train.global_batch_size": 16,
+            "train.steps": 4,
+        }
+        whole, rows = run(make_config({**changes, "run.dir": str(tmp_path / "whole")}))
+        config = make_config({**changes, "run.dir": str(tmp_path / "cut")})
+        first = Trainer(config)
+        steps = first.train_steps()
+        next(steps), next(steps)
+        first.save()
+        first.writer.wait()
+        other, _ = run(config, find_checkpoint(tmp_path / "cut"))
+        assert_bitwise(everything(other), everything(whole))
+        slices = {name.removeprefix("loss/") for row in rows for name in row if name.startswith("loss/")}
+        expected = {"trajectory"} if method == "alone" else {"trajectory", "flow", "teacher", "self"}
+        assert {name for name in slices if not name.startswith("sigma")} == expected
+
+    def test_alone_it_runs_one_pass_a_step(self, make_config, paths):
+        trainer = Trainer(make_config({**ON_PATHS, **paths}))
+        passes = []
+        velocity = trainer.family.velocity
+        trainer.family.velocity = lambda *arguments: passes.append(1) or velocity(*arguments)
+        next(trainer.train_steps())
+        assert len(passes) == 1
+
+    def test_the_loss_falls(self, make_config, paths):
+        changes = {**ON_PATHS, **paths, "train.steps": 30, "train.lr": 3e-3, "train.global_batch_size": 40}
+        _, rows = run(make_config({**changes, "train.micro_batch_size": 40, "checkpoint.every": 100}))
+        first, last = (sum(row["loss"] for row in part) / 5 for part in (rows[:5], rows[-5:]))
+        assert last < 0.8 * first
+
+    def test_grids_that_do_not_lie_on_the_nodes(self, make_config, paths):
+        trainer = Trainer(make_config({**ON_PATHS, **paths, "method.trajectory_grids": [1, 3]}))
+        with pytest.raises(UserError, match=r"4 intervals, of which method\.trajectory_grids=\[1, 3\]"):
+            next(trainer.train_steps())
+
+    def test_data_without_paths(self, make_config, tiny):
+        with pytest.raises(UserError, match="scfm data generate --trajectories"):
+            next(Trainer(make_config(ON_PATHS)).train_steps())
+        images = {"data.path": str(tiny / "digits"), "data.format": "folder"}
+        with pytest.raises(UserError, match="the sources are images"):
+            Trainer(make_config({**ON_PATHS, **images}))
 
 
 class TestSkippedSteps:
@@ -523,3 +654,26 @@ def test_validation_grid_is_drawn_at_its_interval_and_from_fixed_seeds(make_conf
     assert grids == ["step_00000002.png", "step_00000004.png"]
     first = (trainer.run_dir / "samples" / grids[1]).read_bytes()
     assert trainer.validation.grid(trainer).read_bytes() == first
+
+
+@pytest.mark.parametrize("variant", ["step_gain", "full"])
+def test_the_distance_to_the_teacher_is_written_beside_the_grid(make_config, variant):
+    """Nothing at first, when the student is its teacher; something once it has learned; the same again from its noise."""
+    prompts = ["a handwritten digit one", "a handwritten digit two", "a handwritten digit six"]
+    settings = {"sample.every": 2, "sample.prompts": prompts, "sample.steps": [1, 4], "sample.teacher_steps": 4}
+    config = make_config({**VARIANTS[variant], **settings, "train.micro_batch_size": 2, "train.lr": 1e-2})
+    untrained = Trainer(config)
+    apart = json.loads(untrained.validation.grid(untrained).with_suffix(".json").read_text())["mse_teacher"]
+    assert apart.keys() == {"1", "4"} and apart["4"] == 0 < apart["1"]
+    trainer, _ = run(config)
+    files = sorted(path.name for path in (trainer.run_dir / "samples").glob("*.json"))
+    assert files == ["step_00000000.json", "step_00000002.json", "step_00000004.json"]
+    last = json.loads((trainer.run_dir / "samples" / files[-1]).read_text())["mse_teacher"]
+    assert last["4"] > 0 and last["1"] != apart["1"]
+    again = json.loads(trainer.validation.grid(trainer).with_suffix(".json").read_text())["mse_teacher"]
+    assert again == last
+
+
+def test_a_run_from_scratch_has_no_teacher_to_compare_with(make_config):
+    with pytest.raises(UserError, match=r"sample\.teacher_steps needs a teacher"):
+        make_config({**VARIANTS["pretrain"], "sample.teacher_steps": 4})

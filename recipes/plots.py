@@ -1,0 +1,57 @@
+"""The pictures of report and study."""
+
+import io
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def figure_style() -> tuple[Any, Any]:
+    """matplotlib without a display, and the style of all pictures."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt, plt.rc_context(
+        {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
+    )
+
+
+def to_png(plt: Any, figure: Any) -> bytes:
+    """The figure's file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def quality_plot(
+    lines: Mapping[str, Mapping[int, Sequence[float]]], title: str, *, floor: float | None = None
+) -> bytes:
+    """A PNG: one line a method over the number of steps, with a band from its best to its worst seed.
+
+    Args:
+        lines: name -> steps -> the figures of all seeds. `undistilled` is drawn dotted.
+        title: of the figures.
+        floor: drawn dashed.
+    """
+    plt, style = figure_style()
+    with style:
+        figure, axes = plt.subplots(figsize=(8, 4.5))
+        shades = plt.get_cmap("tab20").colors
+        axes.set_prop_cycle(color=shades[::2] + shades[1::2])
+        for name, rows in lines.items():
+            steps, means = sorted(rows), [statistics.fmean(rows[n]) for n in sorted(rows)]
+            style_of = {"color": "black", "ls": ":"} if name == "undistilled" else {}
+            [line] = axes.plot(steps, means, marker="o", ms=4, label=name, **style_of)
+            low, high = [min(rows[n]) for n in steps], [max(rows[n]) for n in steps]
+            axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, lw=0)
+        if floor is not None:
+            axes.axhline(floor, color="black", ls="--", lw=0.8, label="two sets of the teacher's samples")
+        ticks = sorted({n for rows in lines.values() for n in rows})
+        axes.set(xscale="log", yscale="log", xlabel="steps", ylabel=title)
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.minorticks_off()
+        axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        return to_png(plt, figure)

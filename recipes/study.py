@@ -1,0 +1,287 @@
+"""`scfm study`: several ways to train one model, several seeds of each, in one table and one plot.
+
+A study is a YAML file: a recipe, settings that all runs share, and arms that differ from it. Each run is an ordinary run in
+STUDY_DIR/ARM/seed-K. What is done stays done: the same command goes on, and several at once share the work.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shlex
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from recipes.evaluate import evaluate
+from recipes.plots import quality_plot
+from recipes.runs import open_trained
+from recipes.train import train
+from scfm_core.data.corpus import Corpus
+from scfm_core.distributed.world import launched_size
+from scfm_core.errors import UserError
+from scfm_core.models.families import open_family
+from scfm_core.train.config import RunConfig
+from scfm_core.train.parse import find_recipe, load_config, to_plain, with_absolute_paths
+
+_TITLES = {"fid_teacher": "Fréchet distance to the teacher", "fid_data": "Fréchet distance to the data"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One way to train."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
+    about: str
+    """What it is, for the table."""
+    set: tuple[str, ...] = ()
+    """Overrides of the recipe: `section.key=value`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """What is compared."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
+    recipe: str
+    """All runs begin with it."""
+    arms: dict[str, Arm]
+    """By name."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """`run.seed` of each arm's runs."""
+    metric: Literal["fid_teacher", "fid_data"] = "fid_teacher"
+    """What the table shows."""
+    set: tuple[str, ...] = ()
+    """Overrides of all runs."""
+    prepare: dict[str, str] = field(default_factory=dict)
+    """File that is there once an `scfm` command has been run -> that command."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm at one seed."""
+
+    arm: str
+    seed: int
+    folder: Path
+    overrides: list[str]
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """Its evaluation, once it is done."""
+        path = self.folder / "evaluation.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
+
+def load_study(path: str) -> Study:
+    """Read a study; a bare name is looked up among the shipped ones.
+
+    Raises:
+        UserError: if it is none, or an arm is no valid configuration.
+    """
+    bare = Path(path).name == path and not Path(path).is_file()
+    file = find_recipe(f"study/{path.removesuffix('.yaml')}.yaml" if bare else path)
+    try:
+        study = TypeAdapter(Study).validate_python(yaml.safe_load(file.read_text(encoding="utf-8")))
+    except yaml.YAMLError as error:
+        raise UserError(f"{file} is not valid YAML: {error}") from error
+    except ValidationError as error:
+        lines = [f"  {'.'.join(str(part) for part in item['loc'])}: {item['msg']}" for item in error.errors()]
+        raise UserError(f"{file} is not a valid study:\n" + "\n".join(lines)) from None
+    if not (study.arms and study.seeds):
+        raise UserError(f"{file}: a study needs at least one arm and one seed")
+    return study
+
+
+def runs_of(study: Study, root: Path, overrides: list[str]) -> list[Run]:
+    """Every run, all arms of the first seed first."""
+    return [
+        Run(name, seed, folder, [
+            *study.set, f"evaluate.keep={root / 'teacher'}", *arm.set, *overrides, f"run.seed={seed}", f"run.dir={folder}"
+        ])
+        for seed in study.seeds for name, arm in study.arms.items() for folder in [root / name / f"seed-{seed}"]
+    ]  # fmt: skip
+
+
+def run_study(
+    path: str,
+    root: Path | None,
+    overrides: list[str],
+    *,
+    arms: list[str],
+    only: int | None,
+    execute: Callable[[list[str]], int],
+) -> str:
+    """Run what is missing, and write STUDY_DIR/study.json, study.md and study.png of what is there.
+
+    A run that fails is told, and the others go on.
+
+    Args:
+        path: the study's file.
+        root: STUDY_DIR, by default runs/study/NAME.
+        overrides: of all runs.
+        arms: the arms to run; none: all.
+        only: the number of one run, counted from 0 as a Slurm array counts; None: all.
+        execute: runs an `scfm` command line, for `prepare`.
+
+    Returns:
+        the table.
+
+    Raises:
+        UserError: if the study or an arm is not valid, a run failed, or what is there was made with other settings.
+    """
+    if launched_size() > 1:
+        raise UserError(
+            "a study's runs are of one process each: start scfm study itself several times, without a launcher"
+        )
+    study, root = load_study(path), (root or Path("runs/study") / Path(path).stem).absolute()
+    if unknown := [name for name in arms if name not in study.arms]:
+        raise UserError(f"{path} has no arm {', '.join(unknown)}; it has {', '.join(study.arms)}")
+    every = runs_of(study, root, overrides)
+    if only is not None and not 0 <= only < len(every):
+        raise UserError(f"--only must be in 0..{len(every) - 1}: {path} has {len(every)} runs")
+    chosen = [run for run in (every if only is None else [every[only]]) if not arms or run.arm in arms]
+    for run in every:
+        _check(study, run)  # every mistake is found before the first run
+    root.mkdir(parents=True, exist_ok=True)
+    for product, command in study.prepare.items():
+        # Also where the product is there: the command refuses what was made from another model.
+        with _claimed(root / ".prepare", wait=True), _alone():
+            if execute(shlex.split(command)) or not Path(product).exists():
+                raise UserError(f"{path}: what makes {product} failed: scfm {command}")
+    failed = _run_missing(study, chosen)
+    summary = write_summary(study, every, root)
+    if failed:
+        raise UserError(f"{len(failed)} runs failed; the same command tries them again:\n  " + "\n  ".join(failed))
+    return summary
+
+
+def _run_missing(study: Study, chosen: list[Run]) -> list[str]:
+    """Train and evaluate what is not done and nobody else is at; what failed, and why."""
+    failed: list[str] = []
+    for number, run in enumerate(chosen, 1):
+        print(f"[{number}/{len(chosen)}] {run.arm}, seed {run.seed}", flush=True)
+        run.folder.mkdir(parents=True, exist_ok=True)
+        with _claimed(run.folder / ".study", wait=False) as mine:
+            if not mine or run.result is not None:
+                continue
+            try:
+                if code := train(study.recipe, run.overrides):
+                    raise SystemExit(code)  # stopped by a signal; the run has said so
+                evaluate(run.folder, [])
+            except UserError as error:
+                failed.append(f"{run.arm}, seed {run.seed}: {error}")
+                print(failed[-1], file=sys.stderr, flush=True)
+    return failed
+
+
+def _check(study: Study, run: Run) -> None:
+    """The run's settings are valid, give the study's figure, and are those of what is there of it."""
+    wanted = load_config(study.recipe, run.overrides)
+    if study.metric == "fid_teacher" and wanted.train.weights == "full" and not wanted.method.has_teacher:
+        raise UserError(f"arm {run.arm} has no teacher to be held against: set the study's metric to fid_data")
+    if run.result is None:
+        return
+    stored, now = (
+        to_plain(with_absolute_paths(config))
+        for config in (load_config(run.folder / "config.yaml", stored=True), wanted)
+    )
+    other = [f"{section}.{key}" for section in now for key in now[section] if stored[section][key] != now[section][key]]
+    if other:
+        raise UserError(
+            f"{run.folder} was made with other settings ({', '.join(other)}). Delete it, or name another folder with --output"
+        )
+    open_trained(run.folder, wanted)  # refuses another model at model.path
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """As one process, though this may be a task of an array: `scfm data` would make its share alone."""
+    hidden = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("SLURM_ARRAY_")}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+@contextlib.contextmanager
+def _claimed(path: Path, *, wait: bool) -> Iterator[bool]:
+    """Whether this process alone may go on; another `scfm study` may be at it."""
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def write_summary(study: Study, runs: list[Run], root: Path) -> str:
+    """Table and plot of the runs that are done; returns the table."""
+    done = [(run, result) for run in runs if (result := run.result) is not None]
+    lines: dict[str, dict[int, list[float]]] = {}
+    for run, result in done:
+        for kind, name in (("base", "undistilled"), ("student", run.arm)):
+            if name == "undistilled" and name in lines:
+                continue  # the same model and noise in every run
+            for steps, row in result.get(kind, {}).items():
+                lines.setdefault(name, {}).setdefault(int(steps), []).append(row[study.metric])
+    if not done:
+        return "no run is done yet"
+    columns = sorted({steps for rows in lines.values() for steps in rows})
+    passes = {arm: target_passes(load_config(run.folder / "config.yaml")) for run, _ in done for arm in [run.arm]}
+    title = _TITLES[study.metric]
+    table = [
+        f"| {title} at steps | " + " | ".join(str(n) for n in columns) + " | seeds | passes for a target |",
+        "|---" * (len(columns) + 3) + "|",
+    ]
+    for name, rows in lines.items():
+        cells = [_cell(rows[n]) if n in rows else "" for n in columns]
+        seeds = len(next(iter(rows.values())))
+        tail = ["", ""] if name == "undistilled" else [str(seeds), f"{passes[name]:.2f}"]
+        table.append("| " + " | ".join([name, *cells, *tail]) + " |")
+    legend = [f"- {name}: {study.arms[name].about}" for name in lines if name in study.arms]
+    text = "\n".join([*table, "", "Mean ± standard deviation over seeds.", "", *legend]) + "\n"
+    teachers = [row for _, result in done for row in result.get("teacher", {}).values()]
+    floors = [row["fid_floor"] for row in teachers if "fid_floor" in row and study.metric == "fid_teacher"]
+    if floors:
+        text += f"\nTwo independent sets of the teacher's samples differ by {floors[0]:.3f}.\n"
+    record = {"metric": study.metric, "values": lines, "passes": passes}
+    _write(root / "study.md", text.encode())
+    _write(root / "study.json", (json.dumps(record, indent=2) + "\n").encode())
+    _write(root / "study.png", quality_plot(lines, title, floor=floors[0] if floors else None))
+    return text
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Whole, though several processes may end at once."""
+    aside = path.with_name(f"{path.name}.{os.getpid()}")
+    aside.write_bytes(content)
+    aside.replace(path)
+
+
+def _cell(values: list[float]) -> str:
+    mean = statistics.fmean(values)
+    return f"{mean:.3g}" if len(values) == 1 else f"{mean:.3g} ± {statistics.stdev(values):.2g}"
+
+
+def target_passes(config: RunConfig) -> float:
+    """Network passes that a sample's target costs: near and far of a pair; a stored path is shared by all uses of it."""
+    method, train = config.method, config.train
+    guided = open_family(config.model.path).passes
+    _, passes = method.passes(guided)
+    if not method.has_trajectory:
+        return passes
+    corpus = Corpus(config.data, with_paths=True)
+    path = corpus.record(0).path
+    assert path is not None
+    stored = len(corpus) * guided * path["velocities"].shape[0]
+    return passes + stored / (train.steps * train.global_batch_size)

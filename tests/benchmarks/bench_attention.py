@@ -1,0 +1,76 @@
+"""Attention: every backend that is there, forward and backward.
+
+    python tests/benchmarks/bench_attention.py [--repeats 20] [--batch 4] [--json PATH]
+
+On a GPU: 24 heads of 128 in bf16 at 1280, 1536 and 4608 tokens (Flux.1-dev at 512 x 512 and 1024 x 1024), and 38 heads of 64 at
+1280 (SD3.5-large). `x reference` is against the fastest library; `ours: auto` is the backend that a run would take. A
+forward is 4 S^2 D FLOPs a head, a backward 10 (five products).
+"""
+
+import torch
+from harness import DEVICE, measure, parser, report
+
+from scfm_core.kernels.attention import BACKENDS, AttentionShape, attention, choose_attention, why_unavailable
+
+GPU = DEVICE.type == "cuda"
+SHAPES = [(1280, 24, 128), (1536, 24, 128), (4608, 24, 128), (1280, 38, 64)] if GPU else [(37, 2, 16)]
+
+
+def measure_shape(shape: AttentionShape, repeats: int) -> list[dict[str, object]]:
+    """A row for each backend and pass."""
+    there = [backend for backend in BACKENDS if why_unavailable(backend, shape) is None]
+    inputs = shape.draw()
+    grad = torch.randn_like(inputs[0])
+
+    def forward(backend: str) -> None:
+        with torch.no_grad():
+            attention(*inputs, backend)
+
+    def both(backend: str) -> None:
+        torch.autograd.grad(attention(*inputs, backend), inputs, grad)
+
+    chosen = choose_attention("auto", shape).backend
+    matrix = shape.batch * shape.heads * shape.tokens**2 * shape.head_dim
+    rows = []
+    for kind, run, flops in (("forward", forward, 4), ("forward + backward", both, 14)):
+        seconds = measure({backend: lambda b=backend, run=run: run(b) for backend in there}, repeats)  # type: ignore[misc]
+        best = min(time for backend, time in seconds.items() if backend != "triton")
+        arms = {f"{'ours' if backend == 'triton' else 'reference'}: {backend}": t for backend, t in seconds.items()}
+        arms[f"ours: auto ({chosen})"] = seconds[chosen]
+        rows += [
+            {
+                "tokens": shape.tokens,
+                "heads": f"{shape.heads} x {shape.head_dim}",
+                "pass": kind,
+                "arm": arm,
+                "milliseconds": 1e3 * time,
+                "TFLOPS": flops * matrix / time / 1e12,
+                "x_reference": best / time,
+            }
+            for arm, time in arms.items()
+        ]
+    return rows
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parser(__doc__, "attention", 20).parse_args(argv)
+    dtype = torch.bfloat16 if GPU else torch.float32
+    rows = [
+        row
+        for tokens, heads, dim in SHAPES
+        for row in measure_shape(AttentionShape(arguments.batch, tokens, heads, dim, dtype, DEVICE), arguments.repeats)
+    ]
+    columns = {
+        "tokens": "d",
+        "heads": "",
+        "pass": "",
+        "arm": "",
+        "milliseconds": ".3f",
+        "TFLOPS": ".1f",
+        "x_reference": ".2f",
+    }
+    report(f"attention, batch {arguments.batch}, {str(dtype)[6:]}", rows, columns, arguments.json)
+
+
+if __name__ == "__main__":
+    main()

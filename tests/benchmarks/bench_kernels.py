@@ -1,0 +1,115 @@
+"""Each fused operation, forward and backward, against the same in eager PyTorch and compiled.
+
+    python tests/benchmarks/bench_kernels.py [--repeats 20] [--batch 8] [--json PATH]
+
+On a GPU: the shapes of Flux.1-dev at 512 x 512 with 256 text tokens, bf16. `of copy` is the share of the bandwidth that a
+large copy reaches, counting each tensor that has to be read or written once, whatever an arm does. On a CPU: tiny shapes in
+Triton's interpreter, and nothing is compiled.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from harness import DEVICE, copy_bandwidth, measure, parser, report
+from torch import Tensor
+
+from scfm_core.kernels.ops import REFERENCE, triton_ops
+
+GPU = DEVICE.type == "cuda"
+HEADS, DIM, HIDDEN = (24, 128, 12288) if GPU else (2, 16, 64)
+WIDTH = HEADS * DIM
+IMAGE, TEXT = (1024, 256) if GPU else (12, 4)
+DTYPE = torch.bfloat16 if GPU else torch.float32
+RANK = 64 if GPU else 4
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(*shape, device=DEVICE, dtype=DTYPE, requires_grad=True)
+
+
+def cases(batch: int) -> dict[str, tuple[list[Any], int, int]]:
+    """Arguments of each operation, and the elements that its forward and its backward must move."""
+    tokens = IMAGE + TEXT
+    x, row = batch * tokens * WIDTH, batch * WIDTH
+    angles = torch.rand(tokens, DIM // 2, device=DEVICE).repeat_interleave(2, dim=1)
+    weight = torch.ones(DIM, device=DEVICE, dtype=DTYPE)
+    stream = (batch, tokens, WIDTH)
+    linear = [tensor.requires_grad_(False) for tensor in (draw(WIDTH, WIDTH), draw(WIDTH))]  # a base that is frozen
+    strengths = torch.rand(batch, device=DEVICE)
+    wide = x + batch * tokens * HIDDEN
+    return {
+        "norm_rope": (
+            [draw(batch, IMAGE, WIDTH), draw(batch, TEXT, WIDTH), weight, weight, angles.cos(), angles.sin(), HEADS],
+            2 * x,
+            3 * x,
+        ),
+        "modulate": ([draw(*stream), draw(batch, WIDTH), draw(batch, WIDTH)], 2 * x + 2 * row, 3 * x + 3 * row),
+        "gate_residual": ([draw(*stream), draw(*stream), draw(batch, WIDTH)], 3 * x + row, 3 * x + 2 * row),
+        "gated_modulate": (
+            [draw(*stream), draw(*stream), *(draw(batch, WIDTH) for _ in range(3))], 4 * x + 3 * row, 6 * x + 6 * row,
+        ),
+        "gelu_concat": ([draw(*stream), draw(batch, tokens, HIDDEN)], 2 * wide, 3 * (wide - x)),
+        "lora_linear": ([draw(*stream), *linear, draw(RANK, WIDTH), draw(WIDTH, RANK), strengths], 2 * x, 2 * x),
+    }  # fmt: skip
+
+
+def passes(function: Callable[..., Any], arguments: list[Any]) -> tuple[Callable[[], object], Callable[[], object]]:
+    """The forward alone, without gradients, and forward with backward."""
+    with torch.no_grad():
+        results = function(*arguments)
+    results = results if isinstance(results, tuple) else (results,)
+    grads = [torch.randn_like(result) for result in results]
+
+    def forward() -> None:
+        with torch.no_grad():
+            function(*arguments)
+
+    def both() -> None:
+        found = function(*arguments)
+        torch.autograd.backward(found if isinstance(found, tuple) else (found,), grads)
+        for argument in arguments:
+            if isinstance(argument, Tensor):
+                argument.grad = None
+
+    return forward, both
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parser(__doc__, "kernels", 20).parse_args(argv)
+    bandwidth = copy_bandwidth()
+    reference, ours = REFERENCE, triton_ops()
+    rows = []
+    for name, (inputs, forward_elements, backward_elements) in cases(arguments.batch).items():
+        functions = {"reference: eager": getattr(reference, name), "ours": getattr(ours, name)}
+        if GPU:
+            functions["reference: compiled"] = torch.compile(getattr(reference, name), dynamic=False)
+        arms = {arm: passes(function, inputs) for arm, function in functions.items()}
+        width = torch.finfo(DTYPE).bits // 8
+        for number, (kind, elements) in enumerate(
+            (("forward", forward_elements), ("forward + backward", forward_elements + backward_elements))
+        ):
+            seconds = measure({arm: pair[number] for arm, pair in arms.items()}, arguments.repeats)
+            rows += [
+                {
+                    "kernel": name,
+                    "pass": kind,
+                    "arm": arm,
+                    "microseconds": 1e6 * time,
+                    "of_copy": None if name == "lora_linear" else width * elements / time / bandwidth,
+                    "x_reference": seconds["reference: eager"] / time,
+                }
+                for arm, time in seconds.items()
+            ]
+    columns = {"kernel": "", "pass": "", "arm": "", "microseconds": ".0f", "of_copy": ".0%", "x_reference": ".2f"}
+    report(
+        f"fused operations, batch {arguments.batch}, {IMAGE} + {TEXT} tokens of {WIDTH}, {str(DTYPE)[6:]}; "
+        f"a copy: {bandwidth / 1e9:.0f} GB/s",
+        rows,
+        columns,
+        arguments.json,
+    )
+
+
+if __name__ == "__main__":
+    main()

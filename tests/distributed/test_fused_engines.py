@@ -1,0 +1,38 @@
+"""Fused blocks over weights that an engine shards: the kernels read what is gathered, forward and backward."""
+
+import pytest
+from runs import ENGINES, make_tree, run_distributed, train_all
+
+FUSED = {"kernels": {"fused": "triton", "attention": "triton"}}
+
+
+@pytest.fixture(scope="module")
+def plain(tiny, tmp_path_factory):
+    """weights -> the rows of one process with diffusers' own blocks."""
+    known = {}
+
+    def get(weights):
+        if weights not in known:
+            tree = make_tree(
+                tiny, tmp_path_factory.mktemp("plain") / "run", **changes(weights), train__micro_batch_size=2
+            )
+            [known[weights]] = run_distributed(train_all, 1, tree)
+        return known[weights]
+
+    return get
+
+
+def changes(weights):
+    return {"train__steps": 2, "train__weights": weights, "train__global_batch_size": 2}
+
+
+@pytest.mark.parametrize("weights", ["lora", "full"])
+@pytest.mark.parametrize("engine", ["fsdp2", "zero2", "zero3"])
+def test_losses_and_gradients_are_those_of_plain_blocks(engine, weights, plain, tiny, tmp_path):
+    if engine == "zero2" and weights == "full":
+        pytest.skip("nothing is sharded but the optimizer: the adapters' case covers it")
+    tree = make_tree(tiny, tmp_path / "run", **changes(weights), train__micro_batch_size=1, engine=ENGINES[engine])
+    rows = run_distributed(train_all, 2, tree | FUSED)[0]
+    expected = plain(weights)
+    for key in ("loss", "grad_norm"):
+        assert [row[key] for row in rows] == pytest.approx([row[key] for row in expected], rel=2e-5)

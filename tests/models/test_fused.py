@@ -1,0 +1,127 @@
+"""The tiny Flux with fused blocks against diffusers' own: the same outputs and gradients, under the same names."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from scfm_core.kernels.ops import REFERENCE, triton_ops
+from scfm_core.models.adapters import ADAPTERS, LoRABank, LoRAConfig
+from scfm_core.models.families import open_family
+from scfm_core.models.fused import FusedDoubleBlock, FusedSingleBlock, fuse
+from scfm_core.models.protocol import Conditioning
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+OPS = {"triton": triton_ops, "reference": lambda: REFERENCE}
+BOUND = 5e-6  # relative, in fp32
+
+
+@pytest.fixture(scope="module")
+def family(tiny):
+    return open_family(str(tiny / "flux"))
+
+
+def inputs(family, dtype):
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, *family.latent_shape(16, 16), generator=generator).to(DEVICE)
+    config = family.network_config
+    cond = Conditioning(
+        text=torch.randn(2, 5, config["joint_attention_dim"], generator=generator).to(DEVICE, dtype),
+        pooled=torch.randn(2, config["pooled_projection_dim"], generator=generator).to(DEVICE, dtype),
+        guidance=torch.tensor([1.0, 8.0], device=DEVICE),
+    )
+    return latents, torch.tensor([0.9, 0.2], device=DEVICE), cond
+
+
+def outputs_and_gradients(family, network, dtype):
+    x, sigma, cond = inputs(family, dtype)
+    velocity = family.velocity(network, x, sigma, cond)
+    target = torch.randn(velocity.shape, generator=torch.Generator().manual_seed(1)).to(velocity)
+    (velocity * target).sum().backward()
+    gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+    return velocity.detach(), gradients
+
+
+def assert_same(found, expected, bound):
+    assert found[0].shape == expected[0].shape and found[1].keys() == expected[1].keys()
+    pairs = [("velocity", found[0], expected[0])] + [(n, found[1][n], g) for n, g in expected[1].items()]
+    for name, one, other in pairs:
+        error = (one.double() - other.double()).norm() / other.double().norm().clamp(min=1e-30)
+        assert error <= bound, f"{name}: {error:.2e}"
+
+
+def adapted(network):
+    bank = LoRABank(network, LoRAConfig(rank=4, alpha=4.0))
+    generator = torch.Generator().manual_seed(3)
+    for role in ADAPTERS:
+        for factor in bank.parameters(role).values():
+            factor.data.copy_(0.1 * torch.randn(factor.shape, generator=generator))
+    bank.select("student", torch.tensor([0.0, 0.7], device=DEVICE))
+    return network
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("weights", ["lora", "full"])
+@pytest.mark.parametrize("ops", OPS)
+def test_agrees_with_diffusers(family, ops, weights, dtype):
+    plain = family.load_network(torch.float32, DEVICE)
+    if weights == "lora":
+        adapted(plain)
+    fused = copy.deepcopy(plain)
+    backend = "triton" if ops == "triton" else "math"
+    fuse(fused, OPS[ops](), backend)
+    assert all(isinstance(block, FusedDoubleBlock) for block in fused.transformer_blocks)
+    assert all(isinstance(block, FusedSingleBlock) for block in fused.single_transformer_blocks)
+    assert [name for name, _ in fused.named_parameters()] == [name for name, _ in plain.named_parameters()]
+    assert fused.state_dict().keys() == plain.state_dict().keys()
+    expected = outputs_and_gradients(family, plain, torch.float32)
+    if dtype == torch.bfloat16:
+        # Both in bf16 differ from fp32 by their roundings: the fused ones may differ by no more.
+        for network in (plain, fused):
+            network.zero_grad()
+            nn.Module.to(network, dtype)
+        plain_error = error_of(outputs_and_gradients(family, plain, dtype), expected)
+        fused_error = error_of(outputs_and_gradients(family, fused, dtype), expected)
+        # Triton's interpreter cuts the low bits off where a GPU rounds to the nearest: twice the error of a store.
+        assert 1e-4 < fused_error <= (1.2 if DEVICE.type == "cuda" else 1.5) * plain_error
+        return
+    assert_same(outputs_and_gradients(family, fused, dtype), expected, BOUND)
+
+
+def error_of(found, expected):
+    """Relative error of the velocity and of all gradients together."""
+    one = torch.cat([found[0].double().flatten()] + [g.double().flatten() for g in found[1].values()])
+    other = torch.cat([expected[0].double().flatten()] + [g.double().flatten() for g in expected[1].values()])
+    return ((one - other).norm() / other.norm()).item()
+
+
+def test_the_processors_alone(family):
+    plain = family.load_network(torch.float32, DEVICE)
+    other = copy.deepcopy(plain)
+    fuse(other, REFERENCE, "math", blocks=False)
+    assert not any(isinstance(module, FusedDoubleBlock) for module in other.modules())
+    expected = outputs_and_gradients(family, plain, torch.float32)
+    assert_same(outputs_and_gradients(family, other, torch.float32), expected, BOUND)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective"])
+def test_every_block_compiles_to_one_graph(family, checkpointing, monkeypatch):
+    from scfm_core.train import build
+
+    plain = adapted(family.load_network(torch.float32, DEVICE))
+    expected = outputs_and_gradients(family, plain, torch.float32)
+    plain.zero_grad()
+    fuse(plain, triton_ops(), "triton")
+    build.set_activation_checkpointing(plain, checkpointing)
+    for block in build.transformer_blocks(plain):
+        block.compile(backend="aot_eager", fullgraph=True)
+    assert_same(outputs_and_gradients(family, plain, torch.float32), expected, BOUND)
+
+
+def test_a_mask_is_refused(family):
+    network = family.load_network(torch.float32, DEVICE)
+    fuse(network, REFERENCE, "math")
+    attn = network.single_transformer_blocks[0].attn
+    with pytest.raises(ValueError, match="takes a rotary embedding and no mask"):
+        attn(torch.zeros(1, 4, 64, device=DEVICE), attention_mask=torch.ones(1, 4, device=DEVICE))

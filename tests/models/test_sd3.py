@@ -1,0 +1,335 @@
+"""SD3.5's classes: guidance in two passes, and the whole way from training to images in diffusers."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+from PIL import Image
+
+from recipes.cli import main
+from scfm_core.errors import UserError
+from scfm_core.models.encoders import TextEncoders
+from scfm_core.models.families import open_family
+from scfm_core.train.checkpoint import find_checkpoint
+from scfm_core.train.parse import dump_config
+from scfm_core.train.trainer import Trainer, fit
+
+PROMPTS = ["a handwritten digit three", "a handwritten digit eight"]
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_sd3):
+    return tiny_sd3 / "sd3"
+
+
+@pytest.fixture
+def make_sd3(make_config, tiny_sd3):
+    def make(changes=None):
+        settings = {
+            "model.path": str(tiny_sd3 / "sd3"),
+            "data.path": str(tiny_sd3 / "cache"),
+            "method.guidance": [3.5, 5.0],
+        }
+        return make_config({**settings, "train.clip_norm": 2.0, **(changes or {})})
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def family(folder):
+    family = open_family(str(folder))
+    TextEncoders(family, 8, torch.float32, "cpu")
+    return family
+
+
+def conditions(folder, guidance):
+    return TextEncoders(open_family(str(folder)), 8, torch.float32, "cpu").encode(PROMPTS, guidance)
+
+
+def images_of(pipe, scale):
+    pipe.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(77 + i) for i in range(2)]
+    images = pipe(
+        PROMPTS, num_inference_steps=3, sigmas=[1, 2 / 3, 1 / 3], guidance_scale=scale, height=16, width=16, max_sequence_length=8,
+        generator=generators,
+    ).images  # fmt: skip
+    return [np.asarray(image, dtype=int) for image in images]
+
+
+def sampled(run_dir, output):
+    words = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
+    assert main(["sample", str(run_dir), *words, "--seed", "77", "--steps", "3", "--output", str(output)]) == 0
+    return [np.asarray(Image.open(path), dtype=int) for path in sorted(output.glob("*.png"))]
+
+
+def worst(left, right):
+    return max(abs(a - b).max() for a, b in zip(left, right, strict=True))
+
+
+def test_one_step_of_the_pipeline_is_our_velocity(folder, family):
+    pipe = StableDiffusion3Pipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    noise = torch.randn(2, 1, 8, 8)
+    theirs = pipe(
+        PROMPTS, num_inference_steps=1, guidance_scale=4.5, height=16, width=16, max_sequence_length=8, latents=noise,
+        output_type="latent",
+    ).images  # fmt: skip
+    with torch.no_grad():
+        ours = family.velocity(family.load_network(torch.float32, "cpu"), noise, torch.ones(2), conditions(folder, 4.5))
+    torch.testing.assert_close(theirs, noise - ours, rtol=1e-4, atol=1e-4)
+
+
+def test_guidance_is_of_each_sample(folder, family):
+    network, cond, x, sigma = (
+        family.load_network(torch.float32, "cpu"),
+        conditions(folder, 1.0),
+        torch.randn(2, 1, 8, 8),
+        torch.tensor([0.3, 0.8]),
+    )
+    with torch.no_grad():
+        plain = family.velocity(network, x, sigma, dataclasses.replace(cond, guidance=None))
+        at = {w: family.velocity(network, x, sigma, cond.with_guidance(torch.full((2,), w))) for w in (0.0, 1.0, 3.0)}
+        mixed = family.velocity(network, x, sigma, cond.with_guidance(torch.tensor([3.0, 0.0])))
+    torch.testing.assert_close(at[1.0], plain)
+    torch.testing.assert_close(at[3.0], at[0.0] + 3 * (plain - at[0.0]))
+    torch.testing.assert_close(mixed, torch.stack([at[3.0][0], at[0.0][1]]))
+    assert (at[0.0] - plain).abs().max() > 1e-3
+
+
+def test_no_gradient_through_the_unconditional_branch(folder, family):
+    """The weights' gradient is that of w times the conditional pass; the empty caption gets none."""
+    network, cond, x = family.load_network(torch.float32, "cpu"), conditions(folder, 4.0), torch.randn(2, 1, 8, 8)
+    sigma, weight = torch.tensor([0.3, 0.8]), torch.randn(2, 1, 8, 8)
+    parameter = network.transformer_blocks[1].attn.to_q.weight
+    text = family.unconditional.text.clone().requires_grad_()
+    given = family.unconditional
+    family.unconditional = dataclasses.replace(given, text=text)
+    try:
+        guided = family.velocity(network, x, sigma, cond)
+    finally:
+        family.unconditional = given
+    found, of_text = torch.autograd.grad((guided * weight).sum(), [parameter, text], allow_unused=True)
+    plain = family.velocity(network, x, sigma, dataclasses.replace(cond, guidance=None))
+    [expected] = torch.autograd.grad((4 * plain * weight).sum(), [parameter])
+    assert of_text is None
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("weights", ["lora", "full"])
+def test_distilled_resumed_sampled_evaluated_exported(make_sd3, folder, tmp_path, weights):
+    """The adapter, or the merged pipeline, makes in diffusers the images that `scfm sample` makes."""
+    method = {"method.step_gain": {"gamma": 0.5}} if weights == "lora" else {}
+    changes = {**method, "train.weights": weights, "train.lr": 1e-2}
+    whole = Trainer(make_sd3({**changes, "run.dir": str(tmp_path / "whole")}))
+    fit(whole)
+    config = make_sd3({**changes, "run.dir": str(tmp_path / "cut")})
+    first = Trainer(config)
+    steps = first.train_steps()
+    next(steps), next(steps)
+    first.save()
+    first.writer.wait()
+    again = Trainer(config, find_checkpoint(tmp_path / "cut"))
+    fit(again)
+    for name, parameter in again.model.parameters("student").items():
+        assert torch.equal(parameter, whole.model.parameters("student")[name]), name
+
+    run_dir = again.run_dir
+    (run_dir / "config.yaml").write_text(dump_config(config))
+    ours = sampled(run_dir, tmp_path / "i")
+    if weights == "lora":
+        assert main(["export", str(run_dir)]) == 0
+        card = (run_dir / "adapter" / "README.md").read_text()
+        assert "StableDiffusion3Pipeline.from_pretrained" in card and "guidance_scale between 3.5 and 5" in card
+        assert "sigmas=[1 - k / 3 for k in range(3)]" in card  # this pipeline's own grid is another
+        pipe = StableDiffusion3Pipeline.from_pretrained(folder)
+        pipe.load_lora_weights(run_dir / "adapter", adapter_name="scfm")
+        pipe.set_adapters("scfm", 3**-0.5)
+    else:
+        assert main(["export", str(run_dir), "--merged", str(tmp_path / "merged")]) == 0
+        pipe = StableDiffusion3Pipeline.from_pretrained(tmp_path / "merged")
+    assert worst(ours, images_of(pipe, 3.5)) <= 2
+
+    assert main(["evaluate", str(run_dir)]) == 0
+    result = json.loads((run_dir / "evaluation.json").read_text())
+    assert result["student"]["3"]["fid_teacher"] > 0
+    assert result["student"]["3"]["mse_teacher"] != result["base"]["3"]["mse_teacher"]
+
+
+STAGE_1 = {"method.distil_guidance": True, "method.teacher_fraction": 0.0, "method.guidance": [4.0, 4.0]}
+
+
+def test_guided_paths_in_one_pass(make_sd3, folder, tmp_path):
+    """Stored paths of the guided teacher are learned without guidance; those of another scale are refused."""
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    words = [
+        "--trajectories",
+        "--per-prompt",
+        "8",
+        "--resolution",
+        "16",
+        "16",
+        "--text-length",
+        "8",
+        "--dtype",
+        "float32",
+    ]
+    generate = [
+        "data",
+        "generate",
+        str(tmp_path / "prompts.txt"),
+        "-o",
+        str(tmp_path / "paths"),
+        "--model",
+        str(folder),
+    ]
+    assert main([*generate, *words, "--keep-padding", "--guidance", "4"]) == 0
+    paths = {"data.path": str(tmp_path / "paths"), "method.trajectory_fraction": 1.0, "sample.guidance": 4.0}
+    trainer = Trainer(make_sd3({**STAGE_1, **paths, "train.steps": 2}))
+    calls, told = [], []
+    trainer.model.bank.network.register_forward_hook(lambda *_: calls.append(1))
+    velocity = trainer.model.student_velocity
+    trainer.model.student_velocity = lambda x, sigma, cond, strength: (
+        told.append(cond.guidance) or velocity(x, sigma, cond, strength)
+    )
+    fit(trainer)
+    assert len(calls) == 2 * trainer.config.train.global_batch_size // trainer.config.train.micro_batch_size
+    assert told and all(guidance is None for guidance in told)
+    other = {"method.guidance": [3.0, 3.0], "sample.guidance": 3.0}
+    with pytest.raises(
+        UserError, match=r"were guided at scale 4, but method\.distil_guidance learns method\.guidance=3"
+    ):
+        Trainer(make_sd3({**STAGE_1, **paths, **other}))
+
+
+@pytest.mark.parametrize("weights", ["lora", "full"])
+def test_guidance_first_then_the_path(make_sd3, folder, tmp_path, weights):
+    """One pass learns what two say; the merged model is shortened without guidance, and runs so in diffusers."""
+    changes = {**STAGE_1, "method.flow_fraction": 1.0, "train.weights": weights, "train.steps": 40, "lora.rank": 16}
+    rate = {"train.lr": 5e-3 if weights == "lora" else 1e-3, "lora.alpha": 16.0, "sample.guidance": 4.0}
+    first = make_sd3({**changes, **rate, "run.dir": str(tmp_path / "guidance")})
+    trainer = Trainer(first)
+    cond, x, sigma = conditions(folder, 4.0), torch.randn(2, 1, 8, 8), torch.tensor([0.3, 0.8])
+
+    @torch.no_grad()
+    def distance():
+        said = trainer.model.velocity("teacher", x, sigma, cond, torch.zeros(2))
+        learned = trainer.model.velocity("student", x, sigma, cond.with_guidance(None), torch.ones(2))
+        return (learned - said).square().mean()
+
+    before = distance()
+    trainer.save()
+    (tmp_path / "guidance" / "config.yaml").write_text(dump_config(first))
+    assert main(["evaluate", str(tmp_path / "guidance")]) == 0
+    unlearned = json.loads((tmp_path / "guidance" / "evaluation.json").read_text())
+    fit(trainer)
+    assert distance() < 0.3 * before
+    merged = tmp_path / "one_pass"
+    assert main(["export", str(tmp_path / "guidance"), "--merged", str(merged)]) == 0
+    assert main(["evaluate", str(tmp_path / "guidance")]) == 0  # against the guided teacher
+    found = json.loads((tmp_path / "guidance" / "evaluation.json").read_text())
+    assert found["student"]["3"]["mse_teacher"] < 0.7 * unlearned["student"]["3"]["mse_teacher"]
+    if weights == "lora":
+        assert main(["export", str(tmp_path / "guidance")]) == 0
+        card = (tmp_path / "guidance" / "adapter" / "README.md").read_text()
+        assert "An adapter with the guidance in it" in card and "guidance_scale=1.0" in card and "weight |" not in card
+    ours = sampled(tmp_path / "guidance", tmp_path / "a")
+    assert worst(ours, images_of(StableDiffusion3Pipeline.from_pretrained(merged), 1.0)) <= 2
+
+    again = {
+        "method.distil_guidance": False,
+        "method.flow_fraction": 0.0,
+        "method.teacher_fraction": 0.4,
+        "train.weights": "lora",
+    }
+    unguided = {
+        "model.path": str(merged),
+        "method.guidance": [1, 1],
+        "sample.guidance": 1.0,
+        "method.step_gain": {"gamma": 0.5},
+    }
+    second = make_sd3({**again, **unguided, "train.steps": 4, "train.lr": 1e-2, "run.dir": str(tmp_path / "path")})
+    trainer = Trainer(second)
+    calls = []
+    trainer.model.bank.network.register_forward_hook(lambda *_: calls.append(1))
+    next(trainer.train_steps())
+    assert len(calls) == 3  # near, far, student
+    fit(trainer)
+    (tmp_path / "path" / "config.yaml").write_text(dump_config(second))
+    assert main(["export", str(tmp_path / "path")]) == 0
+    pipe = StableDiffusion3Pipeline.from_pretrained(merged)
+    pipe.load_lora_weights(tmp_path / "path" / "adapter", adapter_name="scfm")
+    pipe.set_adapters("scfm", 3**-0.5)
+    assert worst(sampled(tmp_path / "path", tmp_path / "b"), images_of(pipe, 1.0)) <= 2
+    assert "guidance_scale=1.0" in (tmp_path / "path" / "adapter" / "README.md").read_text()
+    assert main(["export", str(tmp_path / "path"), "--merged", str(tmp_path / "short"), "--steps", "3"]) == 0
+    assert open_family(str(tmp_path / "short")).passes == 1
+    with pytest.raises(UserError, match=r"method\.distil_guidance is for models that are guided by a second pass"):
+        Trainer(make_sd3({**changes, **rate, "method.step_gain": None, "model.path": str(merged)}))
+
+
+def test_full_weights_have_their_gradients_in_bf16(make_sd3):
+    """Autocast keeps the weights that it cast in the unguided pass without gradient."""
+    changes = {"train.weights": "full", "train.steps": 1, "train.compute_dtype": "bfloat16"}
+    trainer = Trainer(make_sd3(changes))
+    parameters, reduce, without = trainer.model.parameters("student"), trainer.engine.reduce, []
+
+    def looked_at():
+        without.extend(name for name, p in parameters.items() if p.grad is None or not p.grad.any())
+        return reduce()
+
+    trainer.engine.reduce = looked_at
+    next(trainer.train_steps())
+    # The last block drops its text, whose queries there have no effect.
+    assert {name.rpartition(".")[0] for name in without} == {
+        f"transformer_blocks.2.attn.{part}" for part in ("add_q_proj", "norm_added_q")
+    }
+
+
+def test_a_scale_below_one_is_refused(make_sd3):
+    with pytest.raises(UserError, match=r"method\.guidance is the scale of classifier-free guidance .* begins at 0"):
+        Trainer(make_sd3({"method.guidance": [0.0, 8.0]}))
+
+
+def test_pretrained_from_scratch(make_sd3):
+    """The data's own velocity is learned without guidance, and without captions as often as asked for."""
+    changes = {"model.init": "random", "train.weights": "full", "train.lr": 2e-3, "train.steps": 12}
+    method = {"method.flow_fraction": 1.0, "method.teacher_fraction": 0.0, "method.caption_dropout": 0.5}
+    trainer = Trainer(make_sd3({**changes, **method}))
+    seen = []
+    velocity = trainer.model.student_velocity
+    trainer.model.student_velocity = lambda x, sigma, cond, strength: (
+        seen.append(cond) or velocity(x, sigma, cond, strength)
+    )
+    fit(trainer)
+    empty = trainer.family.unconditional
+    assert all(cond.guidance is None for cond in seen)
+    dropped = torch.cat([(cond.pooled == empty.pooled).all(1) & (cond.text == empty.text).all((1, 2)) for cond in seen])
+    assert 30 <= int(dropped.sum()) <= 66  # of 96
+    rows = [json.loads(line)["loss"] for line in (trainer.run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1] < 0.9 * rows[0]
+
+
+@pytest.mark.parametrize("changes", [{"kernels.fused": "triton"}, {"kernels.attention": "flash"}])
+def test_kernels_of_flux_are_refused(make_sd3, changes):
+    with pytest.raises(UserError, match="are for Flux's blocks, not those of StableDiffusion3Pipeline"):
+        Trainer(make_sd3(changes))
+
+
+def test_a_step_size_has_no_input_to_go_to(make_sd3):
+    changes = {"train.weights": "full", "method.teacher_fraction": 0.0, "method.step_embedding": True}
+    with pytest.raises(
+        UserError, match=r"method\.step_embedding tells the step size to the network's embedded guidance"
+    ):
+        Trainer(make_sd3(changes))
+
+
+@pytest.mark.parametrize(("size", "billions"), [("large", 8.06), ("medium", 2.24)])
+def test_parameters_of_the_real_architectures(size, billions):
+    """8.1 and 2.5 B are published, with 0.09 and 0.23 B of position table, which is no parameter in diffusers."""
+    family = open_family(f"stabilityai/stable-diffusion-3.5-{size}", offline=True)
+    network = family.meta_network()
+    assert sum(p.numel() for p in network.parameters()) / 1e9 == pytest.approx(billions, abs=0.005)
+    assert network.pos_embed.pos_embed.numel() / 1e9 == pytest.approx({"large": 0.09, "medium": 0.23}[size], abs=0.005)

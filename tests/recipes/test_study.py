@@ -1,0 +1,159 @@
+"""`scfm study`: arms and seeds, run once each, in a table and a plot."""
+
+import json
+import os
+import statistics
+
+import pytest
+import yaml
+
+from recipes.cli import main
+from recipes.study import load_study, run_study, target_passes
+from scfm_core.scfm.plan import PlanConfig
+from scfm_core.train.parse import dump_config, load_config
+
+LITTLE = ["train.steps=1", "train.warmup_steps=0", "train.global_batch_size=4", "train.micro_batch_size=4"]
+
+
+@pytest.fixture
+def study(make_config, tmp_path, monkeypatch):
+    """Two arms, two seeds."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(dump_config(make_config({"evaluate.noise_floor": True})))
+    content = {
+        "recipe": "recipe.yaml",
+        "seeds": [0, 5],
+        "set": LITTLE,
+        "arms": {
+            "plain": {"about": "as it comes"},
+            "scaled": {"about": "strength by steps", "set": ["method.step_gain.gamma=0.5"]},
+        },
+    }
+
+    def write(**changes):
+        (tmp_path / "small.yaml").write_text(yaml.safe_dump(content | changes))
+
+    write()
+    return write
+
+
+def results(tmp_path, arm, steps):
+    folders = [tmp_path / "out" / arm / f"seed-{seed}" for seed in (0, 5)]
+    return [json.loads((each / "evaluation.json").read_text())["student"][steps]["fid_teacher"] for each in folders]
+
+
+def test_every_arm_and_seed_in_one_table(study, tmp_path, capsys):
+    assert main(["study", "small.yaml", "-o", "out"]) == 0
+    printed = capsys.readouterr().out
+    assert [line for line in printed.splitlines() if line.startswith("[")] == [
+        "[1/4] plain, seed 0", "[2/4] scaled, seed 0", "[3/4] plain, seed 5", "[4/4] scaled, seed 5",
+    ]  # fmt: skip
+    table = (tmp_path / "out" / "study.md").read_text()
+    assert table in printed
+    for arm in ("plain", "scaled"):
+        found = results(tmp_path, arm, "3")
+        assert found[0] != found[1]
+        cell = f"{statistics.fmean(found):.3g} ± {statistics.stdev(found):.2g}"
+        [row] = [line for line in table.splitlines() if line.startswith(f"| {arm} |")]
+        assert row.split(" | ")[2] == cell and row.endswith("| 2 | 2.00 |")
+    assert "- scaled: strength by steps" in table
+    assert "Two independent sets of the teacher's samples differ by" in table
+    assert (tmp_path / "out" / "study.png").read_bytes().startswith(b"\x89PNG")
+    strengths = load_config(tmp_path / "out" / "scaled" / "seed-5" / "config.yaml")
+    assert strengths.run.seed == 5 and strengths.method.step_gain is not None
+
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("evaluation.json")}
+    assert main(["study", "small.yaml", "-o", "out"]) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("evaluation.json")}
+    assert (tmp_path / "out" / "study.md").read_text() == table
+
+
+def test_one_run_of_an_array(study, tmp_path, capsys):
+    assert main(["study", "small.yaml", "-o", "out", "--only", "3"]) == 0
+    assert [path.parent.name for path in (tmp_path / "out").rglob("evaluation.json")] == ["seed-5"]
+    assert "| 1 | 2.00 |" in capsys.readouterr().out
+    assert main(["study", "small.yaml", "-o", "out", "--arms", "plain", "--only", "2"]) == 0
+    assert (tmp_path / "out" / "plain" / "seed-5" / "evaluation.json").is_file()
+
+
+def test_what_a_study_needs_is_made_first(study, tmp_path, monkeypatch, capsys):
+    """By the command as one process, even in a task of an array, and again each time: it knows what it has made."""
+    study(prepare={"made/manifest.json": "data encode images -o made --model nowhere"}, seeds=[0])
+    assert main(["study", "small.yaml", "-o", "out"]) == 2
+    assert "what makes made/manifest.json failed: scfm data encode images" in capsys.readouterr().err
+    asked = []
+
+    def execute(words):
+        asked.append((words, [name for name in os.environ if name.startswith("SLURM_ARRAY")]))
+        (tmp_path / "made").mkdir(exist_ok=True)
+        (tmp_path / "made" / "manifest.json").touch()
+        return 0
+
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")
+    for _ in range(2):
+        run_study("small.yaml", tmp_path / "out", [], arms=["plain"], only=None, execute=execute)
+    assert asked == [(["data", "encode", "images", "-o", "made", "--model", "nowhere"], [])] * 2
+    assert os.environ["SLURM_ARRAY_TASK_ID"] == "0"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words", "message"),
+    [
+        ({"arm": {}}, [], "arm: Unexpected keyword argument"),
+        ({"arms": {"a": {"abuot": "x"}}}, [], "arms.a.about: Field required"),
+        ({"seeds": []}, [], "needs at least one arm and one seed"),
+        ({"arms": {"a": {"about": "x", "set": ["train.stepz=3"]}}}, [], "did you mean train.steps?"),
+        (
+            {"arms": {"a": {"about": "x", "set": ["train.weights=full", "method.teacher_fraction=0"]}}},
+            [],
+            "has no teacher",
+        ),
+        ({}, ["--arms", "plane"], "has no arm plane; it has plain, scaled"),
+        ({}, ["--only", "4"], "--only must be in 0..3: small.yaml has 4 runs"),
+    ],
+)
+def test_mistakes_are_told_before_the_first_run(study, tmp_path, capsys, changes, words, message):
+    study(**changes)
+    assert main(["study", "small.yaml", "-o", "out", *words]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["digitz", "no/such/folder/digits.yaml"])
+def test_a_study_that_is_not_there(name, capsys):
+    assert main(["study", name]) == 2
+    assert "digits.yaml" in capsys.readouterr().err
+
+
+def test_what_was_made_with_other_settings_is_not_the_studys(study, tmp_path, capsys):
+    study(seeds=[0], arms={"plain": {"about": "as it comes"}})
+    assert main(["study", "small.yaml", "-o", "out"]) == 0
+    before = (tmp_path / "out" / "study.md").read_text()
+    assert main(["study", "small.yaml", "-o", "out", "train.lr=1e-4"]) == 2
+    assert "plain/seed-0 was made with other settings (train.lr). Delete it" in capsys.readouterr().err
+    assert (tmp_path / "out" / "study.md").read_text() == before
+
+
+def test_a_run_that_fails_does_not_stop_the_others(study, tmp_path, capsys):
+    study(arms={"broken": {"about": "x", "set": ["data.path=nowhere"]}, "plain": {"about": "as it comes"}}, seeds=[0])
+    assert main(["study", "small.yaml", "-o", "out"]) == 2
+    assert "1 runs failed; the same command tries them again:\n  broken, seed 0: " in capsys.readouterr().err
+    assert "| plain |" in (tmp_path / "out" / "study.md").read_text()
+
+
+def test_a_launcher_is_refused(study, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["study", "small.yaml"]) == 2
+    assert "without a launcher" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("flow", "passes"), [(0.0, 2.0), (0.75, 0.5), (1.0, 0.0)])
+def test_passes_for_a_target(make_config, flow, passes):
+    config = make_config({"method.flow_fraction": flow, "method.teacher_fraction": 0.0})
+    assert config.method == PlanConfig(flow_fraction=flow, teacher_fraction=0.0, self_grids=(16, 8, 4, 2))
+    assert target_passes(config) == passes
+
+
+def test_stored_paths_are_shared_by_all_that_use_them():
+    study = load_study("digits")
+    assert "data generate" in study.prepare["runs/demo/paths/manifest.json"]

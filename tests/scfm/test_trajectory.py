@@ -1,0 +1,170 @@
+"""Teacher trajectories: the stored path, the jumps on it, and the rows of a plan that take them."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+
+from scfm_core.flow.sampler import euler_sample, roll_out
+from scfm_core.flow.schedule import sigma_grid
+from scfm_core.scfm.plan import PlanConfig, StepGain, sample_plan
+from scfm_core.scfm.target import scfm_target
+from scfm_core.scfm.trajectory import Trajectory, on_trajectories
+
+K, B = 12, 6
+
+
+def field(x, sigma):
+    """A velocity with a known path: dx/dsigma = sigma + x / 2."""
+    return sigma.view(-1, *[1] * (x.ndim - 1)) + x / 2
+
+
+def exact_end(noise):
+    """x(sigma) = c exp(sigma / 2) - 2 sigma - 4, with x(1) = noise, at sigma = 0."""
+    return (noise.double() + 6) * torch.exp(torch.tensor(-0.5, dtype=torch.float64)) - 4
+
+
+def rolled(dtype=torch.float32, shift=3.0):
+    noise = torch.randn(B, 2, 3, generator=torch.Generator().manual_seed(0)).double()
+    sigmas = sigma_grid(K, shift)
+    latents, velocities = roll_out(field, noise, sigmas)
+    trajectory = Trajectory(
+        velocities=velocities.to(dtype), sigmas=sigmas.expand(B, -1), guidance=torch.linspace(1, 2, B)
+    )
+    return noise, latents, trajectory
+
+
+def test_the_roll_out_is_of_second_order():
+    noise = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).double()
+    errors, euler = [], []
+    for steps in (12, 24, 48):
+        sigmas = sigma_grid(steps, 3.0)
+        errors.append((roll_out(field, noise, sigmas)[0] - exact_end(noise)).abs().max())
+        euler.append((euler_sample(field, noise, sigmas) - exact_end(noise)).abs().max())
+    for order, found in ((2, errors), (1, euler)):
+        for coarse, fine in itertools.pairwise(found):
+            assert coarse / fine == pytest.approx(2**order, rel=0.15)
+    assert errors[0] < euler[0] / 5
+
+
+def test_mean_velocities_lead_back_to_the_noise():
+    noise, latents, trajectory = rolled()
+    first, last = torch.zeros(B, dtype=torch.int64), torch.full((B,), K)
+    state, velocity = trajectory.jump(latents, first, last)
+    torch.testing.assert_close(state.double(), noise, rtol=0, atol=1e-5)
+    torch.testing.assert_close(velocity.double(), noise - latents, rtol=0, atol=1e-5)  # over sigma 1 to 0
+
+
+def test_a_jump_is_the_chord_between_its_nodes():
+    _, latents, trajectory = rolled()
+    first, last = torch.tensor([0, 3, 6, 8, 10, 11]), torch.tensor([12, 6, 12, 10, 11, 12])
+    state, velocity = trajectory.jump(latents, first, last)
+    end, _ = trajectory.jump(latents, last.clamp(max=K - 1), torch.full((B,), K))
+    end = torch.where((last == K)[:, None, None], latents.float(), end)
+    length = trajectory.sigmas[0][first] - trajectory.sigmas[0][last]
+    torch.testing.assert_close(state - length[:, None, None] * velocity, end, rtol=0, atol=1e-5)
+
+
+def test_bf16_velocities_give_jumps_of_bf16_accuracy():
+    """States rounded to bf16 would be off by 2^-9 of a state over a short interval."""
+    _, latents, exact = rolled()
+    _, _, rounded = rolled(torch.bfloat16)
+    for first in range(K):
+        jump = torch.full((B,), first), torch.full((B,), first + 1)
+        (_, one), (_, other) = (path.jump(latents, *jump) for path in (exact, rounded))
+        assert ((one - other).abs() <= 2**-8 * one.abs() + 1e-6).all()
+
+
+CONFIG = PlanConfig(
+    trajectory_fraction=0.5, flow_fraction=0.2, teacher_fraction=0.1, step_gain=StepGain(), trajectory_grids=(1, 3, 4)
+)
+
+
+def make_plan(config=CONFIG, rows=B):
+    return sample_plan(config, torch.arange(rows), seed=3)
+
+
+def test_rows_have_their_share_grids_and_intervals():
+    plan = make_plan(rows=20_000)
+    rows = plan.is_trajectory
+    assert rows.double().mean().item() == pytest.approx(0.5, abs=0.015)
+    assert not (rows & (plan.is_flow | plan.is_teacher)).any()
+    for grid in (1, 3, 4):
+        taken = rows & (plan.grid == grid)
+        assert taken.sum() / rows.sum() == pytest.approx(1 / 3, abs=0.02)
+        assert set(plan.interval[taken].tolist()) == set(range(grid))
+        assert set(plan.student_strength[taken].tolist()) == {torch.tensor(grid**-0.5).item()}
+    assert not plan.interval[~rows].any()
+
+
+def test_other_rows_are_drawn_as_without_trajectories():
+    without = make_plan(PlanConfig(flow_fraction=0.2, teacher_fraction=0.1), rows=400)
+    plan = make_plan(dataclasses.replace(CONFIG, trajectory_fraction=0.0, step_gain=None), rows=400)
+    for name in ("sigma_start", "sigma_mid", "sigma_end", "guidance", "is_teacher", "is_flow", "grid"):
+        assert torch.equal(getattr(plan, name), getattr(without, name))
+
+
+def test_rows_are_put_onto_their_paths_and_others_left_alone():
+    noise, latents, trajectory = rolled()
+    plan = make_plan()
+    rows = plan.is_trajectory
+    assert 0 < rows.sum() < B
+    noised, given = torch.full((B, 2, 3), 7.0), torch.full((B, 2, 3), 9.0)
+    moved, start, velocity = on_trajectories(plan, trajectory, latents, noised, given)
+    for row in range(B):
+        if not rows[row]:
+            assert (start[row] == 7).all() and (velocity[row] == 9).all()
+            assert moved.sigma_start[row] == plan.sigma_start[row] and moved.guidance[row] == plan.guidance[row]
+            continue
+        grid, interval = int(plan.grid[row]), int(plan.interval[row])
+        nodes = sigma_grid(grid, 3.0)
+        assert moved.sigma_start[row] == pytest.approx(nodes[interval].item(), abs=1e-6)
+        assert moved.sigma_end[row] == pytest.approx(nodes[interval + 1].item(), abs=1e-6)
+        assert moved.guidance[row] == trajectory.guidance[row]
+        # One Euler step of the target over the jump leads from node to node, down to the latents.
+        end = start[row] - (moved.sigma_start[row] - moved.sigma_end[row]) * velocity[row]
+        if interval == grid - 1:
+            torch.testing.assert_close(end.double(), latents[row], rtol=0, atol=1e-5)
+        if interval == 0:
+            torch.testing.assert_close(start[row].double(), noise[row], rtol=0, atol=1e-5)
+
+
+def test_their_target_is_given_and_pairs_alone_run():
+    _, latents, trajectory = rolled()
+    plan, start, velocity = on_trajectories(
+        make_plan(), trajectory, latents, torch.randn(B, 2, 3), torch.zeros(B, 2, 3)
+    )
+    entered = []
+
+    def near(x, sigma, cond, strength):
+        entered.append(len(x))
+        return x
+
+    target = scfm_target(plan, start, None, near, near, flow_velocity=velocity)
+    pairs = int((~plan.is_given).sum())
+    assert entered == [pairs, pairs]
+    assert torch.equal(target[plan.is_given], velocity[plan.is_given])
+    assert target.isfinite().all()
+
+
+def test_trajectories_alone_run_no_pass():
+    config = PlanConfig(trajectory_fraction=1.0, teacher_fraction=0.0)
+    assert not config.has_pairs and not config.has_flow and config.has_trajectory
+    _, latents, trajectory = rolled()
+    plan, start, velocity = on_trajectories(make_plan(config), trajectory, latents, torch.zeros(B, 2, 3), None)
+    assert torch.equal(scfm_target(plan, start, None, None, None, flow_velocity=velocity), velocity)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trajectory_fraction": 0.7, "teacher_fraction": 0.4}, "must be at most 1"),
+        ({"trajectory_fraction": -0.1}, r"method\.trajectory_fraction must be in"),
+        ({"trajectory_grids": ()}, "step counts of at least 1"),
+        ({"trajectory_grids": (0, 2)}, "step counts of at least 1"),
+    ],
+)
+def test_bad_values_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        PlanConfig(**changes)
