@@ -7,6 +7,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import NoReturn
 
 from recipes.data_commands import add_commands
 from scfm_core import __version__
@@ -47,6 +48,17 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("scfm: interrupted", file=sys.stderr)
         return 130
+
+
+def command() -> NoReturn:
+    """`scfm`, as a process of its own: `main`, and the end."""
+    code = main()
+    if code == PeerLost.exit_code:
+        # At once: nothing is left to save, and the interpreter's own end may wait for the process that is lost.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _of_rank(rank: str) -> str:
@@ -368,4 +380,4 @@ def _checkpoint_convert(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()
