@@ -87,8 +87,7 @@ def load_study(path: str) -> Study:
     Raises:
         UserError: if it is none, or an arm is no valid configuration.
     """
-    bare = Path(path).name == path and not Path(path).is_file()
-    file = find_recipe(f"study/{path.removesuffix('.yaml')}.yaml" if bare else path)
+    file = find_recipe(path, "study")
     try:
         study = TypeAdapter(Study).validate_python(yaml.safe_load(file.read_text(encoding="utf-8")))
     except yaml.YAMLError as error:

@@ -190,17 +190,21 @@ def dump_config(config: RunConfig) -> str:
     return yaml.safe_dump(to_plain(config), sort_keys=False)
 
 
-def find_recipe(path: str | Path) -> Path:
+def find_recipe(path: str | Path, folder: str = "") -> Path:
     """`path` itself, or the shipped recipe of that name.
+
+    Args:
+        path: of a file, or a shipped name, with or without `.yaml`.
+        folder: within recipes/configs, for recipes of other things than runs: `study`.
 
     Raises:
         UserError: if neither exists, naming similar recipes.
     """
-    shipped = Path(__file__).parents[2] / "recipes" / "configs"
+    shipped = Path(__file__).parents[2] / "recipes" / "configs" / folder
     for candidate in (Path(path), shipped / path, shipped / f"{path}.yaml"):
         if candidate.is_file():
             return candidate
-    names = sorted(p.name for p in shipped.rglob("*.yaml"))
+    names = sorted(p.name for p in shipped.glob("*.yaml"))
     near = difflib.get_close_matches(Path(path).name, names, n=3) or names
     raise UserError(f"there is no configuration file {str(path)!r}. Shipped recipes: {', '.join(near)}")
 

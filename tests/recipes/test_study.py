@@ -119,10 +119,11 @@ def test_mistakes_are_told_before_the_first_run(study, tmp_path, capsys, changes
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["digitz", "no/such/folder/digits.yaml"])
+@pytest.mark.parametrize("name", ["digitz", "no/such/folder/digits.yaml", "tiny_distill.yaml"])
 def test_a_study_that_is_not_there(name, capsys):
     assert main(["study", name]) == 2
-    assert "digits.yaml" in capsys.readouterr().err
+    shipped = capsys.readouterr().err.partition("Shipped")[2]
+    assert "digits.yaml" in shipped and "distill" not in shipped
 
 
 def test_what_was_made_with_other_settings_is_not_the_studys(study, tmp_path, capsys):
