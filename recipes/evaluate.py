@@ -26,6 +26,7 @@ from scfm_core.train.build import check_cache, compute_dtype, read_prompts, reso
 from scfm_core.train.config import RunConfig
 from scfm_core.train.features import extract, frechet_distance, load_features
 from scfm_core.train.metrics import progress_bar
+from scfm_core.train.parse import dump_config, with_absolute_paths
 from scfm_core.train.validate import save_grid, to_uint8
 
 Result = dict[str, dict[str, dict[str, float]]]
@@ -33,7 +34,7 @@ GRID_COLUMNS = 10
 
 
 def evaluate(run_dir: Path, overrides: list[str]) -> Result:
-    """Measure and write `RUN_DIR/evaluation.json` and `RUN_DIR/samples/evaluation.png`.
+    """Measure and write `RUN_DIR/evaluation.json`, `evaluation.yaml` (how) and `samples/evaluation.png`.
 
     Every figure starts from the same noise, so that `mse_teacher` compares image by image, and a Frechet distance
     below that of two independent teacher sets says that the samples agree noise by noise. A run from scratch has no teacher
@@ -66,9 +67,13 @@ def evaluate(run_dir: Path, overrides: list[str]) -> Result:
     save_grid(
         run_dir / "samples" / "evaluation.png", [(name, grids[name]) for name in order], bench.prompts[:GRID_COLUMNS]
     )
-    path = run_dir / "evaluation.json"
-    path.with_suffix(".tmp").write_text(json.dumps(result, indent=2) + "\n")
-    path.with_suffix(".tmp").replace(path)
+    for name, text in (
+        ("evaluation.yaml", dump_config(with_absolute_paths(config))),
+        ("evaluation.json", json.dumps(result, indent=2) + "\n"),
+    ):
+        aside = run_dir / f".{name}.tmp"
+        aside.write_text(text)
+        aside.replace(run_dir / name)
     return result
 
 
@@ -173,7 +178,7 @@ class _Bench:
         """A hash of everything that the frozen model's images depend on."""
         config, folder, sample = self.config, self.model.family.folder, self.config.sample
         known: list[Any] = [network_fingerprint(folder), encoder_fingerprint(folder), self.prompts, str(self.device)]
-        known += [first, sample.seed, sample.shift, sample.guidance]
+        known += [first, sample.seed, sample.shift, sample.guidance, self.model.family.has_learned_guidance]
         known += [config.run.seed] if config.model.init == "random" else []
         known += [config.data.resolution, config.model.text_length, config.train.compute_dtype]
         return hashlib.sha256(json.dumps(known).encode()).hexdigest()

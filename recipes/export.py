@@ -38,6 +38,12 @@ def export(run_dir: Path, overrides: list[str], *, merged: Path | None, num_step
         raise UserError(
             "this adapter's strength depends on the number of steps, and merging fixes it: say which with --steps N"
         )
+    if num_steps is not None and (merged is None or config.method.step_gain is None):
+        raise UserError(
+            "--steps is for merging a step-scaled adapter (method.step_gain): here the strength does not depend on it. Leave it out"
+        )
+    if num_steps is not None and num_steps < 1:
+        raise UserError(f"--steps must be at least 1, got {num_steps}")
     checkpoint, family = open_trained(run_dir, config)
     if merged is None:
         return _export_adapter(run_dir, config, checkpoint, family)
@@ -120,7 +126,12 @@ def adapter_card(config: RunConfig, family: ModelFamily) -> str:
         advice += (
             " The base model has its guidance inside: set guidance_scale=1, which is one pass of the network a step."
         )
-    elif family.passes == 2:
+    elif family.passes == 2 and method.has_trajectory:
+        advice += (
+            " The guidance is part of what was learned, from paths of the guided teacher: keep to the guidance_scale of those, "
+            "two passes of the network a step."
+        )
+    elif family.passes == 2 and method.has_pairs:
         advice += (
             f" The guidance is part of what was learned: the adapter was trained with guidance_scale between "
             f"{method.guidance[0]:g} and {method.guidance[1]:g}, two passes of the network a step."

@@ -53,6 +53,9 @@ def report(run_dir: Path, compare: list[Path]) -> Path:
     """
     run, others = _Run(run_dir), [_Run(folder) for folder in compare]
     runs = [run, *others]
+    for each in runs:
+        if sum(other.folder.name == each.folder.name for other in runs) > 1:  # seeds of a study's arms
+            each.name = f"{each.folder.absolute().parent.name}/{each.folder.name}"
     last = run.metrics[-1]
     body = [
         f"<h1>{html.escape(run.name)}</h1>",

@@ -35,9 +35,14 @@ def open_trained(run_dir: Path, config: RunConfig) -> tuple[Checkpoint, ModelFam
     if path is None:
         raise UserError(f"{run_dir} has no complete checkpoint yet; train first")
     checkpoint, family = load_checkpoint(path, verify=False), build_family(config)
+    refuse_other_model(checkpoint, family, run_dir)
+    return checkpoint, family
+
+
+def refuse_other_model(checkpoint: Checkpoint, family: ModelFamily, run_dir: Path) -> None:
+    """UserError unless the checkpoint was trained on this model."""
     if checkpoint.state["base_fingerprint"] != network_fingerprint(family.folder):
         raise UserError(f"{family.folder} is not the model that {run_dir} was trained on. Set model.path to that one")
-    return checkpoint, family
 
 
 def load_trained(run_dir: Path, config: RunConfig, *, with_teacher: bool) -> LoRAModel | FullModel:

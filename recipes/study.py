@@ -11,6 +11,7 @@ import os
 import shlex
 import statistics
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,15 +22,19 @@ from pydantic import TypeAdapter, ValidationError
 
 from recipes.evaluate import evaluate
 from recipes.plots import quality_plot
-from recipes.runs import open_trained
+from recipes.runs import refuse_other_model
 from recipes.train import train
 from scfm_core.data.corpus import Corpus
 from scfm_core.distributed.world import launched_size
 from scfm_core.errors import UserError
 from scfm_core.models.families import open_family
+from scfm_core.train.build import build_family
+from scfm_core.train.checkpoint import load_checkpoint, newest_complete
 from scfm_core.train.config import RunConfig
 from scfm_core.train.parse import find_recipe, load_config, to_plain, with_absolute_paths
 
+_BASE = "undistilled"
+_OWN = ("run.seed", "run.dir")
 _TITLES = {"fid_teacher": "Fréchet distance to the teacher", "fid_data": "Fréchet distance to the data"}
 
 
@@ -97,14 +102,29 @@ def load_study(path: str) -> Study:
         raise UserError(f"{file} is not a valid study:\n" + "\n".join(lines)) from None
     if not (study.arms and study.seeds):
         raise UserError(f"{file}: a study needs at least one arm and one seed")
+    if len(set(study.seeds)) < len(study.seeds):
+        raise UserError(f"{file}: seeds {list(study.seeds)} has one twice, whose runs would be the same")
+    if _BASE in study.arms:
+        raise UserError(f"{file}: {_BASE!r} is the table's name for the model as it was. Name the arm otherwise")
+    for words in (study.set, *(arm.set for arm in study.arms.values())):
+        refuse_own_settings(list(words), str(file))
     return study
+
+
+def refuse_own_settings(overrides: list[str], where: str) -> None:
+    """UserError if an override is of what a study sets for each run by itself."""
+    if own := [word for word in overrides if word.partition("=")[0] in _OWN]:
+        raise UserError(
+            f"{where}: {own[0]} has no effect in a study, which sets {', '.join(_OWN)} of each run (`seeds`, --output)"
+        )
 
 
 def runs_of(study: Study, root: Path, overrides: list[str]) -> list[Run]:
     """Every run, all arms of the first seed first."""
+    keep = [] if any(word.startswith("evaluate.keep=") for word in study.set) else [f"evaluate.keep={root / 'teacher'}"]
     return [
         Run(name, seed, folder, [
-            *study.set, f"evaluate.keep={root / 'teacher'}", *arm.set, *overrides, f"run.seed={seed}", f"run.dir={folder}"
+            *study.set, *keep, *arm.set, *overrides, f"run.seed={seed}", f"run.dir={folder}"
         ])
         for seed in study.seeds for name, arm in study.arms.items() for folder in [root / name / f"seed-{seed}"]
     ]  # fmt: skip
@@ -141,6 +161,7 @@ def run_study(
         raise UserError(
             "a study's runs are of one process each: start scfm study itself several times, without a launcher"
         )
+    refuse_own_settings(overrides, "scfm study")
     study, root = load_study(path), (root or Path("runs/study") / Path(path).stem).absolute()
     if unknown := [name for name in arms if name not in study.arms]:
         raise UserError(f"{path} has no arm {', '.join(unknown)}; it has {', '.join(study.arms)}")
@@ -176,8 +197,10 @@ def _run_missing(study: Study, chosen: list[Run]) -> list[str]:
                 if code := train(study.recipe, run.overrides):
                     raise SystemExit(code)  # stopped by a signal; the run has said so
                 evaluate(run.folder, [])
-            except UserError as error:
-                failed.append(f"{run.arm}, seed {run.seed}: {error}")
+            except Exception as error:  # out of memory in one arm is no reason to lose the others
+                if not isinstance(error, UserError):
+                    traceback.print_exc()
+                failed.append(f"{run.arm}, seed {run.seed}: {error or type(error).__name__}")
                 print(failed[-1], file=sys.stderr, flush=True)
     return failed
 
@@ -187,18 +210,23 @@ def _check(study: Study, run: Run) -> None:
     wanted = load_config(study.recipe, run.overrides)
     if study.metric == "fid_teacher" and wanted.train.weights == "full" and not wanted.method.has_teacher:
         raise UserError(f"arm {run.arm} has no teacher to be held against: set the study's metric to fid_data")
-    if run.result is None:
+    how = run.folder / ("config.yaml" if run.result is None else "evaluation.yaml")
+    if not how.is_file():
         return
-    stored, now = (
-        to_plain(with_absolute_paths(config))
-        for config in (load_config(run.folder / "config.yaml", stored=True), wanted)
-    )
-    other = [f"{section}.{key}" for section in now for key in now[section] if stored[section][key] != now[section][key]]
+    stored, now = (to_plain(with_absolute_paths(config)) for config in (load_config(how, stored=True), wanted))
+    later = () if run.result is not None else ("sample", "evaluate")  # of no weight while it trains
+    other = [
+        f"{section}.{key}"
+        for section in now if section not in later
+        for key in now[section] if stored[section][key] != now[section][key]
+    ]  # fmt: skip
     if other:
         raise UserError(
             f"{run.folder} was made with other settings ({', '.join(other)}). Delete it, or name another folder with --output"
         )
-    open_trained(run.folder, wanted)  # refuses another model at model.path
+    newest = newest_complete(run.folder)
+    if newest is not None:  # they may be deleted once a run is done
+        refuse_other_model(load_checkpoint(newest, verify=False), build_family(wanted), run.folder)
 
 
 @contextlib.contextmanager
@@ -228,15 +256,16 @@ def write_summary(study: Study, runs: list[Run], root: Path) -> str:
     done = [(run, result) for run in runs if (result := run.result) is not None]
     lines: dict[str, dict[int, list[float]]] = {}
     for run, result in done:
-        for kind, name in (("base", "undistilled"), ("student", run.arm)):
-            if name == "undistilled" and name in lines:
+        for kind, name in (("base", _BASE), ("student", run.arm)):
+            if name == _BASE and name in lines:
                 continue  # the same model and noise in every run
             for steps, row in result.get(kind, {}).items():
                 lines.setdefault(name, {}).setdefault(int(steps), []).append(row[study.metric])
     if not done:
         return "no run is done yet"
     columns = sorted({steps for rows in lines.values() for steps in rows})
-    passes = {arm: target_passes(load_config(run.folder / "config.yaml")) for run, _ in done for arm in [run.arm]}
+    folders = {run.arm: run.folder for run, _ in done}
+    passes = {arm: target_passes(load_config(folder / "config.yaml", stored=True)) for arm, folder in folders.items()}
     title = _TITLES[study.metric]
     table = [
         f"| {title} at steps | " + " | ".join(str(n) for n in columns) + " | seeds | passes for a target |",
@@ -245,7 +274,7 @@ def write_summary(study: Study, runs: list[Run], root: Path) -> str:
     for name, rows in lines.items():
         cells = [_cell(rows[n]) if n in rows else "" for n in columns]
         seeds = len(next(iter(rows.values())))
-        tail = ["", ""] if name == "undistilled" else [str(seeds), f"{passes[name]:.2f}"]
+        tail = ["", ""] if name == _BASE else [str(seeds), f"{passes[name]:.2f}"]
         table.append("| " + " | ".join([name, *cells, *tail]) + " |")
     legend = [f"- {name}: {study.arms[name].about}" for name in lines if name in study.arms]
     text = "\n".join([*table, "", "Mean ± standard deviation over seeds.", "", *legend]) + "\n"

@@ -35,6 +35,7 @@ _ATTEMPT = (
     "samples",
     "adapter",
     "evaluation.json",
+    "evaluation.yaml",
     "report.html",
     "wandb_id",
     "wandb",

@@ -90,6 +90,14 @@ class LoRALinear(nn.Module):
         return self.lora_A[adapter].weight, self.lora_B[adapter].weight  # type: ignore[return-value]
 
 
+def is_for_fp8(name: str, layer: nn.Module) -> bool:
+    """Whether an fp8 copy is kept of a module of the network.
+
+    Not of modulations and embedders of the sample as a whole: few rows, whose rounding every token feels.
+    """
+    return isinstance(layer, LoRALinear) and fits(layer.base_layer.weight) and not _OF_THE_SAMPLE.search(name)
+
+
 class LoRABank:
     """Puts a `LoRALinear` in place of every targeted linear of `network` and freezes the rest.
 
@@ -146,12 +154,9 @@ class LoRABank:
 
     @torch.no_grad()
     def quantise(self) -> None:
-        """Keep an fp8 copy of the base of adapted linears, for passes that `select` asks it for.
-
-        Not of modulations and embedders of the sample as a whole: few rows, whose rounding every token feels.
-        """
+        """Keep an fp8 copy of the base of adapted linears, for passes that `select` asks it for."""
         for name, layer in self.layers.items():
-            if fits(layer.base_layer.weight) and not _OF_THE_SAMPLE.search(name):
+            if is_for_fp8(name, layer):
                 layer.fp8 = Fp8Weight(*quantise(layer.base_layer.weight))
 
     def parameters(self, adapter: str) -> dict[str, nn.Parameter]:

@@ -53,11 +53,8 @@ def _download(repository: str) -> Path:
 
     try:
         # Safetensors and texts alone: no pickles, and not the single-file copy at the top of Flux's repository.
-        return Path(
-            snapshot_download(
-                repository, allow_patterns=["*/*.safetensors", "*/*.json", "*/*.txt", "*/*.model", "*.json"]
-            )
-        )
+        kept = ["*/*.safetensors", "*/*.json", "*/*.txt", "*/*.model", "*.json", GUIDANCE_MARK]
+        return Path(snapshot_download(repository, allow_patterns=kept))
     except Exception as error:  # the hub raises a dozen types; all end the run in the same way
         raise UserError(
             f"model.path: {repository!r} is neither a local folder nor could it be fetched from the hub "

@@ -49,8 +49,9 @@ class Trajectory:
         behind = lengths * (interval >= first[:, None])
         within = behind * (interval < last[:, None])
         velocities = self.velocities.float()
-        state = latents.float() + torch.einsum("bk,bk...->b...", behind, velocities)
-        return state, torch.einsum("bk,bk...->b...", within / within.sum(1, keepdim=True), velocities)
+        with torch.autocast(velocities.device.type, enabled=False):  # DeepSpeed's is around the whole step
+            state = latents.float() + torch.einsum("bk,bk...->b...", behind, velocities)
+            return state, torch.einsum("bk,bk...->b...", within / within.sum(1, keepdim=True), velocities)
 
 
 def on_trajectories(

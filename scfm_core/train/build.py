@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,7 @@ from scfm_core.models.families import open_family
 from scfm_core.models.protocol import Conditioning, ModelFamily
 from scfm_core.models.student import FullModel, LoRAModel
 from scfm_core.models.weights import encoder_fingerprint
+from scfm_core.scfm.plan import PlanConfig
 from scfm_core.train.config import RunConfig, SampleConfig, TrainConfig
 from scfm_core.train.kernels import Kernels
 
@@ -110,7 +112,7 @@ def _check_guidance(config: RunConfig, family: ModelFamily) -> None:
             f"method.distil_guidance is for models that are guided by a second pass of the network; {config.model.path} needs one "
             f"pass as it is. Set it to false"
         )
-    if family.passes == 2 and method.flow_fraction < 1 and method.guidance[0] < 1:
+    if family.passes == 2 and method.has_pairs and method.guidance[0] < 1:
         raise UserError(
             f"method.guidance is the scale of classifier-free guidance for this model, and begins at "
             f"{method.guidance[0]:g}: rows below 1 would teach to leave the caption out. Set it, for SD3.5 to [3.5, 5]"
@@ -318,18 +320,31 @@ class BatchEncoder:
         return self.vae.encode(batch.images.to(self.device)).float(), self.text.encode(batch.captions)
 
 
-def refuse_other_guidance(corpus: Corpus, scale: float) -> None:
-    """Hold the guidance of stored paths, by the first of each source, against the one scale that is learned from them."""
+def check_paths(method: PlanConfig, corpus: Corpus) -> None:
+    """Hold stored paths, by the first of each source, against the method; UserError names the source."""
+    scale = method.guidance[0]
     for name, item in corpus.first_items().items():
         with contextlib.suppress(BadData):  # the loader has its way with those
             path = corpus.record(item, padded=False).path
             assert path is not None
-            if float(path["guidance"]) != scale:
+            refuse_other_intervals(method, path["velocities"].shape[0], f"of source {name!r} ")
+            guidance = float(path["guidance"])  # kept in fp32
+            if method.distil_guidance and not math.isclose(guidance, scale, rel_tol=1e-6):
                 raise UserError(
-                    f"data: the stored paths of source {name!r} were guided at scale {float(path['guidance']):g}, but "
+                    f"data: the stored paths of source {name!r} were guided at scale {guidance:g}, but "
                     f"method.distil_guidance learns method.guidance={scale:g} alone. Set it and sample.guidance to that scale, "
                     f"or make paths with `scfm data generate --trajectories --guidance {scale:g}`"
                 )
+
+
+def refuse_other_intervals(method: PlanConfig, intervals: int, where: str = "") -> None:
+    """UserError unless the nodes of every grid of `method` are nodes of stored paths of so many intervals."""
+    if any(intervals % grid for grid in method.trajectory_grids):
+        raise UserError(
+            f"data: the stored paths {where}have {intervals} intervals, of which "
+            f"method.trajectory_grids={list(method.trajectory_grids)} are not all divisors. Leave the others out, or store "
+            f"paths of another number of steps"
+        )
 
 
 def check_cache(config: RunConfig, family: ModelFamily, corpus: Corpus) -> None:

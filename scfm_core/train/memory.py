@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from scfm_core.models.adapters import is_for_fp8
 from scfm_core.models.protocol import ModelFamily
 from scfm_core.train.build import transformer_blocks
 from scfm_core.train.config import RunConfig
@@ -61,6 +62,11 @@ def estimate_memory(
     has_teacher = lora or config.method.has_teacher
     weights = {
         "frozen base" if lora else "teacher": base * width * has_teacher / share.weights,
+        "fp8 copies of it": float(
+            sum(m.base_layer.weight.numel() for name, m in network.named_modules() if is_for_fp8(name, m))  # type: ignore[union-attr]
+            if config.kernels.fp8
+            else 0
+        ),
         "student (fp32)": 4 * trained / share.weights,
         "EMAs, fast and slow (fp32)": 8 * trained / share.weights,
     }

@@ -115,7 +115,9 @@ def parse_config(tree: Mapping[str, Any], source: str) -> RunConfig:
 def _explain(item: Any) -> str:
     """One of pydantic's errors as a line: the key, what it should be, what it is."""
     # pydantic's own places, such as the members of a union, are no keys.
-    parts = [str(part) for part in item["loc"] if not str(part).endswith("]") and str(part) not in ("float", "str")]
+    parts = [
+        str(part) for part in item["loc"] if not str(part).endswith("]") and str(part) not in ("float", "int", "str")
+    ]
     message, got = item["msg"].removeprefix("Value error, "), f" (got {item['input']!r})"
     if item["type"] == "missing" and parts[-1] in ("0", "1"):
         parts.pop()
@@ -156,13 +158,15 @@ def to_plain(config: Any) -> dict[str, Any]:
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
-    """The same run, usable from any working directory: paths that exist become absolute."""
+    """The same run, usable from any working directory: paths become absolute, where they exist or will be made."""
 
     def absolute(path: Any) -> Any:
         here = Path(path).expanduser() if isinstance(path, str) else None
         return str(here.resolve()) if here is not None and here.exists() else path
 
     evaluate = {name: absolute(getattr(config.evaluate, name)) for name in ("prompts", "features_path", "clip_path")}
+    if config.evaluate.keep is not None:
+        evaluate["keep"] = str(Path(config.evaluate.keep).expanduser().absolute())
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, path=absolute(config.model.path)),

@@ -35,8 +35,9 @@ from scfm_core.train.build import (
     build_family,
     build_layout,
     build_model,
+    check_paths,
     micro_batches,
-    refuse_other_guidance,
+    refuse_other_intervals,
     resolve_device,
     validation_prompts,
 )
@@ -147,8 +148,8 @@ class Trainer:
         accumulation = micro_batches(config.train, self.world)
         self.corpus = Corpus(config.data, with_paths=config.method.has_trajectory)
         self.corpus.order(config.train.global_batch_size, config.run.seed)  # refuses partitions that do not divide it
-        if config.method.distil_guidance and config.method.has_trajectory:
-            refuse_other_guidance(self.corpus, config.method.guidance[0])
+        if config.method.has_trajectory:
+            check_paths(config.method, self.corpus)
         self.encoder = BatchEncoder(config, self.family, self.corpus, self.device)
         layout = build_layout(config, self.world, self.device, accumulation)
         # What a sharded network gathers in such a pass could not be used by one with gradient.
@@ -169,7 +170,10 @@ class Trainer:
         noised = noise_latents(latents, noise, plan.sigma_start)
         velocity = flow_velocity(latents, noise) if plan.has_flow else None
         if plan.has_trajectory:
-            plan, noised, velocity = on_trajectories(plan, self._paths(batch), latents, noised, velocity)
+            assert batch.path is not None
+            refuse_other_intervals(config.method, batch.path["velocities"].shape[1])
+            paths = Trajectory(**batch.path).to(self.device)
+            plan, noised, velocity = on_trajectories(plan, paths, latents, noised, velocity)
         if plan.is_dropped is not None:
             assert self.family.unconditional is not None
             cond = cond.without_captions(plan.is_dropped, self.family.unconditional)
@@ -203,18 +207,6 @@ class Trainer:
         guided = self.model.velocity("teacher", noised, plan.sigma_start, cond, plan.student_strength).to(noised.dtype)
         assert velocity is not None
         return torch.where(per_sample(plan.is_flow, guided), guided, velocity)
-
-    def _paths(self, batch: Batch) -> Trajectory:
-        """The teacher's paths of a batch; UserError if the plan's grids do not lie on their nodes."""
-        assert batch.path is not None
-        intervals = batch.path["velocities"].shape[1]
-        grids = self.config.method.trajectory_grids
-        if any(intervals % grid for grid in grids):
-            raise self._everywhere(
-                f"data: the stored paths have {intervals} intervals, of which method.trajectory_grids={list(grids)} are not "
-                f"all divisors. Leave the others out, or store paths of another number of steps"
-            )
-        return Trajectory(**batch.path).to(self.device)
 
     def train_steps(self) -> Iterator[dict[str, Any]]:
         """Run to `train.steps`, yielding each step's row of metrics once the step is done, on every rank the same.

@@ -2,17 +2,20 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
+from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 
 from recipes.cli import main
 from scfm_core.errors import UserError
 from scfm_core.models.encoders import TextEncoders
 from scfm_core.models.families import open_family
+from scfm_core.models.weights import GUIDANCE_MARK
 from scfm_core.train.checkpoint import find_checkpoint
 from scfm_core.train.parse import dump_config
 from scfm_core.train.trainer import Trainer, fit
@@ -185,8 +188,13 @@ def test_guided_paths_in_one_pass(make_sd3, folder, tmp_path):
         "--model",
         str(folder),
     ]
-    assert main([*generate, *words, "--keep-padding", "--guidance", "4"]) == 0
-    paths = {"data.path": str(tmp_path / "paths"), "method.trajectory_fraction": 1.0, "sample.guidance": 4.0}
+    assert main([*generate, *words, "--keep-padding", "--guidance", "4.7"]) == 0  # not a number of fp32
+    paths = {
+        "data.path": str(tmp_path / "paths"),
+        "method.trajectory_fraction": 1.0,
+        "method.guidance": [4.7, 4.7],
+        "sample.guidance": 4.7,
+    }
     trainer = Trainer(make_sd3({**STAGE_1, **paths, "train.steps": 2}))
     calls, told = [], []
     trainer.model.bank.network.register_forward_hook(lambda *_: calls.append(1))
@@ -199,7 +207,7 @@ def test_guided_paths_in_one_pass(make_sd3, folder, tmp_path):
     assert told and all(guidance is None for guidance in told)
     other = {"method.guidance": [3.0, 3.0], "sample.guidance": 3.0}
     with pytest.raises(
-        UserError, match=r"were guided at scale 4, but method\.distil_guidance learns method\.guidance=3"
+        UserError, match=r"were guided at scale 4\.7, but method\.distil_guidance learns method\.guidance=3"
     ):
         Trainer(make_sd3({**STAGE_1, **paths, **other}))
 
@@ -268,6 +276,22 @@ def test_guidance_first_then_the_path(make_sd3, folder, tmp_path, weights):
     assert open_family(str(tmp_path / "short")).passes == 1
     with pytest.raises(UserError, match=r"method\.distil_guidance is for models that are guided by a second pass"):
         Trainer(make_sd3({**changes, **rate, "method.step_gain": None, "model.path": str(merged)}))
+
+
+def test_a_one_pass_model_from_the_hub_is_not_guided_twice(folder, tmp_path, monkeypatch):
+    shutil.copytree(folder, tmp_path / "repository")
+    (tmp_path / "repository" / GUIDANCE_MARK).touch()
+
+    def download(repository: str, allow_patterns: list[str]) -> str:
+        files = [str(path.relative_to(tmp_path / "repository")) for path in (tmp_path / "repository").rglob("*.*")]
+        for name in filter_repo_objects(files, allow_patterns=allow_patterns):
+            (tmp_path / "snapshot" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(tmp_path / "repository" / name, tmp_path / "snapshot" / name)
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert open_family("somebody/one_pass").passes == 1
+    assert (tmp_path / "snapshot" / "model_index.json").is_file()
 
 
 def test_full_weights_have_their_gradients_in_bf16(make_sd3):

@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -50,6 +51,14 @@ def test_evaluate_and_report_write_their_files(run_dir, capsys):
     assert page.count("data:image/png;base64,") >= 4
     assert "http" not in re.sub(r"base64,[^\"]*", "", page).replace("https://github.com", "")  # self-contained
     assert f"{result['student']['3']['fid_teacher']:.3f}" in page
+
+
+def test_report_of_seeds_tells_them_apart(run_dir, tmp_path):
+    for arm in ("plain", "scaled"):
+        shutil.copytree(run_dir, tmp_path / arm / "seed-0")
+    assert main(["report", str(tmp_path / "plain" / "seed-0"), "--compare", str(tmp_path / "scaled" / "seed-0")]) == 0
+    page = (tmp_path / "plain" / "seed-0" / "report.html").read_text()
+    assert "<h1>plain/seed-0</h1>" in page
 
 
 def test_report_of_a_run_with_skipped_steps(run_dir, capsys):

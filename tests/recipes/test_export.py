@@ -137,6 +137,9 @@ def test_training_ends_with_the_adapter_of_its_last_step(make_config, tiny):
     [
         ({"train.weights": "full"}, [], "give --merged FOLDER"),
         ({"method.step_gain": {"gamma": 0.5}}, ["--merged", "x"], "say which with --steps N"),
+        ({"method.step_gain": {"gamma": 0.5}}, ["--merged", "x", "--steps", "0"], "--steps must be at least 1, got 0"),
+        ({"method.step_gain": {"gamma": 0.5}}, ["--steps", "3"], "--steps is for merging a step-scaled adapter"),
+        ({}, ["--merged", "x", "--steps", "3"], "--steps is for merging a step-scaled adapter"),
     ],
 )
 def test_what_cannot_be_exported_is_refused(make_config, capsys, changes, words, message):

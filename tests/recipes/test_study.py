@@ -2,13 +2,16 @@
 
 import json
 import os
+import shutil
 import statistics
 
 import pytest
+import torch
 import yaml
 
 from recipes.cli import main
 from recipes.study import load_study, run_study, target_passes
+from recipes.train import train
 from scfm_core.scfm.plan import PlanConfig
 from scfm_core.train.parse import dump_config, load_config
 
@@ -110,6 +113,10 @@ def test_what_a_study_needs_is_made_first(study, tmp_path, monkeypatch, capsys):
         ),
         ({}, ["--arms", "plane"], "has no arm plane; it has plain, scaled"),
         ({}, ["--only", "4"], "--only must be in 0..3: small.yaml has 4 runs"),
+        ({"seeds": [0, 5, 0]}, [], "seeds [0, 5, 0] has one twice"),
+        ({"arms": {"undistilled": {"about": "x"}}}, [], "Name the arm otherwise"),
+        ({"arms": {"a": {"about": "x", "set": ["run.seed=3"]}}}, [], "run.seed=3 has no effect in a study"),
+        ({}, ["run.dir=elsewhere"], "run.dir=elsewhere has no effect in a study"),
     ],
 )
 def test_mistakes_are_told_before_the_first_run(study, tmp_path, capsys, changes, words, message):
@@ -134,11 +141,38 @@ def test_what_was_made_with_other_settings_is_not_the_studys(study, tmp_path, ca
     assert "plain/seed-0 was made with other settings (train.lr). Delete it" in capsys.readouterr().err
     assert (tmp_path / "out" / "study.md").read_text() == before
 
+    run_dir = tmp_path / "out" / "plain" / "seed-0"
+    shutil.rmtree(run_dir / "checkpoints")  # of a run that is done they are not needed
+    assert main(["study", "small.yaml", "-o", "out"]) == 0
+    how = (run_dir / "evaluation.yaml").read_text()  # as `scfm evaluate RUN sample.seed=7` leaves it
+    (run_dir / "evaluation.yaml").write_text(how.replace("seed: 1234", "seed: 7"))
+    assert main(["study", "small.yaml", "-o", "out"]) == 2
+    assert "plain/seed-0 was made with other settings (sample.seed)" in capsys.readouterr().err
+    (
+        run_dir / "evaluation.json"
+    ).unlink()  # half done: what is trained may not change on the way, what is evaluated may
+    assert main(["study", "small.yaml", "-o", "out", "train.lr=1e-4"]) == 2
+    assert "plain/seed-0 was made with other settings (train.lr)" in capsys.readouterr().err
+
 
 def test_a_run_that_fails_does_not_stop_the_others(study, tmp_path, capsys):
     study(arms={"broken": {"about": "x", "set": ["data.path=nowhere"]}, "plain": {"about": "as it comes"}}, seeds=[0])
     assert main(["study", "small.yaml", "-o", "out"]) == 2
     assert "1 runs failed; the same command tries them again:\n  broken, seed 0: " in capsys.readouterr().err
+    assert "| plain |" in (tmp_path / "out" / "study.md").read_text()
+
+
+def test_nor_does_a_defect(study, tmp_path, capsys, monkeypatch):
+    def out_of_memory(recipe, overrides):
+        if "method.step_gain.gamma=0.5" in overrides:
+            raise torch.OutOfMemoryError("8 GiB too many")
+        return train(recipe, overrides)
+
+    monkeypatch.setattr("recipes.study.train", out_of_memory)
+    study(seeds=[0], arms={"scaled": {"about": "x", "set": ["method.step_gain.gamma=0.5"]}, "plain": {"about": "x"}})
+    assert main(["study", "small.yaml", "-o", "out"]) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" in error and "1 runs failed" in error and "scaled, seed 0: 8 GiB too many" in error
     assert "| plain |" in (tmp_path / "out" / "study.md").read_text()
 
 

@@ -24,6 +24,9 @@ def test_flux_dev_has_the_papers_adapters(flux):
     assert result.trained_parameters / 1e6 == pytest.approx(347, abs=1)
     assert result.memory["frozen base"] == 2 * result.base_parameters
     assert result.memory["Adam (fp32)"] == 8 * result.trained_parameters
+    assert result.memory["fp8 copies of it"] == 0
+    in_fp8 = estimate(load_config("flux_dev_lora.yaml", ["kernels.fp8=true"]), flux).memory["fp8 copies of it"]
+    assert 0.7 < in_fp8 / result.base_parameters < 0.8  # a byte each, but for the modulations, a quarter of Flux
 
 
 @pytest.mark.parametrize(

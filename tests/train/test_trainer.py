@@ -10,6 +10,7 @@ import torch
 from data_tools.encode import EncodeConfig
 from data_tools.generate import generate
 from recipes.tiny import caption
+from scfm_core.data.corpus import Corpus
 from scfm_core.data.loader import batches
 from scfm_core.distributed.engine import GROUPS
 from scfm_core.errors import UserError
@@ -339,10 +340,15 @@ class TestTrajectories:
         first, last = (sum(row["loss"] for row in part) / 5 for part in (rows[:5], rows[-5:]))
         assert last < 0.8 * first
 
-    def test_grids_that_do_not_lie_on_the_nodes(self, make_config, paths):
-        trainer = Trainer(make_config({**ON_PATHS, **paths, "method.trajectory_grids": [1, 3]}))
-        with pytest.raises(UserError, match=r"4 intervals, of which method\.trajectory_grids=\[1, 3\]"):
-            next(trainer.train_steps())
+    def test_grids_that_do_not_lie_on_the_nodes(self, make_config, paths, monkeypatch):
+        """Told at the start, with the source's name, and in a step if its first path could not be read."""
+        config = make_config({**ON_PATHS, **paths, "method.trajectory_grids": [1, 3]})
+        message = r"have 4 intervals, of which method\.trajectory_grids=\[1, 3\]"
+        with pytest.raises(UserError, match=rf"paths of source '\w+' {message}"):
+            Trainer(config)
+        monkeypatch.setattr(Corpus, "first_items", lambda self: {})
+        with pytest.raises(UserError, match=f"paths {message}"):
+            next(Trainer(config).train_steps())
 
     def test_data_without_paths(self, make_config, tiny):
         with pytest.raises(UserError, match="scfm data generate --trajectories"):
