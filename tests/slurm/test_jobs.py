@@ -94,7 +94,7 @@ class Run:
             )
             time.sleep(0.1)
 
-    def ended(self, seconds: float = 240) -> str:
+    def ended(self, seconds: float = 420) -> str:
         """The job's final state."""
         with self.told():
             return self.cluster.wait(self.number, ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"), seconds)
