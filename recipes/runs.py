@@ -50,7 +50,7 @@ def load_trained(run_dir: Path, config: RunConfig, *, with_teacher: bool) -> LoR
 
     Args:
         run_dir, config: the run.
-        with_teacher: load the teacher too, if the run trained full weights with one.
+        with_teacher: load the teacher too, if the run trained full weights with one or on its paths.
 
     Raises:
         UserError: as `open_trained`.

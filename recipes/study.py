@@ -208,7 +208,7 @@ def _run_missing(study: Study, chosen: list[Run]) -> list[str]:
 def _check(study: Study, run: Run) -> None:
     """The run's settings are valid, give the study's figure, and are those of what is there of it."""
     wanted = load_config(study.recipe, run.overrides)
-    if study.metric == "fid_teacher" and wanted.train.weights == "full" and not wanted.method.has_teacher:
+    if study.metric == "fid_teacher" and wanted.train.weights == "full" and not wanted.method.follows_teacher:
         raise UserError(f"arm {run.arm} has no teacher to be held against: set the study's metric to fid_data")
     how = run.folder / ("config.yaml" if run.result is None else "evaluation.yaml")
     if not how.is_file():

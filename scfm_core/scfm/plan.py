@@ -159,6 +159,11 @@ class PlanConfig:
         return self.teacher_fraction > 0 or (self.distil_guidance and self.has_flow)
 
     @property
+    def follows_teacher(self) -> bool:
+        """Whether it learns what a frozen network does, in training or before it: then results can be held against that."""
+        return self.has_teacher or self.has_trajectory
+
+    @property
     def student_is_guided(self) -> bool:
         """Whether a network that is guided by a second pass is so as the student."""
         return not self.distil_guidance and (self.has_pairs or self.has_trajectory)

@@ -5,7 +5,7 @@ import gc
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -192,7 +192,7 @@ def build_model(
         layout: build it for training on these processes, with activation checkpointing and compilation. A network that
             is sharded is loaded into host memory, one after the other, and leaves it block by block. None: to sample, with
             full weights in the compute dtype, as an exported pipeline has them.
-        with_teacher: load the teacher of full weights, if the run has one.
+        with_teacher: load the teacher of full weights, if the run has one (to sample: also if it made the stored paths).
     """
     dtype = compute_dtype(config)
     target = torch.device("cpu") if layout is not None and layout.is_sharded else device
@@ -214,7 +214,7 @@ def build_model(
         prepare(network, True)
     else:
         teacher = None
-        if with_teacher and config.method.has_teacher:
+        if with_teacher and (config.method.has_teacher if layout is not None else config.method.follows_teacher):
             teacher = family.load_network(dtype, target)
             prepare(teacher, False)
         model = FullModel(family, network, dtype, teacher=teacher, roles=roles, prepare=prepare)
@@ -291,22 +291,38 @@ def compile_blocks(network: nn.Module) -> None:
 class BatchEncoder:
     """Batch -> latents and conditioning on the device: a copy for cached samples, else VAE and text encoders run.
 
+    Args:
+        prompts: of the validation grid, encoded here: on a cache the text encoders are gone before the network comes.
+
     Raises:
         UserError: if a cache does not belong to this model or text length.
     """
 
-    def __init__(self, config: RunConfig, family: ModelFamily, corpus: Corpus, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        family: ModelFamily,
+        corpus: Corpus,
+        device: torch.device,
+        prompts: Sequence[str] = (),
+    ) -> None:
         self.device = device
         self.text: TextEncoders | None = None
         self.vae: Autoencoder | None = None
+        self.prompts: Conditioning | None = None
+        """The validation prompts, at `sample.guidance`."""
         self.paddings = [None if padding is None else padding.to(device) for padding in corpus.paddings]
         if corpus.is_cached:
             check_cache(config, family, corpus)
-            if family.passes == 2 or config.method.caption_dropout > 0:  # an empty caption; then the encoders go again
-                TextEncoders(family, config.model.text_length, compute_dtype(config), device)
-                gc.collect()  # cycles would keep them
-        else:
+        needs_empty_caption = family.passes == 2 or config.method.caption_dropout > 0
+        if prompts or needs_empty_caption or not corpus.is_cached:
             self.text = TextEncoders(family, config.model.text_length, compute_dtype(config), device)
+            if prompts:
+                self.prompts = self.text.encode(prompts, guidance=config.sample.guidance)
+            if corpus.is_cached:
+                self.text = None
+                gc.collect()  # cycles would keep them
+        if not corpus.is_cached:
             self.vae = Autoencoder(family, compute_dtype(config), device)
 
     def encode(self, batch: Batch) -> tuple[Tensor, Conditioning]:

@@ -150,7 +150,7 @@ class Trainer:
         self.corpus.order(config.train.global_batch_size, config.run.seed)  # refuses partitions that do not divide it
         if config.method.has_trajectory:
             check_paths(config.method, self.corpus)
-        self.encoder = BatchEncoder(config, self.family, self.corpus, self.device)
+        self.encoder = BatchEncoder(config, self.family, self.corpus, self.device, self._prompts)
         layout = build_layout(config, self.world, self.device, accumulation)
         # What a sharded network gathers in such a pass could not be used by one with gradient.
         self._in_inference_mode = not layout.is_sharded

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from scfm_core.flow.sampler import euler_sample
 from scfm_core.flow.schedule import sigma_grid
-from scfm_core.models.encoders import Autoencoder, TextEncoders
+from scfm_core.models.encoders import Autoencoder
 from scfm_core.models.protocol import Conditioning
 from scfm_core.models.student import FullModel, LoRAModel
 from scfm_core.scfm.plan import PlanConfig, sampling_strength
@@ -114,14 +114,14 @@ def _distinct_parts(prompts: Sequence[str]) -> list[str]:
 
 
 class Validation:
-    """The grid of samples at an interval: prompts encoded once, then the text encoders are dropped."""
+    """The grid of samples at an interval, of prompts that `BatchEncoder` has encoded."""
 
     def __init__(self, trainer: "Trainer", prompts: list[str]) -> None:
         config, family = trainer.config, trainer.family
         dtype = compute_dtype(config)
         self.prompts, self.every, self.last = prompts, config.sample.every, config.train.steps
-        text = trainer.encoder.text or TextEncoders(family, config.model.text_length, dtype, trainer.device)
-        self.cond = text.encode(prompts, guidance=config.sample.guidance)
+        assert trainer.encoder.prompts is not None
+        self.cond = trainer.encoder.prompts
         self.vae = trainer.encoder.vae or Autoencoder(family, dtype, trainer.device)
         height, width = config.data.resolution
         seeds = [config.sample.seed + i for i in range(len(prompts))]
