@@ -26,6 +26,25 @@ from scfm_core.train.parse import parse_config
 torch.set_num_threads(1)
 
 
+# Of these, each on its own takes two cores, and waits for what must happen within a time: never two of them at once.
+TIMED = tuple(
+    f"tests/{name}"
+    for name in ("slurm/", "distributed/test_faults", "distributed/test_processes", "distributed/test_streaming")
+)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """For `pytest -n 2`: one worker begins with all tests of `TIMED`, the other with the rest, which both then share."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneLaneForTimed(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "timed" if nodeid.startswith(TIMED) else nodeid
+
+    return OneLaneForTimed(config, log)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `flux` (a pipeline whose transformer is random but not zero), `digits`, `cache`, `classifier`."""

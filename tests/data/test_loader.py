@@ -660,7 +660,7 @@ def when_at_rest(log: Path) -> list[str]:
     seen = -1
     while seen != log.stat().st_size:
         seen = log.stat().st_size
-        time.sleep(0.4)
+        time.sleep(1)
     return log.read_text().split()
 
 

@@ -4,6 +4,7 @@ The processes are forked from one server that has imported torch, diffusers and 
 a tenth of a second. It has run nothing, so each test's processes have fresh global state.
 """
 
+import gc
 import io
 import multiprocessing
 import os
@@ -21,7 +22,15 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-_PRELOADED = ["torch.distributed.checkpoint", "diffusers.models", "deepspeed", "recipes.train", "recipes.export"]
+# `diffusers.models` imports what is asked of it and no more; the attention backends in it bring xformers and torchvision.
+_PRELOADED = [
+    "torch.distributed.checkpoint",
+    "diffusers.models.transformers",
+    "peft",
+    "deepspeed",
+    "recipes.train",
+    "recipes.export",
+]
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(_PRELOADED)
 
@@ -108,6 +117,7 @@ def _rank(results: Any, function: Any, arguments: tuple[Any, ...], rank: int, wo
     }
     import torch
 
+    gc.freeze()  # what the server has imported: a collection would copy all of its pages into this process
     torch.set_num_threads(1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     printed, outcome = io.StringIO(), Outcome()

@@ -64,10 +64,14 @@ def joined_trainer(tree: dict[str, Any]) -> Any:
     return make()
 
 
-def train_all(tree: dict[str, Any]) -> list[dict[str, Any]]:
-    """In a rank: resume, run to the end, save the last step; the rows of this start."""
+def train_all(tree: dict[str, Any], *save_after: int) -> list[dict[str, Any]]:
+    """In a rank: resume, run to the end, save after the given steps and the last; the rows of this start."""
     with joined_trainer(tree) as trainer:
-        rows = list(trainer.train_steps())
+        rows = []
+        for row in trainer.train_steps():
+            rows.append(row)
+            if row["step"] in save_after:
+                trainer.save()
         trainer.save()
         trainer.writer.wait()
         return rows

@@ -1,5 +1,6 @@
 """Going on: on the same engine exactly, on any other engine and number of processes with the same weights and optimizer."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from runs import ENGINES, distance, joined_trainer, make_tree, run_distributed, 
 from recipes.checkpoint import convert, inspect
 from recipes.export import export
 from scfm_core.distributed.reader import module_name
-from scfm_core.train.checkpoint import find_checkpoint, load_checkpoint
+from scfm_core.train.checkpoint import checkpoint_path, find_checkpoint, load_checkpoint
 
 GROUPS = ("student", "ema_fast", "ema_slow", "exp_avg", "exp_avg_sq")
 
@@ -21,31 +22,31 @@ def rows_of(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
     return [(row["step"], row["loss"], row["grad_norm"], row["lr"], row["samples"]) for row in rows]
 
 
-@pytest.mark.parametrize("weights", ["lora", "full"])
-@pytest.mark.parametrize("name", [*ENGINES, "fsdp2 async"])
+INTERRUPTED = [(name, weights) for name in ("fsdp2", "zero2", "zero3") for weights in ("lora", "full")]
+INTERRUPTED += [("replicas", "lora"), ("zero1", "full"), ("fsdp2 async", "full")]
+
+
+@pytest.mark.parametrize(("name", "weights"), INTERRUPTED)
 def test_interrupted_equals_uninterrupted(name, weights, tiny, tmp_path):
     """N + M steps against N, restart, M: bitwise, on every engine, with guard, restart of the EMAs and a schedule."""
-    engine = ENGINES[name.removesuffix(" async")]
-    changes: dict[str, Any] = {
-        "engine": engine,
-        "train__weights": weights,
-        "train__warmup_steps": 3,
-        "checkpoint__asynchronous": name.endswith("async"),
-        "ema": {"restart_every": 4},
-        "train__micro_batch_size": 4,
-    }
-    tree = {
-        **make_tree(tiny, tmp_path / "a", **{k: v for k, v in changes.items() if k != "ema"}),
-        "ema": changes["ema"],
-    }
-    tree["train"]["steps"] = 6
-    [whole, _] = run_distributed(train_all, 2, tree)
+    tree = make_tree(
+        tiny,
+        tmp_path / "a",
+        engine=ENGINES[name.removesuffix(" async")],
+        train__weights=weights,
+        train__warmup_steps=3,
+        train__micro_batch_size=4,
+        train__steps=6,
+        checkpoint__asynchronous=name.endswith("async"),
+        ema={"restart_every": 4},
+    )
+    [whole, _] = run_distributed(train_all, 2, tree, 3)
+    # All that a run which ended after step 3 leaves.
+    shutil.copytree(checkpoint_path(tmp_path / "a", 3), checkpoint_path(tmp_path / "b", 3))
     tree["run"]["dir"] = str(tmp_path / "b")
-    tree["train"]["steps"] = 3
-    [first, _] = run_distributed(train_all, 2, tree)
-    tree["train"]["steps"] = 6
     [second, _] = run_distributed(train_all, 2, tree)
-    assert rows_of(first + second) == rows_of(whole)
+    assert [row["step"] for row in second] == [4, 5, 6]
+    assert rows_of(second) == rows_of(whole)[3:]
     left, right = tensors(tmp_path / "a"), tensors(tmp_path / "b")
     assert left.keys() == right.keys()
     assert all(torch.equal(left[key], right[key]) for key in left)
@@ -55,19 +56,19 @@ def test_interrupted_equals_uninterrupted(name, weights, tiny, tmp_path):
 CHAIN = [(2, "zero2"), (1, "zero3"), (4, "fsdp2"), (2, "zero1"), (1, "fsdp2"), (2, "zero3")]
 
 
-@pytest.mark.parametrize("weights", ["lora", "full"])
-def test_a_run_moves_between_engines_and_world_sizes(weights, tiny, tmp_path):
+@pytest.mark.parametrize(("weights", "chain"), [("lora", CHAIN), ("full", CHAIN[1:4])], ids=["lora", "full"])
+def test_a_run_moves_between_engines_and_world_sizes(weights, chain, tiny, tmp_path):
     """2 -> 1 -> 4 processes, ZeRO-2 -> ZeRO-3 -> FSDP2 and on: the losses are those of a run that never moved."""
     tree = make_tree(
-        tiny, tmp_path / "still", train__weights=weights, train__steps=2 * len(CHAIN), train__micro_batch_size=8
+        tiny, tmp_path / "still", train__weights=weights, train__steps=2 * len(chain), train__micro_batch_size=8
     )
     [still] = run_distributed(train_all, 1, tree)
     moved: list[dict[str, Any]] = []
-    for leg, (world_size, name) in enumerate(CHAIN, 1):
+    for leg, (world_size, name) in enumerate(chain, 1):
         tree = make_tree(tiny, tmp_path / "moved", train__weights=weights, engine=ENGINES[name])
         tree["train"] |= {"steps": 2 * leg, "micro_batch_size": 8 // world_size}
         moved += run_distributed(train_all, world_size, tree)[0]
-    assert [row["step"] for row in moved] == list(range(1, 2 * len(CHAIN) + 1))
+    assert [row["step"] for row in moved] == list(range(1, 2 * len(chain) + 1))
     for key in ("loss", "grad_norm"):
         assert [row[key] for row in moved] == pytest.approx([row[key] for row in still], rel=1e-5)
     left, right = tensors(tmp_path / "moved"), tensors(tmp_path / "still")
@@ -126,24 +127,28 @@ def write_config(tree: dict[str, Any], run_dir: Path) -> None:
     (run_dir / "config.yaml").write_text(yaml.safe_dump(tree))
 
 
-@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3"])
-def test_deepspeeds_own_tool_reads_the_checkpoint(name, tiny, tmp_path):
+def test_deepspeeds_own_tool_reads_the_checkpoint(tiny, tmp_path):
     """zero_to_fp32.py as DeepSpeed left it beside the checkpoints, by its pointer, without our code."""
-    tree = make_tree(tiny, tmp_path / "run", engine=ENGINES[name], train__weights="full", train__micro_batch_size=4)
-    run_distributed(train_all, 2, tree)
-    folder = tmp_path / "run" / "checkpoints"
-    command = [sys.executable, str(folder / "zero_to_fp32.py"), str(folder), str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    run_dirs = [tmp_path / name for name in ("zero1", "zero2", "zero3")]
+    for run_dir in run_dirs:
+        engine = ENGINES[run_dir.name]
+        tree = make_tree(tiny, run_dir, engine=engine, train__weights="full", train__micro_batch_size=4)
+        run_distributed(train_all, 2, tree)
+    # One process for all: it takes longest to import.
+    program = """if True:
+        import runpy, sys
+        for folder in sys.argv[1:]:
+            sys.argv = ["zero_to_fp32.py", folder, folder + "/../out"]
+            runpy.run_path(folder + "/zero_to_fp32.py", run_name="__main__")
+    """
+    folders = [str(run_dir / "checkpoints") for run_dir in run_dirs]
+    done = subprocess.run([sys.executable, "-c", program, *folders], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    from safetensors.torch import load_file
-
-    files = list((tmp_path / "out").glob("*.safetensors")) or list((tmp_path / "out").glob("*.bin"))
-    state = load_file(files[0]) if files[0].suffix == ".safetensors" else torch.load(files[0], weights_only=True)
-    ours = {
-        key.removeprefix("student."): t for key, t in tensors(tmp_path / "run").items() if key.startswith("student.")
-    }
-    assert state.keys() == {module_name(key) for key in ours}
-    assert all(torch.equal(state[module_name(key)], value) for key, value in ours.items())
+    for run_dir in run_dirs:
+        state = torch.load(run_dir / "out" / "pytorch_model.bin", weights_only=True)
+        ours = {key.removeprefix("student."): t for key, t in tensors(run_dir).items() if key.startswith("student.")}
+        assert state.keys() == {module_name(key) for key in ours}
+        assert all(torch.equal(state[module_name(key)], value) for key, value in ours.items())
 
 
 @pytest.mark.parametrize("source", ["fsdp2", "zero2", "zero3"])

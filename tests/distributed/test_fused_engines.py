@@ -23,14 +23,12 @@ def plain(tiny, tmp_path_factory):
 
 
 def changes(weights):
-    return {"train__steps": 2, "train__weights": weights, "train__global_batch_size": 2}
+    """One step: Triton's interpreter takes seconds a forward."""
+    return {"train__steps": 1, "train__weights": weights, "train__global_batch_size": 2}
 
 
-@pytest.mark.parametrize("weights", ["lora", "full"])
-@pytest.mark.parametrize("engine", ["fsdp2", "zero2", "zero3"])
+@pytest.mark.parametrize(("engine", "weights"), [("fsdp2", "lora"), ("fsdp2", "full"), ("zero3", "lora")])
 def test_losses_and_gradients_are_those_of_plain_blocks(engine, weights, plain, tiny, tmp_path):
-    if engine == "zero2" and weights == "full":
-        pytest.skip("nothing is sharded but the optimizer: the adapters' case covers it")
     tree = make_tree(tiny, tmp_path / "run", **changes(weights), train__micro_batch_size=1, engine=ENGINES[engine])
     rows = run_distributed(train_all, 2, tree | FUSED)[0]
     expected = plain(weights)

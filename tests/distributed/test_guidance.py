@@ -13,7 +13,6 @@ METHODS = {"distil": DISTIL, "guided": {"guidance": [3.5, 5.0]}}
         ("distil", "fsdp2", "lora"),
         ("distil", "fsdp2", "full"),
         ("distil", "zero3", "lora"),
-        ("distil", "zero3", "full"),
         ("guided", "zero3", "full"),
     ],
 )

@@ -65,8 +65,7 @@ def held(tree: dict[str, Any]) -> dict[str, int]:
         return found
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("weights", ["lora", "full"])
+@pytest.mark.parametrize(("weights", "dtype"), [("lora", "float32"), ("full", "bfloat16")])
 @pytest.mark.parametrize("name", CASES)
 def test_the_estimate_is_within_a_tenth(name, weights, dtype, tiny, tmp_path):
     world_size, engine = CASES[name]

@@ -93,9 +93,10 @@ def main() -> None:
         return result
 
     JITFunction.run = compile_only
+    cases = [(torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float32, 128)]
     for capability in (80, 90):
         triton.runtime.driver.set_active(NoDevice(capability))
-        for dtype, dim in ((torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float32, 128)):
+        for dtype, dim in cases if capability == 80 else cases[:2]:  # nobody trains in fp32 on the larger one
             compiled.clear()
             launch_all(dtype, dim)
             for name, kernel in compiled.values():

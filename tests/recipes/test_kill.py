@@ -16,7 +16,7 @@ from scfm_core.distributed.engine import GROUPS
 from scfm_core.train.checkpoint import find_checkpoint, load_checkpoint
 from scfm_core.train.parse import dump_config
 
-STEPS = 60
+STEPS = 36
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def recipe(make_config, tmp_path):
         "train.micro_batch_size": 4,
         "checkpoint.every": 4,
         "method.step_gain": {"gamma": 0.5},
-        "ema.restart_every": 25,
+        "ema.restart_every": 15,
         "data.num_workers": 1,
     }
     path = tmp_path / "recipe.yaml"
@@ -86,7 +86,7 @@ def test_kill_nine_three_times_and_polite_signals(recipe, tmp_path):
     moments = random.Random(20261121)
     for count in range(3):
         process = start(recipe, killed)
-        wait_for_steps(process, killed, 12 * (count + 1) + moments.randrange(8))
+        wait_for_steps(process, killed, 8 * (count + 1) + moments.randrange(5))
         time.sleep(moments.uniform(0, 0.3))
         process.kill()
         process.communicate()

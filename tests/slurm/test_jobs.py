@@ -198,8 +198,16 @@ def test_as_a_user_submits_it(start, uninterrupted, tmp_path):
 
 def test_time_limit(start, uninterrupted):
     """Warned before it, the job saves, is requeued, and goes on."""
-    run = start(train__steps=150)
-    run.submit("--time=2", "--signal=USR2@70")
+    run = start()
+    run.submit("--time=20", "--signal=USR2@300")
+    run.until(lambda: run.steps >= 6)
+    # Slurm looks every 30 seconds which limits are near, and the run is shorter; it wakes what it signals.
+    ranks = list(run.ranks().values())
+    assert len(ranks) == 2
+    for rank in ranks:
+        rank.suspend()
+    run.cluster.run("scontrol", "update", f"jobid={run.number}", "TimeLimit=3")
+    run.until(lambda: not any(is_stopped(rank) for rank in ranks))
     run.until(lambda: len(run.events("job")) == 1)
     assert run.events("job")[0]["verdict"] == "requeue"
     (stopped,) = run.events("end")
@@ -208,7 +216,11 @@ def test_time_limit(start, uninterrupted):
     assert run.ended() == "COMPLETED", run.output
     assert run.cluster.job(run.number)["Restarts"] == "1"
     assert [start["step"] for start in run.events("start")] == [0, stopped["step"]]
-    same(run.adapter(), uninterrupted(train__steps=150))
+    same(run.adapter(), uninterrupted())
+
+
+def is_stopped(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() == psutil.STATUS_STOPPED
 
 
 def preempted(run: Run, by_signal: str) -> None:
