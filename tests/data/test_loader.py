@@ -222,13 +222,11 @@ class TestTenThousandSamples:
         assert whole == expected(many, 240, 42, shuffle_block=500)
         assert whole[:100] != list(range(100))
 
-    @pytest.mark.parametrize("workers", [0, 2])
-    @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+    @pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (3, 0), (2, 2), (4, 2)])
     def test_come_once_each_in_one_order(self, many, whole, world_size, workers):
         assert read_many(many, worlds=[world_size], num_workers=workers) == whole
 
-    @pytest.mark.parametrize("workers", [0, 2])
-    @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+    @pytest.mark.parametrize(("world_size", "workers"), [(1, 2), (2, 0), (3, 2), (4, 0)])
     def test_with_three_interruptions(self, many, whole, world_size, workers):
         """The last of them between the epochs."""
         cuts = [1, 19, 41]

@@ -284,18 +284,13 @@ def combinations() -> list[tuple[str, int, str, int]]:
     return [
         *everywhere("fsdp2"),
         ("fsdp2 async", 2, "in the first tensors", 1),
-        ("fsdp2 async", 2, "in hashing", 0),
-        ("fsdp2 async", 2, "before the rename", 0),
         ("fsdp2 async", 2, "while rank 0 commits", 1),
         ("fsdp2 async", 1, "before the rename", 0),
         ("zero2", 1, "in the EMAs", 0),
         ("zero1", 2, "in the first tensors", 1),
-        ("zero1", 2, "before the pointer", 0),
-        ("zero2", 2, "in the first tensors", 0),
         ("zero2", 2, "in the EMAs", 1),
         ("zero2", 2, "before state.json", 1),
         ("zero3", 2, "in the first tensors", 1),
-        ("zero3", 2, "in the manifest", 0),
     ]
 
 

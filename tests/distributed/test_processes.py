@@ -140,7 +140,7 @@ def is_running(pid: int) -> bool:
 
 @pytest.mark.parametrize(
     ("name", "victim", "number"),
-    [("fsdp2", 1, "SIGKILL"), ("zero2", 0, "SIGKILL"), ("fsdp2", 0, "SIGSTOP"), ("zero2", 1, "SIGSTOP")],
+    [("fsdp2", 1, "SIGKILL"), ("zero2", 0, "SIGSTOP")],
 )
 def test_a_rank_that_is_killed_or_stopped_in_a_step_under_torchrun(name, victim, number, tiny, tmp_path, start):
     job = start(make_run(tiny, tmp_path / "run", name, train__steps=100_000, checkpoint__every=100_000))
@@ -202,7 +202,7 @@ def code_of(outcome: Any) -> int:
     return outcome.value if outcome.value is not None else outcome.exit_code
 
 
-@pytest.mark.parametrize(("name", "victim"), [("fsdp2", 1), ("fsdp2", 0), ("zero2", 1)])
+@pytest.mark.parametrize(("name", "victim"), [("fsdp2", 0), ("zero2", 1)])
 def test_a_rank_that_sleeps_in_a_step(name, victim, tiny, tmp_path):
     """It is alive and stands still: both ends come from the timeout, its own and that of the rank that waits for it."""
     tree = make_run(tiny, tmp_path / "run", name)
@@ -344,10 +344,8 @@ def signalled(tree: dict[str, Any], victim: int, number: int) -> tuple[int, int]
 @pytest.mark.parametrize(
     ("name", "victim", "number"),
     [
-        ("fsdp2", 1, signal.SIGUSR2),
         ("fsdp2", 0, signal.SIGTERM),
-        ("zero2", 1, signal.SIGTERM),
-        ("zero3", 1, signal.SIGUSR2),
+        ("zero2", 1, signal.SIGUSR2),
         ("fsdp2 async", 1, signal.SIGTERM),
     ],
 )
