@@ -6,7 +6,7 @@ from scfm_core.errors import UserError
 from scfm_core.models.adapters import LoRABank
 from scfm_core.models.protocol import ModelFamily
 from scfm_core.train.config import RunConfig
-from scfm_core.train.memory import estimate_memory, shares
+from scfm_core.train.memory import estimate_memory, has_folder, shares
 
 A100_PEAK = 312e12  # bf16 FLOP/s, dense (NVIDIA A100 data sheet)
 ASSUMED_UTILISATION = 0.5
@@ -32,6 +32,8 @@ class Estimate:
     """Bytes on one GPU by part."""
     host_memory: dict[str, float]
     """Bytes of one process in host memory by part, where something is offloaded."""
+    encoders_if_images: float
+    """Bytes of VAE and text encoders, in no total: they stay beside the network if shards hold images. 0: counted, for a folder."""
     world: int
     """Processes."""
 
@@ -73,6 +75,7 @@ def estimate(config: RunConfig, family: ModelFamily, world: int = 1) -> Estimate
         step_flops=step,
         memory=memory.gpu,
         host_memory=memory.host,
+        encoders_if_images=0.0 if has_folder(config) else float(family.encoder_bytes),
         world=world,
     )
 
@@ -130,6 +133,8 @@ def format_estimate(result: Estimate, config: RunConfig, kernels: str) -> str:
         f"memory of one GPU, micro-batch {train.micro_batch_size}",
         *_table(result.memory),
     ]
+    if result.encoders_if_images:
+        lines.append(f"  {'and if shards hold images':<28} {_gib(result.encoders_if_images)} of encoders")
     if result.host_memory:
         lines += ["host memory of one process", *_table(result.host_memory)]
     return "\n".join(lines)

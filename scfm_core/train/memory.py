@@ -40,6 +40,11 @@ def shares(config: RunConfig, world: int) -> Shares:
     return Shares(*(world if engine.zero_stage >= stage else 1 for stage in (3, 2, 1)))
 
 
+def has_folder(config: RunConfig) -> bool:
+    """Whether images are read from a folder, so that the encoders run beside the network; shards may hold either."""
+    return any(source.format == "folder" for source in config.data.mixture())
+
+
 def estimate_memory(
     config: RunConfig, family: ModelFamily, network: nn.Module, base: int, trained: int, tokens: int, world: int
 ) -> Memory:
@@ -77,9 +82,7 @@ def estimate_memory(
         "Adam (fp32)": 8 * trained / share.optimizer,
     }
     working = {
-        "encoders (on the fly)": float(
-            family.encoder_bytes if any(source.format == "folder" for source in config.data.mixture()) else 0
-        ),
+        "encoders (on the fly)": float(family.encoder_bytes * has_folder(config)),
         "gathered weights (a guess)": _gathered(config, network, share, width),
         "reduce bucket (fp32)": 4 * min(REDUCE_BUCKET, trained) * zero,
         "activations (a guess)": _activations(config, family, tokens, width),

@@ -88,3 +88,13 @@ def test_the_page_states_what_a_person_asks():
         "A100-day",
     ):
         assert words in page
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [("flux_dev_lora.yaml", "and if shards hold images"), ("flux_dev_fewshot.yaml", "encoders (on the fly)")],
+)
+def test_encoders_beside_the_network(recipe, words):
+    page = describe(load_config(recipe))
+    assert f"{words:<28}     9.26 GiB" in page
+    assert ("and if shards hold images" in page) != ("on the fly" in page)
