@@ -29,7 +29,7 @@ lint: setup
 	$(BIN)/shellcheck -x slurm/*.sh slurm/clusters/*.env
 
 bench: setup
-	for script in tests/benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
+	failed=0; for script in tests/benchmarks/bench_*.py; do $(BIN)/python $$script || failed=1; done; exit $$failed
 
 clean:
 	rm -rf .venv runs

@@ -52,9 +52,16 @@ def main(argv: list[str] | None = None) -> int:
 
 def command() -> NoReturn:
     """`scfm`, as a process of its own: `main`, and the end."""
-    code = main()
-    if code == PeerLost.exit_code:
-        # At once: nothing is left to save, and the interpreter's own end may wait for the process that is lost.
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    try:
+        code = main()
+    except Exception:
+        if not several:
+            raise
+        traceback.print_exc()
+        code = 1
+    if code == PeerLost.exit_code or (several and 0 < code < 128):
+        # At once: nothing is left to save, and the interpreter's own end, or NCCL's, may wait for the other processes.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

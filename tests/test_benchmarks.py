@@ -6,11 +6,13 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 SMALLEST = {"bench_loader": ["--samples", "48", "--width", "128", "--workers", "1", "--s3"]}
 SCRIPTS = sorted((Path(__file__).parent / "benchmarks").glob("bench_*.py"))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs them at their full size: make bench")
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_benchmark_runs(path, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("os.environ", os.environ.copy())  # of a storage that ends with the benchmark

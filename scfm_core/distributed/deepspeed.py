@@ -153,9 +153,11 @@ class ZeroEngine:
 
     def reduce(self) -> float:
         """See `Engine`. DeepSpeed's own norm turns NaN and infinity into 1, so it is no ground for a decision."""
-        squared = torch.zeros((), dtype=torch.float64)
-        for gradient in self._reduced_gradients():
-            squared += gradient.double().square().sum().cpu()
+        if self._config_offloads() and self._stage < 3 and torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()  # DeepSpeed copies them off the GPU without waiting
+        gradients = list(self._reduced_gradients())
+        norms = torch.stack(torch._foreach_norm(gradients)) if gradients else torch.zeros(1)  # type: ignore[arg-type]
+        squared = norms.double().square().sum().cpu()  # one wait for the GPU
         if self._world.size > 1:
             dist.all_reduce(squared, group=self._world.group)
         return float(squared.sqrt().item())

@@ -3,7 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -23,6 +23,8 @@ class World:
     size: int = 1
     group: dist.ProcessGroup | None = None
     """A gloo group for decisions, so that none of them waits for the GPU's queue."""
+    timeout: timedelta | None = None
+    """How long a collective of `group` may wait for a rank; None: PyTorch's half an hour."""
 
     @property
     def is_main(self) -> bool:
@@ -55,7 +57,7 @@ class World:
         """The same processes over a group of their own, for a thread that talks beside the training."""
         if self.group is None:
             return self
-        return World(self.rank, self.size, dist.new_group(backend="gloo"))
+        return replace(self, group=dist.new_group(backend="gloo", timeout=self.timeout))
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -107,7 +109,7 @@ def join_world(device: torch.device, timeout: float, *, always: bool = False) ->
     """Meet the other processes of the launcher.
 
     Args:
-        device: of this process; NCCL for CUDA, gloo for CPU.
+        device: of this process, a GPU with its index; NCCL for CUDA, gloo for CPU.
         timeout: seconds that a collective may wait for a rank.
         always: make a process group for a single process too (DeepSpeed needs one).
 
@@ -118,7 +120,8 @@ def join_world(device: torch.device, timeout: float, *, always: bool = False) ->
     if size == 1 and not always:
         yield World()
         return
-    options: dict[str, Any] = {"timeout": timedelta(seconds=timeout)}
+    patience = timedelta(seconds=timeout)
+    options: dict[str, Any] = {"timeout": patience}
     if size == 1:
         options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it
@@ -137,10 +140,14 @@ def join_world(device: torch.device, timeout: float, *, always: bool = False) ->
             f"{timeout:g} s ({str(error).splitlines()[0]}). Look at the logs of the others, and whether this address can be "
             f"reached from here"
         ) from error
+    failed = True
     try:
-        group = dist.new_group(backend="gloo") if device.type == "cuda" else dist.group.WORLD
-        yield World(dist.get_rank(), size, group)
+        group = dist.new_group(backend="gloo", timeout=patience) if device.type == "cuda" else dist.group.WORLD
+        yield World(dist.get_rank(), size, group, patience)
+        failed = False
     finally:
-        # A rank that failed must not wait here for the others: the launcher ends them.
-        with contextlib.suppress(Exception):
-            dist.destroy_process_group()
+        # A rank that failed must not wait here for the others: the launcher ends them. NCCL's end is a collective of a
+        # node's ranks, gloo's is not; `scfm` leaves without it.
+        if not (failed and size > 1 and device.type == "cuda"):
+            with contextlib.suppress(Exception):
+                dist.destroy_process_group()

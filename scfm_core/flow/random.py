@@ -66,7 +66,7 @@ def sample_noise(latents: Tensor, sample_ids: Tensor, seed: int) -> Tensor:
         raise ValueError(f"{len(sample_ids)} sample ids for {shape[0]} samples")
     count = math.prod(shape[1:])
     half = (count + 1) // 2
-    draws = uniform(seed, sample_ids.to(latents.device), Stream.NOISE, 2 * half)
+    draws = uniform(seed, sample_ids.to(latents.device, non_blocking=True), Stream.NOISE, 2 * half)
     radius, angle = (-2 * draws[:, :half].log()).sqrt(), (2 * math.pi) * draws[:, half:]
     normal = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)
     return normal[:, :count].to(torch.float32).reshape(shape)

@@ -173,13 +173,14 @@ def choose_attention(
 
 
 def _milliseconds(backend: str, shape: AttentionShape, repeats: int = 7, calls: int = 5) -> float:
-    """Median of a forward and backward, by the GPU's own clock; several calls at once, since in training the launches run
-    ahead too."""
+    """Median of a forward and backward, by the GPU's own clock; several calls at once, behind a wait of some 5 ms, since in
+    training the launches run ahead too."""
     inputs = shape.draw()
     grad = torch.randn_like(inputs[0])
     times = []
     for number in range(repeats + 2):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(10_000_000)
         start.record()
         for _ in range(calls):
             torch.autograd.grad(attention(*inputs, backend), inputs, grad)

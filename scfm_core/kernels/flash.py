@@ -74,7 +74,7 @@ def _flash(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     output, lse = _fake_flash(query, key, value)
     batch, queries, heads, dim = query.shape
     keys, tile = key.shape[1], _tile(_FORWARD, query)
-    _forward_kernel[(triton.cdiv(queries, tile.own), batch * heads)](
+    _flash_kernel[(triton.cdiv(queries, tile.own), batch * heads)](
         query, key, value, output, lse, *_strides(query), *_strides(key), *_strides(value), *_strides(output), heads,
         queries, keys, dim**-0.5 * _LOG2_E, DIM=dim, OWN=tile.own, READ=tile.read, EVEN=keys % tile.read == 0,
         WIDEN=is_interpreted(), num_warps=tile.num_warps, num_stages=tile.num_stages,
@@ -153,7 +153,7 @@ def _dot(a, b, accumulated, WIDEN: tl.constexpr):
 
 
 @triton.jit
-def _forward_kernel(
+def _flash_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     out_batch, out_row, out_head, heads, queries, keys, scale,
     DIM: tl.constexpr, OWN: tl.constexpr, READ: tl.constexpr, EVEN: tl.constexpr, WIDEN: tl.constexpr,

@@ -154,26 +154,26 @@ class FullModel(_Passes):
         """
         if role == "teacher":
             return self._run("teacher", x, sigma, cond)
-        is_teacher = strength == 0
-        if not bool((is_teacher | (strength == 1)).all()):
+        strengths = strength.tolist()  # on a GPU this waits for its queue, once a pass
+        if not {0.0, 1.0}.issuperset(strengths):
             raise ValueError(
                 "full weights know strengths 0 and 1 alone; step-scaled strengths need train.weights: lora"
             )
         is_near = role == "ema_fast" and for_target
-        if not is_near and not bool(is_teacher.any()):
+        if not is_near and 0.0 not in strengths:
             return self._run(role, x, sigma, cond)
         if "teacher" not in self._networks:
-            if bool(is_teacher.any()):
+            if 0.0 in strengths:
                 raise ValueError("this model was built without a teacher, but some rows have strength 0")
             return self._run(role, x, sigma, cond)
         # Both networks are entered whatever the draw, by every process: a sharded network gathers its weights
         # collectively. A network without rows of its own runs on row 0, and the result is thrown away.
         output = torch.empty_like(x)
-        for name, mask in (("teacher", is_teacher), (role, ~is_teacher)):
-            rows = mask.nonzero().squeeze(1)
-            used = rows if rows.numel() else rows.new_zeros(1)
+        for name, value in (("teacher", 0.0), (role, 1.0)):
+            rows = [row for row, own in enumerate(strengths) if own == value]
+            used = torch.tensor(rows or [0]).to(x.device, non_blocking=True)
             part = self._run(name, x[used], sigma[used], cond[used]).to(x.dtype)
-            output = torch.where(per_sample(mask, x), output.index_copy(0, used, part), output)
+            output = torch.where(per_sample(strength == value, x), output.index_copy(0, used, part), output)
         return output
 
     def _run(self, role: str, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:

@@ -182,7 +182,7 @@ class PlanConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ShortcutPlan:
-    """One row a sample. 1-D tensors [B]; floating ones are fp32.
+    """One row a sample. 1-D tensors [B], but for `pair_rows`; floating ones are fp32.
 
     `sigma_start > sigma_mid > sigma_end` on pairs; a flow-matching row is a jump of length zero, all three equal. A
     trajectory row gets its sigmas from its path (`on_trajectories`), with sigma_mid equal to sigma_start.
@@ -215,6 +215,9 @@ class ShortcutPlan:
     that every process of a run takes the same way; None: looked up in the rows."""
     has_trajectory: bool | None = None
     has_pairs: bool | None = None
+    pair_rows: Tensor | None = None
+    """int64: the rows that take the two passes, row 0 if there is none. Found where the plan is drawn: on a GPU, counting rows
+    would wait for its queue."""
 
     def __post_init__(self) -> None:
         if self.is_trajectory is None:
@@ -226,6 +229,9 @@ class ShortcutPlan:
             object.__setattr__(self, "has_trajectory", bool(self.is_trajectory.any()))
         if self.has_pairs is None:
             object.__setattr__(self, "has_pairs", not bool(self.is_given.all()))
+        if self.pair_rows is None:
+            rows = (~self.is_given).nonzero().squeeze(1)
+            object.__setattr__(self, "pair_rows", rows if rows.numel() else rows.new_zeros(1))
 
     @property
     def is_given(self) -> Tensor:

@@ -48,12 +48,10 @@ def scfm_target(
     if not (plan.has_flow or plan.has_trajectory):
         return _pair_target(plan, slice(None), noised_latents, cond, near, far)
 
-    assert flow_velocity is not None
+    assert flow_velocity is not None and plan.pair_rows is not None
     # Only pairs need the two passes. At least one row always goes through, so that every process of a sharded run
     # enters the network; as a jump of length zero it would only be overwritten.
-    rows = (~plan.is_given).nonzero().squeeze(1)
-    if rows.numel() == 0:
-        rows = rows.new_zeros(1)
+    rows = plan.pair_rows
     picked = None if cond is None else cond[rows]
     pairs = _pair_target(plan, rows, noised_latents[rows], picked, near, far)
     target = flow_velocity.to(pairs.dtype).index_copy(0, rows, pairs)

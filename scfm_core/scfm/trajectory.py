@@ -30,9 +30,7 @@ class Trajectory:
 
     def to(self, device: torch.device | str) -> "Trajectory":
         """The same on `device`."""
-        return Trajectory(
-            velocities=self.velocities.to(device), sigmas=self.sigmas.to(device), guidance=self.guidance.to(device)
-        )
+        return Trajectory(**{name: part.to(device, non_blocking=True) for name, part in vars(self).items()})
 
     def jump(self, latents: Tensor, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
         """From node to node.

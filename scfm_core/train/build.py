@@ -65,13 +65,10 @@ def resolve_device(name: str) -> torch.device:
     if not torch.cuda.is_available():
         raise UserError(f"run.device is {name!r}, but torch sees no GPU. Set run.device=cpu, or mend the driver")
     if launched_size() == 1:
-        device = torch.device("cuda" if name == "auto" else name)
-        if device.index is not None:
-            if device.index >= torch.cuda.device_count():
-                raise UserError(
-                    f"run.device={name}, but this machine has {torch.cuda.device_count()} GPUs, from cuda:0 on"
-                )
-            torch.cuda.set_device(device)  # Triton launches on the current one, whatever its tensors lie on
+        device = torch.device("cuda", torch.device("cuda" if name == "auto" else name).index or 0)
+        if device.index >= torch.cuda.device_count():
+            raise UserError(f"run.device={name}, but this machine has {torch.cuda.device_count()} GPUs, from cuda:0 on")
+        torch.cuda.set_device(device)  # Triton launches on the current one, whatever its tensors lie on
         return device
     if ":" in name:
         raise UserError(
@@ -330,10 +327,11 @@ class BatchEncoder:
         if batch.latents is not None:
             assert batch.text is not None and batch.pooled is not None
             text = batch.text.padded(self.paddings, self.device)
-            cond = Conditioning(text=text, pooled=batch.pooled.to(self.device))
-            return batch.latents.to(self.device, torch.float32), cond
+            cond = Conditioning(text=text, pooled=batch.pooled.to(self.device, non_blocking=True))
+            return batch.latents.to(self.device, non_blocking=True).float(), cond
         assert batch.images is not None and self.vae is not None and self.text is not None
-        return self.vae.encode(batch.images.to(self.device)).float(), self.text.encode(batch.captions)
+        images = batch.images.to(self.device, non_blocking=True)
+        return self.vae.encode(images).float(), self.text.encode(batch.captions)
 
 
 def check_paths(method: PlanConfig, corpus: Corpus) -> None:

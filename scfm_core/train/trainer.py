@@ -163,6 +163,8 @@ class Trainer:
     def micro_step(self, batch: Batch, meter: LossMeter) -> Tensor:
         """Forward of one micro-batch: its loss, ready for the backward."""
         config, model = self.config, self.model
+        if self.device.type == "cuda":
+            batch = batch.pinned()
         latents, cond = self.encoder.encode(batch)
         tokens = self.family.image_tokens(latents)
         plan = sample_plan(config.method, batch.sample_ids, config.run.seed, image_tokens=tokens).to(self.device)

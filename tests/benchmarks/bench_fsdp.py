@@ -1,6 +1,6 @@
 """Our step under FSDP2 on one process against none: what sharding costs where it brings nothing.
 
-    python tests/benchmarks/bench_fsdp.py [--repeats 10] [--batch 8] [--json PATH]
+    python tests/benchmarks/bench_fsdp.py [--repeats 10] [--batch N] [--json PATH]
 
 A run of one process never shards; this is the price of FSDP2's hooks and copies alone, without communication.
 """
@@ -10,7 +10,7 @@ import tempfile
 import torch
 import torch.distributed as dist
 from harness import DEVICE, measure, parser, report
-from step_arms import DTYPE, GPU, Setting, ours
+from step_arms import BATCH, DTYPE, GPU, Setting, ours
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -22,7 +22,7 @@ from scfm_core.train.build import transformer_blocks
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = parser(__doc__, "fsdp", 10).parse_args(argv)
+    arguments = parser(__doc__, "fsdp", 10, BATCH).parse_args(argv)
     setting = Setting(arguments.batch)
     arch = setting.family.network_config
     shape = AttentionShape(

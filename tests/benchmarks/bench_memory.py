@@ -1,6 +1,6 @@
 """Peak memory and time of our step under each kind of activation checkpointing.
 
-    python tests/benchmarks/bench_memory.py [--repeats 5] [--batch 8] [--json PATH]
+    python tests/benchmarks/bench_memory.py [--repeats 5] [--batch N] [--json PATH]
 
 On a GPU: Flux.1-dev, 512 x 512 pixels, T5 length 512, LoRA rank 64; each arm alone on the GPU. On a CPU: the tiny Flux, where
 memory is not counted.
@@ -10,13 +10,13 @@ import gc
 
 import torch
 from harness import DEVICE, measure, parser, report
-from step_arms import DTYPE, GPU, Setting, ours
+from step_arms import BATCH, DTYPE, GPU, Setting, ours
 
 from scfm_core.kernels.attention import AttentionShape, choose_attention
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = parser(__doc__, "memory", 5).parse_args(argv)
+    arguments = parser(__doc__, "memory", 5, BATCH).parse_args(argv)
     setting = Setting(arguments.batch, text_length=512)
     arch = setting.family.network_config
     shape = AttentionShape(

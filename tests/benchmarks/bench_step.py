@@ -1,6 +1,6 @@
 """Time of one training step: ours against a plain diffusers + PEFT step, and against the best of such steps.
 
-    python tests/benchmarks/bench_step.py [--repeats 20] [--batch 8] [--profile] [--json PATH]
+    python tests/benchmarks/bench_step.py [--repeats 20] [--batch N] [--profile] [--json PATH]
 
 On a GPU: the architecture of Flux.1-dev with random weights, 512 x 512 pixels, T5 length 256, LoRA rank 64, encoders cached
 in all arms. `reference` is the authors' way, `reference: tuned` compiled, without checkpointing and copies (step_arms.py).
@@ -11,16 +11,16 @@ plain PyTorch; its figures say nothing of a GPU.
 
 import torch
 from harness import DEVICE, measure, parser, report
-from step_arms import DTYPE, GPU, Setting, ours, reference, tuned_reference
+from step_arms import BATCH, DTYPE, GPU, Setting, ours, reference, tuned_reference
 
 from scfm_core.kernels.attention import AttentionShape, choose_attention
 
 PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # bf16, dense, NVIDIA's data sheets
-GROUPS = {
+GROUPS = {  # the first that matches
+    "compiled (inductor)": ("triton_",),
     "attention": ("flash", "fmha", "cudnn", "sdpa", "attention", "_backward_keys", "_backward_queries", "_delta"),
     "matrix products": ("gemm", "nvjet", "cutlass", "sm90_xmma", "sm80_xmma", "cublas", "mm_"),
     "fused kernels": ("_forward_kernel", "_backward_kernel", "_modulate", "_gate"),
-    "compiled (inductor)": ("triton_",),
     "optimizer, EMA": ("multi_tensor", "foreach", "adam", "lerp"),
     "copies": ("memcpy", "copy", "memset"),
 }
@@ -47,7 +47,7 @@ def profile(step: object) -> list[dict[str, object]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = parser(__doc__, "step", 20)
+    arguments = parser(__doc__, "step", 20, BATCH)
     arguments.add_argument("--profile", action="store_true")
     arguments = arguments.parse_args(argv)
     setting = Setting(arguments.batch)

@@ -26,6 +26,8 @@ from scfm_core.train.kernels import Kernels
 
 GPU = DEVICE.type == "cuda"
 DTYPE = torch.bfloat16 if GPU else torch.float32
+BATCH = 8 if GPU and torch.cuda.get_device_properties(DEVICE).total_memory > 100e9 else 1
+"""Samples a step of the goals, or what fits with several arms beside each other and without checkpointing."""
 LR = 2e-5
 TINY = {
     "attention_head_dim": 16, "axes_dims_rope": (4, 6, 6), "guidance_embeds": True, "in_channels": 4,

@@ -1,7 +1,13 @@
 """Fused blocks over weights that an engine shards: the kernels read what is gathered, forward and backward."""
 
 import pytest
+import torch
 from runs import ENGINES, make_tree, run_distributed, train_all
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(),
+    reason="ranks on the CPU need Triton's interpreter, which would stay off the GPU elsewhere",
+)
 
 FUSED = {"kernels": {"fused": "triton", "attention": "triton"}}
 

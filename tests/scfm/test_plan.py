@@ -20,8 +20,9 @@ def draw(config: PlanConfig = PlanConfig()) -> ShortcutPlan:  # noqa: B008 (froz
 
 
 def tensors(plan: ShortcutPlan) -> dict[str, Tensor]:
+    """Those of [B]."""
     fields = ((field.name, getattr(plan, field.name)) for field in dataclasses.fields(plan))
-    return {name: value for name, value in fields if isinstance(value, Tensor)}
+    return {name: value for name, value in fields if isinstance(value, Tensor) and name != "pair_rows"}
 
 
 def assert_share(mask: Tensor, probability: float) -> None:

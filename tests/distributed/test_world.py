@@ -1,0 +1,91 @@
+"""What a GPU asks of a process's beginning and end, held against a stand-in for NCCL and CUDA."""
+
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import recipes.cli as cli
+from scfm_core.distributed.world import join_world
+from scfm_core.train.build import resolve_device
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """(what was called, its timeout) in order, in a world of two processes with GPUs."""
+    calls = []
+
+    def stand_in(name):
+        return lambda *_, timeout=None, **__: calls.append((name, timeout)) or name
+
+    for name in ("init_process_group", "new_group", "destroy_process_group"):
+        monkeypatch.setattr(dist, name, stand_in(name))
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(("set_device", device)))
+    for name, value in {"WORLD_SIZE": 2, "RANK": 1, "LOCAL_RANK": 1, "MASTER_ADDR": "here", "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    return calls
+
+
+def test_every_group_waits_as_long_as_the_run_says(calls):
+    with join_world(torch.device("cuda", 1), 30) as world:
+        world.second_group()
+    patience = timedelta(seconds=30)
+    assert calls == [
+        ("set_device", torch.device("cuda", 1)),
+        ("init_process_group", patience),
+        ("new_group", patience),
+        ("new_group", patience),
+        ("destroy_process_group", None),
+    ]
+
+
+def test_a_failed_rank_does_not_wait_for_nccl(calls):
+    """Whose end waits for the others, so that the traceback would never be seen."""
+    with pytest.raises(IndexError), join_world(torch.device("cuda", 1), 30):
+        raise IndexError
+    assert "destroy_process_group" not in [name for name, _ in calls]
+
+
+@pytest.mark.parametrize(
+    ("size", "fails", "leaves"), [(1, 2, False), (2, 2, True), (2, 0, False), (2, 143, False), (1, 70, True)]
+)
+def test_who_leaves_without_the_interpreters_end(size, fails, leaves, monkeypatch):
+    class Left(BaseException):
+        pass
+
+    def leave(code):
+        raise Left(code)
+
+    monkeypatch.setenv("WORLD_SIZE", str(size))
+    monkeypatch.setattr(cli, "main", lambda: fails)
+    monkeypatch.setattr(cli.os, "_exit", leave)
+    with pytest.raises(Left if leaves else SystemExit) as ended:
+        cli.command()
+    assert ended.value.args == (fails,)
+
+
+def test_a_defect_on_one_of_several_ranks_is_printed_before_it_leaves(monkeypatch, capsys):
+    def defect():
+        raise IndexError("a defect of ours")
+
+    codes = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(cli, "main", defect)
+    monkeypatch.setattr(cli.os, "_exit", codes.append)
+    with pytest.raises(SystemExit):  # where the process would be gone
+        cli.command()
+    assert codes == [1] and "IndexError: a defect of ours" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "index"), [("auto", 0), ("cuda", 0), ("cuda:1", 1)])
+def test_a_gpu_has_an_index(name, index, monkeypatch):
+    """`torch.cuda.set_device` refuses one without."""
+    chosen = []
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert resolve_device(name) == torch.device("cuda", index)
+    assert chosen == [torch.device("cuda", index)]
