@@ -52,15 +52,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def command() -> NoReturn:
     """`scfm`, as a process of its own: `main`, and the end."""
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     try:
         code = main()
     except Exception:
-        if not several:
+        if not _several():
             raise
         traceback.print_exc()
         code = 1
-    if code == PeerLost.exit_code or (several and 0 < code < 128):
+    if code == PeerLost.exit_code or (_several() and 0 < code < 128):
         # At once: nothing is left to save, and the interpreter's own end, or NCCL's, may wait for the other processes.
         sys.stdout.flush()
         sys.stderr.flush()
@@ -68,8 +67,12 @@ def command() -> NoReturn:
     sys.exit(code)
 
 
+def _several() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 def _of_rank(rank: str) -> str:
-    return f"rank {rank}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    return f"rank {rank}: " if _several() else ""
 
 
 def _let_go(error: BaseException | None) -> None:

@@ -19,7 +19,8 @@ if DEVICE.type == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels then run, though their times say nothing
 WARM_UP = 3
 HEAD_START = 4_000_000
-"""Cycles, some 2 ms, that the GPU waits while the CPU launches what is timed: a small kernel runs in less time than its launch takes."""
+"""Cycles, some 2 ms, that the GPU waits while the CPU launches what is timed: a small kernel runs in less time than its
+launch takes."""
 
 
 def parser(description: str | None, name: str, repeats: int, batch: int = 8) -> argparse.ArgumentParser:

@@ -6,7 +6,7 @@ from runs import ENGINES, make_tree, run_distributed, train_all
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(),
-    reason="ranks on the CPU need Triton's interpreter, which would stay off the GPU elsewhere",
+    reason="ranks on the CPU need Triton's interpreter, which is off where there is a GPU",
 )
 
 FUSED = {"kernels": {"fused": "triton", "attention": "triton"}}
