@@ -39,7 +39,8 @@ def generate(
     shift: float | Literal["dynamic"],
     guidance: float,
     seed: int,
-    trajectories: bool = False,
+    intervals: int | None = None,
+    second_order: bool = False,
     rank: int = 0,
     world_size: int = 1,
     progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda items, total: items,
@@ -57,11 +58,12 @@ def generate(
         config: how; its dtype and device are the network's too, and its batch size counts samples.
         sizes: heights and widths in pixels, taken in turn.
         per_prompt: samples of each prompt.
-        num_steps: steps, of Euler's method; with `trajectories` of the second-order Adams-Bashforth method.
+        num_steps: steps of the sampler.
         shift: the timestep shift; `dynamic`: Flux's, by the size.
         guidance: embedded, or the scale of classifier-free guidance; without effect on a network that knows neither.
         seed: of the noise.
-        trajectories: store the paths too: mean velocities of the steps, sigmas, guidance.
+        intervals: store the paths too, in so many intervals of equal numbers of steps: mean velocities, sigmas, guidance.
+        second_order: of paths: by the Adams-Bashforth method instead of Euler's.
         rank, world_size: this process, of how many that share the work.
         progress: wraps the shards to show a bar; called with (shards, their number).
 
@@ -72,7 +74,7 @@ def generate(
         UserError: for arguments that make no sample, a sample that is not finite, or an output that is not writable or
             holds something else.
     """
-    _check(prompts, family, sizes, per_prompt, num_steps, shift)
+    _check(prompts, family, sizes, per_prompt, num_steps, shift, intervals)
     parameters = {
         "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
         "sizes": sizes,
@@ -81,7 +83,7 @@ def generate(
         "shift": shift,
         "guidance": guidance,
         "seed": seed,
-        **({"trajectories": True} if trajectories else {}),
+        **({"intervals": intervals, "second_order": second_order} if intervals is not None else {}),
         "network": network_fingerprint(family.folder),
         **config.parameters(family),
     }
@@ -90,7 +92,7 @@ def generate(
         return job.finished, None
     writer = CacheWriter(output, family, config)
     network = family.load_network(config.dtype, config.device)
-    teacher = _Teacher(family, network, writer.text, num_steps, shift, guidance, seed, trajectories)
+    teacher = _Teacher(family, network, writer.text, num_steps, shift, guidance, seed, intervals, second_order)
 
     def write(piece: Piece, tar: TarWriter) -> list[str]:
         size = sizes[piece.items[0] % len(sizes)]
@@ -125,7 +127,8 @@ class _Teacher:
     shift: float | Literal["dynamic"]
     guidance: float
     seed: int
-    trajectories: bool
+    intervals: int | None
+    second_order: bool
 
     def sample(self, items: Sequence[int], texts: list[str], size: Size) -> tuple[Tensor, dict[str, Tensor] | None]:
         """The latents of samples `items`, fp32 [B, C, h, w], and their paths if they are to be stored."""
@@ -138,19 +141,23 @@ class _Teacher:
         def velocity(x: Tensor, sigma: Tensor) -> Tensor:
             return self.family.velocity(self.network, x, sigma, cond)
 
-        if not self.trajectories:
+        if self.intervals is None:
             return euler_sample(velocity, noise, sigmas), None
-        latents, velocities = roll_out(velocity, noise, sigmas)
+        latents, velocities = roll_out(
+            velocity, noise, sigmas, intervals=self.intervals, second_order=self.second_order
+        )
         rows = len(items)
         return latents, {
             "velocities": velocities.to(cond.text.dtype),
-            "sigmas": sigmas.expand(rows, -1),
+            "sigmas": sigmas[:: self.num_steps // self.intervals].expand(rows, -1),
             "guidance": torch.full((rows,), self.guidance),
         }
 
     def details(self, item: int, size: Size) -> dict[str, object]:
         """What is stored of how a sample was made."""
         place: dict[str, object] = {"height": size[0], "width": size[1], "sample": item}
+        if self.second_order:
+            place["solver"] = "adams-bashforth"  # Euler's otherwise
         return place | {"seed": self.seed, "steps": self.num_steps, "guidance": self.guidance}
 
 
@@ -161,12 +168,18 @@ def _check(
     per_prompt: int,
     num_steps: int,
     shift: float | str,
+    intervals: int | None,
 ) -> None:
     if not prompts:
         raise UserError("there are no prompts to sample from; give at least one")
     for name, value in (("sizes", len(sizes)), ("samples a prompt", per_prompt), ("steps", num_steps)):
         if value < 1:
             raise UserError(f"the number of {name} must be at least 1, got {value}")
+    if intervals is not None and (intervals < 1 or num_steps % intervals):
+        raise UserError(
+            f"the {num_steps} steps of a path cannot be stored as {intervals} intervals: their number must be positive and "
+            f"divide that of the steps"
+        )
     if shift != "dynamic" and not (isinstance(shift, int | float) and 0 < shift < math.inf):
         raise UserError(f"the shift must be positive and finite, or 'dynamic', got {shift!r}")
     for size in sizes:

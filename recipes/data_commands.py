@@ -123,8 +123,12 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trajectories", action="store_true", help="store the teacher's paths too, for method.trajectory_fraction"
     )
+    parser.add_argument("--steps", type=int, help="of the sampler (default 32; of paths 24)")
+    parser.add_argument("--intervals", type=int, help="of a stored path, a divisor of --steps (default: one a step)")
     parser.add_argument(
-        "--steps", type=int, help="Euler steps (default 32); with --trajectories of a second-order method (default 12)"
+        "--solver",
+        choices=("euler", "adams-bashforth"),
+        help="of stored paths: euler, by which images are sampled (default), or of the second order, for --steps 12",
     )
     parser.add_argument("--shift", default="3.25", help="timestep shift, or dynamic (default 3.25)")
     parser.add_argument("--guidance", type=float, default=3.5, help="guidance (default 3.5)")
@@ -145,7 +149,11 @@ def _generate(arguments: argparse.Namespace) -> None:
     resolution = tuple(arguments.resolution or (512, 512))
     sizes = DataConfig(path="unused", resolution=resolution, buckets=arguments.buckets).sizes()
     rank, world_size = processes()
-    steps = arguments.steps if arguments.steps is not None else 12 if arguments.trajectories else 32
+    for name in ("intervals", "solver"):
+        if getattr(arguments, name) is not None and not arguments.trajectories:
+            raise UserError(f"--{name} is of stored paths: add --trajectories, or leave it out")
+    steps = arguments.steps if arguments.steps is not None else 24 if arguments.trajectories else 32
+    intervals = arguments.intervals if arguments.intervals is not None else steps
     manifest, padding_error = generate(
         read_prompts(arguments.prompts, "prompts"),
         arguments.output,
@@ -154,7 +162,8 @@ def _generate(arguments: argparse.Namespace) -> None:
         sizes=sizes,
         per_prompt=arguments.per_prompt,
         num_steps=steps,
-        trajectories=arguments.trajectories,
+        intervals=intervals if arguments.trajectories else None,
+        second_order=arguments.solver == "adams-bashforth",
         shift=shift,
         guidance=arguments.guidance,
         seed=arguments.seed,

@@ -25,6 +25,7 @@ from recipes.plots import quality_plot
 from recipes.runs import refuse_other_model
 from recipes.train import train
 from scfm_core.data.corpus import Corpus
+from scfm_core.data.source import json_value
 from scfm_core.distributed.world import launched_size
 from scfm_core.errors import UserError
 from scfm_core.models.families import open_family
@@ -309,7 +310,9 @@ def target_passes(config: RunConfig) -> float:
     if not method.has_trajectory:
         return passes
     corpus = Corpus(config.data, with_paths=True)
-    path = corpus.record(0).path
-    assert path is not None
-    stored = len(corpus) * guided * path["velocities"].shape[0]
-    return passes + stored / (train.steps * train.global_batch_size)
+    shard, at, _ = corpus.raw(0)
+    details = None if shard is None else shard.read(at, "json")
+    steps = None if details is None else json_value(details, ["steps"])
+    if steps is None:
+        raise UserError("data: samples of stored paths do not say in json how many steps of the teacher they took")
+    return passes + len(corpus) * guided * steps / (train.steps * train.global_batch_size)

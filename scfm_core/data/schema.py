@@ -1,8 +1,9 @@
 """What a sample is, in memory and in a shard, and what the manifest beside the shards says of them.
 
 A cached sample has three fields: `safetensors` (`latents` [C, h, w], `text` [L, D], `pooled` [P]; with the teacher's path also
-`velocities` [K, C, h, w], `sigmas` [K + 1], `guidance` []), `txt` (caption, UTF-8) and `json` (`height`, `width` in pixels, `source`). A sample of images has an image file and its captions. In a tar of
-webdataset's layout (https://github.com/webdataset/webdataset) a field is the member `<key>.<field>`, in MDS
+`velocities` [K, C, h, w], `sigmas` [K + 1], `guidance` []), `txt` (caption, UTF-8) and `json` (`height`, `width` in pixels, `source`,
+or how the teacher made it). A sample of images has an image file and its captions. In a tar of webdataset's layout
+(https://github.com/webdataset/webdataset) a field is the member `<key>.<field>`, in MDS
 (https://docs.mosaicml.com/projects/streaming) a column. `manifest.json` counts, measures and hashes the shards of either.
 """
 

@@ -42,7 +42,7 @@ class PlanConfig:
     trajectory_fraction: float = 0.0
     """Share of the batch that learns the mean velocity of stored teacher paths; needs data made with
     `scfm data generate --trajectories`."""
-    trajectory_grids: tuple[int, ...] = (1, 2, 3, 4, 6, 12)
+    trajectory_grids: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12)
     """Numbers of steps of the grids on those paths, drawn uniformly; each divides the paths' number of intervals."""
     teacher_grid: int = 32
     """Steps of the teacher slice's grid."""

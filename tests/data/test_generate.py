@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from data_tools.encode import EncodeConfig
 from data_tools.generate import FIRST_ID, generate
+from recipes.cli import main
 from recipes.tiny import caption
 from scfm_core.data.corpus import Corpus
 from scfm_core.data.recipe import DataConfig
@@ -384,14 +385,14 @@ class TestRefusals:
         assert [path.name for path in (tmp_path / "cache").glob("*.tar*")] == ["shard-000000.tar"]
 
 
-STEPS, SHIFT = 4, 2.0
+STEPS, SHIFT, INTERVALS = 8, 2.0, 4
 
 
 @pytest.fixture(scope="module")
 def paths(family: ModelFamily, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache with the teacher's paths. Not to be changed by a test."""
     folder = tmp_path_factory.mktemp("paths") / "cache"
-    make(folder, family, num_steps=STEPS, trajectories=True, shift=SHIFT, sizes=SIZES[:1], keep_padding=True)
+    make(folder, family, num_steps=STEPS, intervals=INTERVALS, shift=SHIFT, sizes=SIZES[:1], keep_padding=True)
     return folder
 
 
@@ -404,31 +405,58 @@ class TestTrajectories:
         for item in range(0, TOTAL, 4):
             record = corpus.record(item)
             assert record.path is not None and record.latents is not None
-            assert torch.equal(record.path["sigmas"], sigma_grid(STEPS, SHIFT))
+            assert torch.equal(record.path["sigmas"], sigma_grid(STEPS, SHIFT)[::2])
+            torch.testing.assert_close(record.path["sigmas"], sigma_grid(INTERVALS, SHIFT))
             assert record.path["guidance"].item() == GUIDANCE
-            assert record.path["velocities"].shape == (STEPS, *record.latents.shape)
+            assert record.path["velocities"].shape == (INTERVALS, *record.latents.shape)
             ids = torch.tensor([int(record.key)]) + FIRST_ID
             noise = sample_noise(record.latents[None], ids, SEED)[0]
             lengths = -record.path["sigmas"].diff()
             end = noise - torch.einsum("k,kchw->chw", lengths, record.path["velocities"])
             torch.testing.assert_close(end, record.latents, rtol=0, atol=1e-5)
 
-    def test_velocities_are_the_teachers(self, family: ModelFamily, paths: Path) -> None:
-        """The first is the network's at the noise; the later ones are of Adams-Bashforth's formula."""
-        corpus = Corpus(DataConfig(path=str(paths), resolution=SIZES[0]), with_paths=True)
+    @pytest.mark.parametrize("second_order", [False, True])
+    def test_velocities_are_the_teachers(self, family: ModelFamily, tmp_path: Path, second_order: bool) -> None:
+        """Two intervals of two steps each, by hand: Euler's, or those of Adams-Bashforth's formula."""
+        settings = {"num_steps": 4, "intervals": 2, "second_order": second_order, "shift": SHIFT, "sizes": SIZES[:1]}
+        make(tmp_path / "cache", family, PROMPTS[:1], per_prompt=1, keep_padding=True, **settings)
+        corpus = Corpus(DataConfig(path=str(tmp_path / "cache"), resolution=SIZES[0]), with_paths=True)
         record = corpus.record(0)
         assert record.path is not None and record.text is not None and record.pooled is not None
         network = family.load_network(torch.float32, "cpu")
         cond = Conditioning(text=record.text[None], pooled=record.pooled[None], guidance=torch.tensor([GUIDANCE]))
-        sigmas, means = record.path["sigmas"], record.path["velocities"]
-        x = sample_noise(means[:1], torch.tensor([int(record.key)]) + FIRST_ID, SEED)
+        sigmas, means = sigma_grid(4, SHIFT), record.path["velocities"]
+        states = [sample_noise(means[:1], torch.tensor([int(record.key)]) + FIRST_ID, SEED)]
+        seen: list[Tensor] = []
         with torch.no_grad():
-            first = family.velocity(network, x, sigmas[:1], cond)
-            torch.testing.assert_close(means[:1], first, rtol=1e-4, atol=1e-5)
-            x = x - (sigmas[0] - sigmas[1]) * first
-            second = family.velocity(network, x, sigmas[1:2], cond)
-        ratio = ((sigmas[1] - sigmas[2]) / (sigmas[0] - sigmas[1]) / 2).item()
-        torch.testing.assert_close(means[1:2], (1 + ratio) * second - ratio * first, rtol=1e-4, atol=1e-5)
+            for number in range(4):
+                seen.append(family.velocity(network, states[-1], sigmas[number : number + 1], cond))
+                mean = seen[-1]
+                if second_order and number > 0:
+                    last, length = sigmas[number - 1] - sigmas[number], sigmas[number] - sigmas[number + 1]
+                    mean = mean + length / (2 * last) * (seen[-1] - seen[-2])
+                states.append(states[-1] - (sigmas[number] - sigmas[number + 1]) * mean)
+        for interval, (first, last) in enumerate(((0, 2), (2, 4))):
+            expected = (states[first] - states[last]) / (sigmas[first] - sigmas[last])
+            torch.testing.assert_close(means[interval][None], expected, rtol=1e-4, atol=1e-5)
+        shard, at, _ = corpus.raw(0)
+        assert shard is not None
+        details = json.loads(shard.read(at, "json") or b"")
+        assert (details["steps"], details.get("solver")) == (4, "adams-bashforth" if second_order else None)
+
+    @pytest.mark.parametrize(("steps", "intervals"), [(8, 12), (8, 3), (8, 0)])
+    def test_intervals_that_no_step_ends_are_refused(
+        self, family: ModelFamily, tmp_path: Path, steps: int, intervals: int
+    ) -> None:
+        with pytest.raises(UserError, match=f"the {steps} steps of a path cannot be stored as {intervals} intervals"):
+            make(tmp_path / "cache", family, num_steps=steps, intervals=intervals)
+        assert not (tmp_path / "cache").exists()
+
+    @pytest.mark.parametrize("word", [["--intervals", "6"], ["--solver", "euler"]])
+    def test_what_is_of_paths_needs_them(self, tmp_path: Path, word: list[str], capsys: Any) -> None:
+        words = ["data", "generate", "prompts.txt", "-o", str(tmp_path / "x"), "--model", "m", *word]
+        assert main(words) == 2
+        assert f"{word[0]} is of stored paths: add --trajectories" in capsys.readouterr().err
 
     def test_who_does_not_ask_for_paths_does_not_carry_them(self, paths: Path) -> None:
         corpus = Corpus(DataConfig(path=str(paths), resolution=SIZES[0]))

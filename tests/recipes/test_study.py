@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from recipes.cli import main
-from recipes.study import load_study, run_study, target_passes
+from recipes.study import run_study, target_passes
 from recipes.train import train
 from scfm_core.scfm.plan import PlanConfig
 from scfm_core.train.parse import dump_config, load_config
@@ -189,6 +189,14 @@ def test_passes_for_a_target(make_config, flow, passes):
     assert target_passes(config) == passes
 
 
-def test_stored_paths_are_shared_by_all_that_use_them():
-    study = load_study("digits")
-    assert "data generate" in study.prepare["runs/demo/paths/manifest.json"]
+def test_stored_paths_are_shared_by_all_that_use_them(make_config, tiny, tmp_path):
+    """Six paths of four passes each, for eight steps of four samples."""
+    (tmp_path / "prompts.txt").write_text("a handwritten digit one\na handwritten digit two\n")
+    words = ["--trajectories", "--steps", "4", "--intervals", "2", "--per-prompt", "3", "--text-length", "8"]
+    words += ["--resolution", "16", "16", "--keep-padding", "--dtype", "float32"]
+    folder = str(tmp_path / "paths")
+    prompts = str(tmp_path / "prompts.txt")
+    assert main(["data", "generate", prompts, "-o", folder, "--model", str(tiny / "flux"), *words]) == 0
+    changes = {"method.trajectory_fraction": 1.0, "method.teacher_fraction": 0.0, "method.trajectory_grids": [1, 2]}
+    train = {"train.steps": 8, "train.global_batch_size": 4, "train.micro_batch_size": 4}
+    assert target_passes(make_config({**changes, **train, "data.path": folder})) == 6 * 4 / (8 * 4)

@@ -28,24 +28,49 @@ def exact_end(noise):
 def rolled(dtype=torch.float32, shift=3.0):
     noise = torch.randn(B, 2, 3, generator=torch.Generator().manual_seed(0)).double()
     sigmas = sigma_grid(K, shift)
-    latents, velocities = roll_out(field, noise, sigmas)
+    latents, velocities = roll_out(field, noise, sigmas, intervals=K)
     trajectory = Trajectory(
         velocities=velocities.to(dtype), sigmas=sigmas.expand(B, -1), guidance=torch.linspace(1, 2, B)
     )
     return noise, latents, trajectory
 
 
-def test_the_roll_out_is_of_second_order():
+def test_the_orders_of_the_roll_outs():
     noise = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).double()
     errors, euler = [], []
     for steps in (12, 24, 48):
         sigmas = sigma_grid(steps, 3.0)
-        errors.append((roll_out(field, noise, sigmas)[0] - exact_end(noise)).abs().max())
-        euler.append((euler_sample(field, noise, sigmas) - exact_end(noise)).abs().max())
+        end, _ = roll_out(field, noise, sigmas, intervals=12, second_order=True)
+        errors.append((end - exact_end(noise)).abs().max())
+        euler.append((roll_out(field, noise, sigmas, intervals=12)[0] - exact_end(noise)).abs().max())
     for order, found in ((2, errors), (1, euler)):
         for coarse, fine in itertools.pairwise(found):
             assert coarse / fine == pytest.approx(2**order, rel=0.15)
     assert errors[0] < euler[0] / 5
+
+
+def test_a_path_of_eulers_ends_at_the_samplers_image():
+    noise = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    sigmas = sigma_grid(24, 3.0)
+    assert torch.equal(roll_out(field, noise, sigmas, intervals=12)[0], euler_sample(field, noise, sigmas))
+
+
+@pytest.mark.parametrize("second_order", [False, True])
+def test_an_interval_holds_the_mean_of_its_steps(second_order):
+    noise = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).double()
+    sigmas = sigma_grid(24, 3.0)
+    end, each = roll_out(field, noise, sigmas, intervals=24, second_order=second_order)
+    same_end, pairs = roll_out(field, noise, sigmas, intervals=12, second_order=second_order)
+    assert torch.equal(end, same_end)
+    lengths = -sigmas.diff().double()
+    moved = (each * lengths[:, None]).unflatten(1, (12, 2)).sum(2)
+    torch.testing.assert_close(pairs, moved / lengths.view(12, 2).sum(1)[:, None], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(noise - (pairs * -sigmas[::2].diff()[:, None]).sum(1), end, rtol=0, atol=1e-5)
+
+
+def test_steps_that_do_not_fill_the_intervals_are_refused():
+    with pytest.raises(ValueError, match="8 steps are no multiple of 12 intervals"):
+        roll_out(field, torch.zeros(1, 3), sigma_grid(8), intervals=12)
 
 
 def test_mean_velocities_lead_back_to_the_noise():

@@ -298,7 +298,7 @@ def paths(tiny, tmp_path_factory):
         folder,
         open_family(str(tiny / "flux")),
         EncodeConfig(text_length=8, keep_padding=True, dtype=torch.float32, samples_per_shard=20),
-        sizes=((16, 16),), per_prompt=4, num_steps=4, shift=3.0, guidance=2.0, seed=5, trajectories=True,
+        sizes=((16, 16),), per_prompt=4, num_steps=4, shift=3.0, guidance=2.0, seed=5, intervals=4,
     )  # fmt: skip
     return {"data.path": str(folder)}
 
