@@ -354,10 +354,11 @@ def check_paths(method: PlanConfig, corpus: Corpus) -> None:
 def refuse_other_intervals(method: PlanConfig, intervals: int, where: str = "") -> None:
     """UserError unless the nodes of every grid of `method` are nodes of stored paths of so many intervals."""
     if any(intervals % grid for grid in method.trajectory_grids):
+        divisors = [grid for grid in method.trajectory_grids if intervals % grid == 0] or [1]
         raise UserError(
             f"data: the stored paths {where}have {intervals} intervals, of which "
-            f"method.trajectory_grids={list(method.trajectory_grids)} are not all divisors. Leave the others out, or store "
-            f"paths of another number of steps"
+            f"method.trajectory_grids={list(method.trajectory_grids)} are not all divisors. Set "
+            f"method.trajectory_grids={divisors}, or store paths of another number of intervals"
         )
 
 
