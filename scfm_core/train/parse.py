@@ -5,7 +5,7 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -170,15 +170,15 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, path=absolute(config.model.path)),
-        data=_with_absolute_data(config.data, absolute),
+        data=_with_absolute_data(config.data),
         engine=dataclasses.replace(config.engine, deepspeed_config=absolute(config.engine.deepspeed_config)),
         sample=dataclasses.replace(config.sample, prompts=absolute(config.sample.prompts)),
         evaluate=dataclasses.replace(config.evaluate, **evaluate),
     )
 
 
-def _with_absolute_data(data: DataConfig, absolute: Callable[[Any], Any]) -> DataConfig:
-    def anchored(uri: str) -> str:  # with braces there is no file of that name
+def _with_absolute_data(data: DataConfig) -> DataConfig:
+    def anchored(uri: str) -> str:  # with braces there is no file of that name, and what is made on the way comes later
         return uri if is_remote(uri) else str(Path(uri).expanduser().absolute())
 
     sources = tuple(
@@ -186,7 +186,7 @@ def _with_absolute_data(data: DataConfig, absolute: Callable[[Any], Any]) -> Dat
         for source in data.sources
     )
     cache = dataclasses.replace(data.cache, dir=anchored(data.cache.dir))
-    return dataclasses.replace(data, path=absolute(data.path), sources=sources, cache=cache)
+    return dataclasses.replace(data, path=data.path and anchored(data.path), sources=sources, cache=cache)
 
 
 def dump_config(config: RunConfig) -> str:

@@ -176,6 +176,21 @@ def test_nor_does_a_defect(study, tmp_path, capsys, monkeypatch):
     assert "| plain |" in (tmp_path / "out" / "study.md").read_text()
 
 
+def test_what_was_prepared_is_made_again_where_it_is_gone(study, tiny, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a handwritten digit one\na handwritten digit two\n")
+    words = f"data generate prompts.txt -o made --model {tiny / 'flux'} --per-prompt 4 --steps 1 --text-length 8"
+    study(
+        prepare={"made/manifest.json": f"{words} --resolution 16 16 --keep-padding --dtype float32"},
+        arms={"generated": {"about": "x", "set": ["data.path=made"]}},
+        seeds=[0],
+    )
+    assert main(["study", "small.yaml", "-o", "out"]) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "made").rglob("*.tar")}
+    shutil.rmtree(tmp_path / "made")
+    assert main(["study", "small.yaml", "-o", "out"]) == 0
+    assert {path: path.read_bytes() for path in (tmp_path / "made").rglob("*.tar")} == before != {}
+
+
 def test_a_launcher_is_refused(study, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["study", "small.yaml"]) == 2

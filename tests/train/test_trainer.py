@@ -351,7 +351,9 @@ class TestTrajectories:
     def test_grids_that_do_not_lie_on_the_nodes(self, make_config, paths, monkeypatch):
         """Told at the start, with the source's name, and in a step if its first path could not be read."""
         config = make_config({**ON_PATHS, **paths, "method.trajectory_grids": [1, 3]})
-        message = r"have 4 intervals, of which method\.trajectory_grids=\[1, 3\] .* Set method\.trajectory_grids=\[1\], or"
+        message = (
+            r"have 4 intervals, of which method\.trajectory_grids=\[1, 3\] .* Set method\.trajectory_grids=\[1\], or"
+        )
         with pytest.raises(UserError, match=rf"paths of source '\w+' {message}"):
             Trainer(config)
         monkeypatch.setattr(Corpus, "first_items", lambda self: {})
