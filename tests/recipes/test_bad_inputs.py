@@ -119,7 +119,8 @@ def missing_weights(recipe, tiny, tmp_path):
 
 
 def missing_data(recipe, tiny, tmp_path):
-    return train(recipe, "data.path=nowhere"), "there is no folder 'nowhere'. Make it with `scfm data encode"
+    looked_in = Path("nowhere").absolute()  # said in full: where a job starts is not where its reader stands
+    return train(recipe, "data.path=nowhere"), f"there is no folder '{looked_in}'. Make it with `scfm data encode"
 
 
 def images_given_as_cache(recipe, tiny, tmp_path):
