@@ -25,13 +25,14 @@ def main() -> None:
         help="stop once digits, tiny pipeline and caches are made, or the teacher is trained too",
     )
     parser.add_argument("--vae-steps", type=int, default=300)
+    parser.add_argument("--paths-per-prompt", type=int, default=720, help="stored paths of the teacher (default 720)")
     parser.add_argument(
         "--pixels",
         action="store_true",
         help="a model of the 8 x 8 scans themselves, without a VAE (give another --dir)",
     )
     parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="for both trainings, e.g. train.steps=20"
+        "overrides", nargs="*", metavar="section.key=value", help="for all trainings, e.g. train.steps=20"
     )
     arguments = parser.parse_args()
     began, root = time.perf_counter(), arguments.dir
@@ -47,12 +48,22 @@ def main() -> None:
     if arguments.only:
         return
     paths += [f"model.path={root / 'teacher'}", f"evaluate.features_path={root / 'classifier'}", *arguments.overrides]
-    for name, extra in (("distill", ()), ("paper_recipe", _PAPER)):
-        _run("train", "tiny_distill.yaml", f"run.dir={root / name}", *paths, *extra)
-        _run("evaluate", root / name)
+    stored = root / "paths_many"
+    if not (stored / "manifest.json").is_file():
+        _run(
+            "data", "generate", root / "prompts.txt", "--output", stored, "--model", root / "teacher", "--trajectories",
+            "--per-prompt", arguments.paths_per_prompt, *_cached(size), "--batch-size", 100, "--shift", 3,
+        )  # fmt: skip
+    for name, recipe, extra in (
+        ("paper_recipe", "tiny_distill.yaml", _PAPER),
+        ("distill", "tiny_distill.yaml", ()),
+        ("trajectories", "tiny_trajectories.yaml", (f"data.path={stored}",)),
+    ):
+        _run("train", recipe, f"run.dir={root / name}", *paths, *extra)
+        _run("evaluate", root / name, f"data.path={root / 'digits_cache'}")  # the same prompts and real digits for all
     for steps in (1, 2, 3, 4):
-        _run("sample", root / "distill", "--steps", steps)
-    _run("report", root / "distill", "--compare", root / "paper_recipe")
+        _run("sample", root / "trajectories", "--steps", steps)
+    _run("report", root / "trajectories", "--compare", root / "distill", "--compare", root / "paper_recipe")
     _summary(root, (time.perf_counter() - began) / 60)
 
 
@@ -73,8 +84,13 @@ def make_assets(root: Path, vae_steps: int | None, size: int = SIZE) -> None:
         if not (root / f"{name}_cache" / "manifest.json").is_file():
             _run(
                 "data", "encode", root / name, "--output", root / f"{name}_cache", "--model", root / "tiny_flux",
-                "--resolution", size, size, "--text-length", 8, "--keep-padding", "--dtype", "float32", "--batch-size", 64,
+                *_cached(size), "--batch-size", 64,
             )  # fmt: skip
+
+
+def _cached(size: int) -> tuple[object, ...]:
+    """How texts and latents are stored."""
+    return "--resolution", size, size, "--text-length", 8, "--keep-padding", "--dtype", "float32"
 
 
 def _run(*words: object) -> None:
@@ -86,15 +102,17 @@ def _run(*words: object) -> None:
 
 
 def _summary(root: Path, minutes: float) -> None:
-    results = {name: json.loads((root / name / "evaluation.json").read_text()) for name in ("distill", "paper_recipe")}
-    base = results["distill"]["base"]
+    columns = {"paper_recipe": "paper recipe", "distill": "step-scaled", "trajectories": "stored paths"}
+    results = [json.loads((root / name / "evaluation.json").read_text()) for name in columns]
+    values = [results[0]["base"], *(result["student"] for result in results)]
     print("\nFrechet distance to the teacher's own 32-step samples")
-    print(f"{'steps':>8}{'undistilled':>14}{'paper recipe':>14}{'step-scaled':>14}")
-    for steps in base:
-        values = (base, results["paper_recipe"]["student"], results["distill"]["student"])
+    print(f"{'steps':>8}" + "".join(f"{title:>14}" for title in ("undistilled", *columns.values())))
+    for steps in values[0]:
         print(f"{steps:>8}" + "".join(f"{rows[steps]['fid_teacher']:14.3f}" for rows in values))
-    print(f"\ndone in {minutes:.1f} minutes. Look at:")
-    print(f"  {root / 'distill' / 'report.html'}\n  {root / 'distill' / 'samples' / 'evaluation.png'}")
+    best = root / "trajectories"
+    print(
+        f"\ndone in {minutes:.1f} minutes. Look at:\n  {best / 'report.html'}\n  {best / 'samples' / 'evaluation.png'}"
+    )
 
 
 if __name__ == "__main__":

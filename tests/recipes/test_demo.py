@@ -7,7 +7,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
 SMALL = (
-    "--vae-steps", "5", "train.steps=4", "train.warmup_steps=0", "train.global_batch_size=8", "train.micro_batch_size=8",
+    "--vae-steps", "5", "--paths-per-prompt", "2", "train.steps=4", "train.warmup_steps=0", "train.global_batch_size=8", "train.micro_batch_size=8",
     "checkpoint.every=2", "sample.every=2", "sample.steps=[2]", "evaluate.samples=20", "evaluate.teacher_steps=3",
 )  # fmt: skip
 
@@ -22,16 +22,16 @@ def demo(root):
 def test_demo(tmp_path):
     root = tmp_path / "a demo"
     output = demo(root)
-    assert "step-scaled" in output
-    for name in ("distill", "paper_recipe"):
+    assert "step-scaled" in output and "stored paths" in output
+    for name in ("trajectories", "distill", "paper_recipe"):
         result = json.loads((root / name / "evaluation.json").read_text())
         assert result["student"].keys() == result["base"].keys() == {"1", "2", "3", "4", "8"}
         assert (root / name / "adapter" / "pytorch_lora_weights.safetensors").is_file()
     for steps in (1, 2, 3, 4):
-        assert len(list((root / "distill" / "samples" / f"{steps}_steps").glob("*.png"))) == 10
-    page = (root / "distill" / "report.html").read_text()
-    assert "paper_recipe" in page
+        assert len(list((root / "trajectories" / "samples" / f"{steps}_steps").glob("*.png"))) == 10
+    page = (root / "trajectories" / "report.html").read_text()
+    assert "paper_recipe" in page and "distill" in page
 
-    before = (root / "distill" / "metrics.jsonl").read_bytes()
-    assert demo(root).count("nothing to do") == 3
-    assert (root / "distill" / "metrics.jsonl").read_bytes() == before
+    before = (root / "trajectories" / "metrics.jsonl").read_bytes()
+    assert demo(root).count("nothing to do") == 4
+    assert (root / "trajectories" / "metrics.jsonl").read_bytes() == before

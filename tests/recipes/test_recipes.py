@@ -22,7 +22,10 @@ def demo_root(tmp_path_factory):
     """What the tiny recipes expect to find below the working directory."""
     root = tmp_path_factory.mktemp("cwd")
     make_assets(root / "runs" / "demo", vae_steps=0)
-    (root / "runs" / "demo" / "teacher").symlink_to(root / "runs" / "demo" / "tiny_flux")
+    demo, shape = root / "runs" / "demo", ["--resolution", "16", "16", "--text-length", "8"]
+    (demo / "teacher").symlink_to(demo / "tiny_flux")
+    words = ["data", "generate", str(demo / "prompts.txt"), "-o", str(demo / "paths_many"), "--trajectories", *shape]
+    assert main([*words, "--model", str(demo / "teacher"), "--keep-padding", "--dtype", "float32"]) == 0
     return root
 
 
@@ -38,6 +41,7 @@ def test_all_promised_recipes_are_there():
         "tiny_pretrain",
         "tiny_pretrain_shortcut",
         "tiny_distill",
+        "tiny_trajectories",
     }
 
 
@@ -98,7 +102,7 @@ def test_a_studys_header_says_what_it_takes(path):
         assert word in header, word
 
 
-@pytest.mark.parametrize("name", ["tiny_pretrain", "tiny_pretrain_shortcut", "tiny_distill"])
+@pytest.mark.parametrize("name", ["tiny_pretrain", "tiny_pretrain_shortcut", "tiny_distill", "tiny_trajectories"])
 def test_tiny_recipes_train(name, demo_root, monkeypatch):
     monkeypatch.chdir(demo_root)
     small = ["train.steps=2", "train.warmup_steps=0", "train.global_batch_size=4", "train.micro_batch_size=2"]
