@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -112,7 +112,8 @@ def generate(
 
     total = len(prompts) * per_prompt
     pieces = cut([range(first, total, len(sizes)) for first in range(len(sizes))], config.samples_per_shard)
-    manifest = job.run(pieces, write, writer.draft, rank=rank, world_size=world_size, progress=progress)
+    draft = writer.draft if intervals is None else replace(writer.draft, network=str(parameters["network"]))
+    manifest = job.run(pieces, write, draft, rank=rank, world_size=world_size, progress=progress)
     return manifest, writer.padding_error
 
 
@@ -155,10 +156,9 @@ class _Teacher:
 
     def details(self, item: int, size: Size) -> dict[str, object]:
         """What is stored of how a sample was made."""
-        place: dict[str, object] = {"height": size[0], "width": size[1], "sample": item}
-        if self.second_order:
-            place["solver"] = "adams-bashforth"  # Euler's otherwise
-        return place | {"seed": self.seed, "steps": self.num_steps, "guidance": self.guidance}
+        solver = "adams-bashforth" if self.intervals is not None and self.second_order else "euler"
+        place = {"height": size[0], "width": size[1], "sample": item, "seed": self.seed}
+        return place | {"steps": self.num_steps, "solver": solver, "guidance": self.guidance}
 
 
 def _check(

@@ -66,7 +66,14 @@ def pack(
     if compression is not None and to == "webdataset":
         raise UserError(f"compression {compression!r} is for mds: tars are read in the middle, so they stay plain")
     digest, padding = _padding(corpus)
-    draft = Manifest(format=to, encoder=corpus.encoder, text_length=corpus.text_length, padding=digest)
+    networks = set(corpus.networks().values())
+    draft = Manifest(
+        format=to,
+        encoder=corpus.encoder,
+        text_length=corpus.text_length,
+        padding=digest,
+        network=networks.pop() if len(networks) == 1 else None,
+    )
     aside = output.with_name(f".{output.name}.tmp")
     samples = progress(_samples(corpus), len(corpus))
     try:

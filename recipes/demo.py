@@ -49,11 +49,10 @@ def main() -> None:
         return
     paths += [f"model.path={root / 'teacher'}", f"evaluate.features_path={root / 'classifier'}", *arguments.overrides]
     stored = root / "paths_many"
-    if not (stored / "manifest.json").is_file():
-        _run(
-            "data", "generate", root / "prompts.txt", "--output", stored, "--model", root / "teacher", "--trajectories",
-            "--per-prompt", arguments.paths_per_prompt, *_cached(size), "--batch-size", 100, "--shift", 3,
-        )  # fmt: skip
+    _run(  # at once if it has them, and refuses those of another teacher
+        "data", "generate", root / "prompts.txt", "--output", stored, "--model", root / "teacher", "--trajectories",
+        "--per-prompt", arguments.paths_per_prompt, *_cached(size), "--batch-size", 100, "--shift", 3,
+    )  # fmt: skip
     for name, recipe, extra in (
         ("paper_recipe", "tiny_distill.yaml", _PAPER),
         ("distill", "tiny_distill.yaml", ()),

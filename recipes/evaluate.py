@@ -17,6 +17,7 @@ from recipes.runs import load_trained, open_run
 from recipes.sample import generate
 from scfm_core.data.corpus import Corpus
 from scfm_core.data.schema import collate
+from scfm_core.data.uri import is_remote
 from scfm_core.errors import UserError
 from scfm_core.models.encoders import Autoencoder, TextEncoders
 from scfm_core.models.protocol import Conditioning
@@ -95,6 +96,9 @@ class _Bench:
                 f"data: no sample is of data.resolution {config.data.resolution}, the size at which images are compared. "
                 f"Set it to one of {corpus.sizes}"
             )
+        if len(items) > settings.samples and not any(is_remote(source.uri) for source in config.data.mixture()):
+            # Samples of one prompt may follow one another; of remote shards no more are fetched than are needed.
+            items = [items[number * len(items) // settings.samples] for number in range(settings.samples)]
         self.prompts = _prompts(config, corpus, items)
         self.vae = Autoencoder(self.model.family, dtype, self.device)
         distinct = sorted(set(self.prompts))

@@ -126,12 +126,12 @@ def adapter_card(config: RunConfig, family: ModelFamily) -> str:
         advice += (
             " The base model has its guidance inside: set guidance_scale=1, which is one pass of the network a step."
         )
-    elif family.passes == 2 and method.has_trajectory:
+    elif family.passes == 2 and method.has_stored_paths:
         advice += (
             " The guidance is part of what was learned, from paths of the guided teacher: keep to the guidance_scale of those, "
             "two passes of the network a step."
         )
-    elif family.passes == 2 and method.has_pairs:
+    elif family.passes == 2 and method.student_is_guided:
         advice += (
             f" The guidance is part of what was learned: the adapter was trained with guidance_scale between "
             f"{method.guidance[0]:g} and {method.guidance[1]:g}, two passes of the network a step."

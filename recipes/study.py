@@ -307,12 +307,23 @@ def target_passes(config: RunConfig) -> float:
     method, train = config.method, config.train
     guided = open_family(config.model.path).passes
     _, passes = method.passes(guided)
-    if not method.has_trajectory:
+    if not method.has_stored_paths:
         return passes
     corpus = Corpus(config.data, with_paths=True)
-    shard, at, _ = corpus.raw(0)
-    details = None if shard is None else shard.read(at, "json")
-    steps = None if details is None else json_value(details, ["steps"])
-    if steps is None:
-        raise UserError("data: samples of stored paths do not say in json how many steps of the teacher they took")
-    return passes + len(corpus) * guided * steps / (train.steps * train.global_batch_size)
+    first = list(corpus.first_items().values())
+    stored = sum(
+        (end - start) * _steps_of(corpus, start) for start, end in zip(first, [*first[1:], len(corpus)], strict=True)
+    )
+    return passes + guided * stored / (train.steps * train.global_batch_size)
+
+
+def _steps_of(corpus: Corpus, item: int) -> int:
+    """The teacher's steps along a stored path; where that is not told, one an interval."""
+    shard, at, _ = corpus.raw(item)
+    with contextlib.suppress(ValueError):  # no JSON
+        steps = None if shard is None else json_value(shard.read(at, "json") or b"{}", ["steps"])
+        if isinstance(steps, int):
+            return steps
+    path = corpus.record(item).path
+    assert path is not None
+    return path["velocities"].shape[0]

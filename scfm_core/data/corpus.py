@@ -71,7 +71,8 @@ class Corpus:
         if with_paths and not self.is_cached:
             raise UserError(
                 "data: method.trajectory_fraction > 0 needs stored paths of the teacher, but the sources are images. Make "
-                "paths of their captions with `scfm data generate --trajectories`"
+                "paths of their captions with `scfm data generate --trajectories`, or set method.trajectory_steps=24, which "
+                "takes them within the training"
             )
         self.buckets = np.concatenate([self._buckets_of(number) for number in range(len(self.sources))])
         self.fingerprint = self._fingerprint()
@@ -122,6 +123,13 @@ class Corpus:
         """The first sample of each source, by the source's name."""
         shards = zip(self._shard_source, self._shard_place, self._shard_start, strict=True)
         return {self.configs[source].name: start for source, place, start in shards if place == 0}
+
+    def networks(self) -> dict[str, str | None]:
+        """Fingerprint of the network that took each source's stored paths, by the source's name; None: not told."""
+        sources = zip(self.configs, self.sources, strict=True)
+        return {
+            config.name: source.manifest.network if isinstance(source, Source) else None for config, source in sources
+        }
 
     def shard_of(self, item: int) -> int:
         """Number of the shard that holds a sample."""

@@ -127,6 +127,8 @@ class DataConfig:
         if (self.path is None) == (not self.sources):
             raise ValueError("data needs either path or sources, and not both")
         if self.path is not None:
+            if not self.path:
+                raise ValueError("data.path is empty; name a folder, e.g. data/flux_512")
             refuse_uri(self.path, "data.path")
         names = [source.name for source in self.sources]
         if len(set(names)) < len(names):

@@ -216,6 +216,8 @@ class Manifest:
     """Of a cache: T5 tokens."""
     padding: str | None = None
     """Of a cache whose T5 padding is trimmed: sha256 of `padding.safetensors`, which fills it up again."""
+    network: str | None = None
+    """Of stored paths: fingerprint of the network that took them; a student learns those of its own teacher."""
     shards: tuple[ShardEntry, ...] = ()
 
     @property
@@ -259,8 +261,10 @@ class Manifest:
             manifest = cls(shards=shards, **data)
             if manifest.format not in ("webdataset", "mds") or type(manifest.text_length) not in (int, type(None)):
                 raise ValueError(f"format {manifest.format!r}, text_length {manifest.text_length!r}")
-            if any(type(value) not in (str, type(None)) for value in (manifest.encoder, manifest.padding)):
-                raise TypeError("encoder and padding are texts")
+            if any(
+                type(value) not in (str, type(None)) for value in (manifest.encoder, manifest.padding, manifest.network)
+            ):
+                raise TypeError("encoder, padding and network are texts")
         except UserError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:  # no JSON, no UTF-8, or other keys

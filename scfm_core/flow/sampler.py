@@ -6,7 +6,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from scfm_core.flow.path import euler_step
+from scfm_core.flow.path import euler_step, per_sample
 
 
 @torch.no_grad()
@@ -47,18 +47,18 @@ def roll_out(
     Args:
         velocity: `velocity(x, sigma)` with x [B, ...] and sigma fp32 [B].
         noise: the start, [B, ...]; the state is kept in this dtype, at least fp32.
-        sigmas: of the steps, fp32 [S + 1], falling.
+        sigmas: of the steps, fp32 [S + 1] or, for each sample its own, [B, S + 1]; falling.
         intervals: K, of which each is S / K steps.
         second_order: Adams-Bashforth instead of Euler.
 
     Returns:
-        the state at `sigmas[-1]`, [B, ...], and the mean velocity of each interval, [B, K, ...].
+        the state at the last of `sigmas`, [B, ...], and the mean velocity of each interval, [B, K, ...].
 
     Raises:
         ValueError: if K does not divide S.
     """
     x = noise.to(torch.promote_types(noise.dtype, torch.float32))
-    sigmas = sigmas.to(x.device)
+    sigmas = sigmas.to(x.device).expand(len(x), -1).T.contiguous()  # a row a node
     lengths = sigmas[:-1] - sigmas[1:]
     if intervals < 1 or len(lengths) % intervals:
         raise ValueError(f"{len(lengths)} steps are no multiple of {intervals} intervals")
@@ -68,11 +68,11 @@ def roll_out(
         within = range(first, first + len(lengths) // intervals)
         moved = torch.zeros_like(x)
         for number in within:
-            now = velocity(x, sigmas[number].expand(x.shape[0])).to(x.dtype)
+            now = velocity(x, sigmas[number]).to(x.dtype)
             mean = now
             if second_order and before is not None:
-                ratio = float(lengths[number] / lengths[number - 1]) / 2
+                ratio = per_sample(lengths[number] / lengths[number - 1] / 2, x)
                 mean = (1 + ratio) * now - ratio * before
-            x, moved, before = euler_step(x, mean, lengths[number]), moved + lengths[number] * mean, now
-        means.append(moved / (sigmas[first] - sigmas[within.stop]))
+            x, moved, before = euler_step(x, mean, lengths[number]), moved + per_sample(lengths[number], x) * mean, now
+        means.append(moved / per_sample(sigmas[first] - sigmas[within.stop], x))
     return x, torch.stack(means, dim=1)

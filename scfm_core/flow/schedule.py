@@ -32,6 +32,12 @@ def sigma_grid(num_steps: int, shift: float = 1.0) -> Tensor:
     return shift_sigma(u, shift).to(torch.float32)
 
 
+def shift_of_grid(sigmas: Tensor) -> float:
+    """The shift of which `sigmas` [N + 1], N > 1, are the `sigma_grid`: from its second point."""
+    sigma, u = float(sigmas[1]), 1 - 1 / (len(sigmas) - 1)
+    return sigma * (1 - u) / (u * (1 - sigma))
+
+
 def dynamic_shift(image_tokens: int) -> float:
     """Flux's shift for an image of `image_tokens` packed tokens: `exp(mu)`, `mu` linear in the token count."""
     (tokens_low, mu_low), (tokens_high, mu_high) = FLUX_MU

@@ -40,10 +40,13 @@ class PlanConfig:
     flow_fraction: float = 0.0
     """Share of the batch with the plain flow-matching target (see `distil_guidance` for another); the rest, after the teacher's, is the self slice."""
     trajectory_fraction: float = 0.0
-    """Share of the batch that learns the mean velocity of stored teacher paths; needs data made with
-    `scfm data generate --trajectories`."""
-    trajectory_grids: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12)
-    """Numbers of steps of the grids on those paths, drawn uniformly; each divides the paths' number of intervals."""
+    """Share of the batch that learns the mean velocity of teacher paths; they are stored, in data made with
+    `scfm data generate --trajectories`, unless `trajectory_steps` says otherwise."""
+    trajectory_steps: int | None = None
+    """Paths are not stored but taken within the training: so many steps of the teacher by Euler's method for each row, from
+    its noise, at its shift and guidance. Of the data only the captions count. None: stored ones, used many times."""
+    trajectory_grids: tuple[int, ...] = (1, 2, 3, 4, 6, 12)
+    """Numbers of steps of the grids on those paths, drawn uniformly; each divides the paths' number of intervals (or `trajectory_steps`)."""
     teacher_grid: int = 32
     """Steps of the teacher slice's grid."""
     self_grids: tuple[int, ...] = (16, 8, 4)
@@ -84,6 +87,7 @@ class PlanConfig:
             )
         if not self.trajectory_grids or any(n < 1 for n in self.trajectory_grids):
             raise ValueError(f"method.trajectory_grids needs step counts of at least 1, got {self.trajectory_grids}")
+        self._check_online()
         for name, grids in (("teacher_grid", (self.teacher_grid,)), ("self_grids", self.self_grids)):
             if not grids or any(n < 2 or n % 2 for n in grids):
                 raise ValueError(f"method.{name} needs even step counts of at least 2 (jumps are pairs), got {grids}")
@@ -107,6 +111,24 @@ class PlanConfig:
         if not 0.9 < self.sigma_max <= 1:
             raise ValueError(f"method.sigma_max must be in (0.9, 1], got {self.sigma_max}")
         self._refuse_collapsed_pairs(self.shift[1])
+
+    def _check_online(self) -> None:
+        steps = self.trajectory_steps
+        if steps is None:
+            return
+        if not self.has_trajectory:
+            raise ValueError(
+                f"method.trajectory_steps={steps} takes paths for no row: set method.trajectory_fraction, or none here"
+            )
+        if steps < 1 or any(steps % grid for grid in self.trajectory_grids):
+            raise ValueError(
+                f"method.trajectory_steps={steps} must be a common multiple of method.trajectory_grids="
+                f"{list(self.trajectory_grids)}, e.g. {math.lcm(*self.trajectory_grids)}"
+            )
+        if self.step_embedding:
+            raise ValueError(
+                "method.step_embedding is for training from scratch: there is no teacher to take method.trajectory_steps"
+            )
 
     def _refuse_more_than_guidance(self) -> None:
         if self.has_pairs:
@@ -145,8 +167,13 @@ class PlanConfig:
 
     @property
     def has_trajectory(self) -> bool:
-        """Whether any row can lie on a stored path."""
+        """Whether any row can lie on a path of the teacher."""
         return self.trajectory_fraction > 0
+
+    @property
+    def has_stored_paths(self) -> bool:
+        """Whether the data must hold paths."""
+        return self.has_trajectory and self.trajectory_steps is None
 
     @property
     def has_pairs(self) -> bool:
@@ -156,7 +183,9 @@ class PlanConfig:
     @property
     def has_teacher(self) -> bool:
         """Whether any target needs a pass of the frozen teacher."""
-        return self.teacher_fraction > 0 or (self.distil_guidance and self.has_flow)
+        return (
+            self.teacher_fraction > 0 or (self.distil_guidance and self.has_flow) or self.trajectory_steps is not None
+        )
 
     @property
     def follows_teacher(self) -> bool:
@@ -176,8 +205,9 @@ class PlanConfig:
         """
         velocity = guided if self.student_is_guided else 1
         pairs = 1 - self.flow_fraction - self.trajectory_fraction
+        paths = guided * (self.trajectory_steps or 0) * self.trajectory_fraction
         # A batch with flow-matching rows goes to the guiding teacher as a whole.
-        return velocity, 2 * velocity * pairs + (guided if self.distil_guidance and self.has_flow else 0)
+        return velocity, 2 * velocity * pairs + paths + (guided if self.distil_guidance and self.has_flow else 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,6 +248,8 @@ class ShortcutPlan:
     pair_rows: Tensor | None = None
     """int64: the rows that take the two passes, row 0 if there is none. Found where the plan is drawn: on a GPU, counting rows
     would wait for its queue."""
+    trajectory_rows: Tensor | None = None
+    """int64: the rows on paths of the teacher, row 0 if there is none; likewise."""
 
     def __post_init__(self) -> None:
         if self.is_trajectory is None:
@@ -229,9 +261,10 @@ class ShortcutPlan:
             object.__setattr__(self, "has_trajectory", bool(self.is_trajectory.any()))
         if self.has_pairs is None:
             object.__setattr__(self, "has_pairs", not bool(self.is_given.all()))
-        if self.pair_rows is None:
-            rows = (~self.is_given).nonzero().squeeze(1)
-            object.__setattr__(self, "pair_rows", rows if rows.numel() else rows.new_zeros(1))
+        for name, mask in (("pair_rows", ~self.is_given), ("trajectory_rows", self.is_trajectory)):
+            if getattr(self, name) is None:
+                rows = mask.nonzero().squeeze(1)
+                object.__setattr__(self, name, rows if rows.numel() else rows.new_zeros(1))
 
     @property
     def is_given(self) -> Tensor:

@@ -1,17 +1,22 @@
 """Teacher trajectories: the exact mean velocity between two nodes of a path that the frozen teacher was rolled along.
 
-No image is needed, no EMA and no near or far pass: the path is stored once (`scfm data generate --trajectories`) and used
-many times. A row jumps one interval of an N-step grid whose points are nodes of the path.
+No image is needed, no EMA and no near or far pass. The path is stored once (`scfm data generate --trajectories`) and used
+many times, or taken for one row within the training (`take_paths`). A row jumps one interval of an N-step grid whose points
+are nodes of the path.
 """
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from scfm_core.flow.path import per_sample
+from scfm_core.flow.sampler import roll_out
+from scfm_core.flow.schedule import shift_sigma
 from scfm_core.scfm.plan import ShortcutPlan
+from scfm_core.scfm.target import Velocity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +55,37 @@ class Trajectory:
         with torch.autocast(velocities.device.type, enabled=False):  # DeepSpeed's is around the whole step
             state = latents.float() + torch.einsum("bk,bk...->b...", behind, velocities)
             return state, torch.einsum("bk,bk...->b...", within / within.sum(1, keepdim=True), velocities)
+
+
+def take_paths(
+    plan: ShortcutPlan, latents: Tensor, noise: Tensor, cond: Any, teacher: Velocity, num_steps: int
+) -> tuple[Trajectory, Tensor]:
+    """The teacher's paths from `noise`, by Euler's method at each row's own shift; no gradient.
+
+    Only the plan's trajectory rows go through the network, and at least one, so that every process of a sharded run enters
+    it equally often.
+
+    Args:
+        plan: its trajectory rows, shifts and guidance.
+        latents, noise: of all rows, [B, ...].
+        cond: what `teacher` takes, already at the plan's guidance; `cond[rows]` must select rows.
+        teacher: called with strength 0.
+        num_steps: K, steps of each path, each an interval.
+
+    Returns:
+        the paths, of no meaning on other rows, and where they end: [B, ...], on other rows `latents`.
+    """
+    assert plan.trajectory_rows is not None and plan.shift is not None and plan.guidance is not None
+    rows = plan.trajectory_rows
+    u = 1 - torch.arange(num_steps + 1, dtype=torch.float64, device=noise.device) / num_steps
+    sigmas = shift_sigma(u, plan.shift[:, None].double()).float()
+    picked, strength = cond[rows], torch.zeros_like(plan.shift[rows])
+    ends, velocities = roll_out(
+        lambda x, sigma: teacher(x, sigma, picked, strength), noise[rows], sigmas[rows], intervals=num_steps
+    )
+    of_all = velocities.new_zeros(len(plan), *velocities.shape[1:]).index_copy(0, rows, velocities)
+    path = Trajectory(velocities=of_all, sigmas=sigmas, guidance=plan.guidance)
+    return path, latents.to(ends.dtype).index_copy(0, rows, ends)
 
 
 def on_trajectories(

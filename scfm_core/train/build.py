@@ -26,13 +26,13 @@ from scfm_core.distributed.engine import OptimizerConfig
 from scfm_core.distributed.fsdp2 import Fsdp2Engine, Fsdp2Layout
 from scfm_core.distributed.world import World, launched_size
 from scfm_core.errors import UserError
-from scfm_core.flow.schedule import dynamic_shift
+from scfm_core.flow.schedule import dynamic_shift, shift_of_grid, sigma_grid
 from scfm_core.models.adapters import ADAPTERS
 from scfm_core.models.encoders import Autoencoder, TextEncoders
 from scfm_core.models.families import open_family
 from scfm_core.models.protocol import Conditioning, ModelFamily
 from scfm_core.models.student import FullModel, LoRAModel
-from scfm_core.models.weights import encoder_fingerprint
+from scfm_core.models.weights import encoder_fingerprint, network_fingerprint
 from scfm_core.scfm.plan import PlanConfig
 from scfm_core.train.config import RunConfig, SampleConfig, TrainConfig
 from scfm_core.train.kernels import Kernels
@@ -334,21 +334,68 @@ class BatchEncoder:
         return self.vae.encode(images).float(), self.text.encode(batch.captions)
 
 
-def check_paths(method: PlanConfig, corpus: Corpus) -> None:
-    """Hold stored paths, by the first of each source, against the method; UserError names the source."""
-    scale = method.guidance[0]
+def check_paths(config: RunConfig, family: ModelFamily, corpus: Corpus) -> None:
+    """Hold stored paths, by the first of each source, against model, method and sampler; UserError names the source."""
+    method, scale = config.method, config.method.guidance[0]
+    _refuse_other_teachers(family, corpus)
+    intervals: dict[str, int] = {}
+    shifts: dict[str, float] = {}
+    guided: dict[str, float] = {}
     for name, item in corpus.first_items().items():
         with contextlib.suppress(BadData):  # the loader has its way with those
-            path = corpus.record(item, padded=False).path
-            assert path is not None
-            refuse_other_intervals(method, path["velocities"].shape[0], f"of source {name!r} ")
-            guidance = float(path["guidance"])  # kept in fp32
-            if method.distil_guidance and not math.isclose(guidance, scale, rel_tol=1e-6):
+            record = corpus.record(item, padded=False)
+            path, latents = record.path, record.latents
+            assert path is not None and latents is not None
+            intervals[name] = path["velocities"].shape[0]
+            refuse_other_intervals(method, intervals[name], f"of source {name!r} ")
+            guided[name] = float(path["guidance"])  # kept in fp32
+            if method.distil_guidance and not math.isclose(guided[name], scale, rel_tol=1e-6):
                 raise UserError(
-                    f"data: the stored paths of source {name!r} were guided at scale {guidance:g}, but "
+                    f"data: the stored paths of source {name!r} were guided at scale {guided[name]:g}, but "
                     f"method.distil_guidance learns method.guidance={scale:g} alone. Set it and sample.guidance to that scale, "
                     f"or make paths with `scfm data generate --trajectories --guidance {scale:g}`"
                 )
+            wanted = _shift_of_latents(config.sample, latents)
+            if not torch.allclose(path["sigmas"].float(), sigma_grid(intervals[name], wanted), atol=1e-4):
+                shifts[name] = shift_of_grid(path["sigmas"])
+    if len(set(intervals.values())) > 1:
+        raise UserError(
+            f"data: the sources' paths have different numbers of intervals, {intervals}, which no batch can hold together. "
+            f"Store them alike with `scfm data generate --trajectories --steps N --intervals K`"
+        )
+    if shifts and len(shifts) == len(intervals):
+        raise UserError(
+            f"data: the stored paths were taken at shift {_values(shifts)}, but sample.shift is {config.sample.shift}: a student "
+            f"of them is to be sampled at theirs. Set sample.shift to it, or store paths with `--shift {config.sample.shift}`"
+        )
+    knows_guidance = family.passes == 2 or family.network_config.get("guidance_embeds")
+    agrees = (math.isclose(value, config.sample.guidance, rel_tol=1e-6) for value in guided.values())
+    if guided and knows_guidance and not any(agrees):
+        raise UserError(
+            f"data: the stored paths were taken at guidance {_values(guided)}, but sample.guidance is "
+            f"{config.sample.guidance:g}: a student of them is to be sampled at theirs. Set sample.guidance to it, or store paths "
+            f"with `--guidance {config.sample.guidance:g}`"
+        )
+
+
+def _refuse_other_teachers(family: ModelFamily, corpus: Corpus) -> None:
+    own = network_fingerprint(family.folder)
+    for name, network in corpus.networks().items():
+        if network not in (None, own):
+            raise UserError(
+                f"data: the stored paths of source {name!r} were taken by another network ({str(network)[:12]}) than that of "
+                f"{family.folder} ({own[:12]}). Take them with this one: `scfm data generate --trajectories`"
+            )
+
+
+def _values(of_sources: dict[str, float]) -> str:
+    return " or ".join(f"{value:g}" for value in sorted(set(of_sources.values())))
+
+
+def _shift_of_latents(config: SampleConfig, latents: Tensor) -> float:
+    if config.shift == "dynamic":
+        return dynamic_shift(latents.shape[-2] * latents.shape[-1] // 4)
+    return float(config.shift)
 
 
 def refuse_other_intervals(method: PlanConfig, intervals: int, where: str = "") -> None:
@@ -380,10 +427,7 @@ def check_cache(config: RunConfig, family: ModelFamily, corpus: Corpus) -> None:
 
 def sampling_shift(config: SampleConfig, family: ModelFamily, height: int, width: int) -> float:
     """The timestep shift of a sampler for images of `height` x `width` pixels."""
-    if config.shift == "dynamic":
-        _, rows, columns = family.latent_shape(height, width)
-        return dynamic_shift(rows * columns // 4)
-    return float(config.shift)
+    return _shift_of_latents(config, torch.empty(family.latent_shape(height, width), device="meta"))
 
 
 def validation_prompts(config: RunConfig) -> list[str]:

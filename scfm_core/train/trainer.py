@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ from scfm_core.scfm.loss import LossMeter, scfm_loss
 from scfm_core.scfm.plan import ShortcutPlan, sample_plan
 from scfm_core.scfm.restart import restart_due
 from scfm_core.scfm.target import scfm_target
-from scfm_core.scfm.trajectory import Trajectory, on_trajectories
+from scfm_core.scfm.trajectory import Trajectory, on_trajectories, take_paths
 from scfm_core.train.build import (
     BatchEncoder,
     build_engine,
@@ -146,10 +147,10 @@ class Trainer:
         config = self.config
         self._prompts = validation_prompts(config)
         accumulation = micro_batches(config.train, self.world)
-        self.corpus = Corpus(config.data, with_paths=config.method.has_trajectory)
+        self.corpus = Corpus(config.data, with_paths=config.method.has_stored_paths)
         self.corpus.order(config.train.global_batch_size, config.run.seed)  # refuses partitions that do not divide it
-        if config.method.has_trajectory:
-            check_paths(config.method, self.corpus)
+        if config.method.has_stored_paths:
+            check_paths(config, self.family, self.corpus)
         self.encoder = BatchEncoder(config, self.family, self.corpus, self.device, self._prompts)
         layout = build_layout(config, self.world, self.device, accumulation)
         # What a sharded network gathers in such a pass could not be used by one with gradient.
@@ -172,10 +173,8 @@ class Trainer:
         noised = noise_latents(latents, noise, plan.sigma_start)
         velocity = flow_velocity(latents, noise) if plan.has_flow else None
         if plan.has_trajectory:
-            assert batch.path is not None
-            refuse_other_intervals(config.method, batch.path["velocities"].shape[1])
-            paths = Trajectory(**batch.path).to(self.device)
-            plan, noised, velocity = on_trajectories(plan, paths, latents, noised, velocity)
+            paths, ends = self._paths(batch, plan, latents, noise, cond)
+            plan, noised, velocity = on_trajectories(plan, paths, ends, noised, velocity)
         if plan.is_dropped is not None:
             assert self.family.unconditional is not None
             cond = cond.without_captions(plan.is_dropped, self.family.unconditional)
@@ -191,6 +190,19 @@ class Trainer:
         prediction = model.student_velocity(noised, plan.sigma_start, cond, plan.student_strength)
         meter.add(prediction, target, plan)
         return scfm_loss(prediction, target, plan)
+
+    def _paths(
+        self, batch: Batch, plan: ShortcutPlan, latents: Tensor, noise: Tensor, cond: Conditioning
+    ) -> tuple[Trajectory, Tensor]:
+        """The teacher's paths of a micro-batch, and their ends."""
+        num_steps = self.config.method.trajectory_steps
+        if num_steps is None:
+            assert batch.path is not None
+            refuse_other_intervals(self.config.method, batch.path["velocities"].shape[1])
+            return Trajectory(**batch.path).to(self.device), latents
+        teacher = functools.partial(self.model.velocity, "teacher")
+        with torch.inference_mode(self._in_inference_mode):
+            return take_paths(plan, latents, noise, cond.with_guidance(plan.guidance), teacher, num_steps)
 
     def _scalars(self, plan: ShortcutPlan) -> tuple[Tensor | None, Tensor | None]:
         """What the network's guidance is told in the student's pass, and in those of the target."""

@@ -29,7 +29,7 @@ from scfm_core.flow.schedule import sigma_grid
 from scfm_core.models.families import open_family
 from scfm_core.models.flux import Flux
 from scfm_core.models.protocol import Conditioning, ModelFamily
-from scfm_core.models.weights import encoder_fingerprint
+from scfm_core.models.weights import encoder_fingerprint, network_fingerprint
 
 PROMPTS = [*map(caption, (1, 3, 5)), "a lion", ""]
 SIZES = ((16, 16), (8, 24))
@@ -181,6 +181,7 @@ class TestContent:
                 "prompt": number // PER_PROMPT,
                 "seed": SEED,
                 "steps": 3,
+                "solver": "euler",
                 "guidance": GUIDANCE,
             }
             assert (shard.key(at), size) == (f"{number:08d}", corpus.sizes[corpus.buckets[item]])
@@ -415,6 +416,13 @@ class TestTrajectories:
             end = noise - torch.einsum("k,kchw->chw", lengths, record.path["velocities"])
             torch.testing.assert_close(end, record.latents, rtol=0, atol=1e-5)
 
+    def test_the_network_is_told_and_packed_along(self, paths: Path, family: ModelFamily, tmp_path: Path) -> None:
+        for shards in (paths, tmp_path / "mds"):
+            if not shards.exists():
+                assert main(["data", "pack", str(paths), "-o", str(shards), "--to", "mds"]) == 0
+            manifest = Manifest.parse((shards / MANIFEST).read_text(), "")
+            assert manifest.network == network_fingerprint(family.folder)
+
     @pytest.mark.parametrize("second_order", [False, True])
     def test_velocities_are_the_teachers(self, family: ModelFamily, tmp_path: Path, second_order: bool) -> None:
         """Two intervals of two steps each, by hand: Euler's, or those of Adams-Bashforth's formula."""
@@ -442,7 +450,7 @@ class TestTrajectories:
         shard, at, _ = corpus.raw(0)
         assert shard is not None
         details = json.loads(shard.read(at, "json") or b"")
-        assert (details["steps"], details.get("solver")) == (4, "adams-bashforth" if second_order else None)
+        assert (details["steps"], details["solver"]) == (4, "adams-bashforth" if second_order else "euler")
 
     @pytest.mark.parametrize(("steps", "intervals"), [(8, 12), (8, 3), (8, 0)])
     def test_intervals_that_no_step_ends_are_refused(

@@ -116,3 +116,17 @@ def test_the_comparison_sees_a_wrong_ema(reference):
         for key, t in expected.items()
     }
     assert distance(late, expected, "ema_fast") > 1e-5
+
+
+@pytest.mark.parametrize("name", ["FSDP2 on 2", "ZeRO-3 on 2"])
+@pytest.mark.parametrize("weights", ["lora", "full"])
+def test_paths_taken_within_the_training(name, weights, tiny, tmp_path):
+    """A process without such rows enters the sharded teacher as often as the others; the losses are those of one process."""
+    world_size, engine = CASES[name]
+    method = {"trajectory_fraction": 0.1, "trajectory_steps": 4, "trajectory_grids": [1, 2, 4]}
+    changes = {f"method__{key}": value for key, value in method.items()} | common(weights) | {"train__steps": 4}
+    [one] = run_distributed(train_all, 1, make_tree(tiny, tmp_path / "one", **changes, train__micro_batch_size=2))
+    tree = make_tree(tiny, tmp_path / "two", **changes, train__micro_batch_size=2, engine=engine)
+    two = run_distributed(train_all, world_size, tree)[0]
+    assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-5)
+    assert any("loss/trajectory" in row for row in one) and not all("loss/trajectory" in row for row in one)

@@ -188,7 +188,7 @@ def test_guided_paths_in_one_pass(make_sd3, folder, tmp_path):
         "--model",
         str(folder),
     ]
-    assert main([*generate, *words, "--keep-padding", "--guidance", "4.7"]) == 0  # not a number of fp32
+    assert main([*generate, *words, "--keep-padding", "--guidance", "4.7", "--shift", "3"]) == 0  # not a number of fp32
     paths = {
         "data.path": str(tmp_path / "paths"),
         "method.trajectory_fraction": 1.0,
@@ -205,7 +205,17 @@ def test_guided_paths_in_one_pass(make_sd3, folder, tmp_path):
     fit(trainer)
     assert len(calls) == 2 * trainer.config.train.global_batch_size // trainer.config.train.micro_batch_size
     assert told and all(guidance is None for guidance in told)
-    other = {"method.guidance": [3.0, 3.0], "sample.guidance": 3.0}
+    taken = {"method.trajectory_steps": 4, "method.trajectory_grids": [1, 2, 4], "train.steps": 1}
+    trainer = Trainer(make_sd3({**STAGE_1, **paths, **taken, "run.dir": str(tmp_path / "taken")}))
+    rows, teacher = [], trainer.family.velocity
+    trainer.family.velocity = lambda network, x, sigma, cond: (
+        rows.append(cond.guidance) or teacher(network, x, sigma, cond)
+    )
+    fit(trainer)
+    for number, guidance in enumerate(rows):  # four steps of the guided teacher, one pass of the student
+        assert (guidance is None) == (number % 5 == 4)
+        assert guidance is None or (guidance == torch.tensor(4.7)).all()
+    other = {"method.guidance": [3.0, 3.0], "sample.guidance": 3.0, "method.trajectory_steps": None}
     with pytest.raises(
         UserError, match=r"were guided at scale 4\.7, but method\.distil_guidance learns method\.guidance=3"
     ):

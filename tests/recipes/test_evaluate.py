@@ -187,3 +187,24 @@ def test_prompts_in_cocos_format(run_dir, tmp_path):
     path = str(tmp_path / "captions_val2014.json")
     assert read_prompts(path, "evaluate.prompts") == ["a of three", "one of seven"]
     assert main(["evaluate", str(run_dir), f"evaluate.prompts={path}", "evaluate.steps=[2]"]) == 0
+
+
+def test_samples_are_taken_from_all_of_the_data(make_config, tiny, tmp_path):
+    """Of samples that lie prompt by prompt, the first few would be of the first prompt alone."""
+    (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\n")
+    words = [
+        "data",
+        "generate",
+        str(tmp_path / "prompts.txt"),
+        "-o",
+        str(tmp_path / "own"),
+        "--model",
+        str(tiny / "flux"),
+    ]
+    words += ["--resolution", "16", "16", "--text-length", "8", "--keep-padding", "--dtype", "float32"]
+    assert main([*words, "--per-prompt", "4", "--steps", "1"]) == 0
+    trainer = Trainer(config := make_config({"data.path": str(tmp_path / "own"), "evaluate.samples": 6}))
+    trainer.save()
+    bench = _Bench(trainer.run_dir, config)
+    assert bench.prompts == ["one", "one", "two", "two", "three", "three"]
+    assert len(bench.real) == 6

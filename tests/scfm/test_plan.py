@@ -22,7 +22,11 @@ def draw(config: PlanConfig = PlanConfig()) -> ShortcutPlan:  # noqa: B008 (froz
 def tensors(plan: ShortcutPlan) -> dict[str, Tensor]:
     """Those of [B]."""
     fields = ((field.name, getattr(plan, field.name)) for field in dataclasses.fields(plan))
-    return {name: value for name, value in fields if isinstance(value, Tensor) and name != "pair_rows"}
+    return {
+        name: value
+        for name, value in fields
+        if isinstance(value, Tensor) and name not in ("pair_rows", "trajectory_rows")
+    }
 
 
 def assert_share(mask: Tensor, probability: float) -> None:
@@ -317,6 +321,7 @@ def test_captions_are_dropped_independently_of_all_else_but_on_stored_paths():
         ({"teacher_fraction": 0.0, "flow_fraction": 0.75}, 2, 1),
         ({"teacher_fraction": 0.0, "flow_fraction": 1.0}, 1, 0),  # the data's velocity is not guided
         ({"teacher_fraction": 0.0, "trajectory_fraction": 1.0}, 2, 0),
+        ({"teacher_fraction": 0.0, "trajectory_fraction": 0.25, "trajectory_steps": 12, "flow_fraction": 0.75}, 2, 6),
         ({"teacher_fraction": 0.0, "flow_fraction": 1.0, "distil_guidance": True, "guidance": (4, 4)}, 1, 2),
     ],
 )

@@ -10,7 +10,7 @@ from scfm_core.flow.sampler import euler_sample, roll_out
 from scfm_core.flow.schedule import sigma_grid
 from scfm_core.scfm.plan import PlanConfig, StepGain, sample_plan
 from scfm_core.scfm.target import scfm_target
-from scfm_core.scfm.trajectory import Trajectory, on_trajectories
+from scfm_core.scfm.trajectory import Trajectory, on_trajectories, take_paths
 
 K, B = 12, 6
 
@@ -163,6 +163,70 @@ def test_rows_are_put_onto_their_paths_and_others_left_alone():
             torch.testing.assert_close(end.double(), latents[row], rtol=0, atol=1e-5)
         if interval == 0:
             torch.testing.assert_close(start[row].double(), noise[row], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("second_order", [False, True])
+def test_each_sample_may_have_its_own_shift(second_order):
+    noise = torch.randn(2, 3, generator=torch.Generator().manual_seed(0)).double()
+    grids = torch.stack([sigma_grid(8, 1.5), sigma_grid(8, 4.0)])
+    end, velocities = roll_out(field, noise, grids, intervals=4, second_order=second_order)
+    for row in range(2):
+        alone = roll_out(field, noise[row : row + 1], grids[row], intervals=4, second_order=second_order)
+        assert torch.equal(end[row], alone[0][0]) and torch.equal(velocities[row], alone[1][0])
+
+
+class Rows(list):
+    """A conditioning: which rows it is of."""
+
+    def __getitem__(self, rows):
+        return Rows(rows.tolist())
+
+
+def test_paths_taken_now_are_those_that_would_be_stored():
+    """From the same noise, at the same shift; rows of other slices do not enter the network."""
+    config = dataclasses.replace(CONFIG, shift=(3.0, 3.0), trajectory_steps=12)
+    plan, (noise, latents, stored) = make_plan(config), rolled()
+    rows, entered = plan.is_trajectory, []
+    assert 0 < rows.sum() < B
+
+    def teacher(x, sigma, cond, strength):
+        assert not strength.any()
+        entered.append(cond)
+        return field(x, sigma)
+
+    taken, ends = take_paths(plan, torch.full((B, 2, 3), 5.0), noise.float(), Rows(range(B)), teacher, 12)
+    assert entered == [rows.nonzero()[:, 0].tolist()] * 12
+    assert (ends[~rows] == 5).all()
+    torch.testing.assert_close(ends[rows].double(), latents[rows], rtol=0, atol=1e-5)
+    noised = torch.zeros(B, 2, 3)
+    moved, start, velocity = on_trajectories(plan, taken, ends, noised, noised)
+    other, other_start, other_velocity = on_trajectories(plan, stored, latents, noised, noised)
+    assert torch.equal(moved.sigma_start, other.sigma_start) and torch.equal(moved.guidance, plan.guidance)
+    torch.testing.assert_close(start, other_start, rtol=0, atol=1e-5)
+    torch.testing.assert_close(velocity, other_velocity, rtol=0, atol=1e-5)
+
+
+def test_paths_are_taken_at_each_rows_own_shift():
+    config = PlanConfig(trajectory_fraction=1.0, teacher_fraction=0.0, trajectory_grids=(1, 2, 4), trajectory_steps=4)
+    plan, noise = make_plan(config), torch.randn(B, 3)
+    taken, ends = take_paths(plan, noise, noise, Rows(range(B)), lambda x, sigma, cond, strength: field(x, sigma), 4)
+    for row in range(B):
+        nodes = sigma_grid(4, plan.shift[row].item())
+        torch.testing.assert_close(taken.sigmas[row], nodes)
+        torch.testing.assert_close(ends[row : row + 1], roll_out(field, noise[row : row + 1], nodes, intervals=4)[0])
+
+
+def test_a_batch_without_such_rows_enters_the_network_all_the_same():
+    """As every process of a sharded run must; nothing of it is used."""
+    plan, seen = make_plan(PlanConfig()), []
+    latents = torch.randn(B, 3)
+
+    def teacher(x, sigma, cond, strength):
+        seen.append(len(x))
+        return field(x, sigma)
+
+    take_paths(plan, latents, torch.randn(B, 3), Rows(range(B)), teacher, 4)
+    assert seen == [1] * 4
 
 
 def test_their_target_is_given_and_pairs_alone_run():

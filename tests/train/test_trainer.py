@@ -2,13 +2,15 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from data_tools.encode import EncodeConfig
-from data_tools.generate import generate
+from data_tools.generate import FIRST_ID, generate
 from recipes.runs import load_trained
 from recipes.tiny import caption
 from scfm_core.data.corpus import Corpus
@@ -18,6 +20,7 @@ from scfm_core.errors import UserError
 from scfm_core.models.families import open_family
 from scfm_core.scfm import restart
 from scfm_core.scfm.loss import LossMeter
+from scfm_core.train import trainer as trainer_module
 from scfm_core.train.build import transformer_blocks
 from scfm_core.train.checkpoint import checkpoint_path, find_checkpoint, load_checkpoint, verify_checkpoint
 from scfm_core.train.trainer import SkippedTooOften, Trainer, fit, learning_rate
@@ -290,27 +293,36 @@ AMONG_OTHERS = {
 }
 
 
-@pytest.fixture(scope="module")
-def paths(tiny, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("paths") / "cache"
+def make_paths(tiny, folder, intervals=4):
     generate(
         [caption(digit) for digit in range(10)],
         folder,
         open_family(str(tiny / "flux")),
         EncodeConfig(text_length=8, keep_padding=True, dtype=torch.float32, samples_per_shard=20),
-        sizes=((16, 16),), per_prompt=4, num_steps=4, shift=3.0, guidance=2.0, seed=5, intervals=4,
+        sizes=((16, 16),), per_prompt=4, num_steps=4, shift=3.0, guidance=2.0, seed=5, intervals=intervals,
     )  # fmt: skip
-    return {"data.path": str(folder)}
+
+
+@pytest.fixture(scope="module")
+def stored_paths(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("paths") / "cache"
+    make_paths(tiny, folder)
+    return {"data.path": str(folder), "sample.guidance": 2.0}
 
 
 class TestTrajectories:
-    """Runs on stored paths of the teacher, alone and among the other slices."""
+    """Runs on paths of the teacher, alone and among the other slices."""
 
+    @pytest.fixture()
+    def paths(self, stored_paths):
+        return stored_paths
+
+    @pytest.mark.parametrize("where", ["stored", "taken"])
     @pytest.mark.parametrize("method", ["alone", "among others"])
-    def test_resuming_is_bitwise_the_uninterrupted_run(self, make_config, tmp_path, paths, method):
+    def test_resuming_is_bitwise_the_uninterrupted_run(self, make_config, tmp_path, paths, method, where):
         changes = {
             **(ON_PATHS if method == "alone" else AMONG_OTHERS),
-            **paths,
+            **(paths if where == "stored" else {"method.trajectory_steps": 4}),
             "train.global_batch_size": 16,
             "train.steps": 4,
         }
@@ -334,6 +346,72 @@ class TestTrajectories:
         trainer.family.velocity = lambda *arguments: passes.append(1) or velocity(*arguments)
         next(trainer.train_steps())
         assert len(passes) == 1
+
+    @pytest.mark.parametrize("weights", ["lora", "full"])
+    def test_paths_of_the_stored_noise_give_the_stored_losses(self, make_config, tmp_path, monkeypatch, paths, weights):
+        """Taken within the training from the noise that the stored ones came from, at their shift and guidance."""
+        same = {**ON_PATHS, **paths, "train.weights": weights, "train.steps": 2, "run.seed": 5}
+        same |= {} if weights == "lora" else {"method.step_gain": None}
+        _, stored = run(make_config(same))
+        noise = trainer_module.sample_noise
+        numbers = []
+
+        def noise_of_the_paths(latents, sample_ids, seed):
+            return noise(latents, torch.tensor(numbers.pop(0)) + FIRST_ID, seed)
+
+        at = {
+            "run.dir": str(tmp_path / "taken"),
+            "method.trajectory_steps": 4,
+            "method.shift": [3.0, 3.0],
+            "method.guidance": [2.0, 2.0],
+        }
+        trainer = Trainer(make_config({**same, **at}))
+        monkeypatch.setattr(trainer_module, "sample_noise", noise_of_the_paths)
+        encode = trainer.encoder.encode
+        trainer.encoder.encode = lambda batch: numbers.append([int(key) for key in batch.keys]) or encode(batch)
+        for row, other in zip(trainer.train_steps(), stored, strict=True):
+            assert row["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+    def test_paths_taken_cost_their_steps(self, make_config):
+        trainer = Trainer(make_config({**ON_PATHS, "method.trajectory_steps": 4}))
+        passes = []
+        velocity = trainer.family.velocity
+        trainer.family.velocity = lambda *arguments: passes.append(1) or velocity(*arguments)
+        next(trainer.train_steps())
+        assert len(passes) == 4 + 1
+        assert trainer.config.method.passes(1) == (1, 4)
+
+    def test_captions_of_images_are_enough(self, make_config, tiny):
+        images = {"data.path": str(tiny / "digits"), "data.format": "folder", "train.steps": 1}
+        _, rows = run(make_config({**ON_PATHS, **images, "method.trajectory_steps": 4}))
+        assert math.isfinite(rows[0]["loss"])
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"sample.shift": 1.5}, r"taken at shift 3, but sample\.shift is 1\.5.*Set sample\.shift"),
+            ({"sample.guidance": 3.5}, r"taken at guidance 2, but sample\.guidance is 3\.5.*Set sample\.guidance"),
+        ],
+    )
+    def test_a_sampler_of_other_settings(self, make_config, paths, change, message):
+        with pytest.raises(UserError, match=message):
+            Trainer(make_config({**ON_PATHS, **paths, **change}))
+
+    def test_paths_of_another_teacher(self, make_config, tiny, tmp_path, paths):
+        folder = tmp_path / "other"
+        shutil.copytree(tiny / "flux", folder)
+        weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+        tensors = load_file(weights)
+        save_file({name: tensor + 1e-3 for name, tensor in tensors.items()}, weights)
+        with pytest.raises(UserError, match=r"were taken by another network \(\w{12}\) than that of .*other"):
+            Trainer(make_config({**ON_PATHS, **paths, "model.path": str(folder)}))
+
+    def test_sources_of_different_numbers_of_intervals(self, make_config, tiny, tmp_path, paths):
+        make_paths(tiny, tmp_path / "two", intervals=2)
+        sources = [{"name": "four", "uri": paths["data.path"]}, {"name": "two", "uri": str(tmp_path / "two")}]
+        changes = {**ON_PATHS, **paths, "method.trajectory_grids": [1, 2], "data.path": None, "data.sources": sources}
+        with pytest.raises(UserError, match=r"different numbers of intervals, \{'four': 4, 'two': 2\}"):
+            Trainer(make_config(changes))
 
     def test_full_weights_alone_are_held_against_their_teacher(self, make_config, paths):
         changes = {**ON_PATHS, "method.step_gain": None, "train.weights": "full", "train.steps": 1, **paths}
