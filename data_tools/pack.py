@@ -54,7 +54,7 @@ def pack(
         the manifest written beside the shards.
 
     Raises:
-        UserError: if `output` exists or cannot be written, the sources' paddings differ, or a sample cannot be read or does
+        UserError: if `output` exists or cannot be written, the sources' paddings or networks differ, or a sample cannot be read or does
             not fit into the format.
     """
     if output.exists():
@@ -67,12 +67,14 @@ def pack(
         raise UserError(f"compression {compression!r} is for mds: tars are read in the middle, so they stay plain")
     digest, padding = _padding(corpus)
     networks = set(corpus.networks().values())
+    if len(networks) > 1:
+        raise UserError("the sources' paths were taken by different networks, or not all say by which: pack each alone")
     draft = Manifest(
         format=to,
         encoder=corpus.encoder,
         text_length=corpus.text_length,
         padding=digest,
-        network=networks.pop() if len(networks) == 1 else None,
+        network=networks.pop(),
     )
     aside = output.with_name(f".{output.name}.tmp")
     samples = progress(_samples(corpus), len(corpus))

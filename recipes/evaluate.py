@@ -32,6 +32,7 @@ from scfm_core.train.validate import save_grid, to_uint8
 
 Result = dict[str, dict[str, dict[str, float]]]
 GRID_COLUMNS = 10
+_PLACES = 64
 
 
 def evaluate(run_dir: Path, overrides: list[str]) -> Result:
@@ -96,9 +97,10 @@ class _Bench:
                 f"data: no sample is of data.resolution {config.data.resolution}, the size at which images are compared. "
                 f"Set it to one of {corpus.sizes}"
             )
-        if len(items) > settings.samples and not any(is_remote(source.uri) for source in config.data.mixture()):
-            # Samples of one prompt may follow one another; of remote shards no more are fetched than are needed.
-            items = [items[number * len(items) // settings.samples] for number in range(settings.samples)]
+        if not any(
+            is_remote(source.uri) for source in config.data.mixture()
+        ):  # of those no more are fetched than needed
+            items = _spread(items, settings.samples)
         self.prompts = _prompts(config, corpus, items)
         self.vae = Autoencoder(self.model.family, dtype, self.device)
         distinct = sorted(set(self.prompts))
@@ -218,6 +220,14 @@ class _Bench:
                 images = self.vae.decode(part.latents)
             found.append(extract(self.features, images, self.device, self.size))
         return torch.cat(found)
+
+
+def _spread(items: list[int], count: int) -> list[int]:
+    """`count` of the items from all over them, for samples of one prompt may follow one another; in few shards, for each is hashed."""
+    left_out, runs = max(0, len(items) - count), min(_PLACES, count)
+    of_runs = (range(run * count // runs, (run + 1) * count // runs) for run in range(runs))
+    chosen = [number + run * left_out // runs for run, numbers in enumerate(of_runs) for number in numbers]
+    return [items[number] for number in chosen] if left_out else items
 
 
 def _prompts(config: RunConfig, corpus: Corpus, items: list[int]) -> list[str]:

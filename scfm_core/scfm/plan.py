@@ -60,7 +60,7 @@ class PlanConfig:
     classifier-free guidance (the paper: 3.5 to 5)."""
     distil_guidance: bool = False
     """The student learns in one pass what the teacher says in two, guided at the scale `guidance`: flow-matching rows take the
-    teacher's guided velocity in place of the data's, rows on stored paths were guided when they were stored. To be done before
+    teacher's guided velocity in place of the data's, rows on the teacher's paths were guided when those were taken. To be done before
     the path is shortened: there are no pairs."""
     step_gain: StepGain | None = None
     """Condition on the step size through the adapter's strength; none is the paper."""
@@ -69,7 +69,7 @@ class PlanConfig:
     jumps: the original shortcut models (Frans et al., arXiv 2410.12557), trained from scratch."""
     caption_dropout: float = 0.0
     """Share of samples that get an empty caption, so that the network learns what classifier-free guidance needs; those on
-    stored paths keep theirs."""
+    paths keep theirs."""
     sigma_max: float = 1 - 1e-5
     """Clamp of the grid's first point."""
 

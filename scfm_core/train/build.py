@@ -109,7 +109,8 @@ def _check_guidance(config: RunConfig, family: ModelFamily) -> None:
             f"method.distil_guidance is for models that are guided by a second pass of the network; {config.model.path} needs one "
             f"pass as it is. Set it to false"
         )
-    if family.passes == 2 and method.has_pairs and method.guidance[0] < 1:
+    draws_guidance = method.has_pairs or method.trajectory_steps is not None
+    if family.passes == 2 and draws_guidance and method.guidance[0] < 1:
         raise UserError(
             f"method.guidance is the scale of classifier-free guidance for this model, and begins at "
             f"{method.guidance[0]:g}: rows below 1 would teach to leave the caption out. Set it, for SD3.5 to [3.5, 5]"
@@ -278,9 +279,9 @@ def _keep_dear_results(context: object, op: object, *_: object, **__: object) ->
 
 def compile_blocks(network: nn.Module) -> None:
     """`torch.compile` on every transformer block: one graph a kind of block, reused by all of them."""
-    # Graphs of one function: two kinds of block x three adapters x first and later blocks' strides; the default is 8,
-    # beyond which dynamo gives up and runs eagerly.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
+    # Graphs of one function: two kinds of block x three adapters and none x all, some or one of the rows x first and later
+    # blocks' strides; the default is 8, beyond which dynamo gives up and runs eagerly.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for block in transformer_blocks(network):
         block.compile()
 
@@ -337,10 +338,12 @@ class BatchEncoder:
 def check_paths(config: RunConfig, family: ModelFamily, corpus: Corpus) -> None:
     """Hold stored paths, by the first of each source, against model, method and sampler; UserError names the source."""
     method, scale = config.method, config.method.guidance[0]
-    _refuse_other_teachers(family, corpus)
+    if config.model.init != "random":  # whose network is no teacher
+        _refuse_other_teachers(family, corpus)
+    knows_guidance = family.passes == 2 or bool(family.network_config.get("guidance_embeds"))
     intervals: dict[str, int] = {}
-    shifts: dict[str, float] = {}
-    guided: dict[str, float] = {}
+    others: dict[str, str] = {}
+    """Sources that were not taken as the sampler samples, and how they were."""
     for name, item in corpus.first_items().items():
         with contextlib.suppress(BadData):  # the loader has its way with those
             record = corpus.record(item, padded=False)
@@ -348,33 +351,30 @@ def check_paths(config: RunConfig, family: ModelFamily, corpus: Corpus) -> None:
             assert path is not None and latents is not None
             intervals[name] = path["velocities"].shape[0]
             refuse_other_intervals(method, intervals[name], f"of source {name!r} ")
-            guided[name] = float(path["guidance"])  # kept in fp32
-            if method.distil_guidance and not math.isclose(guided[name], scale, rel_tol=1e-6):
+            guidance = float(path["guidance"])  # kept in fp32
+            if method.distil_guidance and not math.isclose(guidance, scale, rel_tol=1e-6):
                 raise UserError(
-                    f"data: the stored paths of source {name!r} were guided at scale {guided[name]:g}, but "
+                    f"data: the stored paths of source {name!r} were guided at scale {guidance:g}, but "
                     f"method.distil_guidance learns method.guidance={scale:g} alone. Set it and sample.guidance to that scale, "
                     f"or make paths with `scfm data generate --trajectories --guidance {scale:g}`"
                 )
             wanted = _shift_of_latents(config.sample, latents)
-            if not torch.allclose(path["sigmas"].float(), sigma_grid(intervals[name], wanted), atol=1e-4):
-                shifts[name] = shift_of_grid(path["sigmas"])
+            is_shift = torch.allclose(path["sigmas"].float(), sigma_grid(intervals[name], wanted), atol=1e-4)
+            is_guidance = not knows_guidance or math.isclose(guidance, config.sample.guidance, rel_tol=1e-6)
+            if not (is_shift and is_guidance):
+                shift = wanted if is_shift else shift_of_grid(path["sigmas"])
+                others[name] = f"shift {shift:.4g} and guidance {guidance:g}"
     if len(set(intervals.values())) > 1:
         raise UserError(
             f"data: the sources' paths have different numbers of intervals, {intervals}, which no batch can hold together. "
             f"Store them alike with `scfm data generate --trajectories --steps N --intervals K`"
         )
-    if shifts and len(shifts) == len(intervals):
+    if others and len(others) == len(intervals):
+        sample = config.sample
         raise UserError(
-            f"data: the stored paths were taken at shift {_values(shifts)}, but sample.shift is {config.sample.shift}: a student "
-            f"of them is to be sampled at theirs. Set sample.shift to it, or store paths with `--shift {config.sample.shift}`"
-        )
-    knows_guidance = family.passes == 2 or family.network_config.get("guidance_embeds")
-    agrees = (math.isclose(value, config.sample.guidance, rel_tol=1e-6) for value in guided.values())
-    if guided and knows_guidance and not any(agrees):
-        raise UserError(
-            f"data: the stored paths were taken at guidance {_values(guided)}, but sample.guidance is "
-            f"{config.sample.guidance:g}: a student of them is to be sampled at theirs. Set sample.guidance to it, or store paths "
-            f"with `--guidance {config.sample.guidance:g}`"
+            f"data: the stored paths were taken at {' or '.join(sorted(set(others.values())))}, but sample.shift is {sample.shift} "
+            f"and sample.guidance {sample.guidance:g}: a student of them is to be sampled at theirs. Set both to it, or store paths "
+            f"with `scfm data generate --trajectories --shift {sample.shift} --guidance {sample.guidance:g}`"
         )
 
 
@@ -386,10 +386,6 @@ def _refuse_other_teachers(family: ModelFamily, corpus: Corpus) -> None:
                 f"data: the stored paths of source {name!r} were taken by another network ({str(network)[:12]}) than that of "
                 f"{family.folder} ({own[:12]}). Take them with this one: `scfm data generate --trajectories`"
             )
-
-
-def _values(of_sources: dict[str, float]) -> str:
-    return " or ".join(f"{value:g}" for value in sorted(set(of_sources.values())))
 
 
 def _shift_of_latents(config: SampleConfig, latents: Tensor) -> float:

@@ -184,7 +184,7 @@ class EvaluateConfig:
     teacher_steps: int = 32
     """Step count of the teacher's own samples, the reference."""
     samples: int = 1000
-    """Images a figure; prompts are the data's captions, in order."""
+    """Images a figure; prompts are the data's captions, of local data from 64 places all over them."""
     prompts: str | None = None
     """Text file with one prompt a line, in place of the data's captions."""
     batch_size: int = 8

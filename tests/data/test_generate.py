@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from torch import Tensor, nn
 
 from data_tools.encode import EncodeConfig
 from data_tools.generate import FIRST_ID, generate
+from data_tools.pack import pack
 from recipes.cli import main
 from recipes.tiny import caption
 from scfm_core.data.corpus import Corpus
-from scfm_core.data.recipe import DataConfig
+from scfm_core.data.recipe import DataConfig, SourceConfig
 from scfm_core.data.schema import MANIFEST, Manifest, collate
 from scfm_core.errors import UserError
 from scfm_core.flow.random import sample_noise
@@ -422,6 +424,14 @@ class TestTrajectories:
                 assert main(["data", "pack", str(paths), "-o", str(shards), "--to", "mds"]) == 0
             manifest = Manifest.parse((shards / MANIFEST).read_text(), "")
             assert manifest.network == network_fingerprint(family.folder)
+
+    def test_paths_of_two_networks_are_not_packed_together(self, paths: Path, tmp_path: Path) -> None:
+        other = shutil.copytree(paths, tmp_path / "other")
+        manifest = Manifest.parse((paths / MANIFEST).read_text(), "")
+        replace(manifest, network="another").write(other / MANIFEST)
+        sources = tuple(SourceConfig(name=folder.name, uri=str(folder)) for folder in (paths, other))
+        with pytest.raises(UserError, match=r"taken by different networks, .*pack each alone"):
+            pack(Corpus(DataConfig(sources=sources, resolution=SIZES[0])), tmp_path / "packed", to="webdataset")
 
     @pytest.mark.parametrize("second_order", [False, True])
     def test_velocities_are_the_teachers(self, family: ModelFamily, tmp_path: Path, second_order: bool) -> None:

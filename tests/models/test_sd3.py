@@ -322,9 +322,14 @@ def test_full_weights_have_their_gradients_in_bf16(make_sd3):
     }
 
 
-def test_a_scale_below_one_is_refused(make_sd3):
+@pytest.mark.parametrize(
+    "method",
+    [{}, {"method.teacher_fraction": 0.0, "method.trajectory_fraction": 1.0, "method.trajectory_steps": 12}],
+    ids=["pairs", "paths"],
+)
+def test_a_scale_below_one_is_refused(make_sd3, method):
     with pytest.raises(UserError, match=r"method\.guidance is the scale of classifier-free guidance .* begins at 0"):
-        Trainer(make_sd3({"method.guidance": [0.0, 8.0]}))
+        Trainer(make_sd3({"method.guidance": [0.0, 8.0], **method}))
 
 
 def test_pretrained_from_scratch(make_sd3):

@@ -1,3 +1,4 @@
+import itertools
 import json
 import re
 import shutil
@@ -6,7 +7,7 @@ import pytest
 import torch
 
 from recipes.cli import main
-from recipes.evaluate import _Bench, evaluate
+from recipes.evaluate import _Bench, _spread, evaluate
 from scfm_core.errors import UserError
 from scfm_core.train.build import read_prompts
 from scfm_core.train.parse import dump_config
@@ -208,3 +209,13 @@ def test_samples_are_taken_from_all_of_the_data(make_config, tiny, tmp_path):
     bench = _Bench(trainer.run_dir, config)
     assert bench.prompts == ["one", "one", "two", "two", "three", "three"]
     assert len(bench.real) == 6
+
+
+@pytest.mark.parametrize("total", [1, 63, 64, 65, 101, 7200])
+@pytest.mark.parametrize("count", [1, 3, 64, 100, 1797])
+def test_spread_samples_are_distinct_and_from_few_places(total, count):
+    chosen = _spread(list(range(total)), count)
+    assert len(chosen) == len(set(chosen)) == min(total, count)
+    assert chosen == sorted(chosen)
+    assert sum(b - a > 1 for a, b in itertools.pairwise(chosen)) < 64
+    assert total < 2 * count or chosen[-1] >= total * (1 - 2 / min(64, count))

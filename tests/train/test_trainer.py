@@ -389,8 +389,11 @@ class TestTrajectories:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"sample.shift": 1.5}, r"taken at shift 3, but sample\.shift is 1\.5.*Set sample\.shift"),
-            ({"sample.guidance": 3.5}, r"taken at guidance 2, but sample\.guidance is 3\.5.*Set sample\.guidance"),
+            ({"sample.shift": 1.5}, r"taken at shift 3 and guidance 2, but sample\.shift is 1\.5 .*Set both"),
+            (
+                {"sample.guidance": 3.5},
+                r"taken at shift 3 and guidance 2, but .* and sample\.guidance 3\.5: .*Set both",
+            ),
         ],
     )
     def test_a_sampler_of_other_settings(self, make_config, paths, change, message):
@@ -405,6 +408,8 @@ class TestTrajectories:
         save_file({name: tensor + 1e-3 for name, tensor in tensors.items()}, weights)
         with pytest.raises(UserError, match=r"were taken by another network \(\w{12}\) than that of .*other"):
             Trainer(make_config({**ON_PATHS, **paths, "model.path": str(folder)}))
+        scratch = {"model.init": "random", "train.weights": "full", "method.step_gain": None}
+        Trainer(make_config(scratch))  # of that folder it has the architecture alone
 
     def test_sources_of_different_numbers_of_intervals(self, make_config, tiny, tmp_path, paths):
         make_paths(tiny, tmp_path / "two", intervals=2)
