@@ -97,9 +97,7 @@ class _Bench:
                 f"data: no sample is of data.resolution {config.data.resolution}, the size at which images are compared. "
                 f"Set it to one of {corpus.sizes}"
             )
-        if not any(
-            is_remote(source.uri) for source in config.data.mixture()
-        ):  # of those no more are fetched than needed
+        if not any(is_remote(source.uri) for source in config.data.mixture()):  # whose shards would all be fetched
             items = _spread(items, settings.samples)
         self.prompts = _prompts(config, corpus, items)
         self.vae = Autoencoder(self.model.family, dtype, self.device)
