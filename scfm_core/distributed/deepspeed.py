@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
+from scfm_core.distributed.dcp import save_dcp
 from scfm_core.distributed.engine import OptimizerConfig, Slot
-from scfm_core.distributed.fsdp2 import Parameters, save_dcp
+from scfm_core.distributed.fsdp2 import Parameters
 from scfm_core.distributed.reader import DCP_FOLDER
 from scfm_core.distributed.world import World
 from scfm_core.errors import UserError

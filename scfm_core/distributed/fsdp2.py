@@ -1,20 +1,19 @@
 """PyTorch's own engine: one process, replicas of the trained weights, or FSDP2 (`fully_shard`), plain and hybrid."""
 
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from scfm_core.distributed.dcp import save_dcp
 from scfm_core.distributed.engine import EngineConfig, OptimizerConfig, Slot
 from scfm_core.distributed.reader import DCP_FOLDER
 from scfm_core.distributed.world import World
@@ -203,27 +202,6 @@ class Fsdp2Engine:
         """See `Engine`."""
         for state in self._optimizer.state.values():
             state["step"].fill_(updates)
-
-
-def save_dcp(tensors: Mapping[str, Tensor], folder: Path, world: World, *, on_thread: bool) -> Callable[[], object]:
-    """Write tensors as a distributed checkpoint; call the result to wait for it.
-
-    `on_thread` copies the tensors to host memory before it returns, and writes in the background.
-    """
-    quiet_dcp()
-    options: dict[str, Any] = {"checkpoint_id": folder}
-    if world.group is not None:
-        options["process_group"] = world.group
-    if on_thread:
-        return dcp.async_save(dict(tensors), **options).result  # type: ignore[no-any-return, union-attr]
-    dcp.save(dict(tensors), no_dist=world.group is None, **options)
-    return lambda: None
-
-
-def quiet_dcp() -> None:
-    """Two warnings of DCP's about itself, one of them at every save of a single process."""
-    for message in ("TypedStorage is deprecated", "torch.distributed is disabled"):
-        warnings.filterwarnings("ignore", message=message, module="torch.distributed.checkpoint")
 
 
 def _local(tensor: Tensor) -> Tensor:
