@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from scfm_core.distributed.dcp import quiet_dcp
+from scfm_core.distributed.engine import MOMENTS
 from scfm_core.distributed.reader import DCP_FOLDER, Reader
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class _OnDemand(dcp.DefaultSavePlanner):

@@ -124,5 +124,7 @@ class Engine(Protocol):
         ...
 
 
-GROUPS = ("student", "ema_fast", "ema_slow", "exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Adam's first and second moment, by torch's names."""
+GROUPS = ("student", "ema_fast", "ema_slow", *MOMENTS)
 """What a checkpoint holds, tensors by parameter name in each."""
