@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -26,8 +26,7 @@ from scfm_core.distributed.deepspeed_internals import (
     record_write_errors,
     whole_numel,
 )
-from scfm_core.distributed.engine import OptimizerConfig, Slot
-from scfm_core.distributed.fsdp2 import Parameters
+from scfm_core.distributed.engine import Engine, Layout, OptimizerConfig, Parameters, Slot
 from scfm_core.distributed.reader import DCP_FOLDER
 from scfm_core.distributed.world import World
 from scfm_core.errors import UserError
@@ -52,7 +51,7 @@ def import_deepspeed(device: torch.device) -> ModuleType:
     return deepspeed  # type: ignore[no-any-return]
 
 
-class ZeroLayout:
+class ZeroLayout(Layout):
     """Puts networks under ZeRO-3's partitioning as they are loaded; stages 1 and 2 leave them whole.
 
     Args:
@@ -93,7 +92,7 @@ class _Networks(nn.Module):
         return call()
 
 
-class ZeroEngine:
+class ZeroEngine(Engine):
     """AdamW under ZeRO.
 
     Args:
@@ -104,7 +103,7 @@ class ZeroEngine:
         config: of the optimizer.
     """
 
-    checkpoint_kind = "zero"
+    checkpoint_kind: ClassVar[Literal["dcp", "zero"]] = "zero"
 
     def __init__(
         self,

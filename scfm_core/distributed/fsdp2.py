@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -14,16 +14,14 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from scfm_core.distributed.dcp import save_dcp
-from scfm_core.distributed.engine import EngineConfig, OptimizerConfig, Slot
+from scfm_core.distributed.engine import MOMENTS, Engine, EngineConfig, Layout, OptimizerConfig, Parameters, Slot
 from scfm_core.distributed.reader import DCP_FOLDER
 from scfm_core.distributed.world import World
 from scfm_core.errors import UserError
 
-Parameters = Callable[[str], Mapping[str, nn.Parameter]]
 
-
-class Fsdp2Layout:
-    """How the networks lie on the processes; made before they are loaded.
+class Fsdp2Layout(Layout):
+    """Every process holds all weights, or shards of them (`fully_shard`), plain or hybrid.
 
     Args:
         config: degree of sharding, offload.
@@ -78,7 +76,7 @@ class Fsdp2Layout:
         fully_shard(network, **options)
 
 
-class Fsdp2Engine:
+class Fsdp2Engine(Engine):
     """AdamW on this rank's shards.
 
     Args:
@@ -89,7 +87,7 @@ class Fsdp2Engine:
         config: of the optimizer.
     """
 
-    checkpoint_kind = "dcp"
+    checkpoint_kind: ClassVar[Literal["dcp", "zero"]] = "dcp"
 
     def __init__(
         self,
@@ -112,8 +110,7 @@ class Fsdp2Engine:
         for local in self._local.values():
             self._optimizer.state[local] = {
                 "step": torch.zeros((), dtype=torch.float32, device=local.device),
-                "exp_avg": torch.zeros_like(local),
-                "exp_avg_sq": torch.zeros_like(local),
+                **{moment: torch.zeros_like(local) for moment in MOMENTS},
             }
         self._micro_batches = 0
         self._norm = torch.zeros(())
@@ -186,7 +183,7 @@ class Fsdp2Engine:
         for role in ("student", "ema_fast", "ema_slow"):
             tensors |= {f"{role}.{name}": parameter.detach() for name, parameter in self._parameters(role).items()}
         for name, local in self._local.items():
-            for moment in ("exp_avg", "exp_avg_sq"):
+            for moment in MOMENTS:
                 tensors[f"{moment}.{name}"] = _like(self._student[name], self._optimizer.state[local][moment])
         return tensors
 
