@@ -81,13 +81,15 @@ def test_a_damaged_memory_is_measured_again(cache, content):
     assert list(json.loads(cache.read_text())) == [SHAPE.key]
 
 
-def test_a_backend_that_is_gone_is_not_taken_from_memory(cache):
+def test_a_backend_that_is_gone_is_not_taken_from_memory(cache, monkeypatch):
     cache.parent.mkdir()
-    gone = "flash3" if "flash3" not in there() else "xformers"
-    cache.write_text(json.dumps({SHAPE.key: {"backend": gone, "milliseconds": {gone: 0.1}}}))
-    time, _ = times(triton=1.0)
-    if gone not in there():
-        assert choose_attention("auto", SHAPE, time=time).backend == "triton"
+    cache.write_text(json.dumps({SHAPE.key: {"backend": "flash", "milliseconds": {"flash": 0.1}}}))
+    time, asked = times(triton=1.0)
+    assert choose_attention("auto", SHAPE, time=time).backend == "flash" and not asked
+    reason = module.why_unavailable
+    monkeypatch.setattr(module, "why_unavailable", lambda name, at: "gone" if name == "flash" else reason(name, at))
+    assert choose_attention("auto", SHAPE, time=time).backend == "triton" and "flash" not in asked
+    assert json.loads(cache.read_text())[SHAPE.key]["backend"] == "triton"
 
 
 def test_a_home_that_cannot_be_written_costs_only_the_memory(tmp_path, monkeypatch):
