@@ -289,11 +289,15 @@ def offload_of_one_process(recipe, tiny, tmp_path):
 
 
 def deepspeed_json_for_fsdp2(recipe, tiny, tmp_path):
-    return train(recipe, "engine.deepspeed_config=ds.json"), "is read with engine.name=deepspeed alone; set that"
+    return train(
+        recipe, "engine.deepspeed_config=ds.json"
+    ), "engine.deepspeed_config needs engine.name=deepspeed; set that"
 
 
 def shards_of_deepspeed(recipe, tiny, tmp_path):
-    return train(recipe, "engine.name=deepspeed", "engine.shard=2"), "engine.shard=2 is fsdp2's; with engine.name"
+    return train(
+        recipe, "engine.name=deepspeed", "engine.shard=2"
+    ), "engine.shard=2 needs engine.name=fsdp2; with deepspeed"
 
 
 def asynchronous_deepspeed(recipe, tiny, tmp_path):
