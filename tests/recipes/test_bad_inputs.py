@@ -89,7 +89,7 @@ def missing_model(recipe, tiny, tmp_path):
 def hub_without_network(recipe, tiny, tmp_path):
     return train(
         recipe, "model.path=nobody/nothing"
-    ), "'nobody/nothing' is neither a local folder nor could it be fetched"
+    ), "'nobody/nothing' is not a local folder, and it could not be downloaded"
 
 
 def wrong_model_folder(recipe, tiny, tmp_path):
@@ -102,14 +102,14 @@ def wrong_pipeline(recipe, tiny, tmp_path):
     (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "StableDiffusionXLPipeline"}))
     return train(
         recipe, f"model.path={folder}"
-    ), "holds a StableDiffusionXLPipeline; scfm knows FluxPipeline and StableDiffusion3Pipeline"
+    ), "holds a StableDiffusionXLPipeline; scfm supports FluxPipeline and StableDiffusion3Pipeline"
 
 
 def interrupted_download(recipe, tiny, tmp_path):
     folder = copy(tiny, tmp_path, "flux")
     weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     os.truncate(weights, weights.stat().st_size // 2)
-    return train(recipe, f"model.path={folder}"), "damaged or incomplete: fetch them again"
+    return train(recipe, f"model.path={folder}"), "damaged or incomplete: download them again"
 
 
 def missing_weights(recipe, tiny, tmp_path):
