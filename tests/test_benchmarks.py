@@ -1,4 +1,4 @@
-"""Benchmarks run at their smallest, so that they cannot rot: figures, ratios and equal work of the arms. No time is asserted."""
+"""Benchmarks at their smallest: figures, ratios and inputs of the arms. No time is asserted."""
 
 import importlib.util
 import itertools

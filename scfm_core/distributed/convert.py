@@ -1,4 +1,4 @@
-"""Converting a checkpoint to another engine's format, in one process on a CPU, with a fraction of it in memory at a time."""
+"""Converting a checkpoint to another engine's format, in one process on a CPU, with a fraction of it in memory."""
 
 import math
 from collections import OrderedDict
@@ -29,7 +29,7 @@ class _LazySavePlanner(dcp.DefaultSavePlanner):
 
 
 def write_dcp(reader: Reader, keys: Iterator[str] | list[str], folder: Path) -> None:
-    """Write tensors as a DCP of one process, which any number of FSDP2 processes can load; one tensor in memory at a time."""
+    """Write tensors as a DCP of one process, one tensor at a time. Any number of FSDP2 processes can load it."""
     quiet_dcp()
     planned = {key: torch.empty(reader.shapes[key], device="meta") for key in keys}
     dcp.save(planned, checkpoint_id=folder, planner=_LazySavePlanner(reader.tensor), no_dist=True)
@@ -45,7 +45,7 @@ def write_zero(
 ) -> None:
     """Write DeepSpeed's files of ZeRO `stage` for `ranks` processes; one rank's part in memory at a time.
 
-    The files hold what a run needs to resume and what DeepSpeed's zero_to_fp32.py needs; `ZeroReader` describes the layout.
+    The files hold what a run needs to resume and what DeepSpeed's zero_to_fp32.py needs; `ZeroReader` has the layout.
 
     Args:
         reader: the source.

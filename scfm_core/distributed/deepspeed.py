@@ -1,8 +1,8 @@
 """DeepSpeed's ZeRO-1, 2 and 3 behind the engine protocol.
 
-Trained weights are fp32 in every stage. DeepSpeed's own `bf16` mode is not used: it would cast the whole module, with EMAs
-and adapters, and an EMA could not read the masters without a collective. A frozen base keeps its own dtype. Full weights
-compute under DeepSpeed's torch_autocast, which gathers and reduces in bf16.
+Trained weights are fp32 in every stage. DeepSpeed's own `bf16` mode is not used: it would cast the whole module, with
+EMAs and adapters, and an EMA could not read the masters without a collective. A frozen base keeps its own dtype. Full
+weights compute under DeepSpeed's torch_autocast, which gathers and reduces in bf16.
 """
 
 import logging
@@ -83,7 +83,7 @@ class ZeroLayout(Layout):
 class _Networks(nn.Module):
     """All networks of a run as one module, because DeepSpeed takes one.
 
-    Its forward runs all passes of a micro-batch, so ZeRO-3 sees the same sequence of layers in every step and can prefetch.
+    Its forward runs all passes of a micro-batch, so ZeRO-3 can prefetch: each step has the same sequence of layers.
     """
 
     def __init__(self, networks: Mapping[str, nn.Module]) -> None:
@@ -147,7 +147,7 @@ class ZeroEngine(Engine):
         return self._engine(call)  # type: ignore[no-any-return]
 
     def backward(self, loss: Tensor) -> None:
-        """See `Engine`. DeepSpeed counts micro-batches by calls of its `step`, which updates nothing before the last."""
+        """See `Engine`. DeepSpeed counts micro-batches by calls of its `step`; only the last call updates."""
         self._engine.backward(loss)
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()

@@ -48,8 +48,8 @@ def deepspeed_config(config: EngineConfig, optimizer: OptimizerConfig, world_siz
         weights: `lora` or `full`.
 
     Raises:
-        UserError: if the JSON contradicts the recipe (the message names both values of each difference), or has a key that
-            is unknown or cannot work here.
+        UserError: if the JSON contradicts the recipe (the message names both values of each difference), or has a key
+            that is unknown or cannot work here.
     """
     mixed = optimizer.compute_dtype == "bfloat16"
     batch = optimizer.micro_batch_size * optimizer.accumulation * world_size

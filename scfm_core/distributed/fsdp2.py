@@ -60,15 +60,15 @@ class Fsdp2Layout(Layout):
         return self.mesh is not None
 
     def prepare(self, network: nn.Module, blocks: list[nn.Module]) -> None:
-        """See `Layout`. Each block is a unit, and moves to the device; the parameters outside the blocks form the last unit."""
+        """See `Layout`. Each block is a unit and moves to the device; all other parameters form the last unit."""
         if self.mesh is None:
             return
         options: dict[str, Any] = {
             "mesh": self.mesh,
             "mp_policy": self._policy,
             "offload_policy": self._offload,
-            # Also for the root, which FSDP2 would otherwise keep gathered until its backward. An EMA has no backward, so it
-            # would use the weights of the first step for ever.
+            # Also for the root, which FSDP2 would otherwise keep gathered until its backward. An EMA has no backward,
+            # so it would use the weights of the first step forever.
             "reshard_after_forward": True,
         }
         for block in blocks:
@@ -100,8 +100,8 @@ class Fsdp2Engine(Engine):
         self._parameters, self._world, self._config, self._mesh = parameters, world, config, layout.mesh
         self._sharded = [network for network in networks.values() if isinstance(network, FSDPModule)]
         self._student = dict(parameters("student"))
-        # The optimizer gets plain tensors, which are views of the shards: the arithmetic is the same on one process and on
-        # many, and DTensor's dispatch does not cost time for each of a thousand factors.
+        # The optimizer gets plain tensors, which are views of the shards: the arithmetic is the same on one process and
+        # on many, and DTensor's dispatch does not cost time for each of a thousand factors.
         self._local = {name: _local(parameter) for name, parameter in self._student.items()}
         # The fused kernel is one launch per step on a GPU. It exists for CPUs too, with the same results.
         self._optimizer = torch.optim.AdamW(

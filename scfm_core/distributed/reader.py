@@ -1,8 +1,9 @@
-"""Reading any flat range of any tensor of a checkpoint, of any engine and any number of processes.
+"""Reading any flat range of any tensor of a checkpoint, from any engine and any number of processes.
 
-There are two formats: PyTorch's distributed checkpoint (DCP) and DeepSpeed's ZeRO files. Both are read without the engine
-that wrote them, and range by range, so a reader never needs the memory of a whole checkpoint. Both contain pickles. The
-unpickler here allows only the classes that such files hold; any other class is refused, and nothing is executed.
+There are two formats: PyTorch's distributed checkpoint (DCP) and DeepSpeed's ZeRO files. Both are read without the
+engine that wrote them, and range by range, so a reader never needs the memory of a whole checkpoint. Both contain
+pickles. The unpickler here allows only the classes that such files hold; any other class is refused, and nothing is
+executed.
 """
 
 import io
@@ -175,8 +176,8 @@ def _is_tensor(entry: TensorStorageMetadata | BytesStorageMetadata) -> bool:
 class ZeroReader(Reader):
     """Student and optimizer from DeepSpeed's files, of any stage and any number of ranks.
 
-    The layout is the one that DeepSpeed's zero_to_fp32.py reads. Stages 1 and 2 flatten all parameters into one vector, and
-    each rank has a slice of it. In stage 3 each rank has a slice of every parameter, padded to equal lengths.
+    The layout is the one that DeepSpeed's zero_to_fp32.py reads. Stages 1 and 2 flatten all parameters into one vector,
+    and each rank has a slice of it. In stage 3 each rank has a slice of every parameter, padded to equal lengths.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The watchdog: if a run hangs or loses a process, every rank ends within a bounded time, and the message names the rank."""
+"""If a run hangs or loses a process, every rank ends within a bounded time with a message that names the rank."""
 
 import contextlib
 import os
@@ -16,10 +16,10 @@ from scfm_core.errors import PeerLost
 
 
 class Watchdog:
-    """Watches the ranks over the launcher's store. Each rank writes its position (`beat`) there, and a heartbeat every second.
+    """Watches the ranks. Each writes its position (`beat`) and, every second, a heartbeat to the launcher's store.
 
-    Used as a context manager: within `with`, a thread watches. Without it NCCL would abort the process and would not say which
-    rank was missing.
+    Used as a context manager: within `with`, a thread watches. Without it NCCL would abort the process and would not
+    say which rank was missing.
 
     Args:
         world: the processes.
@@ -83,7 +83,7 @@ class Watchdog:
     def _watch(self) -> None:
         assert self._store is not None
         while not self._stop.wait(1.0):
-            # If the process that holds the store is gone, the training's own collective fails, or the timeout below ends us.
+            # If the process with the store is gone, the training's own collective fails, or the timeout below applies.
             with contextlib.suppress(RuntimeError):
                 self._store.set(f"scfm/alive/{self._world.rank}", str(time.monotonic()))
                 self._store.set(f"scfm/doing/{self._world.rank}", _current_function())

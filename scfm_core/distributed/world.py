@@ -146,8 +146,8 @@ def join_world(device: torch.device, timeout: float, *, always: bool = False) ->
         yield World(dist.get_rank(), size, group, wait_limit)
         failed = False
     finally:
-        # A rank that failed must not wait here for the others; the launcher ends them. With NCCL, destroying the group is a
-        # collective, so a failed rank skips it. With gloo it is not.
+        # A rank that failed must not wait here for the others; the launcher ends them. With NCCL, destroying the group
+        # is a collective, so a failed rank skips it. With gloo it is not.
         if not (failed and size > 1 and device.type == "cuda"):
             with contextlib.suppress(Exception):
                 dist.destroy_process_group()

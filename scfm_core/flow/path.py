@@ -1,7 +1,7 @@
 """The noise convention. Every sign in the project comes from this file.
 
-`sigma` is in [0, 1] and always fp32; 1 is pure noise, 0 is data. The path between them is a straight line, and the network
-predicts its slope, as Flux and SD3 do (Esser et al., arXiv 2403.03206).
+`sigma` is in [0, 1] and always fp32; 1 is pure noise, 0 is data. The path between them is a straight line, and the
+network predicts its slope, as Flux and SD3 do (Esser et al., arXiv 2403.03206).
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
-    """View 1-D `values` [B] so that they broadcast over the trailing dimensions of `like` [B, ...]; a scalar is unchanged.
+    """View 1-D `values` [B] so that they broadcast with `like` [B, ...]; a scalar is returned unchanged.
 
     Raises:
         ValueError: if `values` has more than one dimension.

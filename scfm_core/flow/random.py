@@ -1,7 +1,7 @@
-"""Counter-based randomness: a draw is a pure function of (seed, sample id, stream), not of a rank or a position in the batch.
+"""Counter-based randomness: a draw is a pure function of (seed, sample id, stream), not of rank or batch position.
 
-Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC11) on int64 tensors gives the same bits on
-every device. Resuming needs no generator state, and 1 or 64 processes draw the same numbers.
+Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC11) on int64 tensors gives the same bits
+on every device. Resuming needs no generator state, and 1 or 64 processes draw the same numbers.
 """
 
 import math
@@ -17,7 +17,7 @@ _ROUNDS = 10
 
 
 class Stream(IntEnum):
-    """The purpose of a draw. The streams of a sample are independent. A number that was used must not get another meaning."""
+    """The purpose of a draw. A sample's streams are independent. Never give a used number another meaning."""
 
     PLAN = 0
     NOISE = 1

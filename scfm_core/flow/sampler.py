@@ -37,12 +37,12 @@ def roll_out(
     intervals: int,
     second_order: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Integrate from noise to data, and return the mean velocity of each interval: with these, K steps follow the path exactly.
+    """Integrate from noise to data, and return the mean velocities with which K steps follow the same path.
 
     A teacher's images are sampled with Euler's method, so a student of Euler paths learns exactly those images. The
     second-order Adams-Bashforth method with variable steps (Hairer, Norsett, Wanner, Solving Ordinary Differential
-    Equations I, III.5) also evaluates the velocity once per step, and is closer to the exact path of the field: the error of
-    S steps is of order 1 / S^2, while Euler's is of order 1 / S.
+    Equations I, III.5) also evaluates the velocity once per step, and is closer to the exact path of the field: the
+    error of S steps is of order 1 / S^2, while Euler's is of order 1 / S.
 
     Args:
         velocity: `velocity(x, sigma)` with x [B, ...] and sigma fp32 [B].

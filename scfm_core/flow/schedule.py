@@ -39,7 +39,7 @@ def shift_of_grid(sigmas: Tensor) -> float:
 
 
 def dynamic_shift(image_tokens: int) -> float:
-    """Flux's shift for an image of `image_tokens` packed tokens: `exp(mu)`, with `mu` linear in the number of tokens."""
+    """Flux's shift for an image of `image_tokens` packed tokens: `exp(mu)`; `mu` is linear in their number."""
     (tokens_low, mu_low), (tokens_high, mu_high) = FLUX_MU
     slope = (mu_high - mu_low) / (tokens_high - tokens_low)
     return math.exp(mu_low + slope * (image_tokens - tokens_low))

@@ -1,8 +1,8 @@
 """The choice of an attention backend: PyTorch's own, xformers, FlashAttention-3, or the Triton kernel of `flash.py`.
 
-On Hopper PyTorch's default choice is half as fast as cuDNN. The best backend depends on device, shape and versions. `auto`
-therefore measures all available ones once, forward and backward, and saves the result in the user's cache. `math`, which
-allocates whole matrices of scores, is measured only if no other backend is available.
+On Hopper PyTorch's default choice is half as fast as cuDNN. The best backend depends on device, shape and versions.
+`auto` therefore measures all available ones once, forward and backward, and saves the result in the user's cache.
+`math`, which allocates whole matrices of scores, is measured only if no other backend is available.
 """
 
 import json
@@ -137,8 +137,8 @@ def choose_attention(
         time: returns the milliseconds of a backend at a shape; by default they are measured on the GPU.
 
     Raises:
-        ValueError: if the named backend is unavailable (the message says why, and names the available ones), or if no backend
-            fits into memory.
+        ValueError: if the named backend is unavailable (the message says why, and names the available ones), or if no
+            backend fits into memory.
     """
     if name != "auto":
         reason = why_unavailable(name, shape)
@@ -177,8 +177,8 @@ def choose_attention(
 
 
 def _milliseconds(backend: str, shape: AttentionShape, repeats: int = 7, calls: int = 5) -> float:
-    """Median of a forward and backward by the GPU's clock. Several calls are launched during a wait of about 5 ms on the GPU, so
-    that launches are ahead of the GPU, as in training."""
+    """Median of a forward and backward by the GPU's clock. Several calls are launched during a wait of about 5 ms on
+    the GPU, so that launches are ahead of the GPU, as in training."""
     inputs = shape.draw()
     grad = torch.randn_like(inputs[0])
     times = []

@@ -1,8 +1,8 @@
 """Fused attention in Triton, forward and backward, without a mask: FlashAttention-2 (arXiv 2307.08691).
 
-Keys and values are read tile by tile with an online softmax, so no S x S matrix is written to memory. The backward runs two
-kernels: in one a program owns a tile of keys, in the other a tile of queries. Each result is written once, without atomics, so
-it is the same in every run.
+Keys and values are read tile by tile with an online softmax, so no S x S matrix is written to memory. The backward runs
+two kernels: in one a program owns a tile of keys, in the other a tile of queries. Each result is written once, without
+atomics, so it is the same in every run.
 """
 
 from typing import NamedTuple
@@ -26,8 +26,8 @@ class _Tile(NamedTuple):
     num_stages: int
 
 
-# By head dimension. tests/kernels compiles all of them for compute capability 8.0 and 9.0: none spills registers in bf16, and
-# all fit into the A100's 163 KiB of shared memory.
+# By head dimension. tests/kernels compiles all of them for compute capability 8.0 and 9.0: none spills registers in
+# bf16, and all fit into the A100's 163 KiB of shared memory.
 _FORWARD = {64: _Tile(128, 64, 8, 3), 128: _Tile(128, 64, 8, 3)}
 _BACKWARD_KEYS = {64: _Tile(128, 32, 8, 2), 128: _Tile(128, 32, 8, 2)}
 _BACKWARD_QUERIES = {64: _Tile(128, 32, 8, 2), 128: _Tile(128, 32, 8, 2)}
@@ -124,7 +124,7 @@ def _(
 
 
 def _setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
-    ctx.set_materialize_grads(False)  # the denominators are used by the backward alone
+    ctx.set_materialize_grads(False)  # only the backward uses the denominators
     ctx.save_for_backward(*inputs, *output)
 
 

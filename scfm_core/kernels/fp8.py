@@ -1,7 +1,7 @@
 """Linears in fp8 (e4m3) for passes without gradient, with one scale per row of the input and per row of the weight.
 
-Hopper multiplies fp8 twice as fast as bf16. Rounding both factors gives a product of random matrices a relative error of about
-3.7 %. With one scale for a whole tensor a single large value would make it larger.
+Hopper multiplies fp8 twice as fast as bf16. Rounding both factors gives a product of random matrices a relative error
+of about 3.7 %. With one scale for a whole tensor a single large value would make it larger.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Fp8Weight:
 
 
 def quantise(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantise rows of `tensor` [N, K]: values, float8_e4m3fn [N, K], and scales, fp32 [N, 1]; `values * scale` ~ `tensor`."""
+    """`tensor` [N, K] as values, float8_e4m3fn [N, K], and a scale per row, fp32 [N, 1]: about `values * scale`."""
     scale = tensor.abs().amax(dim=-1, keepdim=True).float().clamp(min=1e-12) / _LARGEST
     return (tensor / scale).to(torch.float8_e4m3fn), scale
 

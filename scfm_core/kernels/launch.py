@@ -1,8 +1,8 @@
 """Where the Triton kernels can run, and helpers of all launches.
 
 Every kernel is a `torch.library.custom_op` with a fake implementation and an autograd formula, so `torch.compile` and
-activation checkpointing see it as one node. A `triton_op` would show the kernel to inductor, which has nothing to fuse into
-it. A `triton_op` also cannot run in Triton's interpreter, so the tests would not run the code that a GPU runs.
+activation checkpointing see it as one node. A `triton_op` would show the kernel to inductor, which has nothing to fuse
+into it. A `triton_op` also cannot run in Triton's interpreter, so the tests would not run the code that a GPU runs.
 """
 
 import importlib.util

@@ -1,7 +1,7 @@
-"""The elementwise operations of adaLN (DiT, arXiv 2212.09748): LayerNorm + modulate, gate + residual, and both in one pass.
+"""Elementwise operations of adaLN (DiT, arXiv 2212.09748): LayerNorm + modulate, gate + residual, and both fused.
 
-A block adds a gated branch to its stream and normalises the sum for the next branch. `gated_modulate` reads stream and branch
-once and writes both results; separate kernels would read the stream twice.
+A block adds a gated branch to its stream and normalises the sum for the next branch. `gated_modulate` reads stream and
+branch once and writes both results; separate kernels would read the stream twice.
 """
 
 import torch
@@ -201,7 +201,7 @@ def _(grad: Tensor, branch: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
 
 def _setup_modulate(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
     x, scale, _, _ = inputs
-    ctx.set_materialize_grads(False)  # the statistics are used by the backward alone
+    ctx.set_materialize_grads(False)  # only the backward uses the statistics
     ctx.save_for_backward(x, scale, *output[1:])
 
 

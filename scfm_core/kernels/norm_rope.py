@@ -1,7 +1,7 @@
 """RMSNorm of queries or keys, and rotary position embedding, written into the joint text-image layout.
 
-Eager PyTorch makes about twelve passes over the tensor, most of them in fp32 because the rotation upcasts. Here each element
-is read once and written once. As in Flux, the text's rows come first.
+Eager PyTorch makes about twelve passes over the tensor, most of them in fp32 because the rotation upcasts. Here each
+element is read once and written once. As in Flux, the text's rows come first.
 """
 
 import torch
@@ -154,7 +154,7 @@ def _backward_kernel(
     x_row, first, tokens, heads, eps,
     ROWS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, WEIGHT_TOO: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """The inverse rotation, then the norm's gradient: dx = r (g - n mean(g n)), with n = x r and g the gradient of n."""
+    """The inverse rotation, then the norm: dx = r (g - n mean(g n)), with n = x r and g the gradient of n."""
     program = tl.program_id(0)
     sample = tl.program_id(1).to(tl.int64)
     head = tl.arange(0, HEADS)[:, None]

@@ -17,7 +17,7 @@ from scfm_core.kernels.reference import (
 
 @dataclass(frozen=True)
 class Ops:
-    """The operations that a fused block calls. Shapes and formulas are documented at the functions that `triton_ops` imports."""
+    """The operations that a fused block calls. See the functions in `triton_ops` for shapes and formulas."""
 
     norm_rope: Callable[..., Tensor]
     modulate: Callable[..., Tensor]

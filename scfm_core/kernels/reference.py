@@ -1,4 +1,4 @@
-"""Each kernel in plain PyTorch, without Triton. The tests compare the kernels with it; `kernels.fused: reference` runs it."""
+"""Each kernel in plain PyTorch: what the tests compare with, and what `kernels.fused: reference` runs."""
 
 import torch
 from torch import Tensor

@@ -1,7 +1,7 @@
 """The LoRA bank: student, fast EMA and slow EMA side by side over one frozen base.
 
-A forward selects the adapter and a strength for each sample; no weight is copied, merged or swapped. Strength 0 is the frozen
-base, so rows of the teacher and rows of an EMA share one forward.
+A forward selects the adapter and a strength for each sample; no weight is copied, merged or swapped. Strength 0 is the
+frozen base, so rows of the teacher and rows of an EMA share one forward.
 """
 
 import math
@@ -177,5 +177,5 @@ class LoRABank:
 
 @torch.no_grad()
 def merge(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
-    """`W + scale * B A` in fp32 [out, in], for a base weight W and an adapter's factors; scale is `strength * alpha / rank`."""
+    """`W + scale * B A`, fp32 [out, in], with A `down` and B `up`; `scale` is `strength * alpha / rank`."""
     return torch.addmm(weight.float(), up, down, alpha=scale)

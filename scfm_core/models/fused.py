@@ -39,7 +39,7 @@ def fuse(network: nn.Module, ops: Ops, attention_backend: str, *, blocks: bool =
 
 
 class FusedFluxAttnProcessor:
-    """diffusers' `FluxAttnProcessor`, with norm, rotation and joining in one pass and a selectable attention backend."""
+    """diffusers' `FluxAttnProcessor` with norm, rotation and joining fused, and a selectable attention backend."""
 
     def __init__(self, ops: Ops, backend: str) -> None:
         self.ops, self.backend = ops, backend

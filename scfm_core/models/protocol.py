@@ -57,16 +57,16 @@ class ModelFamily(ABC):
     """How to load and call one architecture of diffusers. Each family is one file: `flux.py`, `sd3.py`.
 
     Args:
-        folder: a pipeline in diffusers' format with `transformer`, `vae`, text encoders and tokenizers. For a dry run, the hub
-            id of a known architecture.
+        folder: a pipeline in diffusers' format with `transformer`, `vae`, text encoders and tokenizers. For a dry run,
+            the hub id of a known architecture.
         architecture: an entry of `known`, which replaces the folder's files.
     """
 
     pipeline: ClassVar[str]
     """Class name of diffusers' pipeline."""
     known: ClassVar[dict[str, dict[str, Any]]]
-    """Architectures by hub id, for a dry run without network access: `transformer` and `vae` as in their config.json, and
-    `encoder_bytes`, the bytes of text encoders and VAE in bf16."""
+    """Architectures by hub id, for a dry run without network access: `transformer` and `vae` as in their config.json,
+    and `encoder_bytes`, the bytes of text encoders and VAE in bf16."""
     t5_tokenizer: ClassVar[str]
     """Name of the pipeline's component that is T5's tokenizer."""
     clip_tokens: ClassVar[int] = 0

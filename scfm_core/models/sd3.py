@@ -1,6 +1,6 @@
 """Stable Diffusion 3 and 3.5 on diffusers' `SD3Transformer2DModel`: classifier-free guidance in two passes.
 
-Conventions are those of diffusers' `StableDiffusion3Pipeline`; the model is described in Esser et al., arXiv 2403.03206.
+Conventions are those of diffusers' `StableDiffusion3Pipeline`. The model: Esser et al., arXiv 2403.03206.
 """
 
 from collections.abc import Sequence
@@ -64,8 +64,7 @@ class SD3(ModelFamily):
     def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         """See `ModelFamily`. With guidance w: `uncond + w * (cond - uncond)`; one pass if guidance was distilled.
 
-        `uncond` gets no gradient: otherwise training could lower the loss by moving the unconditional branch away from the
-        data.
+        `uncond` gets no gradient: otherwise training could lower the loss by moving `uncond` away from the data.
         """
         if cond.guidance is None or self.has_learned_guidance:
             return self._pass(network, x, sigma, cond)
@@ -105,7 +104,7 @@ class SD3(ModelFamily):
         return text, pooled
 
     def products(self, image_tokens: int, text_tokens: int) -> tuple[float, float]:
-        """See `ModelFamily`. Modulation and embedders are not counted; the last block drops its text after attention."""
+        """See `ModelFamily`. Modulation and embedders are not counted. The last block has no text after attention."""
         arch, tokens = self.network_config, image_tokens + text_tokens
         dim, blocks = arch["num_attention_heads"] * arch["attention_head_dim"], arch["num_layers"]
         dual = len(arch["dual_attention_layers"])

@@ -107,12 +107,13 @@ class FullModel(ShortcutModel):
 
     Args:
         family: of the networks.
-        network: the pre-trained network, in fp32 for training. It becomes the first of `roles`; the others are copies of it.
+        network: the pre-trained network, in fp32 for training. It becomes the first of `roles`; the others are copies
+            of it.
         compute_dtype: of matrix products; autocast is used if `network` has another dtype.
         teacher: the frozen network in `compute_dtype`; None for pretraining, which has no teacher rows.
         roles: the networks to make. Training needs all; sampling needs one.
-        prepare: called with each network that this class makes, and with whether it is trained, before the next one is made.
-            An engine shards it there, so at most two whole networks exist at a time.
+        prepare: called with each network that this class makes, and with whether it is trained, before the next one is
+            made. An engine shards it there, so at most two whole networks exist at a time.
     """
 
     def __init__(

@@ -109,8 +109,8 @@ def network_fingerprint(folder: Path) -> str:
 def _fingerprint(folder: Path, components: Sequence[str]) -> str:
     """Hash of each file's name, size, and first and last MiB.
 
-    These contain the safetensors header with every name and shape, and weights that differ between any two trainings. Hashing
-    all of T5-XXL would take a minute at every start.
+    These contain the safetensors header with every name and shape, and weights that differ between any two trainings.
+    Hashing all of T5-XXL would take a minute at every start.
     """
     digest = hashlib.sha256()
     for component in components:
@@ -178,8 +178,8 @@ def save_pipeline(
     Args:
         source: a pipeline's folder.
         target: the new folder.
-        weights: every weight by name. They are read one by one and written in files of `shard_bytes`, as diffusers does, so at
-            most one such file is in memory.
+        weights: every weight by name. They are read one by one and written in files of `shard_bytes`, as diffusers
+            does, so at most one such file is in memory.
         dtype: of the written weights.
         shift: the sampler's fixed timestep shift; None keeps the scheduler of `source`.
         has_learned_guidance: mark the model as guided by one pass; a marked `source` stays marked.

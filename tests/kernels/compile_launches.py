@@ -1,5 +1,6 @@
-"""Compiles every kernel of scfm for A100 and H100 exactly as the ops would launch it, without a GPU, and prints what each
-one needs: registers, bytes spilled, shared memory. Run by test_compilation.py in a process without the interpreter."""
+"""Compiles every kernel of scfm for A100 and H100 exactly as the ops would launch it, without a GPU, and prints what
+each one needs: registers, bytes spilled, shared memory. Run by test_compilation.py in a process without the
+interpreter."""
 
 import json
 import re

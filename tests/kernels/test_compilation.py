@@ -1,5 +1,6 @@
 """Triton's compiler on every launch of every kernel, for A100 and H100; it needs no GPU, and finds what its interpreter
-does not: types that differ between branches, shapes that do not lower, registers and shared memory that do not suffice."""
+does not: types that differ between branches, shapes that do not lower, registers and shared memory that do not
+suffice."""
 
 import json
 import os

@@ -26,7 +26,7 @@ def test_rows_keep_their_own_scale():
 
 
 def rounding(tensor: Tensor) -> Tensor:
-    """Standard deviation of each element's rounding to e4m3 with the row's maximum at 448: a unit in the last place / sqrt(12).
+    """Standard deviation of each element's rounding to e4m3, with the row's maximum at 448: one unit / sqrt(12).
 
     A normal number in [2^e, 2^(e+1)) has units of 2^(e-3); subnormal ones, below 2^-6, have units of 2^-9.
     """
@@ -38,15 +38,15 @@ def rounding(tensor: Tensor) -> Tensor:
 def assert_off_by_the_roundings(found: Tensor, x: Tensor, weight: Tensor) -> None:
     """The error has the predicted size, and is no multiple of the result.
 
-    Independent roundings of both factors: the variance of each result is the sum over k of x_k^2 var(w_k) + w_k^2 var(x_k).
+    Both factors are rounded independently: a result's variance is the sum of x_k^2 var(w_k) + w_k^2 var(x_k).
     """
     x, weight = x.double(), weight.double()
     exact = x @ weight.T
     variance = x.square() @ rounding(weight).square().T + rounding(x).square() @ weight.square().T
     size = (found.double() - exact).norm() / variance.sum().sqrt()
     assert 0.9 < size < 1.05, f"{size:.3f} of the predicted error"
-    # To first order the roundings average out over 10^4 results. The second order is some 10^-3 for each factor: within a
-    # unit the smaller values are more frequent.
+    # To first order the roundings average out over 10^4 results. The second order is some 10^-3 for each factor: within
+    # a unit the smaller values are more frequent.
     slope = (found.double() * exact).sum() / exact.square().sum()
     assert abs(slope - 1) < 0.005, f"results are scaled by {slope:.4f}"
 

@@ -1,4 +1,4 @@
-"""Every kernel against its plain PyTorch reference in fp64: in Triton's interpreter on a CPU, compiled where there is a GPU."""
+"""Every kernel against its plain PyTorch reference in fp64: compiled on a GPU, else in Triton's interpreter."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ from scfm_core.kernels import flash, gelu_concat, lora, modulate, norm_rope, ref
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HEADS, DIM = 3, 16
-# A result is rounded once where it is stored; sums of rounded values (gradients through a stored row) add a little. In bf16
-# Triton's interpreter cuts bits off where a GPU rounds to the nearest.
+# A result is rounded once where it is stored; sums of rounded values (gradients through a stored row) add a little. In
+# bf16 Triton's interpreter cuts bits off where a GPU rounds to the nearest.
 BOUND = {torch.bfloat16: (2 if DEVICE.type == "cuda" else 4) * 2**-8, torch.float32: 16 * 2**-24, torch.float64: 1e-12}
 
 

@@ -56,9 +56,9 @@ def test_one_euler_step_of_the_pipeline_is_our_velocity(tiny):
 def test_the_pipeline_in_bf16(tiny, num_steps, differing):
     """Bit by bit: every pass of the network at the pipeline's timesteps, and the state but for where it is rounded.
 
-    The pipeline rounds 1000 sigma to bf16 and divides, we round sigma; the network then multiplies by 1000. The two differ for
-    one sigma of this grid of eight steps and for none of four. The pipeline also rounds its state to bf16 after every step;
-    `euler_sample` keeps it in fp32.
+    The pipeline rounds 1000 sigma to bf16 and divides, we round sigma; the network then multiplies by 1000. The two
+    differ for one sigma of this grid of eight steps and for none of four. The pipeline also rounds its state to bf16
+    after every step; `euler_sample` keeps it in fp32.
     """
     pipe = FluxPipeline.from_pretrained(tiny / "flux", torch_dtype=torch.bfloat16)
     pipe.set_progress_bar_config(disable=True)
