@@ -109,12 +109,19 @@ def assert_close(found: list[Tensor], expected: list[Tensor], bound: float) -> N
         assert error <= bound, f"result {number}: {error:.2e} of the largest value, more than {bound:.2e}"
 
 
-@pytest.mark.parametrize("dense", [True, False], ids=["dense", "slices"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+# In fp64 the gradients are those of the formula, to 12 digits. Strides have no dtype: slices are tried in one.
+@pytest.mark.parametrize(
+    ("dtype", "dense"),
+    [(torch.bfloat16, True), (torch.float32, True), (torch.float32, False), (torch.float64, True)],
+    ids=["bf16", "fp32", "fp32 slices", "fp64"],
+)
 @pytest.mark.parametrize("name", CASES)
 def test_agrees_with_the_reference_in_fp64(name, dtype, dense):
     case = CASES[name]
-    inputs, fixed = draw(case, dtype, dense=dense), case.fixed()
+    inputs = draw(case, dtype, dense=dense)
+    fixed = case.fixed()
+    if dtype == torch.float64:
+        fixed = tuple(wide(value) for value in fixed)
     results, gradients = run(case.kernel, inputs, fixed)
     assert all(result.dtype == dtype for result in results)
     expected = run(case.reference, [wide(tensor) for tensor in inputs], tuple(wide(value) for value in fixed))
@@ -123,23 +130,12 @@ def test_agrees_with_the_reference_in_fp64(name, dtype, dense):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_gradients_are_the_slopes(name):
-    case = CASES[name]
-    inputs, fixed = draw(case, torch.float64), tuple(wide(value) for value in case.fixed())
-    given = [tensor for tensor in inputs if tensor is not None]
-
-    def function(*values: Tensor) -> tuple[Tensor, ...]:
-        left = iter(values)
-        return as_tuple(case.kernel(*(None if tensor is None else next(left) for tensor in inputs), *fixed))
-
-    assert torch.autograd.gradcheck(function, given, fast_mode=True, nondet_tol=0.0)
-
-
-@pytest.mark.parametrize("name", CASES)
 def test_a_compiled_call_is_one_graph_with_the_same_results(name):
     case = CASES[name]
     inputs, fixed = draw(case, torch.float32), case.fixed()
-    eager = run(case.kernel, inputs, fixed)
+    eager, again = (run(case.kernel, inputs, fixed) for _ in range(2))
+    for one, other in zip(eager[0] + eager[1], again[0] + again[1], strict=True):
+        assert torch.equal(one, other)  # no atomics
     compiled = run(torch.compile(case.kernel, fullgraph=True, dynamic=False), inputs, fixed)
     for one, other in zip(eager[0] + eager[1], compiled[0] + compiled[1], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
