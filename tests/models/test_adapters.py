@@ -117,7 +117,7 @@ def test_same_output_and_gradient_as_peft():
 
 
 class TestFp8:
-    """Passes without gradient over a base in fp8: off by the rounding, and nothing else changes."""
+    """Passes without gradient over a base in fp8."""
 
     @pytest.fixture
     def bank(self):
@@ -149,10 +149,10 @@ class TestFp8:
         torch.testing.assert_close(outputs[1], expected)
         assert (outputs[1] - outputs[0]).norm() > 0.005 * outputs[0].norm()
 
-    def test_shapes_that_do_not_fit_stay_as_they_are(self, bank):
-        assert bank.layers["0"].fp8 is not None and bank.layers["2"].fp8 is None  # 40 is no multiple of 16
+    def test_unsupported_shapes_are_not_quantised(self, bank):
+        assert bank.layers["0"].fp8 is not None and bank.layers["2"].fp8 is None  # 40 is not a multiple of 16
 
-    def test_modulations_stay_as_they_are(self, tiny):
+    def test_modulations_are_not_quantised(self, tiny):
         network = open_family(str(tiny / "flux")).load_network(torch.float32, "cpu")
         bank = LoRABank(network, LoRAConfig(rank=2))
         bank.quantise()
@@ -160,7 +160,7 @@ class TestFp8:
         assert kept and all("norm" in name or "time_text_embed" in name for name in kept)
         assert bank.layers["transformer_blocks.0.attn.to_q"].fp8 is not None
 
-    def test_checkpoints_and_exports_know_nothing_of_it(self, bank):
+    def test_the_state_dict_does_not_contain_it(self, bank):
         assert not any("fp8" in name for name in bank.network.state_dict())
 
 

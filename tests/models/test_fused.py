@@ -1,4 +1,4 @@
-"""The tiny Flux with fused blocks against diffusers' own: the same outputs and gradients, under the same names."""
+"""The tiny Flux with fused blocks has the outputs, gradients and names of diffusers' own blocks."""
 
 import copy
 
@@ -84,14 +84,13 @@ def test_agrees_with_diffusers(family, ops, weights, dtype):
     assert fused.state_dict().keys() == plain.state_dict().keys()
     expected = outputs_and_gradients(family, plain, torch.float32)
     if dtype == torch.bfloat16:
-        # Both in bf16 differ from fp32 by their roundings: the fused ones may differ by no more.
+        # Both differ from fp32 by their bf16 roundings; the error of the fused blocks may not be larger.
         for network in (plain, fused):
             network.zero_grad()
             nn.Module.to(network, dtype)
         plain_error = error_of(outputs_and_gradients(family, plain, dtype), expected)
         fused_error = error_of(outputs_and_gradients(family, fused, dtype), expected)
-        # Triton's interpreter cuts the low bits off where a GPU rounds to the nearest: twice the error of a store.
-        assert 1e-4 < fused_error <= (1.2 if DEVICE.type == "cuda" else 1.5) * plain_error
+        assert 1e-4 < fused_error <= 1.2 * plain_error
         return
     assert_same(outputs_and_gradients(family, fused, dtype), expected, BOUND)
 
