@@ -290,7 +290,7 @@ def test_a_one_pass_model_is_shortened(make_sd3, folder, tmp_path):
     assert main(["export", str(tmp_path / "path"), "--merged", str(tmp_path / "short"), "--steps", "3"]) == 0
     assert open_family(str(tmp_path / "short")).passes == 1
     with pytest.raises(UserError, match=r"method\.distil_guidance is for models that are guided by a second pass"):
-        Trainer(make_sd3({**STAGE_1, "method.flow_fraction": 1.0, "method.step_gain": None}))
+        Trainer(make_sd3({**STAGE_1, "method.flow_fraction": 1.0, "method.step_gain": None, "sample.guidance": 4.0}))
 
 
 def test_a_one_pass_model_from_the_hub_is_not_guided_twice(folder, tmp_path, monkeypatch):
