@@ -31,18 +31,18 @@ def main(argv: list[str] | None = None) -> int:
             raise
         rank = os.environ.get("RANK", "0")
         if not error.agreed:
-            print(f"scfm: error: {_of_rank(rank)}{error}", file=sys.stderr)
+            print(f"scfm: error: {_rank_prefix(rank)}{error}", file=sys.stderr)
         elif rank == "0":
             print(f"scfm: error: {error}", file=sys.stderr)
         else:
-            time.sleep(1)  # rank 0 speaks for all, and the launcher ends every rank once one is gone
-        _let_go(error)
+            time.sleep(1)  # the launcher ends every rank once one has ended: let rank 0 print first
+        _clear_frames(error)
         return 2
     except PeerLost as error:
-        print(f"scfm: error: {_of_rank(os.environ.get('RANK', '0'))}{error}. Start the job again", file=sys.stderr)
-        _let_go(error)
+        print(f"scfm: error: {_rank_prefix(os.environ.get('RANK', '0'))}{error}. Start the job again", file=sys.stderr)
+        _clear_frames(error)
         return error.exit_code
-    except BrokenPipeError:  # `scfm ... | head`: nobody reads on
+    except BrokenPipeError:  # `scfm ... | head`: the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
@@ -51,32 +51,32 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def command() -> NoReturn:
-    """`scfm`, as a process of its own: `main`, and the end."""
+    """The `scfm` command as a process: `main`, and how the process ends."""
     try:
         code = main()
     except Exception:
-        if not _several():
+        if not _has_peers():
             raise
         traceback.print_exc()
         code = 1
-    if code == PeerLost.exit_code or (_several() and 0 < code < 128):
-        # At once: nothing is left to save, and the interpreter's own end, or NCCL's, may wait for the other processes.
+    if code == PeerLost.exit_code or (_has_peers() and 0 < code < 128):
+        # Nothing is left to save, and the interpreter's own end, or NCCL's, may wait for the other processes.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 
 
-def _several() -> bool:
+def _has_peers() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def _of_rank(rank: str) -> str:
-    return f"rank {rank}: " if _several() else ""
+def _rank_prefix(rank: str) -> str:
+    return f"rank {rank}: " if _has_peers() else ""
 
 
-def _let_go(error: BaseException | None) -> None:
-    """Free what the traceback's frames hold: a process group that lives to the interpreter's end aborts it."""
+def _clear_frames(error: BaseException | None) -> None:
+    """Free what the traceback's frames hold: a process group that is alive at the interpreter's end aborts it."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="scfm", description="Turn a pre-trained flow-matching model into a few-step sampler."
     )
-    # The deepspeed launcher passes it to every process; LOCAL_RANK says the same.
+    # The deepspeed launcher passes it to every process; LOCAL_RANK has the same number.
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     parser.add_argument("--version", action="version", version=f"scfm {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_checkpoint(commands)
     _add_health(commands)
     _add_job(commands)
-    data = commands.add_parser("data", help="make data sets, and look at them")
+    data = commands.add_parser("data", help="make data sets and inspect them")
     add_commands(data.add_subparsers(required=True, metavar="COMMAND"), _command)
     return parser
 
@@ -123,7 +123,7 @@ def _add_train(commands) -> None:  # type: ignore[no-untyped-def]
     parser = _command(
         commands,
         "train",
-        "Run a recipe; the same command again goes on where it stopped.",
+        "Run a recipe; the same command again resumes it.",
         _train,
         epilog="examples:\n  scfm train flux_dev_lora.yaml --dry-run\n"
         "  scfm train flux_dev_lora.yaml data=recipes/data/other.yaml train.steps=1500 run.dir=runs/mine",
@@ -144,7 +144,7 @@ def _add_train(commands) -> None:  # type: ignore[no-untyped-def]
     parser.add_argument(
         "--allow-data-change",
         action="store_true",
-        help="go on with other data than the checkpoint's, from the start of its order",
+        help="continue with other data than the checkpoint's, from the start of their order",
     )
 
 
@@ -216,7 +216,10 @@ def _add_export(commands) -> None:  # type: ignore[no-untyped-def]
     parser.add_argument("run_dir", type=Path)
     _overrides(parser)
     parser.add_argument(
-        "--merged", type=Path, metavar="FOLDER", help="a complete pipeline with merged weights, not an adapter"
+        "--merged",
+        type=Path,
+        metavar="FOLDER",
+        help="write a complete pipeline with merged weights instead of an adapter",
     )
     parser.add_argument("--steps", type=int, help="with --merged of a step-scaled adapter: the step count to merge for")
 
@@ -236,7 +239,7 @@ def _add_report(commands) -> None:  # type: ignore[no-untyped-def]
         action="append",
         default=[],
         metavar="RUN_DIR",
-        help="another run to set beside it; may be repeated",
+        help="another run to compare with; may be repeated",
     )
 
 
@@ -250,7 +253,7 @@ def _add_study(commands) -> None:  # type: ignore[no-untyped-def]
     parser = _command(
         commands,
         "study",
-        "Compare ways to train over several seeds: one table, one plot. The same command again goes on.",
+        "Compare ways to train over several seeds: one table, one plot. The same command again continues.",
         _study,
         epilog="examples:\n  scfm study digits\n  scfm study digits --arms paper step_scaled\n"
         "  scfm study mine.yaml --only $SLURM_ARRAY_TASK_ID     # one run of the study, in an array job",
@@ -323,20 +326,13 @@ def _add_job(commands) -> None:  # type: ignore[no-untyped-def]
 
 
 def _job_run_dir(arguments: argparse.Namespace) -> None:
-    from scfm_core.train.parse import load_config
+    from recipes.job import make_run_dir
 
-    folder = Path(load_config(arguments.config, arguments.overrides).run.dir).absolute()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"run.dir: {folder} cannot be made ({error.strerror}). Choose another with run.dir=PATH"
-        ) from error
-    print(folder)
+    print(make_run_dir(arguments.config, arguments.overrides))
 
 
 def _job_verdict(arguments: argparse.Namespace) -> None:
-    from recipes.status import verdict
+    from recipes.job import verdict
 
     found, why = verdict(
         arguments.run_dir,
@@ -360,8 +356,8 @@ def _add_checkpoint(commands) -> None:  # type: ignore[no-untyped-def]
     parser = _command(
         actions,
         "convert",
-        "Write a checkpoint anew, in another engine's format, as a run of its own. Training needs it not: every engine "
-        "resumes from every format.",
+        "Write a checkpoint anew, in another engine's format, as a run of its own. Training does not need it: every "
+        "engine resumes from every format.",
         _checkpoint_convert,
     )
     parser.add_argument("source", type=Path, help="a run's folder, or one of its checkpoints/step_XXXXXXXX")

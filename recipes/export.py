@@ -12,9 +12,9 @@ from scfm_core.models.adapters import merge
 from scfm_core.models.protocol import ModelFamily
 from scfm_core.models.weights import read_weights, save_adapter, save_pipeline
 from scfm_core.scfm.plan import sampling_strength
-from scfm_core.train.build import compute_dtype
 from scfm_core.train.checkpoint import Checkpoint
 from scfm_core.train.config import RunConfig
+from scfm_core.train.device import compute_dtype
 
 _CARD_STEPS = (1, 2, 3, 4, 6, 8, 16)
 
@@ -103,6 +103,36 @@ def student_guidance(config: RunConfig, family: ModelFamily) -> float:
     return 1.0 if config.method.distil_guidance or family.has_learned_guidance else config.sample.guidance
 
 
+def _advice(config: RunConfig, family: ModelFamily) -> str:
+    """How to set the adapter's weight and the guidance, in sentences."""
+    gain, method = config.method.step_gain, config.method
+    advice = "Use weight 1 at every step count."
+    if gain is not None:
+        advice = (
+            f"The adapter's weight carries the step size: for N steps use N^-gamma, gamma = {gain.gamma:g}. Weight 0 is the "
+            f"original model."
+        )
+    if method.distil_guidance:
+        fewer_steps = "" if method.has_trajectory else ", not fewer steps"
+        return (
+            f"{advice} It has learned guidance_scale={method.guidance[0]:g}{fewer_steps}: set guidance_scale=1, which is one "
+            f"pass of the network a step."
+        )
+    if family.has_learned_guidance:
+        return f"{advice} The base model has learned its guidance: set guidance_scale=1, which is one pass of the network a step."
+    if family.passes == 2 and method.has_stored_paths:
+        return (
+            f"{advice} The adapter has learned guided paths of the teacher: use the guidance_scale of those paths, two passes "
+            f"of the network a step."
+        )
+    if family.passes == 2 and method.student_is_guided:
+        return (
+            f"{advice} The adapter was trained with guidance_scale between {method.guidance[0]:g} and "
+            f"{method.guidance[1]:g}: use a scale in this range, two passes of the network a step."
+        )
+    return advice
+
+
 def adapter_card(config: RunConfig, family: ModelFamily) -> str:
     """The README beside the adapter."""
     gain, sample, method = config.method.step_gain, config.sample, config.method
@@ -111,31 +141,6 @@ def adapter_card(config: RunConfig, family: ModelFamily) -> str:
     steps = sample.steps[-1] if guidance_alone else 3
     weight = sampling_strength(gain, steps)
     title = "An adapter with the guidance in it" if guidance_alone else "A few-step adapter"
-    advice = (
-        f"The adapter's weight carries the step size: for N steps use N^-gamma, gamma = {gain.gamma:g}. Weight 0 is the "
-        f"original model."
-        if gain is not None
-        else "Use weight 1 at every step count."
-    )
-    if method.distil_guidance:
-        advice += (
-            f" It has learned guidance_scale={method.guidance[0]:g}{', not fewer steps' if guidance_alone else ''}: set "
-            f"guidance_scale=1, which is one pass of the network a step."
-        )
-    elif family.has_learned_guidance:
-        advice += (
-            " The base model has its guidance inside: set guidance_scale=1, which is one pass of the network a step."
-        )
-    elif family.passes == 2 and method.has_stored_paths:
-        advice += (
-            " The guidance is part of what was learned, from paths of the guided teacher: keep to the guidance_scale of those, "
-            "two passes of the network a step."
-        )
-    elif family.passes == 2 and method.student_is_guided:
-        advice += (
-            f" The guidance is part of what was learned: the adapter was trained with guidance_scale between "
-            f"{method.guidance[0]:g} and {method.guidance[1]:g}, two passes of the network a step."
-        )
     rows = "\n".join(f"| {n} | {sampling_strength(gain, n):.3f} |" for n in _CARD_STEPS)
     table = "" if guidance_alone else f"| steps | weight |\n|---|---|\n{rows}\n\n"
     scheduler = (
@@ -145,7 +150,7 @@ def adapter_card(config: RunConfig, family: ModelFamily) -> str:
     )
     return f"""# {title}, made with scfm
 
-Base model: `{config.model.path}`. {advice}
+Base model: `{config.model.path}`. {_advice(config, family)}
 
 {table}```python
 import torch

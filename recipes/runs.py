@@ -5,11 +5,12 @@ from pathlib import Path
 from scfm_core.distributed.engine import Slot
 from scfm_core.errors import UserError
 from scfm_core.models.protocol import ModelFamily
-from scfm_core.models.student import FullModel, LoRAModel
+from scfm_core.models.student import ShortcutModel
 from scfm_core.models.weights import network_fingerprint
-from scfm_core.train.build import build_family, build_model, resolve_device
+from scfm_core.train.assemble import build_family, build_model
 from scfm_core.train.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
 from scfm_core.train.config import RunConfig
+from scfm_core.train.device import resolve_device
 from scfm_core.train.kernels import choose_kernels
 from scfm_core.train.parse import load_config
 
@@ -45,7 +46,7 @@ def refuse_other_model(checkpoint: Checkpoint, family: ModelFamily, run_dir: Pat
         raise UserError(f"{family.folder} is not the model that {run_dir} was trained on. Set model.path to that one")
 
 
-def load_trained(run_dir: Path, config: RunConfig, *, with_teacher: bool) -> LoRAModel | FullModel:
+def load_trained(run_dir: Path, config: RunConfig, *, with_teacher: bool) -> ShortcutModel:
     """The run's model in one process, with the weights of `sample.weights` from its newest checkpoint.
 
     Args:

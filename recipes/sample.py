@@ -11,10 +11,11 @@ from recipes.runs import load_trained, open_run
 from scfm_core.errors import UserError
 from scfm_core.models.encoders import Autoencoder, TextEncoders
 from scfm_core.models.protocol import Conditioning
-from scfm_core.models.student import FullModel, LoRAModel
-from scfm_core.train.build import compute_dtype, read_prompts, resolve_device, sampling_shift
+from scfm_core.models.student import ShortcutModel
 from scfm_core.train.config import RunConfig
-from scfm_core.train.validate import decode, initial_noise, sample_latents, to_uint8
+from scfm_core.train.device import compute_dtype, resolve_device
+from scfm_core.train.prompts import read_prompts
+from scfm_core.train.sampling import decode, initial_noise, sample_latents, sampling_shift, to_uint8
 
 
 def sample(
@@ -65,7 +66,7 @@ def sample(
 
 def generate(
     config: RunConfig,
-    model: LoRAModel | FullModel,
+    model: ShortcutModel,
     role: str,
     vae: Autoencoder,
     cond: Conditioning,
@@ -74,16 +75,13 @@ def generate(
     strength: float | None = None,
 ) -> Tensor:
     """Images of `role` for rows of `cond` and their seeds, fp32 [N, 3, H, W] in [0, 1] on the CPU."""
-    height, width = config.data.resolution
-    shift = sampling_shift(config.sample, model.family, height, width)  # type: ignore[arg-type]
-    batch = config.evaluate.batch_size
-    dtype = compute_dtype(config)
-    settings: dict[str, Any] = {"method": config.method, "num_steps": num_steps, "shift": shift, "strength": strength}
+    shape, batch = model.family.latent_shape(*config.data.resolution), config.evaluate.batch_size
     latents = []
     for at in range(0, len(seeds), batch):
-        noise = initial_noise(model.family.latent_shape(height, width), seeds[at : at + batch], dtype)
         rows = cond[at : at + batch]
-        noise = noise.to(rows.text.device)
-        latents.append(sample_latents(model, role, noise, rows, **settings))
+        noise = initial_noise(shape, seeds[at : at + batch], compute_dtype(config)).to(rows.text.device)
+        shift = sampling_shift(config.sample, model.family.image_tokens(noise))
+        settings: dict[str, Any] = {"num_steps": num_steps, "shift": shift, "strength": strength}
+        latents.append(sample_latents(model, role, noise, rows, method=config.method, **settings))
     with torch.no_grad():
         return decode(vae, torch.cat(latents), batch)

@@ -29,7 +29,7 @@ from scfm_core.data.source import json_value
 from scfm_core.distributed.world import launched_size
 from scfm_core.errors import UserError
 from scfm_core.models.families import open_family
-from scfm_core.train.build import build_family
+from scfm_core.train.assemble import build_family
 from scfm_core.train.checkpoint import load_checkpoint, newest_complete
 from scfm_core.train.config import RunConfig
 from scfm_core.train.parse import find_recipe, load_config, to_plain, with_absolute_paths

@@ -16,14 +16,18 @@ from scfm_core.distributed.deepspeed_config import deepspeed_config
 from scfm_core.distributed.world import World, join_world, launched_size
 from scfm_core.errors import UserError
 from scfm_core.models.protocol import ModelFamily
-from scfm_core.train.build import build_family, micro_batches, optimizer_config, resolve_device, validation_prompts
+from scfm_core.train.assemble import build_family, optimizer_config
 from scfm_core.train.checkpoint import find_checkpoint, point_to, verify_checkpoint
 from scfm_core.train.config import RunConfig
+from scfm_core.train.device import resolve_device
 from scfm_core.train.estimate import estimate, format_estimate
+from scfm_core.train.fit import fit
 from scfm_core.train.history import HISTORY, Start
 from scfm_core.train.kernels import choose_kernels
 from scfm_core.train.parse import dump_config, load_config, with_absolute_paths
-from scfm_core.train.trainer import Trainer, fit
+from scfm_core.train.prompts import validation_prompts
+from scfm_core.train.rules import check_shards
+from scfm_core.train.trainer import Trainer
 
 # What belongs to one attempt at a run; `--resume never` moves it aside.
 _ATTEMPT = (
@@ -151,14 +155,11 @@ def _only_one(run_dir: Path) -> Iterator[None]:
 
 def describe(config: RunConfig, processes: int = 1) -> str:
     """The dry run: the configuration is valid for so many processes; this is what it will cost."""
-    validation_prompts(config)
-    accumulation = micro_batches(config.train, World(size=processes))
+    validation_prompts(config.sample)
+    optimizer = optimizer_config(config, processes)
+    check_shards(config, processes)
     if config.engine.name == "deepspeed":
-        deepspeed_config(config.engine, optimizer_config(config.train, accumulation), processes, config.train.weights)
-    elif config.engine.shard != -1 and processes % config.engine.shard:
-        raise UserError(
-            f"engine.shard={config.engine.shard} does not divide {processes} processes; say how many with --gpus"
-        )
+        deepspeed_config(config.engine, optimizer, processes, config.train.weights)
     family = build_family(config, offline=True)
     return format_estimate(estimate(config, family, processes), config, _kernels_here(config, family))
 

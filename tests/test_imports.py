@@ -1,4 +1,10 @@
+"""The structure of the project: who may import whom, no circles, no file or function too long.
+
+`python tests/test_imports.py` prints the import graph of scfm_core.
+"""
+
 import ast
+import graphlib
 import re
 import sys
 from collections import defaultdict
@@ -166,3 +172,87 @@ def test_the_walker_catches_a_second_home_of_a_lazy_import():
 def test_relative_imports_resolve_from_a_package_itself():
     [imported] = imports_of("from .plan import PlanConfig", "scfm_core.scfm", is_package=True)
     assert imported.name == "scfm_core.scfm.plan.PlanConfig"
+
+
+def graph(modules: dict[str, list[Import]]) -> dict[str, set[str]]:
+    """Each module and those of ours that it imports, also for types alone and inside functions."""
+    return {
+        module: {other for imported in imports for other in modules if within(imported.name, (other,))}
+        - {module, *parents(module)}
+        for module, imports in modules.items()
+    }
+
+
+def parents(module: str) -> set[str]:
+    """The packages that a module is in. Importing it runs their `__init__`, which import nothing of ours."""
+    parts = module.split(".")
+    return {".".join(parts[:end]) for end in range(1, len(parts))}
+
+
+def without_packages(edges: dict[str, set[str]]) -> dict[str, set[str]]:
+    """`import a.b.c` also names `a` and `a.b`: keep the modules themselves."""
+    return {
+        module: {other for other in others if not any(longer.startswith(f"{other}.") for longer in edges)}
+        for module, others in edges.items()
+    }
+
+
+def circle(edges: dict[str, set[str]]) -> list[str]:
+    """A circle of imports, or none."""
+    try:
+        list(graphlib.TopologicalSorter(edges).static_order())
+    except graphlib.CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_no_module_imports_itself_in_a_circle():
+    edges = without_packages(graph(project()))
+    assert "scfm_core.train.step" in edges["scfm_core.train.trainer"], "the graph has no edges"
+    assert circle(edges) == []
+
+
+def test_the_search_finds_a_circle():
+    modules = {
+        "scfm_core.train.a": imports_of("from scfm_core.train.b import f", "scfm_core.train.a"),
+        "scfm_core.train.b": imports_of(
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from scfm_core.train.c import T",
+            "scfm_core.train.b",
+        ),
+        "scfm_core.train.c": imports_of("def f():\n    from scfm_core.train import a", "scfm_core.train.c"),
+    }
+    assert set(circle(without_packages(graph(modules)))) == set(modules)
+
+
+MOST_LINES = {"file": 400, "function": 60}
+
+
+def too_long(source: str, name: str) -> list[str]:
+    """The file itself and its functions, where they have more lines than a reader should have to hold in mind."""
+    lines = source.count("\n")
+    found = [f"{name}: {lines} lines"] if lines > MOST_LINES["file"] else []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None:
+            length = node.end_lineno - node.lineno + 1
+            if length > MOST_LINES["function"]:
+                found.append(f"{name}:{node.lineno}: {node.name} has {length} lines")
+    return found
+
+
+def test_no_file_and_no_function_is_too_long():
+    paths = sorted(path for package in OURS for path in (ROOT / package).rglob("*.py"))
+    assert [line for path in paths for line in too_long(path.read_text(), str(path.relative_to(ROOT)))] == []
+
+
+def test_what_is_too_long_is_found():
+    function = "def f():\n" + "    pass\n" * 60
+    assert too_long(function, "a.py") == ["a.py:1: f has 61 lines"]
+    assert too_long("\n" * 401, "a.py") == ["a.py: 401 lines"]
+    assert too_long("def f():\n" + "    pass\n" * 59, "a.py") == []
+
+
+if __name__ == "__main__":
+    edges = without_packages(graph({name: found for name, found in project().items() if name.startswith("scfm_core")}))
+    for module in graphlib.TopologicalSorter(edges).static_order():
+        names = ", ".join(sorted(name.removeprefix("scfm_core.") for name in edges[module]))
+        print(f"{module.removeprefix('scfm_core.'):32} {names}")

@@ -30,15 +30,14 @@ class LossMeter:
     def __init__(self, device: torch.device | str) -> None:
         self.sums = torch.zeros(2, len(SLICES), SIGMA_BINS, dtype=torch.float64, device=device)
         """[loss or count, slice, sigma bin]; adding up the sums of several processes gives the means over all of them."""
-        self._samples: list[tuple[Tensor | None, Tensor]] = []
+        self._samples: list[tuple[Tensor, Tensor]] = []
 
     @torch.no_grad()
     def add(self, prediction: Tensor, target: Tensor, plan: ShortcutPlan) -> None:
         """Account for one micro-batch."""
         losses = (prediction.to(target.dtype) - target).square().flatten(1).mean(1).double()
-        assert plan.is_trajectory is not None
-        given = torch.where(plan.is_trajectory, 3, 2)
-        row = torch.where(plan.is_given, given, torch.where(plan.is_teacher, 0, 1))
+        of_known = torch.where(plan.is_trajectory, 3, 2)
+        row = torch.where(plan.has_known_target, of_known, torch.where(plan.is_teacher, 0, 1))
         column = (plan.sigma_start * SIGMA_BINS).long().clamp(0, SIGMA_BINS - 1)
         index = row * SIGMA_BINS + column
         self.sums[0].view(-1).index_add_(0, index, losses)
@@ -46,9 +45,8 @@ class LossMeter:
         self._samples.append((plan.sample_ids, losses))
 
     def by_sample(self) -> list[tuple[int, float]]:
-        """(sample id, loss) of every row so far whose id is known."""
-        known = [(ids.tolist(), losses.tolist()) for ids, losses in self._samples if ids is not None]
-        return [row for ids, losses in known for row in zip(ids, losses, strict=True)]
+        """(sample id, loss) of every row so far."""
+        return [row for ids, losses in self._samples for row in zip(ids.tolist(), losses.tolist(), strict=True)]
 
     def compute(self) -> dict[str, float]:
         """Means: `loss`, `loss/<slice>` and `loss/sigma_<low>-<high>`; slices and bins without a sample are left out."""

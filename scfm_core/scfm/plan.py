@@ -12,7 +12,7 @@ from scfm_core.flow.random import Stream, uniform
 from scfm_core.flow.schedule import dynamic_shift, shift_sigma
 
 # One column of uniform draws each; the order is part of the run's randomness and only grows at the end.
-_DRAWS = ("slice", "rung", "start", "shift", "dynamic", "guidance", "flow", "dropout")
+_DRAWS = ("slice", "grid", "start", "shift", "dynamic", "guidance", "flow", "dropout")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class PlanConfig:
     teacher_grid: int = 32
     """Steps of the teacher slice's grid."""
     self_grids: tuple[int, ...] = (16, 8, 4)
-    """Rungs of the self slice: its grids' numbers of steps, drawn uniformly. The authors' code adds 2."""
+    """Grids of the self slice: their numbers of steps, drawn uniformly. The authors' code adds 2."""
     shift: tuple[float, float] = (2.5, 4.5)
     """Range of the timestep shift, drawn per sample; equal ends fix it."""
     dynamic_shift_fraction: float = 0.0
@@ -110,7 +110,7 @@ class PlanConfig:
             self._refuse_more_than_guidance()
         if not 0.9 < self.sigma_max <= 1:
             raise ValueError(f"method.sigma_max must be in (0.9, 1], got {self.sigma_max}")
-        self._refuse_collapsed_pairs(self.shift[1])
+        self.check_pairs_at(self.shift[1])
 
     def _check_online(self) -> None:
         steps = self.trajectory_steps
@@ -149,8 +149,8 @@ class PlanConfig:
                 f"method.guidance equal ends above 1, e.g. [4.5, 4.5], got {[low, high]}"
             )
 
-    def _refuse_collapsed_pairs(self, shift: float) -> None:
-        """The clamp may move a grid's first point alone: a pair that it shortened to nothing has no velocity."""
+    def check_pairs_at(self, shift: float) -> None:
+        """ValueError if `sigma_max` also clamps the second point of the finest grid: the pair would have no length."""
         second = float(
             shift_sigma(torch.tensor(1 - 1 / max(self.teacher_grid, *self.self_grids), dtype=torch.float64), shift)
         )
@@ -212,64 +212,47 @@ class PlanConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ShortcutPlan:
-    """One row a sample. 1-D tensors [B], but for `pair_rows`; floating ones are fp32.
+    """One jump for each sample of a batch; `sample_plan` makes it. 1-D tensors [B] but for the rows at the end.
 
-    `sigma_start > sigma_mid > sigma_end` on pairs; a flow-matching row is a jump of length zero, all three equal. A
+    `sigma_start > sigma_mid > sigma_end` on pairs. A flow-matching row is a jump of length zero: all three are equal. A
     trajectory row gets its sigmas from its path (`on_trajectories`), with sigma_mid equal to sigma_start.
     """
 
+    config: PlanConfig
+    """What the rows were drawn from. It alone decides which passes a batch needs, so that every process runs the same ones."""
+    sample_ids: Tensor
+    """Global sample indices, int64."""
     sigma_start: Tensor
+    """fp32, as all floating tensors here."""
     sigma_mid: Tensor
     sigma_end: Tensor
     student_strength: Tensor
     near_strength: Tensor
+    """0 on teacher rows."""
     far_strength: Tensor
-    is_teacher: Tensor
-    is_flow: Tensor
-    sample_ids: Tensor | None = None
-    guidance: Tensor | None = None
-    step_size: Tensor | None = None
-    """What the student is told in place of the guidance, and near and far half of it: the share of the grid that it jumps.
-    None: they are told the guidance."""
-    shift: Tensor | None = None
-    grid: Tensor | None = None
-    """int64: steps of the grid that the pair or the trajectory's jump lies on; 0 on flow-matching rows."""
-    is_trajectory: Tensor | None = None
-    """bool; None: no row."""
-    interval: Tensor | None = None
+    guidance: Tensor
+    shift: Tensor
+    step_size: Tensor
+    """Share of the grid that the student jumps; near and far jump half of it."""
+    grid: Tensor
+    """int64: number of steps of the grid that the jump is on; 0 on flow-matching rows."""
+    interval: Tensor
     """int64: which interval of `grid` a trajectory row jumps, counted from the noise; 0 on other rows."""
-    is_dropped: Tensor | None = None
-    """bool: rows without a caption; None: no row."""
-    has_flow: bool | None = None
-    """Whether rows may be flow-matching rows, and likewise `has_trajectory` and `has_pairs`. Given by the configuration, so
-    that every process of a run takes the same way; None: looked up in the rows."""
-    has_trajectory: bool | None = None
-    has_pairs: bool | None = None
-    pair_rows: Tensor | None = None
-    """int64: the rows that take the two passes, row 0 if there is none. Found where the plan is drawn: on a GPU, counting rows
-    would wait for its queue."""
-    trajectory_rows: Tensor | None = None
-    """int64: the rows on paths of the teacher, row 0 if there is none; likewise."""
-
-    def __post_init__(self) -> None:
-        if self.is_trajectory is None:
-            object.__setattr__(self, "is_trajectory", torch.zeros_like(self.is_flow))
-        assert self.is_trajectory is not None
-        if self.has_flow is None:
-            object.__setattr__(self, "has_flow", bool(self.is_flow.any()))
-        if self.has_trajectory is None:
-            object.__setattr__(self, "has_trajectory", bool(self.is_trajectory.any()))
-        if self.has_pairs is None:
-            object.__setattr__(self, "has_pairs", not bool(self.is_given.all()))
-        for name, mask in (("pair_rows", ~self.is_given), ("trajectory_rows", self.is_trajectory)):
-            if getattr(self, name) is None:
-                rows = mask.nonzero().squeeze(1)
-                object.__setattr__(self, name, rows if rows.numel() else rows.new_zeros(1))
+    is_teacher: Tensor
+    """bool, as the other slices."""
+    is_flow: Tensor
+    is_trajectory: Tensor
+    is_dropped: Tensor
+    """bool: rows without their caption."""
+    pair_rows: Tensor
+    """int64: numbers of the rows that need near and far passes; row 0 if there are none. They are counted where the plan is
+    drawn, on the CPU: counting on a GPU would wait for its queue."""
+    trajectory_rows: Tensor
+    """int64: numbers of the rows on paths of the teacher; row 0 if there are none."""
 
     @property
-    def is_given(self) -> Tensor:
-        """Rows whose target needs no pass: flow-matching and trajectory rows. bool [B]."""
-        assert self.is_trajectory is not None
+    def has_known_target(self) -> Tensor:
+        """Rows whose target needs no near or far pass: flow-matching and trajectory rows. bool [B]."""
         return self.is_flow | self.is_trajectory
 
     def __len__(self) -> int:
@@ -304,53 +287,66 @@ def sample_plan(config: PlanConfig, sample_ids: Tensor, seed: int, *, image_toke
     draw = dict(zip(_DRAWS, draws.unbind(1), strict=True))
     is_flow, is_trajectory, is_teacher = _slices(config, draw["slice"])
     self_grid, path_grid = (
-        torch.tensor(grids, device=sample_ids.device)[(draw["rung"] * len(grids)).long()]
+        torch.tensor(grids, device=sample_ids.device)[(draw["grid"] * len(grids)).long()]
         for grids in (config.self_grids, config.trajectory_grids)
     )
     grid = torch.where(is_teacher, config.teacher_grid, torch.where(is_trajectory, path_grid, self_grid))
-    interval = torch.where(is_trajectory, (draw["start"] * path_grid).long(), 0)
-    k = 2 * (draw["start"] * (grid // 2)).long()  # starts are aligned to pairs
-
-    low, high = config.shift
-    shift = low + (high - low) * draw["shift"]
-    if config.dynamic_shift_fraction > 0:
-        if image_tokens is None:
-            raise ValueError("dynamic_shift_fraction > 0 needs image_tokens, the number of packed image tokens")
-        config._refuse_collapsed_pairs(dynamic_shift(image_tokens))
-        is_dynamic = draw["dynamic"] < config.dynamic_shift_fraction
-        shift = torch.where(is_dynamic, dynamic_shift(image_tokens), shift)
-
-    def sigma_at(index: Tensor) -> Tensor:
-        return shift_sigma(1 - index.double() / grid, shift)
-
-    flow_sigma = shift_sigma(draw["flow"], shift)
-    start, mid, end = (torch.where(is_flow, flow_sigma, sigma_at(k + offset)) for offset in (0, 1, 2))
+    shift = _shifts(config, draw, image_tokens)
+    start, mid, end = _sigmas(config, draw, grid, shift, is_flow)
     # The student jumps two grid intervals, near and far one each. A flow-matching row has no length; it stands for what a
     # many-step sampler does, one interval of the teacher's grid. A trajectory row is one interval in all.
     jump = torch.where(is_flow, 1 / config.teacher_grid, torch.where(is_trajectory, 1, 2) / grid.double())
     student, near, far = _strengths(config, jump, is_teacher)
     guidance_low, guidance_high = config.guidance
     return ShortcutPlan(
-        sigma_start=start.clamp(max=config.sigma_max).float(),
-        sigma_mid=mid.clamp(max=config.sigma_max).float(),
-        sigma_end=end.clamp(max=config.sigma_max).float(),
+        config=config,
+        sample_ids=sample_ids,
+        sigma_start=start,
+        sigma_mid=mid,
+        sigma_end=end,
         student_strength=student.float(),
         near_strength=near.float(),
         far_strength=far.float(),
         guidance=(guidance_low + (guidance_high - guidance_low) * draw["guidance"]).float(),
-        step_size=jump.float() if config.step_embedding else None,
         shift=shift.float(),
+        step_size=jump.float(),
         grid=torch.where(is_flow, 0, grid),
+        interval=torch.where(is_trajectory, (draw["start"] * path_grid).long(), 0),
         is_teacher=is_teacher,
         is_flow=is_flow,
         is_trajectory=is_trajectory,
-        is_dropped=(draw["dropout"] < config.caption_dropout) & ~is_trajectory if config.caption_dropout > 0 else None,
-        interval=interval,
-        sample_ids=sample_ids,
-        has_flow=config.has_flow,
-        has_trajectory=config.has_trajectory,
-        has_pairs=config.has_pairs,
+        is_dropped=(draw["dropout"] < config.caption_dropout) & ~is_trajectory,
+        pair_rows=_rows(~is_flow & ~is_trajectory),
+        trajectory_rows=_rows(is_trajectory),
     )
+
+
+def _shifts(config: PlanConfig, draw: dict[str, Tensor], image_tokens: int | None) -> Tensor:
+    """Timestep shifts, fp64 [B]."""
+    low, high = config.shift
+    shift = low + (high - low) * draw["shift"]
+    if config.dynamic_shift_fraction == 0:
+        return shift
+    if image_tokens is None:
+        raise ValueError("dynamic_shift_fraction > 0 needs image_tokens, the number of packed image tokens")
+    config.check_pairs_at(dynamic_shift(image_tokens))
+    return torch.where(draw["dynamic"] < config.dynamic_shift_fraction, dynamic_shift(image_tokens), shift)
+
+
+def _sigmas(
+    config: PlanConfig, draw: dict[str, Tensor], grid: Tensor, shift: Tensor, is_flow: Tensor
+) -> tuple[Tensor, ...]:
+    """Start, middle and end of a pair of intervals on each row's grid, fp32 [B] each; one random sigma on flow-matching rows."""
+    first = 2 * (draw["start"] * (grid // 2)).long()  # starts are aligned to pairs
+    of_flow = shift_sigma(draw["flow"], shift)
+    on_grid = (shift_sigma(1 - (first + offset).double() / grid, shift) for offset in (0, 1, 2))
+    return tuple(torch.where(is_flow, of_flow, sigma).clamp(max=config.sigma_max).float() for sigma in on_grid)
+
+
+def _rows(mask: Tensor) -> Tensor:
+    """Numbers of the rows where `mask` is true, int64; row 0 if there are none."""
+    rows = mask.nonzero().squeeze(1)
+    return rows if rows.numel() else rows.new_zeros(1)
 
 
 def _slices(config: PlanConfig, draw: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -40,22 +40,24 @@ def scfm_target(
     Raises:
         ValueError: if the plan has rows with a given target and `flow_velocity` is missing.
     """
-    if (plan.has_flow or plan.has_trajectory) and flow_velocity is None:
+    method = plan.config
+    has_known = method.has_flow or method.has_trajectory
+    if has_known and flow_velocity is None:
         raise ValueError("this plan has flow-matching rows: pass flow_velocity = noise - latents")
-    if not plan.has_pairs:
+    if not method.has_pairs:
         assert flow_velocity is not None
         return flow_velocity.detach().to(noised_latents.dtype)
-    if not (plan.has_flow or plan.has_trajectory):
+    if not has_known:
         return _pair_target(plan, slice(None), noised_latents, cond, near, far)
 
-    assert flow_velocity is not None and plan.pair_rows is not None
+    assert flow_velocity is not None
     # Only pairs need the two passes. At least one row always goes through, so that every process of a sharded run
     # enters the network; as a jump of length zero it would only be overwritten.
     rows = plan.pair_rows
     picked = None if cond is None else cond[rows]
     pairs = _pair_target(plan, rows, noised_latents[rows], picked, near, far)
     target = flow_velocity.to(pairs.dtype).index_copy(0, rows, pairs)
-    return torch.where(per_sample(plan.is_given, target), flow_velocity.to(pairs.dtype), target)
+    return torch.where(per_sample(plan.has_known_target, target), flow_velocity.to(pairs.dtype), target)
 
 
 def _pair_target(

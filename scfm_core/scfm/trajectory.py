@@ -75,7 +75,6 @@ def take_paths(
     Returns:
         the paths, of no meaning on other rows, and where they end: [B, ...], on other rows `latents`.
     """
-    assert plan.trajectory_rows is not None and plan.shift is not None and plan.guidance is not None
     rows = plan.trajectory_rows
     u = 1 - torch.arange(num_steps + 1, dtype=torch.float64, device=noise.device) / num_steps
     sigmas = shift_sigma(u, plan.shift[:, None].double()).float()
@@ -103,20 +102,18 @@ def on_trajectories(
     Returns:
         the plan with the sigmas and the guidance of the paths, the starts, and the given velocities.
     """
-    assert plan.is_trajectory is not None and plan.grid is not None and plan.interval is not None
     rows, nodes = plan.is_trajectory, trajectory.sigmas.shape[1] - 1
     grid = torch.where(rows, plan.grid, nodes)
     first = plan.interval * (nodes // grid)
     last = first + nodes // grid
     state, velocity = trajectory.jump(latents, first, last)
     start, end = (trajectory.sigmas.gather(1, node[:, None])[:, 0] for node in (first, last))
-    guidance = plan.guidance if plan.guidance is None else torch.where(rows, trajectory.guidance, plan.guidance)
     moved = dataclasses.replace(
         plan,
         sigma_start=torch.where(rows, start, plan.sigma_start),
         sigma_mid=torch.where(rows, start, plan.sigma_mid),
         sigma_end=torch.where(rows, end, plan.sigma_end),
-        guidance=guidance,
+        guidance=torch.where(rows, trajectory.guidance, plan.guidance),
     )
     mask = per_sample(rows, noised)
     velocity = velocity.to(noised.dtype)

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from scfm_core.data.cache import file_sha256
 from scfm_core.distributed.reader import Reader, open_reader
 from scfm_core.distributed.world import World
-from scfm_core.errors import UserError
+from scfm_core.errors import UserError, agreed_error
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
@@ -209,7 +209,7 @@ def find_checkpoint(run_dir: Path, warn: Callable[[str], None] = print, world: W
             continue
         return path
     if folders:
-        raise _agreed(
+        raise agreed_error(
             f"none of the {len(folders)} checkpoints in {run_dir / 'checkpoints'} is intact. Bring one back from a copy, "
             f"or start over with --resume never"
         )
@@ -294,12 +294,6 @@ def _newest_intact(run_dir: Path) -> Path | None:
     with contextlib.suppress(UserError, OSError):
         return find_checkpoint(run_dir, warn=lambda message: None)
     return None
-
-
-def _agreed(message: str) -> UserError:
-    error = UserError(message)
-    error.agreed = True
-    return error
 
 
 def _files(folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""A run's configuration: typed, validated at construction."""
+"""A run's configuration: typed sections, each validated at construction. Rules between sections are in `rules.py`."""
 
 import re
 from dataclasses import dataclass, field
@@ -83,7 +83,7 @@ class TrainConfig:
     """A step whose loss exceeds this multiple of the median of the last 50 steps is not applied; none: only a loss or
     gradient that is no finite number is skipped."""
     max_skips: int = 5
-    """Skipped steps in a row that are borne; one more, and the run goes back to the checkpoint before them."""
+    """Skipped steps in a row that are tolerated; one more, and the run goes back to the checkpoint before them."""
     max_rollbacks: int = 1
     """How often a run goes back on its own before it stops."""
 
@@ -235,27 +235,3 @@ class RunConfig:
     sample: SampleConfig = field(default_factory=SampleConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
-
-    def __post_init__(self) -> None:
-        if self.train.weights == "full" and self.method.step_gain is not None:
-            raise ValueError(
-                "method.step_gain needs adapters: full weights have no strength. Set it to none, or train.weights=lora"
-            )
-        if self.method.step_embedding and self.train.weights != "full":
-            raise ValueError("method.step_embedding teaches the network a new input: it needs train.weights=full")
-        if self.sample.teacher_steps and self.train.weights == "full" and not self.method.has_teacher:
-            raise ValueError(
-                "sample.teacher_steps needs a teacher, and full weights without one in their targets (method.teacher_fraction "
-                "is 0) are trained without. Set it to 0"
-            )
-        if self.model.init == "random" and self.train.weights == "lora":
-            raise ValueError("model.init=random leaves adapters nothing to adapt. Set train.weights=full")
-        if self.method.distil_guidance and self.sample.guidance != self.method.guidance[0]:
-            raise ValueError(
-                f"sample.guidance={self.sample.guidance:g} is the teacher's, in grids and evaluation, but the student learns "
-                f"scale {self.method.guidance[0]:g} (method.guidance). Make them equal"
-            )
-        if self.checkpoint.asynchronous and self.engine.name == "deepspeed":
-            raise ValueError(
-                "checkpoint.asynchronous is fsdp2's; DeepSpeed writes its own files. Set it to false, or engine.name=fsdp2"
-            )

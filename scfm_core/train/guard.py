@@ -15,7 +15,7 @@ class Guard:
     Args:
         spike_factor: a loss above this multiple of the median of the last 50 is a spike; None: never. Nothing is a spike
             until 20 steps have been applied.
-        max_skips: steps skipped in a row that are borne.
+        max_skips: steps skipped in a row that are tolerated.
 
     Its memory is part of a run's state: a resumed run must decide as the uninterrupted one.
     """
@@ -56,8 +56,8 @@ class Guard:
         return None
 
     @property
-    def exhausted(self) -> bool:
-        """Whether more steps were skipped in a row than are borne."""
+    def is_exhausted(self) -> bool:
+        """Whether more steps were skipped in a row than are tolerated."""
         return self._in_a_row > self.max_skips
 
     def state_dict(self) -> dict[str, Any]:

@@ -5,14 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from scfm_core.distributed.world import launched_size
 from scfm_core.errors import UserError
 from scfm_core.kernels.attention import AttentionChoice, AttentionShape, choose_attention
-from scfm_core.kernels.fp8 import why_no_fp8
 from scfm_core.kernels.launch import why_not
 from scfm_core.models.fused import fuse
 from scfm_core.models.protocol import ModelFamily
 from scfm_core.train.config import KernelConfig, RunConfig
+from scfm_core.train.rules import check_kernels
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def choose_kernels(config: RunConfig, family: ModelFamily, device: torch.device,
     """
     asked = config.kernels if training or device.type == "cuda" else KernelConfig()
     if training:
-        _check_target_options(config, device)
+        check_kernels(config, device)
     if not family.has_kernels:
         if asked.fused in ("triton", "reference") or asked.attention != "auto":
             raise UserError(
@@ -82,32 +81,6 @@ def choose_kernels(config: RunConfig, family: ModelFamily, device: torch.device,
         return Kernels(fused, why, choose_attention(asked.attention, _shape(config, family, device)))
     except ValueError as error:
         raise UserError(str(error)) from error
-
-
-def _check_target_options(config: RunConfig, device: torch.device) -> None:
-    """`fp8` and `cuda_graphs` need a base that lies still."""
-    asked, reasons = config.kernels, {"fp8": why_no_fp8(device) if config.kernels.fp8 else None, "cuda_graphs": None}
-    if device.type != "cuda":
-        reasons["cuda_graphs"] = f"CUDA graphs need a GPU, this is a {device.type.upper()}"
-    elif config.method.has_flow or config.method.has_trajectory:
-        reasons["cuda_graphs"] = (
-            "method.flow_fraction or method.trajectory_fraction > 0 makes the number of rows in these passes vary"
-        )
-    if not config.method.has_pairs:
-        reasons["fp8"] = "no row is a pair, so there are no such passes"
-    if config.kernels.fp8 and device.type == "cuda" and not config.train.compile:
-        reasons["fp8"] = "set train.compile=true, without which quantising moves more bytes than the products save"
-    shared = None
-    if config.train.weights != "lora":
-        shared = "train.weights=full has no frozen base"
-    elif config.engine.name == "fsdp2" and config.engine.shard != 1 and launched_size() > 1:
-        shared = "the base is sharded; set engine.shard=1, which keeps it whole on every GPU"
-    elif config.engine.name == "deepspeed" and config.engine.zero_stage == 3:
-        shared = "ZeRO-3 shards the base; set engine.zero_stage to 1 or 2"
-    for name, own in reasons.items():
-        reason = shared or own
-        if getattr(asked, name) and reason is not None:
-            raise UserError(f"kernels.{name}=true cannot run here: {reason}. Or set kernels.{name}=false")
 
 
 def _shape(config: RunConfig, family: ModelFamily, device: torch.device) -> AttentionShape:

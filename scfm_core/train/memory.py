@@ -6,8 +6,8 @@ from torch import nn
 
 from scfm_core.models.adapters import is_for_fp8
 from scfm_core.models.protocol import ModelFamily
-from scfm_core.train.build import transformer_blocks
 from scfm_core.train.config import RunConfig
+from scfm_core.train.network import transformer_blocks
 
 REDUCE_BUCKET = 500_000_000  # elements; DeepSpeed's default
 LIVE_PARAMETERS = 1_000_000_000  # ZeRO-3 gathers at most so many elements at a time; DeepSpeed's default

@@ -18,6 +18,7 @@ from scfm_core.data.source import guess_format
 from scfm_core.data.uri import is_remote
 from scfm_core.errors import UserError
 from scfm_core.train.config import RunConfig
+from scfm_core.train.rules import broken_rules
 
 _GONE = (("model", "family"),)
 """Keys of earlier versions, which the configurations of their runs still have."""
@@ -105,11 +106,13 @@ def parse_config(tree: Mapping[str, Any], source: str) -> RunConfig:
     """Build the typed configuration from plain values; UserError as in `load_config`."""
     _refuse_unknown(RunConfig, tree, "", source)
     try:
-        return TypeAdapter(RunConfig).validate_python(_none_words(RunConfig, tree))
+        config = TypeAdapter(RunConfig).validate_python(_none_words(RunConfig, tree))
+        lines = [f"  {rule}" for rule in broken_rules(config)]
     except ValidationError as error:
-        lines = dict.fromkeys(_explain(item) for item in error.errors())
-        # Not `from error`: that prints the input, with whatever stands in an address.
-        raise UserError(f"{source} is not a valid configuration:\n" + "\n".join(lines)) from None
+        lines = list(dict.fromkeys(_explain(item) for item in error.errors()))
+    if lines:  # raised here and not in `except`: pydantic's error prints the input, and an address may hold a password
+        raise UserError(f"{source} is not a valid configuration:\n" + "\n".join(lines))
+    return config
 
 
 def _explain(item: Any) -> str:

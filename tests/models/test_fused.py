@@ -113,14 +113,14 @@ def test_the_processors_alone(family):
 
 
 def test_every_block_compiles_to_one_graph(family):
-    from scfm_core.train import build
+    from scfm_core.train.network import set_activation_checkpointing, transformer_blocks
 
     plain = adapted(family.load_network(torch.float32, DEVICE))
     expected = outputs_and_gradients(family, plain, torch.float32)
     plain.zero_grad()
     fuse(plain, triton_ops(), "triton")
-    build.set_activation_checkpointing(plain, "selective")
-    for block in build.transformer_blocks(plain):
+    set_activation_checkpointing(plain, "selective")
+    for block in transformer_blocks(plain):
         block.compile(backend="aot_eager", fullgraph=True)
     assert_same(outputs_and_gradients(family, plain, torch.float32), expected, BOUND)
 

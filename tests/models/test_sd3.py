@@ -17,8 +17,9 @@ from scfm_core.models.encoders import TextEncoders
 from scfm_core.models.families import open_family
 from scfm_core.models.weights import GUIDANCE_MARK
 from scfm_core.train.checkpoint import find_checkpoint
+from scfm_core.train.fit import fit
 from scfm_core.train.parse import dump_config
-from scfm_core.train.trainer import Trainer, fit
+from scfm_core.train.trainer import Trainer
 
 PROMPTS = ["a handwritten digit three", "a handwritten digit eight"]
 
@@ -238,7 +239,7 @@ def test_guidance_first_then_the_path(make_sd3, folder, tmp_path, weights):
         return (learned - said).square().mean()
 
     before = distance()
-    trainer.save()
+    trainer.state.save()
     (tmp_path / "guidance" / "config.yaml").write_text(dump_config(first))
     assert main(["evaluate", str(tmp_path / "guidance")]) == 0
     unlearned = json.loads((tmp_path / "guidance" / "evaluation.json").read_text())

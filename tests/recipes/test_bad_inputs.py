@@ -14,8 +14,9 @@ import torch
 import yaml
 
 from recipes.cli import main
+from scfm_core.train.fit import fit
 from scfm_core.train.parse import to_plain
-from scfm_core.train.trainer import Trainer, fit
+from scfm_core.train.trainer import Trainer
 
 
 @pytest.fixture

@@ -9,9 +9,10 @@ import torch
 from recipes.cli import main
 from recipes.evaluate import _Bench, _spread, evaluate
 from scfm_core.errors import UserError
-from scfm_core.train.build import read_prompts
+from scfm_core.train.fit import fit
 from scfm_core.train.parse import dump_config
-from scfm_core.train.trainer import Trainer, fit
+from scfm_core.train.prompts import read_prompts
+from scfm_core.train.trainer import Trainer
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def test_an_untrained_student_is_its_base_and_many_steps_are_the_teacher(make_co
     config = make_config({"evaluate.steps": [2, 4], "evaluate.teacher_steps": 4})
     trainer = Trainer(config)
     trainer.run_dir.mkdir()
-    trainer.save()
+    trainer.state.save()
     (trainer.run_dir / "config.yaml").write_text(dump_config(config))
     result = evaluate(trainer.run_dir, [])
     assert result.keys() == {"student", "base", "teacher"}
@@ -92,7 +93,7 @@ def test_the_step_size_reaches_the_network(make_config, tmp_path):
     config = make_config({**changes, "method.step_embedding": True})
     trainer = Trainer(config)
     trainer.run_dir.mkdir()
-    trainer.save()
+    trainer.state.save()
 
     def images(name, **settings):
         told = make_config({**changes, **settings})
@@ -205,7 +206,7 @@ def test_samples_are_taken_from_all_of_the_data(make_config, tiny, tmp_path):
     words += ["--resolution", "16", "16", "--text-length", "8", "--keep-padding", "--dtype", "float32"]
     assert main([*words, "--per-prompt", "4", "--steps", "1"]) == 0
     trainer = Trainer(config := make_config({"data.path": str(tmp_path / "own"), "evaluate.samples": 6}))
-    trainer.save()
+    trainer.state.save()
     bench = _Bench(trainer.run_dir, config)
     assert bench.prompts == ["one", "one", "two", "two", "three", "three"]
     assert len(bench.real) == 6

@@ -14,8 +14,9 @@ from recipes.cli import main
 from recipes.runs import load_trained
 from scfm_core.models.weights import read_adapter_metadata
 from scfm_core.train.checkpoint import find_checkpoint, load_checkpoint
+from scfm_core.train.fit import fit
 from scfm_core.train.parse import dump_config
-from scfm_core.train.trainer import Trainer, fit
+from scfm_core.train.trainer import Trainer
 
 PROMPTS = ["a handwritten digit three", "a handwritten digit eight"]
 
@@ -28,7 +29,7 @@ def train(config):
         for name, parameter in trainer.model.parameters("student").items():
             if ".lora_B." in name or config.train.weights == "full":
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
-    trainer.save()
+    trainer.state.save()
     (trainer.run_dir / "config.yaml").write_text(dump_config(config))
     return trainer.run_dir
 

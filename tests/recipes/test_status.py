@@ -6,7 +6,8 @@ import re
 import pytest
 
 from recipes.cli import main
-from recipes.status import status, verdict
+from recipes.job import verdict
+from recipes.status import status
 from scfm_core.errors import UserError
 from scfm_core.train.history import HISTORY, Start, read_history, write_event
 from scfm_core.train.metrics import MetricsFile
@@ -149,7 +150,7 @@ class TestStatus:
         self.rows(tmp_path, 30)
         complete(tmp_path, 20)
         text = status(tmp_path)
-        assert "running, or killed without a word" in text
+        assert "running, or killed without a message" in text
         assert "30 of 100 (30.0%)" in text
         assert "4.0 samples/s, 2.00 s a step" in text
         assert "2 min 20 s of training" in text

@@ -241,9 +241,9 @@ def test_their_target_is_given_and_pairs_alone_run():
         return x
 
     target = scfm_target(plan, start, None, near, near, flow_velocity=velocity)
-    pairs = int((~plan.is_given).sum())
+    pairs = int((~plan.has_known_target).sum())
     assert entered == [pairs, pairs]
-    assert torch.equal(target[plan.is_given], velocity[plan.is_given])
+    assert torch.equal(target[plan.has_known_target], velocity[plan.has_known_target])
     assert target.isfinite().all()
 
 

@@ -20,10 +20,12 @@ from scfm_core.errors import UserError
 from scfm_core.models.families import open_family
 from scfm_core.scfm import restart
 from scfm_core.scfm.loss import LossMeter
-from scfm_core.train import trainer as trainer_module
-from scfm_core.train.build import transformer_blocks
+from scfm_core.train import step as step_module
 from scfm_core.train.checkpoint import checkpoint_path, find_checkpoint, load_checkpoint, verify_checkpoint
-from scfm_core.train.trainer import SkippedTooOften, Trainer, fit, learning_rate
+from scfm_core.train.fit import fit
+from scfm_core.train.grid import Validation
+from scfm_core.train.network import transformer_blocks
+from scfm_core.train.trainer import SkippedTooOften, Trainer, learning_rate
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_losses.json"
 GOLDEN_METHOD = {"method.step_gain": {"gamma": 0.5}, "method.flow_fraction": 0.1}
@@ -101,7 +103,7 @@ def one_global_batch(config, micro_batch_size):
     for batch in batches(
         trainer.corpus, seed=0, global_batch_size=8, micro_batch_size=micro_batch_size, start=0, stop=8
     ):
-        loss = trainer.micro_step(batch, meter)
+        loss = trainer.objective.micro_step(batch, meter)
         (loss * micro_batch_size / 8).backward()
         total += loss.item() * micro_batch_size / 8
     return total, {name: p.grad for name, p in trainer.model.parameters("student").items()}, meter.compute()
@@ -216,7 +218,7 @@ def test_full_checkpointing_recomputes_every_block(make_config):
             # a method, not a hook on __call__: recomputation calls forward again either way
             block.attn.register_forward_pre_hook(hook)
         batch = next(iter(batches(trainer.corpus, seed=0, global_batch_size=8, micro_batch_size=8, start=0, stop=8)))
-        trainer.micro_step(batch, LossMeter("cpu")).backward()
+        trainer.objective.micro_step(batch, LossMeter("cpu")).backward()
         return count / len(blocks)
 
     assert forwards("none") == 3  # near, far, student
@@ -331,8 +333,8 @@ class TestTrajectories:
         first = Trainer(config)
         steps = first.train_steps()
         next(steps), next(steps)
-        first.save()
-        first.writer.wait()
+        first.state.save()
+        first.state.wait()
         other, _ = run(config, find_checkpoint(tmp_path / "cut"))
         assert_bitwise(everything(other), everything(whole))
         slices = {name.removeprefix("loss/") for row in rows for name in row if name.startswith("loss/")}
@@ -353,7 +355,7 @@ class TestTrajectories:
         same = {**ON_PATHS, **paths, "train.weights": weights, "train.steps": 2, "run.seed": 5}
         same |= {} if weights == "lora" else {"method.step_gain": None}
         _, stored = run(make_config(same))
-        noise = trainer_module.sample_noise
+        noise = step_module.sample_noise
         numbers = []
 
         def noise_of_the_paths(latents, sample_ids, seed):
@@ -366,7 +368,7 @@ class TestTrajectories:
             "method.guidance": [2.0, 2.0],
         }
         trainer = Trainer(make_config({**same, **at}))
-        monkeypatch.setattr(trainer_module, "sample_noise", noise_of_the_paths)
+        monkeypatch.setattr(step_module, "sample_noise", noise_of_the_paths)
         encode = trainer.encoder.encode
         trainer.encoder.encode = lambda batch: numbers.append([int(key) for key in batch.keys]) or encode(batch)
         for row, other in zip(trainer.train_steps(), stored, strict=True):
@@ -561,7 +563,7 @@ class TestSkippedSteps:
         trainer = Trainer(config)
         meter = LossMeter("cpu")
         for batch in batches(trainer.corpus, seed=0, global_batch_size=8, micro_batch_size=2, start=0, stop=8):
-            trainer.micro_step(batch, meter)
+            trainer.objective.micro_step(batch, meter)
         losses = dict(meter.by_sample())
         assert sorted(losses) == list(range(8))
         assert sum(losses.values()) / 8 == pytest.approx(meter.compute()["loss"])
@@ -589,7 +591,7 @@ class TestRollback:
         # Steps 3 to 8 were done with what would have been the samples of steps 6 to 11.
         assert [row["samples"] for row in rows] == [8, 16, 48, 56, 64, 72, 80, 88]
         assert (trainer.progress.rollbacks, trainer.progress.updates) == (1, 8)
-        assert trainer.guard.first_skipped is None
+        assert trainer.state.guard.first_skipped is None
 
         other = Trainer(make_config({"run.dir": str(tmp_path / "other")}))
         for row in other.train_steps():
@@ -743,6 +745,10 @@ def test_images_encoded_on_the_fly_train_like_their_cache(make_config, tiny):
     assert [row["loss"] for row in on_the_fly] == pytest.approx([row["loss"] for row in cached], rel=1e-5)
 
 
+def validation_of(trainer):
+    return Validation(trainer.config, trainer.model, trainer.engine, trainer.encoder, trainer.world)
+
+
 def test_validation_grid_is_drawn_at_its_interval_and_from_fixed_seeds(make_config):
     prompts = ["a handwritten digit one", "a handwritten digit two", "a handwritten digit six"]
     config = make_config(
@@ -752,7 +758,7 @@ def test_validation_grid_is_drawn_at_its_interval_and_from_fixed_seeds(make_conf
     grids = sorted(path.name for path in (trainer.run_dir / "samples").glob("*.png"))
     assert grids == ["step_00000002.png", "step_00000004.png"]
     first = (trainer.run_dir / "samples" / grids[1]).read_bytes()
-    assert trainer.validation.grid(trainer).read_bytes() == first
+    assert validation_of(trainer).save_grid(4).read_bytes() == first
 
 
 @pytest.mark.parametrize("variant", ["step_gain", "full"])
@@ -762,14 +768,14 @@ def test_the_distance_to_the_teacher_is_written_beside_the_grid(make_config, var
     settings = {"sample.every": 2, "sample.prompts": prompts, "sample.steps": [1, 4], "sample.teacher_steps": 4}
     config = make_config({**VARIANTS[variant], **settings, "train.micro_batch_size": 2, "train.lr": 1e-2})
     untrained = Trainer(config)
-    apart = json.loads(untrained.validation.grid(untrained).with_suffix(".json").read_text())["mse_teacher"]
+    apart = json.loads(validation_of(untrained).save_grid(0).with_suffix(".json").read_text())["mse_teacher"]
     assert apart.keys() == {"1", "4"} and apart["4"] == 0 < apart["1"]
     trainer, _ = run(config)
     files = sorted(path.name for path in (trainer.run_dir / "samples").glob("*.json"))
     assert files == ["step_00000000.json", "step_00000002.json", "step_00000004.json"]
     last = json.loads((trainer.run_dir / "samples" / files[-1]).read_text())["mse_teacher"]
     assert last["4"] > 0 and last["1"] != apart["1"]
-    again = json.loads(trainer.validation.grid(trainer).with_suffix(".json").read_text())["mse_teacher"]
+    again = json.loads(validation_of(trainer).save_grid(4).with_suffix(".json").read_text())["mse_teacher"]
     assert again == last
 
 
