@@ -1,5 +1,6 @@
 """One tiny pipeline for the whole session, and the smallest complete run on it."""
 
+import json
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: threads cost more than they bring
@@ -135,3 +136,11 @@ def make_config(tree: dict[str, Any]) -> ConfigMaker:
         return parse_config(tree, source="test")
 
     return make
+
+
+def adapter_metadata(path: Path) -> dict[str, Any]:
+    """What an exported adapter says of itself, read from the safetensors header: 8 bytes of length, then JSON."""
+    raw = path.read_bytes()
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    metadata: dict[str, Any] = json.loads(header["__metadata__"]["scfm"])
+    return metadata

@@ -12,10 +12,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from scfm_core.distributed.fsdp2 import quiet_dcp
+from scfm_core.distributed.dcp import quiet_dcp
+from scfm_core.distributed.engine import MOMENTS
 from scfm_core.distributed.reader import DCP_FOLDER, Reader
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class _OnDemand(dcp.DefaultSavePlanner):

@@ -1,33 +1,34 @@
-"""The engine protocol: what the trainer asks of FSDP2 and of DeepSpeed."""
+"""The protocols of an engine: what the trainer asks of FSDP2 and of DeepSpeed."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from scfm_core.distributed.world import World
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """How weights and optimizer lie on the processes that the launcher started; for one process, nothing to choose."""
+    """How weights and optimizer are distributed over the processes. A single process has nothing to choose."""
 
     name: Literal["fsdp2", "deepspeed"] = "fsdp2"
     """`fsdp2`: PyTorch alone; `deepspeed`: ZeRO (install the extra `deepspeed`)."""
     shard: int = -1
-    """fsdp2: processes that one copy of the weights is spread over. -1: all of them. 1: each holds everything and the
-    trained weights' gradients alone are reduced (adapters, if the base fits). Between: HSDP, copies are replicated over
-    consecutive groups, so the number of GPUs of a node shards inside nodes and replicates between them."""
+    """fsdp2: number of processes over which one copy of the weights is sharded. -1: all processes. 1: every process holds
+    all weights, and only the gradients of the trained ones are reduced (for adapters, if the base fits). Between: HSDP;
+    consecutive processes form a group that holds one copy, so the number of GPUs of a node shards within nodes and
+    replicates between them."""
     cpu_offload: bool = False
-    """Weights and optimizer (fsdp2), or the optimizer (deepspeed), in host memory."""
+    """Keep weights and optimizer (fsdp2), or the optimizer (deepspeed), in host memory."""
     zero_stage: Literal[1, 2, 3] = 2
-    """deepspeed: 1 shards the optimizer, 2 the gradients too, 3 the weights too, teacher and EMAs included."""
+    """deepspeed: 1 shards the optimizer, 2 also the gradients, 3 also all weights, including teacher and EMAs."""
     deepspeed_config: str | None = None
-    """deepspeed: your own DeepSpeed JSON. What it says must not contradict the recipe; `auto` takes the recipe's value."""
+    """deepspeed: your own DeepSpeed JSON. It must not contradict the recipe; `auto` takes the recipe's value."""
     timeout: float = 600.0
-    """Seconds without progress, on any rank, after which the job ends; a step, and the first one's compilation, must fit."""
+    """Seconds without progress on any rank after which the job ends. One step must fit, with the compilation in the first."""
 
     def __post_init__(self) -> None:
         if self.shard != -1 and self.shard < 1:
@@ -35,10 +36,12 @@ class EngineConfig:
         if not self.timeout > 0:
             raise ValueError(f"engine.timeout must be positive, got {self.timeout}")
         if self.name == "fsdp2" and self.deepspeed_config is not None:
-            raise ValueError("engine.deepspeed_config is read with engine.name=deepspeed alone; set that, or remove it")
+            raise ValueError(
+                "engine.deepspeed_config needs engine.name=deepspeed; set that, or remove engine.deepspeed_config"
+            )
         if self.name == "deepspeed" and self.shard != -1:
             raise ValueError(
-                f"engine.shard={self.shard} is fsdp2's; with engine.name=deepspeed engine.zero_stage decides what is sharded"
+                f"engine.shard={self.shard} needs engine.name=fsdp2; with deepspeed, engine.zero_stage decides what is sharded"
             )
         if self.cpu_offload and self.shard == 1:
             raise ValueError("engine.cpu_offload needs sharded weights: set engine.shard=-1, or cpu_offload=false")
@@ -46,41 +49,63 @@ class EngineConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW, and how micro-batches make a step; from the recipe."""
+    """AdamW and the micro-batches of a step, from the recipe."""
 
     betas: tuple[float, float]
     weight_decay: float
     clip_norm: float
     accumulation: int
-    """Micro-batches a step, on each rank."""
+    """Micro-batches per step and rank."""
     micro_batch_size: int
-    """Samples a micro-batch, on each rank."""
+    """Samples per micro-batch and rank."""
     lr: float
-    """The recipe's peak rate: held against a DeepSpeed JSON; each step names its own."""
+    """The recipe's peak learning rate; a DeepSpeed JSON must agree with it. Each `step` gets its own rate."""
     compute_dtype: str
     """`bfloat16` or `float32`."""
 
 
+Parameters = Callable[[str], Mapping[str, nn.Parameter]]
+"""Parameters of a role (`student`, `ema_fast`, `ema_slow`), fp32, by canonical name."""
+
+
 @dataclass(frozen=True)
 class Slot:
-    """This rank's piece of a tensor: elements `start` to `start + local.numel()` of the flattened whole."""
+    """This rank's part of a tensor: elements `start` to `start + local.numel() - 1` of the flattened tensor."""
 
     local: Tensor
-    """Live storage, contiguous."""
+    """Live storage, contiguous; loading writes to it."""
     start: int = 0
 
 
+class Layout(Protocol):
+    """How the weights of the networks are distributed over the processes. It is made before the networks are loaded."""
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds only a part of the weights."""
+        ...
+
+    def prepare(self, network: nn.Module, blocks: list[nn.Module]) -> None:
+        """Distribute a network in place; its weights end up on the device.
+
+        Args:
+            network: just loaded or just built, the same on every rank.
+            blocks: its transformer blocks, each sharded as one unit.
+        """
+        ...
+
+
 class Engine(Protocol):
-    """Backward, optimizer step, and the state that a checkpoint needs. All tensors go by canonical names.
+    """Backward, optimizer step, and the state that a checkpoint needs. Tensors are keyed by canonical names.
 
     A step is: `forward` and `backward` for each micro-batch, then `reduce`, then `step` or `skip`.
     """
 
-    checkpoint_kind: str
-    """`dcp` or `zero`: which files `save` writes."""
+    checkpoint_kind: ClassVar[Literal["dcp", "zero"]]
+    """Which files `save` writes: PyTorch's distributed checkpoint, or DeepSpeed's files with a DCP of the EMAs."""
 
     def forward(self, call: Callable[[], Tensor]) -> Tensor:
-        """Run a micro-batch's passes; the loss."""
+        """Run all passes of a micro-batch, which `call` computes; returns its loss, a scalar."""
         ...
 
     def backward(self, loss: Tensor) -> None:
@@ -88,41 +113,47 @@ class Engine(Protocol):
         ...
 
     def reduce(self) -> float:
-        """After the last micro-batch: the norm of the global batch's gradient, the same number on every rank."""
+        """After the last micro-batch: the L2 norm of the global batch's gradient, the same on every rank; may be NaN."""
         ...
 
     def step(self, lr: float) -> None:
-        """Clip and update with the reduced gradient."""
+        """Clip the reduced gradient and update the weights at learning rate `lr`."""
         ...
 
     def skip(self) -> None:
-        """Drop the gradient: weights, optimizer and its step count stay as they are."""
+        """Drop the gradient. Weights, optimizer state and the optimizer's step count do not change."""
         ...
 
     def ema_tensors(self, role: str) -> dict[str, Tensor]:
-        """Live tensors of the student's masters (`student`) or of an EMA that this rank keeps, aligned by name."""
+        """This rank's part of the fp32 student (`student`) or of an EMA, by name. Live storage: EMA updates write to it.
+
+        A name's tensors have the same shape for all roles.
+        """
         ...
 
     def after_ema_update(self) -> None:
-        """Tell the engine that the EMAs' tensors were changed."""
+        """Note that the EMAs' tensors have changed: the next forward must use the new values."""
         ...
 
     def save(self, folder: Path, world: World, *, on_thread: bool) -> Callable[[], object]:
-        """Write student, optimizer and EMAs into `folder`; every rank calls it, and talks over `world`.
+        """Write student, optimizer and EMAs into `folder`. Every rank calls it; the ranks communicate over `world`.
 
         Returns:
-            a function that returns when the files are written; with `on_thread` the writing goes on in a thread.
+            a function that waits until the files are written, and raises what the writing raised; with `on_thread` a
+            thread writes them in the background.
         """
         ...
 
     def slots(self) -> Mapping[str, Slot]:
-        """Where a checkpoint's tensors go on this rank: `<group>.<name>`, groups as in `GROUPS`."""
+        """Where to load a checkpoint's tensors on this rank, by `<group>.<name>`; the groups are `GROUPS`."""
         ...
 
     def restored(self, updates: int) -> None:
-        """All slots were filled; the optimizer has made `updates` updates."""
+        """Finish loading, after all slots were filled. The optimizer's step count becomes `updates`."""
         ...
 
 
-GROUPS = ("student", "ema_fast", "ema_slow", "exp_avg", "exp_avg_sq")
-"""What a checkpoint holds, tensors by parameter name in each."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Adam's first and second moment, by torch's names."""
+GROUPS = ("student", "ema_fast", "ema_slow", *MOMENTS)
+"""The groups of tensors in a checkpoint; each has one tensor a trained parameter."""

@@ -1,30 +1,27 @@
 """PyTorch's own engine: one process, replicas of the trained weights, or FSDP2 (`fully_shard`), plain and hybrid."""
 
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from scfm_core.distributed.engine import EngineConfig, OptimizerConfig, Slot
+from scfm_core.distributed.dcp import save_dcp
+from scfm_core.distributed.engine import MOMENTS, Engine, EngineConfig, Layout, OptimizerConfig, Parameters, Slot
 from scfm_core.distributed.reader import DCP_FOLDER
 from scfm_core.distributed.world import World
 from scfm_core.errors import UserError
 
-Parameters = Callable[[str], Mapping[str, nn.Parameter]]
 
-
-class Fsdp2Layout:
-    """How the networks lie on the processes; made before they are loaded.
+class Fsdp2Layout(Layout):
+    """Every process holds all weights, or shards of them (`fully_shard`), plain or hybrid.
 
     Args:
         config: degree of sharding, offload.
@@ -79,7 +76,7 @@ class Fsdp2Layout:
         fully_shard(network, **options)
 
 
-class Fsdp2Engine:
+class Fsdp2Engine(Engine):
     """AdamW on this rank's shards.
 
     Args:
@@ -90,7 +87,7 @@ class Fsdp2Engine:
         config: of the optimizer.
     """
 
-    checkpoint_kind = "dcp"
+    checkpoint_kind: ClassVar[Literal["dcp", "zero"]] = "dcp"
 
     def __init__(
         self,
@@ -113,8 +110,7 @@ class Fsdp2Engine:
         for local in self._local.values():
             self._optimizer.state[local] = {
                 "step": torch.zeros((), dtype=torch.float32, device=local.device),
-                "exp_avg": torch.zeros_like(local),
-                "exp_avg_sq": torch.zeros_like(local),
+                **{moment: torch.zeros_like(local) for moment in MOMENTS},
             }
         self._micro_batches = 0
         self._norm = torch.zeros(())
@@ -187,7 +183,7 @@ class Fsdp2Engine:
         for role in ("student", "ema_fast", "ema_slow"):
             tensors |= {f"{role}.{name}": parameter.detach() for name, parameter in self._parameters(role).items()}
         for name, local in self._local.items():
-            for moment in ("exp_avg", "exp_avg_sq"):
+            for moment in MOMENTS:
                 tensors[f"{moment}.{name}"] = _like(self._student[name], self._optimizer.state[local][moment])
         return tensors
 
@@ -203,27 +199,6 @@ class Fsdp2Engine:
         """See `Engine`."""
         for state in self._optimizer.state.values():
             state["step"].fill_(updates)
-
-
-def save_dcp(tensors: Mapping[str, Tensor], folder: Path, world: World, *, on_thread: bool) -> Callable[[], object]:
-    """Write tensors as a distributed checkpoint; call the result to wait for it.
-
-    `on_thread` copies the tensors to host memory before it returns, and writes in the background.
-    """
-    quiet_dcp()
-    options: dict[str, Any] = {"checkpoint_id": folder}
-    if world.group is not None:
-        options["process_group"] = world.group
-    if on_thread:
-        return dcp.async_save(dict(tensors), **options).result  # type: ignore[no-any-return, union-attr]
-    dcp.save(dict(tensors), no_dist=world.group is None, **options)
-    return lambda: None
-
-
-def quiet_dcp() -> None:
-    """Two warnings of DCP's about itself, one of them at every save of a single process."""
-    for message in ("TypedStorage is deprecated", "torch.distributed is disabled"):
-        warnings.filterwarnings("ignore", message=message, module="torch.distributed.checkpoint")
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
 
-from scfm_core.distributed.engine import GROUPS, Slot
+from scfm_core.distributed.engine import GROUPS, MOMENTS, Slot
 from scfm_core.errors import UserError
 
 DCP_FOLDER = "dcp"
@@ -186,9 +186,7 @@ class ZeroReader(Reader):
             _stage3_pieces(rank, named, len(states)) if sharded else _flat_pieces(rank) for rank in self._ranks
         ]
         names = {name: parameter_name(name) for name in named}
-        self.shapes = {
-            f"{group}.{names[n]}": shape for group in ("student", "exp_avg", "exp_avg_sq") for n, shape in named.items()
-        }
+        self.shapes = {f"{group}.{names[n]}": shape for group in ("student", *MOMENTS) for n, shape in named.items()}
         self._named = {short: name for name, short in names.items()}
 
     def read(self, key: str, start: int, stop: int) -> Tensor:

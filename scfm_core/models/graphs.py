@@ -1,4 +1,4 @@
-"""CUDA graphs of the passes without gradient: one launch a pass, where launching costs more than the work (small batches)."""
+"""CUDA graphs of the passes without gradient: one launch per pass. They help where launches cost more than the work."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +9,8 @@ from torch import Tensor
 from scfm_core.models.protocol import Conditioning
 
 Velocity = Callable[[Tensor, Tensor, Conditioning, Tensor], Tensor]
-_WARM_UP = 3  # calls before a capture: compilation, autotuning and workspaces must not fall into it
+WARM_UP = 3
+"""Calls before a capture, which must not contain compilation, autotuning or the allocation of workspaces."""
 
 
 @dataclass
@@ -20,13 +21,13 @@ class _Captured:
 
 
 class GraphedVelocity:
-    """A velocity as a CUDA graph, captured once for each set of shapes: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+    """A velocity as a CUDA graph, captured once per set of shapes and dtypes.
 
-    What it reads beside its arguments (weights, adapters) must stay where it is in memory and may change there. A graph
-    keeps the memory of one pass.
+    Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs. Other tensors that the velocity reads (weights,
+    adapters) must keep their addresses; their values may change. A graph keeps the memory of one pass.
 
     Args:
-        velocity: `velocity(x, sigma, cond, strength)`, without gradient, without synchronisation.
+        velocity: `velocity(x, sigma, cond, strength)`, without gradient, without synchronisation with the host.
     """
 
     def __init__(self, velocity: Velocity) -> None:
@@ -34,7 +35,7 @@ class GraphedVelocity:
         self._captured: dict[tuple, _Captured] = {}
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Conditioning, strength: Tensor) -> Tensor:
-        """As the velocity itself."""
+        """The velocity's result, in new memory."""
         inputs = [x, sigma, strength, cond.text, cond.pooled]
         if cond.guidance is not None:
             inputs.append(cond.guidance)
@@ -42,20 +43,20 @@ class GraphedVelocity:
         if key not in self._captured:
             self._captured[key] = self._capture([tensor.clone() for tensor in inputs])
         captured = self._captured[key]
-        for static, given in zip(captured.inputs, inputs, strict=True):
-            static.copy_(given)
+        for static, current in zip(captured.inputs, inputs, strict=True):
+            static.copy_(current)
         captured.graph.replay()
         return captured.output.clone()
 
     def _capture(self, inputs: list[Tensor]) -> _Captured:
         x, sigma, strength, text, pooled, *guidance = inputs
         cond = Conditioning(text=text, pooled=pooled, guidance=guidance[0] if guidance else None)
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(_WARM_UP):
+        side_stream = torch.cuda.Stream()
+        side_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side_stream):
+            for _ in range(WARM_UP):
                 self._velocity(x, sigma, cond, strength)
-        torch.cuda.current_stream().wait_stream(aside)
+        torch.cuda.current_stream().wait_stream(side_stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             output = self._velocity(x, sigma, cond, strength)

@@ -1,8 +1,8 @@
 """Teacher, student and the two EMAs, behind one call: adapters over a shared base, or full copies."""
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,50 +12,56 @@ from scfm_core.models.adapters import ADAPTERS, LoRABank, LoRAConfig
 from scfm_core.models.protocol import Conditioning, ModelFamily
 
 
-class ShortcutModel(Protocol):
-    """What the trainer, the sampler and the evaluation call."""
+class ShortcutModel(ABC):
+    """The networks of a run. The trainer, the sampler and the evaluation call this."""
 
     family: ModelFamily
 
     @property
+    @abstractmethod
     def networks(self) -> dict[str, nn.Module]:
-        """The distinct modules, by the name of the role that owns them."""
-        ...
+        """The distinct modules. A key is the first role that the module serves."""
 
+    @abstractmethod
     def parameters(self, role: str) -> dict[str, nn.Parameter]:
-        """The trained weights of `student`, or the tensors of an EMA, fp32 by canonical name."""
-        ...
+        """The trained weights (`student`) or an EMA's (`ema_fast`, `ema_slow`), fp32, by canonical name."""
 
+    @abstractmethod
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Whole shapes of the trained weights by name, however an engine has split them."""
-        ...
+        """Whole shapes of the trained weights by canonical name, also when an engine has sharded them."""
 
+    @abstractmethod
     def velocity(
         self, role: str, x: Tensor, sigma: Tensor, cond: Conditioning, strength: Tensor, *, for_target: bool = False
     ) -> Tensor:
-        """The velocity of `role` at per-sample strength; strength 0 is the teacher. `for_target`: fp8 is good enough."""
-        ...
+        """The velocity of a role.
 
+        Args:
+            role: `student`, `ema_fast`, `ema_slow` or `teacher`.
+            x: noised latents, [B, C, H, W].
+            sigma: fp32 [B].
+            cond: B rows.
+            strength: of the adapter, fp32 [B]; 0 is the teacher. Role `teacher` ignores it.
+            for_target: a pass without gradient for the target, which may run in fp8.
 
-class _Passes:
-    """The three passes of a step."""
+        Returns:
+            [B, C, H, W].
+        """
 
-    def student_velocity(
-        self: "ShortcutModel", x: Tensor, sigma: Tensor, cond: Conditioning, strength: Tensor
-    ) -> Tensor:
+    def student_velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning, strength: Tensor) -> Tensor:
         """The trained network."""
         return self.velocity("student", x, sigma, cond, strength)
 
-    def near_velocity(self: "ShortcutModel", x: Tensor, sigma: Tensor, cond: Conditioning, strength: Tensor) -> Tensor:
+    def near_velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning, strength: Tensor) -> Tensor:
         """First half of the target: the teacher where strength is 0, the fast EMA elsewhere."""
         return self.velocity("ema_fast", x, sigma, cond, strength, for_target=True)
 
-    def far_velocity(self: "ShortcutModel", x: Tensor, sigma: Tensor, cond: Conditioning, strength: Tensor) -> Tensor:
+    def far_velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning, strength: Tensor) -> Tensor:
         """Second half of the target: the slow EMA."""
         return self.velocity("ema_slow", x, sigma, cond, strength, for_target=True)
 
 
-class LoRAModel(_Passes):
+class LoRAModel(ShortcutModel):
     """One frozen base with a bank of adapters. Every role is a forward of the same module.
 
     Args:
@@ -93,7 +99,7 @@ class LoRAModel(_Passes):
         return self.family.velocity(self.bank.network, x, sigma, cond)
 
 
-class FullModel(_Passes):
+class FullModel(ShortcutModel):
     """All weights trained: fp32 student and EMAs as separate networks, and a frozen teacher where one is needed.
 
     Only strengths 0 (teacher) and 1 exist; a near pass with both runs two sub-batches.

@@ -151,15 +151,6 @@ def save_adapter(folder: Path, parameters: Mapping[str, Tensor], scale: float, m
     return path
 
 
-def read_adapter_metadata(path: Path) -> dict[str, Any]:
-    """The `scfm` metadata of an exported adapter; empty for an adapter of another origin."""
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-    return dict(json.loads(metadata.get("scfm", "{}")))
-
-
 def read_weights(folder: Path, component: str) -> Iterator[tuple[str, Tensor]]:
     """A component's weights by name, read one at a time from its safetensors files."""
     from safetensors import safe_open

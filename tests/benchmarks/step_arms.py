@@ -7,8 +7,8 @@ from diffusers.models.attention_dispatch import attention_backend
 from harness import DEVICE
 from torch import Tensor, nn
 
-from scfm_core.distributed.engine import EngineConfig, OptimizerConfig
-from scfm_core.distributed.fsdp2 import Fsdp2Engine, Fsdp2Layout, Parameters
+from scfm_core.distributed.engine import EngineConfig, OptimizerConfig, Parameters
+from scfm_core.distributed.fsdp2 import Fsdp2Engine, Fsdp2Layout
 from scfm_core.distributed.world import World
 from scfm_core.flow.path import euler_step, noise_latents, per_sample
 from scfm_core.flow.random import sample_noise

@@ -39,7 +39,7 @@ def held(tree: dict[str, Any]) -> dict[str, int]:
             backward(loss)
             # Between micro-batches: ZeRO-1 keeps whole gradients here, ZeRO-2 and 3 this rank's part.
             kept = [local(p.grad) for p in model.parameters("student").values() if p.grad is not None]
-            gradients.append(size([*kept, *(engine._reduced_gradients() if hasattr(engine, "_vectors") else ())]))
+            gradients.append(size([*kept, *(engine._zero.reduced_gradients() if hasattr(engine, "_zero") else ())]))
 
         def step(lr: float) -> None:
             found["gradients (fp32)"] = max(gradients)
@@ -50,10 +50,10 @@ def held(tree: dict[str, Any]) -> dict[str, int]:
             found["EMAs, fast and slow (fp32)"] = size(
                 local(p) for role in ("ema_fast", "ema_slow") for p in model.parameters(role).values()
             )
-            if hasattr(engine, "_vectors"):
-                states = [engine._zero.optimizer.state[vector] for vector in engine._vectors()]
+            if hasattr(engine, "_zero"):
+                states = [engine._zero.adam_state(master) for master in engine._zero.masters]
                 weights = {local(p).data_ptr() for p in model.parameters("student").values()}
-                own = [v for v in engine._vectors() if v.data_ptr() not in weights]
+                own = [master for master in engine._zero.masters if master.data_ptr() not in weights]
                 found["optimizer's masters (fp32)"] = size(own) if engine._stage < 3 else 0
             else:
                 states = list(engine._optimizer.state.values())

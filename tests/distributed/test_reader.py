@@ -17,8 +17,8 @@ from launch import run_distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
+from scfm_core.distributed.dcp import save_dcp
 from scfm_core.distributed.engine import GROUPS, Slot
-from scfm_core.distributed.fsdp2 import save_dcp
 from scfm_core.distributed.reader import DCP_FOLDER, DcpReader, _load, open_reader
 from scfm_core.distributed.world import World
 from scfm_core.errors import UserError

@@ -6,13 +6,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import adapter_metadata
 from diffusers import FluxPipeline
 from PIL import Image
 from safetensors import safe_open
 
 from recipes.cli import main
 from recipes.runs import load_trained
-from scfm_core.models.weights import read_adapter_metadata
 from scfm_core.train.checkpoint import find_checkpoint, load_checkpoint
 from scfm_core.train.fit import fit
 from scfm_core.train.parse import dump_config
@@ -71,9 +71,8 @@ def test_a_step_scaled_adapter_at_the_weight_of_its_card(make_config, tiny, tmp_
     run_dir = train(make_config({"method.step_gain": {"gamma": 0.5}}))
     assert main(["export", str(run_dir)]) == 0
     ours = our_images(run_dir, tmp_path / "images", "--steps", str(steps))
-    weight = read_adapter_metadata(run_dir / "adapter" / "pytorch_lora_weights.safetensors")["strength_by_steps"][
-        str(steps)
-    ]
+    metadata = adapter_metadata(run_dir / "adapter" / "pytorch_lora_weights.safetensors")
+    weight = metadata["strength_by_steps"][str(steps)]
     assert weight == pytest.approx(steps**-0.5, abs=1e-6)
     assert f"| {steps} | {weight:.3f} |" in (run_dir / "adapter" / "README.md").read_text()
     pipe = FluxPipeline.from_pretrained(tiny / "flux")

@@ -7,9 +7,9 @@ import shutil
 
 import pytest
 import torch
+from conftest import adapter_metadata
 
 from recipes.cli import main
-from scfm_core.models.weights import read_adapter_metadata
 from scfm_core.train.checkpoint import find_checkpoint, load_checkpoint
 from scfm_core.train.parse import dump_config
 
@@ -171,7 +171,7 @@ def test_the_adapter_is_that_of_the_last_start(recipe, run_dir):
     path.write_bytes(b"stale")
     assert main(["train", str(recipe), "sample.guidance=2.0"]) == 0
     assert len(path.read_bytes()) >= len(final) - 8
-    assert read_adapter_metadata(path)["guidance"] == 2.0
+    assert adapter_metadata(path)["guidance"] == 2.0
 
 
 def test_a_missing_last_grid_is_drawn(recipe, run_dir):

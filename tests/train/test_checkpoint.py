@@ -20,8 +20,8 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch.distributed.checkpoint import filesystem, state_dict_saver
 
+from scfm_core.distributed.dcp import save_dcp
 from scfm_core.distributed.engine import GROUPS
-from scfm_core.distributed.fsdp2 import save_dcp
 from scfm_core.distributed.reader import DCP_FOLDER
 from scfm_core.distributed.world import World
 from scfm_core.errors import UserError
