@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 
 from scfm_core.data.corpus import Corpus
-from scfm_core.data.remote import scrub
 from scfm_core.distributed.world import World, join_world, launched_size
 from scfm_core.errors import UserError
+from scfm_core.secrets import scrub
 from scfm_core.train.assemble import build_family
 from scfm_core.train.config import RunConfig
 from scfm_core.train.device import resolve_device

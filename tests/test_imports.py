@@ -15,24 +15,27 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# Modules of the standard library alone, without imports of this repository.
+LEAVES = ("scfm_core.errors", "scfm_core.files", "scfm_core.secrets")
+
 # What each package may import from this repository, itself included. A new package needs a line here.
 ALLOWED = {
     "scfm_core": (),  # its __init__ runs before any package below
-    "scfm_core.errors": (),
+    **dict.fromkeys(LEAVES, ()),
     "scfm_core.flow": ("scfm_core.flow",),
     "scfm_core.scfm": ("scfm_core.scfm", "scfm_core.flow"),
     "scfm_core.kernels": ("scfm_core.kernels", "scfm_core.flow"),
-    "scfm_core.models": ("scfm_core.models", "scfm_core.flow", "scfm_core.kernels", "scfm_core.errors"),
-    "scfm_core.data": ("scfm_core.data", "scfm_core.errors"),
-    "scfm_core.distributed": ("scfm_core.distributed", "scfm_core.errors"),
+    "scfm_core.models": ("scfm_core.models", "scfm_core.flow", "scfm_core.kernels", *LEAVES),
+    "scfm_core.data": ("scfm_core.data", *LEAVES),
+    "scfm_core.distributed": ("scfm_core.distributed", *LEAVES),
     "scfm_core.train": ("scfm_core",),
-    "data_tools": ("data_tools", "scfm_core.data", "scfm_core.models", "scfm_core.flow", "scfm_core.errors"),
+    "data_tools": ("data_tools", "scfm_core.data", "scfm_core.models", "scfm_core.flow", *LEAVES),
     "recipes": ("recipes", "data_tools", "scfm_core"),
 }
 OURS = ("scfm_core", "recipes", "data_tools")
 
-# What a package may import from elsewhere, where that is held.
-THIRD_PARTIES = {"scfm_core.flow": {"torch"}}
+# What these packages may import from elsewhere besides the standard library; the others may import anything.
+THIRD_PARTIES = {"scfm_core.flow": {"torch"}, **{leaf: set() for leaf in LEAVES}}
 
 # Heavy or optional: one module each, inside the function that needs it.
 LAZY = {"deepspeed", "streaming", "webdataset", "wandb", "xformers"}
@@ -128,6 +131,8 @@ def test_the_project_keeps_its_import_direction():
         ("scfm_core.flow.path", "import torch, math"),
         ("scfm_core.flow.sampler", "from .path import euler_step"),
         ("scfm_core.scfm.plan", "from scfm_core.flow import random"),
+        ("scfm_core.files", "import hashlib"),
+        ("scfm_core.data.cache", "from scfm_core.files import mismatch"),
         ("scfm_core.data.webdataset", "def write():\n    import webdataset"),
         ("scfm_core.train.trainer", "from scfm_core import models, scfm"),
         ("recipes.cli", "def main():\n    from data_tools.encode import encode_folder"),
@@ -147,6 +152,8 @@ def test_allowed_imports_pass(module, source):
         ("scfm_core.scfm.plan", "\n\ndef f():\n    from scfm_core.models import flux", "plan:4: .* may not"),
         ("scfm_core.scfm.plan", "import scfm_core.flowers", "scfm_core.scfm may not"),
         ("scfm_core.scfm.plan", "import scfm_core", "scfm_core.scfm may not"),
+        ("scfm_core.files", "from scfm_core.errors import UserError", "scfm_core.files may not"),
+        ("scfm_core.secrets", "import torch", "scfm_core.secrets:1: torch: .* third party"),
         ("scfm_core.models.flux", "from scfm_core.train.config import RunConfig", "scfm_core.models may not"),
         ("scfm_core.data.loader", "from scfm_core.distributed import engine", "scfm_core.data may not"),
         ("scfm_core.train.trainer", "from recipes import cli", "scfm_core.train may not"),

@@ -11,7 +11,6 @@ frozen base is not stored.
 import contextlib
 import errno
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,10 +21,10 @@ from typing import Any
 
 from torch.distributed.checkpoint.api import CheckpointException
 
-from scfm_core.data.cache import file_sha256
 from scfm_core.distributed.reader import Reader, open_reader
 from scfm_core.distributed.world import World
 from scfm_core.errors import UserError, agreed_error
+from scfm_core.files import file_sha256, fsync_path
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
@@ -116,7 +115,7 @@ class CheckpointWriter:
         files: dict[str, dict[str, Any]] = {}
         with self._reported(aside):
             for path in _files(aside)[world.rank :: world.size]:
-                _fsync(path)
+                fsync_path(path)
                 name = path.relative_to(aside).as_posix()
                 files[name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
         shares = world.gather(files)
@@ -128,7 +127,7 @@ class CheckpointWriter:
     def _commit(self, aside: Path, final: Path, manifest: Mapping[str, Any]) -> None:
         (aside / MANIFEST).write_text(json.dumps(manifest, indent=2))
         for path in (aside / MANIFEST, *[p for p in aside.rglob("*") if p.is_dir()], aside):
-            _fsync(path)
+            fsync_path(path)
         replaced = final.with_name(f".{final.name}.old.tmp")
         if final.exists():  # a damaged one that resuming has passed over, or one that the run went back behind
             final.with_name(LATEST).unlink(missing_ok=True)
@@ -285,9 +284,9 @@ def point_to(checkpoint: Path) -> None:
     """Make `checkpoints/latest` name this complete checkpoint."""
     pointer = checkpoint.with_name(f".{LATEST}.tmp")
     pointer.write_text(checkpoint.name)
-    _fsync(pointer)
+    fsync_path(pointer)
     pointer.replace(checkpoint.with_name(LATEST))
-    _fsync(checkpoint.parent)
+    fsync_path(checkpoint.parent)
 
 
 def _newest_intact(run_dir: Path) -> Path | None:
@@ -313,11 +312,3 @@ def _retain(run_dir: Path, newest: Path, keep: int) -> None:
     later = [path for path in _folders(run_dir) if path.name > newest.name]
     for path in [*later, *[path for path in complete if path not in later][:-keep]]:
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from scfm_core.data.remote import scrub
 from scfm_core.errors import UserError
+from scfm_core.secrets import scrub
 
 HISTORY = "history.jsonl"
 

@@ -20,11 +20,11 @@ from storage import FaultyProxy, S3Server
 from data_tools.encode import EncodeConfig, encode
 from data_tools.pack import pack
 from recipes.tiny import caption
-from scfm_core.data.cache import file_sha256
 from scfm_core.data.corpus import Corpus
 from scfm_core.data.recipe import DataConfig
 from scfm_core.data.schema import Manifest
 from scfm_core.data.webdataset import TarShard
+from scfm_core.files import file_sha256
 from scfm_core.models.families import open_family
 from scfm_core.train.parse import parse_config
 

@@ -645,7 +645,7 @@ class TestFailedWrites:
                 save(run_dir, 3)
         self.assert_intact(run_dir)
 
-    @pytest.mark.parametrize("place", [(os, "fsync"), (module, "_fsync"), (module, "file_sha256")])
+    @pytest.mark.parametrize("place", [(os, "fsync"), (module, "fsync_path"), (module, "file_sha256")])
     def test_failing_device(self, run_dir, monkeypatch, place):
         """A disk may fail as late as in fsync; then nothing may be renamed into place."""
         with monkeypatch.context() as patch:
@@ -782,7 +782,7 @@ class TestOnThread:
 
     def test_an_error_after_the_writing_surfaces(self, writer, run_dir, monkeypatch):
         with monkeypatch.context() as patch:
-            patch.setattr(module, "_fsync", raising(OSError(errno.EIO, "Input/output error")))
+            patch.setattr(module, "fsync_path", raising(OSError(errno.EIO, "Input/output error")))
             self.begin(writer, 3)
             with pytest.raises(UserError, match=r"step_00000003 could not be written .*Input/output error"):
                 writer.wait()
