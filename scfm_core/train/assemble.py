@@ -7,7 +7,7 @@ from torch import nn
 
 from scfm_core.distributed.deepspeed import ZeroEngine, ZeroLayout
 from scfm_core.distributed.deepspeed_config import deepspeed_config
-from scfm_core.distributed.engine import Engine, OptimizerConfig
+from scfm_core.distributed.engine import Engine, Layout, OptimizerConfig
 from scfm_core.distributed.fsdp2 import Fsdp2Engine, Fsdp2Layout
 from scfm_core.distributed.world import World
 from scfm_core.errors import UserError
@@ -20,9 +20,6 @@ from scfm_core.train.device import compute_dtype
 from scfm_core.train.kernels import Kernels
 from scfm_core.train.network import compile_blocks, set_activation_checkpointing, transformer_blocks
 from scfm_core.train.rules import check_model, check_shards, micro_batches
-
-Layout = Fsdp2Layout | ZeroLayout
-
 
 def build_family(config: RunConfig, *, offline: bool = False) -> ModelFamily:
     """The model family of `config.model`, with its folder found or downloaded.
@@ -67,6 +64,7 @@ def build_engine(config: RunConfig, model: ShortcutModel, layout: Layout, world:
     settings = optimizer_config(config, world.size)
     if isinstance(layout, ZeroLayout):
         return ZeroEngine(model.parameters, model.networks, layout, world, settings)
+    assert isinstance(layout, Fsdp2Layout)
     return Fsdp2Engine(model.parameters, model.networks, layout, world, settings)
 
 

@@ -361,7 +361,7 @@ def test_kernels_of_flux_are_refused(make_sd3, changes):
 def test_a_step_size_has_no_input_to_go_to(make_sd3):
     changes = {"train.weights": "full", "method.teacher_fraction": 0.0, "method.step_embedding": True}
     with pytest.raises(
-        UserError, match=r"method\.step_embedding tells the step size to the network's embedded guidance"
+        UserError, match=r"method\.step_embedding gives the step size to the network's embedded guidance"
     ):
         Trainer(make_sd3(changes))
 

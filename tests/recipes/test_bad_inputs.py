@@ -215,7 +215,7 @@ def lora_without_targets(recipe, tiny, tmp_path):
 def no_gpu(recipe, tiny, tmp_path):
     if torch.cuda.is_available():
         pytest.skip("here there is one")
-    return train(recipe, "run.device=cuda"), "torch sees no GPU. Set run.device=cpu"
+    return train(recipe, "run.device=cuda"), "torch finds no GPU. Set run.device=cpu"
 
 
 def not_a_run(recipe, tiny, tmp_path):
@@ -282,7 +282,7 @@ def no_shards(recipe, tiny, tmp_path):
 
 
 def shards_of_fewer_processes(recipe, tiny, tmp_path):
-    return train(recipe, "engine.shard=2"), "engine.shard=2 does not divide the 1 processes that were started"
+    return train(recipe, "engine.shard=2"), "engine.shard=2 does not divide the 1 processes"
 
 
 def offload_of_one_process(recipe, tiny, tmp_path):
@@ -304,7 +304,7 @@ def asynchronous_deepspeed(recipe, tiny, tmp_path):
 
 def compiled_zero_3(recipe, tiny, tmp_path):
     words = train(recipe, "engine.name=deepspeed", "engine.zero_stage=3", "train.compile=true")
-    return words, "train.compile=true does not go with engine.zero_stage=3"
+    return words, "train.compile=true does not work with engine.zero_stage=3"
 
 
 def triton_without_a_gpu(recipe, tiny, tmp_path):

@@ -151,7 +151,7 @@ class TestDumping:
                 max_rollbacks=3,
             ),
             engine=EngineConfig(
-                name="deepspeed", cpu_offload=True, zero_stage=3, deepspeed_config="0777", timeout=1e-3
+                name="deepspeed", cpu_offload=True, zero_stage=1, deepspeed_config="0777", timeout=1e-3
             ),
             kernels=KernelConfig(fused="reference", attention="math", fp8=True, cuda_graphs=True),
             checkpoint=CheckpointConfig(every=1, keep=1),
@@ -386,7 +386,7 @@ INVALID = [
         "method={distil_guidance: true, teacher_fraction: 0, flow_fraction: 1, guidance: [4.5, 4.5]}",
         "sample.guidance=3.5 is the teacher's, in grids and evaluation, but the student learns scale 4.5",
     ),
-    ("model.init=random", "model.init=random leaves adapters nothing to adapt"),
+    ("model.init=random", "model.init=random leaves nothing for adapters to adapt"),
     ("method.step_embedding=true", "method.step_embedding is for training from scratch"),
     ("method={step_embedding: true, step_gain: {}, teacher_fraction: 0}", "two ways to the same end: take one of them"),
     ("lora.rank=0", "lora.rank and lora.alpha must be positive, got 0 and 64.0"),

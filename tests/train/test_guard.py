@@ -105,21 +105,21 @@ class TestSpikes:
 
 class TestRows:
     @pytest.mark.parametrize("max_skips", [0, 1, 5])
-    def test_one_more_than_is_borne_exhausts(self, max_skips):
+    def test_one_more_than_is_tolerated_exhausts(self, max_skips):
         guard = make_guard(max_skips=max_skips)
         for step in range(1, max_skips + 1):
             guard.judge(step, math.nan, 1.0)
-            assert not guard.exhausted
+            assert not guard.is_exhausted
         guard.judge(max_skips + 1, math.nan, 1.0)
-        assert guard.exhausted
+        assert guard.is_exhausted
 
     def test_every_kind_of_skip_counts(self):
         guard = make_guard(max_skips=2, losses=[1.0] * 20)
         guard.judge(21, math.nan, 1.0)
         guard.judge(22, 1.0, math.inf)
-        assert not guard.exhausted
+        assert not guard.is_exhausted
         guard.judge(23, 1e6, 1.0)
-        assert guard.exhausted
+        assert guard.is_exhausted
 
     def test_an_applied_step_ends_the_row(self):
         guard = make_guard(max_skips=2)
@@ -129,7 +129,7 @@ class TestRows:
             assert guard.first_skipped == start
             guard.judge(start + 2, 1.0, 1.0)
             assert guard.first_skipped is None
-            assert not guard.exhausted
+            assert not guard.is_exhausted
 
     def test_first_of_the_row_is_remembered(self):
         guard = make_guard(losses=[1.0])
@@ -161,7 +161,7 @@ class TestState:
             if step == cut + 1:
                 resumed = through_json(resumed)
             for guard, taken in zip((whole, resumed), decisions, strict=True):
-                taken.append((guard.judge(step, loss, 1.0), guard.exhausted, guard.first_skipped))
+                taken.append((guard.judge(step, loss, 1.0), guard.is_exhausted, guard.first_skipped))
         assert decisions[0] == decisions[1]
         reasons = [reason for reason, _, _ in decisions[0]]
         assert sum(reason is not None for reason in reasons) == 7

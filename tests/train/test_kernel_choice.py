@@ -6,7 +6,7 @@ import torch
 from scfm_core.errors import UserError
 from scfm_core.kernels.attention import AttentionChoice
 from scfm_core.models.families import open_family
-from scfm_core.train import kernels
+from scfm_core.train import kernels, rules
 from scfm_core.train.kernels import choose_kernels
 
 CPU = torch.device("cpu")
@@ -60,7 +60,7 @@ def test_the_attention_alone(make_config, family):
 def test_a_sharded_base_has_no_fp8(make_config, family, monkeypatch):
     config = make_config({"kernels.fp8": True})
     choose_kernels(config, family, CPU)  # one process shards nothing
-    monkeypatch.setattr(kernels, "launched_size", lambda: 2)
+    monkeypatch.setattr(rules, "launched_size", lambda: 2)
     with pytest.raises(UserError, match=r"the base is sharded; set engine\.shard=1"):
         choose_kernels(config, family, CPU)
     choose_kernels(make_config({"kernels.fp8": True, "engine.shard": 1}), family, CPU)
