@@ -21,6 +21,7 @@ from scfm_core.train.kernels import Kernels
 from scfm_core.train.network import compile_blocks, set_activation_checkpointing, transformer_blocks
 from scfm_core.train.rules import check_model, check_shards, micro_batches
 
+
 def build_family(config: RunConfig, *, offline: bool = False) -> ModelFamily:
     """The model family of `config.model`, with its folder found or downloaded.
 
