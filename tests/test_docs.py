@@ -1,7 +1,7 @@
 """What the pages say can be done: links lead somewhere, commands parse, files and settings exist. No network, no model.
 
-It is the link checker of `.pre-commit-config.yaml` too: those on PyPI either need other versions of our dependencies or
-check only links to the web.
+It is also the link checker of `.pre-commit-config.yaml`. The checkers on PyPI need other versions of our dependencies, or check
+only HTML or the web; none checks commands.
 """
 
 import contextlib
@@ -349,3 +349,9 @@ def test_a_wrong_link_is_caught():
 def test_a_wrong_file_is_caught(code, message):
     found = code_complaint(code)
     assert found is None if message is None else message in found
+
+
+def test_a_wrong_file_of_the_tour_is_caught():
+    tour = "## A tour of the house\n\n    scfm_core/\n      flow/         path.py, gone.py\n                    ema.py\n\n## Next\n"
+    named = {name: any(exists(place) for place in places) for name, places in tour_files(tour)}
+    assert named == {"scfm_core/": True, "scfm_core/flow/": True, "path.py": True, "gone.py": False, "ema.py": False}
