@@ -1,4 +1,4 @@
-"""Writing a checkpoint's tensors in another engine's format, on one CPU, with a fraction of them in memory."""
+"""Converting a checkpoint to another engine's format, in one process on a CPU, with a fraction of it in memory."""
 
 import math
 from collections import OrderedDict
@@ -17,8 +17,8 @@ from scfm_core.distributed.engine import MOMENTS
 from scfm_core.distributed.reader import DCP_FOLDER, Reader
 
 
-class _OnDemand(dcp.DefaultSavePlanner):
-    """Plans with tensors that have no storage, and reads each when its turn to be written comes."""
+class _LazySavePlanner(dcp.DefaultSavePlanner):
+    """Plans with meta tensors, and reads each tensor when DCP writes it."""
 
     def __init__(self, read: Callable[[str], Tensor]) -> None:
         super().__init__()
@@ -29,10 +29,10 @@ class _OnDemand(dcp.DefaultSavePlanner):
 
 
 def write_dcp(reader: Reader, keys: Iterator[str] | list[str], folder: Path) -> None:
-    """Write tensors as one process's DCP, which any number of FSDP2 processes reads; one tensor in memory at a time."""
+    """Write tensors as a DCP of one process, one tensor at a time. Any number of FSDP2 processes can load it."""
     quiet_dcp()
     planned = {key: torch.empty(reader.shapes[key], device="meta") for key in keys}
-    dcp.save(planned, checkpoint_id=folder, planner=_OnDemand(reader.tensor), no_dist=True)
+    dcp.save(planned, checkpoint_id=folder, planner=_LazySavePlanner(reader.tensor), no_dist=True)
 
 
 def write_zero(
@@ -43,24 +43,26 @@ def write_zero(
     stage: int,
     ranks: int,
 ) -> None:
-    """Write DeepSpeed's files of ZeRO `stage` for `ranks` processes; one process's share in memory at a time.
+    """Write DeepSpeed's files of ZeRO `stage` for `ranks` processes; one rank's part in memory at a time.
 
-    They hold what a run needs to go on here, and what DeepSpeed's zero_to_fp32.py needs; see `ZeroReader` for the layout.
+    The files hold what a run needs to resume and what DeepSpeed's zero_to_fp32.py needs; `ZeroReader` has the layout.
 
     Args:
-        reader: where the tensors come from.
-        shapes: of the trained parameters, in order.
-        name_of: a parameter's name in the module that DeepSpeed was given.
-        folder: of the checkpoint.
+        reader: the source.
+        shapes: of the trained parameters, in the order of DeepSpeed's flat vectors.
+        name_of: maps a parameter's name to its name in the module that DeepSpeed gets.
+        folder: of the new checkpoint.
         stage: 1, 2 or 3.
         ranks: processes.
     """
     names = {name: name_of(name) for name in shapes}
     listing = OrderedDict((names[name], torch.Size(shape)) for name, shape in shapes.items())
     for rank in range(ranks):
-        pieces = _slices(shapes, rank, ranks) if stage == 3 else _ranges(shapes, rank, ranks)
-        vectors = {group: _vector(reader, group, pieces) for group in ("student", *MOMENTS)}
-        optimizer = _optimizer_file(vectors, pieces, names, stage, ranks)
+        parts = (
+            _parts_of_each_parameter(shapes, rank, ranks) if stage == 3 else _parts_of_flat_vector(shapes, rank, ranks)
+        )
+        vectors = {group: _vector(reader, group, parts) for group in ("student", *MOMENTS)}
+        optimizer = _optimizer_file(vectors, parts, names, stage, ranks)
         torch.save(optimizer, folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
         if stage == 3 or rank == 0:
             module = OrderedDict((name, torch.empty(0)) for name in listing)
@@ -77,38 +79,38 @@ def write_zero(
     write_dcp(reader, [key for key in reader.shapes if key.startswith("ema_")], folder / DCP_FOLDER)
 
 
-# Of each parameter on a rank: its name, the range of its elements, and zeros that follow as padding.
-Pieces = list[tuple[str, int, int, int]]
+Parts = list[tuple[str, int, int, int]]
+"""A rank's parts of parameters: name, first element, end (exclusive), and number of zeros that follow as padding."""
 
 
-def _ranges(shapes: Mapping[str, tuple[int, ...]], rank: int, ranks: int) -> Pieces:
-    """Stages 1 and 2: equal parts of the vector of all parameters; the last ones may be short."""
+def _parts_of_flat_vector(shapes: Mapping[str, tuple[int, ...]], rank: int, ranks: int) -> Parts:
+    """Stages 1 and 2: each rank has an equal part of the vector of all parameters; the last parts may be shorter."""
     sizes = [math.prod(shape) for shape in shapes.values()]
     share = -(-sum(sizes) // ranks)
     first, last = rank * share, (rank + 1) * share
-    pieces = []
+    parts = []
     for name, end, size in zip(shapes, accumulate(sizes), sizes, strict=True):
         begin, stop = max(first, end - size), min(last, end)
         if begin < stop:
-            pieces.append((name, begin - (end - size), stop - (end - size), 0))
-    return pieces
+            parts.append((name, begin - (end - size), stop - (end - size), 0))
+    return parts
 
 
-def _slices(shapes: Mapping[str, tuple[int, ...]], rank: int, ranks: int) -> Pieces:
-    """Stage 3: an equal part of every parameter, padded."""
-    pieces = []
+def _parts_of_each_parameter(shapes: Mapping[str, tuple[int, ...]], rank: int, ranks: int) -> Parts:
+    """Stage 3: each rank has an equal part of every parameter, padded."""
+    parts = []
     for name, shape in shapes.items():
         size = math.prod(shape)
         share = -(-size // ranks)
         begin, stop = min(size, rank * share), min(size, (rank + 1) * share)
-        pieces.append((name, begin, stop, share - (stop - begin)))
-    return pieces
+        parts.append((name, begin, stop, share - (stop - begin)))
+    return parts
 
 
-def _vector(reader: Reader, group: str, pieces: Pieces) -> Tensor:
-    vector = torch.zeros(sum(stop - begin + padding for _, begin, stop, padding in pieces))
+def _vector(reader: Reader, group: str, parts: Parts) -> Tensor:
+    vector = torch.zeros(sum(stop - begin + padding for _, begin, stop, padding in parts))
     at = 0
-    for name, begin, stop, padding in pieces:
+    for name, begin, stop, padding in parts:
         if begin < stop:
             vector[at : at + stop - begin] = reader.read(f"{group}.{name}", begin, stop)
         at += stop - begin + padding
@@ -116,7 +118,7 @@ def _vector(reader: Reader, group: str, pieces: Pieces) -> Tensor:
 
 
 def _optimizer_file(
-    vectors: Mapping[str, Tensor], pieces: Pieces, names: Mapping[str, str], stage: int, ranks: int
+    vectors: Mapping[str, Tensor], parts: Parts, names: Mapping[str, str], stage: int, ranks: int
 ) -> dict[str, Any]:
     base = {"state": {0: {moment: vectors[moment] for moment in MOMENTS}}, "param_groups": []}
     if stage == 3:
@@ -127,9 +129,9 @@ def _optimizer_file(
             "fp32_flat_groups": [vectors["student"]],
         }
     else:
-        starts = accumulate((stop - begin for _, begin, stop, _ in pieces), initial=0)
+        starts = accumulate((stop - begin for _, begin, stop, _ in parts), initial=0)
         mapping = {
-            names[name]: (start, stop - begin) for (name, begin, stop, _), start in zip(pieces, starts, strict=False)
+            names[name]: (start, stop - begin) for (name, begin, stop, _), start in zip(parts, starts, strict=False)
         }
         state = {
             "zero_stage": stage,

@@ -1,7 +1,7 @@
 """DeepSpeed's ZeRO-1, 2 and 3 behind the engine protocol.
 
-Trained weights are fp32 in every stage (DeepSpeed's own `bf16` mode would cast the whole module, EMAs and adapters
-included, and keep the masters where no EMA can reach them without a collective). A frozen base keeps its own dtype; full
+Trained weights are fp32 in every stage. DeepSpeed's own `bf16` mode is not used: it would cast the whole module, with
+EMAs and adapters, and an EMA could not read the masters without a collective. A frozen base keeps its own dtype. Full
 weights compute under DeepSpeed's torch_autocast, which gathers and reduces in bf16.
 """
 
@@ -33,7 +33,7 @@ from scfm_core.errors import UserError
 
 
 def import_deepspeed(device: torch.device) -> ModuleType:
-    """DeepSpeed, for this kind of device.
+    """Import DeepSpeed for this kind of device.
 
     Raises:
         UserError: if it is not installed.
@@ -52,7 +52,7 @@ def import_deepspeed(device: torch.device) -> ModuleType:
 
 
 class ZeroLayout(Layout):
-    """Puts networks under ZeRO-3's partitioning as they are loaded; stages 1 and 2 leave them whole.
+    """Under stage 3 every process holds a part of every parameter; under stages 1 and 2, all weights.
 
     Args:
         config: from `deepspeed_config`.
@@ -66,23 +66,25 @@ class ZeroLayout(Layout):
 
     @property
     def is_sharded(self) -> bool:
-        """Whether weights are spread over processes."""
+        """See `Layout`."""
         return bool(self.config["zero_optimization"]["stage"] == 3)
 
     def prepare(self, network: nn.Module, blocks: list[nn.Module]) -> None:
-        """Partition every parameter over the ranks, one at a time."""
+        """See `Layout`. Parameters are partitioned one at a time."""
         if self.is_sharded:
-            self.deepspeed.zero.Init(module=network, config_dict_or_path=self._for_init())
-            for buffer in network.buffers():  # such as a table of positions: DeepSpeed moves parameters alone
+            self.deepspeed.zero.Init(module=network, config_dict_or_path=self._config_of_init())
+            for buffer in network.buffers():  # such as a table of positions; DeepSpeed moves only parameters
                 buffer.data = buffer.data.to(self.device)
 
-    def _for_init(self) -> dict[str, Any]:
+    def _config_of_init(self) -> dict[str, Any]:
         return {key: value for key, value in self.config.items() if key != "torch_autocast"}
 
 
 class _Networks(nn.Module):
-    """All networks of a run, as the one module that DeepSpeed takes. Its forward is a micro-batch's three passes, so
-    that ZeRO-3 sees the same sequence of layers in every step and can fetch ahead."""
+    """All networks of a run as one module, because DeepSpeed takes one.
+
+    Its forward runs all passes of a micro-batch, so ZeRO-3 can prefetch: each step has the same sequence of layers.
+    """
 
     def __init__(self, networks: Mapping[str, nn.Module]) -> None:
         super().__init__()
@@ -97,8 +99,8 @@ class ZeroEngine(Engine):
 
     Args:
         parameters: of `student`, `ema_fast`, `ema_slow` by role, fp32, by canonical name.
-        networks: the networks as prepared.
-        layout: how they were.
+        networks: prepared by `layout`.
+        layout: of the networks.
         world: the processes.
         config: of the optimizer.
     """
@@ -121,7 +123,7 @@ class ZeroEngine(Engine):
         )
         elements = sum(whole_numel(parameter) for parameter in self._student.values())
         settings = dict(layout.config, zero_optimization=dict(layout.config["zero_optimization"]))
-        # The bucket is allocated whole; DeepSpeed's default of 2 GB is more than all adapters.
+        # DeepSpeed allocates the whole bucket. Its default of 2 GB is more than all adapters need.
         settings["zero_optimization"].setdefault("reduce_bucket_size", min(500_000_000, elements))
         self._engine, optimizer, _, _ = layout.deepspeed.initialize(
             model=_Networks(networks), optimizer=adam, config=settings, dist_init_required=False
@@ -145,7 +147,7 @@ class ZeroEngine(Engine):
         return self._engine(call)  # type: ignore[no-any-return]
 
     def backward(self, loss: Tensor) -> None:
-        """See `Engine`. DeepSpeed counts micro-batches by calls of its `step`, which updates nothing before the last."""
+        """See `Engine`. DeepSpeed counts micro-batches by calls of its `step`; only the last call updates."""
         self._engine.backward(loss)
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()

@@ -1,4 +1,4 @@
-"""The configuration that DeepSpeed is given: the recipe's values, and a user's own DeepSpeed JSON held against them."""
+"""DeepSpeed's configuration: the recipe's values, merged with the user's own DeepSpeed JSON."""
 
 import difflib
 import json
@@ -8,7 +8,7 @@ from typing import Any
 from scfm_core.distributed.engine import EngineConfig, OptimizerConfig
 from scfm_core.errors import UserError
 
-# Sections of a DeepSpeed JSON that change nothing here which the recipe decides.
+# Keys of a DeepSpeed JSON that are passed on: the recipe decides nothing about them.
 _PASSED_ON = (
     "checkpoint",
     "comms_logger",
@@ -26,9 +26,9 @@ _PASSED_ON = (
     "zero_force_ds_cpu_optimizer",
     "zero_optimization",
 )
-# What cannot work with averages that live on the shards, and why.
+# Keys that cannot work with EMAs on the shards, and why.
 _REFUSED = {
-    "zero_optimization.zero_hpz_partition_size": "keeps a second copy of the weights, which EMA updates do not reach",
+    "zero_optimization.zero_hpz_partition_size": "keeps a second copy of the weights, which EMA updates do not change",
     "zero_optimization.zero_quantized_weights": "would quantize teacher and EMAs",
     "zero_optimization.zero_quantized_gradients": "is untested with this method",
     "zero_optimization.mics_shard_size": "is another engine; use engine.name=fsdp2 with engine.shard for hybrid sharding",
@@ -39,21 +39,21 @@ _REFUSED = {
 
 
 def deepspeed_config(config: EngineConfig, optimizer: OptimizerConfig, world_size: int, weights: str) -> dict[str, Any]:
-    """The configuration DeepSpeed is given: the recipe's values, and what the user's JSON adds to them.
+    """The recipe's values, and the keys that the user's JSON adds to them.
 
     Args:
-        config: stage, offload, the JSON's path.
+        config: stage, offload, and the JSON's path.
         optimizer: the recipe's optimisation.
         world_size: processes.
         weights: `lora` or `full`.
 
     Raises:
-        UserError: naming both values of everything in which the two contradict each other, and every key of the JSON
+        UserError: if the JSON contradicts the recipe (the message names both values of each difference), or has a key
             that is unknown or cannot work here.
     """
     mixed = optimizer.compute_dtype == "bfloat16"
     batch = optimizer.micro_batch_size * optimizer.accumulation * world_size
-    # Of each value that both may name: its place in the JSON, the recipe's key, the recipe's value.
+    # Values that both may set: place in the JSON, the recipe's key, the recipe's value.
     recipe: list[tuple[str, str, Any]] = [
         ("train_batch_size", "train.global_batch_size", batch),
         ("train_micro_batch_size_per_gpu", "train.micro_batch_size", optimizer.micro_batch_size),
@@ -81,7 +81,7 @@ def deepspeed_config(config: EngineConfig, optimizer: OptimizerConfig, world_siz
         "gradient_accumulation_steps": optimizer.accumulation,
         "gradient_clipping": optimizer.clip_norm,
         "zero_optimization": zero,
-        # torch's fused AdamW has a CPU kernel of its own: nothing to compile on the cluster.
+        # torch's fused AdamW has its own CPU kernel, so nothing is compiled on the cluster.
         "zero_force_ds_cpu_optimizer": False,
     }
     if mixed and weights == "full":
@@ -115,7 +115,7 @@ def _refuse(user: dict[str, Any], recipe: list[tuple[str, str, Any]], path: str)
         given = _at(user, place)
         if given in (None, "auto") or given == value or (place == "optimizer.type" and given in ("Adam", "AdamW")):
             continue
-        # One process computes in fp32 or bf16: an absent section says nothing, `enabled: false` asks for fp32.
+        # An absent section leaves the dtype to the recipe; `enabled: false` asks for fp32.
         reasons.append(f"  {place} is {given!r} there, {name} asks for {value!r}")
     if reasons:
         raise UserError(

@@ -1,7 +1,7 @@
-"""All that is read of DeepSpeed beyond its public interface, under typed names.
+"""DeepSpeed's undocumented attributes, under typed and documented names.
 
-DeepSpeed documents none of these attributes, and another version may rename them. They are therefore checked when the
-engine is built, and no other module uses them.
+Another version of DeepSpeed may rename them. They are therefore checked when the engine is built, and no other module
+uses them.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -29,7 +29,7 @@ OPTIMIZER_STAGE_1_AND_2 = (
 )
 OPTIMIZER_STAGE_3 = ("fp16_groups", "fp32_partitioned_groups_flat", "offload_optimizer", "persistent_parameters")
 MAPPING = ("get_hp_fragment", "lp_fragment_address", "update_hp")
-"""Attributes of a parameter's `_hp_mapping`: the part of its fp32 master that lies on this rank (stages 1 and 2)."""
+"""Attributes of a parameter's `_hp_mapping`: this rank's part of its fp32 master (stages 1 and 2)."""
 PARTITIONED = ("ds_numel", "ds_persist", "ds_status", "ds_tensor", "ds_zero_partition_rank", "partition")
 """Attributes of a parameter that stage 3 has partitioned."""
 
@@ -110,13 +110,13 @@ class Partition:
             self._parameter.partition()
 
     def disable_persistence(self) -> None:
-        """Let DeepSpeed free the whole weight after use, small as it may be."""
+        """Let DeepSpeed free the whole weight after use, also if it is small."""
         self._parameter.ds_persist = False
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Adam's moments of one parameter, as far as they lie on this rank."""
+    """This rank's part of Adam's moments of one parameter."""
 
     parameter: nn.Parameter
     start: int
@@ -128,7 +128,7 @@ class Moments:
 class ZeroOptimizer:
     """DeepSpeed's ZeRO optimizer around torch's AdamW.
 
-    It keeps fp32 masters as flat vectors (`masters`), each of many parameters' parts.
+    It keeps fp32 masters as flat vectors (`masters`); a vector holds parts of many parameters.
 
     Args:
         optimizer: as `deepspeed.initialize` returned it.
@@ -136,7 +136,7 @@ class ZeroOptimizer:
         student: the trained parameters.
 
     Raises:
-        UserError: if it lacks an attribute that is used here.
+        UserError: if it, or a parameter, lacks an attribute that is used here.
     """
 
     def __init__(self, optimizer: Any, stage: int, student: Iterable[nn.Parameter]) -> None:
@@ -152,7 +152,7 @@ class ZeroOptimizer:
             require(mapping, "_hp_mapping of a trained parameter", MAPPING)
 
     def _mappings(self) -> dict[nn.Parameter, Any]:
-        """Of the trained parameters that lie on this rank in part: DeepSpeed's link to the master."""
+        """DeepSpeed's link to the master, for the trained parameters of which this rank has a part."""
         mappings = {parameter: parameter._hp_mapping for parameter in self._student}  # type: ignore[attr-defined]
         return {parameter: mapping for parameter, mapping in mappings.items() if mapping is not None}
 

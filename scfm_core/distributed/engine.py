@@ -15,12 +15,12 @@ class EngineConfig:
     """How weights and optimizer are distributed over the processes. A single process has nothing to choose."""
 
     name: Literal["fsdp2", "deepspeed"] = "fsdp2"
-    """`fsdp2`: PyTorch alone; `deepspeed`: ZeRO (install the extra `deepspeed`)."""
+    """`fsdp2`: only PyTorch; `deepspeed`: ZeRO (install the extra `deepspeed`)."""
     shard: int = -1
-    """fsdp2: number of processes over which one copy of the weights is sharded. -1: all processes. 1: every process holds
-    all weights, and only the gradients of the trained ones are reduced (for adapters, if the base fits). Between: HSDP;
-    consecutive processes form a group that holds one copy, so the number of GPUs of a node shards within nodes and
-    replicates between them."""
+    """fsdp2: number of processes over which one copy of the weights is sharded. -1: all processes. 1: every process
+    holds all weights, and only the gradients of the trained ones are reduced (for adapters, if the base fits). Between:
+    HSDP; consecutive processes form a group that holds one copy, so the number of GPUs of a node shards within nodes
+    and replicates between them."""
     cpu_offload: bool = False
     """Keep weights and optimizer (fsdp2), or the optimizer (deepspeed), in host memory."""
     zero_stage: Literal[1, 2, 3] = 2
@@ -28,7 +28,7 @@ class EngineConfig:
     deepspeed_config: str | None = None
     """deepspeed: your own DeepSpeed JSON. It must not contradict the recipe; `auto` takes the recipe's value."""
     timeout: float = 600.0
-    """Seconds without progress on any rank after which the job ends. One step must fit, with the compilation in the first."""
+    """Seconds without progress on any rank after which the job ends. The first step, with compilation, must fit."""
 
     def __post_init__(self) -> None:
         if self.shard != -1 and self.shard < 1:
@@ -113,7 +113,7 @@ class Engine(Protocol):
         ...
 
     def reduce(self) -> float:
-        """After the last micro-batch: the L2 norm of the global batch's gradient, the same on every rank; may be NaN."""
+        """After the last micro-batch: the L2 norm of the global batch's gradient, the same on every rank."""
         ...
 
     def step(self, lr: float) -> None:
@@ -125,9 +125,9 @@ class Engine(Protocol):
         ...
 
     def ema_tensors(self, role: str) -> dict[str, Tensor]:
-        """This rank's part of the fp32 student (`student`) or of an EMA, by name. Live storage: EMA updates write to it.
+        """This rank's part of the fp32 student (`student`) or of an EMA, by name.
 
-        A name's tensors have the same shape for all roles.
+        The tensors are live storage: EMA updates write to them. A name has the same shape in all roles.
         """
         ...
 

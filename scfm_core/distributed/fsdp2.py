@@ -24,13 +24,13 @@ class Fsdp2Layout(Layout):
     """Every process holds all weights, or shards of them (`fully_shard`), plain or hybrid.
 
     Args:
-        config: degree of sharding, offload.
+        config: degree of sharding; offload to host memory.
         world: the processes.
         device: of this process.
-        compute_dtype: weights are gathered in it; gradients are reduced in fp32.
+        compute_dtype: of gathered weights; gradients are reduced in fp32.
 
     Raises:
-        UserError: if the processes cannot be divided so.
+        UserError: if the number of processes is not a multiple of `engine.shard`.
     """
 
     def __init__(self, config: EngineConfig, world: World, device: torch.device, compute_dtype: torch.dtype) -> None:
@@ -50,25 +50,25 @@ class Fsdp2Layout(Layout):
         self._policy = MixedPrecisionPolicy(
             param_dtype=None if compute_dtype == torch.float32 else compute_dtype,
             reduce_dtype=torch.float32,
-            cast_forward_inputs=False,  # sigma and strength stay fp32; the networks cast what they must
+            cast_forward_inputs=False,  # sigma and strength stay fp32; the networks cast their own inputs
         )
         self._offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if config.cpu_offload else OffloadPolicy()
 
     @property
     def is_sharded(self) -> bool:
-        """Whether weights are spread over processes."""
+        """See `Layout`."""
         return self.mesh is not None
 
     def prepare(self, network: nn.Module, blocks: list[nn.Module]) -> None:
-        """Shard block by block, moving each to the device; parameters outside the blocks form a last group."""
+        """See `Layout`. Each block is a unit and moves to the device; all other parameters form the last unit."""
         if self.mesh is None:
             return
         options: dict[str, Any] = {
             "mesh": self.mesh,
             "mp_policy": self._policy,
             "offload_policy": self._offload,
-            # The root too, which FSDP2 would keep gathered: an EMA has no backward after which it would be dropped,
-            # and would go on using the weights of the first step.
+            # Also for the root, which FSDP2 would otherwise keep gathered until its backward. An EMA has no backward,
+            # so it would use the weights of the first step forever.
             "reshard_after_forward": True,
         }
         for block in blocks:
@@ -81,8 +81,8 @@ class Fsdp2Engine(Engine):
 
     Args:
         parameters: of `student`, `ema_fast`, `ema_slow` by role, fp32, by canonical name; plain or sharded.
-        networks: the networks as prepared.
-        layout: how they were.
+        networks: prepared by `layout`.
+        layout: of the networks.
         world: the processes.
         config: of the optimizer.
     """
@@ -100,10 +100,10 @@ class Fsdp2Engine(Engine):
         self._parameters, self._world, self._config, self._mesh = parameters, world, config, layout.mesh
         self._sharded = [network for network in networks.values() if isinstance(network, FSDPModule)]
         self._student = dict(parameters("student"))
-        # The optimizer sees plain tensors, views of the shards: the same arithmetic on one process and on many, and
-        # nothing of DTensor's dispatch for each of a thousand factors.
+        # The optimizer gets plain tensors, which are views of the shards: the arithmetic is the same on one process and
+        # on many, and DTensor's dispatch does not cost time for each of a thousand factors.
         self._local = {name: _local(parameter) for name, parameter in self._student.items()}
-        # The fused kernel is one launch a step on a GPU; a CPU has it too, with the same results.
+        # The fused kernel is one launch per step on a GPU. It exists for CPUs too, with the same results.
         self._optimizer = torch.optim.AdamW(
             list(self._local.values()), lr=0.0, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
@@ -119,7 +119,7 @@ class Fsdp2Engine(Engine):
             self._flatten_gradients()
 
     def _flatten_gradients(self) -> None:
-        """Gradients of replicas are views of one vector: one all-reduce a step, without a copy."""
+        """Make the replicas' gradients views of one vector, so that a step needs one all-reduce and no copy."""
         sizes = [local.numel() for local in self._local.values()]
         first = next(iter(self._local.values()))
         self._flat = torch.zeros(sum(sizes), dtype=torch.float32, device=first.device)
@@ -133,7 +133,7 @@ class Fsdp2Engine(Engine):
     def backward(self, loss: Tensor) -> None:
         """See `Engine`. The sum over micro-batches and the mean over ranks is the mean over the global batch."""
         self._micro_batches += 1
-        for network in self._sharded:  # with replicas of shards, once a step is enough
+        for network in self._sharded:  # HSDP: reducing between replicas once per step is enough
             network.set_requires_all_reduce(self._micro_batches == self._config.accumulation)
         divisor = self._config.accumulation * (self._world.size if self._flat is not None else 1)
         (loss / divisor).backward()
@@ -175,10 +175,10 @@ class Fsdp2Engine(Engine):
         return {name: _local(parameter) for name, parameter in self._parameters(role).items()}
 
     def after_ema_update(self) -> None:
-        """See `Engine`: nothing to do, the shards are what the next forward gathers."""
+        """See `Engine`. Nothing to do: the next forward gathers the shards."""
 
     def state(self) -> dict[str, Tensor]:
-        """Everything a checkpoint holds, as DCP takes it: `<group>.<name>`, sharded tensors as DTensors."""
+        """All tensors of a checkpoint by `<group>.<name>`, for DCP: sharded ones are DTensors."""
         tensors: dict[str, Tensor] = {}
         for role in ("student", "ema_fast", "ema_slow"):
             tensors |= {f"{role}.{name}": parameter.detach() for name, parameter in self._parameters(role).items()}

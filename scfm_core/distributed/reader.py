@@ -1,8 +1,9 @@
-"""Reading a checkpoint's tensors, whoever wrote it and on however many processes: any flat range of any tensor.
+"""Reading any flat range of any tensor of a checkpoint, from any engine and any number of processes.
 
-Two formats, both read without the engine that wrote them, range by range, so that no reader needs the memory of the
-whole: PyTorch's distributed checkpoint (DCP) and DeepSpeed's ZeRO files. Both contain pickles. They are read with a
-list of the classes that such files hold; anything else in them is refused, and nothing is executed.
+There are two formats: PyTorch's distributed checkpoint (DCP) and DeepSpeed's ZeRO files. Both are read without the
+engine that wrote them, and range by range, so a reader never needs the memory of a whole checkpoint. Both contain
+pickles. The unpickler here allows only the classes that such files hold; any other class is refused, and nothing is
+executed.
 """
 
 import io
@@ -53,7 +54,7 @@ _PICKLED: dict[str, frozenset[str]] = {
 
 
 class _Opaque:
-    """Stands for an object of DeepSpeed's, of which the fields alone are read."""
+    """Replaces an object of a DeepSpeed class; only its fields are read."""
 
     def __init__(self, *args: Any) -> None:
         self.args = args
@@ -65,24 +66,24 @@ class _Opaque:
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module.partition(".")[0] == "deepspeed":
-            return _Opaque  # read without DeepSpeed, whose classes are not run
+            return _Opaque  # no code of DeepSpeed runs, and it need not be installed
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if name in _PICKLED.get(module, ()) or is_dtype:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it holds {module}.{name}, which no checkpoint needs")
 
 
-# torch.load takes a module that has what it uses of `pickle`.
+# torch.load takes a module with the parts of `pickle` that it uses.
 _PICKLE = ModuleType("scfm_pickle")
 _PICKLE.Unpickler = _Unpickler  # type: ignore[attr-defined]
 _PICKLE.load = lambda file, **options: _Unpickler(file, **options).load()  # type: ignore[attr-defined]
 
 
 class Reader(ABC):
-    """Tensors of one checkpoint by `<group>.<name>`."""
+    """The tensors of one checkpoint by `<group>.<name>`; the groups are `GROUPS`."""
 
     shapes: dict[str, tuple[int, ...]]
-    """Shape of every tensor; a writer may have stored it flattened."""
+    """Shape of every tensor. The file may hold it flattened."""
 
     @abstractmethod
     def read(self, key: str, start: int, stop: int) -> Tensor:
@@ -115,7 +116,12 @@ class Reader(ABC):
 
 
 class Readers(Reader):
-    """Several readers as one: ZeRO's files hold student and optimizer, a DCP beside them the EMAs."""
+    """Several readers as one: of a ZeRO checkpoint, DeepSpeed's files hold student and optimizer, and a DCP the EMAs.
+
+    Args:
+        parts: the readers; a key is in one of them.
+        shapes: whole shapes of the trained parameters, by name without group.
+    """
 
     def __init__(self, parts: list[Reader], shapes: Mapping[str, tuple[int, ...]]) -> None:
         self._by_key = {key: part for part in parts for key in part.shapes}
@@ -127,7 +133,7 @@ class Readers(Reader):
 
 
 class DcpReader(Reader):
-    """A folder that `torch.distributed.checkpoint.save` wrote: `.metadata` and one `.distcp` file a rank."""
+    """A folder written by `torch.distributed.checkpoint.save`: `.metadata` and one `.distcp` file per rank."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -143,7 +149,7 @@ class DcpReader(Reader):
         self.shapes = {key: tuple(entry.size) for key, entry in entries.items()}
 
     def read(self, key: str, start: int, stop: int) -> Tensor:
-        """See `Reader`. Chunks are ranges of rows, as FSDP2 and ZeRO shard."""
+        """See `Reader`. Chunks are ranges of rows, because FSDP2 and ZeRO shard the first dimension."""
         row = math.prod(self.shapes[key][1:])
         parts = []
         for chunk in sorted(self._chunks[key], key=lambda chunk: tuple(chunk.offsets)):
@@ -154,7 +160,7 @@ class DcpReader(Reader):
                 parts.append(self._chunk(key, tuple(chunk.offsets))[begin - first : end - first])
         return parts[0].clone() if len(parts) == 1 else torch.cat(parts)
 
-    @lru_cache(maxsize=1)  # noqa: B019  (neighbouring ranges of one chunk are read in a row; the reader is short-lived)
+    @lru_cache(maxsize=1)  # noqa: B019  (successive reads often hit the same chunk; the reader is short-lived)
     def _chunk(self, key: str, offsets: tuple[int, ...]) -> Tensor:
         place = self._places[key, offsets]
         with (self._folder / place.relative_path).open("rb") as file:
@@ -168,17 +174,17 @@ def _is_tensor(entry: TensorStorageMetadata | BytesStorageMetadata) -> bool:
 
 
 class ZeroReader(Reader):
-    """Student and optimizer from DeepSpeed's own files, of any stage and number of ranks.
+    """Student and optimizer from DeepSpeed's files, of any stage and any number of ranks.
 
-    The layout is that of DeepSpeed's zero_to_fp32.py: stages 1 and 2 flatten all parameters into one vector and give
-    each rank a slice of it; stage 3 gives each rank a slice of every parameter, padded to equal lengths.
+    The layout is the one that DeepSpeed's zero_to_fp32.py reads. Stages 1 and 2 flatten all parameters into one vector,
+    and each rank has a slice of it. In stage 3 each rank has a slice of every parameter, padded to equal lengths.
     """
 
     def __init__(self, folder: Path) -> None:
         states = sorted(folder.glob("zero_pp_rank_*_optim_states.pt"), key=_rank_of)
         models = sorted(folder.glob("*model_states.pt"))
         self._ranks = [{**_load(path)["optimizer_state_dict"], "rank": _rank_of(path)} for path in states]
-        # Whatever the stage, the first rank's model file lists the parameters in the order of the flat vectors.
+        # In every stage the first rank's model file lists the parameters in the order of the flat vectors.
         groups = _load(models[0])["param_shapes"]
         named = {name: tuple(shape) for group in groups for name, shape in group.items()}
         sharded = "fp32_flat_groups" in self._ranks[0]
@@ -213,7 +219,7 @@ def module_name(name: str) -> str:
 
 
 def parameter_name(name: str) -> str:
-    """A trained parameter's name from its place in the module that DeepSpeed is given."""
+    """A trained parameter's canonical name, from its name in the module that DeepSpeed gets."""
     return (
         name.removeprefix("networks.student.")
         .replace(".lora_A.student.", ".lora_A.")
@@ -226,12 +232,12 @@ def _rank_of(path: Path) -> int:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    """A file of DeepSpeed's, its tensors mapped from disk and not read."""
+    """A file of DeepSpeed's; its tensors are memory-mapped, so only the parts that are used are read."""
     return dict(torch.load(path, map_location="cpu", mmap=True, weights_only=False, pickle_module=_PICKLE))
 
 
 Pieces = dict[str, tuple[int, int, int]]
-"""Of each parameter that lies on a rank: number of the flat vector, offset in it, elements."""
+"""By name of each parameter of which a rank has a part: index of the flat vector, offset in it, number of elements."""
 
 
 def _flat_pieces(rank: dict[str, Any]) -> Pieces:
@@ -243,7 +249,7 @@ def _flat_pieces(rank: dict[str, Any]) -> Pieces:
 
 
 def _address(address: Any) -> tuple[int, int]:
-    """Start and length: DeepSpeed's `fragment_address`, or the plain pair that `write_zero` writes."""
+    """Start and length, from DeepSpeed's `fragment_address` or from the pair that `write_zero` writes."""
     return address if isinstance(address, tuple) else (address.start, address.numel)
 
 
@@ -269,24 +275,24 @@ def _vector(rank: dict[str, Any], group: str, number: int) -> Tensor:
 
 
 def open_reader(folder: Path, kind: str, shapes: Mapping[str, list[int]]) -> Reader:
-    """The reader of a checkpoint's folder.
+    """Open a checkpoint's folder for reading.
 
     Args:
         folder: of one checkpoint.
-        kind: `dcp` or `zero`, as its state.json says.
+        kind: `dcp` or `zero`, from its state.json.
         shapes: of the trained parameters, by name.
 
     Raises:
-        UserError: if the files are not what their names say.
+        UserError: if the files are damaged or incomplete.
     """
     try:
         parts: list[Reader] = [DcpReader(folder / DCP_FOLDER)]
         if kind == "zero":
             parts.append(ZeroReader(folder))
-    except Exception as error:  # a damaged pickle raises whatever its bytes lead to
+    except Exception as error:  # a damaged pickle can raise any type
         raise UserError(f"checkpoint {folder} cannot be read as {kind}: {str(error) or repr(error)}") from error
     reader = Readers(parts, {name: tuple(shape) for name, shape in shapes.items()})
     missing = [group for group in GROUPS if not any(key.startswith(f"{group}.") for key in reader.shapes)]
     if missing:
-        raise UserError(f"checkpoint {folder} has nothing of {', '.join(missing)}")
+        raise UserError(f"checkpoint {folder} has no tensors of {', '.join(missing)}")
     return reader

@@ -1,4 +1,4 @@
-"""A run that stands still, or has lost a process, ends on every rank within a bounded time, and says which rank."""
+"""If a run hangs or loses a process, every rank ends within a bounded time with a message that names the rank."""
 
 import contextlib
 import os
@@ -16,13 +16,14 @@ from scfm_core.errors import PeerLost
 
 
 class Watchdog:
-    """Every rank's pulse lies in the launcher's store: a step counter (`beat`) and a sign of life once a second.
+    """Watches the ranks. Each writes its position (`beat`) and, every second, a heartbeat to the launcher's store.
+
+    Used as a context manager: within `with`, a thread watches. Without it NCCL would abort the process and would not
+    say which rank was missing.
 
     Args:
         world: the processes.
         timeout: seconds without a `beat` after which this process ends itself.
-
-    Within `with`, a thread watches. NCCL would otherwise abort the process without saying who was missing.
     """
 
     def __init__(self, world: World, timeout: float) -> None:
@@ -30,7 +31,7 @@ class Watchdog:
         self._last, self._where = time.monotonic(), "start"
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="scfm watchdog")
-        # A connection of its own: the training's may be blocked in a rendezvous.
+        # A separate connection: the training's connection may be blocked in a rendezvous.
         self._store: Any = dist.distributed_c10d._get_default_store().clone() if world.size > 1 else None  # type: ignore[attr-defined]
 
     def __enter__(self) -> "Watchdog":
@@ -43,25 +44,25 @@ class Watchdog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop.set()
-        # Only collectives fail like this: gloo's and the store's errors are RuntimeErrors that torch derives from.
+        # Errors of gloo and of the store are DistErrors or plain RuntimeErrors; only collectives raise them.
         if self._store is not None and isinstance(error, dist.DistError | RuntimeError) and _is_connection(error):
             raise PeerLost(f"{self.blame()} ({_first_line(error)})") from error
 
     def beat(self, where: str) -> None:
-        """This rank is alive and at `where` ("step 12")."""
+        """Report progress: this rank is at `where` ("step 12")."""
         self._last, self._where = time.monotonic(), where
         if self._store is not None:
             self._store.set(f"scfm/at/{self._world.rank}", where)
 
     def blame(self) -> str:
-        """Which ranks are gone, or behind the others. Takes some three seconds."""
+        """A sentence that names the ranks that are gone, or where each rank is. Takes about three seconds."""
         assert self._store is not None
         try:
             self._store.set(f"scfm/failed/{self._world.rank}", "1")
             before = [self._get("alive", rank) for rank in range(self._world.size)]
             time.sleep(3)
             after = [self._get("alive", rank) for rank in range(self._world.size)]
-            # A rank that has noticed the failure and left is not the cause.
+            # A rank that noticed the failure and ended is not the cause.
             survivors = [rank for rank in range(self._world.size) if self._get("failed", rank) is not None]
             places = {
                 rank: f"{self._get('at', rank) or 'start'} ({self._get('doing', rank) or 'unknown'})"
@@ -82,22 +83,22 @@ class Watchdog:
     def _watch(self) -> None:
         assert self._store is not None
         while not self._stop.wait(1.0):
-            # If the store's holder has gone, the training's own collective says so, or the time runs out below.
+            # If the process with the store is gone, the training's own collective fails, or the timeout below applies.
             with contextlib.suppress(RuntimeError):
                 self._store.set(f"scfm/alive/{self._world.rank}", str(time.monotonic()))
-                self._store.set(f"scfm/doing/{self._world.rank}", _doing())
+                self._store.set(f"scfm/doing/{self._world.rank}", _current_function())
             if time.monotonic() - self._last > self._timeout:
                 print(
-                    f"scfm: error: rank {self._world.rank} has stood at {self._where} for more than engine.timeout="
-                    f"{self._timeout:g} s: {self.blame()}. The job ends; start it again to go on from the last checkpoint",
+                    f"scfm: error: rank {self._world.rank} has been at {self._where} for more than engine.timeout="
+                    f"{self._timeout:g} s: {self.blame()}. The job ends; start it again to resume from the last checkpoint",
                     file=sys.stderr,
                     flush=True,
                 )
                 os._exit(PeerLost.exit_code)
 
 
-def _doing() -> str:
-    """What the main thread is at: who waits in a collective is not who is waited for."""
+def _current_function() -> str:
+    """The main thread's current function. A rank that waits in a collective is not the one that the others wait for."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     if frame is None:
         return "ended"

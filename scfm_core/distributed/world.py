@@ -1,4 +1,4 @@
-"""Which process this is, and how the processes of a run agree with each other."""
+"""The processes of a run: which one this is, and how they agree on values and errors."""
 
 import contextlib
 import os
@@ -17,18 +17,18 @@ _LAUNCHER = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, as one of them sees them. Without arguments: a single process."""
+    """The processes of a run, seen from one of them. Without arguments: a single process."""
 
     rank: int = 0
     size: int = 1
     group: dist.ProcessGroup | None = None
-    """A gloo group for decisions, so that none of them waits for the GPU's queue."""
+    """A gloo group for Python values. Over NCCL every exchange would wait for the GPU's queue."""
     timeout: timedelta | None = None
-    """How long a collective of `group` may wait for a rank; None: PyTorch's half an hour."""
+    """How long a collective of `group` may wait for a rank; None: PyTorch's default of 30 minutes."""
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes the run's files and speaks for it."""
+        """Whether this process writes the run's files and prints its messages."""
         return self.rank == 0
 
     def gather(self, value: Any) -> list[Any]:
@@ -48,20 +48,20 @@ class World:
         return values[0]
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Add up a tensor over all ranks, in place."""
+        """Sum a tensor over all ranks, in place."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def second_group(self) -> "World":
-        """The same processes over a group of their own, for a thread that talks beside the training."""
+        """The same processes with a separate group, for a thread that communicates at the same time as the training."""
         if self.group is None:
             return self
         return replace(self, group=dist.new_group(backend="gloo", timeout=self.timeout))
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """What fails on one rank for a user's mistake, or for its disk, fails on every rank with the same message.
+        """If the block raises a UserError or an OSError on any rank, every rank raises the same UserError.
 
         Raises:
             UserError: with the message of every rank that failed.
@@ -74,7 +74,7 @@ class World:
         self.agree(error)
 
     def agree(self, error: Exception | None) -> None:
-        """Raise on every rank if there is an error on any.
+        """Raise on every rank if any rank has an error. Every rank calls it.
 
         Raises:
             UserError: with the message of every rank that failed.
@@ -100,28 +100,28 @@ def _ranks(ranks: list[int]) -> str:
 
 
 def launched_size() -> int:
-    """How many processes the launcher (torchrun, deepspeed, srun with torchrun's variables) started."""
+    """Number of processes that the launcher started (torchrun, deepspeed, or srun with torchrun's variables)."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @contextlib.contextmanager
 def join_world(device: torch.device, timeout: float, *, always: bool = False) -> Iterator[World]:
-    """Meet the other processes of the launcher.
+    """Join the launcher's process group; within `with` the processes can communicate.
 
     Args:
-        device: of this process, a GPU with its index; NCCL for CUDA, gloo for CPU.
+        device: of this process; a GPU with its index. The backend is NCCL for CUDA and gloo for a CPU.
         timeout: seconds that a collective may wait for a rank.
-        always: make a process group for a single process too (DeepSpeed needs one).
+        always: also make a process group for a single process (DeepSpeed needs one).
 
     Raises:
-        UserError: if the launcher's environment is incomplete, or the processes do not meet in time.
+        UserError: if the launcher's environment is incomplete, or not all processes join in time.
     """
     size = launched_size()
     if size == 1 and not always:
         yield World()
         return
-    patience = timedelta(seconds=timeout)
-    options: dict[str, Any] = {"timeout": patience}
+    wait_limit = timedelta(seconds=timeout)
+    options: dict[str, Any] = {"timeout": wait_limit}
     if size == 1:
         options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it
@@ -136,18 +136,18 @@ def join_world(device: torch.device, timeout: float, *, always: bool = False) ->
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **options)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         raise UserError(
-            f"{size} processes should meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}, but not all came within "
-            f"{timeout:g} s ({str(error).splitlines()[0]}). Look at the logs of the others, and whether this address can be "
-            f"reached from here"
+            f"{size} processes should meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}, but not all joined within "
+            f"{timeout:g} s ({str(error).splitlines()[0]}). Check the logs of the other processes, and whether this machine can "
+            f"reach that address"
         ) from error
     failed = True
     try:
-        group = dist.new_group(backend="gloo", timeout=patience) if device.type == "cuda" else dist.group.WORLD
-        yield World(dist.get_rank(), size, group, patience)
+        group = dist.new_group(backend="gloo", timeout=wait_limit) if device.type == "cuda" else dist.group.WORLD
+        yield World(dist.get_rank(), size, group, wait_limit)
         failed = False
     finally:
-        # A rank that failed must not wait here for the others: the launcher ends them. NCCL's end is a collective of a
-        # node's ranks, gloo's is not; `scfm` leaves without it.
+        # A rank that failed must not wait here for the others; the launcher ends them. With NCCL, destroying the group
+        # is a collective, so a failed rank skips it. With gloo it is not.
         if not (failed and size > 1 and device.type == "cuda"):
             with contextlib.suppress(Exception):
                 dist.destroy_process_group()

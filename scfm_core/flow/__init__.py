@@ -1,1 +1,1 @@
-"""The flow: noise convention, sigma grids, Euler sampling, counter-based randomness. Imports torch alone."""
+"""The flow: noise convention, sigma grids, Euler sampling, counter-based randomness. Imports only torch."""

@@ -1,7 +1,7 @@
 """The noise convention. Every sign in the project comes from this file.
 
-`sigma` lies in [0, 1], 1 is pure noise and 0 is data; it is always fp32. The path between them is a straight
-line and the network predicts its slope, as Flux and SD3 do (Esser et al., arXiv 2403.03206).
+`sigma` is in [0, 1] and always fp32; 1 is pure noise, 0 is data. The path between them is a straight line, and the
+network predicts its slope, as Flux and SD3 do (Esser et al., arXiv 2403.03206).
 """
 
 import torch
@@ -9,7 +9,11 @@ from torch import Tensor
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
-    """View 1-D `values` [B] so that they broadcast over the trailing dimensions of `like` [B, ...]."""
+    """View 1-D `values` [B] so that they broadcast with `like` [B, ...]; a scalar is returned unchanged.
+
+    Raises:
+        ValueError: if `values` has more than one dimension.
+    """
     if values.ndim > 1:
         raise ValueError(f"expected a scalar or one value per sample, got shape {tuple(values.shape)}")
     return values.reshape(-1, *([1] * (like.ndim - 1))) if values.ndim else values
@@ -24,7 +28,10 @@ def noise_latents(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         sigma: fp32, [B] or a scalar, in [0, 1].
 
     Returns:
-        noised latents, [B, ...], in the wider of the three dtypes (fp32 for bf16 latents).
+        noised latents, [B, ...], in the widest of the three dtypes (fp32 for bf16 latents).
+
+    Raises:
+        ValueError: if `latents` and `noise` differ in shape.
     """
     if latents.shape != noise.shape:
         raise ValueError(f"latents {tuple(latents.shape)} and noise {tuple(noise.shape)} differ in shape")
@@ -34,7 +41,11 @@ def noise_latents(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
 
 
 def flow_velocity(latents: Tensor, noise: Tensor) -> Tensor:
-    """The slope of the line, d(noised_latents)/d(sigma): `noise - latents`, [B, ...], fp32 or wider."""
+    """The slope of the line, d(noised_latents)/d(sigma): `noise - latents`, [B, ...], at least fp32.
+
+    Raises:
+        ValueError: if the two differ in shape.
+    """
     if latents.shape != noise.shape:
         raise ValueError(f"latents {tuple(latents.shape)} and noise {tuple(noise.shape)} differ in shape")
     dtype = torch.promote_types(torch.promote_types(latents.dtype, noise.dtype), torch.float32)

@@ -1,7 +1,7 @@
-"""Counter-based randomness: a draw is a pure function of (seed, sample id, stream), never of a rank or a place.
+"""Counter-based randomness: a draw is a pure function of (seed, sample id, stream), not of rank or batch position.
 
-Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC11) on int64 tensors, so the same
-bits come out on every device. Resuming needs no generator state, and 1 or 64 processes draw the same numbers.
+Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC11) on int64 tensors gives the same bits
+on every device. Resuming needs no generator state, and 1 or 64 processes draw the same numbers.
 """
 
 import math
@@ -17,18 +17,18 @@ _ROUNDS = 10
 
 
 class Stream(IntEnum):
-    """What a draw is for. Streams of one sample are independent; a number, once used, keeps its meaning."""
+    """The purpose of a draw. A sample's streams are independent. Never give a used number another meaning."""
 
     PLAN = 0
     NOISE = 1
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Ten Philox rounds. Four int64 tensors that hold 32-bit words in, four out, elementwise."""
+    """Ten Philox rounds, elementwise: four int64 tensors of 32-bit words -> four such tensors."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
-        # 32 x 32 -> 64 bits; int64 products wrap modulo 2**64, which leaves the bits right.
+        # 32 x 32 -> 64 bits. int64 products wrap modulo 2**64, so all bits are right.
         product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c1, c2, c3 = (
             ((product1 >> 32) & _MASK) ^ c1 ^ k0,
@@ -41,7 +41,11 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
 
 
 def random_words(seed: int, sample_ids: Tensor, stream: Stream, count: int) -> Tensor:
-    """`count` random 32-bit words for each sample: int64 [B, count] with values in [0, 2**32)."""
+    """`count` random 32-bit words for each sample: int64 [B, count] with values in [0, 2**32).
+
+    Raises:
+        ValueError: if `sample_ids` are not int64 [B].
+    """
     if sample_ids.dtype != torch.int64 or sample_ids.ndim != 1:
         raise ValueError(f"sample_ids must be int64 [B], got {sample_ids.dtype} {tuple(sample_ids.shape)}")
     blocks = torch.arange((count + 3) // 4, device=sample_ids.device)
@@ -59,7 +63,10 @@ def uniform(seed: int, sample_ids: Tensor, stream: Stream, count: int) -> Tensor
 def sample_noise(latents: Tensor, sample_ids: Tensor, seed: int) -> Tensor:
     """Standard normal noise for each sample, fp32, the shape and device of `latents` [B, ...] (Box-Muller).
 
-    A sample's noise depends on (seed, its id, its shape) alone.
+    A sample's noise depends only on the seed, its id and its shape.
+
+    Raises:
+        ValueError: if `sample_ids` are not int64 [B].
     """
     shape = latents.shape
     if len(sample_ids) != shape[0]:

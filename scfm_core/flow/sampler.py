@@ -1,4 +1,4 @@
-"""The sampler: plain Euler, no architectural change; and the paths of a teacher that are kept."""
+"""The Euler sampler, and integration that also returns the mean velocities of the path."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -15,8 +15,8 @@ def euler_sample(velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, si
 
     Args:
         velocity: `velocity(x, sigma)` with x [B, ...] and sigma fp32 [B].
-        noise: the start, [B, ...]; the state is kept in this dtype, at least fp32.
-        sigmas: fp32, [N + 1], falling; N Euler steps are taken.
+        noise: the state at `sigmas[0]`, [B, ...]. The state keeps this dtype, but at least fp32.
+        sigmas: fp32, [N + 1], decreasing; N Euler steps are taken.
 
     Returns:
         the state at `sigmas[-1]`, [B, ...].
@@ -37,42 +37,43 @@ def roll_out(
     intervals: int,
     second_order: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Integrate from noise to data, and tell by what mean velocities the path can be gone in fewer steps.
+    """Integrate from noise to data, and return the mean velocities with which K steps follow the same path.
 
-    Euler's is the sampler that a teacher's images are made with, so a student of these paths learns its very images. The
+    A teacher's images are sampled with Euler's method, so a student of Euler paths learns exactly those images. The
     second-order Adams-Bashforth method with variable steps (Hairer, Norsett, Wanner, Solving Ordinary Differential
-    Equations I, III.5) also evaluates once a step and is closer to the field's own path: the error of K steps falls with
-    1 / K^2 where Euler's falls with 1 / K.
+    Equations I, III.5) also evaluates the velocity once per step, and is closer to the exact path of the field: the
+    error of S steps is of order 1 / S^2, while Euler's is of order 1 / S.
 
     Args:
         velocity: `velocity(x, sigma)` with x [B, ...] and sigma fp32 [B].
-        noise: the start, [B, ...]; the state is kept in this dtype, at least fp32.
-        sigmas: of the steps, fp32 [S + 1] or, for each sample its own, [B, S + 1]; falling.
-        intervals: K, of which each is S / K steps.
+        noise: the state at the first sigma, [B, ...]. The state keeps this dtype, but at least fp32.
+        sigmas: fp32 [S + 1], or [B, S + 1] if each sample has its own; decreasing.
+        intervals: K; each interval is S / K steps.
         second_order: Adams-Bashforth instead of Euler.
 
     Returns:
-        the state at the last of `sigmas`, [B, ...], and the mean velocity of each interval, [B, K, ...].
+        the state at the last sigma, [B, ...], and the mean velocity of each interval, [B, K, ...].
 
     Raises:
         ValueError: if K does not divide S.
     """
     x = noise.to(torch.promote_types(noise.dtype, torch.float32))
-    sigmas = sigmas.to(x.device).expand(len(x), -1).T.contiguous()  # a row a node
+    sigmas = sigmas.to(x.device).expand(len(x), -1).T.contiguous()  # [S + 1, B]
     lengths = sigmas[:-1] - sigmas[1:]
     if intervals < 1 or len(lengths) % intervals:
-        raise ValueError(f"{len(lengths)} steps are no multiple of {intervals} intervals")
+        raise ValueError(f"{len(lengths)} steps are not a multiple of {intervals} intervals")
     means: list[Tensor] = []
-    before: Tensor | None = None
+    previous: Tensor | None = None
     for first in range(0, len(lengths), len(lengths) // intervals):
-        within = range(first, first + len(lengths) // intervals)
-        moved = torch.zeros_like(x)
-        for number in within:
-            now = velocity(x, sigmas[number]).to(x.dtype)
-            mean = now
-            if second_order and before is not None:
-                ratio = per_sample(lengths[number] / lengths[number - 1] / 2, x)
-                mean = (1 + ratio) * now - ratio * before
-            x, moved, before = euler_step(x, mean, lengths[number]), moved + per_sample(lengths[number], x) * mean, now
-        means.append(moved / per_sample(sigmas[first] - sigmas[within.stop], x))
+        steps = range(first, first + len(lengths) // intervals)
+        displacement = torch.zeros_like(x)
+        for step in steps:
+            current = velocity(x, sigmas[step]).to(x.dtype)
+            mean = current
+            if second_order and previous is not None:
+                ratio = per_sample(lengths[step] / lengths[step - 1] / 2, x)
+                mean = (1 + ratio) * current - ratio * previous
+            displacement = displacement + per_sample(lengths[step], x) * mean
+            x, previous = euler_step(x, mean, lengths[step]), current
+        means.append(displacement / per_sample(sigmas[first] - sigmas[steps.stop], x))
     return x, torch.stack(means, dim=1)

@@ -5,13 +5,13 @@ import math
 import torch
 from torch import Tensor
 
-# Flux's dynamic shift: mu is linear in the number of image tokens between these two points
-# (https://github.com/black-forest-labs/flux, sampling.py; the same numbers stand in diffusers' scheduler config).
+# Flux's dynamic shift: mu is linear in the number of image tokens, through these two points. Source:
+# https://github.com/black-forest-labs/flux, sampling.py; diffusers' scheduler config has the same numbers.
 FLUX_MU = ((256, 0.5), (4096, 1.15))
 
 
 def shift_sigma(u: Tensor, shift: Tensor | float) -> Tensor:
-    """Shift uniform times `u` in [0, 1] towards the noise: `s*u / (1 + (s-1)*u)` (SD3, arXiv 2403.03206, Eq. 23)."""
+    """Shift `u` in [0, 1] towards the noise: `s*u / (1 + (s-1)*u)` (SD3, arXiv 2403.03206, Eq. 23)."""
     return shift * u / (1 + (shift - 1) * u)
 
 
@@ -33,13 +33,13 @@ def sigma_grid(num_steps: int, shift: float = 1.0) -> Tensor:
 
 
 def shift_of_grid(sigmas: Tensor) -> float:
-    """The shift of which `sigmas` [N + 1], N > 1, are the `sigma_grid`: from its second point."""
+    """The inverse of `sigma_grid`: the shift of the grid `sigmas` [N + 1], N > 1, from its second point."""
     sigma, u = float(sigmas[1]), 1 - 1 / (len(sigmas) - 1)
     return sigma * (1 - u) / (u * (1 - sigma))
 
 
 def dynamic_shift(image_tokens: int) -> float:
-    """Flux's shift for an image of `image_tokens` packed tokens: `exp(mu)`, `mu` linear in the token count."""
+    """Flux's shift for an image of `image_tokens` packed tokens: `exp(mu)`; `mu` is linear in their number."""
     (tokens_low, mu_low), (tokens_high, mu_high) = FLUX_MU
     slope = (mu_high - mu_low) / (tokens_high - tokens_low)
     return math.exp(mu_low + slope * (image_tokens - tokens_low))

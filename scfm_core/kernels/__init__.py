@@ -1,1 +1,1 @@
-"""Fused Triton kernels, each beside its plain PyTorch reference, and the choice of an attention backend."""
+"""Fused Triton kernels, their plain PyTorch references, and the choice of an attention backend."""

@@ -1,8 +1,8 @@
-"""Which attention a run uses: PyTorch's own backends, xformers, FlashAttention-3, or the Triton kernel of `flash.py`.
+"""The choice of an attention backend: PyTorch's own, xformers, FlashAttention-3, or the Triton kernel of `flash.py`.
 
-PyTorch's default choice is half the speed of cuDNN on Hopper, and which one is best depends on device, shape and
-versions. `auto` therefore measures once, forward and backward, and keeps the answer in a file of the user's cache. `math`,
-which holds whole matrices of scores, is measured only where there is nothing else.
+On Hopper PyTorch's default choice is half as fast as cuDNN. The best backend depends on device, shape and versions.
+`auto` therefore measures all available ones once, forward and backward, and saves the result in the user's cache.
+`math`, which allocates whole matrices of scores, is measured only if no other backend is available.
 """
 
 import json
@@ -18,25 +18,26 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 BACKENDS = ("cudnn", "flash3", "flash", "xformers", "triton", "math")
-"""In order of preference where their times are equal."""
-TIE = 0.03  # a later backend must be faster by so much: the same choice in every run, though times vary
+"""In order of preference, if their times are equal."""
+TIE = 0.03
+"""A later backend must be faster by this fraction. Times vary between runs; the choice should not."""
 _SDPA = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}
 _PROBE_TOKENS = 128
 
 
 @dataclass(frozen=True)
 class AttentionChoice:
-    """A backend and why it was taken."""
+    """A backend, and the reason for it."""
 
     backend: str
     why: str
     milliseconds: dict[str, float] = field(default_factory=dict)
-    """Forward and backward of those that were measured."""
+    """Time of a forward and backward, by measured backend."""
 
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """What attention is called with: [batch, tokens, heads, head_dim] in `dtype`, on `device`."""
+    """Shape of query, key and value: [batch, tokens, heads, head_dim] in `dtype`, on `device`."""
 
     batch: int
     tokens: int
@@ -47,13 +48,13 @@ class AttentionShape:
 
     @property
     def key(self) -> str:
-        """Names everything that the fastest backend depends on."""
+        """A string of everything that the fastest backend depends on."""
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
         shape = f"{self.batch}x{self.tokens}x{self.heads}x{self.head_dim}"
         return f"{device}, {shape}, {str(self.dtype).removeprefix('torch.')}, torch {torch.__version__}"
 
     def draw(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Random query, key and value."""
+        """Random query, key and value that require gradients."""
         shape = (3, self.batch, self.tokens, self.heads, self.head_dim)
         query, key, value = torch.randn(shape, dtype=self.dtype, device=self.device)
         return query.requires_grad_(), key.requires_grad_(), value.requires_grad_()
@@ -95,11 +96,11 @@ def _flash3(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def why_unavailable(backend: str, shape: AttentionShape) -> str | None:
-    """Why `backend` cannot serve `shape`, by trying a head of it on a few tokens, both ways; None if it can."""
+    """Why `backend` cannot run `shape`; None if it can. It tries a forward and backward of one head on a few tokens."""
     if backend == "triton":
-        from scfm_core.kernels.launch import why_not
+        from scfm_core.kernels.launch import why_no_triton
 
-        if (reason := why_not(shape.device)) is not None:
+        if (reason := why_no_triton(shape.device)) is not None:
             return reason
     if backend == "xformers" and shape.device.type != "cuda":
         return "xformers has no kernel for a CPU"
@@ -117,7 +118,7 @@ def why_unavailable(backend: str, shape: AttentionShape) -> str | None:
 
 
 def _triton_errors() -> tuple[type[Exception], ...]:
-    """A kernel that does not compile here, or needs more than this GPU has."""
+    """Errors of a kernel that does not compile here, or that needs more memory than this GPU has."""
     try:
         from triton.errors import TritonError
     except ImportError:
@@ -128,34 +129,35 @@ def _triton_errors() -> tuple[type[Exception], ...]:
 def choose_attention(
     name: str, shape: AttentionShape, *, time: Callable[[str, AttentionShape], float] | None = None
 ) -> AttentionChoice:
-    """The backend for `shape`.
+    """Choose the backend for `shape`.
 
     Args:
-        name: `auto`, or one of `BACKENDS`, which must be there.
-        shape: of the training's attention.
-        time: milliseconds of a backend; measured on the GPU if not given.
+        name: `auto`, or one of `BACKENDS`, which must be available.
+        shape: of attention in the training.
+        time: returns the milliseconds of a backend at a shape; by default they are measured on the GPU.
 
     Raises:
-        ValueError: if the named backend is not there; the message says why, and what is.
+        ValueError: if the named backend is unavailable (the message says why, and names the available ones), or if no
+            backend fits into memory.
     """
     if name != "auto":
         reason = why_unavailable(name, shape)
         if reason is None:
             return AttentionChoice(name, "asked for")
-        there = [other for other in BACKENDS if other != name and why_unavailable(other, shape) is None]
+        available = [other for other in BACKENDS if other != name and why_unavailable(other, shape) is None]
         raise ValueError(
-            f"kernels.attention={name} is not to be had for {shape.key}: {reason}. Choose among {', '.join(there)}, "
-            f"or auto, which takes the fastest"
+            f"kernels.attention={name} is unavailable for {shape.key}: {reason}. Choose among {', '.join(available)}, "
+            f"or auto, which chooses the fastest"
         )
     if shape.device.type != "cuda" and time is None:
         return AttentionChoice("flash", "PyTorch's own for a CPU")
-    path = _memory()
-    known = _read(path)
-    if (entry := known.get(shape.key)) is not None and why_unavailable(entry["backend"], shape) is None:
+    path = _cache_file()
+    measured = _read(path)
+    if (entry := measured.get(shape.key)) is not None and why_unavailable(entry["backend"], shape) is None:
         return AttentionChoice(entry["backend"], f"measured before ({path})", entry["milliseconds"])
-    there = [backend for backend in BACKENDS if why_unavailable(backend, shape) is None]
+    available = [backend for backend in BACKENDS if why_unavailable(backend, shape) is None]
     times = {}
-    for backend in there if there == ["math"] else [name for name in there if name != "math"]:
+    for backend in available if available == ["math"] else [name for name in available if name != "math"]:
         try:
             times[backend] = (time or _milliseconds)(backend, shape)
         except torch.OutOfMemoryError:
@@ -163,18 +165,20 @@ def choose_attention(
     if shape.device.type == "cuda":
         torch.cuda.empty_cache()
     if not times:
-        raise ValueError(f"no attention fits into the memory left for {shape.key}: lower train.micro_batch_size")
+        raise ValueError(
+            f"no attention backend fits into the free memory for {shape.key}: lower train.micro_batch_size"
+        )
     best = next(iter(times))
     for backend, milliseconds in times.items():
         if milliseconds < times[best] * (1 - TIE):
             best = backend
-    _write(path, known | {shape.key: {"backend": best, "milliseconds": times}})
+    _write(path, measured | {shape.key: {"backend": best, "milliseconds": times}})
     return AttentionChoice(best, "the fastest here, forward and backward", times)
 
 
 def _milliseconds(backend: str, shape: AttentionShape, repeats: int = 7, calls: int = 5) -> float:
-    """Median of a forward and backward, by the GPU's own clock; several calls at once, behind a wait of some 5 ms, since in
-    training the launches run ahead too."""
+    """Median of a forward and backward by the GPU's clock. Several calls are launched during a wait of about 5 ms on
+    the GPU, so that launches are ahead of the GPU, as in training."""
     inputs = shape.draw()
     grad = torch.randn_like(inputs[0])
     times = []
@@ -191,25 +195,25 @@ def _milliseconds(backend: str, shape: AttentionShape, repeats: int = 7, calls: 
     return statistics.median(times)
 
 
-def _memory() -> Path:
+def _cache_file() -> Path:
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "scfm" / "attention.json"
 
 
 def _read(path: Path) -> dict[str, dict]:
     try:
-        known = json.loads(path.read_text())
-        return {key: entry for key, entry in known.items() if entry["backend"] in BACKENDS and entry["milliseconds"]}
+        found = json.loads(path.read_text())
+        return {key: entry for key, entry in found.items() if entry["backend"] in BACKENDS and entry["milliseconds"]}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return {}  # measured again
+        return {}  # a missing or damaged file: measure again
 
 
-def _write(path: Path, known: dict[str, dict]) -> None:
-    """Several processes may write at once: each puts a whole file in place."""
+def _write(path: Path, measured: dict[str, dict]) -> None:
+    """Write the file atomically, because several processes may write at once."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f"{path.name}.{os.getpid()}")
-        aside.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
-        aside.replace(path)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(measured, indent=1, sort_keys=True) + "\n")
+        temporary.replace(path)
     except OSError:
-        return  # a home that cannot be written costs a second's measurement at every start
+        return  # without a cache, every start measures again, which takes a second

@@ -1,8 +1,8 @@
 """Fused attention in Triton, forward and backward, without a mask: FlashAttention-2 (arXiv 2307.08691).
 
-Keys and values are read tile by tile with an online softmax, so that no S x S matrix leaves the chip. The backward runs
-two kernels, one that owns keys and one that owns queries: each result is written once, without atomics, and is the same
-in every run.
+Keys and values are read tile by tile with an online softmax, so no S x S matrix is written to memory. The backward runs
+two kernels: in one a program owns a tile of keys, in the other a tile of queries. Each result is written once, without
+atomics, so it is the same in every run.
 """
 
 from typing import NamedTuple
@@ -18,7 +18,7 @@ _LOG2_E = 1.4426950408889634
 
 
 class _Tile(NamedTuple):
-    """Rows that a program owns, rows that it reads at a time, and how they are worked on."""
+    """Rows that a program owns, rows that it reads at a time, and Triton's launch options."""
 
     own: int
     read: int
@@ -26,8 +26,8 @@ class _Tile(NamedTuple):
     num_stages: int
 
 
-# By head dimension. Compiled for compute capability 8.0 and 9.0, none spills registers in bf16 (tests/kernels), and all
-# fit A100's 163 KiB of shared memory.
+# By head dimension. tests/kernels compiles all of them for compute capability 8.0 and 9.0: none spills registers in
+# bf16, and all fit into the A100's 163 KiB of shared memory.
 _FORWARD = {64: _Tile(128, 64, 8, 3), 128: _Tile(128, 64, 8, 3)}
 _BACKWARD_KEYS = {64: _Tile(128, 32, 8, 2), 128: _Tile(128, 32, 8, 2)}
 _BACKWARD_QUERIES = {64: _Tile(128, 32, 8, 2), 128: _Tile(128, 32, 8, 2)}
@@ -124,7 +124,7 @@ def _(
 
 
 def _setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
-    ctx.set_materialize_grads(False)  # of the denominators, which nobody uses
+    ctx.set_materialize_grads(False)  # only the backward uses the denominators
     ctx.save_for_backward(*inputs, *output)
 
 
@@ -146,7 +146,7 @@ def _rows(pointer, first, count, row, limit, DIM: tl.constexpr):
 
 @triton.jit
 def _dot(a, b, accumulated, WIDEN: tl.constexpr):
-    """`accumulated + a b`. WIDEN is for the interpreter, whose products of bf16 are wrong."""
+    """`accumulated + a b`. WIDEN is for the interpreter, which multiplies bf16 incorrectly."""
     if WIDEN:
         a, b = a.to(accumulated.dtype), b.to(accumulated.dtype)
     return tl.dot(a, b, accumulated, input_precision="ieee", out_dtype=accumulated.dtype)
@@ -192,7 +192,7 @@ def _delta_kernel(
     grad_ptr, out_ptr, delta_ptr, grad_batch, grad_row, grad_head, out_batch, out_row, out_head, heads, queries,
     DIM: tl.constexpr, OWN: tl.constexpr,
 ):  # fmt: skip
-    """What the softmax's normalisation takes off a row of the scores' gradient: the sum of grad * output."""
+    """The sum of grad * output over each row; the softmax's backward subtracts it from the gradient of the weights."""
     first = tl.program_id(0) * OWN
     sample = (tl.program_id(1) // heads).to(tl.int64)
     head = (tl.program_id(1) % heads).to(tl.int64)
@@ -227,7 +227,7 @@ def _backward_keys_kernel(
         row = start + tl.arange(0, READ)
         query = _rows(q_ptr, start, READ, q_row, queries, DIM)
         grad = _rows(grad_ptr, start, READ, grad_row, queries, DIM)
-        # Beyond the last query an infinite denominator makes all weights zero.
+        # An infinite denominator makes the weights of rows beyond the last query zero.
         lse = tl.load(lse_ptr + statistics + row, mask=row < queries, other=float("inf"))
         delta = tl.load(delta_ptr + statistics + row, mask=row < queries, other=0.0)
         scores = _dot(key, tl.trans(query), tl.zeros([OWN, READ], wide), WIDEN) * (scale * 1.4426950408889634)
@@ -268,7 +268,7 @@ def _backward_queries_kernel(
         scores = _dot(query, tl.trans(key), tl.zeros([OWN, READ], wide), WIDEN) * (scale * 1.4426950408889634)
         weights = tl.exp2(scores - lse[:, None])
         if not EVEN:
-            # A key beyond the last has the score 0: where all others are far below, its weight overflows.
+            # A key beyond the last has score 0. If all true scores are far below 0, its weight would overflow.
             weights = tl.where((start + tl.arange(0, READ))[None, :] < keys, weights, 0.0)
         grad_weights = _dot(grad, tl.trans(value), tl.zeros([OWN, READ], wide), WIDEN)
         grad_scores = weights * (grad_weights - delta[:, None])

@@ -1,4 +1,4 @@
-"""The single block's `[attention | GELU(mlp)]`, the input of its output projection, in one pass."""
+"""`[attention | GELU(mlp)]` in one pass: the input of the output projection in Flux's single blocks."""
 
 import torch
 import triton
@@ -82,7 +82,7 @@ def _forward_kernel(
     attention_ptr, mlp_ptr, out_ptr, attention_batch, attention_row, mlp_batch, mlp_row, width, hidden,
     BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """A stretch of BLOCK columns of one token: the first ones copy the attention, the others are GELU's."""
+    """BLOCK columns of one token. The first programs copy the attention, the others compute the GELU."""
     token = tl.program_id(0)
     sample = tl.program_id(1).to(tl.int64)
     copies = tl.cdiv(width, BLOCK)

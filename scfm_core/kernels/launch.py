@@ -1,9 +1,8 @@
-"""Where the Triton kernels can run, and what their launches have in common.
+"""Where the Triton kernels can run, and helpers of all launches.
 
-Every kernel is a `torch.library.custom_op` with a fake implementation and an autograd formula, so that `torch.compile`
-and activation checkpointing take it as one node. A `triton_op` would let inductor see the kernel inside; there is
-nothing that it could fuse into it, and it takes no interpreted kernel, so that what the tests run would not be what a
-GPU runs.
+Every kernel is a `torch.library.custom_op` with a fake implementation and an autograd formula, so `torch.compile` and
+activation checkpointing see it as one node. A `triton_op` would show the kernel to inductor, which has nothing to fuse
+into it. A `triton_op` also cannot run in Triton's interpreter, so the tests would not run the code that a GPU runs.
 """
 
 import importlib.util
@@ -15,11 +14,11 @@ from torch import Tensor
 
 
 def is_interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on any device and slowly (TRITON_INTERPRET=1 at import)."""
+    """Whether kernels run in Triton's interpreter: on any device, but slowly (TRITON_INTERPRET=1 at import)."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def why_not(device: torch.device) -> str | None:
+def why_no_triton(device: torch.device) -> str | None:
     """Why the kernels cannot run on `device`; None if they can."""
     if is_interpreted():
         return None
@@ -33,17 +32,17 @@ def why_not(device: torch.device) -> str | None:
 
 
 def compute_type(tensor: Tensor) -> Any:
-    """Triton's type to compute in: fp32; for fp64 inputs fp64, so that gradients can be checked numerically."""
+    """Triton's type for the arithmetic: fp32; for fp64 inputs fp64, so that tests can check gradients numerically."""
     import triton.language as tl
 
     return tl.float64 if tensor.dtype == torch.float64 else tl.float32
 
 
 def accumulator(tensor: Tensor) -> torch.dtype:
-    """The dtype that belongs to `compute_type`."""
+    """The torch dtype of `compute_type`."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def dense_rows(tensor: Tensor) -> Tensor:
-    """`tensor` with its last dimension contiguous; other strides are left as they are."""
+    """`tensor` with a contiguous last dimension; it is copied only if that dimension is not contiguous."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

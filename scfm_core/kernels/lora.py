@@ -1,12 +1,12 @@
-"""A linear with a low-rank correction of per-sample strength: `y = x W + scale * (x A) B`, without a pass over `y`.
+"""A linear with a low-rank correction of per-sample strength: `y = x W + scale * (x A) B`, with one write of `y`.
 
-All work is in matrix products, which the vendor's library does best; what eager PyTorch adds is traffic. The second
-product writes its own [rows, out] tensor, and a third kernel reads both to add them. Here it accumulates into the base's
-result where that lies, and backwards into the gradient of `x`: of some 23 GB that the adapters of a Flux.1-dev forward move at
-1536 tokens and batch 1, 14 are left (counted).
+All work is in matrix products, for which the vendor's library is fastest. Eager PyTorch adds memory traffic: the second
+product writes its own [rows, out] tensor, and a third kernel reads both tensors to add them. Here the product
+accumulates into the base's result, and in the backward into the gradient of `x`. This reduces the traffic of the
+adapters in a Flux.1-dev forward from about 23 GB to 14 GB, at 1536 tokens and batch 1 (counted).
 
-One product for the A of queries, keys and values would read `x` once instead of three times: 2 of the 25 tensors' worth that
-the adapters of a single block move. It is not done.
+One product for the A of queries, keys and values would read `x` once instead of three times. This is not implemented:
+it would save 2 of the 25 tensors that the adapters of a single block read or write.
 """
 
 import torch
@@ -22,8 +22,8 @@ def lora_linear_reference(
 
 
 def lora_add(base: Tensor, x: Tensor, down: Tensor, up: Tensor, scale: Tensor) -> Tensor:
-    """`base + scale * (x A^T) B^T` for a base product [B, ..., out] that is there already."""
-    # Scaled at rank width, where it costs least, and in fp32: 3 ** -0.5 in bf16 would be off by up to 0.2 %.
+    """`base + scale * (x A^T) B^T`, for a base product [B, ..., out] that was computed before."""
+    # Scale the narrow product, where it costs least, and in fp32: in bf16, 3 ** -0.5 would be off by up to 0.2 %.
     low = (F.linear(x, down) * scale.view(-1, *([1] * (x.ndim - 1)))).to(x.dtype)
     return base + F.linear(low, up)
 
@@ -37,7 +37,7 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up
         bias: [out].
         down: A [rank, in].
         up: B [out, rank].
-        scale: of the correction, fp32 [B]; it takes no gradient.
+        scale: of the correction, fp32 [B]; it gets no gradient.
 
     Returns:
         [B, ..., out] in the dtype of `x`.
@@ -46,7 +46,7 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up
 
 
 def _scaled(low: Tensor, scale: Tensor) -> Tensor:
-    """Rows [B * n, rank], each by its sample's scale."""
+    """Rows [B * n, rank], each multiplied by the scale of its sample."""
     return (low.view(scale.shape[0], -1, low.shape[1]) * scale[:, None, None]).to(low.dtype).view_as(low)
 
 
@@ -99,7 +99,7 @@ def _(
 
 def _setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     x, weight, _, down, up, scale = inputs
-    ctx.set_materialize_grads(False)  # of `low`, which nobody uses
+    ctx.set_materialize_grads(False)  # only the backward uses `low`
     ctx.save_for_backward(x, weight, down, up, scale, output[1])
 
 

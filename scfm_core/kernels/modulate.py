@@ -1,7 +1,7 @@
-"""adaLN's elementwise work (DiT, arXiv 2212.09748): LayerNorm + modulate, gate + residual, and both in one pass.
+"""Elementwise operations of adaLN (DiT, arXiv 2212.09748): LayerNorm + modulate, gate + residual, and both fused.
 
-A block adds a gated branch to its stream and normalises the sum for the next branch: `gated_modulate` reads stream and
-branch once and writes both results, where separate kernels would read the stream a second time.
+A block adds a gated branch to its stream and normalises the sum for the next branch. `gated_modulate` reads stream and
+branch once and writes both results; separate kernels would read the stream twice.
 """
 
 import torch
@@ -11,9 +11,8 @@ from torch import Tensor
 
 from scfm_core.kernels.launch import accumulator, compute_type, dense_rows
 
-_ROWS = (
-    16  # tokens a program of a backward goes through; its fp32 sums over them leave it once, 1/8 of a bf16 tensor each
-)
+_ROWS = 16
+"""Tokens per program of a backward. A program writes its fp32 sums once: each is 1/8 of the bytes of a bf16 tensor."""
 
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
@@ -35,7 +34,7 @@ def _tile(width: int) -> dict[str, int]:
 
 @torch.library.custom_op("scfm::modulate", mutates_args=())
 def _modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The result, and mean and reciprocal deviation of each row."""
+    """The result, and each row's mean and reciprocal standard deviation."""
     x, scale, shift = dense_rows(x), dense_rows(scale), dense_rows(shift)
     batch, tokens, width = x.shape
     output, mean, rstd = _fake_modulate(x, scale, shift, eps)
@@ -56,7 +55,7 @@ def _fake_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple
 def _gated_modulate(
     x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The sum, its modulated norm, and mean and reciprocal deviation of each row."""
+    """The sum, its modulated norm, and each row's mean and reciprocal standard deviation."""
     x, branch, gate, scale, shift = (dense_rows(tensor) for tensor in (x, branch, gate, scale, shift))
     batch, tokens, width = x.shape
     stream = x.new_empty(x.shape)
@@ -104,7 +103,7 @@ def _gated_backward(
     mean: Tensor,
     rstd: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, branch, gate, scale and shift, from those of the modulated norm and of the sum."""
+    """Gradients of x, branch, gate, scale and shift, from the gradients of the modulated norm and of the sum."""
     grad, grad_stream, stream, branch = (dense_rows(tensor) for tensor in (grad, grad_stream, stream, branch))
     gate, scale = dense_rows(gate), dense_rows(scale)
     grad_x, grad_branch, parts = stream.new_empty(stream.shape), branch.new_empty(branch.shape), _parts(3, stream)
@@ -130,7 +129,7 @@ def _(
 
 
 def _parts(kinds: int, x: Tensor) -> Tensor:
-    """Each program's sums over its tokens: [kinds, B, programs, D]."""
+    """Memory for each program's sums over its tokens: [kinds, B, programs, D]."""
     batch, tokens, width = x.shape
     return torch.empty(kinds, batch, triton.cdiv(tokens, _ROWS), width, dtype=accumulator(x), device=x.device)
 
@@ -153,7 +152,7 @@ def _launch_backward(
     batch, tokens, width = x.shape
     tile = _tile(width)
     if gated:
-        tile["num_warps"] *= 2  # more rows are held at once
+        tile["num_warps"] *= 2  # the program holds more rows at once
     _modulate_backward_kernel[(parts.shape[2], batch)](
         grad, grad_stream, x, branch, gate, scale, mean, rstd, grad_x, grad_branch, parts, grad.stride(0), grad.stride(1),
         grad_stream.stride(0), grad_stream.stride(1), x.stride(0), x.stride(1), branch.stride(0), branch.stride(1),
@@ -182,7 +181,7 @@ def _(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
 
 @torch.library.custom_op("scfm::gate_backward", mutates_args=())
 def _gate_backward(grad: Tensor, branch: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of branch and gate; that of the residual is `grad` itself."""
+    """Gradients of branch and gate; the gradient of the residual is `grad` itself."""
     grad, branch, gate = dense_rows(grad), dense_rows(branch), dense_rows(gate)
     batch, tokens, width = branch.shape
     programs = triton.cdiv(tokens, _ROWS)
@@ -202,7 +201,7 @@ def _(grad: Tensor, branch: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
 
 def _setup_modulate(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
     x, scale, _, _ = inputs
-    ctx.set_materialize_grads(False)  # of the statistics, which nobody uses
+    ctx.set_materialize_grads(False)  # only the backward uses the statistics
     ctx.save_for_backward(x, scale, *output[1:])
 
 
@@ -249,7 +248,7 @@ def _modulate_forward_kernel(
     branch_batch, branch_row, gate_batch, scale_batch, shift_batch, width, eps,
     GATED: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """One token. With GATED the row is `x + gate * branch`, which is written too."""
+    """One token. With GATED the row is `x + gate * branch`, and is written too."""
     token = tl.program_id(0)
     sample = tl.program_id(1).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -259,10 +258,10 @@ def _modulate_forward_kernel(
     if GATED:
         branch = tl.load(branch_ptr + sample * branch_batch + token * branch_row + column, mask=inside, other=0.0)
         gate = tl.load(gate_ptr + sample * gate_batch + column, mask=inside, other=0.0).to(COMPUTE)
-        # Rounded as it is stored: the norm, and the backward, which reads the stored sum, see the same row.
-        kept = (x + gate * branch.to(COMPUTE)).to(stream_ptr.dtype.element_ty)
-        tl.store(stream_ptr + place, kept, mask=inside)
-        x = kept.to(COMPUTE)
+        # Round as the store does: the backward reads the stored sum, and the norm must use the same values.
+        stored = (x + gate * branch.to(COMPUTE)).to(stream_ptr.dtype.element_ty)
+        tl.store(stream_ptr + place, stored, mask=inside)
+        x = stored.to(COMPUTE)
     mean = tl.sum(x, axis=0) / width
     centred = tl.where(inside, x - mean, 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, axis=0) / width + eps)
@@ -281,9 +280,9 @@ def _modulate_backward_kernel(
     scale_batch, kind, tokens, width,
     ROWS: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """dx = r (g - mean(g) - n mean(g n)), with n the normed row, r its 1 / deviation, g = grad (1 + scale).
+    """dx = r (g - mean(g) - n mean(g n)), with n the normed row, r its reciprocal deviation and g = grad (1 + scale).
 
-    With GATED the row was a sum `x + gate * branch` that went on beside the norm: the gradient of that way is added.
+    With GATED the row was the sum `x + gate * branch`, which is also a result: its own gradient is added.
     """
     program = tl.program_id(0)
     sample = tl.program_id(1).to(tl.int64)

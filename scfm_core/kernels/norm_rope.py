@@ -1,7 +1,7 @@
 """RMSNorm of queries or keys, and rotary position embedding, written into the joint text-image layout.
 
-Eager, this is some twelve passes over the tensor, most of them in fp32 (the rotation upcasts); here each element is read
-once and written once. The text's rows come first, as Flux joins them.
+Eager PyTorch makes about twelve passes over the tensor, most of them in fp32 because the rotation upcasts. Here each
+element is read once and written once. As in Flux, the text's rows come first.
 """
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from scfm_core.kernels.launch import accumulator, compute_type, dense_rows
 
-_ROWS = 16  # tokens a program of the backward goes through, where it sums the gradient of the norm's weight
+_ROWS = 16
+"""Tokens per program of the backward, if it sums the gradient of the norm's weight."""
 
 
 @torch.library.custom_op("scfm::norm_rope", mutates_args=())
@@ -25,13 +26,13 @@ def norm_rope(
     heads: int,
     eps: float = 1e-6,
 ) -> Tensor:
-    """Queries (or keys) of both streams, normalised, rotated and joined.
+    """Normalise, rotate and join the queries (or keys) of both streams.
 
     Args:
         image: projection of the image stream, [B, S_image, heads * D], D a power of two.
-        text: of the text stream, [B, S_text, heads * D]; None where the streams are joined already.
+        text: of the text stream, [B, S_text, heads * D]; None if the streams are joined already.
         image_weight, text_weight: of the RMSNorm over a head (arXiv 1910.07467), [D].
-        cos, sin: fp32 [S_text + S_image, D], every value twice in a row, as diffusers' `FluxPosEmbed` gives them
+        cos, sin: fp32 [S_text + S_image, D], every value twice in succession, as diffusers' `FluxPosEmbed` returns them
             (rotary embedding: arXiv 2104.09864).
         heads: number of heads.
         eps: of the norm.
@@ -68,8 +69,10 @@ def _fake_norm_rope(
 def _backward(
     grad: Tensor, x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, first: int, eps: float, weight_too: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of one stream, whose rows of the joint `grad` [B, S, heads, D] begin at `first`; of the norm's weight
-    if `weight_too` (a frozen base has none)."""
+    """Gradients of one stream, whose rows in the joint `grad` [B, S, heads, D] begin at `first`.
+
+    With `weight_too` also the gradient of the norm's weight; else it is empty (the base is frozen).
+    """
     grad, x = dense_rows(grad), dense_rows(x)
     batch, tokens, width = x.shape
     heads, dim = grad.shape[2:]
@@ -127,7 +130,7 @@ def _forward_kernel(
     x_ptr, weight_ptr, cos_ptr, sin_ptr, out_ptr, x_batch, x_row, out_batch, first, heads, eps,
     HEADS: tl.constexpr, DIM: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """A token's heads: [HEADS, DIM] at a time, cosines and sines read once for all of them."""
+    """All heads of one token, [HEADS, DIM]. Cosines and sines are read once for all heads."""
     token = tl.program_id(0)
     sample = tl.program_id(1).to(tl.int64)
     head = tl.arange(0, HEADS)[:, None]
@@ -151,7 +154,7 @@ def _backward_kernel(
     x_row, first, tokens, heads, eps,
     ROWS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, WEIGHT_TOO: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """The rotation backwards, then the norm: dx = r (g - n mean(g n)), with n = x r and g the gradient of n."""
+    """The inverse rotation, then the norm: dx = r (g - n mean(g n)), with n = x r and g the gradient of n."""
     program = tl.program_id(0)
     sample = tl.program_id(1).to(tl.int64)
     head = tl.arange(0, HEADS)[:, None]

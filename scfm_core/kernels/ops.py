@@ -1,4 +1,4 @@
-"""The fused operations of a transformer block as one table: Triton kernels, or the same in plain PyTorch."""
+"""The fused operations of a transformer block in one table: as Triton kernels, or in plain PyTorch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from scfm_core.kernels.reference import (
 
 @dataclass(frozen=True)
 class Ops:
-    """What a fused block calls; shapes and formulas stand at the functions of `triton_ops`' modules."""
+    """The operations that a fused block calls. See the functions in `triton_ops` for shapes and formulas."""
 
     norm_rope: Callable[..., Tensor]
     modulate: Callable[..., Tensor]

@@ -1,4 +1,4 @@
-"""What each kernel computes, in plain PyTorch: its definition in the tests, and `kernels.fused: reference`. Without Triton."""
+"""Each kernel in plain PyTorch: what the tests compare with, and what `kernels.fused: reference` runs."""
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ def norm_rope_reference(
     heads: int,
     eps: float = 1e-6,
 ) -> Tensor:
-    """`norm_rope` in plain PyTorch, in the dtype of its inputs but for the rotation, as diffusers computes it."""
+    """`norm_rope` in plain PyTorch, as diffusers computes it: in the dtype of the inputs, except for the rotation."""
     streams = [(image, image_weight)] if text is None else [(text, text_weight), (image, image_weight)]
     normed = [
         torch.nn.functional.rms_norm(x.unflatten(-1, (heads, -1)), (x.shape[-1] // heads,), weight, eps)
@@ -52,6 +52,6 @@ def gelu_concat_reference(attention: Tensor, mlp: Tensor) -> Tensor:
 
 
 def flash_attention_reference(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """`flash_attention` in plain PyTorch, with the whole matrix of scores."""
+    """`flash_attention` in plain PyTorch; it allocates the whole matrix of scores."""
     scores = torch.einsum("bqhd,bkhd->bhqk", query, key) * query.shape[-1] ** -0.5
     return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), value)

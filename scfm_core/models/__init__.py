@@ -1,1 +1,1 @@
-"""Networks: adapters on diffusers' models, the LoRA bank, frozen encoders, loading and export."""
+"""Networks: diffusers' models, the LoRA bank, frozen encoders, loading and export."""

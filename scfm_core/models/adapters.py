@@ -1,7 +1,7 @@
 """The LoRA bank: student, fast EMA and slow EMA side by side over one frozen base.
 
-A forward names the adapter and gives each sample its strength; nothing is copied, merged or swapped. Strength 0 is
-the frozen base, so teacher rows and EMA rows share one forward.
+A forward selects the adapter and a strength for each sample; no weight is copied, merged or swapped. Strength 0 is the
+frozen base, so rows of the teacher and rows of an EMA share one forward.
 """
 
 import math
@@ -16,19 +16,19 @@ from scfm_core.kernels.fp8 import Fp8Weight, fits, fp8_linear, quantise
 from scfm_core.kernels.lora import lora_add, lora_linear_reference
 
 ADAPTERS = ("student", "ema_fast", "ema_slow")
-_OF_THE_SAMPLE = re.compile(r"(^|\.)(norm\w*|time_text_embed)\.")  # in diffusers' transformers
+_PER_SAMPLE_LAYERS = re.compile(r"(^|\.)(norm\w*|time_text_embed)\.")  # names in diffusers' transformers
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
-    """Rank, scale and targets of the adapters. The defaults are the paper's: 504 linears of Flux.1-dev."""
+    """Rank, scale and targets of the adapters. The defaults are the paper's: all 504 linears of Flux.1-dev."""
 
     rank: int = 64
     """Rank of every adapter."""
     alpha: float = 64.0
     """Scale: an adapter at strength s adds `s * alpha / rank * B A`."""
     targets: str = ".*"
-    """Regular expression; linears whose full module name matches it are adapted. The default is all of them."""
+    """Regular expression: a linear is adapted if its full module name matches. The default matches all linears."""
 
     def __post_init__(self) -> None:
         if self.rank < 1 or not self.alpha > 0:
@@ -40,9 +40,9 @@ class LoRAConfig:
 
 
 class AdapterSelection:
-    """Which adapter the next forward uses, and at which strength; one object shared by all layers of a bank.
+    """The adapter and the strength of the next forward; all layers of a bank share one object.
 
-    It must keep its value until the backward of that forward is done: activation checkpointing reads it again.
+    It must not change before the backward of that forward is done, because activation checkpointing reads it again.
     """
 
     def __init__(self) -> None:
@@ -52,20 +52,20 @@ class AdapterSelection:
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear with one low-rank correction per adapter of the bank. Parameter names are PEFT's."""
+    """A frozen linear with one low-rank correction per adapter of the bank. Parameter names are those of PEFT."""
 
     def __init__(self, base_layer: nn.Linear, config: LoRAConfig, selection: AdapterSelection) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.selection = selection
         self.product: Callable[..., Tensor] = lora_linear_reference
-        """`lora_linear` or its reference."""
+        """`lora_linear`, or `lora_linear_reference` by default."""
         self.fp8: Fp8Weight | None = None
-        """The base's weight for the target's passes, if they run in fp8."""
+        """The base's weight in fp8, if the target's passes run in fp8."""
         device = base_layer.weight.device
 
         def bank(inputs: int, outputs: int) -> nn.ModuleDict:
-            # fp32 whatever the base: bf16 masters lose most updates at lr 2e-5.
+            # fp32 also over a bf16 base: bf16 masters lose most updates at a learning rate of 2e-5.
             return nn.ModuleDict(
                 {name: nn.Linear(inputs, outputs, bias=False, device=device, dtype=torch.float32) for name in ADAPTERS}
             )
@@ -91,20 +91,21 @@ class LoRALinear(nn.Module):
 
 
 def is_for_fp8(name: str, layer: nn.Module) -> bool:
-    """Whether an fp8 copy is kept of a module of the network.
+    """Whether a module of the network gets an fp8 copy of its weight.
 
-    Not of modulations and embedders of the sample as a whole: few rows, whose rounding every token feels.
+    Layers whose input is one row per sample (modulations, embedders) do not: they cost little, and their rounding error
+    affects every token.
     """
-    return isinstance(layer, LoRALinear) and fits(layer.base_layer.weight) and not _OF_THE_SAMPLE.search(name)
+    return isinstance(layer, LoRALinear) and fits(layer.base_layer.weight) and not _PER_SAMPLE_LAYERS.search(name)
 
 
 class LoRABank:
-    """Puts a `LoRALinear` in place of every targeted linear of `network` and freezes the rest.
+    """Replaces every targeted linear of `network` by a `LoRALinear`, and freezes all other weights.
 
     Args:
         network: the pre-trained network, changed in place.
         config: rank, alpha, targets.
-        seed: of the initial A factors (Kaiming uniform as in PEFT; B is zero, so the student starts as the teacher).
+        seed: of the initial A factors (Kaiming uniform, as in PEFT). B is zero, so the student starts as the teacher.
 
     Raises:
         ValueError: if no linear matches `config.targets`.
@@ -147,20 +148,26 @@ class LoRABank:
                 up.requires_grad_(name == "student")
 
     def select(self, adapter: str | None, strength: Tensor | None = None, *, in_fp8: bool = False) -> None:
-        """The next forward runs `adapter` at `strength` [B] (None: the bare base), in fp8 where there are such weights."""
+        """Select the adapter and strength of the next forward.
+
+        Args:
+            adapter: one of `ADAPTERS`; None: the base without adapter.
+            strength: fp32 [B].
+            in_fp8: use the fp8 weights of layers that have them.
+        """
         self.selection.in_fp8 = in_fp8
         self.selection.adapter = adapter
         self.selection.scale = None if strength is None else strength * (self.config.alpha / self.config.rank)
 
     @torch.no_grad()
     def quantise(self) -> None:
-        """Keep an fp8 copy of the base of adapted linears, for passes that `select` asks it for."""
+        """Make fp8 copies of the adapted linears' base weights, for forwards with `select(..., in_fp8=True)`."""
         for name, layer in self.layers.items():
             if is_for_fp8(name, layer):
                 layer.fp8 = Fp8Weight(*quantise(layer.base_layer.weight))
 
     def parameters(self, adapter: str) -> dict[str, nn.Parameter]:
-        """An adapter's factors, fp32, by name without the adapter: `<module>.lora_A.weight`."""
+        """An adapter's factors, fp32, by canonical name: `<module>.lora_A.weight`, without the adapter's name."""
         return {
             f"{name}.lora_{side}.weight": factor
             for name, layer in self.layers.items()
@@ -170,5 +177,5 @@ class LoRABank:
 
 @torch.no_grad()
 def merge(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
-    """`W + scale * B A` in fp32, for a base weight [out, in] and an adapter's factors; scale is `strength * alpha / rank`."""
+    """`W + scale * B A`, fp32 [out, in], with A `down` and B `up`; `scale` is `strength * alpha / rank`."""
     return torch.addmm(weight.float(), up, down, alpha=scale)

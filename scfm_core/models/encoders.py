@@ -1,4 +1,4 @@
-"""The frozen encoders: T5 and CLIP for captions, the VAE for images. diffusers does the work."""
+"""The frozen encoders of diffusers' pipelines: T5 and CLIP for captions, the VAE for images."""
 
 from collections.abc import Sequence
 
@@ -14,17 +14,22 @@ class TextEncoders:
     """CLIP and T5 of a pipeline.
 
     Args:
-        family: the model; it learns here what an empty caption is.
-        text_length: T5 tokens; captions are padded or cut to it.
+        family: the model; its `unconditional` is set to the encoding of the empty caption.
+        text_length: number of T5 tokens; captions are padded or truncated to it.
+        dtype: of the encoders.
+        device: of the encoders.
+
+    Raises:
+        UserError: if the encoders cannot be loaded.
     """
 
     def __init__(self, family: ModelFamily, text_length: int, dtype: torch.dtype, device: torch.device | str) -> None:
         import diffusers
         from diffusers.utils import logging
 
-        logging.disable_progress_bar()  # of "loading components"; every start would print it
+        logging.disable_progress_bar()  # "Loading pipeline components" at every start
         cls = getattr(diffusers, family.pipeline)
-        # A caption beyond 77 tokens is cut for CLIP, not for T5: as it should be, but said of every single one.
+        # CLIP truncates captions to 77 tokens, as intended; diffusers warns about every such caption.
         logging.get_logger(cls.__module__).setLevel(logging.ERROR)
         self.family, self.text_length, self.device = family, text_length, torch.device(device)
         try:
@@ -37,20 +42,20 @@ class TextEncoders:
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str], guidance: float | None = None) -> Conditioning:
-        """Captions -> text [B, L, D] and pooled [B, P]; `guidance` is the same for all rows."""
+        """Encode captions: text [B, L, D] and pooled [B, P]; `guidance` becomes fp32 [B], the same for all rows."""
         text, pooled = self.family.encode_prompt(self._pipeline, captions, self.device, self.text_length)
         rows = None if guidance is None else torch.full((len(captions),), guidance, device=self.device)
         return Conditioning(text=text, pooled=pooled, guidance=rows)
 
     def lengths(self, captions: Sequence[str]) -> list[int]:
-        """Tokens of each caption, CLIP's and T5's with its end mark; the rest is padding."""
+        """Number of tokens of each caption: CLIP's, and T5's up to its end token; the others are padding."""
         tokenizer = getattr(self._pipeline, self.family.t5_tokenizer)
         tokens = tokenizer(list(captions), truncation=True, max_length=self.text_length)
         return [self.family.clip_tokens + len(row) for row in tokens.input_ids]
 
 
 class Autoencoder:
-    """diffusers' `AutoencoderKL`, with the scaling of the latents folded in; of a model in pixel space, the identity."""
+    """diffusers' `AutoencoderKL` with the latents' shift and scale; for a model in pixel space, the identity."""
 
     def __init__(self, family: ModelFamily, dtype: torch.dtype, device: torch.device | str) -> None:
         from diffusers import AutoencoderKL
@@ -63,8 +68,10 @@ class Autoencoder:
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [-1, 1] -> latents [B, C, h, w]: the posterior's mean, so that a cache and
-        encoding on the fly agree and nothing random enters."""
+        """Images [B, 3, H, W] in [-1, 1] -> latents [B, C, h, w].
+
+        The latents are the posterior's mean: it is not random, so a cache agrees with encoding on the fly.
+        """
         if self.vae is None:
             return images.mean(1, keepdim=True) if self.grey else images
         mean = self.vae.encode(images.to(self.vae.device, self.vae.dtype)).latent_dist.mode()

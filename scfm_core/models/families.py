@@ -1,4 +1,4 @@
-"""Which family a model is of: its own files say."""
+"""Finding the family of a model, from the files in its folder."""
 
 import json
 from pathlib import Path
@@ -17,10 +17,10 @@ def open_family(path: str, *, offline: bool = False) -> ModelFamily:
 
     Args:
         path: hub id or folder.
-        offline: do not touch the network; a hub id is then good for its architecture alone (dry run).
+        offline: do not access the network. Of a hub id only the architecture is then available, for a dry run.
 
     Raises:
-        UserError: if there is no such model, or it is of no known family.
+        UserError: if there is no such model, or if its family is unknown.
     """
     if offline and not is_local(path):
         for family in FAMILIES:
@@ -28,7 +28,7 @@ def open_family(path: str, *, offline: bool = False) -> ModelFamily:
                 return family(Path(path), family.known[path])
         known = ", ".join(name for family in FAMILIES for name in family.known)
         raise UserError(
-            f"model.path {path!r} is not a local folder, and a dry run of a hub id knows these architectures alone: {known}. "
+            f"model.path {path!r} is not a local folder, and without the network only these architectures are known: {known}. "
             f"Download the model first, or give a local folder"
         )
     folder = resolve_folder(path)
@@ -36,11 +36,11 @@ def open_family(path: str, *, offline: bool = False) -> ModelFamily:
         found = json.loads((folder / "model_index.json").read_text())["_class_name"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"model.path: {folder / 'model_index.json'} is not diffusers' ({error}); fetch it again"
+            f"model.path: {folder / 'model_index.json'} is not in diffusers' format ({error}); download it again"
         ) from error
     for family in FAMILIES:
         if found == family.pipeline:
             return family(folder)
     raise UserError(
-        f"model.path: {folder} holds a {found}; scfm knows {' and '.join(family.pipeline for family in FAMILIES)}"
+        f"model.path: {folder} holds a {found}; scfm supports {' and '.join(family.pipeline for family in FAMILIES)}"
     )

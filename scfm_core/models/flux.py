@@ -1,6 +1,6 @@
 """Flux on diffusers' `FluxTransformer2DModel`: packing, position ids, guidance, timesteps.
 
-Layout and conventions as in diffusers' `FluxPipeline`; see also https://github.com/black-forest-labs/flux.
+Layout and conventions are those of diffusers' `FluxPipeline`; see also https://github.com/black-forest-labs/flux.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from scfm_core.models.protocol import PATCH, Conditioning, ModelFamily
 
 
 def pack_latents(latents: Tensor) -> Tensor:
-    """[B, C, H, W] -> tokens [B, H/2 * W/2, 4C]; a token holds C x 2 x 2."""
+    """[B, C, H, W] -> tokens [B, H/2 * W/2, 4C]; a token is a patch of C x 2 x 2."""
     batch, channels, height, width = latents.shape
     patches = latents.reshape(batch, channels, height // PATCH, PATCH, width // PATCH, PATCH)
     return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
@@ -28,7 +28,7 @@ def unpack_latents(packed: Tensor, height: int, width: int) -> Tensor:
 
 
 def image_ids(height: int, width: int, device: torch.device) -> Tensor:
-    """Position ids (0, row, column) of the packed tokens of latents of `height` x `width`: fp32 [tokens, 3]."""
+    """Position ids (0, row, column) of the packed tokens, for latents of `height` x `width`: fp32 [tokens, 3]."""
     rows = torch.arange(height // PATCH, device=device, dtype=torch.float32)
     columns = torch.arange(width // PATCH, device=device, dtype=torch.float32)
     ids = torch.zeros(len(rows), len(columns), 3, device=device)
@@ -71,7 +71,7 @@ class Flux(ModelFamily):
         return FluxTransformer2DModel
 
     def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        """The network's velocity: x [B, C, H, W], sigma fp32 [B] -> [B, C, H, W] in the network's dtype."""
+        """See `ModelFamily`. Guidance is an input of the network."""
         height, width = x.shape[-2:]
         dtype: torch.dtype = network.dtype  # type: ignore[assignment]  # of diffusers' ModelMixin
         packed = network(
@@ -94,9 +94,9 @@ class Flux(ModelFamily):
         return text, pooled
 
     def products(self, image_tokens: int, text_tokens: int) -> tuple[float, float]:
-        """See `ModelFamily`. Modulation and embedders are left out."""
+        """See `ModelFamily`. Modulation and embedders are not counted."""
         arch, tokens = self.network_config, image_tokens + text_tokens
         dim = arch["num_attention_heads"] * arch["attention_head_dim"]
         blocks = arch["num_layers"] + arch["num_single_layers"]
-        # Per token and block 12 D^2 weights act in either kind; attention is two S x S x D products a block.
+        # Both kinds of block use 12 D^2 weights per token; attention has two S x S x D products per block.
         return 24 * blocks * dim**2 * tokens, 4 * blocks * dim * tokens**2

@@ -1,6 +1,6 @@
-"""Puts fused operations into diffusers' Flux: other blocks around the same layers, and another attention processor.
+"""Fused operations for diffusers' Flux: other blocks around the same layers, and another attention processor.
 
-Layers keep their names and weights, so that checkpoints, adapters and exports know nothing of it.
+Layers keep their names and weights, so checkpoints, adapters and exports do not change.
 """
 
 from typing import Any
@@ -20,10 +20,10 @@ def fuse(network: nn.Module, ops: Ops, attention_backend: str, *, blocks: bool =
     """Change a `FluxTransformer2DModel`, adapted or not, in place.
 
     Args:
-        network: of diffusers' own blocks.
-        ops: what the fused modules call.
+        network: with diffusers' own blocks.
+        ops: the operations that the fused modules call.
         attention_backend: one of `scfm_core.kernels.attention.BACKENDS`.
-        blocks: replace the blocks and the adapters' products too; else the attention processors alone.
+        blocks: also replace the blocks and the adapters' products; else only the attention processors.
     """
     processor = FusedFluxAttnProcessor(ops, attention_backend)
     for kind, fused in (("transformer_blocks", FusedDoubleBlock), ("single_transformer_blocks", FusedSingleBlock)):
@@ -39,7 +39,7 @@ def fuse(network: nn.Module, ops: Ops, attention_backend: str, *, blocks: bool =
 
 
 class FusedFluxAttnProcessor:
-    """diffusers' `FluxAttnProcessor` with norm, rotation and joining in one pass, and a chosen attention backend."""
+    """diffusers' `FluxAttnProcessor` with norm, rotation and joining fused, and a selectable attention backend."""
 
     def __init__(self, ops: Ops, backend: str) -> None:
         self.ops, self.backend = ops, backend
@@ -52,7 +52,11 @@ class FusedFluxAttnProcessor:
         attention_mask: Tensor | None = None,
         image_rotary_emb: Rotation | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """As diffusers': [B, S, D] -> [B, S, D]; with a text stream, the projected results of image and text."""
+        """As in diffusers: [B, S, D] -> [B, S, D]; with a text stream, the projected results of image and text.
+
+        Raises:
+            ValueError: for a mask, or without a rotary embedding.
+        """
         if attention_mask is not None or image_rotary_emb is None:
             raise ValueError("the fused attention takes a rotary embedding and no mask; set kernels.fused: none")
         query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
@@ -69,13 +73,13 @@ class FusedFluxAttnProcessor:
         result = attention(query, key, value.unflatten(-1, (attn.heads, -1)), self.backend).flatten(2, 3)
         if encoder_hidden_states is None:
             return result
-        # Cut by `split`, whose backward is one concatenation; whole, so that a product takes its bias along.
+        # The backward of `split` is one concatenation. A product adds its bias itself only if its input is contiguous.
         text, image = result.split([encoder_hidden_states.shape[1], hidden_states.shape[1]], dim=1)
         return attn.to_out[1](attn.to_out[0](image.contiguous())), attn.to_add_out(text.contiguous())
 
 
 class FusedDoubleBlock(nn.Module):
-    """diffusers' `FluxTransformerBlock`, its layers taken over by name."""
+    """diffusers' `FluxTransformerBlock` with fused operations, around the same layers under the same names."""
 
     norm1: Any
     norm1_context: Any
@@ -85,7 +89,7 @@ class FusedDoubleBlock(nn.Module):
 
     def __init__(self, block: nn.Module, ops: Ops) -> None:
         super().__init__()
-        _take_over(self, block)
+        _adopt_layers(self, block)
         self.ops = ops
 
     def forward(
@@ -96,8 +100,8 @@ class FusedDoubleBlock(nn.Module):
         image_rotary_emb: Rotation,
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """See diffusers; returns text and image stream."""
-        assert not joint_attention_kwargs, "not for adapters that come in through joint_attention_kwargs"
+        """As in diffusers; returns text and image stream."""
+        assert not joint_attention_kwargs, "adapters in joint_attention_kwargs are not supported"
         embedded = F.silu(temb)
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.norm1.linear(embedded).chunk(6, dim=1)
         text_shift, text_scale, text_gate, text_shift_mlp, text_scale_mlp, text_gate_mlp = self.norm1_context.linear(
@@ -117,7 +121,7 @@ class FusedDoubleBlock(nn.Module):
 
 
 class FusedSingleBlock(nn.Module):
-    """diffusers' `FluxSingleTransformerBlock`, its layers taken over by name."""
+    """diffusers' `FluxSingleTransformerBlock` with fused operations, around the same layers under the same names."""
 
     norm: Any
     attn: Any
@@ -126,7 +130,7 @@ class FusedSingleBlock(nn.Module):
 
     def __init__(self, block: nn.Module, ops: Ops) -> None:
         super().__init__()
-        _take_over(self, block)
+        _adopt_layers(self, block)
         self.ops = ops
 
     def forward(
@@ -137,8 +141,8 @@ class FusedSingleBlock(nn.Module):
         image_rotary_emb: Rotation,
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """See diffusers; returns text and image stream."""
-        assert not joint_attention_kwargs, "not for adapters that come in through joint_attention_kwargs"
+        """As in diffusers; returns text and image stream."""
+        assert not joint_attention_kwargs, "adapters in joint_attention_kwargs are not supported"
         joint = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         shift, scale, gate = self.norm.linear(F.silu(temb)).chunk(3, dim=1)
         normed = self.ops.modulate(joint, scale, shift)
@@ -149,6 +153,6 @@ class FusedSingleBlock(nn.Module):
         return text, image
 
 
-def _take_over(module: nn.Module, block: nn.Module) -> None:
+def _adopt_layers(module: nn.Module, block: nn.Module) -> None:
     for name, child in block.named_children():
         setattr(module, name, child)

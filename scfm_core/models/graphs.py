@@ -23,8 +23,8 @@ class _Captured:
 class GraphedVelocity:
     """A velocity as a CUDA graph, captured once per set of shapes and dtypes.
 
-    Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs. Other tensors that the velocity reads (weights,
-    adapters) must keep their addresses; their values may change. A graph keeps the memory of one pass.
+    Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs. Other tensors that the velocity reads
+    (weights, adapters) must keep their addresses; their values may change. A graph keeps the memory of one pass.
 
     Args:
         velocity: `velocity(x, sigma, cond, strength)`, without gradient, without synchronisation with the host.

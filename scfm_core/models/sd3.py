@@ -1,6 +1,6 @@
 """Stable Diffusion 3 and 3.5 on diffusers' `SD3Transformer2DModel`: classifier-free guidance in two passes.
 
-Conventions as in diffusers' `StableDiffusion3Pipeline`; the model is of Esser et al., arXiv 2403.03206.
+Conventions are those of diffusers' `StableDiffusion3Pipeline`. The model: Esser et al., arXiv 2403.03206.
 """
 
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ _VAE = {"block_out_channels": (128, 256, 512, 512), "latent_channels": 16}
 
 
 class SD3(ModelFamily):
-    """SD3 and SD3.5 in diffusers' format. Its guidance is no input of the network, but the scale of two passes."""
+    """SD3 and SD3.5 in diffusers' format. Guidance is not an input of the network; it is the scale of two passes."""
 
     pipeline = "StableDiffusion3Pipeline"
     t5_tokenizer = "tokenizer_3"
@@ -62,10 +62,9 @@ class SD3(ModelFamily):
         return SD3Transformer2DModel
 
     def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        """See `ModelFamily`. With guidance w: `uncond + w * (cond - uncond)`, and no gradient through `uncond`; one pass if the
-        guidance was distilled.
+        """See `ModelFamily`. With guidance w: `uncond + w * (cond - uncond)`; one pass if guidance was distilled.
 
-        With gradient through both, the loss could be met by moving the unconditional branch away from the data.
+        `uncond` gets no gradient: otherwise training could lower the loss by moving `uncond` away from the data.
         """
         if cond.guidance is None or self.has_learned_guidance:
             return self._pass(network, x, sigma, cond)
@@ -78,7 +77,7 @@ class SD3(ModelFamily):
                 sigma,
                 Conditioning(text=empty.text.expand(rows, -1, -1), pooled=empty.pooled.expand(rows, -1)),
             )
-        # Autocast would take the weights that it has just cast, without gradient, for the pass that needs one.
+        # Autocast caches the weights that it cast without gradient; the next pass needs weights with gradient.
         torch.clear_autocast_cache()
         conditional = self._pass(network, x, sigma, cond)
         return unconditional + per_sample(cond.guidance, x).to(x.dtype) * (conditional - unconditional)
@@ -97,7 +96,7 @@ class SD3(ModelFamily):
     def encode_prompt(
         self, pipeline: Any, captions: Sequence[str], device: torch.device, text_length: int
     ) -> tuple[Tensor, Tensor]:
-        """See `ModelFamily`. Both CLIPs' tokens, side by side, come before T5's."""
+        """See `ModelFamily`. The tokens of both CLIPs, joined along features, come before those of T5."""
         prompts = list(captions)
         text, _, pooled, _ = pipeline.encode_prompt(
             prompts, prompts, prompts, device=device, do_classifier_free_guidance=False, max_sequence_length=text_length
@@ -105,10 +104,10 @@ class SD3(ModelFamily):
         return text, pooled
 
     def products(self, image_tokens: int, text_tokens: int) -> tuple[float, float]:
-        """See `ModelFamily`. Modulation and embedders are left out; the last block drops its text after attention."""
+        """See `ModelFamily`. Modulation and embedders are not counted. The last block has no text after attention."""
         arch, tokens = self.network_config, image_tokens + text_tokens
         dim, blocks = arch["num_attention_heads"] * arch["attention_head_dim"], arch["num_layers"]
         dual = len(arch["dual_attention_layers"])
-        # Per token and block 12 D^2 weights; a second attention of the image alone has 4 D^2.
+        # A block has 12 D^2 weights per token; a second attention, over the image only, has 4 D^2.
         linear = 24 * blocks * dim**2 * tokens - 18 * dim**2 * text_tokens + 8 * dual * dim**2 * image_tokens
         return linear, 4 * dim * (blocks * tokens**2 + dual * image_tokens**2)

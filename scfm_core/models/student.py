@@ -1,4 +1,4 @@
-"""Teacher, student and the two EMAs, behind one call: adapters over a shared base, or full copies."""
+"""Teacher, student and the two EMAs behind one interface: as adapters over a shared base, or as full copies."""
 
 import copy
 from abc import ABC, abstractmethod
@@ -62,12 +62,13 @@ class ShortcutModel(ABC):
 
 
 class LoRAModel(ShortcutModel):
-    """One frozen base with a bank of adapters. Every role is a forward of the same module.
+    """One frozen base with a bank of adapters. All roles are forwards of the same module.
 
     Args:
-        family: how to call the network.
-        network: the pre-trained network; frozen, and adapted in place.
-        config, seed: of the adapters.
+        family: of the network.
+        network: the pre-trained network; it is frozen, and adapted in place.
+        config: of the adapters.
+        seed: of the adapters' initial weights.
     """
 
     def __init__(self, family: ModelFamily, network: nn.Module, config: LoRAConfig, seed: int = 0) -> None:
@@ -77,11 +78,11 @@ class LoRAModel(ShortcutModel):
 
     @property
     def networks(self) -> dict[str, nn.Module]:
-        """The one module that serves all roles."""
+        """The single module of all roles."""
         return {"student": self.bank.network}
 
     def parameters(self, role: str) -> dict[str, nn.Parameter]:
-        """The adapter's factors, fp32."""
+        """See `ShortcutModel`: an adapter's factors."""
         return self.bank.parameters(role)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -91,7 +92,7 @@ class LoRAModel(ShortcutModel):
     def velocity(
         self, role: str, x: Tensor, sigma: Tensor, cond: Conditioning, strength: Tensor, *, for_target: bool = False
     ) -> Tensor:
-        """See `ShortcutModel`; x [B, C, H, W], sigma and strength fp32 [B]."""
+        """See `ShortcutModel`. The result is in the network's dtype."""
         if role == "teacher":
             self.bank.select(None)
         else:
@@ -100,18 +101,19 @@ class LoRAModel(ShortcutModel):
 
 
 class FullModel(ShortcutModel):
-    """All weights trained: fp32 student and EMAs as separate networks, and a frozen teacher where one is needed.
+    """All weights are trained: student and EMAs are separate fp32 networks; the teacher, if any, is frozen.
 
     Only strengths 0 (teacher) and 1 exist; a near pass with both runs two sub-batches.
 
     Args:
-        family: how to call the networks.
-        network: the pre-trained network, in fp32 for training; it becomes the first of `roles`, and the others its copies.
-        compute_dtype: of matrix products (autocast, if `network` has another).
+        family: of the networks.
+        network: the pre-trained network, in fp32 for training. It becomes the first of `roles`; the others are copies
+            of it.
+        compute_dtype: of matrix products; autocast is used if `network` has another dtype.
         teacher: the frozen network in `compute_dtype`; None for pretraining, which has no teacher rows.
-        roles: the networks there are: all for training; to sample, the one whose weights are wanted.
-        prepare: called with each network of this class's making, and with whether it is trained, before the next is
-            made: an engine shards it then, so that no more than two whole networks exist at a time.
+        roles: the networks to make. Training needs all; sampling needs one.
+        prepare: called with each network that this class makes, and with whether it is trained, before the next one is
+            made. An engine shards it there, so at most two whole networks exist at a time.
     """
 
     def __init__(
@@ -139,11 +141,11 @@ class FullModel(ShortcutModel):
 
     @property
     def networks(self) -> dict[str, nn.Module]:
-        """Those of `roles`, and the teacher if there is one."""
+        """The networks of `roles`, and the teacher if there is one."""
         return self._networks
 
     def parameters(self, role: str) -> dict[str, nn.Parameter]:
-        """All weights of a role."""
+        """See `ShortcutModel`: all weights of a network."""
         return dict(self._networks[role].named_parameters())
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -153,7 +155,7 @@ class FullModel(ShortcutModel):
     def velocity(
         self, role: str, x: Tensor, sigma: Tensor, cond: Conditioning, strength: Tensor, *, for_target: bool = False
     ) -> Tensor:
-        """See `ShortcutModel`; strengths other than 0 and 1 are refused.
+        """See `ShortcutModel`. Only strengths 0 and 1 are allowed.
 
         Raises:
             ValueError: for another strength, or strength 0 without a teacher.
@@ -163,7 +165,7 @@ class FullModel(ShortcutModel):
         strengths = strength.tolist()  # on a GPU this waits for its queue, once a pass
         if not {0.0, 1.0}.issuperset(strengths):
             raise ValueError(
-                "full weights know strengths 0 and 1 alone; step-scaled strengths need train.weights: lora"
+                "full weights support only strengths 0 and 1; step-scaled strengths need train.weights: lora"
             )
         is_near = role == "ema_fast" and for_target
         if not is_near and 0.0 not in strengths:
@@ -172,8 +174,8 @@ class FullModel(ShortcutModel):
             if 0.0 in strengths:
                 raise ValueError("this model was built without a teacher, but some rows have strength 0")
             return self._run(role, x, sigma, cond)
-        # Both networks are entered whatever the draw, by every process: a sharded network gathers its weights
-        # collectively. A network without rows of its own runs on row 0, and the result is thrown away.
+        # Every process runs both networks, also if no row needs one of them: a sharded network gathers its weights
+        # collectively. A network without rows runs on row 0, and its result is discarded.
         output = torch.empty_like(x)
         for name, value in (("teacher", 0.0), (role, 1.0)):
             rows = [row for row, own in enumerate(strengths) if own == value]

@@ -20,16 +20,16 @@ _ENCODERS = (
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 
 GUIDANCE_MARK = "GUIDANCE_IS_DISTILLED.txt"
-"""A file in a pipeline's folder: one pass of the network is guided already."""
+"""A file that marks a pipeline's folder: guidance was distilled, so one pass of the network is guided."""
 
 
 def is_local(path: str) -> bool:
-    """Whether `path` means a folder of this machine, not a hub id (`owner/name`)."""
+    """Whether `path` is a folder of this machine, and not a hub id (`owner/name`)."""
     return Path(path).expanduser().exists() or path.startswith((".", "/", "~")) or path.count("/") != 1
 
 
 def resolve_folder(path: str) -> Path:
-    """A local folder in diffusers' format for `path`, downloaded from the hub if it is a hub id.
+    """The local folder in diffusers' format for `path`; a hub id is downloaded.
 
     Raises:
         UserError: if there is no such folder or repository.
@@ -43,7 +43,7 @@ def resolve_folder(path: str) -> Path:
     if not index.is_file():
         raise UserError(
             f"model.path: {folder} has no model_index.json, so it is not a pipeline in diffusers' format. "
-            f"Point to the folder that holds transformer/, vae/, text_encoder/ and text_encoder_2/"
+            f"Give the folder that holds transformer/, vae/, text_encoder/ and text_encoder_2/"
         )
     return folder
 
@@ -52,18 +52,18 @@ def _download(repository: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        # Safetensors and texts alone: no pickles, and not the single-file copy at the top of Flux's repository.
+        # Only safetensors and text files: no pickles, and not the single-file copy at the top of Flux's repository.
         kept = ["*/*.safetensors", "*/*.json", "*/*.txt", "*/*.model", "*.json", GUIDANCE_MARK]
         return Path(snapshot_download(repository, allow_patterns=kept))
-    except Exception as error:  # the hub raises a dozen types; all end the run in the same way
+    except Exception as error:  # the hub raises a dozen types; the user's remedy is the same for all
         raise UserError(
-            f"model.path: {repository!r} is neither a local folder nor could it be fetched from the hub "
+            f"model.path: {repository!r} is not a local folder, and it could not be downloaded from the hub "
             f"({type(error).__name__}). Check the name, the network and, for gated models, `hf auth login`"
         ) from error
 
 
 def component_config(folder: Path, component: str) -> dict[str, Any]:
-    """`config.json` of one component.
+    """Read `config.json` of one component.
 
     Raises:
         UserError: if it is missing or not JSON.
@@ -79,7 +79,7 @@ def component_config(folder: Path, component: str) -> dict[str, Any]:
 
 
 def load_component(cls: Any, folder: Path, component: str, dtype: torch.dtype) -> Any:
-    """One component by `cls.from_pretrained`, safetensors only, every parameter in `dtype`, in eval mode.
+    """Load one component with `cls.from_pretrained`, only from safetensors, every parameter in `dtype`, in eval mode.
 
     Raises:
         UserError: if its weights are missing or damaged.
@@ -88,29 +88,29 @@ def load_component(cls: Any, folder: Path, component: str, dtype: torch.dtype) -
         raise UserError(f"model.path: {folder / component} has no .safetensors weights; is the download complete?")
     try:
         module = cls.from_pretrained(folder, subfolder=component, torch_dtype=dtype, use_safetensors=True)
-    except Exception as error:  # a damaged file raises whatever the reader raises; name the file's folder
+    except Exception as error:  # a damaged file can raise any type
         raise UserError(
             f"model.path: the weights in {folder / component} cannot be read ({type(error).__name__}: {error}). "
-            f"They are damaged or incomplete: fetch them again"
+            f"They are damaged or incomplete: download them again"
         ) from error
     return module.eval()
 
 
 def encoder_fingerprint(folder: Path) -> str:
-    """A fingerprint of VAE and text encoders: two caches fit together only if theirs are equal."""
+    """A fingerprint of VAE and text encoders. Two caches are compatible only if theirs are equal."""
     return _fingerprint(folder, _ENCODERS)
 
 
 def network_fingerprint(folder: Path) -> str:
-    """A fingerprint of the pre-trained network: an adapter is worth nothing over another one."""
+    """A fingerprint of the pre-trained network. An adapter is valid only for the network that it was trained on."""
     return _fingerprint(folder, ("transformer",))
 
 
 def _fingerprint(folder: Path, components: Sequence[str]) -> str:
-    """Hash of each file's name, its size, and its first and last MiB.
+    """Hash of each file's name, size, and first and last MiB.
 
-    A safetensors header holds every name and shape, and no two trainings share the weights after it. Hashing T5-XXL
-    whole would take a minute at every start.
+    These contain the safetensors header with every name and shape, and weights that differ between any two trainings.
+    Hashing all of T5-XXL would take a minute at every start.
     """
     digest = hashlib.sha256()
     for component in components:
@@ -131,8 +131,8 @@ def save_adapter(folder: Path, parameters: Mapping[str, Tensor], scale: float, m
     Args:
         folder: created if missing.
         parameters: `<module>.lora_A.weight` and `<module>.lora_B.weight`, fp32.
-        scale: alpha / rank; folded into B, so that weight 1 means strength 1 in every tool.
-        metadata: goes into the file's header under `scfm`, as JSON.
+        scale: alpha / rank; B is multiplied by it, so that weight 1 means strength 1 in every tool.
+        metadata: for the file's header, under `scfm`, as JSON.
 
     Returns:
         the safetensors file's path.
@@ -145,14 +145,14 @@ def save_adapter(folder: Path, parameters: Mapping[str, Tensor], scale: float, m
         for name, tensor in parameters.items()
     }
     path = folder / ADAPTER_FILE
-    aside = path.with_suffix(".tmp")
-    save_file(tensors, aside, metadata={"format": "pt", "scfm": json.dumps(metadata, sort_keys=True)})
-    os.replace(aside, path)
+    temporary = path.with_suffix(".tmp")
+    save_file(tensors, temporary, metadata={"format": "pt", "scfm": json.dumps(metadata, sort_keys=True)})
+    os.replace(temporary, path)
     return path
 
 
 def read_weights(folder: Path, component: str) -> Iterator[tuple[str, Tensor]]:
-    """A component's weights by name, read one at a time from its safetensors files."""
+    """A component's weights by name, read from its safetensors files one at a time."""
     from safetensors import safe_open
 
     for path in sorted((folder / component).glob("*.safetensors")):
@@ -171,38 +171,46 @@ def save_pipeline(
     has_learned_guidance: bool = False,
     shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """A complete pipeline folder: `source` with its transformer's weights replaced, in `dtype`.
+    """Write a complete pipeline folder: `source` with other weights of the transformer.
 
-    The other components are copied file by file, so that `target` stands alone; it appears when it is complete.
+    The other components are copied, so `target` does not need `source`. `target` appears only when it is complete.
 
     Args:
-        weights: every weight by name; read one by one and written in files of `shard_bytes`, as diffusers does, so that
-            one such file is all that is ever in memory.
-        shift: the sampler's fixed timestep shift; None leaves the scheduler as it is.
-        has_learned_guidance: mark it as a model that is not to be guided by a second pass; a marked `source` stays so.
+        source: a pipeline's folder.
+        target: the new folder.
+        weights: every weight by name. They are read one by one and written in files of `shard_bytes`, as diffusers
+            does, so at most one such file is in memory.
+        dtype: of the written weights.
+        shift: the sampler's fixed timestep shift; None keeps the scheduler of `source`.
+        has_learned_guidance: mark the model as guided by one pass; a marked `source` stays marked.
+        shard_bytes: largest size of a weight file.
 
     Raises:
         UserError: if `target` exists.
     """
     if target.exists():
         raise UserError(f"{target} exists already; choose another folder, or delete it")
-    aside = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    shutil.copytree(source, aside, ignore=shutil.ignore_patterns("transformer"))
-    (aside / "transformer").mkdir()
-    shutil.copy(source / "transformer" / "config.json", aside / "transformer" / "config.json")
-    _save_sharded(aside / "transformer", ((name, weight.to(dtype)) for name, weight in weights), shard_bytes)
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(source, temporary, ignore=shutil.ignore_patterns("transformer"))
+    (temporary / "transformer").mkdir()
+    shutil.copy(source / "transformer" / "config.json", temporary / "transformer" / "config.json")
+    _save_sharded(temporary / "transformer", ((name, weight.to(dtype)) for name, weight in weights), shard_bytes)
     if shift is not None:
         from diffusers import FlowMatchEulerDiscreteScheduler
 
-        FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=False).save_pretrained(aside / "scheduler")
+        FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=False).save_pretrained(
+            temporary / "scheduler"
+        )
     if has_learned_guidance:
-        (aside / GUIDANCE_MARK).write_text("Guidance was distilled into these weights: sample with guidance_scale=1.\n")
-    aside.rename(target)
+        (temporary / GUIDANCE_MARK).write_text(
+            "Guidance was distilled into these weights: sample with guidance_scale=1.\n"
+        )
+    temporary.rename(target)
 
 
 def _save_sharded(folder: Path, weights: Iterable[tuple[str, Tensor]], shard_bytes: int) -> None:
-    """One safetensors file, or several and their index, named as diffusers names them."""
+    """Write one safetensors file, or several files and their index, with diffusers' names."""
     from safetensors.torch import save_file
 
     stem = "diffusion_pytorch_model"

@@ -7,7 +7,7 @@ from torch import nn
 
 from scfm_core.errors import UserError
 from scfm_core.kernels.attention import AttentionChoice, AttentionShape, choose_attention
-from scfm_core.kernels.launch import why_not
+from scfm_core.kernels.launch import why_no_triton
 from scfm_core.models.fused import fuse
 from scfm_core.models.protocol import ModelFamily
 from scfm_core.train.config import KernelConfig, RunConfig
@@ -64,7 +64,7 @@ def choose_kernels(config: RunConfig, family: ModelFamily, device: torch.device,
                 f"kernels.fused and kernels.attention are for Flux's blocks, not those of {family.pipeline}. Set both to auto"
             )
         return Kernels("none", "fused ones are Flux's", None)
-    reason = why_not(device)
+    reason = why_no_triton(device)
     if asked.fused == "triton" and reason is not None:
         raise UserError(
             f"kernels.fused=triton cannot run here: {reason}. Set it to auto, reference or none (with TRITON_INTERPRET=1 "

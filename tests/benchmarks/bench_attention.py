@@ -1,10 +1,10 @@
-"""Attention: every backend that is there, forward and backward.
+"""Attention: every available backend, forward and backward.
 
     python tests/benchmarks/bench_attention.py [--repeats 20] [--batch 4] [--json PATH]
 
-On a GPU: 24 heads of 128 in bf16 at 1280, 1536 and 4608 tokens (Flux.1-dev at 512 x 512 and 1024 x 1024), and 38 heads of 64 at
-1280 (SD3.5-large). `x reference` is against the fastest library; `ours: auto` is the backend that a run would take. A
-forward is 4 S^2 D FLOPs a head, a backward 10 (five products).
+On a GPU: 24 heads of 128 in bf16 at 1280, 1536 and 4608 tokens (Flux.1-dev at 512 x 512 and 1024 x 1024), and 38 heads
+of 64 at 1280 (SD3.5-large). `x reference` is relative to the fastest library. `ours: auto` is the backend that a run
+would choose. Per head a forward has 4 S^2 D FLOPs and a backward 10 S^2 D (five products).
 """
 
 import torch
@@ -18,7 +18,7 @@ SHAPES = [(1280, 24, 128), (1536, 24, 128), (4608, 24, 128), (1280, 38, 64)] if 
 
 def measure_shape(shape: AttentionShape, repeats: int) -> list[dict[str, object]]:
     """A row for each backend and pass."""
-    there = [backend for backend in BACKENDS if why_unavailable(backend, shape) is None]
+    available = [backend for backend in BACKENDS if why_unavailable(backend, shape) is None]
     inputs = shape.draw()
     grad = torch.randn_like(inputs[0])
 
@@ -33,7 +33,7 @@ def measure_shape(shape: AttentionShape, repeats: int) -> list[dict[str, object]
     matrix = shape.batch * shape.heads * shape.tokens**2 * shape.head_dim
     rows = []
     for kind, run, flops in (("forward", forward, 4), ("forward + backward", both, 14)):
-        seconds = measure({backend: lambda b=backend, run=run: run(b) for backend in there}, repeats)  # type: ignore[misc]
+        seconds = measure({backend: lambda b=backend, run=run: run(b) for backend in available}, repeats)  # type: ignore[misc]
         best = min(time for backend, time in seconds.items() if backend != "triton")
         arms = {f"{'ours' if backend == 'triton' else 'reference'}: {backend}": t for backend, t in seconds.items()}
         arms[f"ours: auto ({chosen})"] = seconds[chosen]

@@ -1,8 +1,8 @@
-"""Our step under FSDP2 on one process against none: what sharding costs where it brings nothing.
+"""Our step on one process with FSDP2 and without: the cost of FSDP2 itself.
 
     python tests/benchmarks/bench_fsdp.py [--repeats 10] [--batch N] [--json PATH]
 
-A run of one process never shards; this is the price of FSDP2's hooks and copies alone, without communication.
+A run of one process never shards. This measures only FSDP2's hooks and copies, without communication.
 """
 
 import tempfile

@@ -1,10 +1,10 @@
-"""Each fused operation, forward and backward, against the same in eager PyTorch and compiled.
+"""Each fused operation, forward and backward, compared with eager and compiled PyTorch.
 
     python tests/benchmarks/bench_kernels.py [--repeats 20] [--batch 8] [--json PATH]
 
-On a GPU: the shapes of Flux.1-dev at 512 x 512 with 256 text tokens, bf16. `of copy` is the share of the bandwidth that a
-large copy reaches, counting each tensor that has to be read or written once, whatever an arm does. On a CPU: tiny shapes in
-Triton's interpreter, and nothing is compiled.
+On a GPU: the shapes of Flux.1-dev at 512 x 512 with 256 text tokens, bf16. `of copy` is the bandwidth as a share of a
+large copy's. It counts each tensor that must be read or written once, also if an arm reads it more often. On a CPU:
+tiny shapes in Triton's interpreter, without compilation.
 """
 
 from collections.abc import Callable
@@ -29,13 +29,13 @@ def draw(*shape: int) -> Tensor:
 
 
 def cases(batch: int) -> dict[str, tuple[list[Any], int, int]]:
-    """Arguments of each operation, and the elements that its forward and its backward must move."""
+    """Arguments of each operation, and the number of elements that its forward and its backward must read or write."""
     tokens = IMAGE + TEXT
     x, row = batch * tokens * WIDTH, batch * WIDTH
     angles = torch.rand(tokens, DIM // 2, device=DEVICE).repeat_interleave(2, dim=1)
     weight = torch.ones(DIM, device=DEVICE, dtype=DTYPE)
     stream = (batch, tokens, WIDTH)
-    linear = [tensor.requires_grad_(False) for tensor in (draw(WIDTH, WIDTH), draw(WIDTH))]  # a base that is frozen
+    linear = [tensor.requires_grad_(False) for tensor in (draw(WIDTH, WIDTH), draw(WIDTH))]  # the base is frozen
     strengths = torch.rand(batch, device=DEVICE)
     wide = x + batch * tokens * HIDDEN
     return {
@@ -55,7 +55,7 @@ def cases(batch: int) -> dict[str, tuple[list[Any], int, int]]:
 
 
 def passes(function: Callable[..., Any], arguments: list[Any]) -> tuple[Callable[[], object], Callable[[], object]]:
-    """The forward alone, without gradients, and forward with backward."""
+    """Two functions: the forward without gradients, and forward with backward."""
     with torch.no_grad():
         results = function(*arguments)
     results = results if isinstance(results, tuple) else (results,)

@@ -1,15 +1,15 @@
-"""Samples a second of this loader, of raw webdataset and of raw mosaicml-streaming, over the same records.
+"""Samples per second of this loader, webdataset and mosaicml-streaming, over the same records.
 
     python tests/benchmarks/bench_loader.py [--repeats 5] [--samples 1500] [--workers 2] [--window 256] [--s3]
         [--json PATH]
 
-Two kinds of records: cached latents and embeddings of Flux at 512 x 512 (bf16; captions of 20 to 120 T5 tokens, trimmed),
-and JPEG images of 512 x 512 (crops of scikit-learn's photographs). All arms shuffle within a window of as many samples (far
-fewer than the set's, as in a real run, so that nobody needs all of it before the first batch), decode with the same
-functions and run in a DataLoader of as many workers; their order is what differs, and that ours adds the padding of the
-texts where the batch is used. So the time counts until the whole batch has been copied as to a device. Arms are interleaved,
-each repeat begins with empty caches of the libraries (with `--s3`: a local S3 server that shares the machine's cores), and
-medians are printed, as ratios to the faster one of the libraries.
+Two kinds of records: cached latents and embeddings of Flux at 512 x 512 (bf16; captions of 20 to 120 T5 tokens,
+trimmed), and JPEG images of 512 x 512 (crops of scikit-learn's photographs). All arms shuffle within windows of the
+same size, decode with the same functions and use a DataLoader with the same number of workers. The window is much
+smaller than the set, as in a real run, so no arm reads the whole set before the first batch. Two things differ: the
+order, and that our loader adds the padding of the texts when the batch is used. Times therefore include a copy of the
+whole batch, as to a device. Arms are interleaved, and each repeat begins with empty caches (with `--s3`: a local S3
+server on the same cores). The table has medians, and ratios to the faster library.
 """
 
 import argparse
@@ -53,7 +53,7 @@ SHARDS = 32
 
 
 def cached_fields(number: int, width: int) -> dict[str, bytes]:
-    """One sample of a cache; the texts' lengths are drawn, so that trimming has something to trim."""
+    """One sample of a cache; texts have random lengths, because trimming is part of what is measured."""
     generator = torch.Generator().manual_seed(number)
     length = int(torch.randint(20, 121, (), generator=generator)) * LENGTH // 256
     tensors = {
@@ -67,7 +67,7 @@ def cached_fields(number: int, width: int) -> dict[str, bytes]:
 
 @lru_cache
 def photographs() -> list[Any]:
-    """The two inside scikit-learn, 427 x 640."""
+    """scikit-learn's two photographs, 427 x 640."""
     from sklearn.datasets import load_sample_images
 
     return list(load_sample_images().images)
@@ -84,7 +84,7 @@ def jpeg_fields(number: int, size: int) -> dict[str, bytes]:
 
 
 def write(folder: Path, fields: Callable[[int], dict[str, bytes]], samples: int, size: int, width: int = 0) -> None:
-    """The records as tars and, packed from those, as MDS."""
+    """Write the records as tars, and pack these into MDS."""
     tars = folder / "tars"
     tars.mkdir(parents=True)
     entries, per_shard = [], max(1, samples // SHARDS)
@@ -105,7 +105,7 @@ def write(folder: Path, fields: Callable[[int], dict[str, bytes]], samples: int,
 
 
 def decode(fields: dict[str, bytes], key: str, size: int) -> Record:
-    """What every arm does with a sample's bytes."""
+    """Decode a sample's bytes; all arms use this."""
     if "jpg" in fields:
         return Record(key=key, caption=fields["txt"].decode(), image=load_image(fields["jpg"], size, size))
     tensors = load(fields["safetensors"])
@@ -117,12 +117,12 @@ def decode(fields: dict[str, bytes], key: str, size: int) -> Record:
 
 
 def stack(records: Sequence[Record]) -> Any:
-    """As a batch of ours."""
+    """Collate records into our `Batch`."""
     return collate(list(range(len(records))), records)
 
 
 def to_device(batch: Batch, paddings: Sequence[Tensor | None]) -> list[Tensor]:
-    """What training would do with a batch: all of it copied, the texts whole."""
+    """Copy the whole batch with padded texts, as training does."""
     parts = [tensor.clone() for tensor in (batch.latents, batch.pooled, batch.images) if tensor is not None]
     if batch.text is not None:
         whole = set(batch.text.paddings) == {None}
@@ -144,7 +144,7 @@ class Arms:
         self.shards = max(1, -(-samples // max(1, samples // SHARDS)))
 
     def ours(self, form: str) -> Iterator[Any]:
-        """One epoch."""
+        """Our loader, one epoch."""
         source = SourceConfig(name="bench", uri=f"{self.base}/{form}", format="mds" if form == "mds" else "webdataset")
         config = DataConfig(
             sources=(source,),
@@ -165,11 +165,11 @@ class Arms:
         )
 
     def webdataset(self) -> Iterator[Any]:
-        """Raw: shards shuffled, a buffer of samples, its own cache for S3."""
+        """webdataset: shuffled shards and a shuffle buffer of samples."""
         import webdataset
 
         urls = [f"{self.base}/tars/shard-{number:06d}.tar" for number in range(self.shards)]
-        if self.base.startswith("s3://"):  # it has no S3 of its own; curl from the same server is the quickest it can
+        if self.base.startswith("s3://"):  # webdataset has no S3 client; curl on signed URLs is its fastest way
             import boto3
 
             client = boto3.client("s3", endpoint_url=os.environ["S3_ENDPOINT_URL"])
@@ -185,7 +185,7 @@ class Arms:
         return iter(DataLoader(dataset, batch_size=None, num_workers=self.workers))
 
     def streaming(self) -> Iterator[Any]:
-        """Raw: StreamingDataset with its default algorithm."""
+        """mosaicml-streaming: StreamingDataset with its default algorithm."""
         from streaming import StreamingDataset
         from streaming.base.util import clean_stale_shared_memory
 
@@ -209,7 +209,7 @@ class Arms:
 
 
 def time_epoch(start: Callable[[], Iterator[Batch]], arms: Arms) -> tuple[float, float]:
-    """Samples a second of an epoch: from the start of the workers on, and from the first batch on."""
+    """Samples per second of an epoch: from the start of the workers, and from the first batch."""
     shutil.rmtree(arms.scratch, ignore_errors=True)
     arms.scratch.mkdir()
     began = time.perf_counter()
@@ -224,7 +224,7 @@ def time_epoch(start: Callable[[], Iterator[Batch]], arms: Arms) -> tuple[float,
 
 
 def measure(kind: str, place: str, arms: Arms, repeats: int) -> list[dict[str, Any]]:
-    """Medians of interleaved epochs, as rows."""
+    """Rows with the medians of interleaved epochs."""
     starts = {
         "reference: webdataset": arms.webdataset,
         "reference: streaming": arms.streaming,
@@ -246,7 +246,7 @@ def measure(kind: str, place: str, arms: Arms, repeats: int) -> list[dict[str, A
 
 
 def trimmed(folder: Path) -> dict[str, float]:
-    """Bytes a sample of the cached records, as they are and with the text's padding."""
+    """Bytes per sample of the cached records, trimmed and with the text's padding."""
     manifest = Manifest.parse((folder / "tars" / "manifest.json").read_text(), "bench")
     bytes_a_sample = sum(shard.bytes for shard in manifest.shards) / manifest.samples
     shards = [Corpus(DataConfig(path=str(folder / "tars"), resolution=manifest.sizes.pop())).raw(0)[0]]
@@ -262,9 +262,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--width", type=int, default=4096, help="of the text embeddings; smaller for a quick look")
-    parser.add_argument("--window", type=int, default=256, help="samples that are shuffled among each other")
-    parser.add_argument("--s3", action="store_true", help="from a local S3 server too")
+    parser.add_argument("--width", type=int, default=4096, help="of the text embeddings; smaller for a quick test")
+    parser.add_argument("--window", type=int, default=256, help="size of the shuffle window, in samples")
+    parser.add_argument("--s3", action="store_true", help="also from a local S3 server")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(argv)
     torch.set_num_threads(1)

@@ -1,9 +1,9 @@
-"""Peak memory and time of our step under each kind of activation checkpointing.
+"""Peak memory and time of our step with each kind of activation checkpointing.
 
     python tests/benchmarks/bench_memory.py [--repeats 5] [--batch N] [--json PATH]
 
-On a GPU: Flux.1-dev, 512 x 512 pixels, T5 length 512, LoRA rank 64; each arm alone on the GPU. On a CPU: the tiny Flux, where
-memory is not counted.
+On a GPU: Flux.1-dev, 512 x 512 pixels, T5 length 512, LoRA rank 64; one arm at a time is on the GPU. On a CPU: the tiny
+Flux, without memory.
 """
 
 import gc

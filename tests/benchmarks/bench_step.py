@@ -1,12 +1,12 @@
-"""Time of one training step: ours against a plain diffusers + PEFT step, and against the best of such steps.
+"""Time of one training step: ours, a plain diffusers + PEFT step, and a tuned one.
 
     python tests/benchmarks/bench_step.py [--repeats 20] [--batch N] [--profile] [--json PATH]
 
-On a GPU: the architecture of Flux.1-dev with random weights, 512 x 512 pixels, T5 length 256, LoRA rank 64, encoders cached
-in all arms. `reference` is the authors' way, `reference: tuned` compiled, without checkpointing and copies (step_arms.py).
-`of peak` counts executed FLOPs, recomputation included, as the floor of a step does: 4.2 forwards without, 5.25 with it.
-`--profile` adds a table of where ours spends the GPU's time, by kind of kernel. On a CPU: the tiny Flux, fused blocks in
-plain PyTorch; its figures say nothing of a GPU.
+On a GPU: the architecture of Flux.1-dev with random weights, 512 x 512 pixels, T5 length 256, LoRA rank 64, encoders
+cached in all arms. `reference` works as the authors' release; `reference: tuned` is compiled, without checkpointing and
+copies (step_arms.py). `of peak` counts executed FLOPs with recomputation: 4.2 forwards without it, 5.25 with it.
+`--profile` adds a table of the GPU's time in our step by kind of kernel. On a CPU: the tiny Flux, with fused blocks in
+plain PyTorch; these figures do not apply to a GPU.
 """
 
 import torch
@@ -15,8 +15,8 @@ from step_arms import BATCH, DTYPE, GPU, Setting, ours, reference, tuned_referen
 
 from scfm_core.kernels.attention import AttentionShape, choose_attention
 
-PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # bf16, dense, NVIDIA's data sheets
-GROUPS = {  # the first that matches
+PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # bf16 without sparsity, from NVIDIA's data sheets
+GROUPS = {  # the first match counts
     "compiled (inductor)": ("triton_",),
     "attention": ("flash", "fmha", "cudnn", "sdpa", "attention", "_backward_keys", "_backward_queries", "_delta"),
     "matrix products": ("gemm", "nvjet", "cutlass", "sm90_xmma", "sm80_xmma", "cublas", "mm_"),
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
         return run
 
     resident = 0
-    for step in arms.values():  # optimizers and compiled code are in place before anything is compared
+    for step in arms.values():  # create optimizers and compiled code before the comparison
         step()
         step()
     if GPU:

@@ -1,9 +1,9 @@
-"""What a step costs beside the network's passes: optimizer, EMAs, and switching between teacher, EMAs and student.
+"""The time of a step outside the network's passes: optimizer, EMAs, switching between teacher, EMAs and student.
 
     python tests/benchmarks/bench_update.py [--repeats 20] [--json PATH]
 
-On a GPU: the 504 adapted linears of Flux.1-dev at rank 64, 347 M parameters. `reference` copies adapters in and out of the
-model three times a step and updates tensor by tensor, as the authors' release does; its optimizer is the same.
+On a GPU: the 504 adapted linears of Flux.1-dev at rank 64, 347 M parameters. `reference` copies adapters in and out of
+the model three times per step and updates tensor by tensor, as the authors' release does; its optimizer is the same.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""What the benchmarks share: arms that take turns, a table, a JSON file."""
+"""Shared by the benchmarks: interleaved measurement of several arms, a table, a JSON file."""
 
 import argparse
 import datetime
@@ -16,11 +16,10 @@ import torch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if DEVICE.type == "cpu":
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels then run, though their times say nothing
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels then run, but their times mean nothing
 WARM_UP = 3
 HEAD_START = 4_000_000
-"""Cycles, some 2 ms, that the GPU waits while the CPU launches what is timed: a small kernel runs in less time than its
-launch takes."""
+"""Cycles (about 2 ms) that the GPU waits while the CPU launches: a small kernel runs faster than it is launched."""
 
 
 def parser(description: str | None, name: str, repeats: int, batch: int = 8) -> argparse.ArgumentParser:
@@ -33,17 +32,17 @@ def parser(description: str | None, name: str, repeats: int, batch: int = 8) -> 
 
 
 def machine() -> str:
-    """Device, versions and date, as they stand above every table."""
+    """Date, device and versions: the line above every table."""
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
     versions = ", ".join(
         f"{package} {importlib.metadata.version(package)}" for package in ("torch", "triton", "diffusers")
     )
-    note = "" if DEVICE.type == "cuda" else "; kernels interpreted: their times say nothing"
+    note = "" if DEVICE.type == "cuda" else "; kernels interpreted: their times mean nothing"
     return f"{datetime.date.today()}, {name}, {versions}{note}"
 
 
 def measure(arms: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each arm, the arms taking turns."""
+    """Median seconds of each arm. The arms are interleaved."""
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     warm_up = WARM_UP if DEVICE.type == "cuda" else 1
     for number in range(repeats + warm_up):
@@ -55,7 +54,7 @@ def measure(arms: dict[str, Callable[[], object]], repeats: int) -> dict[str, fl
 
 
 def timed(run: Callable[[], object]) -> float:
-    """Seconds of one call, by the GPU's clock where there is one, which the launches keep ahead of as they do in training."""
+    """Seconds of one call. On a GPU by its clock, with launches ahead of it, as in training."""
     if DEVICE.type != "cuda":
         began = time.perf_counter()
         run()
@@ -70,14 +69,14 @@ def timed(run: Callable[[], object]) -> float:
 
 
 def copy_bandwidth() -> float:
-    """Bytes a second that a large copy reads and writes: what an elementwise kernel can reach at best."""
+    """Bytes per second that a large copy reads and writes: an upper bound for elementwise kernels."""
     source = torch.empty(2**28 if DEVICE.type == "cuda" else 2**22, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     return 2 * source.numel() / measure({"copy": lambda: target.copy_(source)}, 20)["copy"]
 
 
 def report(title: str, rows: Sequence[dict[str, Any]], columns: dict[str, str], path: Path) -> None:
-    """Print `columns` (key -> format) of the rows as one table, and write all of them."""
+    """Print `columns` (key -> format) of the rows as one table, and write the rows as JSON."""
     print(f"{title}\n{machine()}")
     cells = [[key.replace("_", " ") for key in columns]]
     cells += [["" if row.get(key) is None else format(row[key], form) for key, form in columns.items()] for row in rows]

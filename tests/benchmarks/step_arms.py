@@ -1,4 +1,4 @@
-"""One training step, as this project does it and as diffusers and PEFT alone would, on the same base weights."""
+"""One training step of this project, and steps with only diffusers and PEFT, on the same base weights."""
 
 from collections.abc import Callable, Mapping
 
@@ -27,7 +27,7 @@ from scfm_core.train.network import compile_blocks, set_activation_checkpointing
 GPU = DEVICE.type == "cuda"
 DTYPE = torch.bfloat16 if GPU else torch.float32
 BATCH = 8 if GPU and torch.cuda.get_device_properties(DEVICE).total_memory > 100e9 else 1
-"""Samples a step of the goals, or what fits with several arms beside each other and without checkpointing."""
+"""Samples per step; 1 if several arms without checkpointing would not fit together."""
 LR = 2e-5
 TINY = {
     "attention_head_dim": 16, "axes_dims_rope": (4, 6, 6), "guidance_embeds": True, "in_channels": 4,
@@ -38,10 +38,10 @@ DIFFUSERS_BACKENDS = {"cudnn": "_native_cudnn", "flash": "_native_flash", "flash
 
 
 class Setting:
-    """Base weights, shapes and inputs that all arms share: Flux.1-dev on a GPU, the tiny Flux on a CPU.
+    """Base weights, shapes and inputs of all arms: Flux.1-dev on a GPU, the tiny Flux on a CPU.
 
     Args:
-        batch: samples a step.
+        batch: samples per step.
         text_length: T5 tokens, on a GPU.
     """
 
@@ -70,7 +70,7 @@ class Setting:
         self._weights = base.state_dict()
 
     def network(self) -> nn.Module:
-        """A network over the shared weights."""
+        """A network with the shared weights."""
         network = self.family.meta_network()
         network.load_state_dict(self._weights, assign=True)
         return network
@@ -84,7 +84,7 @@ class Setting:
 
 
 def make_engine(setting: Setting, parameters: Parameters, networks: Mapping[str, nn.Module]) -> Fsdp2Engine:
-    """The trainer's own, of one process, in all arms: what differs is the method's share of a step."""
+    """The trainer's engine on one process, for all arms: they differ only in the passes and updates of the method."""
     config = OptimizerConfig(
         betas=(0.9, 0.999), weight_decay=0.0, clip_norm=10.0, accumulation=1, micro_batch_size=setting.batch, lr=LR,
         compute_dtype="bfloat16" if torch.bfloat16 == DTYPE else "float32",
@@ -101,7 +101,7 @@ def ours(
     checkpointing: str = "none",
     prepare: Callable[[nn.Module], object] = lambda network: None,
 ) -> Callable[[], None]:
-    """This project's step: adapters side by side, one near pass, nothing copied."""
+    """This project's step: a bank of adapters, one near pass, no copies."""
     network = setting.network()
     model = LoRAModel(setting.family, network, LoRAConfig(rank=setting.rank, alpha=float(setting.rank)))
     Kernels(fused, "benchmark", AttentionChoice(backend, "benchmark")).apply(network)
@@ -125,7 +125,7 @@ def ours(
 
 
 class _Peft:
-    """A diffusers network with PEFT adapters, and how a plain script runs the three passes with it."""
+    """A diffusers network with PEFT adapters, and the three passes as a plain script would run them."""
 
     def __init__(self, setting: Setting, adapters: tuple[str, ...]) -> None:
         from peft import LoraConfig
@@ -152,7 +152,7 @@ class _Peft:
     def target(
         self, plan: ShortcutPlan, x: Tensor, cond: Conditioning, fast: Callable[[], object], slow: Callable[[], object]
     ) -> Tensor:
-        """`fast` and `slow` put the averages in place."""
+        """The target; `fast` and `slow` select the EMAs."""
         near = torch.zeros_like(x)
         teacher, rest = plan.is_teacher.nonzero()[:, 0], (~plan.is_teacher).nonzero()[:, 0]
         if len(teacher):
@@ -170,8 +170,11 @@ class _Peft:
 
 
 def reference(setting: Setting) -> Callable[[], None]:
-    """As the authors' single-GPU release does it: adapters copied in and out of the model, two sub-batches in the near
-    pass, activation checkpointing, eager. Adapters are fp32 here."""
+    """The step of the authors' single-GPU release, with fp32 adapters.
+
+    It copies adapters in and out of the model, has two sub-batches in the near pass and activation checkpointing, and
+    is eager.
+    """
     peft = _Peft(setting, ("default",))
     peft.network.enable_gradient_checkpointing()
     trained = peft.weights("default")
@@ -200,12 +203,15 @@ def reference(setting: Setting) -> Callable[[], None]:
 
 
 def tuned_reference(setting: Setting, backend: str) -> Callable[[], None]:
-    """The best that diffusers and PEFT offer: three adapters that are switched without copies, compiled blocks, the best
-    attention backend, no checkpointing, foreach averages."""
+    """The fastest step with diffusers and PEFT.
+
+    It switches three adapters without copies, and has compiled blocks, the best attention backend, no checkpointing and
+    foreach EMA updates.
+    """
     peft = _Peft(setting, ("student", "ema_fast", "ema_slow"))
     network = peft.network
     if backend in DIFFUSERS_BACKENDS:
-        with attention_backend("native"):  # which puts back what setting one network's backend does to all others
+        with attention_backend("native"):  # restores the global backend, which set_attention_backend changes
             network.set_attention_backend(DIFFUSERS_BACKENDS[backend])
     if GPU:
         torch._dynamo.config.recompile_limit = 64

@@ -208,7 +208,7 @@ def test_a_rank_that_sleeps_in_a_step(name, victim, tiny, tmp_path):
     tree = make_run(tiny, tmp_path / "run", name)
     outcomes, said, _ = train_until_the_fault(tree, victim, "sleeps", 20 + TIMEOUT + MARGIN)
     assert [code_of(outcome) for outcome in outcomes] == [LOST, LOST], said
-    assert f"scfm: error: rank {victim} has stood at step 3 for more than engine.timeout=10 s" in said[victim]
+    assert f"scfm: error: rank {victim} has been at step 3 for more than engine.timeout=10 s" in said[victim]
     if os.environ.get("SCFM_SHOW_MESSAGES"):
         print(f"\nasleep: {said[victim]}\nwaiting: {said[1 - victim]}")
     assert f"rank {victim}" in said[1 - victim].partition("scfm: error: ")[2]

@@ -156,13 +156,13 @@ class TestWhatIsMissing:
         save_dcp(tensors or {"other.w": torch.zeros(1)}, tmp_path / DCP_FOLDER, World(), on_thread=False)
         with pytest.raises(UserError) as caught:
             open_dcp(tmp_path)
-        assert str(caught.value).endswith(f"has nothing of {', '.join(missing)}")
+        assert str(caught.value).endswith(f"has no tensors of {', '.join(missing)}")
 
     def test_a_group_is_not_taken_for_another(self, tmp_path):
         """`exp_avg` is the beginning of `exp_avg_sq`."""
         tensors = {k: t for k, t in make_tensors().items() if not k.startswith("exp_avg.")}
         save_dcp(tensors, tmp_path / DCP_FOLDER, World(), on_thread=False)
-        with pytest.raises(UserError, match=r"has nothing of exp_avg$"):
+        with pytest.raises(UserError, match=r"has no tensors of exp_avg$"):
             open_dcp(tmp_path)
 
     @pytest.mark.parametrize("kind", ["dcp", "zero"])

@@ -24,7 +24,7 @@ def test_philox_known_answers(counter, key, expected):
 
 
 def test_words_are_philox_of_block_id_and_stream_under_the_seed():
-    # Pinned: another layout would change the numbers of every run that resumes.
+    # Pinned: another layout would change the random numbers of every resumed run.
     seed, sample_id = 5 + 6 * 2**32, 7 + 8 * 2**32
     words = random_words(seed, torch.tensor([sample_id]), Stream.NOISE, 8)
     blocks = [philox(tuple(torch.tensor([[w] for w in (block, 7, 8, Stream.NOISE)])), (5, 6)) for block in (0, 1)]
@@ -39,7 +39,7 @@ def test_asking_for_more_words_changes_none():
 
 # 3 * 5 * 7 is odd, and so is a single number: Box-Muller makes pairs.
 @pytest.mark.parametrize("shape", [(4, 6), (3, 5, 7), (1,), ()], ids=str)
-def test_noise_is_independent_of_place_and_company(shape):
+def test_noise_does_not_depend_on_the_rest_of_the_batch(shape):
     noise = sample_noise(torch.zeros(len(IDS), *shape), IDS, seed=1)
     assert noise.shape == (len(IDS), *shape)
     assert noise.dtype == torch.float32
@@ -51,7 +51,7 @@ def test_noise_is_independent_of_place_and_company(shape):
         assert torch.equal(sample_noise(torch.zeros(1, *shape), sample_id[None], seed=1), noise[row : row + 1])
 
 
-def test_noise_does_not_depend_on_what_it_is_added_to():
+def test_noise_does_not_depend_on_the_latents():
     ids = torch.arange(2)
     expected = sample_noise(torch.zeros(2, 9), ids, seed=0)
     assert torch.equal(sample_noise(torch.randn(2, 9).bfloat16(), ids, seed=0), expected)
@@ -110,7 +110,7 @@ def test_uniform_fills_its_bins_evenly():
 
 
 def test_uniform_never_reaches_0_or_1(monkeypatch):
-    # log(0) would be an infinite noise, 1 an index past the last rung.
+    # 0 would give infinite noise (log 0), and 1 an index beyond the last self-slice grid.
     monkeypatch.setattr(random, "random_words", lambda *_: torch.tensor([[0, 2**32 - 1]]))
     draws = uniform(0, torch.tensor([0]), Stream.NOISE, 2)
     assert draws.min() > 0

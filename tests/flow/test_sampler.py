@@ -74,7 +74,7 @@ def test_the_state_is_at_least_fp32(noise, state):
     assert {*dtypes, sample.dtype} == {state}
 
 
-def test_sampling_leaves_its_noise_alone_and_takes_no_gradient():
+def test_sampling_does_not_change_its_noise_and_has_no_gradient():
     weight = torch.ones((), requires_grad=True)
     noise = torch.ones(2, 3)
     sample = euler_sample(lambda x, sigma: weight * x, noise, sigma_grid(2))

@@ -1,5 +1,8 @@
-"""Compiles every kernel of scfm for A100 and H100 exactly as the ops would launch it, without a GPU, and prints what each
-one needs: registers, bytes spilled, shared memory. Run by test_compilation.py in a process without the interpreter."""
+"""Compiles every kernel for A100 and H100 exactly as the ops launch it, without a GPU.
+
+Prints each kernel's registers, spilled bytes and shared memory. test_compilation.py runs it in a process without the
+interpreter.
+"""
 
 import json
 import re
@@ -29,13 +32,13 @@ from scfm_core.kernels.norm_rope import norm_rope
 
 
 class NoDevice:
-    """As much of a driver as compiling asks for."""
+    """The part of a driver that the compiler calls."""
 
     def __init__(self, capability: int) -> None:
         self.target = GPUTarget("cuda", capability, 32)
 
     def get_current_device(self) -> int:
-        return self.target.arch  # Triton keeps compiled kernels by device
+        return self.target.arch  # Triton caches compiled kernels by device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -56,7 +59,7 @@ def resources(kernel: Any) -> dict[str, int]:
 
 
 def launch_all(dtype: torch.dtype, dim: int) -> None:
-    """Every op once, at Flux's widths; the numbers of rows do not matter to a compiler."""
+    """Every op once, at Flux's widths; compiled code does not depend on the number of rows."""
     heads, rows = 3072 // dim, 16
 
     def tensor(*shape: int) -> torch.Tensor:
@@ -96,7 +99,7 @@ def main() -> None:
     cases = [(torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float32, 128)]
     for capability in (80, 90):
         triton.runtime.driver.set_active(NoDevice(capability))
-        for dtype, dim in cases if capability == 80 else cases[:2]:  # nobody trains in fp32 on the larger one
+        for dtype, dim in cases if capability == 80 else cases[:2]:  # fp32 is compiled once
             compiled.clear()
             launch_all(dtype, dim)
             for name, kernel in compiled.values():

@@ -1,4 +1,4 @@
-"""Which attention is taken, and why: what is there, what was measured, what is remembered."""
+"""The choice of an attention backend: which are available, measured times, and the file with earlier measurements."""
 
 import json
 
@@ -10,7 +10,7 @@ from scfm_core.kernels.attention import BACKENDS, TIE, AttentionShape, attention
 from scfm_core.kernels.reference import flash_attention_reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32  # a GPU's flash takes no fp32
+DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32  # flash on a GPU does not support fp32
 TOLERANCE = {"rtol": 2e-2, "atol": 2e-2} if DEVICE.type == "cuda" else {"rtol": 1e-4, "atol": 1e-5}
 SHAPE = AttentionShape(2, 40, 3, 16, DTYPE, DEVICE)
 
@@ -21,29 +21,29 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "scfm" / "attention.json"
 
 
-def there():
+def available():
     return [backend for backend in BACKENDS if why_unavailable(backend, SHAPE) is None]
 
 
 def times(**milliseconds):
-    asked = []
+    measured = []
 
     def time(backend, shape):
-        asked.append(backend)
+        measured.append(backend)
         return milliseconds.get(backend, 100.0)
 
-    return time, asked
+    return time, measured
 
 
-def test_on_a_cpu_these_are_there():
+def test_the_backends_of_a_cpu():
     if DEVICE.type == "cpu":
-        assert there() == ["flash", "triton", "math"]
+        assert available() == ["flash", "triton", "math"]
     else:
-        assert {"flash", "triton", "math"} <= set(there())
+        assert {"flash", "triton", "math"} <= set(available())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_all_that_are_there_agree(backend):
+def test_all_available_backends_agree(backend):
     if (reason := why_unavailable(backend, SHAPE)) is not None:
         pytest.skip(reason)
     query, key, value = SHAPE.draw()
@@ -51,11 +51,11 @@ def test_all_that_are_there_agree(backend):
     torch.testing.assert_close(attention(query, key, value, backend).double(), expected, **TOLERANCE)
 
 
-def test_the_fastest_is_taken_and_remembered(cache):
+def test_the_fastest_is_chosen_and_saved(cache):
     time, asked = times(triton=1.0, flash=2.0)
     first = choose_attention("auto", SHAPE, time=time)
     assert (first.backend, first.milliseconds["flash"]) == ("triton", 2.0)
-    measured = [backend for backend in there() if backend != "math"]  # which holds whole matrices of scores
+    measured = [backend for backend in available() if backend != "math"]  # it allocates whole matrices of scores
     assert asked == measured
     again = choose_attention("auto", SHAPE, time=time)
     assert asked == measured, "measured twice"
@@ -67,13 +67,13 @@ def test_the_fastest_is_taken_and_remembered(cache):
     assert set(json.loads(cache.read_text())) == {SHAPE.key, other.key}
 
 
-def test_a_hair_faster_is_not_faster():
+def test_a_difference_within_the_tie_keeps_the_order_of_preference():
     time, _ = times(flash=1.0, triton=1.0 - TIE / 2)
     assert choose_attention("auto", SHAPE, time=time).backend == "flash"
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"x": 1}', '{"x": {"backend": "gone", "milliseconds": {}}}'])
-def test_a_damaged_memory_is_measured_again(cache, content):
+def test_a_damaged_file_is_measured_again(cache, content):
     cache.parent.mkdir()
     cache.write_text(content)
     time, _ = times(triton=1.0)
@@ -81,16 +81,18 @@ def test_a_damaged_memory_is_measured_again(cache, content):
     assert list(json.loads(cache.read_text())) == [SHAPE.key]
 
 
-def test_a_backend_that_is_gone_is_not_taken_from_memory(cache):
+def test_a_saved_backend_that_is_no_longer_available_is_not_used(cache, monkeypatch):
     cache.parent.mkdir()
-    gone = "flash3" if "flash3" not in there() else "xformers"
-    cache.write_text(json.dumps({SHAPE.key: {"backend": gone, "milliseconds": {gone: 0.1}}}))
-    time, _ = times(triton=1.0)
-    if gone not in there():
-        assert choose_attention("auto", SHAPE, time=time).backend == "triton"
+    cache.write_text(json.dumps({SHAPE.key: {"backend": "flash", "milliseconds": {"flash": 0.1}}}))
+    time, asked = times(triton=1.0)
+    assert choose_attention("auto", SHAPE, time=time).backend == "flash" and not asked
+    reason = module.why_unavailable
+    monkeypatch.setattr(module, "why_unavailable", lambda name, at: "removed" if name == "flash" else reason(name, at))
+    assert choose_attention("auto", SHAPE, time=time).backend == "triton" and "flash" not in asked
+    assert json.loads(cache.read_text())[SHAPE.key]["backend"] == "triton"
 
 
-def test_a_home_that_cannot_be_written_costs_only_the_memory(tmp_path, monkeypatch):
+def test_without_a_writable_cache_the_choice_still_works(tmp_path, monkeypatch):
     file = tmp_path / "file"
     file.write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(file))
@@ -98,7 +100,7 @@ def test_a_home_that_cannot_be_written_costs_only_the_memory(tmp_path, monkeypat
     assert choose_attention("auto", SHAPE, time=time).backend == "triton"
 
 
-def test_what_does_not_fit_into_memory_is_left_out():
+def test_backends_without_enough_memory_are_skipped():
     def time(backend, shape):
         if backend != "flash":
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -114,21 +116,21 @@ def test_what_does_not_fit_into_memory_is_left_out():
         choose_attention("auto", other, time=never)
 
 
-def test_math_is_taken_where_there_is_nothing_else(monkeypatch):
+def test_math_is_chosen_if_nothing_else_is_available(monkeypatch):
     reason = "not here"
     monkeypatch.setattr(module, "why_unavailable", lambda backend, shape: None if backend == "math" else reason)
     time, asked = times(math=5.0)
     assert choose_attention("auto", SHAPE, time=time).backend == "math" and asked == ["math"]
 
 
-def test_asking_for_what_is_not_there_says_why_and_what_is():
-    if "flash3" in there():
+def test_an_unavailable_backend_is_refused_with_the_reason_and_the_available_ones():
+    if "flash3" in available():
         pytest.skip("FlashAttention-3 is installed")
     with pytest.raises(ValueError, match="FlashAttention-3 cannot be imported") as raised:
         choose_attention("flash3", SHAPE)
     assert "Choose among" in str(raised.value) and "triton" in str(raised.value)
 
 
-def test_what_is_asked_for_is_not_measured():
+def test_a_named_backend_is_not_measured():
     time, asked = times()
     assert choose_attention("triton", SHAPE, time=time).backend == "triton" and not asked

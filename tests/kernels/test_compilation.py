@@ -1,5 +1,8 @@
-"""Triton's compiler on every launch of every kernel, for A100 and H100; it needs no GPU, and finds what its interpreter
-does not: types that differ between branches, shapes that do not lower, registers and shared memory that do not suffice."""
+"""Triton's compiler on every launch of every kernel, for A100 and H100, without a GPU.
+
+It finds errors that the interpreter does not: types that differ between branches, shapes that do not lower, too many
+registers, too much shared memory.
+"""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Every kernel against its plain PyTorch reference in fp64: in Triton's interpreter on a CPU, compiled where there is a GPU."""
+"""Every kernel against its plain PyTorch reference in fp64: compiled on a GPU, else in Triton's interpreter."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ from scfm_core.kernels import flash, gelu_concat, lora, modulate, norm_rope, ref
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HEADS, DIM = 3, 16
-# A result is rounded once where it is stored; sums of rounded values (gradients through a stored row) add a little. In bf16
-# Triton's interpreter cuts bits off where a GPU rounds to the nearest.
+# A result is rounded once, when it is stored; sums of rounded values (gradients through a stored row) add a little. In
+# bf16 Triton's interpreter truncates, and a GPU rounds to nearest.
 BOUND = {torch.bfloat16: (2 if DEVICE.type == "cuda" else 4) * 2**-8, torch.float32: 16 * 2**-24, torch.float64: 1e-12}
 
 
@@ -23,7 +23,7 @@ def rotation(tokens: int) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class Case:
-    """A kernel, its reference, and the shapes of its inputs; `fixed` are passed behind them and take no gradient."""
+    """A kernel, its reference, and the shapes of its inputs; `fixed` are further arguments without gradient."""
 
     kernel: Callable[..., Tensor | tuple[Tensor, ...]]
     reference: Callable[..., Tensor | tuple[Tensor, ...]]
@@ -68,7 +68,7 @@ CASES = {
 
 
 def draw(case: Case, dtype: torch.dtype, *, dense: bool = True) -> list[Tensor | None]:
-    """Inputs that require gradients; if not `dense`, each is a slice of something wider."""
+    """Inputs that require gradients; if not `dense`, each is a slice of a wider tensor."""
     torch.manual_seed(0)
     inputs: list[Tensor | None] = []
     for shape in case.shapes:
@@ -86,12 +86,12 @@ def as_tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def run(function: Callable, inputs: list[Tensor | None], fixed: tuple) -> tuple[list[Tensor], list[Tensor]]:
-    """Results, and gradients of the inputs under fixed random gradients of the results."""
+    """Results, and gradients of the inputs for fixed random gradients of the results."""
     leaves = [None if tensor is None else tensor.detach().requires_grad_() for tensor in inputs]
     results = as_tuple(function(*leaves, *fixed))
     generator = torch.Generator().manual_seed(1)
     grads = [torch.randn(result.shape, generator=generator).to(result) for result in results]
-    # Rounded in bf16 first, so that both sides go back from the same gradients.
+    # Rounded to bf16 first, so that kernel and reference get the same gradients.
     grads = [grad.bfloat16().to(result) for grad, result in zip(grads, results, strict=True)]
     torch.autograd.backward(results, grads)
     return list(results), [leaf.grad for leaf in leaves if leaf is not None]
@@ -109,12 +109,19 @@ def assert_close(found: list[Tensor], expected: list[Tensor], bound: float) -> N
         assert error <= bound, f"result {number}: {error:.2e} of the largest value, more than {bound:.2e}"
 
 
-@pytest.mark.parametrize("dense", [True, False], ids=["dense", "slices"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+# In fp64 the gradients agree to 12 digits. Strides do not depend on the dtype, so slices are tested in one.
+@pytest.mark.parametrize(
+    ("dtype", "dense"),
+    [(torch.bfloat16, True), (torch.float32, True), (torch.float32, False), (torch.float64, True)],
+    ids=["bf16", "fp32", "fp32 slices", "fp64"],
+)
 @pytest.mark.parametrize("name", CASES)
 def test_agrees_with_the_reference_in_fp64(name, dtype, dense):
     case = CASES[name]
-    inputs, fixed = draw(case, dtype, dense=dense), case.fixed()
+    inputs = draw(case, dtype, dense=dense)
+    fixed = case.fixed()
+    if dtype == torch.float64:
+        fixed = tuple(wide(value) for value in fixed)
     results, gradients = run(case.kernel, inputs, fixed)
     assert all(result.dtype == dtype for result in results)
     expected = run(case.reference, [wide(tensor) for tensor in inputs], tuple(wide(value) for value in fixed))
@@ -123,23 +130,12 @@ def test_agrees_with_the_reference_in_fp64(name, dtype, dense):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_gradients_are_the_slopes(name):
-    case = CASES[name]
-    inputs, fixed = draw(case, torch.float64), tuple(wide(value) for value in case.fixed())
-    given = [tensor for tensor in inputs if tensor is not None]
-
-    def function(*values: Tensor) -> tuple[Tensor, ...]:
-        left = iter(values)
-        return as_tuple(case.kernel(*(None if tensor is None else next(left) for tensor in inputs), *fixed))
-
-    assert torch.autograd.gradcheck(function, given, fast_mode=True, nondet_tol=0.0)
-
-
-@pytest.mark.parametrize("name", CASES)
 def test_a_compiled_call_is_one_graph_with_the_same_results(name):
     case = CASES[name]
     inputs, fixed = draw(case, torch.float32), case.fixed()
-    eager = run(case.kernel, inputs, fixed)
+    eager, again = (run(case.kernel, inputs, fixed) for _ in range(2))
+    for one, other in zip(eager[0] + eager[1], again[0] + again[1], strict=True):
+        assert torch.equal(one, other)  # no atomics
     compiled = run(torch.compile(case.kernel, fullgraph=True, dynamic=False), inputs, fixed)
     for one, other in zip(eager[0] + eager[1], compiled[0] + compiled[1], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
@@ -167,7 +163,7 @@ def test_registered_as_torch_expects(name):
     torch.library.opcheck(op, arguments)
 
 
-def test_a_frozen_norm_costs_no_gradient():
+def test_a_frozen_norm_gets_no_gradient():
     x = torch.randn(1, 4, HEADS * DIM, device=DEVICE, requires_grad=True)
     weight = torch.ones(DIM, device=DEVICE)
     norm_rope.norm_rope(x, None, weight, None, *rotation(4), HEADS).sum().backward()
@@ -186,8 +182,8 @@ def test_attention_of_large_scores_does_not_overflow():
     assert_close([flash.flash_attention(x, x, x)], [expected], 1e-4)
 
 
-def test_attention_of_keys_that_all_repel_has_a_gradient():
-    """45 keys leave a tail in a tile of 32; every true score is far below the zero that the tail's would have."""
+def test_attention_with_very_negative_scores_has_the_right_gradient():
+    """45 keys do not fill tiles of 32. Keys in the rest of the tile would have score 0, far above all true scores."""
     key = torch.randn(1, 45, 1, DIM, device=DEVICE)
     key[..., 0] = 20.0
     query = torch.zeros(1, 40, 1, DIM, device=DEVICE)

@@ -1,9 +1,14 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from diffusers import FluxPipeline
 
 from recipes.tiny import write_pipeline
 from scfm_core.errors import UserError
+from scfm_core.flow.path import euler_step
+from scfm_core.flow.sampler import euler_sample
+from scfm_core.flow.schedule import sigma_grid
 from scfm_core.models.encoders import Autoencoder, TextEncoders
 from scfm_core.models.families import open_family
 from scfm_core.models.flux import image_ids, pack_latents, unpack_latents
@@ -44,6 +49,52 @@ def test_one_euler_step_of_the_pipeline_is_our_velocity(tiny):
     with torch.no_grad():
         velocity = family.velocity(family.load_network(torch.float32, "cpu"), noise, torch.ones(2), cond)
     torch.testing.assert_close(unpack_latents(theirs, 8, 8), noise - velocity, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("num_steps", "differing"), [(4, 0), (8, 1)])
+@torch.no_grad()
+def test_the_pipeline_in_bf16(tiny, num_steps, differing):
+    """Bit by bit: every pass of the network at the pipeline's timesteps, and the state but for where it is rounded.
+
+    The pipeline rounds 1000 sigma to bf16 and divides, we round sigma; the network then multiplies by 1000. The two
+    differ for one sigma of this grid of eight steps and for none of four. The pipeline also rounds its state to bf16
+    after every step; `euler_sample` keeps it in fp32.
+    """
+    pipe = FluxPipeline.from_pretrained(tiny / "flux", torch_dtype=torch.bfloat16)
+    pipe.set_progress_bar_config(disable=True)
+    passes = []
+    pipe.transformer.register_forward_hook(
+        lambda module, arguments, inputs, output: passes.append(
+            (inputs["hidden_states"], inputs["timestep"], output[0])
+        ),
+        with_kwargs=True,
+    )
+    prompts = ["a handwritten digit two", "a handwritten digit six"]
+    noise = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    theirs = pipe(
+        prompts, num_inference_steps=num_steps, guidance_scale=2.5, height=16, width=16, max_sequence_length=8,
+        latents=pack_latents(noise), output_type="latent",
+    ).images  # fmt: skip
+    sigmas = sigma_grid(num_steps, shift=3.0)
+    torch.testing.assert_close(pipe.scheduler.sigmas, sigmas, rtol=0, atol=1e-7)
+    family = open_family(str(tiny / "flux"))
+    network = family.load_network(torch.bfloat16, "cpu")
+    cond = TextEncoders(family, 8, torch.bfloat16, "cpu").encode(prompts, guidance=2.5)
+
+    found, state = 0, noise
+    for (packed, timestep, output), (sigma, sigma_next) in zip(passes, pairwise(sigmas), strict=True):
+        x, expected = unpack_latents(packed, 8, 8), unpack_latents(output, 8, 8)
+        assert torch.equal(x, state)
+        assert torch.equal(family.velocity(network, x, timestep.float(), cond), expected)
+        same_input = torch.equal(1000 * sigma.bfloat16(), 1000 * timestep[0])
+        assert torch.equal(family.velocity(network, x, sigma.expand(2), cond), expected) == same_input
+        found += not same_input
+        state = euler_step(x.float(), (sigma - sigma_next) * expected, torch.ones(())).bfloat16()
+    assert torch.equal(unpack_latents(theirs, 8, 8), state)
+    assert found == differing
+
+    ours = euler_sample(lambda x, sigma: family.velocity(network, x, sigma, cond), noise, sigmas)
+    assert 0 < (ours - state).norm() / state.norm() < 0.01  # 0.0032 at four steps
 
 
 def test_latents_are_what_the_pipeline_decodes(tiny):

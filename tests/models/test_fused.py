@@ -1,4 +1,4 @@
-"""The tiny Flux with fused blocks against diffusers' own: the same outputs and gradients, under the same names."""
+"""The tiny Flux with fused blocks has the outputs, gradients and names of diffusers' own blocks."""
 
 import copy
 
@@ -24,7 +24,7 @@ def family(tiny):
 
 def inputs(family, dtype):
     generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(2, *family.latent_shape(16, 16), generator=generator).to(DEVICE)
+    latents = torch.randn(2, *family.latent_shape(8, 8), generator=generator).to(DEVICE)
     config = family.network_config
     cond = Conditioning(
         text=torch.randn(2, 5, config["joint_attention_dim"], generator=generator).to(DEVICE, dtype),
@@ -68,7 +68,7 @@ def adapted(network):
         for ops in OPS
         for weights in ("lora", "full")
         for dtype in (torch.float32, torch.bfloat16)
-        if ops == "reference" or DEVICE.type == "cuda" or (weights == "lora") == (dtype == torch.bfloat16)
+        if ops == "reference" or DEVICE.type == "cuda"  # else below, in one test: Triton's interpreter is slow
     ],
 )
 def test_agrees_with_diffusers(family, ops, weights, dtype):
@@ -84,14 +84,13 @@ def test_agrees_with_diffusers(family, ops, weights, dtype):
     assert fused.state_dict().keys() == plain.state_dict().keys()
     expected = outputs_and_gradients(family, plain, torch.float32)
     if dtype == torch.bfloat16:
-        # Both in bf16 differ from fp32 by their roundings: the fused ones may differ by no more.
+        # Both differ from fp32 by their bf16 roundings; the error of the fused blocks may not be larger.
         for network in (plain, fused):
             network.zero_grad()
             nn.Module.to(network, dtype)
         plain_error = error_of(outputs_and_gradients(family, plain, dtype), expected)
         fused_error = error_of(outputs_and_gradients(family, fused, dtype), expected)
-        # Triton's interpreter cuts the low bits off where a GPU rounds to the nearest: twice the error of a store.
-        assert 1e-4 < fused_error <= (1.2 if DEVICE.type == "cuda" else 1.5) * plain_error
+        assert 1e-4 < fused_error <= 1.2 * plain_error
         return
     assert_same(outputs_and_gradients(family, fused, dtype), expected, BOUND)
 
@@ -112,16 +111,21 @@ def test_the_processors_alone(family):
     assert_same(outputs_and_gradients(family, other, torch.float32), expected, BOUND)
 
 
-def test_every_block_compiles_to_one_graph(family):
-    from scfm_core.train.network import set_activation_checkpointing, transformer_blocks
+def test_triton_blocks_train_eagerly_and_compiled(family):
+    """The first block of each kind is compiled to one graph, the others are eager; adapters and all base weights train."""
+    from scfm_core.train.network import set_activation_checkpointing
 
     plain = adapted(family.load_network(torch.float32, DEVICE))
+    for name, parameter in plain.named_parameters():
+        parameter.requires_grad_("lora_" not in name or ".student." in name)
     expected = outputs_and_gradients(family, plain, torch.float32)
+    assert any("norm_added_k" in name for name in expected[1]) and any("lora_A" in name for name in expected[1])
     plain.zero_grad()
     fuse(plain, triton_ops(), "triton")
     set_activation_checkpointing(plain, "selective")
-    for block in transformer_blocks(plain):
-        block.compile(backend="aot_eager", fullgraph=True)
+    assert len(plain.transformer_blocks) > 1 or len(plain.single_transformer_blocks) > 1
+    for blocks in (plain.transformer_blocks, plain.single_transformer_blocks):
+        blocks[0].compile(backend="aot_eager", fullgraph=True)
     assert_same(outputs_and_gradients(family, plain, torch.float32), expected, BOUND)
 
 

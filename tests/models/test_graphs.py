@@ -1,7 +1,7 @@
-"""Graphed passes. On a GPU with CUDA graphs; on a CPU with a graph in plain PyTorch that has their rules (`RecordedGraph`).
+"""Graphed passes: with CUDA graphs on a GPU, else with `RecordedGraph`, which follows the same rules in PyTorch.
 
-Only a GPU shows that a capture succeeds, that the warm-up keeps compilation and autotuning out of it, and that side streams
-are ordered correctly.
+Only a GPU shows that a capture succeeds, that the warm-up keeps compilation and autotuning out of it, and that side
+streams are ordered correctly.
 """
 
 import contextlib
@@ -33,8 +33,8 @@ def address(tensor: torch.Tensor) -> int:
 class RecordedGraph(TorchDispatchMode):
     """The operations that ran within the capture, with the tensors that they ran on.
 
-    As a CUDA graph: `replay` enters no Python of the model, reads what those tensors hold now and writes into the tensors
-    that the capture made; the capture itself computes nothing; within it no value may be read on the host.
+    As a CUDA graph: `replay` enters no Python of the model, reads what those tensors hold now and writes into the
+    tensors that the capture made; the capture itself computes nothing; within it no value may be read on the host.
     """
 
     def __init__(self):

@@ -1,4 +1,4 @@
-"""SD3.5's classes: guidance in two passes, and the whole way from training to images in diffusers."""
+"""SD3.5's classes: guidance in two passes, and all steps from training to images in diffusers."""
 
 import dataclasses
 import json
@@ -104,7 +104,7 @@ def test_guidance_is_of_each_sample(folder, family):
 
 
 def test_no_gradient_through_the_unconditional_branch(folder, family):
-    """The weights' gradient is that of w times the conditional pass; the empty caption gets none."""
+    """The weights' gradient is that of w times the conditional pass; the empty caption gets no gradient."""
     network, cond, x = family.load_network(torch.float32, "cpu"), conditions(folder, 4.0), torch.randn(2, 1, 8, 8)
     sigma, weight = torch.tensor([0.3, 0.8]), torch.randn(2, 1, 8, 8)
     parameter = network.transformer_blocks[1].attn.to_q.weight
@@ -197,15 +197,15 @@ def test_guided_paths_in_one_pass(make_sd3, folder, tmp_path):
         "sample.guidance": 4.7,
     }
     trainer = Trainer(make_sd3({**STAGE_1, **paths, "train.steps": 2}))
-    calls, told = [], []
+    calls, seen = [], []
     trainer.model.bank.network.register_forward_hook(lambda *_: calls.append(1))
     velocity = trainer.model.student_velocity
     trainer.model.student_velocity = lambda x, sigma, cond, strength: (
-        told.append(cond.guidance) or velocity(x, sigma, cond, strength)
+        seen.append(cond.guidance) or velocity(x, sigma, cond, strength)
     )
     fit(trainer)
     assert len(calls) == 2 * trainer.config.train.global_batch_size // trainer.config.train.micro_batch_size
-    assert told and all(guidance is None for guidance in told)
+    assert seen and all(guidance is None for guidance in seen)
     taken = {"method.trajectory_steps": 4, "method.trajectory_grids": [1, 2, 4], "train.steps": 1}
     trainer = Trainer(make_sd3({**STAGE_1, **paths, **taken, "run.dir": str(tmp_path / "taken")}))
     rows, teacher = [], trainer.family.velocity
@@ -224,8 +224,8 @@ def test_guided_paths_in_one_pass(make_sd3, folder, tmp_path):
 
 
 @pytest.mark.parametrize("weights", ["lora", "full"])
-def test_guidance_first_then_the_path(make_sd3, folder, tmp_path, weights):
-    """One pass learns what two say; the merged model is shortened without guidance, and runs so in diffusers."""
+def test_one_pass_learns_the_guidance_of_two(make_sd3, folder, tmp_path, weights):
+    """The merged model is a one-pass model, and makes in diffusers the images that `scfm sample` makes."""
     changes = {**STAGE_1, "method.flow_fraction": 1.0, "train.weights": weights, "train.steps": 40, "lora.rank": 16}
     rate = {"train.lr": 5e-3 if weights == "lora" else 1e-3, "lora.alpha": 16.0, "sample.guidance": 4.0}
     first = make_sd3({**changes, **rate, "run.dir": str(tmp_path / "guidance")})
@@ -234,9 +234,9 @@ def test_guidance_first_then_the_path(make_sd3, folder, tmp_path, weights):
 
     @torch.no_grad()
     def distance():
-        said = trainer.model.velocity("teacher", x, sigma, cond, torch.zeros(2))
+        guided = trainer.model.velocity("teacher", x, sigma, cond, torch.zeros(2))
         learned = trainer.model.velocity("student", x, sigma, cond.with_guidance(None), torch.ones(2))
-        return (learned - said).square().mean()
+        return (learned - guided).square().mean()
 
     before = distance()
     trainer.state.save()
@@ -256,27 +256,32 @@ def test_guidance_first_then_the_path(make_sd3, folder, tmp_path, weights):
         assert "An adapter with the guidance in it" in card and "guidance_scale=1.0" in card and "weight |" not in card
     ours = sampled(tmp_path / "guidance", tmp_path / "a")
     assert worst(ours, images_of(StableDiffusion3Pipeline.from_pretrained(merged), 1.0)) <= 2
+    assert open_family(str(merged)).passes == 1
 
-    again = {
-        "method.distil_guidance": False,
-        "method.flow_fraction": 0.0,
-        "method.teacher_fraction": 0.4,
-        "train.weights": "lora",
-    }
-    unguided = {
-        "model.path": str(merged),
-        "method.guidance": [1, 1],
-        "sample.guidance": 1.0,
-        "method.step_gain": {"gamma": 0.5},
-    }
-    second = make_sd3({**again, **unguided, "train.steps": 4, "train.lr": 1e-2, "run.dir": str(tmp_path / "path")})
-    trainer = Trainer(second)
+
+def test_a_one_pass_model_is_shortened(make_sd3, folder, tmp_path):
+    """A merged model with its mark is trained with one pass where others take two, and runs so in diffusers."""
+    merged = tmp_path / "one_pass"
+    shutil.copytree(folder, merged)
+    (merged / GUIDANCE_MARK).touch()
+    config = make_sd3(
+        {
+            "model.path": str(merged),
+            "method.guidance": [1, 1],
+            "sample.guidance": 1.0,
+            "method.step_gain": {"gamma": 0.5},
+            "train.steps": 4,
+            "train.lr": 1e-2,
+            "run.dir": str(tmp_path / "path"),
+        }
+    )
+    trainer = Trainer(config)
     calls = []
     trainer.model.bank.network.register_forward_hook(lambda *_: calls.append(1))
     next(trainer.train_steps())
     assert len(calls) == 3  # near, far, student
     fit(trainer)
-    (tmp_path / "path" / "config.yaml").write_text(dump_config(second))
+    (tmp_path / "path" / "config.yaml").write_text(dump_config(config))
     assert main(["export", str(tmp_path / "path")]) == 0
     pipe = StableDiffusion3Pipeline.from_pretrained(merged)
     pipe.load_lora_weights(tmp_path / "path" / "adapter", adapter_name="scfm")
@@ -286,7 +291,7 @@ def test_guidance_first_then_the_path(make_sd3, folder, tmp_path, weights):
     assert main(["export", str(tmp_path / "path"), "--merged", str(tmp_path / "short"), "--steps", "3"]) == 0
     assert open_family(str(tmp_path / "short")).passes == 1
     with pytest.raises(UserError, match=r"method\.distil_guidance is for models that are guided by a second pass"):
-        Trainer(make_sd3({**changes, **rate, "method.step_gain": None, "model.path": str(merged)}))
+        Trainer(make_sd3({**STAGE_1, "method.flow_fraction": 1.0, "method.step_gain": None}))
 
 
 def test_a_one_pass_model_from_the_hub_is_not_guided_twice(folder, tmp_path, monkeypatch):
@@ -334,7 +339,7 @@ def test_a_scale_below_one_is_refused(make_sd3, method):
 
 
 def test_pretrained_from_scratch(make_sd3):
-    """The data's own velocity is learned without guidance, and without captions as often as asked for."""
+    """The data's velocity is learned without guidance, and without captions in the configured fraction of rows."""
     changes = {"model.init": "random", "train.weights": "full", "train.lr": 2e-3, "train.steps": 12}
     method = {"method.flow_fraction": 1.0, "method.teacher_fraction": 0.0, "method.caption_dropout": 0.5}
     trainer = Trainer(make_sd3({**changes, **method}))

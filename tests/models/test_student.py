@@ -65,7 +65,7 @@ def test_full_weights_enter_both_networks_whatever_the_draw(family, batch, stren
 
 def test_full_weights_refuse_other_strengths(family, batch):
     x, sigma, cond = batch
-    with pytest.raises(ValueError, match="strengths 0 and 1 alone"):
+    with pytest.raises(ValueError, match="only strengths 0 and 1"):
         full_model(family).student_velocity(x, sigma, cond, torch.full((4,), 0.5))
     with pytest.raises(ValueError, match="without a teacher"):
         full_model(family, with_teacher=False).near_velocity(x, sigma, cond, torch.zeros(4))

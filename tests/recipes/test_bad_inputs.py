@@ -90,7 +90,7 @@ def missing_model(recipe, tiny, tmp_path):
 def hub_without_network(recipe, tiny, tmp_path):
     return train(
         recipe, "model.path=nobody/nothing"
-    ), "'nobody/nothing' is neither a local folder nor could it be fetched"
+    ), "'nobody/nothing' is not a local folder, and it could not be downloaded"
 
 
 def wrong_model_folder(recipe, tiny, tmp_path):
@@ -103,14 +103,14 @@ def wrong_pipeline(recipe, tiny, tmp_path):
     (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "StableDiffusionXLPipeline"}))
     return train(
         recipe, f"model.path={folder}"
-    ), "holds a StableDiffusionXLPipeline; scfm knows FluxPipeline and StableDiffusion3Pipeline"
+    ), "holds a StableDiffusionXLPipeline; scfm supports FluxPipeline and StableDiffusion3Pipeline"
 
 
 def interrupted_download(recipe, tiny, tmp_path):
     folder = copy(tiny, tmp_path, "flux")
     weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     os.truncate(weights, weights.stat().st_size // 2)
-    return train(recipe, f"model.path={folder}"), "damaged or incomplete: fetch them again"
+    return train(recipe, f"model.path={folder}"), "damaged or incomplete: download them again"
 
 
 def missing_weights(recipe, tiny, tmp_path):
@@ -290,11 +290,15 @@ def offload_of_one_process(recipe, tiny, tmp_path):
 
 
 def deepspeed_json_for_fsdp2(recipe, tiny, tmp_path):
-    return train(recipe, "engine.deepspeed_config=ds.json"), "is read with engine.name=deepspeed alone; set that"
+    return train(
+        recipe, "engine.deepspeed_config=ds.json"
+    ), "engine.deepspeed_config needs engine.name=deepspeed; set that"
 
 
 def shards_of_deepspeed(recipe, tiny, tmp_path):
-    return train(recipe, "engine.name=deepspeed", "engine.shard=2"), "engine.shard=2 is fsdp2's; with engine.name"
+    return train(
+        recipe, "engine.name=deepspeed", "engine.shard=2"
+    ), "engine.shard=2 needs engine.name=fsdp2; with deepspeed"
 
 
 def asynchronous_deepspeed(recipe, tiny, tmp_path):

@@ -69,7 +69,7 @@ def test_an_interval_holds_the_mean_of_its_steps(second_order):
 
 
 def test_steps_that_do_not_fill_the_intervals_are_refused():
-    with pytest.raises(ValueError, match="8 steps are no multiple of 12 intervals"):
+    with pytest.raises(ValueError, match="8 steps are not a multiple of 12 intervals"):
         roll_out(field, torch.zeros(1, 3), sigma_grid(8), intervals=12)
 
 

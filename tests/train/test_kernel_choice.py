@@ -26,7 +26,7 @@ def on_a_gpu(monkeypatch):
         shapes.append(shape)
         return AttentionChoice("cudnn", "the fastest here", {"cudnn": 1.234, "math": 20.0})
 
-    monkeypatch.setattr(kernels, "why_not", lambda device: None)
+    monkeypatch.setattr(kernels, "why_no_triton", lambda device: None)
     monkeypatch.setattr(kernels, "choose_attention", choose)
     return shapes
 
