@@ -30,7 +30,7 @@ class LossMeter:
     def __init__(self, device: torch.device | str) -> None:
         self.sums = torch.zeros(2, len(SLICES), SIGMA_BINS, dtype=torch.float64, device=device)
         """fp64 [2, slices, sigma bins]: losses, then counts. The sums of several processes may be added."""
-        self._rows: list[tuple[Tensor, Tensor]] = []
+        self._samples: list[tuple[Tensor, Tensor]] = []
 
     @torch.no_grad()
     def add(self, prediction: Tensor, target: Tensor, plan: ShortcutPlan) -> None:
@@ -42,11 +42,11 @@ class LossMeter:
         index = torch.where(plan.has_known_target, known, pair) * SIGMA_BINS + sigma_bin
         self.sums[0].view(-1).index_add_(0, index, losses)
         self.sums[1].view(-1).index_add_(0, index, torch.ones_like(losses))
-        self._rows.append((plan.sample_ids, losses))
+        self._samples.append((plan.sample_ids, losses))
 
     def by_sample(self) -> list[tuple[int, float]]:
         """(sample id, loss) of every row that was added."""
-        return [row for ids, losses in self._rows for row in zip(ids.tolist(), losses.tolist(), strict=True)]
+        return [row for ids, losses in self._samples for row in zip(ids.tolist(), losses.tolist(), strict=True)]
 
     def compute(self) -> dict[str, float]:
         """Means: `loss`, `loss/<slice>` and `loss/sigma_<low>-<high>`; slices and bins without samples are left out."""

@@ -53,7 +53,7 @@ def scfm_target(
 
     assert flow_velocity is not None
     # Only pairs need the two passes. At least one row always runs them, because in a sharded run every process must enter
-    # the network. If this row is no pair, its result is overwritten below.
+    # the network. If this row is not a pair, its result is overwritten below.
     rows = plan.pair_rows
     pair_cond = None if cond is None else cond[rows]
     pairs = _pair_target(plan, rows, noised_latents[rows], pair_cond, near, far)

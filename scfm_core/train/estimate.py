@@ -1,4 +1,4 @@
-"""The cost of a run, from the architecture alone (meta device): parameters, memory, FLOPs, steps a day."""
+"""The cost of a run, computed from the architecture on the meta device: parameters, memory, FLOPs, steps a day."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Memory of a run by part, on one GPU and in host memory of one process, from the architecture alone."""
+"""Memory of a run by part, on one GPU and in host memory of one process, computed from the architecture."""
 
 from dataclasses import dataclass
 

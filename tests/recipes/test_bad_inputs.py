@@ -292,11 +292,13 @@ def offload_of_one_process(recipe, tiny, tmp_path):
 
 
 def deepspeed_json_for_fsdp2(recipe, tiny, tmp_path):
-    return train(recipe, "engine.deepspeed_config=ds.json"), "is read with engine.name=deepspeed alone; set that"
+    return train(
+        recipe, "engine.deepspeed_config=ds.json"
+    ), "engine.deepspeed_config needs engine.name=deepspeed; set that"
 
 
 def shard_option_with_deepspeed(recipe, tiny, tmp_path):
-    return train(recipe, "engine.name=deepspeed", "engine.shard=2"), "engine.shard=2 is fsdp2's; with engine.name"
+    return train(recipe, "engine.name=deepspeed", "engine.shard=2"), "engine.shard=2 needs engine.name=fsdp2"
 
 
 def asynchronous_deepspeed(recipe, tiny, tmp_path):

@@ -635,7 +635,7 @@ class TestFailedWrites:
         assert not (tiny_disk / "checkpoints" / LATEST).exists()
 
     @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-    @pytest.mark.parametrize("late", [False, True], ids=["at once", "while waiting"])
+    @pytest.mark.parametrize("late", [False, True], ids=["immediately", "while waiting"])
     def test_full_disk_or_quota(self, run_dir, number, late):
         fail = raising(OSError(number, os.strerror(number)))
         with pytest.raises(

@@ -419,7 +419,7 @@ INVALID = [
     ("engine.shard=-2", "engine.shard must be -1 (all processes) or at least 1, got -2"),
     ("engine.timeout=0", "engine.timeout must be positive, got 0.0"),
     ("engine.timeout=.nan", "engine.timeout must be positive, got nan"),
-    ("engine.deepspeed_config=x.json", "engine.deepspeed_config is read with engine.name=deepspeed alone"),
+    ("engine.deepspeed_config=x.json", "engine.deepspeed_config needs engine.name=deepspeed; set that"),
     ("engine.zero_stage=0", "engine.zero_stage"),
     ("engine.name=fsdp", "engine.name"),
     ("checkpoint.every=0", "checkpoint.every and checkpoint.keep must be at least 1, got 0, 2"),
@@ -476,7 +476,7 @@ class TestValidation:
     @pytest.mark.parametrize(
         ("overrides", "message"),
         [
-            (["engine.name=deepspeed", "engine.shard=2"], "engine.shard=2 is fsdp2's"),
+            (["engine.name=deepspeed", "engine.shard=2"], "engine.shard=2 needs engine.name=fsdp2"),
             (["engine.shard=1", "engine.cpu_offload=true"], "engine.cpu_offload needs sharded weights"),
             (
                 ["engine.name=deepspeed", "checkpoint.asynchronous=true"],
