@@ -1,4 +1,4 @@
-"""`scfm job`: what a batch job in slurm/ asks about its run."""
+"""`scfm job`: questions of a batch job in slurm/ about its run."""
 
 from pathlib import Path
 from typing import Literal
@@ -12,34 +12,34 @@ Verdict = Literal["finished", "requeue", "cancelled", "failed"]
 
 
 def make_run_dir(config_path: str, overrides: list[str]) -> Path:
-    """Check a run's configuration and make its folder; the folder's absolute path.
+    """Check a run's configuration and create its folder; returns the folder's absolute path.
 
     Raises:
-        UserError: if the configuration is invalid, or the folder cannot be made.
+        UserError: if the configuration is invalid, or the folder cannot be created.
     """
     folder = Path(load_config(config_path, overrides).run.dir).absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"run.dir: {folder} cannot be made ({error.strerror}). Choose another with run.dir=PATH"
+            f"run.dir: {folder} cannot be created ({error.strerror}). Choose another with run.dir=PATH"
         ) from error
     return folder
 
 
 def verdict(run_dir: Path, *, exit_code: int, cancelled: bool, retries: int) -> tuple[Verdict, str]:
-    """What a batch job does next, after its processes have ended. The verdict is written to the run's history.
+    """Decide what a batch job does after its processes have ended, and write the verdict to the run's history.
 
-    The history decides, because torchrun's exit code does not tell a run that stopped as asked from one that crashed.
+    The history decides, because torchrun's exit code is the same for a run that stopped on a signal and one that crashed.
 
     Args:
-        run_dir: of the run.
-        exit_code: of the processes' launcher.
+        run_dir: the run's folder.
+        exit_code: exit code of the launcher.
         cancelled: whether the job was cancelled.
-        retries: how often in a row the run may break off without a new checkpoint in between.
+        retries: how many consecutive failures without a new checkpoint are tolerated.
 
     Returns:
-        `finished`, `requeue`, `cancelled` or `failed`, and why.
+        `finished`, `requeue`, `cancelled` or `failed`, and the reason.
     """
     history = read_history(run_dir)
     jobs = [number for number, row in enumerate(history) if row["event"] == "job"]
@@ -47,25 +47,25 @@ def verdict(run_dir: Path, *, exit_code: int, cancelled: bool, retries: int) -> 
     how, reason = (ends[-1]["how"], ends[-1].get("reason")) if ends else (None, None)
     newest = newest_complete(run_dir)
     checkpoint = newest.name if newest else None
-    if how == "finished":  # rank 0 writes it last: a process that fails afterwards has no work left
+    if how == "finished":  # rank 0 records it last: a failure of another process after that does not matter
         found: tuple[Verdict, str] = "finished", "all steps are done"
     elif cancelled:
         found = "cancelled", "the job was cancelled"
     elif how == "stopped":
-        found = "requeue", f"stopped by {reason}, to be continued"
+        found = "requeue", f"stopped by {reason}, to be resumed"
     elif how == "refused":
-        found = "failed", f"it cannot work as it is: {reason}"
+        found = "failed", f"the command is invalid: {reason}"
     else:
-        why = reason or f"the processes ended with exit code {exit_code}, and said nothing"
-        broken = 0
+        why = reason or f"the processes ended with exit code {exit_code} and without a message"
+        failures = 0
         for row in reversed([history[number] for number in jobs]):
             if not row["broke_off"] or row["checkpoint"] != checkpoint:
                 break
-            broken += 1
-        if broken >= retries:
-            found = "failed", f"it broke off {broken + 1} times in a row without a new checkpoint: {why}"
+            failures += 1
+        if failures >= retries:
+            found = "failed", f"it failed {failures + 1} times in a row without a new checkpoint: {why}"
         else:
-            found = "requeue", f"it broke off ({broken + 1} of at most {retries + 1} times in a row): {why}"
+            found = "requeue", f"it failed ({failures + 1} of at most {retries + 1} times in a row): {why}"
     write_event(
         run_dir,
         "job",

@@ -1,4 +1,4 @@
-"""`scfm sample`: images from a run's weights, as a plain diffusers pipeline would make them."""
+"""`scfm sample`: images from a run's weights, the same as from a diffusers pipeline."""
 
 import math
 from pathlib import Path
@@ -28,15 +28,15 @@ def sample(
     strength: float | None,
     output: Path | None,
 ) -> list[Path]:
-    """Write one PNG a prompt; returns their paths.
+    """Write one PNG for each prompt; returns their paths.
 
     Args:
         run_dir: the run.
-        overrides: of its configuration (`sample.seed=7`, `sample.guidance=3`, `data.resolution=[1024,1024]`).
-        prompts: given on the command line; none: those of `prompt_file`, else of the configuration.
+        overrides: changes of its configuration (`sample.seed=7`, `sample.guidance=3`, `data.resolution=[1024,1024]`).
+        prompts: prompts of the command line; if empty: those of `prompt_file`, else of the configuration.
         num_steps: Euler steps.
-        strength: of the adapter; None: what the run was trained for at this step count.
-        output: folder of the images, by default `RUN_DIR/samples/N_steps`.
+        strength: strength of the adapter; None: the one that the run trained for this step count.
+        output: folder of the images; None: `RUN_DIR/samples/N_steps`.
     """
     from PIL import Image
 
@@ -46,7 +46,7 @@ def sample(
     if strength is not None and not math.isfinite(strength):
         raise UserError(f"--strength must be a finite number, got {strength}")
     if strength is not None and config.train.weights == "full" and strength != 1:
-        raise UserError("full weights have no strength other than 1: leave --strength out")
+        raise UserError("full weights only have strength 1: omit --strength")
     prompts = prompts or read_prompts(prompt_file or config.sample.prompts, "--prompts")
     if not prompts:
         raise UserError("there is no prompt: give --prompt TEXT or --prompts FILE, or set sample.prompts")
@@ -74,7 +74,7 @@ def generate(
     num_steps: int,
     strength: float | None = None,
 ) -> Tensor:
-    """Images of `role` for rows of `cond` and their seeds, fp32 [N, 3, H, W] in [0, 1] on the CPU."""
+    """Images from the weights of `role`, one for each row of `cond` and seed; fp32 [N, 3, H, W] in [0, 1] on the CPU."""
     shape, batch = model.family.latent_shape(*config.data.resolution), config.evaluate.batch_size
     latents = []
     for at in range(0, len(seeds), batch):

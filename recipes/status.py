@@ -1,4 +1,4 @@
-"""`scfm status`: where a run stands."""
+"""`scfm status`: the progress of a run, and its starts."""
 
 import time
 from pathlib import Path
@@ -10,14 +10,14 @@ from scfm_core.train.history import read_history
 from scfm_core.train.metrics import read_metrics
 
 _RECENT = 50
-"""The last steps, from whose rate the time left is computed."""
+"""Number of last steps whose rate gives the remaining time."""
 
 
 def status(run_dir: Path) -> str:
     """Step, rate, time left, last checkpoint, and every start with its end, as text.
 
     Raises:
-        UserError: if nothing was ever started in the folder.
+        UserError: if no run was started in the folder.
     """
     history, rows = read_history(run_dir), read_metrics(run_dir / "metrics.jsonl")
     if not history:
@@ -47,7 +47,7 @@ def status(run_dir: Path) -> str:
 
 
 def _starts(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each start with its end, if it has one. A refused run has an end alone."""
+    """Each start with its end, if it has one. A refused run has only an end."""
     starts: list[dict[str, Any]] = []
     for row in history:
         if row["event"] == "start":
@@ -67,9 +67,9 @@ def _state(starts: list[dict[str, Any]]) -> str:
         return "running, or killed without a message"
     return {
         "finished": "finished",
-        "stopped": "stopped, to be continued",
+        "stopped": "stopped, to be resumed",
         "refused": "refused",
-        "lost": "broke off",
+        "lost": "lost: it ended without a message",
     }.get(how, "failed")
 
 

@@ -2,9 +2,9 @@
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend.
+    """A mistake that the user can fix.
 
-    The message says what is wrong, where, and how to mend it. Any other exception is a defect of this project and keeps its
+    The message says what is wrong, where, and how to fix it. Any other exception is a bug of this project and keeps its
     traceback.
     """
 

@@ -31,7 +31,7 @@ def mismatch(file: BinaryIO, size: int, sha256: str | None) -> str | None:
         sha256: in hex, from the manifest; None: only the size is compared.
 
     Returns:
-        the difference as half a sentence, or None if there is none.
+        the difference, as part of a sentence; None if the file matches.
     """
     found = os.fstat(file.fileno()).st_size
     if found != size:

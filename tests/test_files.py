@@ -1,3 +1,5 @@
+"""Hashes, comparison with a manifest, fsync."""
+
 import hashlib
 import os
 from pathlib import Path

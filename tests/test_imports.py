@@ -15,10 +15,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Modules of the standard library alone, without imports of this repository.
+# Modules that import only the standard library.
 LEAVES = ("scfm_core.errors", "scfm_core.files", "scfm_core.secrets")
 
-# What each package may import from this repository, itself included. A new package needs a line here.
+# The modules of this repository that each package may import, including its own. A new package needs a line here.
 ALLOWED = {
     "scfm_core": (),  # its __init__ runs before any package below
     **dict.fromkeys(LEAVES, ()),
@@ -34,17 +34,17 @@ ALLOWED = {
 }
 OURS = ("scfm_core", "recipes", "data_tools")
 
-# What these packages may import from elsewhere besides the standard library; the others may import anything.
+# Third-party packages that these packages may import; the others may import any.
 THIRD_PARTIES = {"scfm_core.flow": {"torch"}, **{leaf: set() for leaf in LEAVES}}
 
-# Heavy or optional: one module each, inside the function that needs it.
+# Heavy or optional packages: each is imported in one module, inside the function that needs it.
 LAZY = {"deepspeed", "streaming", "webdataset", "wandb", "xformers"}
 
 
 @dataclass(frozen=True)
 class Import:
     name: str
-    """Dotted; for `from a import b` it is `a.b`, which may be a module or not."""
+    """Dotted name; for `from a import b` it is `a.b`, which need not be a module."""
     line: int
     inside_function: bool
 
@@ -119,7 +119,7 @@ def project() -> dict[str, list[Import]]:
 
 def test_the_project_keeps_its_import_direction():
     modules = project()
-    # An empty walk would keep any rule.
+    # Without modules no rule could be broken.
     assert set(ALLOWED) - {"scfm_core.kernels"} <= {package_of(module) for module in modules}
     assert "scfm_core.flow.path.euler_step" in {imported.name for imported in modules["scfm_core.flow.sampler"]}
     assert violations(modules) == []
@@ -165,12 +165,12 @@ def test_allowed_imports_pass(module, source):
         ("scfm_core.train.metrics", "class A:\n    import wandb.sdk", "only inside"),
     ],
 )
-def test_the_walker_catches(module, source, message):
+def test_the_walker_finds_violations(module, source, message):
     [broken] = violations({module: imports_of(source, module)})
     assert re.search(message, broken)
 
 
-def test_the_walker_catches_a_second_home_of_a_lazy_import():
+def test_the_walker_finds_a_second_module_with_a_lazy_import():
     source = "def f():\n    import deepspeed.comm"
     modules = {name: imports_of(source, name) for name in ("scfm_core.distributed.a", "scfm_core.train.b")}
     assert violations(modules) == ["deepspeed is imported in ['scfm_core.distributed.a', 'scfm_core.train.b']"]
@@ -182,7 +182,7 @@ def test_relative_imports_resolve_from_a_package_itself():
 
 
 def graph(modules: dict[str, list[Import]]) -> dict[str, set[str]]:
-    """Each module and those of ours that it imports, also for types alone and inside functions."""
+    """For each module, the modules of this repository that it imports, also only for types and inside functions."""
     return {
         module: {other for imported in imports for other in modules if within(imported.name, (other,))}
         - {module, *parents(module)}
@@ -191,13 +191,13 @@ def graph(modules: dict[str, list[Import]]) -> dict[str, set[str]]:
 
 
 def parents(module: str) -> set[str]:
-    """The packages that a module is in. Importing it runs their `__init__`, which import nothing of ours."""
+    """The packages that contain a module. Importing it runs their `__init__`, which import no module of this repository."""
     parts = module.split(".")
     return {".".join(parts[:end]) for end in range(1, len(parts))}
 
 
 def without_packages(edges: dict[str, set[str]]) -> dict[str, set[str]]:
-    """`import a.b.c` also names `a` and `a.b`: keep the modules themselves."""
+    """Drop packages from the imports: `import a.b.c` also names `a` and `a.b`."""
     return {
         module: {other for other in others if not any(longer.startswith(f"{other}.") for longer in edges)}
         for module, others in edges.items()
@@ -205,7 +205,7 @@ def without_packages(edges: dict[str, set[str]]) -> dict[str, set[str]]:
 
 
 def circle(edges: dict[str, set[str]]) -> list[str]:
-    """A circle of imports, or none."""
+    """A circle of imports; empty if there is none."""
     try:
         list(graphlib.TopologicalSorter(edges).static_order())
     except graphlib.CycleError as error:
@@ -235,7 +235,7 @@ MOST_LINES = {"file": 400, "function": 60}
 
 
 def too_long(source: str, name: str) -> list[str]:
-    """The file itself and its functions, where they have more lines than a reader should have to hold in mind."""
+    """The file and its functions, if they have more lines than `MOST_LINES`."""
     lines = source.count("\n")
     found = [f"{name}: {lines} lines"] if lines > MOST_LINES["file"] else []
     for node in ast.walk(ast.parse(source)):
@@ -251,7 +251,7 @@ def test_no_file_and_no_function_is_too_long():
     assert [line for path in paths for line in too_long(path.read_text(), str(path.relative_to(ROOT)))] == []
 
 
-def test_what_is_too_long_is_found():
+def test_too_long_files_and_functions_are_found():
     function = "def f():\n" + "    pass\n" * 60
     assert too_long(function, "a.py") == ["a.py:1: f has 61 lines"]
     assert too_long("\n" * 401, "a.py") == ["a.py: 401 lines"]

@@ -1,3 +1,5 @@
+"""Secrets are removed from messages and logs."""
+
 import pytest
 
 from scfm_core.secrets import scrub
@@ -9,8 +11,8 @@ def test_a_value_becomes_its_variable(monkeypatch: pytest.MonkeyPatch, name: str
     assert scrub("it is 4711-hush, and 4711-hush again") == f"it is ${name}, and ${name} again"
 
 
-def test_other_text_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MY_TOKEN", "x")  # too short: replacing it would cut words to pieces
+def test_other_text_does_not_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_TOKEN", "x")  # too short: it may be part of ordinary words
     monkeypatch.setenv("MY_PATH", "/data/shards")
     monkeypatch.setenv("EMPTY_TOKEN", "")
     assert scrub("fax: /data/shards") == "fax: /data/shards"

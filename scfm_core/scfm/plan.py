@@ -1,4 +1,4 @@
-"""The plan: which pair of neighbouring sigmas each sample learns to jump, and at which adapter strength."""
+"""The plan: over which pair of grid intervals each sample learns to jump, and at which adapter strength."""
 
 import dataclasses
 import math
@@ -11,23 +11,23 @@ from torch import Tensor
 from scfm_core.flow.random import Stream, uniform
 from scfm_core.flow.schedule import dynamic_shift, shift_sigma
 
-# One column of uniform draws each; the order is part of the run's randomness and only grows at the end.
+# One column of uniform draws each. The order determines a run's random numbers: append new columns at the end.
 _DRAWS = ("slice", "grid", "start", "shift", "dynamic", "guidance", "flow", "dropout")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepGain:
-    """Step-scaled adapters: a jump over the share `jump` of the grid runs at strength `jump ** gamma`."""
+    """Step-scaled adapters: a jump over the fraction `jump` of the grid has adapter strength `jump ** gamma`."""
 
     gamma: float = 0.5
-    """Exponent; 0.5 is what was measured on the digits, 1 is the first-order law, 0 would be the paper."""
+    """Exponent: 0.5 was best on the digits, 1 is the first-order law; 0, which is not allowed, would be the paper."""
 
     def __post_init__(self) -> None:
         if not 0 < self.gamma <= 4:
             raise ValueError(f"step_gain.gamma must be in (0, 4], got {self.gamma}")
 
     def strength(self, jump: Tensor) -> Tensor:
-        """Strength for jumps [B], each the share of the grid in u (1/N for one step of an N-step sampler)."""
+        """Strength of jumps [B], each a fraction of the grid in u (1/N for one step of an N-step sampler)."""
         return jump**self.gamma
 
 
@@ -38,40 +38,42 @@ class PlanConfig:
     teacher_fraction: float = 0.4
     """Share of the batch whose near half is the frozen teacher, on neighbouring points of `teacher_grid`."""
     flow_fraction: float = 0.0
-    """Share of the batch with the plain flow-matching target (see `distil_guidance` for another); the rest, after the teacher's, is the self slice."""
+    """Share of the batch with the plain flow-matching target (`distil_guidance` changes this target). The rows that remain
+    after the teacher, flow-matching and trajectory rows are the self slice."""
     trajectory_fraction: float = 0.0
-    """Share of the batch that learns the mean velocity of teacher paths; they are stored, in data made with
-    `scfm data generate --trajectories`, unless `trajectory_steps` says otherwise."""
+    """Share of the batch that learns mean velocities on the teacher's paths. The paths are stored in data made with
+    `scfm data generate --trajectories`, or computed during training (`trajectory_steps`)."""
     trajectory_steps: int | None = None
-    """Paths are not stored but taken within the training: so many steps of the teacher by Euler's method for each row, from
-    its noise, at its shift and guidance. Of the data only the captions count. None: stored ones, used many times."""
+    """Compute the paths during training: this number of Euler steps of the teacher for each row, from its noise, at its
+    shift and guidance. Of the data only the captions are used. none: stored paths, which are used many times."""
     trajectory_grids: tuple[int, ...] = (1, 2, 3, 4, 6, 12)
-    """Numbers of steps of the grids on those paths, drawn uniformly; each divides the paths' number of intervals (or `trajectory_steps`)."""
+    """Step counts of the grids on these paths, drawn uniformly. Each divides the number of intervals of a stored path, or
+    `trajectory_steps`."""
     teacher_grid: int = 32
-    """Steps of the teacher slice's grid."""
+    """Step count of the teacher slice's grid."""
     self_grids: tuple[int, ...] = (16, 8, 4)
-    """Grids of the self slice: their numbers of steps, drawn uniformly. The authors' code adds 2."""
+    """Step counts of the self slice's grids, drawn uniformly. The authors' code adds 2."""
     shift: tuple[float, float] = (2.5, 4.5)
-    """Range of the timestep shift, drawn per sample; equal ends fix it."""
+    """Range of the timestep shift, drawn uniformly for each sample; equal ends fix it."""
     dynamic_shift_fraction: float = 0.0
-    """Share of samples that take Flux's resolution-dependent shift instead (the authors' code: 0.1)."""
+    """Share of samples that use Flux's resolution-dependent shift instead (the authors' code: 0.1)."""
     guidance: tuple[float, float] = (0.0, 8.0)
-    """Range of the guidance, drawn per sample, the same in all three passes: Flux's embedded one, or SD3's scale of
-    classifier-free guidance (the paper: 3.5 to 5)."""
+    """Range of the guidance, drawn uniformly for each sample and the same in all three passes: Flux's embedded guidance, or
+    the scale of SD3's classifier-free guidance (the paper: 3.5 to 5)."""
     distil_guidance: bool = False
-    """The student learns in one pass what the teacher says in two, guided at the scale `guidance`: flow-matching rows take the
-    teacher's guided velocity in place of the data's, rows on the teacher's paths were guided when those were taken. To be done before
-    the path is shortened: there are no pairs."""
+    """Train the student to predict, in one pass, the teacher's velocity with classifier-free guidance (two passes) at the scale
+    `guidance`. The target of flow-matching rows is the teacher's guided velocity in place of the data's; stored paths were
+    already guided. This is a stage before the distillation to few steps: it allows no pairs."""
     step_gain: StepGain | None = None
-    """Condition on the step size through the adapter's strength; none is the paper."""
+    """Condition on the step size through the adapter's strength; none: strength 1 (the paper)."""
     step_embedding: bool = False
-    """Condition on the step size through the network's embedded guidance, which is then told the share of the grid that it
-    jumps: the original shortcut models (Frans et al., arXiv 2410.12557), trained from scratch."""
+    """Condition on the step size through the network's input of embedded guidance, which then gets the fraction of the grid
+    that the row jumps: the original shortcut models (Frans et al., arXiv 2410.12557), trained from scratch."""
     caption_dropout: float = 0.0
-    """Share of samples that get an empty caption, so that the network learns what classifier-free guidance needs; those on
-    paths keep theirs."""
+    """Share of samples that get an empty caption, so that the network learns the unconditional velocity of classifier-free
+    guidance. Trajectory rows keep their captions."""
     sigma_max: float = 1 - 1e-5
-    """Clamp of the grid's first point."""
+    """Upper limit of sigma: the first point of a grid is clamped to it."""
 
     def __post_init__(self) -> None:
         shares_of_all = ("teacher_fraction", "flow_fraction", "trajectory_fraction", "dynamic_shift_fraction")
@@ -87,7 +89,7 @@ class PlanConfig:
             )
         if not self.trajectory_grids or any(n < 1 for n in self.trajectory_grids):
             raise ValueError(f"method.trajectory_grids needs step counts of at least 1, got {self.trajectory_grids}")
-        self._check_online()
+        self._check_trajectory_steps()
         for name, grids in (("teacher_grid", (self.teacher_grid,)), ("self_grids", self.self_grids)):
             if not grids or any(n < 2 or n % 2 for n in grids):
                 raise ValueError(f"method.{name} needs even step counts of at least 2 (jumps are pairs), got {grids}")
@@ -99,26 +101,27 @@ class PlanConfig:
                 )
         if self.step_embedding and self.step_gain is not None:
             raise ValueError(
-                "method.step_embedding and method.step_gain are two ways to the same end: take one of them"
+                "method.step_embedding and method.step_gain both condition on the step size: use only one of them"
             )
         if self.step_embedding and self.teacher_fraction > 0:
             raise ValueError(
-                "method.step_embedding is for training from scratch: a teacher was never told step sizes. Set "
+                "method.step_embedding is for training from scratch: a teacher has no input for step sizes. Set "
                 "method.teacher_fraction to 0"
             )
         if self.distil_guidance:
-            self._refuse_more_than_guidance()
+            self._check_guidance_distillation()
         if not 0.9 < self.sigma_max <= 1:
             raise ValueError(f"method.sigma_max must be in (0.9, 1], got {self.sigma_max}")
         self.check_pairs_at(self.shift[1])
 
-    def _check_online(self) -> None:
+    def _check_trajectory_steps(self) -> None:
         steps = self.trajectory_steps
         if steps is None:
             return
         if not self.has_trajectory:
             raise ValueError(
-                f"method.trajectory_steps={steps} takes paths for no row: set method.trajectory_fraction, or none here"
+                f"method.trajectory_steps={steps} has no effect without trajectory rows: set method.trajectory_fraction, or "
+                "method.trajectory_steps=none"
             )
         if steps < 1 or any(steps % grid for grid in self.trajectory_grids):
             raise ValueError(
@@ -127,30 +130,30 @@ class PlanConfig:
             )
         if self.step_embedding:
             raise ValueError(
-                "method.step_embedding is for training from scratch: there is no teacher to take method.trajectory_steps"
+                "method.step_embedding is for training from scratch: there is no teacher for method.trajectory_steps"
             )
 
-    def _refuse_more_than_guidance(self) -> None:
+    def _check_guidance_distillation(self) -> None:
         if self.has_pairs:
             raise ValueError(
-                "method.distil_guidance with pairs would learn guidance and shortcuts at once, and over-saturate. Set "
-                "method.teacher_fraction=0 and method.flow_fraction=1 (or trajectory_fraction=1); export the result merged, and "
-                "shorten the path of that model"
+                "method.distil_guidance together with pairs would learn guidance and shortcuts at once, which over-saturates images. "
+                "Set method.teacher_fraction=0 and method.flow_fraction=1 (or trajectory_fraction=1); export the result with "
+                "--merged, and distil that model to few steps"
             )
         if self.step_gain is not None:
             raise ValueError(
                 "method.distil_guidance and method.step_gain are two stages: at strength 0 there would be no guidance. Set "
-                "step_gain to none, and use it to shorten the path of the model that comes of this run"
+                "step_gain to none here, and use it in the next run, which distils the result of this one to few steps"
             )
         low, high = self.guidance
         if not 1 < low == high:
             raise ValueError(
-                f"method.distil_guidance teaches one scale, for the network has no input that could tell more: give "
-                f"method.guidance equal ends above 1, e.g. [4.5, 4.5], got {[low, high]}"
+                f"method.distil_guidance teaches one scale, because the network has no input for the scale: give method.guidance "
+                f"equal ends above 1, e.g. [4.5, 4.5], got {[low, high]}"
             )
 
     def check_pairs_at(self, shift: float) -> None:
-        """ValueError if `sigma_max` also clamps the second point of the finest grid: the pair would have no length."""
+        """ValueError if `sigma_max` also clamps the second point of the finest grid: a pair would then have no length."""
         second = float(
             shift_sigma(torch.tensor(1 - 1 / max(self.teacher_grid, *self.self_grids), dtype=torch.float64), shift)
         )
@@ -167,17 +170,17 @@ class PlanConfig:
 
     @property
     def has_trajectory(self) -> bool:
-        """Whether any row can lie on a path of the teacher."""
+        """Whether any row can be a trajectory row."""
         return self.trajectory_fraction > 0
 
     @property
     def has_stored_paths(self) -> bool:
-        """Whether the data must hold paths."""
+        """Whether the data must contain paths."""
         return self.has_trajectory and self.trajectory_steps is None
 
     @property
     def has_pairs(self) -> bool:
-        """Whether any row can be a shortcut pair: if not, no near or far pass is needed."""
+        """Whether any row can be a pair; without pairs no near or far pass is needed."""
         return self.flow_fraction + self.trajectory_fraction < 1
 
     @property
@@ -189,41 +192,41 @@ class PlanConfig:
 
     @property
     def follows_teacher(self) -> bool:
-        """Whether it learns what a frozen network does, in training or before it: then results can be held against that."""
+        """Whether the student imitates a frozen network, through passes or stored paths; results can be compared with it."""
         return self.has_teacher or self.has_trajectory
 
     @property
     def student_is_guided(self) -> bool:
-        """Whether a network that is guided by a second pass is so as the student."""
+        """Whether the student uses classifier-free guidance too, if its teacher does."""
         return not self.distil_guidance and (self.has_pairs or self.has_trajectory)
 
     def passes(self, guided: int) -> tuple[float, float]:
-        """Passes of the network that a sample costs: with the student's gradient, and for the target.
+        """Passes of the network for one sample: those of the student, with gradient, and those for the target.
 
         Args:
-            guided: passes of a guided velocity: 2 with classifier-free guidance, else 1.
+            guided: passes for a guided velocity: 2 with classifier-free guidance, else 1.
         """
         velocity = guided if self.student_is_guided else 1
         pairs = 1 - self.flow_fraction - self.trajectory_fraction
         paths = guided * (self.trajectory_steps or 0) * self.trajectory_fraction
-        # A batch with flow-matching rows goes to the guiding teacher as a whole.
+        # The teacher computes its guided velocity for the whole batch, not only for the flow-matching rows.
         return velocity, 2 * velocity * pairs + paths + (guided if self.distil_guidance and self.has_flow else 0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShortcutPlan:
-    """One jump for each sample of a batch; `sample_plan` makes it. 1-D tensors [B] but for the rows at the end.
+    """One jump for each sample of a batch, made by `sample_plan`. Tensors are [B], except for the row numbers at the end.
 
     `sigma_start > sigma_mid > sigma_end` on pairs. A flow-matching row is a jump of length zero: all three are equal. A
     trajectory row gets its sigmas from its path (`on_trajectories`), with sigma_mid equal to sigma_start.
     """
 
     config: PlanConfig
-    """What the rows were drawn from. It alone decides which passes a batch needs, so that every process runs the same ones."""
+    """The configuration of the draws. It alone decides which passes a batch needs, so that all processes run the same ones."""
     sample_ids: Tensor
     """Global sample indices, int64."""
     sigma_start: Tensor
-    """fp32, as all floating tensors here."""
+    """fp32, like every floating-point tensor here."""
     sigma_mid: Tensor
     sigma_end: Tensor
     student_strength: Tensor
@@ -233,22 +236,22 @@ class ShortcutPlan:
     guidance: Tensor
     shift: Tensor
     step_size: Tensor
-    """Share of the grid that the student jumps; near and far jump half of it."""
+    """Fraction of the grid that the student jumps; near and far pass each jump half of it."""
     grid: Tensor
-    """int64: number of steps of the grid that the jump is on; 0 on flow-matching rows."""
+    """int64: step count of the grid of the jump; 0 on flow-matching rows."""
     interval: Tensor
     """int64: which interval of `grid` a trajectory row jumps, counted from the noise; 0 on other rows."""
     is_teacher: Tensor
-    """bool, as the other slices."""
+    """bool, like the other slices."""
     is_flow: Tensor
     is_trajectory: Tensor
     is_dropped: Tensor
     """bool: rows without their caption."""
     pair_rows: Tensor
-    """int64: numbers of the rows that need near and far passes; row 0 if there are none. They are counted where the plan is
-    drawn, on the CPU: counting on a GPU would wait for its queue."""
+    """int64: numbers of the rows that need near and far passes; row 0 if there are none. They are computed on the CPU, where
+    the plan is drawn: on a GPU this would wait for its queue."""
     trajectory_rows: Tensor
-    """int64: numbers of the rows on paths of the teacher; row 0 if there are none."""
+    """int64: numbers of the trajectory rows; row 0 if there are none."""
 
     @property
     def has_known_target(self) -> Tensor:
@@ -269,7 +272,7 @@ class ShortcutPlan:
 
 
 def sample_plan(config: PlanConfig, sample_ids: Tensor, seed: int, *, image_tokens: int | None = None) -> ShortcutPlan:
-    """Draw each sample's jump from (seed, sample id) alone: its place in the batch and its rank do not matter.
+    """Draw each sample's jump from (seed, sample id) alone, independently of its position in the batch and its rank.
 
     Args:
         config: fractions, grids, ranges.
@@ -281,7 +284,7 @@ def sample_plan(config: PlanConfig, sample_ids: Tensor, seed: int, *, image_toke
         the plan, on the device of `sample_ids`.
 
     Raises:
-        ValueError: if a dynamic shift is asked for without `image_tokens`.
+        ValueError: if a dynamic shift is configured but `image_tokens` is missing.
     """
     draws = uniform(seed, sample_ids, Stream.PLAN, len(_DRAWS))
     draw = dict(zip(_DRAWS, draws.unbind(1), strict=True))
@@ -293,8 +296,8 @@ def sample_plan(config: PlanConfig, sample_ids: Tensor, seed: int, *, image_toke
     grid = torch.where(is_teacher, config.teacher_grid, torch.where(is_trajectory, path_grid, self_grid))
     shift = _shifts(config, draw, image_tokens)
     start, mid, end = _sigmas(config, draw, grid, shift, is_flow)
-    # The student jumps two grid intervals, near and far one each. A flow-matching row has no length; it stands for what a
-    # many-step sampler does, one interval of the teacher's grid. A trajectory row is one interval in all.
+    # The student jumps two grid intervals; near and far pass jump one each. A flow-matching row has no length: its strength
+    # is that of one interval of the teacher's grid, as in a sampler of many steps. A trajectory row jumps one interval.
     jump = torch.where(is_flow, 1 / config.teacher_grid, torch.where(is_trajectory, 1, 2) / grid.double())
     student, near, far = _strengths(config, jump, is_teacher)
     guidance_low, guidance_high = config.guidance
@@ -336,29 +339,29 @@ def _shifts(config: PlanConfig, draw: dict[str, Tensor], image_tokens: int | Non
 def _sigmas(
     config: PlanConfig, draw: dict[str, Tensor], grid: Tensor, shift: Tensor, is_flow: Tensor
 ) -> tuple[Tensor, ...]:
-    """Start, middle and end of a pair of intervals on each row's grid, fp32 [B] each; one random sigma on flow-matching rows."""
-    first = 2 * (draw["start"] * (grid // 2)).long()  # starts are aligned to pairs
-    of_flow = shift_sigma(draw["flow"], shift)
+    """Start, middle and end of a pair of intervals on each row's grid, fp32 [B] each; on flow-matching rows one random sigma."""
+    first = 2 * (draw["start"] * (grid // 2)).long()  # pairs start at even points
+    flow_sigma = shift_sigma(draw["flow"], shift)
     on_grid = (shift_sigma(1 - (first + offset).double() / grid, shift) for offset in (0, 1, 2))
-    return tuple(torch.where(is_flow, of_flow, sigma).clamp(max=config.sigma_max).float() for sigma in on_grid)
+    return tuple(torch.where(is_flow, flow_sigma, sigma).clamp(max=config.sigma_max).float() for sigma in on_grid)
 
 
 def _rows(mask: Tensor) -> Tensor:
-    """Numbers of the rows where `mask` is true, int64; row 0 if there are none."""
+    """Numbers of the rows where `mask` is true, int64; row 0 if there is no such row."""
     rows = mask.nonzero().squeeze(1)
     return rows if rows.numel() else rows.new_zeros(1)
 
 
 def _slices(config: PlanConfig, draw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Flow-matching, trajectory and teacher rows, by a uniform draw [B]; the rest is the self slice."""
-    flow, given = config.flow_fraction, config.flow_fraction + config.trajectory_fraction
-    is_flow = draw < flow
-    is_trajectory = ~is_flow & (draw < given)
-    return is_flow, is_trajectory, ~is_flow & ~is_trajectory & (draw < given + config.teacher_fraction)
+    """Masks of flow-matching, trajectory and teacher rows, from a uniform draw [B]; the other rows are the self slice."""
+    known = config.flow_fraction + config.trajectory_fraction
+    is_flow = draw < config.flow_fraction
+    is_trajectory = ~is_flow & (draw < known)
+    return is_flow, is_trajectory, ~is_flow & ~is_trajectory & (draw < known + config.teacher_fraction)
 
 
 def _strengths(config: PlanConfig, jump: Tensor, is_teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Strengths of student, near and far pass, fp64 [B] each. The teacher is strength 0."""
+    """Strengths of student, near and far pass, fp64 [B] each. The teacher has strength 0."""
     ones = torch.ones_like(jump)
     student, half = (ones, ones) if config.step_gain is None else map(config.step_gain.strength, (jump, jump / 2))
     return student, torch.where(is_teacher, 0.0, half), half

@@ -27,10 +27,10 @@ def build_family(config: RunConfig, *, offline: bool = False) -> ModelFamily:
 
     Args:
         config: the run.
-        offline: download nothing; a known hub id gives its architecture alone.
+        offline: download nothing; of a known hub id only the architecture is available.
 
     Raises:
-        UserError: if there is no such model, or it does not fit the configuration.
+        UserError: if the model is missing, or does not fit the configuration.
     """
     family = open_family(config.model.path, offline=offline)
     check_model(config, family)
@@ -38,7 +38,7 @@ def build_family(config: RunConfig, *, offline: bool = False) -> ModelFamily:
 
 
 def build_layout(config: RunConfig, world: World, device: torch.device) -> Layout:
-    """How `config.engine` puts networks on the processes; UserError if it cannot."""
+    """How `config.engine` distributes networks over the processes; UserError if the configuration does not allow it."""
     check_shards(config, world.size)
     if config.engine.name == "fsdp2":
         return Fsdp2Layout(config.engine, world, device, compute_dtype(config))
@@ -47,7 +47,7 @@ def build_layout(config: RunConfig, world: World, device: torch.device) -> Layou
 
 
 def optimizer_config(config: RunConfig, processes: int) -> OptimizerConfig:
-    """What an engine needs of `config.train`."""
+    """The settings of `config.train` that an engine needs."""
     train = config.train
     return OptimizerConfig(
         betas=train.betas,
@@ -78,17 +78,17 @@ def build_model(
     layout: Layout | None = None,
     with_teacher: bool = True,
 ) -> ShortcutModel:
-    """For training: student, EMAs and teacher. For sampling: the role of `sample.weights`, and the teacher.
+    """For training: student, EMAs and teacher. For sampling: the weights of `sample.weights`, and the teacher.
 
     Args:
         config: the run.
         family: how to load and call the network.
         device: where the weights go.
-        kernels: what the blocks are computed with.
+        kernels: which kernels the blocks use.
         layout: for training on these processes, with activation checkpointing and compilation. Networks that are
             sharded are loaded into host memory one after the other, and moved to the device block by block.
-            None: for sampling; full weights are loaded in the compute dtype, as an exported pipeline has them.
-        with_teacher: load the teacher of full weights, if the run has one (for sampling: also if it made the stored paths).
+            None: for sampling; full weights are loaded in the compute dtype, as in an exported pipeline.
+        with_teacher: load the teacher of full weights, if the run has one; for sampling also if it made the stored paths.
     """
     dtype = compute_dtype(config)
     target = torch.device("cpu") if layout is not None and layout.is_sharded else device
@@ -117,7 +117,7 @@ def build_model(
 
 
 def _preparation(config: RunConfig, kernels: Kernels, layout: Layout | None) -> Callable[[nn.Module, bool], None]:
-    """What is done to each network: fused blocks; for training also checkpointing (if it is trained), compilation, shards."""
+    """Prepares a network: fused blocks; for training also activation checkpointing (if trained), compilation, sharding."""
 
     def prepare(network: nn.Module, trained: bool) -> None:
         kernels.apply(network)

@@ -15,7 +15,7 @@ def resolve_device(name: str) -> torch.device:
     """`run.device` as a device. With several processes on a machine, each takes the GPU of its LOCAL_RANK.
 
     Raises:
-        UserError: if there is no such device.
+        UserError: if the device is unavailable.
     """
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
@@ -24,7 +24,9 @@ def resolve_device(name: str) -> torch.device:
     if launched_size() == 1:
         device = torch.device("cuda", torch.device("cuda" if name == "auto" else name).index or 0)
         if device.index >= torch.cuda.device_count():
-            raise UserError(f"run.device={name}, but this machine has {torch.cuda.device_count()} GPUs, from cuda:0 on")
+            raise UserError(
+                f"run.device={name}, but this machine has {torch.cuda.device_count()} GPUs, numbered from cuda:0"
+            )
         torch.cuda.set_device(device)  # Triton launches on the current device, wherever its tensors are
         return device
     if ":" in name:

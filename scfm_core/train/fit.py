@@ -1,4 +1,4 @@
-"""The whole run around the loop: logs, checkpoints, validation grids, the watchdog, rollbacks."""
+"""A complete run: the training loop with logs, checkpoints, validation grids, watchdog and rollbacks."""
 
 from scfm_core.distributed.watchdog import Watchdog
 from scfm_core.train.grid import Validation
@@ -10,7 +10,7 @@ def fit(trainer: Trainer) -> int | None:
     """Train to `train.steps`; every rank calls it, rank 0 writes.
 
     Returns:
-        the number of the signal that stopped the run, or None if it has all its steps.
+        the number of the signal that stopped the run; None if all steps are done.
     """
     config, world = trainer.config, trainer.world
     validation = None
@@ -40,7 +40,7 @@ def _run_steps(trainer: Trainer, validation: Validation | None, log: RunLog, wat
         watchdog.beat(f"step {row['step'] + 1}")
         log.step(row)
         step, stopping = row["step"], trainer.stopping
-        # Not within a row of skipped steps: it would push out the checkpoint that the run may have to go back to.
+        # Not during consecutive skipped steps: a new checkpoint could replace the one that a rollback needs.
         due = step % config.checkpoint.every == 0 and trainer.state.guard.first_skipped is None
         if due or step == total or stopping is not None or trainer.data_error is not None:
             watchdog.beat(f"the checkpoint of step {step}")

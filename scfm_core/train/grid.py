@@ -1,4 +1,4 @@
-"""Validation pictures: a grid of samples at an interval, and how far they are from the teacher's."""
+"""Validation grids: pictures of samples at regular steps, and their distance from the teacher's samples."""
 
 import json
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from scfm_core.train.device import compute_dtype
 from scfm_core.train.inputs import BatchEncoder
 from scfm_core.train.sampling import decode, initial_noise, sample_latents, sampling_shift, to_uint8
 
-MIN_CELL = 96  # pixels: smaller images are enlarged in grids
+MIN_CELL = 96  # pixels; smaller images are enlarged in grids
 
 
 class Validation:
@@ -25,8 +25,8 @@ class Validation:
     Args:
         config: the run.
         model: the networks.
-        engine: runs the passes.
-        encoder: has the encoded prompts, and the VAE if the data are images.
+        engine: runs the forward passes.
+        encoder: provides the encoded prompts, and the VAE if the data are images.
         world: the processes. All of them sample, because sharded weights are gathered by all; rank 0 writes.
     """
 
@@ -46,18 +46,18 @@ class Validation:
         """The teacher's latents. They are sampled once, for the first grid."""
 
     def is_due(self, step: int) -> bool:
-        """Whether this step has a grid: every `sample.every` steps, and the last step."""
+        """Whether this step has a grid: every `sample.every` steps, and at the last step."""
         return step > 0 and (step % self._config.sample.every == 0 or step == self._config.train.steps)
 
     def is_missing(self, step: int) -> bool:
-        """Whether this step should have a grid but has none; the same on every rank, because all sample or none."""
+        """Whether the grid of this step is due but missing; the same on every rank, because all ranks sample together."""
         return self.is_due(step) and not self._world.from_main(self._path(step).is_file())
 
     def save_grid(self, step: int) -> Path:
         """Sample every prompt at every step count and save the picture `samples/step_XXXXXXXX.png`.
 
-        With `sample.teacher_steps`, a JSON file beside it has the mean squared distance of the latents from the teacher's
-        latents of the same noise, by step count.
+        With `sample.teacher_steps`, a JSON file with the same name contains the mean squared distance between the latents and
+        the teacher's latents of the same noise, by step count.
         """
         sample, path, is_main = self._config.sample, self._path(step), self._world.is_main
         if sample.teacher_steps and self._teacher is None:
@@ -81,7 +81,7 @@ class Validation:
         return Path(self._config.run.dir) / "samples" / f"step_{step:08d}.png"
 
     def _sample(self, role: str, num_steps: int) -> Tensor:
-        """Latents of all prompts, a micro-batch at a time."""
+        """Latents of all prompts, sampled in micro-batches."""
         config, size = self._config, self._config.train.micro_batch_size
 
         def call() -> Tensor:
@@ -103,7 +103,7 @@ class Validation:
 
 
 def save_grid(path: Path, rows: Sequence[tuple[str, Tensor]], columns: Sequence[str] = ()) -> None:
-    """A labelled picture: one row of images [N, 3, H, W] in [0, 1] for each (label, images), aligned by column."""
+    """Save a labelled picture: one row for each (label, images [N, 3, H, W] in [0, 1]), with `columns` as column titles."""
     from PIL import Image, ImageDraw, ImageFont
 
     height, width = rows[0][1].shape[-2:]
@@ -131,7 +131,7 @@ def save_grid(path: Path, rows: Sequence[tuple[str, Tensor]], columns: Sequence[
 
 
 def _distinct_parts(prompts: Sequence[str]) -> list[str]:
-    """Prompts without the words that all of them begin with: what tells one column from the next."""
+    """Prompts without the first words that all of them share."""
     words = [prompt.split() for prompt in prompts]
     shared = 0
     while len(words) > 1 and all(len(w) > shared + 1 and w[shared] == words[0][shared] for w in words):

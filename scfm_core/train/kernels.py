@@ -1,4 +1,4 @@
-"""From `kernels` in the configuration to what a run uses on its device, and why."""
+"""From the section `kernels` of the configuration to the kernels of a run on its device."""
 
 from dataclasses import dataclass
 
@@ -16,16 +16,17 @@ from scfm_core.train.rules import check_kernels
 
 @dataclass(frozen=True)
 class Kernels:
-    """What the blocks of a network are computed with."""
+    """The kernels of a network's blocks."""
 
     fused: str
     """`triton`, `reference` or `none`."""
     why: str
+    """The reason for `fused`."""
     attention: AttentionChoice | None
-    """None: diffusers' own processor, with PyTorch's default."""
+    """None: diffusers' own processor, with PyTorch's default attention."""
 
     def apply(self, network: nn.Module) -> None:
-        """Put them into a network of diffusers' own blocks, adapted or not."""
+        """Use these kernels in a network of diffusers' blocks, with or without adapters."""
         if self.attention is None:
             return
         from scfm_core.kernels.ops import REFERENCE, triton_ops
@@ -44,47 +45,47 @@ class Kernels:
 
 
 def choose_kernels(config: RunConfig, family: ModelFamily, device: torch.device, *, training: bool = True) -> Kernels:
-    """What `config.kernels` means on `device`; with `kernels.attention: auto` a GPU may be measured for a second.
+    """The kernels of `config.kernels` on `device`. `kernels.attention: auto` may measure the GPU for about a second.
 
     Args:
         config: the run.
         family: its model.
-        device: where it runs.
-        training: off: for sampling, which may happen on a CPU whatever the run was trained with.
+        device: where the network runs.
+        training: False for sampling, which may run on a CPU although the run was trained on a GPU.
 
     Raises:
-        UserError: if what is asked for is not there; the message says why.
+        UserError: if a requested kernel is unavailable; the message gives the reason.
     """
-    asked = config.kernels if training or device.type == "cuda" else KernelConfig()
+    requested = config.kernels if training or device.type == "cuda" else KernelConfig()
     if training:
         check_kernels(config, device)
     if not family.has_kernels:
-        if asked.fused in ("triton", "reference") or asked.attention != "auto":
+        if requested.fused in ("triton", "reference") or requested.attention != "auto":
             raise UserError(
-                f"kernels.fused and kernels.attention are for Flux's blocks, not those of {family.pipeline}. Set both to auto"
+                f"kernels.fused and kernels.attention exist for Flux's blocks, not for those of {family.pipeline}. Set both to auto"
             )
-        return Kernels("none", "fused ones are Flux's", None)
+        return Kernels("none", "fused kernels exist for Flux only", None)
     reason = why_no_triton(device)
-    if asked.fused == "triton" and reason is not None:
+    if requested.fused == "triton" and reason is not None:
         raise UserError(
-            f"kernels.fused=triton cannot run here: {reason}. Set it to auto, reference or none (with TRITON_INTERPRET=1 "
+            f"kernels.fused=triton cannot run here: {reason}. Set kernels.fused to auto, reference or none (with TRITON_INTERPRET=1 "
             f"the kernels run on a CPU, for tests)"
         )
-    if asked.fused == "auto":
+    if requested.fused == "auto":
         fused = "triton" if reason is None and device.type == "cuda" else "none"
-        why = "a GPU that runs them" if fused == "triton" else reason or "a CPU, where kernels are interpreted"
+        why = "a GPU that supports them" if fused == "triton" else reason or "on a CPU kernels would be interpreted"
     else:
-        fused, why = asked.fused, "asked for"
-    if fused == "none" and asked.attention == "auto" and device.type != "cuda":
+        fused, why = requested.fused, "as configured"
+    if fused == "none" and requested.attention == "auto" and device.type != "cuda":
         return Kernels(fused, why, None)
     try:
-        return Kernels(fused, why, choose_attention(asked.attention, _shape(config, family, device)))
+        return Kernels(fused, why, choose_attention(requested.attention, _shape(config, family, device)))
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
 def _shape(config: RunConfig, family: ModelFamily, device: torch.device) -> AttentionShape:
-    """Attention of a training step at the run's resolution."""
+    """Shape of the attention in a training step at the run's resolution."""
     _, rows, columns = family.latent_shape(*config.data.resolution)
     arch = family.network_config
     dtype = torch.bfloat16 if config.train.compute_dtype == "bfloat16" else torch.float32

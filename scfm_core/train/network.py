@@ -1,4 +1,4 @@
-"""What training does to a network's blocks: activation checkpointing and compilation."""
+"""Changes to a network's blocks for training: activation checkpointing and compilation."""
 
 from types import MethodType
 from typing import Any
@@ -23,17 +23,17 @@ _SAVED_LIBRARIES = {"xformers", "xformers_flash", "xformers_flash3", "flash_attn
 
 
 def transformer_blocks(network: nn.Module) -> list[nn.Module]:
-    """The blocks of a diffusers transformer: the unit of sharding, checkpointing and compilation."""
+    """The blocks of a diffusers transformer, which are sharded, checkpointed and compiled one by one."""
     return [
         block for name in ("transformer_blocks", "single_transformer_blocks") for block in getattr(network, name, ())
     ]
 
 
 def set_activation_checkpointing(network: nn.Module, mode: str) -> None:
-    """Recompute each block in the backward.
+    """Recompute each block in the backward pass.
 
-    The checkpoint is inside the block's forward. diffusers puts it around the block; a compiled block inside a selective
-    checkpoint would then fall back to eager.
+    The checkpoint is inside the block's forward, not around the block as in diffusers: there a compiled block would run
+    eagerly under a selective checkpoint.
 
     Args:
         network: changed in place.
@@ -71,7 +71,7 @@ def _save_expensive_results(context: object, op: object, *_: object, **__: objec
 def compile_blocks(network: nn.Module) -> None:
     """`torch.compile` on every transformer block: one graph for each kind of block, shared by all blocks of that kind."""
     # Graphs of one function: two kinds of block x (three adapters and none) x (all, some or one of the rows) x (strides of
-    # the first and of later blocks). Beyond the limit, 8 by default, dynamo gives up and runs eagerly.
+    # the first and of later blocks). Above the limit, 8 by default, dynamo runs eagerly.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for block in transformer_blocks(network):
         block.compile()

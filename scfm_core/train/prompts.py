@@ -1,4 +1,4 @@
-"""Prompts from a configuration, a text file, or captions in COCO's format."""
+"""Prompts from the configuration, a text file, or captions in COCO's format."""
 
 import json
 from pathlib import Path
@@ -22,12 +22,12 @@ def validation_prompts(config: SampleConfig) -> list[str]:
 
 
 def read_prompts(source: str | tuple[str, ...], where: str) -> list[str]:
-    """Prompts as given, the lines of a text file, or the captions of a JSON file in COCO's format, the first of each image
+    """Prompts from a list, from the lines of a text file, or from a JSON file in COCO's format: the first caption of each image
     (https://cocodataset.org/#format-data).
 
     Args:
         source: the prompts themselves, or a file's path.
-        where: the setting or option that `source` comes from, for messages.
+        where: the setting or option that has `source`, for messages.
 
     Raises:
         UserError: if the file is missing, is empty, or has another format.
@@ -45,7 +45,7 @@ def read_prompts(source: str | tuple[str, ...], where: str) -> list[str]:
         raise UserError(f"{where}: the prompt file {source!r} is not {expected} ({error})") from error
     except OSError as error:
         raise UserError(
-            f"{where}: the prompt file {source!r} cannot be read ({error.strerror}). A prompt itself goes into brackets: "
+            f"{where}: the prompt file {source!r} cannot be read ({error.strerror}). To give a prompt itself, put it in brackets: "
             f"[{source}]"
         ) from error
     if not prompts:
@@ -54,7 +54,7 @@ def read_prompts(source: str | tuple[str, ...], where: str) -> list[str]:
 
 
 def _coco_captions(content: str) -> list[str]:
-    """The caption of the lowest id of each image, by the images' ids."""
+    """For each image, in the order of image ids, its caption with the lowest id."""
     first: dict[int, tuple[int, str]] = {}
     for row in json.loads(content)["annotations"]:
         candidate = (row.get("id", 0), row["caption"])

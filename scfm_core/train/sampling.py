@@ -15,7 +15,7 @@ from scfm_core.train.config import SampleConfig
 
 
 def sampling_shift(config: SampleConfig, image_tokens: int) -> float:
-    """The timestep shift of a sampler for images of so many tokens."""
+    """The timestep shift of a sampler for images of `image_tokens` tokens."""
     return dynamic_shift(image_tokens) if config.shift == "dynamic" else float(config.shift)
 
 
@@ -38,17 +38,17 @@ def sample_latents(
     shift: float,
     strength: float | None = None,
 ) -> Tensor:
-    """Plain Euler from `noise` [B, C, H, W]; latents at sigma 0, at least fp32.
+    """Sample with Euler's method from `noise` [B, C, H, W]; returns latents at sigma 0, at least fp32.
 
     Args:
         model: the networks.
-        role: whose velocity: `student`, `ema_fast`, `ema_slow` or `teacher`.
-        noise: the start.
-        cond: one row for each image.
-        method: how the weights were trained; it says how they are given the step size.
+        role: the network whose velocity is used: `student`, `ema_fast`, `ema_slow` or `teacher`.
+        noise: the start, at sigma 1.
+        cond: conditioning, one row for each image.
+        method: how the weights were trained; it determines how they are conditioned on the step size.
         num_steps: Euler steps.
         shift: timestep shift.
-        strength: of the adapter; None: the strength that `method` trained for this number of steps.
+        strength: strength of the adapter; None: the one that `method` trained for this number of steps.
     """
     if strength is None:
         strength = sampling_strength(method.step_gain, num_steps)

@@ -1,4 +1,4 @@
-"""Everything of a run that changes while it trains: saved, restored, and rolled back after a fault."""
+"""The state of a run that training changes: saved, restored, and rolled back after skipped steps."""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,8 +15,8 @@ from scfm_core.models.weights import network_fingerprint
 from scfm_core.train.checkpoint import Checkpoint, CheckpointWriter, load_checkpoint, newest_complete, verify_checkpoint
 from scfm_core.train.config import RunConfig
 from scfm_core.train.guard import Guard
-from scfm_core.train.parse import parse_config, to_plain, without_gone_keys
-from scfm_core.train.resume import refuse_other_recipe
+from scfm_core.train.parse import parse_config, to_plain, without_removed_keys
+from scfm_core.train.resume import check_same_recipe
 
 
 @dataclass
@@ -24,19 +24,19 @@ class Progress:
     """How far a run has come."""
 
     step: int = 0
-    """Steps, skipped ones included."""
+    """Number of steps, including skipped ones."""
     updates: int = 0
-    """Steps that were applied: the optimizer's own count."""
+    """Number of steps that were applied: the optimizer's count."""
     samples: int = 0
     """Samples consumed: the data cursor, and the next global sample index."""
     data_start: int = 0
-    """Samples consumed before the present data recipe began; its own stream starts there."""
+    """Samples consumed before the current data recipe; its order starts there."""
     bad_samples: int = 0
-    """Samples that were invalid and were replaced."""
+    """Number of invalid samples, which were replaced."""
     seconds: float = 0.0
-    """Time spent in steps, over all starts."""
+    """Time spent in steps, over all starts of the run."""
     rollbacks: int = 0
-    """How often the run went back to an earlier checkpoint on its own."""
+    """How often the run returned to an earlier checkpoint by itself."""
 
 
 class RunState:
@@ -60,7 +60,7 @@ class RunState:
         )
 
     def save(self) -> Path:
-        """Write a checkpoint of the present step. With `checkpoint.asynchronous` it appears later; `wait` waits for it."""
+        """Write a checkpoint of the current step. With `checkpoint.asynchronous` it appears later; `wait` waits for it."""
         return self._writer.save(self.progress.step, self._write, self._as_json())
 
     def wait(self) -> None:
@@ -72,17 +72,17 @@ class RunState:
         self._writer.wait()
 
     def restore(self, checkpoint: Checkpoint, *, data_may_change: bool) -> dict[str, Any] | None:
-        """Take over everything from a checkpoint.
+        """Restore everything from a checkpoint.
 
         Args:
             checkpoint: verified.
-            data_may_change: accept other data than the checkpoint's; their order begins at its start.
+            data_may_change: accept other data than the checkpoint's, starting with their first sample.
 
         Returns:
-            what changed in the data, for the log; None if nothing did.
+            the change of the data, for the log; None if there is none.
 
         Raises:
-            UserError: if recipe, model or data are not those of the checkpoint.
+            UserError: if recipe, model or data differ from the checkpoint's.
         """
         changes = self._compare(checkpoint, data_may_change)
         self._load(checkpoint)
@@ -93,29 +93,29 @@ class RunState:
         return {"event": "data_changed", "step": progress.step, "samples": progress.samples, "changes": changes}
 
     def roll_back(self) -> dict[str, Any]:
-        """Weights, optimizer and EMAs as before the first of the steps that were just skipped. The data continue behind them.
+        """Restore weights, optimizer and EMAs from before the consecutive skipped steps. The data continue after these steps.
 
         Returns:
-            what was done, for the log.
+            the rollback, for the log.
 
         Raises:
-            UserError: on every rank, if there is no such checkpoint, or it happened too often.
+            UserError: on every rank, if there is no such checkpoint, or after `train.max_rollbacks` rollbacks.
         """
         train, before, first = self._config.train, self.progress, self.guard.first_skipped
         assert first is not None
         self.wait()
-        start = self._intact_before(first)
-        why = f"{train.max_skips + 1} steps in a row, {first} to {before.step}, could not be applied"
+        target = self._intact_before(first)
+        why = f"{train.max_skips + 1} consecutive steps, {first} to {before.step}, were skipped"
         advice = (
-            f"{self._run_dir / 'incidents.jsonl'} has the reasons and the samples. Look at those, lower train.lr or "
+            f"{self._run_dir / 'incidents.jsonl'} lists the reasons and the samples. Look at these samples, lower train.lr or "
             f"train.clip_norm, or raise train.max_skips"
         )
-        if start is None:
-            raise agreed_error(f"{why}, and there is no checkpoint from before to go back to. {advice}")
+        if target is None:
+            raise agreed_error(f"{why}, and there is no checkpoint from before these steps. {advice}")
         if before.rollbacks >= train.max_rollbacks:
-            raise agreed_error(f"{why}, and the run has gone back {before.rollbacks} times already. {advice}")
+            raise agreed_error(f"{why}, and the run has already rolled back {before.rollbacks} times. {advice}")
         with self._world.together():
-            self._load(load_checkpoint(start, verify=False))
+            self._load(load_checkpoint(target, verify=False))
         self.progress = dataclasses.replace(
             before, step=self.progress.step, updates=self.progress.updates, rollbacks=before.rollbacks + 1
         )
@@ -145,28 +145,28 @@ class RunState:
         }
 
     def _compare(self, checkpoint: Checkpoint, data_may_change: bool) -> list[str]:
-        """Refuse another recipe, model or data; the differences in the data that were accepted, a line each."""
+        """Check that recipe, model and data are the checkpoint's; returns the accepted differences in the data, one line each."""
         state, path = checkpoint.state, checkpoint.path
-        # parse_config gives keys that an earlier version did not have their defaults.
-        saved = to_plain(parse_config(without_gone_keys(state["config"]), str(path)))
-        changes = refuse_other_recipe(
+        # parse_config sets the defaults of keys that an earlier version did not have.
+        saved = to_plain(parse_config(without_removed_keys(state["config"]), str(path)))
+        changes = check_same_recipe(
             saved, to_plain(self._config), path, data_may_change=data_may_change, quiet=not self._world.is_main
         )
         if state["base_fingerprint"] != network_fingerprint(self._model.family.folder):
             raise UserError(
-                f"checkpoint {path} was trained on another model than model.path={self._config.model.path} holds now. "
-                f"Resume with the same one, or start over with --resume never"
+                f"checkpoint {path} was trained on another model than model.path={self._config.model.path} contains now. "
+                f"Resume with the same model, or start over with --resume never"
             )
         before, now = state["data_fingerprint"], self._corpus.fingerprint
         if before == now:
             return changes
         if not data_may_change:
             raise UserError(
-                f"checkpoint {path} was trained on other data than the recipe's shards hold now (fingerprint {before[:12]} "
-                f"and {now[:12]}). Resume with the same data; or continue with these, from their start, with "
+                f"checkpoint {path} was trained on other data than the recipe's shards contain now (fingerprint {before[:12]} "
+                f"and {now[:12]}). Resume with the same data; or continue with the new data, from their first sample, with "
                 f"--allow-data-change; or start over with --resume never"
             )
-        return [*changes, f"content: fingerprint {before[:12]} there, {now[:12]} now"]
+        return [*changes, f"content: fingerprint {before[:12]} in the checkpoint, {now[:12]} now"]
 
     def _load(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state
@@ -176,7 +176,7 @@ class RunState:
         self._engine.restored(self.progress.updates)
 
     def _intact_before(self, step: int) -> Path | None:
-        """The newest undamaged checkpoint of fewer steps than `step`, the same on every rank."""
+        """The newest undamaged checkpoint of a step before `step`, the same on every rank; None if there is none."""
         while True:
             path: Path | None = self._world.from_main(newest_complete(self._run_dir, before=step))
             if path is None:

@@ -16,7 +16,7 @@ from scfm_core.scfm.plan import ShortcutPlan, sample_plan
 from scfm_core.scfm.target import scfm_target
 from scfm_core.scfm.trajectory import Trajectory, on_trajectories, take_paths
 from scfm_core.train.config import RunConfig
-from scfm_core.train.inputs import BatchEncoder, refuse_other_intervals
+from scfm_core.train.inputs import BatchEncoder, check_intervals
 
 
 class Objective:
@@ -25,9 +25,9 @@ class Objective:
     Args:
         config: the run.
         model: student, EMAs and teacher.
-        encoder: of the batches.
-        in_inference_mode: run the passes without gradient in inference mode. Not where weights are sharded: what a sharded
-            network gathers there could not be used by a pass with gradient.
+        encoder: encodes the batches.
+        in_inference_mode: run the passes without gradient in inference mode. False for sharded weights: weights gathered in
+            inference mode could not be used by a pass with gradient.
     """
 
     def __init__(
@@ -41,14 +41,14 @@ class Objective:
             self._near, self._far = GraphedVelocity(self._near), GraphedVelocity(self._far)
 
     def micro_step(self, batch: Batch, meter: LossMeter) -> Tensor:
-        """Forward of one micro-batch.
+        """Loss of one micro-batch.
 
         Args:
             batch: its samples.
-            meter: takes the losses by slice and by sigma.
+            meter: accumulates the losses by slice and by sigma.
 
         Returns:
-            the mean loss, a scalar in fp32, ready for the backward.
+            the mean loss, a scalar in fp32, ready for the backward pass.
         """
         method, device = self._method, self.encoder.device
         if device.type == "cuda":
@@ -73,14 +73,14 @@ class Objective:
             target_cond = cond.with_guidance(target_guidance)
             target = scfm_target(plan, noised, target_cond, self._near, self._far, flow_velocity=velocity)
         if self._in_inference_mode:
-            target = target.clone()  # an ordinary tensor, which the loss may keep for its backward
+            target = target.clone()  # an ordinary tensor, which autograd may save for the backward pass
         student_cond = cond.with_guidance(student_guidance)
         prediction = self.model.student_velocity(noised, plan.sigma_start, student_cond, plan.student_strength)
         meter.add(prediction, target, plan)
         return scfm_loss(prediction, target, plan)
 
     def _embedded_guidance(self, plan: ShortcutPlan) -> tuple[Tensor | None, Tensor | None]:
-        """What the student's pass and the target's passes take as guidance, fp32 [B]; None: no guidance."""
+        """Guidance for the student's pass and for the target's passes, fp32 [B]; None: no guidance."""
         if self._method.step_embedding:
             return plan.step_size, plan.step_size / 2
         if self.model.family.passes == 1:
@@ -93,11 +93,11 @@ class Objective:
     def _paths(
         self, batch: Batch, plan: ShortcutPlan, latents: Tensor, noise: Tensor, cond: Conditioning
     ) -> tuple[Trajectory, Tensor]:
-        """The teacher's paths of a micro-batch, stored or taken now, and where they end [B, C, H, W]."""
+        """The teacher's paths of a micro-batch, stored or computed now, and their ends [B, C, H, W]."""
         num_steps = self._method.trajectory_steps
         if num_steps is None:
             assert batch.path is not None
-            refuse_other_intervals(self._method, batch.path["velocities"].shape[1])
+            check_intervals(self._method, batch.path["velocities"].shape[1])
             return Trajectory(**batch.path).to(latents.device), latents
         teacher = functools.partial(self.model.velocity, "teacher")
         with torch.inference_mode(self._in_inference_mode):
@@ -105,7 +105,7 @@ class Objective:
 
     @torch.no_grad()
     def _guided(self, plan: ShortcutPlan, noised: Tensor, cond: Conditioning, velocity: Tensor) -> Tensor:
-        """`velocity` with the teacher's guided velocity on flow-matching rows. All rows go through the teacher, on every rank."""
+        """`velocity`, with the teacher's guided velocity on flow-matching rows. All rows run through the teacher on every rank."""
         cond = cond.with_guidance(plan.guidance)
         guided = self.model.velocity("teacher", noised, plan.sigma_start, cond, plan.student_strength).to(noised.dtype)
         return torch.where(per_sample(plan.is_flow, guided), guided, velocity)

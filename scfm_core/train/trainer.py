@@ -1,4 +1,4 @@
-"""The loop: data, gradients, one decision of all ranks, update, EMAs."""
+"""The training loop: data, gradients, a common decision of all ranks, optimizer step, EMAs."""
 
 import contextlib
 import math
@@ -29,12 +29,12 @@ from scfm_core.train.state import Progress, RunState
 from scfm_core.train.step import Objective
 from scfm_core.train.stop import SIGNALS, StopRequest
 
-_FEW_SAMPLES = 1000
-"""Below this number of samples, the share of invalid ones is taken of this number: of a handful it would say little."""
+_MIN_SAMPLES = 1000
+"""The fraction of invalid samples is computed over at least this number of samples: over a few it would mean little."""
 
 
 class SkippedTooOften(RuntimeError):
-    """More steps in a row were skipped than `train.max_skips`; raised on every rank."""
+    """More than `train.max_skips` consecutive steps were skipped; raised on every rank."""
 
 
 class Trainer:
@@ -44,10 +44,10 @@ class Trainer:
         config: the run.
         resume: the checkpoint to resume from, if any; already verified.
         world: the processes; each of them has a trainer.
-        data_may_change: continue with other data than the checkpoint's; their order begins at its start.
+        data_may_change: allow other data than the checkpoint's, starting with their first sample.
 
     Raises:
-        UserError: on every rank, if model, data, prompts, engine or checkpoint do not fit the configuration.
+        UserError: on every rank, if model, data, prompts, engine or checkpoint do not match the configuration.
     """
 
     def __init__(
@@ -64,13 +64,13 @@ class Trainer:
         self.device = resolve_device(config.run.device)
         self.stop = StopRequest()
         self.stopping: int | None = None
-        """The signal that asked any rank to stop, the same on every rank at the same step."""
+        """The signal that requested a stop on any rank; the same on every rank at the same step."""
         self.data_error: UserError | None = None
-        """Why the next step has no data, or may not use them; the same on every rank at the same step."""
+        """Why there are no data for the next step; the same on every rank at the same step."""
         with self.world.together():
             self.family = build_family(config)
             kernels = choose_kernels(config, self.family, self.device)
-        self.kernels: Kernels = self.world.from_main(kernels)  # measured times differ a little from GPU to GPU
+        self.kernels: Kernels = self.world.from_main(kernels)  # rank 0 decides: measured times differ between GPUs
         with self.world.together():
             self._build()
         self.emas = DualEMA(
@@ -79,7 +79,7 @@ class Trainer:
         self.engine.after_ema_update()
         self.state = RunState(config, self.model, self.engine, self.corpus, self.world)
         self.data_change: dict[str, Any] | None = None
-        """What changed in the data since the checkpoint, for the log."""
+        """Change of the data since the checkpoint, for the log."""
         if resume is not None:
             with self.world.together():
                 checkpoint = load_checkpoint(resume, verify=False)
@@ -88,9 +88,11 @@ class Trainer:
     def _build(self) -> None:
         config = self.config
         prompts = validation_prompts(config.sample)
-        micro_batches(config, self.world.size)  # refused here, before the data are opened
+        micro_batches(config, self.world.size)  # an error comes here, before the data are opened
         self.corpus = Corpus(config.data, with_paths=config.method.has_stored_paths)
-        self.corpus.order(config.train.global_batch_size, config.run.seed)  # refuses partitions that do not divide it
+        self.corpus.order(
+            config.train.global_batch_size, config.run.seed
+        )  # an error if partitions do not divide the batch
         if config.method.has_stored_paths:
             check_paths(config, self.family, self.corpus)
         self.encoder = BatchEncoder(config, self.family, self.corpus, self.device, prompts)
@@ -101,18 +103,18 @@ class Trainer:
 
     @property
     def progress(self) -> Progress:
-        """How far the run has come."""
+        """Progress of the run."""
         return self.state.progress
 
     def train_steps(self) -> Iterator[dict[str, Any]]:
-        """Run to `train.steps`, yielding each step's row of metrics once the step is done, on every rank the same.
+        """Train to `train.steps`. Yields the metrics of each step after it, the same on every rank.
 
-        The data of a step are taken before the previous step ends, so that all ranks learn of missing data together, at a
+        The data of a step are loaded before the previous step ends, so that all ranks learn of missing data together, at a
         step boundary.
 
         Raises:
-            SkippedTooOften: after more skipped steps in a row than are tolerated.
-            UserError: on every rank, if any has no data, or too many samples were invalid.
+            SkippedTooOften: if more than `train.max_skips` consecutive steps were skipped.
+            UserError: on every rank, if one has no data, or if too many samples were invalid.
         """
         train, world, progress = self.config.train, self.world, self.progress
         left = train.steps - progress.step
@@ -129,7 +131,7 @@ class Trainer:
         )
         with contextlib.closing(stream):
             with world.together():
-                upcoming = self._take(stream, left)
+                upcoming = self._next_micro_batches(stream, left)
                 if isinstance(upcoming, UserError):
                     raise upcoming
             for number in range(left):
@@ -137,7 +139,7 @@ class Trainer:
                 began, data = time.perf_counter(), upcoming
                 meter = self._backward(data)
                 waited = time.perf_counter()
-                upcoming = self._take(stream, left - number - 1)
+                upcoming = self._next_micro_batches(stream, left - number - 1)
                 waited = time.perf_counter() - waited
                 yield self._finish_step(meter, data, upcoming, began) | {"data_seconds": round(waited, 4)}
                 if self.data_error is not None:
@@ -145,8 +147,8 @@ class Trainer:
                 if self.state.guard.is_exhausted:
                     raise SkippedTooOften
 
-    def _take(self, stream: Iterator[Batch], steps_left: int) -> list[Batch] | UserError:
-        """The micro-batches of the next step, or why there are none."""
+    def _next_micro_batches(self, stream: Iterator[Batch], steps_left: int) -> list[Batch] | UserError:
+        """The micro-batches of the next step; or the error, if there are none."""
         if not steps_left:
             return []
         try:
@@ -155,7 +157,7 @@ class Trainer:
             return error
 
     def _backward(self, data: list[Batch]) -> LossMeter:
-        """Gradients of a step's micro-batches."""
+        """Accumulate the gradients of a step's micro-batches; returns their losses."""
         meter = LossMeter(self.device)
         for batch in data:
             loss = self.engine.forward(lambda batch=batch: self.objective.micro_step(batch, meter))  # type: ignore[misc]
@@ -165,7 +167,7 @@ class Trainer:
     def _finish_step(
         self, meter: LossMeter, data: list[Batch], upcoming: list[Batch] | UserError, began: float
     ) -> dict[str, Any]:
-        """From the gradients to the next step: what ranks exchange, decide and apply, and the row of metrics."""
+        """From the gradients to the row of metrics: the ranks exchange their status, then apply or skip the step."""
         train, progress = self.config.train, self.progress
         grad_norm = self.engine.reduce()
         bad = self._exchange_status(meter, data, upcoming)
@@ -199,11 +201,11 @@ class Trainer:
             row |= {"skipped": skipped, "sample_ids": ids, "suspects": self._suspects(meter)}
         if bad:
             row["bad_samples"] = bad
-            self._judge_data()
+            self._check_invalid_fraction()
         return row
 
     def _update_averages(self) -> dict[str, Any]:
-        """Both EMAs, and a restart where one is due: what the step's row says of it."""
+        """Update both EMAs, and restart them if it is due; returns the entries for the row of metrics."""
         self.emas.update()
         due, ratio = restart_due(self.emas, self.progress.step, self.world.sum_)
         if due:
@@ -212,18 +214,18 @@ class Trainer:
         return ({} if ratio is None else {"ema_lag_ratio": ratio}) | ({"ema_restart": True} if due else {})
 
     def _exchange_status(self, meter: LossMeter, data: list[Batch], upcoming: list[Batch] | UserError) -> list[str]:
-        """Sum over all ranks: losses, who was asked to stop, invalid samples, missing data. One all-reduce of some 300 bytes.
+        """Exchange losses, stop requests, invalid samples and missing data in one all-reduce of about 300 bytes.
 
         Returns:
-            the invalid samples of this step, of all ranks.
+            why samples of this step were invalid, of all ranks.
         """
         bad = [reason for batch in data for reason in batch.bad]
         own = [*(self.stop.signal == number for number in SIGNALS), len(bad), isinstance(upcoming, UserError)]
         status = torch.tensor(own, dtype=meter.sums.dtype, device=meter.sums.device)
         total = self.world.sum_(torch.cat([meter.sums.flatten(), status]))
         meter.sums = total[: -len(own)].view_as(meter.sums)
-        *asked, bad_samples, failed = total[-len(own) :].tolist()
-        self.stopping = next((number for number, count in zip(SIGNALS, asked, strict=True) if count), None)
+        *requested, bad_samples, failed = total[-len(own) :].tolist()
+        self.stopping = next((number for number, count in zip(SIGNALS, requested, strict=True) if count), None)
         if failed:
             try:
                 self.world.agree(upcoming if isinstance(upcoming, UserError) else None)
@@ -234,25 +236,25 @@ class Trainer:
             self.progress.bad_samples += len(bad)
         return bad
 
-    def _judge_data(self) -> None:
-        """End the run if more samples were invalid than the recipe tolerates."""
-        most, progress = self.config.data.max_bad_fraction, self.progress
-        if self.data_error is None and progress.bad_samples > most * max(progress.samples, _FEW_SAMPLES):
+    def _check_invalid_fraction(self) -> None:
+        """Stop the run if more samples were invalid than the recipe tolerates."""
+        limit, progress = self.config.data.max_bad_fraction, self.progress
+        if self.data_error is None and progress.bad_samples > limit * max(progress.samples, _MIN_SAMPLES):
             self.data_error = agreed_error(
                 f"data: {progress.bad_samples} of {progress.samples} samples were invalid, more than "
-                f"data.max_bad_fraction={most} tolerates; {self.run_dir / 'incidents.jsonl'} names them. Look at the data with "
+                f"data.max_bad_fraction={limit} tolerates; {self.run_dir / 'incidents.jsonl'} lists them. Check the data with "
                 f"`scfm data validate`, or raise the limit"
             )
 
     def _suspects(self, meter: LossMeter) -> list[int]:
-        """The samples of a skipped step to look at first: those without a finite loss, else the largest losses."""
+        """Samples that may have caused a skipped step: those whose loss is not finite, else the four with the largest losses."""
         rows = sorted((row for rank in self.world.gather(meter.by_sample()) for row in rank), key=lambda row: row[0])
         bad = [sample for sample, loss in rows if not math.isfinite(loss)]
         return bad or [sample for sample, _ in sorted(rows, key=lambda row: -row[1])[:4]]
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """The rate of optimizer step `step`, counted from 0."""
+    """The learning rate of step `step`, counted from 0."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.lr_schedule == "constant":
