@@ -11,7 +11,7 @@ from scfm_core.errors import UserError
 from scfm_core.models.adapters import merge
 from scfm_core.models.protocol import ModelFamily
 from scfm_core.models.weights import read_weights, save_adapter, save_pipeline
-from scfm_core.scfm.plan import sampling_strength
+from scfm_core.scfm.method import sampling_strength
 from scfm_core.train.checkpoint import Checkpoint
 from scfm_core.train.config import RunConfig
 from scfm_core.train.device import compute_dtype

@@ -258,6 +258,13 @@ def test_too_long_files_and_functions_are_found():
     assert too_long("def f():\n" + "    pass\n" * 59, "a.py") == []
 
 
+def test_the_five_files_of_a_step_stay_short():
+    text = (ROOT / "CONTRIBUTING.md").read_text().partition("## A step in five files")[2].partition("\n## ")[0]
+    files = re.findall(r"^\d\. `(\S+\.py)`", text, flags=re.MULTILINE)
+    assert len(files) == 5
+    assert sum((ROOT / file).read_text().count("\n") for file in files) <= 600
+
+
 if __name__ == "__main__":
     edges = without_packages(graph({name: found for name, found in project().items() if name.startswith("scfm_core")}))
     for module in graphlib.TopologicalSorter(edges).static_order():

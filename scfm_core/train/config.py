@@ -9,7 +9,7 @@ from scfm_core.data.recipe import DataConfig
 from scfm_core.distributed.engine import EngineConfig
 from scfm_core.models.adapters import LoRAConfig
 from scfm_core.scfm.ema import EMAConfig
-from scfm_core.scfm.plan import PlanConfig
+from scfm_core.scfm.method import PlanConfig
 
 Role = Literal["student", "ema_fast", "ema_slow"]
 

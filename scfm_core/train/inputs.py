@@ -15,7 +15,7 @@ from scfm_core.flow.schedule import shift_of_grid, sigma_grid
 from scfm_core.models.encoders import Autoencoder, TextEncoders
 from scfm_core.models.protocol import Conditioning, ModelFamily
 from scfm_core.models.weights import encoder_fingerprint, network_fingerprint
-from scfm_core.scfm.plan import PlanConfig
+from scfm_core.scfm.method import PlanConfig
 from scfm_core.train.config import RunConfig
 from scfm_core.train.device import compute_dtype
 from scfm_core.train.sampling import sampling_shift

@@ -10,7 +10,7 @@ from scfm_core.flow.schedule import dynamic_shift, sigma_grid
 from scfm_core.models.encoders import Autoencoder
 from scfm_core.models.protocol import Conditioning
 from scfm_core.models.student import ShortcutModel
-from scfm_core.scfm.plan import PlanConfig, sampling_strength
+from scfm_core.scfm.method import PlanConfig, sampling_strength
 from scfm_core.train.config import SampleConfig
 
 

@@ -12,7 +12,7 @@ import yaml
 from recipes.cli import main
 from recipes.study import run_study, target_passes
 from recipes.train import train
-from scfm_core.scfm.plan import PlanConfig
+from scfm_core.scfm.method import PlanConfig
 from scfm_core.train.parse import dump_config, load_config
 
 LITTLE = ["train.steps=1", "train.warmup_steps=0", "train.global_batch_size=4", "train.micro_batch_size=4"]

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from scfm_core.scfm.loss import LossMeter, scfm_loss
-from scfm_core.scfm.plan import PlanConfig, ShortcutPlan, sample_plan
+from scfm_core.scfm.method import PlanConfig
+from scfm_core.scfm.plan import ShortcutPlan, sample_plan
 
 B = 96
 ALL_SLICES = PlanConfig(flow_fraction=0.3)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from scfm_core.flow.random import Stream, uniform
 from scfm_core.flow.schedule import dynamic_shift, sigma_grid
-from scfm_core.scfm.plan import PlanConfig, ShortcutPlan, StepGain, sample_plan, sampling_strength
+from scfm_core.scfm.method import PlanConfig, StepGain, sampling_strength
+from scfm_core.scfm.plan import ShortcutPlan, sample_plan
 
 N = 20_000
 CHI_SQUARE = {1: 10.8, 2: 13.8, 3: 16.3, 7: 24.3, 15: 37.7}  # p = 0.001, by degrees of freedom

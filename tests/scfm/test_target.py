@@ -7,7 +7,8 @@ from torch import Tensor
 from scfm_core.flow.path import flow_velocity, noise_latents, per_sample
 from scfm_core.flow.sampler import euler_sample
 from scfm_core.scfm.loss import scfm_loss
-from scfm_core.scfm.plan import PlanConfig, ShortcutPlan, StepGain, sample_plan
+from scfm_core.scfm.method import PlanConfig, StepGain
+from scfm_core.scfm.plan import ShortcutPlan, sample_plan
 from scfm_core.scfm.target import scfm_target
 
 B = 64

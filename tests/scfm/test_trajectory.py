@@ -8,7 +8,8 @@ import torch
 
 from scfm_core.flow.sampler import euler_sample, roll_out
 from scfm_core.flow.schedule import sigma_grid
-from scfm_core.scfm.plan import PlanConfig, StepGain, sample_plan
+from scfm_core.scfm.method import PlanConfig, StepGain
+from scfm_core.scfm.plan import sample_plan
 from scfm_core.scfm.target import scfm_target
 from scfm_core.scfm.trajectory import Trajectory, on_trajectories, take_paths
 

@@ -10,7 +10,7 @@ from scfm_core.distributed.engine import EngineConfig
 from scfm_core.errors import UserError
 from scfm_core.models.adapters import LoRAConfig
 from scfm_core.scfm.ema import EMAConfig
-from scfm_core.scfm.plan import PlanConfig, StepGain
+from scfm_core.scfm.method import PlanConfig, StepGain
 from scfm_core.train.config import (
     CheckpointConfig,
     EvaluateConfig,
