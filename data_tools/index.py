@@ -16,7 +16,6 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from scfm_core.data.cache import mismatch, sha256_of
 from scfm_core.data.folder import image_size
 from scfm_core.data.mds import INDEX, MdsIndex, MdsShard
 from scfm_core.data.recipe import SourceConfig
@@ -26,6 +25,7 @@ from scfm_core.data.source import Shard, read_if_there
 from scfm_core.data.uri import expand, is_remote, join, parent
 from scfm_core.data.webdataset import TarShard
 from scfm_core.errors import UserError
+from scfm_core.files import mismatch, sha256_of
 
 Progress = Callable[[Iterable[Any], int], Iterable[Any]]
 

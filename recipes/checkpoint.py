@@ -1,4 +1,4 @@
-"""`scfm checkpoint`: look into checkpoints, hold them against their manifests, turn one format into another."""
+"""`scfm checkpoint`: inspect checkpoints, verify them, convert them to another format."""
 
 import shutil
 from pathlib import Path
@@ -21,10 +21,10 @@ from scfm_core.train.checkpoint import (
 
 
 def inspect(path: Path) -> str:
-    """What a checkpoint (or a run's newest) holds, as text.
+    """Describe the content of a checkpoint, or of a run's newest one, as text.
 
     Raises:
-        UserError: if it is no complete checkpoint.
+        UserError: if it is not a complete checkpoint.
     """
     checkpoint = _open(path, verify=False)
     state, reader = checkpoint.state, checkpoint.reader
@@ -53,7 +53,7 @@ def verify(path: Path) -> str:
     """Hash every file of a checkpoint, or of all checkpoints of a run.
 
     Raises:
-        UserError: naming each damaged one, and the newest intact one.
+        UserError: if any is damaged; it lists the state of each.
     """
     folders = sorted((path / "checkpoints").glob("step_*")) if (path / "checkpoints").is_dir() else [path]
     if not folders:
@@ -68,24 +68,24 @@ def verify(path: Path) -> str:
             lines.append(str(error))
     if damaged:
         raise UserError(
-            f"{damaged} of {len(folders)} damaged:\n"
+            f"{damaged} of {len(folders)} checkpoints are damaged:\n"
             + "\n".join(lines)
-            + "\n`scfm train` goes on from the newest intact one"
+            + "\n`scfm train` resumes from the newest intact one"
         )
     return "\n".join(lines)
 
 
 def convert(source: Path, target: Path, kind: str, stage: int, ranks: int) -> Path:
-    """Write a checkpoint anew as a run of its own, in another engine's format.
+    """Convert a checkpoint to another engine's format, as a new run.
 
-    Training needs this not: every engine reads every format, on any number of processes. It is for other tools, and to
-    move a run to another format once.
+    Training does not need this: every engine reads every format, on any number of processes. It is for other tools, and for
+    moving a run to another format permanently.
 
     Args:
-        source: a checkpoint, or a run, of which the newest is taken.
-        target: the new run's folder; `scfm train ... run.dir=TARGET` goes on from it.
+        source: a checkpoint, or a run, whose newest checkpoint is converted.
+        target: the new run's folder; `scfm train ... run.dir=TARGET` resumes from it.
         kind: `dcp` or `zero`.
-        stage, ranks: of `zero`.
+        stage, ranks: ZeRO stage and number of processes of the format `zero`.
 
     Raises:
         UserError: if the source is damaged or the target exists.

@@ -16,10 +16,10 @@ from scfm_core.train.stop import remember_early
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse and run; a UserError becomes one message and exit code 2, everything else keeps its traceback."""
+    """Parse and run; a UserError becomes one message and exit code 2, any other exception keeps its traceback."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
-    # argparse takes no further positional after an option: `scfm train R.yaml --dry-run train.steps=3` ends here.
+    # argparse accepts no positional after an option: in `scfm train R.yaml --dry-run train.steps=3` it ends up in `rest`.
     if any(word.startswith("-") or not hasattr(arguments, "overrides") for word in rest):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
@@ -31,18 +31,18 @@ def main(argv: list[str] | None = None) -> int:
             raise
         rank = os.environ.get("RANK", "0")
         if not error.agreed:
-            print(f"scfm: error: {_of_rank(rank)}{error}", file=sys.stderr)
+            print(f"scfm: error: {_rank_prefix(rank)}{error}", file=sys.stderr)
         elif rank == "0":
             print(f"scfm: error: {error}", file=sys.stderr)
         else:
-            time.sleep(1)  # rank 0 speaks for all, and the launcher ends every rank once one is gone
-        _let_go(error)
+            time.sleep(1)  # the launcher stops all ranks when one ends: let rank 0 print first
+        _clear_frames(error)
         return 2
     except PeerLost as error:
-        print(f"scfm: error: {_of_rank(os.environ.get('RANK', '0'))}{error}. Start the job again", file=sys.stderr)
-        _let_go(error)
+        print(f"scfm: error: {_rank_prefix(os.environ.get('RANK', '0'))}{error}. Start the job again", file=sys.stderr)
+        _clear_frames(error)
         return error.exit_code
-    except BrokenPipeError:  # `scfm ... | head`: nobody reads on
+    except BrokenPipeError:  # `scfm ... | head`: the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
@@ -51,32 +51,32 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def command() -> NoReturn:
-    """`scfm`, as a process of its own: `main`, and the end."""
+    """The `scfm` command as a process: run `main` and exit."""
     try:
         code = main()
     except Exception:
-        if not _several():
+        if not _has_peers():
             raise
         traceback.print_exc()
         code = 1
-    if code == PeerLost.exit_code or (_several() and 0 < code < 128):
-        # At once: nothing is left to save, and the interpreter's own end, or NCCL's, may wait for the other processes.
+    if code == PeerLost.exit_code or (_has_peers() and 0 < code < 128):
+        # Nothing is left to save, and the normal exit of the interpreter or of NCCL may wait for the other processes.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 
 
-def _several() -> bool:
+def _has_peers() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def _of_rank(rank: str) -> str:
-    return f"rank {rank}: " if _several() else ""
+def _rank_prefix(rank: str) -> str:
+    return f"rank {rank}: " if _has_peers() else ""
 
 
-def _let_go(error: BaseException | None) -> None:
-    """Free what the traceback's frames hold: a process group that lives to the interpreter's end aborts it."""
+def _clear_frames(error: BaseException | None) -> None:
+    """Free the objects in the traceback's frames: a process group that exists at the interpreter's exit aborts it."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="scfm", description="Turn a pre-trained flow-matching model into a few-step sampler."
     )
-    # The deepspeed launcher passes it to every process; LOCAL_RANK says the same.
+    # The deepspeed launcher passes this to every process; LOCAL_RANK has the same value.
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     parser.add_argument("--version", action="version", version=f"scfm {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_checkpoint(commands)
     _add_health(commands)
     _add_job(commands)
-    data = commands.add_parser("data", help="make data sets, and look at them")
+    data = commands.add_parser("data", help="make data sets and inspect them")
     add_commands(data.add_subparsers(required=True, metavar="COMMAND"), _command)
     return parser
 
@@ -123,7 +123,7 @@ def _add_train(commands) -> None:  # type: ignore[no-untyped-def]
     parser = _command(
         commands,
         "train",
-        "Run a recipe; the same command again goes on where it stopped.",
+        "Run a recipe; the same command resumes it.",
         _train,
         epilog="examples:\n  scfm train flux_dev_lora.yaml --dry-run\n"
         "  scfm train flux_dev_lora.yaml data=recipes/data/other.yaml train.steps=1500 run.dir=runs/mine",
@@ -138,13 +138,13 @@ def _add_train(commands) -> None:  # type: ignore[no-untyped-def]
     )
     parser.add_argument(
         "--resume", default="auto", metavar="auto|never|PATH",
-        help="auto (default): from the newest complete checkpoint in run.dir; never: start over, the earlier attempt is "
-        "moved aside; PATH: from that checkpoint or run",
+        help="auto (default): from the newest complete checkpoint in run.dir; never: start over, and move the earlier attempt "
+        "to run.dir/previous-N; PATH: from this checkpoint or run",
     )  # fmt: skip
     parser.add_argument(
         "--allow-data-change",
         action="store_true",
-        help="go on with other data than the checkpoint's, from the start of its order",
+        help="continue with other data than the checkpoint's, from their first sample",
     )
 
 
@@ -153,7 +153,9 @@ def _train(arguments: argparse.Namespace) -> int:
     from recipes.train import train
 
     if arguments.gpus is not None and (arguments.gpus < 1 or not arguments.dry_run):
-        raise UserError("--gpus N (at least 1) belongs to --dry-run; a run takes as many GPUs as the launcher starts")
+        raise UserError(
+            "--gpus N (at least 1) works only with --dry-run; a run uses one GPU for each process of the launcher"
+        )
     return train(
         arguments.config,
         arguments.overrides,
@@ -168,12 +170,12 @@ def _add_sample(commands) -> None:  # type: ignore[no-untyped-def]
     parser = _command(commands, "sample", "Make images with a run's weights.", _sample)
     parser.add_argument("run_dir", type=Path)
     _overrides(parser)
-    parser.add_argument("--prompt", action="append", default=[], help="text of one image; may be repeated")
-    parser.add_argument("--prompts", metavar="FILE", help="text file with one prompt a line")
+    parser.add_argument("--prompt", action="append", default=[], help="prompt of one image; may be repeated")
+    parser.add_argument("--prompts", metavar="FILE", help="text file with one prompt on each line")
     parser.add_argument("--steps", type=int, default=3, help="Euler steps (default 3)")
     parser.add_argument("--seed", type=int, help="image i starts from torch.Generator().manual_seed(SEED + i)")
     parser.add_argument(
-        "--strength", type=float, help="adapter strength; by default what the run was trained for at this step count"
+        "--strength", type=float, help="adapter strength (default: the one that was trained for this step count)"
     )
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="default RUN_DIR/samples/N_steps")
 
@@ -216,7 +218,10 @@ def _add_export(commands) -> None:  # type: ignore[no-untyped-def]
     parser.add_argument("run_dir", type=Path)
     _overrides(parser)
     parser.add_argument(
-        "--merged", type=Path, metavar="FOLDER", help="a complete pipeline with merged weights, not an adapter"
+        "--merged",
+        type=Path,
+        metavar="FOLDER",
+        help="write a complete pipeline with merged weights instead of an adapter",
     )
     parser.add_argument("--steps", type=int, help="with --merged of a step-scaled adapter: the step count to merge for")
 
@@ -236,7 +241,7 @@ def _add_report(commands) -> None:  # type: ignore[no-untyped-def]
         action="append",
         default=[],
         metavar="RUN_DIR",
-        help="another run to set beside it; may be repeated",
+        help="another run to compare with; may be repeated",
     )
 
 
@@ -250,7 +255,7 @@ def _add_study(commands) -> None:  # type: ignore[no-untyped-def]
     parser = _command(
         commands,
         "study",
-        "Compare ways to train over several seeds: one table, one plot. The same command again goes on.",
+        "Compare ways to train over several seeds, in a table and a plot. The same command continues a study.",
         _study,
         epilog="examples:\n  scfm study digits\n  scfm study digits --arms paper step_scaled\n"
         "  scfm study mine.yaml --only $SLURM_ARRAY_TASK_ID     # one run of the study, in an array job",
@@ -258,8 +263,8 @@ def _add_study(commands) -> None:  # type: ignore[no-untyped-def]
     parser.add_argument("study", help="a YAML file, or the name of a shipped study")
     _overrides(parser)
     parser.add_argument("--output", "-o", type=Path, metavar="FOLDER", help="default runs/study/NAME")
-    parser.add_argument("--arms", nargs="+", default=[], metavar="ARM", help="run these alone")
-    parser.add_argument("--only", type=int, metavar="N", help="run the study's run number N alone, counted from 0")
+    parser.add_argument("--arms", nargs="+", default=[], metavar="ARM", help="run only these arms")
+    parser.add_argument("--only", type=int, metavar="N", help="run only the study's run number N, counted from 0")
 
 
 def _study(arguments: argparse.Namespace) -> None:
@@ -279,7 +284,7 @@ def _study(arguments: argparse.Namespace) -> None:
 
 def _add_status(commands) -> None:  # type: ignore[no-untyped-def]
     parser = _command(
-        commands, "status", "Say where a run stands: step, rate, time left, starts and their ends.", _status
+        commands, "status", "Show the progress of a run: step, rate, remaining time, starts and their ends.", _status
     )
     parser.add_argument("run_dir", type=Path)
 
@@ -308,10 +313,10 @@ def _health(arguments: argparse.Namespace) -> None:
 
 
 def _add_job(commands) -> None:  # type: ignore[no-untyped-def]
-    group = commands.add_parser("job", help="for slurm/: what a batch job asks about its run")
+    group = commands.add_parser("job", help="for slurm/: questions of a batch job about its run")
     actions = group.add_subparsers(required=True, metavar="COMMAND")
     parser = _command(
-        actions, "run-dir", "Check a run's configuration and print its folder, which is made.", _job_run_dir
+        actions, "run-dir", "Check a run's configuration, create its folder and print its path.", _job_run_dir
     )
     parser.add_argument("config")
     _overrides(parser)
@@ -323,20 +328,13 @@ def _add_job(commands) -> None:  # type: ignore[no-untyped-def]
 
 
 def _job_run_dir(arguments: argparse.Namespace) -> None:
-    from scfm_core.train.parse import load_config
+    from recipes.job import make_run_dir
 
-    folder = Path(load_config(arguments.config, arguments.overrides).run.dir).absolute()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"run.dir: {folder} cannot be made ({error.strerror}). Choose another with run.dir=PATH"
-        ) from error
-    print(folder)
+    print(make_run_dir(arguments.config, arguments.overrides))
 
 
 def _job_verdict(arguments: argparse.Namespace) -> None:
-    from recipes.status import verdict
+    from recipes.job import verdict
 
     found, why = verdict(
         arguments.run_dir,
@@ -352,23 +350,23 @@ def _add_checkpoint(commands) -> None:  # type: ignore[no-untyped-def]
     group = commands.add_parser("checkpoint", help="inspect, verify and convert checkpoints")
     actions = group.add_subparsers(required=True, metavar="COMMAND")
     for name, text, run in (
-        ("inspect", "Say what a checkpoint holds: engine, step, tensors, norms.", _checkpoint_inspect),
-        ("verify", "Hash every file of a checkpoint, or of all of a run.", _checkpoint_verify),
+        ("inspect", "Describe a checkpoint: engine, step, tensors, norms.", _checkpoint_inspect),
+        ("verify", "Verify the hashes of a checkpoint, or of all checkpoints of a run.", _checkpoint_verify),
     ):
         parser = _command(actions, name, text, run)
         parser.add_argument("path", type=Path, help="a run's folder, or one of its checkpoints/step_XXXXXXXX")
     parser = _command(
         actions,
         "convert",
-        "Write a checkpoint anew, in another engine's format, as a run of its own. Training needs it not: every engine "
-        "resumes from every format.",
+        "Convert a checkpoint to another engine's format, as a new run. Training does not need it: every engine resumes "
+        "from every format.",
         _checkpoint_convert,
     )
     parser.add_argument("source", type=Path, help="a run's folder, or one of its checkpoints/step_XXXXXXXX")
     parser.add_argument("target", type=Path, help="folder of the new run")
     parser.add_argument("--to", choices=("dcp", "zero"), required=True, help="PyTorch's format, or DeepSpeed's")
     parser.add_argument("--stage", type=int, choices=(1, 2, 3), default=2, help="with --to zero (default 2)")
-    parser.add_argument("--ranks", type=int, default=1, help="with --to zero: processes to divide it for (default 1)")
+    parser.add_argument("--ranks", type=int, default=1, help="with --to zero: number of processes (default 1)")
 
 
 def _checkpoint_inspect(arguments: argparse.Namespace) -> None:

@@ -62,7 +62,7 @@ def _cache_config(arguments: argparse.Namespace) -> "EncodeConfig":
     import torch
 
     from data_tools.encode import EncodeConfig
-    from scfm_core.train.build import resolve_device
+    from scfm_core.train.device import resolve_device
 
     return EncodeConfig(
         text_length=arguments.text_length,
@@ -140,7 +140,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     from data_tools.job import processes
     from scfm_core.data.recipe import DataConfig
     from scfm_core.models.families import open_family
-    from scfm_core.train.build import read_prompts
+    from scfm_core.train.prompts import read_prompts
 
     try:
         shift = arguments.shift if arguments.shift == "dynamic" else float(arguments.shift)
@@ -259,7 +259,7 @@ def _decoder(model: str, device: str) -> "Callable[[Tensor], Tensor]":
 
     from scfm_core.models.encoders import Autoencoder
     from scfm_core.models.families import open_family
-    from scfm_core.train.build import resolve_device
+    from scfm_core.train.device import resolve_device
 
     where = resolve_device(device)
     vae = Autoencoder(open_family(model), torch.bfloat16 if where.type == "cuda" else torch.float32, where)

@@ -1,4 +1,4 @@
-"""`scfm evaluate`: student, undistilled base and teacher at the same step counts, from the same noise."""
+"""`scfm evaluate`: compare student, undistilled base and teacher, from the same noise."""
 
 import hashlib
 import json
@@ -23,64 +23,71 @@ from scfm_core.models.encoders import Autoencoder, TextEncoders
 from scfm_core.models.protocol import Conditioning
 from scfm_core.models.student import FullModel
 from scfm_core.models.weights import encoder_fingerprint, network_fingerprint
-from scfm_core.train.build import check_cache, compute_dtype, read_prompts, resolve_device
 from scfm_core.train.config import RunConfig
+from scfm_core.train.device import compute_dtype, resolve_device
 from scfm_core.train.features import extract, frechet_distance, load_features
+from scfm_core.train.grid import save_grid
+from scfm_core.train.inputs import check_cache
 from scfm_core.train.metrics import progress_bar
 from scfm_core.train.parse import dump_config, with_absolute_paths
-from scfm_core.train.validate import save_grid, to_uint8
+from scfm_core.train.prompts import read_prompts
+from scfm_core.train.sampling import to_uint8
 
 Result = dict[str, dict[str, dict[str, float]]]
 GRID_COLUMNS = 10
-_PLACES = 64
+_PARTS = 64
+"""Number of contiguous parts of the data from which samples are taken."""
 
 
 def evaluate(run_dir: Path, overrides: list[str]) -> Result:
-    """Measure and write `RUN_DIR/evaluation.json`, `evaluation.yaml` (how) and `samples/evaluation.png`.
+    """Measure and write `RUN_DIR/evaluation.json`, `evaluation.yaml` (the settings) and `samples/evaluation.png`.
 
-    Every figure starts from the same noise, so that `mse_teacher` compares image by image, and a Frechet distance
-    below that of two independent teacher sets says that the samples agree noise by noise. A run from scratch has no teacher
-    and no base: its samples are compared with the data alone.
+    All sets of images start from the same noise. So `mse_teacher` compares images one by one, and a student whose Frechet
+    distance is below that of two independent sets of the teacher follows the teacher for each noise. A run from scratch has
+    no teacher and no base: its samples are only compared with the data.
 
     Returns:
         `{"student": {"3": {...}}, "base": {...}, "teacher": {"32": {...}}}`, each with `fid_teacher` and
-        `mse_teacher` (not for the teacher), `fid_data`, `seconds_per_image` (decoding included), `clip_score` if CLIP is
-        given, and the teacher's `fid_floor` if asked for.
+        `mse_teacher` (not for the teacher), `fid_data`, `seconds_per_image` (with decoding), with `evaluate.clip_path`
+        `clip_score`, and with `evaluate.noise_floor` the teacher's `fid_floor`.
     """
     config = open_run(run_dir, overrides)
     settings = config.evaluate
-    bench = _Bench(run_dir, config)
-    kinds = ("student", "base") if bench.has_teacher else ("student",)
+    evaluator = Evaluator(run_dir, config)
+    kinds = ("student", "base") if evaluator.has_teacher else ("student",)
     jobs = [(kind, steps) for steps in settings.steps for kind in kinds]
-    if bench.has_teacher:
+    if evaluator.has_teacher:
         jobs.insert(0, ("teacher", settings.teacher_steps))
-    result: Result = {kind: {} for kind in (*kinds, *(["teacher"] if bench.has_teacher else []))}
+    result: Result = {kind: {} for kind in (*kinds, *(["teacher"] if evaluator.has_teacher else []))}
     grids: dict[str, Tensor] = {}
     with progress_bar("evaluate", len(jobs), unit="figure") as bar:
         for kind, steps in jobs:
-            result[kind][str(steps)] = bench.measure(config.sample.weights if kind == "student" else "teacher", steps)
-            grids[f"{kind} {steps}"] = bench.images[:GRID_COLUMNS] / 255
+            role = config.sample.weights if kind == "student" else "teacher"
+            result[kind][str(steps)] = evaluator.measure(role, steps)
+            grids[f"{kind} {steps}"] = evaluator.images[:GRID_COLUMNS] / 255
             if kind == "teacher":
-                bench.becomes_reference()
+                evaluator.set_reference()
                 if settings.noise_floor:
-                    result[kind][str(steps)]["fid_floor"] = bench.noise_floor(steps)
+                    result[kind][str(steps)]["fid_floor"] = evaluator.noise_floor(steps)
             bar.update()
     order = sorted(grids, key=lambda name: list(result).index(name.split()[0]))
     save_grid(
-        run_dir / "samples" / "evaluation.png", [(name, grids[name]) for name in order], bench.prompts[:GRID_COLUMNS]
+        run_dir / "samples" / "evaluation.png",
+        [(name, grids[name]) for name in order],
+        evaluator.prompts[:GRID_COLUMNS],
     )
     for name, text in (
         ("evaluation.yaml", dump_config(with_absolute_paths(config))),
         ("evaluation.json", json.dumps(result, indent=2) + "\n"),
     ):
-        aside = run_dir / f".{name}.tmp"
-        aside.write_text(text)
-        aside.replace(run_dir / name)
+        temporary = run_dir / f".{name}.tmp"
+        temporary.write_text(text)
+        temporary.replace(run_dir / name)
     return result
 
 
-class _Bench:
-    """What all figures share. Images are kept as uint8 and embeddings once a distinct prompt, both on the CPU."""
+class Evaluator:
+    """Samples images and compares them. Images (uint8) and one embedding for each distinct prompt are kept on the CPU."""
 
     def __init__(self, run_dir: Path, config: RunConfig) -> None:
         settings = config.evaluate
@@ -94,40 +101,46 @@ class _Bench:
         items = corpus.items_of(config.data.resolution).tolist()
         if not items:
             raise UserError(
-                f"data: no sample is of data.resolution {config.data.resolution}, the size at which images are compared. "
-                f"Set it to one of {corpus.sizes}"
+                f"data: no sample has data.resolution {config.data.resolution}, the size at which images are compared. "
+                f"Set data.resolution to one of {corpus.sizes}"
             )
-        if not any(is_remote(source.uri) for source in config.data.mixture()):  # whose shards would all be fetched
-            items = _spread(items, settings.samples)
+        if not any(is_remote(source.uri) for source in config.data.mixture()):  # remote: it would download all shards
+            items = spread(items, settings.samples)
         self.prompts = _prompts(config, corpus, items)
         self.vae = Autoencoder(self.model.family, dtype, self.device)
         distinct = sorted(set(self.prompts))
         self.cond = self._encode(
             TextEncoders(self.model.family, config.model.text_length, dtype, self.device), distinct
         )
-        where = {prompt: row for row, prompt in enumerate(distinct)}
-        self.rows = torch.tensor([where[prompt] for prompt in self.prompts])
+        row_of = {prompt: row for row, prompt in enumerate(distinct)}
+        self.rows = torch.tensor([row_of[prompt] for prompt in self.prompts])
         self.real = self._real_features(corpus, items)
         if len(self.real) <= self.real.shape[1]:
             print(
                 f"note: {len(self.real)} samples for {self.real.shape[1]} features give a singular covariance: these "
-                f"Frechet distances compare with one another, not with published ones. Raise evaluate.samples"
+                f"Frechet distances are comparable with each other, not with published ones. Raise evaluate.samples"
             )
         self.images = torch.empty(0, dtype=torch.uint8)
-        """Those of the last `measure`, [N, 3, H, W]."""
-        self._found = torch.empty(0)
+        """The images of the last `measure`, uint8 [N, 3, H, W]."""
+        self._last_features = torch.empty(0)
         self._reference: tuple[Tensor, Tensor] | None = None
-        self._generate(config.sample.weights, 1, 0)  # the first call of a device is slow; it belongs to no figure
+        self._generate(config.sample.weights, 1, 0)  # warm-up: the first call on a device is slow
 
     def measure(self, role: str, steps: int) -> dict[str, float]:
-        """One row of the table; the images stay in `images` until the next."""
+        """Measure one row of the table; its images are in `images` until the next call."""
         kept = self.config.evaluate.keep if role == "teacher" else None
-        self.images, seconds = self._make(role, steps) if kept is None else self._kept(Path(kept).expanduser(), steps)
-        self._found = self._features(self.images)
-        row = {"fid_data": frechet_distance(self._found, self.real), "seconds_per_image": seconds / len(self.images)}
+        if kept is None:
+            self.images, seconds = self._make(role, steps)
+        else:
+            self.images, seconds = self._load_or_make(Path(kept).expanduser(), steps)
+        self._last_features = self._features(self.images)
+        row = {
+            "fid_data": frechet_distance(self._last_features, self.real),
+            "seconds_per_image": seconds / len(self.images),
+        }
         if self._reference is not None:
             reference_images, reference_found = self._reference
-            row["fid_teacher"] = frechet_distance(self._found, reference_found)
+            row["fid_teacher"] = frechet_distance(self._last_features, reference_found)
             pairs = zip(self.images.split(self.size), reference_images.split(self.size), strict=True)
             total = sum(float((a.double() - b.double()).square().sum()) for a, b in pairs)
             row["mse_teacher"] = total / self.images.numel() / 255**2
@@ -137,18 +150,18 @@ class _Bench:
             row["clip_score"] = float(torch.cat([self.clip(*part) for part in parts]).mean())
         return row
 
-    def becomes_reference(self) -> None:
-        """Later rows are compared with the one just measured."""
-        self._reference = self.images, self._found
+    def set_reference(self) -> None:
+        """Compare later rows with the row that was just measured."""
+        self._reference = self.images, self._last_features
 
     def noise_floor(self, steps: int) -> float:
-        """Distance of the reference to the teacher's samples of the same prompts from other noise."""
+        """Frechet distance between the reference and the teacher's samples of the same prompts from other noise."""
         assert self._reference is not None
         first, keep = len(self.prompts), self.config.evaluate.keep
         if keep is None:
             other, _ = self._make("teacher", steps, first)
         else:
-            other, _ = self._kept(Path(keep).expanduser(), steps, first)
+            other, _ = self._load_or_make(Path(keep).expanduser(), steps, first)
         return frechet_distance(self._features(other), self._reference[1])
 
     def _features(self, images: Tensor) -> Tensor:
@@ -156,29 +169,31 @@ class _Bench:
         return torch.cat([extract(self.features, part / 255, self.device, self.size) for part in parts])
 
     def _make(self, role: str, steps: int, first: int = 0) -> tuple[Tensor, float]:
-        """All images of a role, from the noise of seeds `first` and on, and the seconds that they took."""
+        """Images of `role` for all prompts, from the noise of the seeds from `first` on; and the time in seconds."""
         began = time.perf_counter()
         starts = range(0, len(self.prompts), self.size)
         images = torch.cat([to_uint8(self._generate(role, steps, at, first)) for at in starts])
         return images, time.perf_counter() - began
 
-    def _kept(self, folder: Path, steps: int, first: int = 0) -> tuple[Tensor, float]:
-        """The frozen model's images, made once for all runs with the same model, prompts and settings."""
-        path = folder / f"teacher-{steps}-{self._settings(first)[:16]}.safetensors"
+    def _load_or_make(self, folder: Path, steps: int, first: int = 0) -> tuple[Tensor, float]:
+        """The frozen model's images, made once for all runs with the same model, prompts and settings; and their time."""
+        path = folder / f"teacher-{steps}-{self._images_key(first)[:16]}.safetensors"
         if path.is_file():
             try:
                 with safe_open(path, "pt") as file:
                     return file.get_tensor("images"), float(file.metadata()["seconds"])
             except (SafetensorError, KeyError, TypeError, ValueError) as error:
-                raise UserError(f"evaluate.keep: {path} is damaged ({error}). Delete it; it is made again") from error
+                raise UserError(
+                    f"evaluate.keep: {path} is damaged ({error}). Delete it; it will be made again"
+                ) from error
         images, seconds = self._make("teacher", steps, first)
         folder.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f"{path.name}.{os.getpid()}")
-        save_file({"images": images.contiguous()}, aside, {"seconds": repr(seconds)})
-        aside.replace(path)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}")
+        save_file({"images": images.contiguous()}, temporary, {"seconds": repr(seconds)})
+        temporary.replace(path)
         return images, seconds
 
-    def _settings(self, first: int) -> str:
+    def _images_key(self, first: int) -> str:
         """A hash of everything that the frozen model's images depend on."""
         config, folder, sample = self.config, self.model.family.folder, self.config.sample
         known: list[Any] = [network_fingerprint(folder), encoder_fingerprint(folder), self.prompts, str(self.device)]
@@ -220,16 +235,20 @@ class _Bench:
         return torch.cat(found)
 
 
-def _spread(items: list[int], count: int) -> list[int]:
-    """`count` of the items from all over them, for samples of one prompt may follow one another; in few shards, for each is hashed."""
-    left_out, runs = max(0, len(items) - count), min(_PLACES, count)
+def spread(items: list[int], count: int) -> list[int]:
+    """Select `count` items from evenly spaced runs of consecutive items.
+
+    From all parts of the data, because samples of one prompt may be neighbours; in few runs, because every shard that is
+    read is hashed first.
+    """
+    left_out, runs = max(0, len(items) - count), min(_PARTS, count)
     of_runs = (range(run * count // runs, (run + 1) * count // runs) for run in range(runs))
     chosen = [number + run * left_out // runs for run, numbers in enumerate(of_runs) for number in numbers]
     return [items[number] for number in chosen] if left_out else items
 
 
 def _prompts(config: RunConfig, corpus: Corpus, items: list[int]) -> list[str]:
-    """`evaluate.samples` prompts: those of the file, else the data's captions, repeated as needed."""
+    """`evaluate.samples` prompts, from the file or else the data's captions, repeated if there are too few."""
     count = config.evaluate.samples
     if config.evaluate.prompts is not None:
         given = read_prompts(config.evaluate.prompts, "evaluate.prompts")

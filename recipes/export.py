@@ -1,4 +1,4 @@
-"""`scfm export`: the trained weights in diffusers' own formats."""
+"""`scfm export`: the trained weights in diffusers' formats."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,36 +11,36 @@ from scfm_core.errors import UserError
 from scfm_core.models.adapters import merge
 from scfm_core.models.protocol import ModelFamily
 from scfm_core.models.weights import read_weights, save_adapter, save_pipeline
-from scfm_core.scfm.plan import sampling_strength
-from scfm_core.train.build import compute_dtype
+from scfm_core.scfm.method import sampling_strength
 from scfm_core.train.checkpoint import Checkpoint
 from scfm_core.train.config import RunConfig
+from scfm_core.train.device import compute_dtype
 
 _CARD_STEPS = (1, 2, 3, 4, 6, 8, 16)
 
 
 def export(run_dir: Path, overrides: list[str], *, merged: Path | None, num_steps: int | None) -> Path:
-    """Write `RUN_DIR/adapter`, or with `merged` a complete pipeline folder whose transformer holds the trained weights.
+    """Write `RUN_DIR/adapter`, or with `merged` a complete pipeline whose transformer has the trained weights.
 
     Args:
         run_dir: the run.
-        overrides: of its configuration, e.g. `sample.weights=ema_slow`.
-        merged: target folder of a pipeline.
-        num_steps: for step-scaled adapters, the step count whose strength is merged.
+        overrides: changes of its configuration, e.g. `sample.weights=ema_slow`.
+        merged: folder of the new pipeline.
+        num_steps: of a step-scaled adapter: the step count for which it is merged.
 
     Raises:
-        UserError: if the weights cannot be exported so, or the target exists.
+        UserError: if the weights cannot be exported in this way, or the target exists.
     """
     config = open_run(run_dir, overrides)
     if merged is None and config.train.weights == "full":
-        raise UserError("this run trained full weights, which are no adapter: give --merged FOLDER")
+        raise UserError("this run trained full weights, which cannot be exported as an adapter: give --merged FOLDER")
     if merged is not None and config.method.step_gain is not None and num_steps is None:
         raise UserError(
-            "this adapter's strength depends on the number of steps, and merging fixes it: say which with --steps N"
+            "this adapter's strength depends on the number of steps, which merging fixes: choose the step count with --steps N"
         )
     if num_steps is not None and (merged is None or config.method.step_gain is None):
         raise UserError(
-            "--steps is for merging a step-scaled adapter (method.step_gain): here the strength does not depend on it. Leave it out"
+            "--steps is for merging a step-scaled adapter (method.step_gain): here the strength does not depend on the step count. Omit --steps"
         )
     if num_steps is not None and num_steps < 1:
         raise UserError(f"--steps must be at least 1, got {num_steps}")
@@ -55,7 +55,7 @@ def export(run_dir: Path, overrides: list[str], *, merged: Path | None, num_step
 
 
 def _export_adapter(run_dir: Path, config: RunConfig, checkpoint: Checkpoint, family: ModelFamily) -> Path:
-    """`RUN_DIR/adapter`: safetensors that `load_lora_weights` reads, and a README that says how to use them."""
+    """Write `RUN_DIR/adapter`: safetensors for `load_lora_weights`, and a README that explains their use."""
     folder = run_dir / "adapter"
     scale = config.lora.alpha / config.lora.rank
     save_adapter(folder, checkpoint.reader.group(config.sample.weights), scale, adapter_metadata(config, family))
@@ -66,12 +66,10 @@ def _export_adapter(run_dir: Path, config: RunConfig, checkpoint: Checkpoint, fa
 def _merged_weights(
     config: RunConfig, checkpoint: Checkpoint, family: ModelFamily, strength: float
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every weight of the exported network by name, one at a time: the memory of one, however large the network."""
+    """Yield every weight of the exported network by name. Only one is in memory at a time."""
     reader, role = checkpoint.reader, config.sample.weights
     if config.train.weights == "full":
-        for name, weight in read_weights(
-            family.folder, "transformer"
-        ):  # among them what is no parameter, such as tables
+        for name, weight in read_weights(family.folder, "transformer"):  # also buffers, which the run does not train
             yield name, reader.tensor(f"{role}.{name}") if name in checkpoint.state["shapes"] else weight
         return
     scale = strength * config.lora.alpha / config.lora.rank
@@ -85,7 +83,7 @@ def _merged_weights(
 
 
 def adapter_metadata(config: RunConfig, family: ModelFamily) -> dict[str, Any]:
-    """What a tool needs to sample with the adapter."""
+    """Metadata of the adapter, for tools that sample with it."""
     gain = config.method.step_gain
     return {
         "base_model": config.model.path,
@@ -99,45 +97,50 @@ def adapter_metadata(config: RunConfig, family: ModelFamily) -> dict[str, Any]:
 
 
 def student_guidance(config: RunConfig, family: ModelFamily) -> float:
-    """diffusers' `guidance_scale` for the student: 1, one pass of the network, if guidance was learned."""
+    """diffusers' `guidance_scale` for the student. 1 (one pass of the network) if the student has learned guidance."""
     return 1.0 if config.method.distil_guidance or family.has_learned_guidance else config.sample.guidance
+
+
+def _advice(config: RunConfig, family: ModelFamily) -> str:
+    """How to set the adapter's weight and the guidance, as text."""
+    gain, method = config.method.step_gain, config.method
+    advice = "Use weight 1 at every step count."
+    if gain is not None:
+        advice = (
+            f"The adapter's weight carries the step size: for N steps use N^-gamma, gamma = {gain.gamma:g}. Weight 0 is the "
+            f"original model."
+        )
+    if method.distil_guidance:
+        fewer_steps = "" if method.has_trajectory else ", not fewer steps"
+        return (
+            f"{advice} It has learned guidance_scale={method.guidance[0]:g}{fewer_steps}: set guidance_scale=1, which is one "
+            f"pass of the network a step."
+        )
+    if family.has_learned_guidance:
+        return f"{advice} The base model has learned its guidance: set guidance_scale=1, which is one pass of the network a step."
+    if family.passes == 2 and method.has_stored_paths:
+        return (
+            f"{advice} The adapter has learned guided paths of the teacher: use the guidance_scale of those paths, two passes "
+            f"of the network a step."
+        )
+    if family.passes == 2 and method.student_is_guided:
+        return (
+            f"{advice} The adapter was trained with guidance_scale between {method.guidance[0]:g} and "
+            f"{method.guidance[1]:g}: use a scale in this range, two passes of the network a step."
+        )
+    return advice
 
 
 def adapter_card(config: RunConfig, family: ModelFamily) -> str:
     """The README beside the adapter."""
     gain, sample, method = config.method.step_gain, config.sample, config.method
     height, width = config.data.resolution
-    guidance_alone = method.distil_guidance and not method.has_trajectory
-    steps = sample.steps[-1] if guidance_alone else 3
+    is_guidance_only = method.distil_guidance and not method.has_trajectory
+    steps = sample.steps[-1] if is_guidance_only else 3
     weight = sampling_strength(gain, steps)
-    title = "An adapter with the guidance in it" if guidance_alone else "A few-step adapter"
-    advice = (
-        f"The adapter's weight carries the step size: for N steps use N^-gamma, gamma = {gain.gamma:g}. Weight 0 is the "
-        f"original model."
-        if gain is not None
-        else "Use weight 1 at every step count."
-    )
-    if method.distil_guidance:
-        advice += (
-            f" It has learned guidance_scale={method.guidance[0]:g}{', not fewer steps' if guidance_alone else ''}: set "
-            f"guidance_scale=1, which is one pass of the network a step."
-        )
-    elif family.has_learned_guidance:
-        advice += (
-            " The base model has its guidance inside: set guidance_scale=1, which is one pass of the network a step."
-        )
-    elif family.passes == 2 and method.has_stored_paths:
-        advice += (
-            " The guidance is part of what was learned, from paths of the guided teacher: keep to the guidance_scale of those, "
-            "two passes of the network a step."
-        )
-    elif family.passes == 2 and method.student_is_guided:
-        advice += (
-            f" The guidance is part of what was learned: the adapter was trained with guidance_scale between "
-            f"{method.guidance[0]:g} and {method.guidance[1]:g}, two passes of the network a step."
-        )
+    title = "An adapter with built-in guidance" if is_guidance_only else "A few-step adapter"
     rows = "\n".join(f"| {n} | {sampling_strength(gain, n):.3f} |" for n in _CARD_STEPS)
-    table = "" if guidance_alone else f"| steps | weight |\n|---|---|\n{rows}\n\n"
+    table = "" if is_guidance_only else f"| steps | weight |\n|---|---|\n{rows}\n\n"
     scheduler = (
         f"pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift={sample.shift}, use_dynamic_shifting=False)\n"
         if sample.shift != "dynamic"
@@ -145,7 +148,7 @@ def adapter_card(config: RunConfig, family: ModelFamily) -> str:
     )
     return f"""# {title}, made with scfm
 
-Base model: `{config.model.path}`. {advice}
+Base model: `{config.model.path}`. {_advice(config, family)}
 
 {table}```python
 import torch
@@ -157,7 +160,7 @@ pipe.set_adapters("scfm", {weight:.4f})  # the weight for {steps} steps
 image = pipe(
     "your prompt",
     num_inference_steps={steps},
-    sigmas=[1 - k / {steps} for k in range({steps})],  # an even grid, to which the scheduler applies its shift
+    sigmas=[1 - k / {steps} for k in range({steps})],  # an even grid; the scheduler applies its shift to it
     guidance_scale={student_guidance(config, family)},
     height={height},
     width={width},

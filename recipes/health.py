@@ -1,4 +1,4 @@
-"""`scfm health`: the machines of a launch before a run, so that a bad one is named in a minute and not after an hour."""
+"""`scfm health`: check the machines of a launch before a run, to find a bad one within a minute and not after an hour."""
 
 import importlib.metadata
 import os
@@ -16,31 +16,31 @@ import torch
 import torch.distributed as dist
 
 from scfm_core.data.corpus import Corpus
-from scfm_core.data.remote import scrub
 from scfm_core.distributed.world import World, join_world, launched_size
 from scfm_core.errors import UserError
-from scfm_core.train.build import build_family, resolve_device
+from scfm_core.secrets import scrub
+from scfm_core.train.assemble import build_family
 from scfm_core.train.config import RunConfig
+from scfm_core.train.device import resolve_device
 from scfm_core.train.history import write_event
 from scfm_core.train.parse import load_config
 
 _PACKAGES = ("scfm", "torch", "diffusers", "transformers", "deepspeed", "numpy", "safetensors")
-_MOST_SKEW = 5.0
-"""Seconds between clocks; signed requests to storage fail at minutes, and logs are hard to read before."""
-_LEAST_FREE = 0.9
-"""Of a GPU's memory: else another process is on it."""
-_LEAST_DISK = 5e9
-"""Bytes free where a run writes."""
-_MEET = 120.0
-"""Seconds for all processes to come."""
+_MAX_SKEW = 5.0
+"""Largest difference between clocks in seconds. At minutes, signed requests to storage fail; logs suffer earlier."""
+_MIN_FREE_MEMORY = 0.9
+"""Smallest free fraction of a GPU's memory; with less, another process uses the GPU."""
+_MIN_FREE_DISK = 5e9
+"""Smallest free space in bytes where a run writes."""
+_TIMEOUT = 120.0
+"""Seconds to wait for all processes."""
 _ALL = "all nodes"
-_REDUCED = 64 << 20
-"""Bytes of the trial all-reduce."""
+_ALL_REDUCE_BYTES = 64 << 20
 
 
 @dataclass(kw_only=True)
-class _Report:
-    """What one process found."""
+class Report:
+    """The findings of one process."""
 
     node: str
     clock: float = 0.0
@@ -61,71 +61,75 @@ def check_health(config_path: str, overrides: list[str]) -> None:
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     device = resolve_device(config.run.device)
     if launched_size() > 1:
-        _wait_for_all(node)
-    with join_world(device, _MEET) as world:
-        report = _look(config, node, device)
+        wait_for_ranks(node)
+    with join_world(device, _TIMEOUT) as world:
+        report = _inspect(config, node, device)
         world.gather(None)  # all clocks are read at the same moment
         report.clock = time.time()
         reports = world.gather(report)
-        problems = _compare(reports)
+        problems = find_problems(reports)
         if problems:
-            everywhere = all(line.startswith(_ALL) for line in problems)
-            what = "the run cannot work as it is" if everywhere else "these nodes are not fit for the run"
+            on_all_nodes = all(line.startswith(_ALL) for line in problems)
+            what = "the run cannot work with these settings" if on_all_nodes else "these nodes cannot run it"
             error = UserError(f"{what}:\n" + "\n".join(f"  {line}" for line in problems))
             error.agreed = True
-            if world.is_main and Path(config.run.dir).is_dir():  # a batch job looks there whether to try again
-                how = "refused" if everywhere else "failed"
+            if world.is_main and Path(config.run.dir).is_dir():  # a batch job reads there whether to try again
+                how = "refused" if on_all_nodes else "failed"
                 write_event(Path(config.run.dir), "end", how=how, step=None, reason=scrub(str(error)))
             raise error
-        seconds = _reduce(world, device)
+        seconds = time_all_reduce(world, device)
         if world.is_main:
             print(_table(reports, seconds), flush=True)
 
 
-def _wait_for_all(node: str) -> None:
-    """A rendezvous that says which ranks are missing, before the process group's own, which does not.
+def wait_for_ranks(node: str, timeout: float = _TIMEOUT) -> None:
+    """Wait until all ranks have started. Unlike the process group's own rendezvous it knows which ranks are missing.
+
+    Args:
+        node: name of this node.
+        timeout: seconds.
 
     Raises:
-        UserError: naming them.
+        UserError: if ranks are missing, or the rendezvous address cannot be reached; it names them.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return  # no torchrun, whose agent holds a store there
+        return  # without torchrun there is no store at this address
     rank, size = int(os.environ["RANK"]), launched_size()
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
-        store = dist.TCPStore(address, port, size, is_master=False, timeout=timedelta(seconds=_MEET))
+        store = dist.TCPStore(address, port, size, is_master=False, timeout=timedelta(seconds=timeout))
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         raise UserError(
-            f"node {node} cannot reach {address}:{port}, where the processes meet ({str(error).splitlines()[0]}). Look at "
+            f"node {node} cannot reach {address}:{port}, the rendezvous of the processes ({str(error).splitlines()[0]}). Check "
             f"its network and firewall, or set SCFM_RENDEZVOUS_HOST to an address that all nodes reach"
         ) from error
     store.set(f"scfm/health/{rank}", node)
     keys = [f"scfm/health/{other}" for other in range(size)]
-    end = time.monotonic() + _MEET
+    end = time.monotonic() + timeout
     while missing := [number for number, key in enumerate(keys) if not store.check([key])]:
         if time.monotonic() > end:
             here = sorted({store.get(key).decode() for number, key in enumerate(keys) if number not in missing})
             raise UserError(
-                f"ranks {', '.join(map(str, missing))} of {size} did not come within {_MEET:g} s; those of "
-                f"{', '.join(here)} are there. Look at the logs of the other nodes"
+                f"ranks {', '.join(map(str, missing))} of {size} did not start within {timeout:g} s; the ranks on "
+                f"{', '.join(here)} did. Look at the logs of the other nodes"
             )
         time.sleep(0.1)
 
 
-def _look(config: RunConfig, node: str, device: torch.device) -> _Report:
-    """What this process can see by itself."""
-    report = _Report(node=node, device=device.type, gpus=torch.cuda.device_count() if device.type == "cuda" else 0)
+def _inspect(config: RunConfig, node: str, device: torch.device) -> Report:
+    """The findings of this process, without communication."""
+    report = Report(node=node, device=device.type, gpus=torch.cuda.device_count() if device.type == "cuda" else 0)
     report.versions = {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         report.device, report.free = torch.cuda.get_device_name(device), free / total
         report.versions["cuda"] = str(torch.version.cuda)
         report.versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
-        if report.free < _LEAST_FREE:
+        if report.free < _MIN_FREE_MEMORY:
             report.problems.append(
-                f"GPU {device.index or 0} has {free / 1e9:.0f} of {total / 1e9:.0f} GB free: another process is on it"
+                f"GPU {device.index or 0} has {free / 1e9:.0f} of {total / 1e9:.0f} GB free: another process uses it"
             )
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # once a node
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # once for each node
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         if device.type == "cuda" and report.gpus < local:
             report.problems.append(f"{report.gpus} GPUs are visible, {local} processes were started")
@@ -154,17 +158,17 @@ def _version(package: str) -> str:
 
 
 def _problem_of_folder(what: str, folder: Path) -> list[str]:
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(there).free
-    if free < _LEAST_DISK:
-        return [f"{what}: {folder} has {free / 1e9:.1f} GB free, less than {_LEAST_DISK / 1e9:g}"]
-    if not os.access(there, os.W_OK):
-        return [f"{what}: {there} cannot be written"]
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < _MIN_FREE_DISK:
+        return [f"{what}: {folder} has {free / 1e9:.1f} GB free, less than {_MIN_FREE_DISK / 1e9:g}"]
+    if not os.access(existing, os.W_OK):
+        return [f"{what}: {existing} cannot be written"]
     return []
 
 
-def _compare(reports: list[_Report]) -> list[str]:
-    """Every problem, with its node; of what should be equal, who differs from most."""
+def find_problems(reports: list[Report]) -> list[str]:
+    """Every problem, with its nodes; versions, devices and clocks that differ from the majority are problems too."""
     nodes = {report.node for report in reports}
     found: dict[str, set[str]] = {}
     for report in reports:
@@ -188,16 +192,20 @@ def _compare(reports: list[_Report]) -> list[str]:
     problems += [
         f"{node}: its clock is {abs(skew):.0f} s {'ahead' if skew > 0 else 'behind'}; synchronise it (chrony, ntpd)"
         for node, skew in skews.items()
-        if abs(skew) > _MOST_SKEW
+        if abs(skew) > _MAX_SKEW
     ]
     return problems
 
 
-def _reduce(world: World, device: torch.device) -> float | None:
-    """Seconds of an all-reduce over all processes, after one to warm up; None for a single process."""
+def time_all_reduce(world: World, device: torch.device, size: int = _ALL_REDUCE_BYTES) -> float | None:
+    """Seconds of an all-reduce of `size` bytes over all processes, after a warm-up; None for a single process.
+
+    Raises:
+        UserError: if the sum is wrong.
+    """
     if world.size == 1:
         return None
-    tensor = torch.ones(_REDUCED // 4, device=device)
+    tensor = torch.ones(size // 4, device=device)
     for _ in range(2):
         tensor.fill_(1.0)
         dist.barrier()
@@ -209,18 +217,18 @@ def _reduce(world: World, device: torch.device) -> float | None:
     if not bool((tensor == world.size).all()):
         raise UserError(
             f"node {os.environ.get('SLURMD_NODENAME') or socket.gethostname()}: an all-reduce of ones over {world.size} "
-            f"processes gave a wrong sum. Its GPU or network corrupts data: leave the node out (sbatch --exclude)"
+            f"processes gave a wrong sum. Its GPU or network corrupts data: exclude the node (sbatch --exclude)"
         )
     return seconds
 
 
-def _table(reports: list[_Report], seconds: float | None) -> str:
+def _table(reports: list[Report], seconds: float | None) -> str:
     nodes = Counter(report.node for report in reports)
     lines = [
         f"health: {len(nodes)} node{'s' if len(nodes) > 1 else ''} fit, {len(reports)} processes on {reports[0].device}"
     ]
     lines += [f"  {node}: {count} processes" for node, count in nodes.items()]
     if seconds is not None:
-        lines.append(f"  all-reduce of {_REDUCED >> 20} MiB: {seconds * 1e3:.1f} ms")
+        lines.append(f"  all-reduce of {_ALL_REDUCE_BYTES >> 20} MiB: {seconds * 1e3:.1f} ms")
     lines.append("  " + ", ".join(f"{name} {version}" for name, version in reports[0].versions.items()))
     return "\n".join(lines)

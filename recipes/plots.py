@@ -1,4 +1,4 @@
-"""The pictures of report and study."""
+"""The plots of `scfm report` and `scfm study`."""
 
 import io
 import statistics
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def figure_style() -> tuple[Any, Any]:
-    """matplotlib without a display, and the style of all pictures."""
+    """matplotlib without a display, and the style of all plots."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -19,7 +19,7 @@ def figure_style() -> tuple[Any, Any]:
 
 
 def to_png(plt: Any, figure: Any) -> bytes:
-    """The figure's file."""
+    """The figure as a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
     plt.close(figure)
@@ -29,12 +29,12 @@ def to_png(plt: Any, figure: Any) -> bytes:
 def quality_plot(
     lines: Mapping[str, Mapping[int, Sequence[float]]], title: str, *, floor: float | None = None
 ) -> bytes:
-    """A PNG: one line a method over the number of steps, with a band from its best to its worst seed.
+    """A PNG: for each method a line over the number of steps, with a band from its best to its worst seed.
 
     Args:
-        lines: name -> steps -> the figures of all seeds. `undistilled` is drawn dotted.
-        title: of the figures.
-        floor: drawn dashed.
+        lines: name -> step count -> values of all seeds. `undistilled` is drawn as a dotted line.
+        title: name of the values.
+        floor: the noise floor, drawn as a dashed line.
     """
     plt, style = figure_style()
     with style:

@@ -1,4 +1,4 @@
-"""`scfm report`: one self-contained HTML page of a run, with others beside it."""
+"""`scfm report`: one self-contained HTML page about a run, optionally compared with others."""
 
 import base64
 import html
@@ -29,7 +29,7 @@ _COLUMN_TITLES = [(key, title) for key, title, _ in _COLUMNS]
 
 
 class _Run:
-    """What a run's folder holds, read once."""
+    """The content of a run's folder."""
 
     def __init__(self, folder: Path) -> None:
         if not (folder / "config.yaml").is_file():
@@ -46,7 +46,7 @@ class _Run:
 
 
 def report(run_dir: Path, compare: list[Path]) -> Path:
-    """Write `RUN_DIR/report.html`; everything is inside the one file.
+    """Write `RUN_DIR/report.html`, which needs no other file.
 
     Raises:
         UserError: if a folder is not a run or has no metrics.
@@ -54,7 +54,7 @@ def report(run_dir: Path, compare: list[Path]) -> Path:
     run, others = _Run(run_dir), [_Run(folder) for folder in compare]
     runs = [run, *others]
     for each in runs:
-        if sum(other.folder.name == each.folder.name for other in runs) > 1:  # seeds of a study's arms
+        if sum(other.folder.name == each.folder.name for other in runs) > 1:  # seeds of different arms of a study
             each.name = f"{each.folder.absolute().parent.name}/{each.folder.name}"
     last = run.metrics[-1]
     body = [
@@ -65,7 +65,7 @@ def report(run_dir: Path, compare: list[Path]) -> Path:
             if (skipped := sum("skipped" in r for r in run.metrics))
             else ""
         )
-        + (f"; beside it: {html.escape(', '.join(other.name for other in others))}" if others else "")
+        + (f"; compared with: {html.escape(', '.join(other.name for other in others))}" if others else "")
         + "</p>",
     ]
     if run.evaluation:
@@ -74,7 +74,7 @@ def report(run_dir: Path, compare: list[Path]) -> Path:
         body.append("<p class=note>All figures start from the same noise.")
         if "base" in run.evaluation:
             body.append(
-                " <b>base</b> is the undistilled model at few steps, <b>teacher</b> the same model at many: the reference."
+                " <b>base</b> is the undistilled model at few steps; <b>teacher</b>, the reference, is the same model at many steps."
             )
         body.append("</p>")
     for each in runs:
@@ -85,8 +85,8 @@ def report(run_dir: Path, compare: list[Path]) -> Path:
     if any(path.with_suffix(".json").is_file() for each in runs for path in each.grids):
         body.append(
             "<h2>Distance to the teacher on the grid's prompts</h2>"
-            "<p class=note>Mean squared, between latents from the same noise. Where it rises while the loss falls, the student "
-            "learns its data by heart.</p>" + _image(_validation_plot(runs))
+            "<p class=note>Mean squared distance between latents from the same noise. If it rises while the loss falls, the "
+            "student overfits.</p>" + _image(_validation_plot(runs))
         )
     if run.grids:
         shown = [run.grids[i] for i in sorted({0, len(run.grids) // 2, len(run.grids) - 1})]
@@ -111,13 +111,15 @@ def _evaluation_table(run: _Run) -> str:
     head = "".join(f"<th>{title}</th>" for _, title, _ in present)
     lines = []
     for kind, steps, row in rows:
-        cells = "".join(f"<td>{form.format(row[key]) if key in row else '-'}</td>" for key, _, form in present)
+        cells = "".join(
+            f"<td>{number_format.format(row[key]) if key in row else '-'}</td>" for key, _, number_format in present
+        )
         lines.append(f"<tr><td>{kind}, {steps} step{'s' if steps != '1' else ''}</td>{cells}</tr>")
     return f"<h3>{html.escape(run.name)}</h3><table><tr><th></th>{head}</tr>{''.join(lines)}</table>"
 
 
 def _quality_over_steps(runs: list[_Run]) -> bytes:
-    """One line a run, and the first one's undistilled base; a run from scratch has no teacher, and is held against data."""
+    """A line for each run, and the undistilled base of the first. A run from scratch is compared with the data."""
     metric = "fid_teacher" if "base" in runs[0].evaluation else "fid_data"
     named = {"undistilled": runs[0].evaluation.get("base", {})}
     named |= {run.name: run.evaluation["student"] for run in runs if run.evaluation}
@@ -159,7 +161,7 @@ def _validation_plot(runs: list[_Run]) -> bytes:
             files = [path.with_suffix(".json") for path in run.grids]
             found = {int(f.stem.split("_")[1]): json.loads(f.read_text())["mse_teacher"] for f in files if f.is_file()}
             for count in next(iter(found.values()), {}):
-                known = {step: apart[count] for step, apart in found.items() if count in apart}
+                known = {step: distances[count] for step, distances in found.items() if count in distances}
                 axes.plot(known.keys(), known.values(), marker="o", ms=3, label=f"{run.name}: {count} steps")
         axes.set(xlabel="step of the training", ylabel="mean squared distance", yscale="log")
         axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -167,7 +169,7 @@ def _validation_plot(runs: list[_Run]) -> bytes:
 
 
 def _smooth(values: list[float], share: float = 0.02) -> list[float]:
-    """Running exponential mean over about `share` of the run, bias-corrected."""
+    """Exponential moving average over about the fraction `share` of the run, bias-corrected."""
     decay = 1 - 1 / max(1.0, share * len(values))
     mean, weight, smoothed = 0.0, 0.0, []
     for value in values:

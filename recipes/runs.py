@@ -1,21 +1,22 @@
-"""Opening a finished or running run: its configuration and its weights, for sampling, evaluation and export."""
+"""Open a run that has finished or is running: configuration and weights, for sampling, evaluation and export."""
 
 from pathlib import Path
 
 from scfm_core.distributed.engine import Slot
 from scfm_core.errors import UserError
 from scfm_core.models.protocol import ModelFamily
-from scfm_core.models.student import FullModel, LoRAModel
+from scfm_core.models.student import ShortcutModel
 from scfm_core.models.weights import network_fingerprint
-from scfm_core.train.build import build_family, build_model, resolve_device
+from scfm_core.train.assemble import build_family, build_model
 from scfm_core.train.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
 from scfm_core.train.config import RunConfig
+from scfm_core.train.device import resolve_device
 from scfm_core.train.kernels import choose_kernels
 from scfm_core.train.parse import load_config
 
 
 def open_run(run_dir: Path, overrides: list[str]) -> RunConfig:
-    """The configuration that the run stored, with overrides.
+    """The run's stored configuration, with overrides.
 
     Raises:
         UserError: if the folder is not a run.
@@ -29,31 +30,31 @@ def open_trained(run_dir: Path, config: RunConfig) -> tuple[Checkpoint, ModelFam
     """The run's newest intact checkpoint, and the model that it was trained on.
 
     Raises:
-        UserError: if there is no complete checkpoint, or `model.path` holds another model now.
+        UserError: if there is no complete checkpoint, or `model.path` contains another model now.
     """
     path = find_checkpoint(run_dir)
     if path is None:
         raise UserError(f"{run_dir} has no complete checkpoint yet; train first")
     checkpoint, family = load_checkpoint(path, verify=False), build_family(config)
-    refuse_other_model(checkpoint, family, run_dir)
+    check_same_model(checkpoint, family, run_dir)
     return checkpoint, family
 
 
-def refuse_other_model(checkpoint: Checkpoint, family: ModelFamily, run_dir: Path) -> None:
+def check_same_model(checkpoint: Checkpoint, family: ModelFamily, run_dir: Path) -> None:
     """UserError unless the checkpoint was trained on this model."""
     if checkpoint.state["base_fingerprint"] != network_fingerprint(family.folder):
-        raise UserError(f"{family.folder} is not the model that {run_dir} was trained on. Set model.path to that one")
+        raise UserError(f"{family.folder} is not the model that {run_dir} was trained on. Set model.path to that model")
 
 
-def load_trained(run_dir: Path, config: RunConfig, *, with_teacher: bool) -> LoRAModel | FullModel:
+def load_trained(run_dir: Path, config: RunConfig, *, with_teacher: bool) -> ShortcutModel:
     """The run's model in one process, with the weights of `sample.weights` from its newest checkpoint.
 
     Args:
         run_dir, config: the run.
-        with_teacher: load the teacher too, if the run trained full weights with one or on its paths.
+        with_teacher: also load the teacher, if the run trained full weights with one or on its paths.
 
     Raises:
-        UserError: as `open_trained`.
+        UserError: as in `open_trained`.
     """
     checkpoint, family = open_trained(run_dir, config)
     device = resolve_device(config.run.device)

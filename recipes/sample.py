@@ -1,4 +1,4 @@
-"""`scfm sample`: images from a run's weights, as a plain diffusers pipeline would make them."""
+"""`scfm sample`: images from a run's weights, the same as from a diffusers pipeline."""
 
 import math
 from pathlib import Path
@@ -11,10 +11,11 @@ from recipes.runs import load_trained, open_run
 from scfm_core.errors import UserError
 from scfm_core.models.encoders import Autoencoder, TextEncoders
 from scfm_core.models.protocol import Conditioning
-from scfm_core.models.student import FullModel, LoRAModel
-from scfm_core.train.build import compute_dtype, read_prompts, resolve_device, sampling_shift
+from scfm_core.models.student import ShortcutModel
 from scfm_core.train.config import RunConfig
-from scfm_core.train.validate import decode, initial_noise, sample_latents, to_uint8
+from scfm_core.train.device import compute_dtype, resolve_device
+from scfm_core.train.prompts import read_prompts
+from scfm_core.train.sampling import decode, initial_noise, sample_latents, sampling_shift, to_uint8
 
 
 def sample(
@@ -27,15 +28,15 @@ def sample(
     strength: float | None,
     output: Path | None,
 ) -> list[Path]:
-    """Write one PNG a prompt; returns their paths.
+    """Write one PNG for each prompt; returns their paths.
 
     Args:
         run_dir: the run.
-        overrides: of its configuration (`sample.seed=7`, `sample.guidance=3`, `data.resolution=[1024,1024]`).
-        prompts: given on the command line; none: those of `prompt_file`, else of the configuration.
+        overrides: changes of its configuration (`sample.seed=7`, `sample.guidance=3`, `data.resolution=[1024,1024]`).
+        prompts: prompts of the command line; if empty: those of `prompt_file`, else of the configuration.
         num_steps: Euler steps.
-        strength: of the adapter; None: what the run was trained for at this step count.
-        output: folder of the images, by default `RUN_DIR/samples/N_steps`.
+        strength: strength of the adapter; None: the one that the run trained for this step count.
+        output: folder of the images; None: `RUN_DIR/samples/N_steps`.
     """
     from PIL import Image
 
@@ -45,7 +46,7 @@ def sample(
     if strength is not None and not math.isfinite(strength):
         raise UserError(f"--strength must be a finite number, got {strength}")
     if strength is not None and config.train.weights == "full" and strength != 1:
-        raise UserError("full weights have no strength other than 1: leave --strength out")
+        raise UserError("full weights only have strength 1: omit --strength")
     prompts = prompts or read_prompts(prompt_file or config.sample.prompts, "--prompts")
     if not prompts:
         raise UserError("there is no prompt: give --prompt TEXT or --prompts FILE, or set sample.prompts")
@@ -65,7 +66,7 @@ def sample(
 
 def generate(
     config: RunConfig,
-    model: LoRAModel | FullModel,
+    model: ShortcutModel,
     role: str,
     vae: Autoencoder,
     cond: Conditioning,
@@ -73,17 +74,14 @@ def generate(
     num_steps: int,
     strength: float | None = None,
 ) -> Tensor:
-    """Images of `role` for rows of `cond` and their seeds, fp32 [N, 3, H, W] in [0, 1] on the CPU."""
-    height, width = config.data.resolution
-    shift = sampling_shift(config.sample, model.family, height, width)  # type: ignore[arg-type]
-    batch = config.evaluate.batch_size
-    dtype = compute_dtype(config)
-    settings: dict[str, Any] = {"method": config.method, "num_steps": num_steps, "shift": shift, "strength": strength}
+    """Images from the weights of `role`, one for each row of `cond` and seed; fp32 [N, 3, H, W] in [0, 1] on the CPU."""
+    shape, batch = model.family.latent_shape(*config.data.resolution), config.evaluate.batch_size
     latents = []
     for at in range(0, len(seeds), batch):
-        noise = initial_noise(model.family.latent_shape(height, width), seeds[at : at + batch], dtype)
         rows = cond[at : at + batch]
-        noise = noise.to(rows.text.device)
-        latents.append(sample_latents(model, role, noise, rows, **settings))
+        noise = initial_noise(shape, seeds[at : at + batch], compute_dtype(config)).to(rows.text.device)
+        shift = sampling_shift(config.sample, model.family.image_tokens(noise))
+        settings: dict[str, Any] = {"num_steps": num_steps, "shift": shift, "strength": strength}
+        latents.append(sample_latents(model, role, noise, rows, method=config.method, **settings))
     with torch.no_grad():
         return decode(vae, torch.cat(latents), batch)

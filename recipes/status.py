@@ -1,25 +1,23 @@
-"""`scfm status`: where a run stands. And what a batch job does after its processes have ended."""
+"""`scfm status`: the progress of a run, and its starts."""
 
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from scfm_core.errors import UserError
 from scfm_core.train.checkpoint import newest_complete
-from scfm_core.train.history import read_history, write_event
+from scfm_core.train.history import read_history
 from scfm_core.train.metrics import read_metrics
 
-Verdict = Literal["finished", "requeue", "cancelled", "failed"]
-
 _RECENT = 50
-"""Steps whose rate stands for the rest."""
+"""Number of last steps whose rate gives the remaining time."""
 
 
 def status(run_dir: Path) -> str:
-    """Step, rate, what is left, last checkpoint, and every start with its end, as text.
+    """Step, rate, time left, last checkpoint, and every start with its end, as text.
 
     Raises:
-        UserError: if nothing was ever started in the folder.
+        UserError: if no run was started in the folder.
     """
     history, rows = read_history(run_dir), read_metrics(run_dir / "metrics.jsonl")
     if not history:
@@ -48,60 +46,8 @@ def status(run_dir: Path) -> str:
     return "\n".join(lines)
 
 
-def verdict(run_dir: Path, *, exit_code: int, cancelled: bool, retries: int) -> tuple[Verdict, str]:
-    """What a batch job does next, after its processes have ended; it is written to the run's history.
-
-    torchrun's exit code says nothing about its workers' ends (a run that stopped in good order and one that crashed look
-    alike), so the history decides.
-
-    Args:
-        run_dir: of the run.
-        exit_code: of the processes' launcher.
-        cancelled: whether somebody cancelled the job.
-        retries: how often in a row the run may break off without a new checkpoint in between.
-
-    Returns:
-        `finished`, `requeue`, `cancelled` or `failed`, and why.
-    """
-    history = read_history(run_dir)
-    jobs = [number for number, row in enumerate(history) if row["event"] == "job"]
-    ends = [row for row in history[jobs[-1] + 1 if jobs else 0 :] if row["event"] == "end"]
-    how, reason = (ends[-1]["how"], ends[-1].get("reason")) if ends else (None, None)
-    newest = newest_complete(run_dir)
-    checkpoint = newest.name if newest else None
-    if how == "finished":  # what rank 0 says last; a process that fails after that has nothing more to do
-        found: tuple[Verdict, str] = "finished", "all steps are done"
-    elif cancelled:
-        found = "cancelled", "the job was cancelled"
-    elif how == "stopped":
-        found = "requeue", f"stopped by {reason}, to be continued"
-    elif how == "refused":
-        found = "failed", f"it cannot work as it is: {reason}"
-    else:
-        why = reason or f"the processes ended with exit code {exit_code}, and said nothing"
-        broken = 0
-        for row in reversed([history[number] for number in jobs]):
-            if not row["broke_off"] or row["checkpoint"] != checkpoint:
-                break
-            broken += 1
-        if broken >= retries:
-            found = "failed", f"it broke off {broken + 1} times in a row without a new checkpoint: {why}"
-        else:
-            found = "requeue", f"it broke off ({broken + 1} of at most {retries + 1} times in a row): {why}"
-    write_event(
-        run_dir,
-        "job",
-        verdict=found[0],
-        reason=found[1],
-        exit_code=exit_code,
-        checkpoint=checkpoint,
-        broke_off=found[0] in ("requeue", "failed") and how not in ("stopped", "refused"),
-    )
-    return found
-
-
 def _starts(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each start with its end, if it has one; a refusal never began."""
+    """Each start with its end, if it has one. A refused run has only an end."""
     starts: list[dict[str, Any]] = []
     for row in history:
         if row["event"] == "start":
@@ -118,12 +64,12 @@ def _starts(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _state(starts: list[dict[str, Any]]) -> str:
     how = starts[-1].get("how")
     if how is None:
-        return "running, or killed without a word"
+        return "running, or killed without a message"
     return {
         "finished": "finished",
-        "stopped": "stopped, to be continued",
+        "stopped": "stopped, to be resumed",
         "refused": "refused",
-        "lost": "broke off",
+        "lost": "lost: it ended without a message",
     }.get(how, "failed")
 
 
@@ -134,7 +80,7 @@ def _line(start: dict[str, Any]) -> str:
         if "step" in start
         else "refused"
     )
-    end = "still going, or killed without a word"
+    end = "still running, or killed without a message"
     if "how" in start:
         at = f" at step {start['at']:,}" if start.get("at") is not None else ""
         reason = f": {str(start['reason']).splitlines()[0]}" if start.get("reason") else ""

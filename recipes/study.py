@@ -1,7 +1,7 @@
-"""`scfm study`: several ways to train one model, several seeds of each, in one table and one plot.
+"""`scfm study`: compare several ways to train a model, over several seeds, in one table and one plot.
 
-A study is a YAML file: a recipe, settings that all runs share, and arms that differ from it. Each run is an ordinary run in
-STUDY_DIR/ARM/seed-K. What is done stays done: the same command goes on, and several at once share the work.
+A study is a YAML file: a recipe, settings that all runs share, and arms with settings of their own. Each run is an ordinary
+run in STUDY_DIR/ARM/seed-K. The same command runs what is missing; several processes of it share the work.
 """
 
 import contextlib
@@ -22,20 +22,20 @@ from pydantic import TypeAdapter, ValidationError
 
 from recipes.evaluate import evaluate
 from recipes.plots import quality_plot
-from recipes.runs import refuse_other_model
+from recipes.runs import check_same_model
 from recipes.train import train
 from scfm_core.data.corpus import Corpus
 from scfm_core.data.source import json_value
 from scfm_core.distributed.world import launched_size
 from scfm_core.errors import UserError
 from scfm_core.models.families import open_family
-from scfm_core.train.build import build_family
+from scfm_core.train.assemble import build_family
 from scfm_core.train.checkpoint import load_checkpoint, newest_complete
 from scfm_core.train.config import RunConfig
 from scfm_core.train.parse import find_recipe, load_config, to_plain, with_absolute_paths
 
 _BASE = "undistilled"
-_OWN = ("run.seed", "run.dir")
+_RESERVED = ("run.seed", "run.dir")
 _TITLES = {"fid_teacher": "Fréchet distance to the teacher", "fid_data": "Fréchet distance to the data"}
 
 
@@ -46,29 +46,29 @@ class Arm:
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     about: str
-    """What it is, for the table."""
+    """Description, for the legend of the table."""
     set: tuple[str, ...] = ()
     """Overrides of the recipe: `section.key=value`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """What is compared."""
+    """The definition of a study."""
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     recipe: str
-    """All runs begin with it."""
+    """Recipe of all runs."""
     arms: dict[str, Arm]
-    """By name."""
+    """The arms, by name."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """`run.seed` of each arm's runs."""
     metric: Literal["fid_teacher", "fid_data"] = "fid_teacher"
-    """What the table shows."""
+    """Metric of the table."""
     set: tuple[str, ...] = ()
-    """Overrides of all runs."""
+    """Overrides of the recipe for all runs."""
     prepare: dict[str, str] = field(default_factory=dict)
-    """File that is there once an `scfm` command has been run -> that command."""
+    """Output file -> the `scfm` command that makes it, which runs before the first run."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Run:
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """Its evaluation, once it is done."""
+        """Its evaluation; None until it is done."""
         path = self.folder / "evaluation.json"
         return json.loads(path.read_text()) if path.is_file() else None
 
@@ -91,7 +91,7 @@ def load_study(path: str) -> Study:
     """Read a study; a bare name is looked up among the shipped ones.
 
     Raises:
-        UserError: if it is none, or an arm is no valid configuration.
+        UserError: if it is not a valid study.
     """
     file = find_recipe(path, "study")
     try:
@@ -104,25 +104,28 @@ def load_study(path: str) -> Study:
     if not (study.arms and study.seeds):
         raise UserError(f"{file}: a study needs at least one arm and one seed")
     if len(set(study.seeds)) < len(study.seeds):
-        raise UserError(f"{file}: seeds {list(study.seeds)} has one twice, whose runs would be the same")
+        raise UserError(f"{file}: seeds {list(study.seeds)} contains a seed twice; both runs would be the same")
     if _BASE in study.arms:
-        raise UserError(f"{file}: {_BASE!r} is the table's name for the model as it was. Name the arm otherwise")
-    for words in (study.set, *(arm.set for arm in study.arms.values())):
-        refuse_own_settings(list(words), str(file))
+        raise UserError(
+            f"{file}: {_BASE!r} is the name of the original model in the table. Use another name for the arm"
+        )
+    for overrides in (study.set, *(arm.set for arm in study.arms.values())):
+        check_reserved_settings(list(overrides), str(file))
     return study
 
 
-def refuse_own_settings(overrides: list[str], where: str) -> None:
-    """UserError if an override is of what a study sets for each run by itself."""
-    if own := [word for word in overrides if word.partition("=")[0] in _OWN]:
+def check_reserved_settings(overrides: list[str], where: str) -> None:
+    """UserError if an override sets a key that the study sets for each run."""
+    if reserved := [override for override in overrides if override.partition("=")[0] in _RESERVED]:
         raise UserError(
-            f"{where}: {own[0]} has no effect in a study, which sets {', '.join(_OWN)} of each run (`seeds`, --output)"
+            f"{where}: {reserved[0]} has no effect in a study, which sets {', '.join(_RESERVED)} of each run (`seeds`, --output)"
         )
 
 
 def runs_of(study: Study, root: Path, overrides: list[str]) -> list[Run]:
-    """Every run, all arms of the first seed first."""
-    keep = [] if any(word.startswith("evaluate.keep=") for word in study.set) else [f"evaluate.keep={root / 'teacher'}"]
+    """All runs, ordered by seed and then by arm."""
+    has_keep = any(override.startswith("evaluate.keep=") for override in study.set)
+    keep = [] if has_keep else [f"evaluate.keep={root / 'teacher'}"]
     return [
         Run(name, seed, folder, [
             *study.set, *keep, *arm.set, *overrides, f"run.seed={seed}", f"run.dir={folder}"
@@ -140,65 +143,63 @@ def run_study(
     only: int | None,
     execute: Callable[[list[str]], int],
 ) -> str:
-    """Run what is missing, and write STUDY_DIR/study.json, study.md and study.png of what is there.
+    """Run what is missing, and write STUDY_DIR/study.json, study.md and study.png for the runs that are done.
 
-    A run that fails is told, and the others go on.
+    If a run fails, it is reported, and the other runs continue.
 
     Args:
         path: the study's file.
-        root: STUDY_DIR, by default runs/study/NAME.
-        overrides: of all runs.
-        arms: the arms to run; none: all.
-        only: the number of one run, counted from 0 as a Slurm array counts; None: all.
+        root: STUDY_DIR; None: runs/study/NAME.
+        overrides: overrides of all runs.
+        arms: the arms to run; if empty, all.
+        only: the number of one run, counted from 0, as in a Slurm array; None: all.
         execute: runs an `scfm` command line, for `prepare`.
 
     Returns:
         the table.
 
     Raises:
-        UserError: if the study or an arm is not valid, a run failed, or what is there was made with other settings.
+        UserError: if the study or an arm is invalid, a run failed, or existing runs have other settings.
     """
     if launched_size() > 1:
-        raise UserError(
-            "a study's runs are of one process each: start scfm study itself several times, without a launcher"
-        )
-    refuse_own_settings(overrides, "scfm study")
+        raise UserError("each run of a study has one process: start scfm study several times, without a launcher")
+    check_reserved_settings(overrides, "scfm study")
     study, root = load_study(path), (root or Path("runs/study") / Path(path).stem).absolute()
     if unknown := [name for name in arms if name not in study.arms]:
         raise UserError(f"{path} has no arm {', '.join(unknown)}; it has {', '.join(study.arms)}")
-    every = runs_of(study, root, overrides)
-    if only is not None and not 0 <= only < len(every):
-        raise UserError(f"--only must be in 0..{len(every) - 1}: {path} has {len(every)} runs")
-    chosen = [run for run in (every if only is None else [every[only]]) if not arms or run.arm in arms]
-    for run in every:
-        _check(study, run)  # every mistake is found before the first run
+    all_runs = runs_of(study, root, overrides)
+    if only is not None and not 0 <= only < len(all_runs):
+        raise UserError(f"--only must be in 0..{len(all_runs) - 1}: {path} has {len(all_runs)} runs")
+    chosen = [run for run in (all_runs if only is None else [all_runs[only]]) if not arms or run.arm in arms]
+    for run in all_runs:
+        _check_run(study, run)  # find all mistakes before the first run
     root.mkdir(parents=True, exist_ok=True)
-    for product, command in study.prepare.items():
-        # Also where the product is there: the command refuses what was made from another model.
-        with _claimed(root / ".prepare", wait=True), _alone():
-            if execute(shlex.split(command)) or not Path(product).exists():
-                raise UserError(f"{path}: what makes {product} failed: scfm {command}")
+    for output, command in study.prepare.items():
+        # Also if the output exists: the command raises an error if it was made from another model.
+        with _locked(root / ".prepare", wait=True), _outside_array():
+            if execute(shlex.split(command)) or not Path(output).exists():
+                raise UserError(f"{path}: the command that makes {output} failed: scfm {command}")
     failed = _run_missing(study, chosen)
-    summary = write_summary(study, every, root)
+    summary = write_summary(study, all_runs, root)
     if failed:
         raise UserError(f"{len(failed)} runs failed; the same command tries them again:\n  " + "\n  ".join(failed))
     return summary
 
 
 def _run_missing(study: Study, chosen: list[Run]) -> list[str]:
-    """Train and evaluate what is not done and nobody else is at; what failed, and why."""
+    """Train and evaluate the runs that are not done and that no other process runs; returns the failures."""
     failed: list[str] = []
     for number, run in enumerate(chosen, 1):
         print(f"[{number}/{len(chosen)}] {run.arm}, seed {run.seed}", flush=True)
         run.folder.mkdir(parents=True, exist_ok=True)
-        with _claimed(run.folder / ".study", wait=False) as mine:
-            if not mine or run.result is not None:
+        with _locked(run.folder / ".study", wait=False) as is_locked:
+            if not is_locked or run.result is not None:
                 continue
             try:
                 if code := train(study.recipe, run.overrides):
-                    raise SystemExit(code)  # stopped by a signal; the run has said so
+                    raise SystemExit(code)  # stopped by a signal, which the run has printed
                 evaluate(run.folder, [])
-            except Exception as error:  # out of memory in one arm is no reason to lose the others
+            except Exception as error:  # e.g. out of memory in one arm: continue with the others
                 if not isinstance(error, UserError):
                     traceback.print_exc()
                 failed.append(f"{run.arm}, seed {run.seed}: {error or type(error).__name__}")
@@ -206,33 +207,33 @@ def _run_missing(study: Study, chosen: list[Run]) -> list[str]:
     return failed
 
 
-def _check(study: Study, run: Run) -> None:
-    """The run's settings are valid, give the study's figure, and are those of what is there of it."""
+def _check_run(study: Study, run: Run) -> None:
+    """Check that the run's settings are valid, give the study's metric, and match an existing run in its folder."""
     wanted = load_config(study.recipe, run.overrides)
     if study.metric == "fid_teacher" and wanted.train.weights == "full" and not wanted.method.follows_teacher:
-        raise UserError(f"arm {run.arm} has no teacher to be held against: set the study's metric to fid_data")
+        raise UserError(f"arm {run.arm} has no teacher to compare with: set the study's metric to fid_data")
     how = run.folder / ("config.yaml" if run.result is None else "evaluation.yaml")
     if not how.is_file():
         return
     stored, now = (to_plain(with_absolute_paths(config)) for config in (load_config(how, stored=True), wanted))
-    later = () if run.result is not None else ("sample", "evaluate")  # of no weight while it trains
+    ignored = () if run.result is not None else ("sample", "evaluate")  # they do not affect training
     other = [
         f"{section}.{key}"
-        for section in now if section not in later
+        for section in now if section not in ignored
         for key in now[section] if stored[section][key] != now[section][key]
     ]  # fmt: skip
     if other:
         raise UserError(
-            f"{run.folder} was made with other settings ({', '.join(other)}). Delete it, or name another folder with --output"
+            f"{run.folder} was made with other settings ({', '.join(other)}). Delete it, or choose another folder with --output"
         )
     newest = newest_complete(run.folder)
-    if newest is not None:  # they may be deleted once a run is done
-        refuse_other_model(load_checkpoint(newest, verify=False), build_family(wanted), run.folder)
+    if newest is not None:  # a finished run may have none: they may be deleted
+        check_same_model(load_checkpoint(newest, verify=False), build_family(wanted), run.folder)
 
 
 @contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """As one process, though this may be a task of an array: `scfm data` would make its share alone."""
+def _outside_array() -> Iterator[None]:
+    """Hide the variables of a Slurm array: as a task of an array `scfm data` would only make its part of the shards."""
     hidden = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("SLURM_ARRAY_")}
     try:
         yield
@@ -241,8 +242,8 @@ def _alone() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _claimed(path: Path, *, wait: bool) -> Iterator[bool]:
-    """Whether this process alone may go on; another `scfm study` may be at it."""
+def _locked(path: Path, *, wait: bool) -> Iterator[bool]:
+    """Lock a file; yields False if another process has the lock and `wait` is False."""
     with path.open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -253,13 +254,13 @@ def _claimed(path: Path, *, wait: bool) -> Iterator[bool]:
 
 
 def write_summary(study: Study, runs: list[Run], root: Path) -> str:
-    """Table and plot of the runs that are done; returns the table."""
+    """Write table and plot of the runs that are done; returns the table."""
     done = [(run, result) for run in runs if (result := run.result) is not None]
     lines: dict[str, dict[int, list[float]]] = {}
     for run, result in done:
         for kind, name in (("base", _BASE), ("student", run.arm)):
             if name == _BASE and name in lines:
-                continue  # the same model and noise in every run
+                continue  # the base is the same in every run
             for steps, row in result.get(kind, {}).items():
                 lines.setdefault(name, {}).setdefault(int(steps), []).append(row[study.metric])
     if not done:
@@ -291,10 +292,10 @@ def write_summary(study: Study, runs: list[Run], root: Path) -> str:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Whole, though several processes may end at once."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}")
-    aside.write_bytes(content)
-    aside.replace(path)
+    """Write atomically: several processes may write the same file."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    temporary.write_bytes(content)
+    temporary.replace(path)
 
 
 def _cell(values: list[float]) -> str:
@@ -303,7 +304,7 @@ def _cell(values: list[float]) -> str:
 
 
 def target_passes(config: RunConfig) -> float:
-    """Network passes that a sample's target costs: near and far of a pair; a stored path is shared by all uses of it."""
+    """Network passes for a sample's target; the passes for a stored path are divided by the number of its uses."""
     method, train = config.method, config.train
     guided = open_family(config.model.path).passes
     _, passes = method.passes(guided)
@@ -318,9 +319,9 @@ def target_passes(config: RunConfig) -> float:
 
 
 def _steps_of(corpus: Corpus, item: int) -> int:
-    """The teacher's steps along a stored path; where that is not told, one an interval."""
+    """The teacher's steps along a stored path; if unknown, one for each interval."""
     shard, at, _ = corpus.raw(item)
-    with contextlib.suppress(ValueError):  # no JSON
+    with contextlib.suppress(ValueError):  # invalid JSON
         steps = None if shard is None else json_value(shard.read(at, "json") or b"{}", ["steps"])
         if isinstance(steps, int):
             return steps

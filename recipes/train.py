@@ -1,4 +1,4 @@
-"""`scfm train`: parse, build, loop."""
+"""`scfm train`: read the configuration, build the run, train."""
 
 import contextlib
 import fcntl
@@ -16,17 +16,21 @@ from scfm_core.distributed.deepspeed_config import deepspeed_config
 from scfm_core.distributed.world import World, join_world, launched_size
 from scfm_core.errors import UserError
 from scfm_core.models.protocol import ModelFamily
-from scfm_core.train.build import build_family, micro_batches, optimizer_config, resolve_device, validation_prompts
-from scfm_core.train.checkpoint import find_checkpoint, point_to, verify_checkpoint
+from scfm_core.train.assemble import build_family, optimizer_config
+from scfm_core.train.checkpoint import find_checkpoint, set_latest, verify_checkpoint
 from scfm_core.train.config import RunConfig
+from scfm_core.train.device import resolve_device
 from scfm_core.train.estimate import estimate, format_estimate
+from scfm_core.train.fit import fit
 from scfm_core.train.history import HISTORY, Start
 from scfm_core.train.kernels import choose_kernels
 from scfm_core.train.parse import dump_config, load_config, with_absolute_paths
-from scfm_core.train.trainer import Trainer, fit
+from scfm_core.train.prompts import validation_prompts
+from scfm_core.train.rules import check_shards
+from scfm_core.train.trainer import Trainer
 
-# What belongs to one attempt at a run; `--resume never` moves it aside.
-_ATTEMPT = (
+# Files of an attempt at a run; `--resume never` moves them to another folder.
+_ATTEMPT_FILES = (
     "config.yaml",
     "metrics.jsonl",
     "incidents.jsonl",
@@ -51,11 +55,11 @@ def train(
     processes: int | None = None,
     data_may_change: bool = False,
 ) -> int:
-    """Run a recipe; returns the exit code: 0 when done, 128 + signal when stopped by one (as a shell would)."""
+    """Run a recipe; returns the exit code: 0 if all steps are done, 128 + the number of a signal that stopped it."""
     try:
         config = load_config(config_path, overrides)
     except UserError as error:
-        # The same on all processes of a machine, so one of them speaks; rank 0 for its machine without its number.
+        # All processes of a machine raise this error. One of them prints it: local rank 0, or rank 0 without its number.
         error.agreed = os.environ.get("RANK", "0") == "0" or os.environ.get("LOCAL_RANK", "0") != "0"
         raise
     if dry_run:
@@ -71,7 +75,7 @@ def train(
             f"the run in {config.run.dir} stopped: {error}. If its disk is full, make room and run the same command again"
         ) from error
     finally:
-        gc.collect()  # cycles hold the process group, whose threads abort an interpreter that ends before them
+        gc.collect()  # reference cycles keep the process group, whose threads abort the interpreter if they run at its end
 
 
 def _in_world(config: RunConfig, resume: str, data_may_change: bool) -> int:
@@ -79,7 +83,7 @@ def _in_world(config: RunConfig, resume: str, data_may_change: bool) -> int:
     needs_group = config.engine.name == "deepspeed" or config.checkpoint.asynchronous
     with (
         join_world(device, config.engine.timeout, always=needs_group) as world,
-        _claimed(config, world),
+        _locked_run_dir(config, world),
         Start(Path(config.run.dir) if world.is_main else None).recorded() as start,
     ):
         return _run(config, resume, world, data_may_change, start)
@@ -87,15 +91,15 @@ def _in_world(config: RunConfig, resume: str, data_may_change: bool) -> int:
 
 def _run(config: RunConfig, resume: str, world: World, data_may_change: bool, start: Start) -> int:
     run_dir = Path(config.run.dir)
-    checkpoint = _starting_point(run_dir, resume, world)
-    # Refuses what does not fit, before anything of an earlier attempt is touched.
+    checkpoint = _find_start(run_dir, resume, world)
+    # It raises errors of the configuration, before any file of an earlier attempt is moved.
     trainer = Trainer(config, checkpoint, world, data_may_change=data_may_change)
     with world.together():
         if world.is_main:
             if resume == "never":
-                _move_aside(run_dir, _ATTEMPT)
+                _move_aside(run_dir, _ATTEMPT_FILES)
             elif resume != "auto" and checkpoint is not None:
-                _go_back(run_dir, checkpoint)
+                _make_newest(run_dir, checkpoint)
             (run_dir / "config.yaml").write_text(dump_config(config))
             print(f"kernels: {trainer.kernels}")
             if checkpoint is not None:
@@ -107,7 +111,7 @@ def _run(config: RunConfig, resume: str, world: World, data_may_change: bool, st
             name = signal.Signals(stopped_by).name
             start.end("stopped", trainer.progress.step, name)
             if world.is_main:
-                print(f"stopped by {name} after step {trainer.progress.step}; the same command goes on from there")
+                print(f"stopped by {name} after step {trainer.progress.step}; the same command resumes there")
             return 128 + stopped_by
     elif world.is_main:
         print(f"nothing to do: {run_dir} has all {config.train.steps} steps")
@@ -119,8 +123,8 @@ def _run(config: RunConfig, resume: str, world: World, data_may_change: bool, st
 
 
 @contextlib.contextmanager
-def _claimed(config: RunConfig, world: World) -> Iterator[None]:
-    """Rank 0 makes the run's folder and locks it; what stands in the way is every rank's error."""
+def _locked_run_dir(config: RunConfig, world: World) -> Iterator[None]:
+    """Rank 0 creates the run's folder and locks it; if this fails, every rank raises the error."""
     run_dir = Path(config.run.dir)
     with contextlib.ExitStack() as stack:
         with world.together():
@@ -132,13 +136,13 @@ def _claimed(config: RunConfig, world: World) -> Iterator[None]:
                     raise UserError(
                         f"run.dir: {run_dir} cannot be written ({reason}). Choose another with run.dir=PATH"
                     ) from error
-                stack.enter_context(_only_one(run_dir))
+                stack.enter_context(_lock(run_dir))
         yield
 
 
 @contextlib.contextmanager
-def _only_one(run_dir: Path) -> Iterator[None]:
-    """Two runs in one folder would write over each other. The lock ends with the process, however it ends."""
+def _lock(run_dir: Path) -> Iterator[None]:
+    """Lock the folder, because two runs would overwrite each other's files. The lock ends with the process in any case."""
     with (run_dir / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -150,32 +154,29 @@ def _only_one(run_dir: Path) -> Iterator[None]:
 
 
 def describe(config: RunConfig, processes: int = 1) -> str:
-    """The dry run: the configuration is valid for so many processes; this is what it will cost."""
-    validation_prompts(config)
-    accumulation = micro_batches(config.train, World(size=processes))
+    """The dry run: check the configuration for `processes` processes, and estimate the cost."""
+    validation_prompts(config.sample)
+    optimizer = optimizer_config(config, processes)
+    check_shards(config, processes)
     if config.engine.name == "deepspeed":
-        deepspeed_config(config.engine, optimizer_config(config.train, accumulation), processes, config.train.weights)
-    elif config.engine.shard != -1 and processes % config.engine.shard:
-        raise UserError(
-            f"engine.shard={config.engine.shard} does not divide {processes} processes; say how many with --gpus"
-        )
+        deepspeed_config(config.engine, optimizer, processes, config.train.weights)
     family = build_family(config, offline=True)
     return format_estimate(estimate(config, family, processes), config, _kernels_here(config, family))
 
 
 def _kernels_here(config: RunConfig, family: ModelFamily) -> str:
-    """What this machine would compute with; a dry run may be made where the run could not."""
+    """The kernels on this machine. A dry run also works on a machine that cannot run the configuration."""
     try:
         device = resolve_device(config.run.device)
         kernels = choose_kernels(config, family, device)
     except UserError as error:
-        return f"not to be chosen here: {error}"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU; a GPU chooses for itself"
+        return f"unavailable here: {error}"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU; on a GPU the choice may differ"
     return f"{kernels}; on {name}"
 
 
-def _starting_point(run_dir: Path, resume: str, world: World) -> Path | None:
-    """The verified checkpoint to go on from, the same on every rank; nothing is changed."""
+def _find_start(run_dir: Path, resume: str, world: World) -> Path | None:
+    """The verified checkpoint to resume from, the same on every rank; it changes no file."""
     if resume == "auto":
         return find_checkpoint(run_dir, world=world)
     if resume == "never":
@@ -194,26 +195,26 @@ def _starting_point(run_dir: Path, resume: str, world: World) -> Path | None:
     return path
 
 
-def _go_back(run_dir: Path, start: Path) -> None:
-    """Make `start` the newest checkpoint of this run, so that a later start with `auto` goes on from it too."""
+def _make_newest(run_dir: Path, start: Path) -> None:
+    """Make `start` the newest checkpoint of this run, so that a later start with `auto` resumes from it too."""
     own = run_dir / "checkpoints"
     if start.resolve().parent == own.resolve():
         _move_aside(own, [path.name for path in own.glob("step_*") if path.name > start.name], into=run_dir)
-        point_to(start)
+        set_latest(start)
         return
-    _move_aside(run_dir, _ATTEMPT)
+    _move_aside(run_dir, _ATTEMPT_FILES)
     metrics = start.parents[1] / "metrics.jsonl"
     if metrics.is_file():
         shutil.copy(metrics, run_dir / "metrics.jsonl")
     own.mkdir()
-    aside = own / f".{start.name}.tmp"
-    shutil.copytree(start, aside)
-    aside.rename(own / start.name)
-    point_to(own / start.name)
+    temporary = own / f".{start.name}.tmp"
+    shutil.copytree(start, temporary)
+    temporary.rename(own / start.name)
+    set_latest(own / start.name)
 
 
 def _move_aside(folder: Path, names: Sequence[str], into: Path | None = None) -> None:
-    """Nothing of an earlier attempt is deleted: it goes to `previous-1`, `previous-2`, ..."""
+    """Move files of an earlier attempt to `previous-1`, `previous-2`, ...; nothing is deleted."""
     present = [name for name in names if (folder / name).exists()]
     if not present:
         return

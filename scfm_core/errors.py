@@ -2,17 +2,24 @@
 
 
 class UserError(ValueError):
-    """A mistake that the person at the keyboard can mend.
+    """A mistake that the user can fix.
 
-    The message says what is wrong, where, and how to mend it. Anything else that is raised is a defect of
-    this project and keeps its traceback.
+    The message says what is wrong, where, and how to fix it. Any other exception is a bug of this project and keeps its
+    traceback.
     """
 
     agreed = False
-    """Whether every process of the run raises this same message, so that one of them is enough to print it."""
+    """Whether every process of the run raises this same message: then rank 0 alone prints it."""
+
+
+def agreed_error(message: str) -> UserError:
+    """An error that every process of the run raises with the same message."""
+    error = UserError(message)
+    error.agreed = True
+    return error
 
 
 class PeerLost(RuntimeError):
-    """Another process of the run is gone or stands still; the message names it."""
+    """Another process of the run has ended or makes no progress; the message names it."""
 
     exit_code = 70  # sysexits.h, EX_SOFTWARE: neither a user's mistake (2) nor a signal (128 + n)

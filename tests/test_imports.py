@@ -1,4 +1,10 @@
+"""The structure of the project: who may import whom, no circles, no file or function too long.
+
+`python tests/test_imports.py` prints the import graph of scfm_core.
+"""
+
 import ast
+import graphlib
 import re
 import sys
 from collections import defaultdict
@@ -9,33 +15,36 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# What each package may import from this repository, itself included. A new package needs a line here.
+# Modules that import only the standard library.
+LEAVES = ("scfm_core.errors", "scfm_core.files", "scfm_core.secrets")
+
+# The modules of this repository that each package may import, including its own. A new package needs a line here.
 ALLOWED = {
     "scfm_core": (),  # its __init__ runs before any package below
-    "scfm_core.errors": (),
+    **dict.fromkeys(LEAVES, ()),
     "scfm_core.flow": ("scfm_core.flow",),
     "scfm_core.scfm": ("scfm_core.scfm", "scfm_core.flow"),
     "scfm_core.kernels": ("scfm_core.kernels", "scfm_core.flow"),
-    "scfm_core.models": ("scfm_core.models", "scfm_core.flow", "scfm_core.kernels", "scfm_core.errors"),
-    "scfm_core.data": ("scfm_core.data", "scfm_core.errors"),
-    "scfm_core.distributed": ("scfm_core.distributed", "scfm_core.errors"),
+    "scfm_core.models": ("scfm_core.models", "scfm_core.flow", "scfm_core.kernels", *LEAVES),
+    "scfm_core.data": ("scfm_core.data", *LEAVES),
+    "scfm_core.distributed": ("scfm_core.distributed", *LEAVES),
     "scfm_core.train": ("scfm_core",),
-    "data_tools": ("data_tools", "scfm_core.data", "scfm_core.models", "scfm_core.flow", "scfm_core.errors"),
+    "data_tools": ("data_tools", "scfm_core.data", "scfm_core.models", "scfm_core.flow", *LEAVES),
     "recipes": ("recipes", "data_tools", "scfm_core"),
 }
 OURS = ("scfm_core", "recipes", "data_tools")
 
-# What a package may import from elsewhere, where that is held.
-THIRD_PARTIES = {"scfm_core.flow": {"torch"}}
+# Third-party packages that these packages may import; the others may import any.
+THIRD_PARTIES = {"scfm_core.flow": {"torch"}, **{leaf: set() for leaf in LEAVES}}
 
-# Heavy or optional: one module each, inside the function that needs it.
+# Heavy or optional packages: each is imported in one module, inside the function that needs it.
 LAZY = {"deepspeed", "streaming", "webdataset", "wandb", "xformers"}
 
 
 @dataclass(frozen=True)
 class Import:
     name: str
-    """Dotted; for `from a import b` it is `a.b`, which may be a module or not."""
+    """Dotted name; for `from a import b` it is `a.b`, which need not be a module."""
     line: int
     inside_function: bool
 
@@ -110,7 +119,7 @@ def project() -> dict[str, list[Import]]:
 
 def test_the_project_keeps_its_import_direction():
     modules = project()
-    # An empty walk would keep any rule.
+    # Without modules no rule could be broken.
     assert set(ALLOWED) - {"scfm_core.kernels"} <= {package_of(module) for module in modules}
     assert "scfm_core.flow.path.euler_step" in {imported.name for imported in modules["scfm_core.flow.sampler"]}
     assert violations(modules) == []
@@ -122,6 +131,8 @@ def test_the_project_keeps_its_import_direction():
         ("scfm_core.flow.path", "import torch, math"),
         ("scfm_core.flow.sampler", "from .path import euler_step"),
         ("scfm_core.scfm.plan", "from scfm_core.flow import random"),
+        ("scfm_core.files", "import hashlib"),
+        ("scfm_core.data.cache", "from scfm_core.files import mismatch"),
         ("scfm_core.data.webdataset", "def write():\n    import webdataset"),
         ("scfm_core.train.trainer", "from scfm_core import models, scfm"),
         ("recipes.cli", "def main():\n    from data_tools.encode import encode_folder"),
@@ -141,6 +152,8 @@ def test_allowed_imports_pass(module, source):
         ("scfm_core.scfm.plan", "\n\ndef f():\n    from scfm_core.models import flux", "plan:4: .* may not"),
         ("scfm_core.scfm.plan", "import scfm_core.flowers", "scfm_core.scfm may not"),
         ("scfm_core.scfm.plan", "import scfm_core", "scfm_core.scfm may not"),
+        ("scfm_core.files", "from scfm_core.errors import UserError", "scfm_core.files may not"),
+        ("scfm_core.secrets", "import torch", "scfm_core.secrets:1: torch: .* third party"),
         ("scfm_core.models.flux", "from scfm_core.train.config import RunConfig", "scfm_core.models may not"),
         ("scfm_core.data.loader", "from scfm_core.distributed import engine", "scfm_core.data may not"),
         ("scfm_core.train.trainer", "from recipes import cli", "scfm_core.train may not"),
@@ -152,12 +165,12 @@ def test_allowed_imports_pass(module, source):
         ("scfm_core.train.metrics", "class A:\n    import wandb.sdk", "only inside"),
     ],
 )
-def test_the_walker_catches(module, source, message):
+def test_the_walker_finds_violations(module, source, message):
     [broken] = violations({module: imports_of(source, module)})
     assert re.search(message, broken)
 
 
-def test_the_walker_catches_a_second_home_of_a_lazy_import():
+def test_the_walker_finds_a_second_module_with_a_lazy_import():
     source = "def f():\n    import deepspeed.comm"
     modules = {name: imports_of(source, name) for name in ("scfm_core.distributed.a", "scfm_core.train.b")}
     assert violations(modules) == ["deepspeed is imported in ['scfm_core.distributed.a', 'scfm_core.train.b']"]
@@ -166,3 +179,94 @@ def test_the_walker_catches_a_second_home_of_a_lazy_import():
 def test_relative_imports_resolve_from_a_package_itself():
     [imported] = imports_of("from .plan import PlanConfig", "scfm_core.scfm", is_package=True)
     assert imported.name == "scfm_core.scfm.plan.PlanConfig"
+
+
+def graph(modules: dict[str, list[Import]]) -> dict[str, set[str]]:
+    """For each module, the modules of this repository that it imports, also only for types and inside functions."""
+    return {
+        module: {other for imported in imports for other in modules if within(imported.name, (other,))}
+        - {module, *parents(module)}
+        for module, imports in modules.items()
+    }
+
+
+def parents(module: str) -> set[str]:
+    """The packages that contain a module. Importing it runs their `__init__`, which import no module of this repository."""
+    parts = module.split(".")
+    return {".".join(parts[:end]) for end in range(1, len(parts))}
+
+
+def without_packages(edges: dict[str, set[str]]) -> dict[str, set[str]]:
+    """Drop packages from the imports: `import a.b.c` also names `a` and `a.b`."""
+    return {
+        module: {other for other in others if not any(longer.startswith(f"{other}.") for longer in edges)}
+        for module, others in edges.items()
+    }
+
+
+def circle(edges: dict[str, set[str]]) -> list[str]:
+    """A circle of imports; empty if there is none."""
+    try:
+        list(graphlib.TopologicalSorter(edges).static_order())
+    except graphlib.CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_no_module_imports_itself_in_a_circle():
+    edges = without_packages(graph(project()))
+    assert "scfm_core.train.step" in edges["scfm_core.train.trainer"], "the graph has no edges"
+    assert circle(edges) == []
+
+
+def test_the_search_finds_a_circle():
+    modules = {
+        "scfm_core.train.a": imports_of("from scfm_core.train.b import f", "scfm_core.train.a"),
+        "scfm_core.train.b": imports_of(
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from scfm_core.train.c import T",
+            "scfm_core.train.b",
+        ),
+        "scfm_core.train.c": imports_of("def f():\n    from scfm_core.train import a", "scfm_core.train.c"),
+    }
+    assert set(circle(without_packages(graph(modules)))) == set(modules)
+
+
+MOST_LINES = {"file": 400, "function": 60}
+
+
+def too_long(source: str, name: str) -> list[str]:
+    """The file and its functions, if they have more lines than `MOST_LINES`."""
+    lines = source.count("\n")
+    found = [f"{name}: {lines} lines"] if lines > MOST_LINES["file"] else []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None:
+            length = node.end_lineno - node.lineno + 1
+            if length > MOST_LINES["function"]:
+                found.append(f"{name}:{node.lineno}: {node.name} has {length} lines")
+    return found
+
+
+def test_no_file_and_no_function_is_too_long():
+    paths = sorted(path for package in OURS for path in (ROOT / package).rglob("*.py"))
+    assert [line for path in paths for line in too_long(path.read_text(), str(path.relative_to(ROOT)))] == []
+
+
+def test_too_long_files_and_functions_are_found():
+    function = "def f():\n" + "    pass\n" * 60
+    assert too_long(function, "a.py") == ["a.py:1: f has 61 lines"]
+    assert too_long("\n" * 401, "a.py") == ["a.py: 401 lines"]
+    assert too_long("def f():\n" + "    pass\n" * 59, "a.py") == []
+
+
+def test_the_five_files_of_a_step_stay_short():
+    text = (ROOT / "CONTRIBUTING.md").read_text().partition("## A step in five files")[2].partition("\n## ")[0]
+    files = re.findall(r"^\d\. `(\S+\.py)`", text, flags=re.MULTILINE)
+    assert len(files) == 5
+    assert sum((ROOT / file).read_text().count("\n") for file in files) <= 600
+
+
+if __name__ == "__main__":
+    edges = without_packages(graph({name: found for name, found in project().items() if name.startswith("scfm_core")}))
+    for module in graphlib.TopologicalSorter(edges).static_order():
+        names = ", ".join(sorted(name.removeprefix("scfm_core.") for name in edges[module]))
+        print(f"{module.removeprefix('scfm_core.'):32} {names}")

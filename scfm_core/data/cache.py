@@ -14,11 +14,12 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO
 
 from scfm_core.data.remote import fetch
 from scfm_core.data.schema import BadData
 from scfm_core.errors import UserError
+from scfm_core.files import mismatch
 
 _PART = ".part"
 _OURS = re.compile(r"[0-9a-f]{24}-")
@@ -197,30 +198,3 @@ def _locked(file: IO[bytes]) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def mismatch(file: BinaryIO, size: int, sha256: str | None) -> str | None:
-    """What is wrong with a file's content, or None."""
-    found = os.fstat(file.fileno()).st_size
-    if found != size:
-        return f"it has {found} bytes, the manifest says {size}"
-    if sha256 is None:
-        return None
-    digest = sha256_of(file)
-    return None if digest == sha256 else f"its sha256 is {digest[:12]}..., the manifest says {sha256[:12]}..."
-
-
-def sha256_of(file: BinaryIO) -> str:
-    """sha256 of a file from its start, in hex."""
-    file.seek(0)
-    digest = hashlib.sha256()
-    buffer = memoryview(bytearray(1 << 20))
-    while count := file.readinto(buffer):  # type: ignore[attr-defined]
-        digest.update(buffer[:count])
-    return digest.hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file, in hex."""
-    with path.open("rb") as file:
-        return sha256_of(file)

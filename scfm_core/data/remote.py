@@ -3,7 +3,6 @@
 import errno
 import os
 import random
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -12,11 +11,11 @@ from typing import Any
 
 from scfm_core.data.uri import SCHEMES
 from scfm_core.errors import UserError
+from scfm_core.secrets import scrub
 
 # No byte for so long: the connection is dead. One of several attempts, so far below any deadline.
 _CONNECT_SECONDS, _STALL_SECONDS = 10.0, 20.0
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-_SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL|CONNECTION_STRING|SIGNATURE")
 
 
 def fetch(uri: str, target: Path, deadline: float) -> None:
@@ -149,12 +148,3 @@ def _said(error: Exception) -> str:
     status = getattr(error, "status", None)
     text = f"status {status}" if isinstance(status, int) else f"{type(error).__name__}: {error}".strip(": ")
     return scrub(" ".join(text.split()))[:300]
-
-
-def scrub(text: str) -> str:
-    """`text` without the values of the environment's secrets, and without users and queries of addresses."""
-    secrets = [(value, name) for name, value in os.environ.items() if _SECRET_NAME.search(name.upper())]
-    for value, name in sorted(secrets, key=lambda secret: -len(secret[0])):  # one may begin with another
-        if len(value) >= 8:
-            text = text.replace(value, f"${name}")
-    return re.sub(r"(://[^\s?#'\"]*)[?#][^\s'\"]*", r"\1", re.sub(r"://[^\s/'\"]*@", "://", text))

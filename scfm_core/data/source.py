@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from scfm_core.data.cache import ShardCache, mismatch
+from scfm_core.data.cache import ShardCache
 from scfm_core.data.mds import INDEX, MdsIndex, MdsShard
 from scfm_core.data.recipe import SourceConfig
 from scfm_core.data.remote import read
@@ -18,6 +18,7 @@ from scfm_core.data.schema import MANIFEST, BadData, Manifest, ShardEntry
 from scfm_core.data.uri import expand, is_remote, join, parent
 from scfm_core.data.webdataset import TarShard
 from scfm_core.errors import UserError
+from scfm_core.files import mismatch
 
 PADDING = "padding.safetensors"
 """Of a cache with trimmed texts: `text` [text_length, D], the T5 output of an empty caption."""

@@ -10,8 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
-from scfm_core.data.cache import sha256_of
 from scfm_core.data.schema import BadData, ShardEntry, Size, runs_of
+from scfm_core.files import sha256_of
 
 _BLOCK = 512
 # Members that other loaders would unpickle or import; nothing of ours would run them, but who ships them means harm.

@@ -17,36 +17,26 @@ from scfm_core.distributed.dcp import save_dcp
 from scfm_core.distributed.engine import MOMENTS, Engine, EngineConfig, Layout, OptimizerConfig, Parameters, Slot
 from scfm_core.distributed.reader import DCP_FOLDER
 from scfm_core.distributed.world import World
-from scfm_core.errors import UserError
 
 
 class Fsdp2Layout(Layout):
     """Every process holds all weights, or shards of them (`fully_shard`), plain or hybrid.
 
     Args:
-        config: degree of sharding; offload to host memory.
+        config: degree of sharding, which divides the number of processes; offload to host memory, of shards alone.
         world: the processes.
         device: of this process.
         compute_dtype: of gathered weights; gradients are reduced in fp32.
-
-    Raises:
-        UserError: if the number of processes is not a multiple of `engine.shard`.
     """
 
     def __init__(self, config: EngineConfig, world: World, device: torch.device, compute_dtype: torch.dtype) -> None:
         shard = world.size if config.shard == -1 else config.shard
-        if world.size % shard:
-            raise UserError(
-                f"engine.shard={shard} does not divide the {world.size} processes that were started. Set it to a divisor, "
-                f"or to -1 for all of them"
-            )
+        assert world.size % shard == 0 and not (config.cpu_offload and shard == 1)  # train/rules.py: check_shards
         self.mesh: DeviceMesh | None = None
         if shard > 1:
             replicas = world.size // shard
             shape, names = ((shard,), ("shard",)) if replicas == 1 else ((replicas, shard), ("replicate", "shard"))
             self.mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-        elif config.cpu_offload:
-            raise UserError("engine.cpu_offload needs several processes: one process has nothing to shard")
         self._policy = MixedPrecisionPolicy(
             param_dtype=None if compute_dtype == torch.float32 else compute_dtype,
             reduce_dtype=torch.float32,

@@ -1,1 +1,1 @@
-"""The method: plan, target, loss, EMAs, restarts. Pure functions on tensors; models come in as callables."""
+"""The method: plan, target, loss, EMAs, restarts. Pure functions on tensors; models are passed in as callables."""

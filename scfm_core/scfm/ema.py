@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-# What wrappers put into parameter names (torch.compile, DDP, checkpoint wrappers). Averages keyed by such names
-# stop matching as soon as the wrapping changes, and then silently do nothing.
+# Parts that wrappers add to parameter names (torch.compile, DDP, checkpoint wrappers). Averages with such names no longer
+# match the student when the wrapping changes, and are then silently not updated.
 _WRAPPER_PARTS = ("_orig_mod", "module", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
@@ -26,8 +26,8 @@ class EMAConfig:
     slow: float = 0.999
     """Decay of the slow average, per optimizer step."""
     restart_every: int | Literal["auto"] | None = None
-    """Set both averages to the student every so many steps (the paper's cyclic restart: 1000); `auto`: when they lag behind
-    a steady drift (scfm/restart.py); none: never."""
+    """Steps between restarts; a restart sets both averages to the student (the paper's cyclic restart: 1000). `auto`: restart
+    when the averages lag behind a steady drift of the student (scfm/restart.py). none: no restarts."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.fast <= self.slow < 1:
@@ -41,13 +41,13 @@ class EMAConfig:
 class DualEMA:
     """Exponential moving averages of the student's trained weights, in place and in fp32.
 
-    A bf16 average is a different algorithm: with decay 0.999 the update is below half a unit in the last place and
-    the average stalls. Non-fp32 tensors are therefore refused.
+    In bf16 an average stalls: with decay 0.999 its update is below half a unit in the last place. Tensors narrower than
+    fp32 are therefore refused.
 
     Args:
         student: trained parameters by name.
-        fast, slow: the tensors that hold the averages, same names and shapes, typically the parameters of the
-            networks that use them, so that nothing is ever copied; clones of the student if not given.
+        fast, slow: the tensors that hold the averages, of the same names and shapes. They are typically the parameters of
+            the networks that use them, so that no copy is needed. None: clones of the student.
         config: decays.
 
     Both averages are set to the student on construction.
@@ -91,22 +91,22 @@ class DualEMA:
 
     @property
     def student(self) -> dict[str, Tensor]:
-        """What is averaged, by canonical name."""
+        """The student's trained weights, by canonical name."""
         return self._student
 
     @property
     def fast(self) -> dict[str, Tensor]:
-        """The fast average by canonical name."""
+        """The fast average, by canonical name."""
         return self._averages["fast"]
 
     @property
     def slow(self) -> dict[str, Tensor]:
-        """The slow average by canonical name."""
+        """The slow average, by canonical name."""
         return self._averages["slow"]
 
     @torch.no_grad()
     def update(self) -> None:
-        """One optimizer step: `ema += (1 - decay) * (student - ema)`. Local to each shard, no collective."""
+        """Update after an optimizer step: `ema += (1 - decay) * (student - ema)`. Local to each shard, without a collective."""
         student = list(self._student.values())
         for average, decay in ((self.fast, self.config.fast), (self.slow, self.config.slow)):
             torch._foreach_lerp_(list(average.values()), student, 1 - decay)
@@ -146,6 +146,6 @@ class DualEMA:
 def _canonical(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     named = {canonical_name(name): tensor for name, tensor in tensors.items()}
     if len(named) < len(tensors):
-        twice = sorted(n for n in tensors if canonical_name(n) != n and canonical_name(n) in tensors)
-        raise ValueError(f"two tensors have the same name once wrappers are taken off: {twice}")
+        duplicates = sorted(n for n in tensors if canonical_name(n) != n and canonical_name(n) in tensors)
+        raise ValueError(f"two tensors have the same name without the parts that wrappers add: {duplicates}")
     return named

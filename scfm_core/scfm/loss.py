@@ -1,4 +1,4 @@
-"""The loss, and where it is large: by slice and by sigma."""
+"""The loss, and its means by slice and by sigma."""
 
 import torch
 from torch import Tensor
@@ -25,33 +25,31 @@ def scfm_loss(prediction: Tensor, target: Tensor, plan: ShortcutPlan) -> Tensor:
 
 
 class LossMeter:
-    """Sums of the loss by slice and by sigma bin, kept on the device until `compute`: no sync in a step."""
+    """Sums of the loss by slice and by sigma bin. They stay on the device until `compute`, so no step waits for the GPU."""
 
     def __init__(self, device: torch.device | str) -> None:
         self.sums = torch.zeros(2, len(SLICES), SIGMA_BINS, dtype=torch.float64, device=device)
-        """[loss or count, slice, sigma bin]; adding up the sums of several processes gives the means over all of them."""
-        self._samples: list[tuple[Tensor | None, Tensor]] = []
+        """fp64 [2, slices, sigma bins]: losses, then counts. The sums of several processes may be added."""
+        self._samples: list[tuple[Tensor, Tensor]] = []
 
     @torch.no_grad()
     def add(self, prediction: Tensor, target: Tensor, plan: ShortcutPlan) -> None:
-        """Account for one micro-batch."""
+        """Add a micro-batch."""
         losses = (prediction.to(target.dtype) - target).square().flatten(1).mean(1).double()
-        assert plan.is_trajectory is not None
-        given = torch.where(plan.is_trajectory, 3, 2)
-        row = torch.where(plan.is_given, given, torch.where(plan.is_teacher, 0, 1))
-        column = (plan.sigma_start * SIGMA_BINS).long().clamp(0, SIGMA_BINS - 1)
-        index = row * SIGMA_BINS + column
+        known = torch.where(plan.is_trajectory, SLICES.index("trajectory"), SLICES.index("flow"))
+        pair = torch.where(plan.is_teacher, SLICES.index("teacher"), SLICES.index("self"))
+        sigma_bin = (plan.sigma_start * SIGMA_BINS).long().clamp(0, SIGMA_BINS - 1)
+        index = torch.where(plan.has_known_target, known, pair) * SIGMA_BINS + sigma_bin
         self.sums[0].view(-1).index_add_(0, index, losses)
         self.sums[1].view(-1).index_add_(0, index, torch.ones_like(losses))
         self._samples.append((plan.sample_ids, losses))
 
     def by_sample(self) -> list[tuple[int, float]]:
-        """(sample id, loss) of every row so far whose id is known."""
-        known = [(ids.tolist(), losses.tolist()) for ids, losses in self._samples if ids is not None]
-        return [row for ids, losses in known for row in zip(ids, losses, strict=True)]
+        """(sample id, loss) of every row that was added."""
+        return [row for ids, losses in self._samples for row in zip(ids.tolist(), losses.tolist(), strict=True)]
 
     def compute(self) -> dict[str, float]:
-        """Means: `loss`, `loss/<slice>` and `loss/sigma_<low>-<high>`; slices and bins without a sample are left out."""
+        """Means: `loss`, `loss/<slice>` and `loss/sigma_<low>-<high>`; slices and bins without samples are left out."""
         total, count = self.sums.cpu()
         means = {"loss": (total.sum() / count.sum()).item()}
         for row, name in enumerate(SLICES):

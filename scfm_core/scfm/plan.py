@@ -1,7 +1,6 @@
-"""The plan: which pair of neighbouring sigmas each sample learns to jump, and at which adapter strength."""
+"""The plan: over which pair of grid intervals each sample learns to jump, and at which adapter strength."""
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,266 +9,55 @@ from torch import Tensor
 
 from scfm_core.flow.random import Stream, uniform
 from scfm_core.flow.schedule import dynamic_shift, shift_sigma
+from scfm_core.scfm.method import PlanConfig
 
-# One column of uniform draws each; the order is part of the run's randomness and only grows at the end.
-_DRAWS = ("slice", "rung", "start", "shift", "dynamic", "guidance", "flow", "dropout")
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepGain:
-    """Step-scaled adapters: a jump over the share `jump` of the grid runs at strength `jump ** gamma`."""
-
-    gamma: float = 0.5
-    """Exponent; 0.5 is what was measured on the digits, 1 is the first-order law, 0 would be the paper."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.gamma <= 4:
-            raise ValueError(f"step_gain.gamma must be in (0, 4], got {self.gamma}")
-
-    def strength(self, jump: Tensor) -> Tensor:
-        """Strength for jumps [B], each the share of the grid in u (1/N for one step of an N-step sampler)."""
-        return jump**self.gamma
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanConfig:
-    """How jumps are drawn (paper, Sec. 4 and App. B). The defaults are the paper's."""
-
-    teacher_fraction: float = 0.4
-    """Share of the batch whose near half is the frozen teacher, on neighbouring points of `teacher_grid`."""
-    flow_fraction: float = 0.0
-    """Share of the batch with the plain flow-matching target (see `distil_guidance` for another); the rest, after the teacher's, is the self slice."""
-    trajectory_fraction: float = 0.0
-    """Share of the batch that learns the mean velocity of teacher paths; they are stored, in data made with
-    `scfm data generate --trajectories`, unless `trajectory_steps` says otherwise."""
-    trajectory_steps: int | None = None
-    """Paths are not stored but taken within the training: so many steps of the teacher by Euler's method for each row, from
-    its noise, at its shift and guidance. Of the data only the captions count. None: stored ones, used many times."""
-    trajectory_grids: tuple[int, ...] = (1, 2, 3, 4, 6, 12)
-    """Numbers of steps of the grids on those paths, drawn uniformly; each divides the paths' number of intervals (or `trajectory_steps`)."""
-    teacher_grid: int = 32
-    """Steps of the teacher slice's grid."""
-    self_grids: tuple[int, ...] = (16, 8, 4)
-    """Rungs of the self slice: its grids' numbers of steps, drawn uniformly. The authors' code adds 2."""
-    shift: tuple[float, float] = (2.5, 4.5)
-    """Range of the timestep shift, drawn per sample; equal ends fix it."""
-    dynamic_shift_fraction: float = 0.0
-    """Share of samples that take Flux's resolution-dependent shift instead (the authors' code: 0.1)."""
-    guidance: tuple[float, float] = (0.0, 8.0)
-    """Range of the guidance, drawn per sample, the same in all three passes: Flux's embedded one, or SD3's scale of
-    classifier-free guidance (the paper: 3.5 to 5)."""
-    distil_guidance: bool = False
-    """The student learns in one pass what the teacher says in two, guided at the scale `guidance`: flow-matching rows take the
-    teacher's guided velocity in place of the data's, rows on the teacher's paths were guided when those were taken. To be done before
-    the path is shortened: there are no pairs."""
-    step_gain: StepGain | None = None
-    """Condition on the step size through the adapter's strength; none is the paper."""
-    step_embedding: bool = False
-    """Condition on the step size through the network's embedded guidance, which is then told the share of the grid that it
-    jumps: the original shortcut models (Frans et al., arXiv 2410.12557), trained from scratch."""
-    caption_dropout: float = 0.0
-    """Share of samples that get an empty caption, so that the network learns what classifier-free guidance needs; those on
-    paths keep theirs."""
-    sigma_max: float = 1 - 1e-5
-    """Clamp of the grid's first point."""
-
-    def __post_init__(self) -> None:
-        shares_of_all = ("teacher_fraction", "flow_fraction", "trajectory_fraction", "dynamic_shift_fraction")
-        for name in (*shares_of_all, "caption_dropout"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"method.{name} must be in [0, 1], got {getattr(self, name)}")
-        shares = {f"{name}_fraction": getattr(self, f"{name}_fraction") for name in ("teacher", "flow", "trajectory")}
-        if sum(shares.values()) > 1 + 1e-9:
-            taken = {name: share for name, share in shares.items() if share > 0}
-            raise ValueError(
-                f"{' + '.join(f'method.{name}' for name in taken)} must be at most 1, got "
-                f"{' + '.join(str(share) for share in taken.values())}"
-            )
-        if not self.trajectory_grids or any(n < 1 for n in self.trajectory_grids):
-            raise ValueError(f"method.trajectory_grids needs step counts of at least 1, got {self.trajectory_grids}")
-        self._check_online()
-        for name, grids in (("teacher_grid", (self.teacher_grid,)), ("self_grids", self.self_grids)):
-            if not grids or any(n < 2 or n % 2 for n in grids):
-                raise ValueError(f"method.{name} needs even step counts of at least 2 (jumps are pairs), got {grids}")
-        for name, lowest in (("shift", 1e-6), ("guidance", 0.0)):
-            low, high = getattr(self, name)
-            if not lowest <= low <= high < math.inf:
-                raise ValueError(
-                    f"method.{name} must be [low, high] with {lowest:g} <= low <= high, finite, got {[low, high]}"
-                )
-        if self.step_embedding and self.step_gain is not None:
-            raise ValueError(
-                "method.step_embedding and method.step_gain are two ways to the same end: take one of them"
-            )
-        if self.step_embedding and self.teacher_fraction > 0:
-            raise ValueError(
-                "method.step_embedding is for training from scratch: a teacher was never told step sizes. Set "
-                "method.teacher_fraction to 0"
-            )
-        if self.distil_guidance:
-            self._refuse_more_than_guidance()
-        if not 0.9 < self.sigma_max <= 1:
-            raise ValueError(f"method.sigma_max must be in (0.9, 1], got {self.sigma_max}")
-        self._refuse_collapsed_pairs(self.shift[1])
-
-    def _check_online(self) -> None:
-        steps = self.trajectory_steps
-        if steps is None:
-            return
-        if not self.has_trajectory:
-            raise ValueError(
-                f"method.trajectory_steps={steps} takes paths for no row: set method.trajectory_fraction, or none here"
-            )
-        if steps < 1 or any(steps % grid for grid in self.trajectory_grids):
-            raise ValueError(
-                f"method.trajectory_steps={steps} must be a common multiple of method.trajectory_grids="
-                f"{list(self.trajectory_grids)}, e.g. {math.lcm(*self.trajectory_grids)}"
-            )
-        if self.step_embedding:
-            raise ValueError(
-                "method.step_embedding is for training from scratch: there is no teacher to take method.trajectory_steps"
-            )
-
-    def _refuse_more_than_guidance(self) -> None:
-        if self.has_pairs:
-            raise ValueError(
-                "method.distil_guidance with pairs would learn guidance and shortcuts at once, and over-saturate. Set "
-                "method.teacher_fraction=0 and method.flow_fraction=1 (or trajectory_fraction=1); export the result merged, and "
-                "shorten the path of that model"
-            )
-        if self.step_gain is not None:
-            raise ValueError(
-                "method.distil_guidance and method.step_gain are two stages: at strength 0 there would be no guidance. Set "
-                "step_gain to none, and use it to shorten the path of the model that comes of this run"
-            )
-        low, high = self.guidance
-        if not 1 < low == high:
-            raise ValueError(
-                f"method.distil_guidance teaches one scale, for the network has no input that could tell more: give "
-                f"method.guidance equal ends above 1, e.g. [4.5, 4.5], got {[low, high]}"
-            )
-
-    def _refuse_collapsed_pairs(self, shift: float) -> None:
-        """The clamp may move a grid's first point alone: a pair that it shortened to nothing has no velocity."""
-        second = float(
-            shift_sigma(torch.tensor(1 - 1 / max(self.teacher_grid, *self.self_grids), dtype=torch.float64), shift)
-        )
-        if second >= self.sigma_max:
-            raise ValueError(
-                f"method: at shift {shift:g} the finest grid's second point, {second:.6f}, reaches sigma_max "
-                f"{self.sigma_max:g}. Lower the shift or raise method.sigma_max"
-            )
-
-    @property
-    def has_flow(self) -> bool:
-        """Whether any row can be a flow-matching row."""
-        return self.flow_fraction > 0
-
-    @property
-    def has_trajectory(self) -> bool:
-        """Whether any row can lie on a path of the teacher."""
-        return self.trajectory_fraction > 0
-
-    @property
-    def has_stored_paths(self) -> bool:
-        """Whether the data must hold paths."""
-        return self.has_trajectory and self.trajectory_steps is None
-
-    @property
-    def has_pairs(self) -> bool:
-        """Whether any row can be a shortcut pair: if not, no near or far pass is needed."""
-        return self.flow_fraction + self.trajectory_fraction < 1
-
-    @property
-    def has_teacher(self) -> bool:
-        """Whether any target needs a pass of the frozen teacher."""
-        return (
-            self.teacher_fraction > 0 or (self.distil_guidance and self.has_flow) or self.trajectory_steps is not None
-        )
-
-    @property
-    def follows_teacher(self) -> bool:
-        """Whether it learns what a frozen network does, in training or before it: then results can be held against that."""
-        return self.has_teacher or self.has_trajectory
-
-    @property
-    def student_is_guided(self) -> bool:
-        """Whether a network that is guided by a second pass is so as the student."""
-        return not self.distil_guidance and (self.has_pairs or self.has_trajectory)
-
-    def passes(self, guided: int) -> tuple[float, float]:
-        """Passes of the network that a sample costs: with the student's gradient, and for the target.
-
-        Args:
-            guided: passes of a guided velocity: 2 with classifier-free guidance, else 1.
-        """
-        velocity = guided if self.student_is_guided else 1
-        pairs = 1 - self.flow_fraction - self.trajectory_fraction
-        paths = guided * (self.trajectory_steps or 0) * self.trajectory_fraction
-        # A batch with flow-matching rows goes to the guiding teacher as a whole.
-        return velocity, 2 * velocity * pairs + paths + (guided if self.distil_guidance and self.has_flow else 0)
+# One column of uniform draws each. The order determines a run's random numbers: append new columns at the end.
+_DRAWS = ("slice", "grid", "start", "shift", "dynamic", "guidance", "flow", "dropout")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShortcutPlan:
-    """One row a sample. 1-D tensors [B], but for `pair_rows`; floating ones are fp32.
+    """One jump for each sample of a batch, made by `sample_plan`. Tensors are [B], except for the row numbers at the end.
 
-    `sigma_start > sigma_mid > sigma_end` on pairs; a flow-matching row is a jump of length zero, all three equal. A
+    `sigma_start > sigma_mid > sigma_end` on pairs. A flow-matching row is a jump of length zero: all three are equal. A
     trajectory row gets its sigmas from its path (`on_trajectories`), with sigma_mid equal to sigma_start.
     """
 
+    config: PlanConfig
+    """The configuration of the draws. It alone decides which passes a batch needs, so that all processes run the same ones."""
+    sample_ids: Tensor
+    """Global sample indices, int64."""
     sigma_start: Tensor
+    """fp32, like every floating-point tensor here."""
     sigma_mid: Tensor
     sigma_end: Tensor
     student_strength: Tensor
     near_strength: Tensor
+    """0 on teacher rows."""
     far_strength: Tensor
-    is_teacher: Tensor
-    is_flow: Tensor
-    sample_ids: Tensor | None = None
-    guidance: Tensor | None = None
-    step_size: Tensor | None = None
-    """What the student is told in place of the guidance, and near and far half of it: the share of the grid that it jumps.
-    None: they are told the guidance."""
-    shift: Tensor | None = None
-    grid: Tensor | None = None
-    """int64: steps of the grid that the pair or the trajectory's jump lies on; 0 on flow-matching rows."""
-    is_trajectory: Tensor | None = None
-    """bool; None: no row."""
-    interval: Tensor | None = None
+    guidance: Tensor
+    shift: Tensor
+    step_size: Tensor
+    """Fraction of the grid that the student jumps; near and far pass each jump half of it."""
+    grid: Tensor
+    """int64: step count of the grid of the jump; 0 on flow-matching rows."""
+    interval: Tensor
     """int64: which interval of `grid` a trajectory row jumps, counted from the noise; 0 on other rows."""
-    is_dropped: Tensor | None = None
-    """bool: rows without a caption; None: no row."""
-    has_flow: bool | None = None
-    """Whether rows may be flow-matching rows, and likewise `has_trajectory` and `has_pairs`. Given by the configuration, so
-    that every process of a run takes the same way; None: looked up in the rows."""
-    has_trajectory: bool | None = None
-    has_pairs: bool | None = None
-    pair_rows: Tensor | None = None
-    """int64: the rows that take the two passes, row 0 if there is none. Found where the plan is drawn: on a GPU, counting rows
-    would wait for its queue."""
-    trajectory_rows: Tensor | None = None
-    """int64: the rows on paths of the teacher, row 0 if there is none; likewise."""
-
-    def __post_init__(self) -> None:
-        if self.is_trajectory is None:
-            object.__setattr__(self, "is_trajectory", torch.zeros_like(self.is_flow))
-        assert self.is_trajectory is not None
-        if self.has_flow is None:
-            object.__setattr__(self, "has_flow", bool(self.is_flow.any()))
-        if self.has_trajectory is None:
-            object.__setattr__(self, "has_trajectory", bool(self.is_trajectory.any()))
-        if self.has_pairs is None:
-            object.__setattr__(self, "has_pairs", not bool(self.is_given.all()))
-        for name, mask in (("pair_rows", ~self.is_given), ("trajectory_rows", self.is_trajectory)):
-            if getattr(self, name) is None:
-                rows = mask.nonzero().squeeze(1)
-                object.__setattr__(self, name, rows if rows.numel() else rows.new_zeros(1))
+    is_teacher: Tensor
+    """bool, like the other slices."""
+    is_flow: Tensor
+    is_trajectory: Tensor
+    is_dropped: Tensor
+    """bool: rows without their caption."""
+    pair_rows: Tensor
+    """int64: numbers of the rows that need near and far passes; row 0 if there are none. They are computed on the CPU, where
+    the plan is drawn: on a GPU this would wait for its queue."""
+    trajectory_rows: Tensor
+    """int64: numbers of the trajectory rows; row 0 if there are none."""
 
     @property
-    def is_given(self) -> Tensor:
-        """Rows whose target needs no pass: flow-matching and trajectory rows. bool [B]."""
-        assert self.is_trajectory is not None
+    def has_known_target(self) -> Tensor:
+        """Rows whose target needs no near or far pass: flow-matching and trajectory rows. bool [B]."""
         return self.is_flow | self.is_trajectory
 
     def __len__(self) -> int:
@@ -286,7 +74,7 @@ class ShortcutPlan:
 
 
 def sample_plan(config: PlanConfig, sample_ids: Tensor, seed: int, *, image_tokens: int | None = None) -> ShortcutPlan:
-    """Draw each sample's jump from (seed, sample id) alone: its place in the batch and its rank do not matter.
+    """Draw each sample's jump from (seed, sample id) alone, independently of its position in the batch and its rank.
 
     Args:
         config: fractions, grids, ranges.
@@ -298,78 +86,84 @@ def sample_plan(config: PlanConfig, sample_ids: Tensor, seed: int, *, image_toke
         the plan, on the device of `sample_ids`.
 
     Raises:
-        ValueError: if a dynamic shift is asked for without `image_tokens`.
+        ValueError: if a dynamic shift is configured but `image_tokens` is missing.
     """
     draws = uniform(seed, sample_ids, Stream.PLAN, len(_DRAWS))
     draw = dict(zip(_DRAWS, draws.unbind(1), strict=True))
     is_flow, is_trajectory, is_teacher = _slices(config, draw["slice"])
     self_grid, path_grid = (
-        torch.tensor(grids, device=sample_ids.device)[(draw["rung"] * len(grids)).long()]
+        torch.tensor(grids, device=sample_ids.device)[(draw["grid"] * len(grids)).long()]
         for grids in (config.self_grids, config.trajectory_grids)
     )
     grid = torch.where(is_teacher, config.teacher_grid, torch.where(is_trajectory, path_grid, self_grid))
-    interval = torch.where(is_trajectory, (draw["start"] * path_grid).long(), 0)
-    k = 2 * (draw["start"] * (grid // 2)).long()  # starts are aligned to pairs
-
-    low, high = config.shift
-    shift = low + (high - low) * draw["shift"]
-    if config.dynamic_shift_fraction > 0:
-        if image_tokens is None:
-            raise ValueError("dynamic_shift_fraction > 0 needs image_tokens, the number of packed image tokens")
-        config._refuse_collapsed_pairs(dynamic_shift(image_tokens))
-        is_dynamic = draw["dynamic"] < config.dynamic_shift_fraction
-        shift = torch.where(is_dynamic, dynamic_shift(image_tokens), shift)
-
-    def sigma_at(index: Tensor) -> Tensor:
-        return shift_sigma(1 - index.double() / grid, shift)
-
-    flow_sigma = shift_sigma(draw["flow"], shift)
-    start, mid, end = (torch.where(is_flow, flow_sigma, sigma_at(k + offset)) for offset in (0, 1, 2))
-    # The student jumps two grid intervals, near and far one each. A flow-matching row has no length; it stands for what a
-    # many-step sampler does, one interval of the teacher's grid. A trajectory row is one interval in all.
+    shift = _shifts(config, draw, image_tokens)
+    start, mid, end = _sigmas(config, draw, grid, shift, is_flow)
+    # The student jumps two grid intervals; near and far pass jump one each. A flow-matching row has no length: its strength
+    # is that of one interval of the teacher's grid, as in a sampler of many steps. A trajectory row jumps one interval.
     jump = torch.where(is_flow, 1 / config.teacher_grid, torch.where(is_trajectory, 1, 2) / grid.double())
     student, near, far = _strengths(config, jump, is_teacher)
     guidance_low, guidance_high = config.guidance
     return ShortcutPlan(
-        sigma_start=start.clamp(max=config.sigma_max).float(),
-        sigma_mid=mid.clamp(max=config.sigma_max).float(),
-        sigma_end=end.clamp(max=config.sigma_max).float(),
+        config=config,
+        sample_ids=sample_ids,
+        sigma_start=start,
+        sigma_mid=mid,
+        sigma_end=end,
         student_strength=student.float(),
         near_strength=near.float(),
         far_strength=far.float(),
         guidance=(guidance_low + (guidance_high - guidance_low) * draw["guidance"]).float(),
-        step_size=jump.float() if config.step_embedding else None,
         shift=shift.float(),
+        step_size=jump.float(),
         grid=torch.where(is_flow, 0, grid),
+        interval=torch.where(is_trajectory, (draw["start"] * path_grid).long(), 0),
         is_teacher=is_teacher,
         is_flow=is_flow,
         is_trajectory=is_trajectory,
-        is_dropped=(draw["dropout"] < config.caption_dropout) & ~is_trajectory if config.caption_dropout > 0 else None,
-        interval=interval,
-        sample_ids=sample_ids,
-        has_flow=config.has_flow,
-        has_trajectory=config.has_trajectory,
-        has_pairs=config.has_pairs,
+        is_dropped=(draw["dropout"] < config.caption_dropout) & ~is_trajectory,
+        pair_rows=_rows(~is_flow & ~is_trajectory),
+        trajectory_rows=_rows(is_trajectory),
     )
 
 
+def _shifts(config: PlanConfig, draw: dict[str, Tensor], image_tokens: int | None) -> Tensor:
+    """Timestep shifts, fp64 [B]."""
+    low, high = config.shift
+    shift = low + (high - low) * draw["shift"]
+    if config.dynamic_shift_fraction == 0:
+        return shift
+    if image_tokens is None:
+        raise ValueError("dynamic_shift_fraction > 0 needs image_tokens, the number of packed image tokens")
+    config.check_pairs_at(dynamic_shift(image_tokens))
+    return torch.where(draw["dynamic"] < config.dynamic_shift_fraction, dynamic_shift(image_tokens), shift)
+
+
+def _sigmas(
+    config: PlanConfig, draw: dict[str, Tensor], grid: Tensor, shift: Tensor, is_flow: Tensor
+) -> tuple[Tensor, ...]:
+    """Start, middle and end of a pair of intervals on each row's grid, fp32 [B] each; on flow-matching rows one random sigma."""
+    first = 2 * (draw["start"] * (grid // 2)).long()  # pairs start at even points
+    flow_sigma = shift_sigma(draw["flow"], shift)
+    on_grid = (shift_sigma(1 - (first + offset).double() / grid, shift) for offset in (0, 1, 2))
+    return tuple(torch.where(is_flow, flow_sigma, sigma).clamp(max=config.sigma_max).float() for sigma in on_grid)
+
+
+def _rows(mask: Tensor) -> Tensor:
+    """Numbers of the rows where `mask` is true, int64; row 0 if there is no such row."""
+    rows = mask.nonzero().squeeze(1)
+    return rows if rows.numel() else rows.new_zeros(1)
+
+
 def _slices(config: PlanConfig, draw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Flow-matching, trajectory and teacher rows, by a uniform draw [B]; the rest is the self slice."""
-    flow, given = config.flow_fraction, config.flow_fraction + config.trajectory_fraction
-    is_flow = draw < flow
-    is_trajectory = ~is_flow & (draw < given)
-    return is_flow, is_trajectory, ~is_flow & ~is_trajectory & (draw < given + config.teacher_fraction)
+    """Masks of flow-matching, trajectory and teacher rows, from a uniform draw [B]; the other rows are the self slice."""
+    known = config.flow_fraction + config.trajectory_fraction
+    is_flow = draw < config.flow_fraction
+    is_trajectory = ~is_flow & (draw < known)
+    return is_flow, is_trajectory, ~is_flow & ~is_trajectory & (draw < known + config.teacher_fraction)
 
 
 def _strengths(config: PlanConfig, jump: Tensor, is_teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Strengths of student, near and far pass, fp64 [B] each. The teacher is strength 0."""
+    """Strengths of student, near and far pass, fp64 [B] each. The teacher has strength 0."""
     ones = torch.ones_like(jump)
     student, half = (ones, ones) if config.step_gain is None else map(config.step_gain.strength, (jump, jump / 2))
     return student, torch.where(is_teacher, 0.0, half), half
-
-
-def sampling_strength(step_gain: StepGain | None, num_steps: int) -> float:
-    """The adapter strength for an N-step sampler: g(1/N), or 1 without step-scaling."""
-    if num_steps < 1:
-        raise ValueError(f"num_steps must be at least 1, got {num_steps}")
-    return 1.0 if step_gain is None else float(step_gain.strength(torch.tensor(1 / num_steps, dtype=torch.float64)))

@@ -1,15 +1,15 @@
-"""When the averages are set to the student again: at a fixed interval (the paper), or when they lag behind a drift.
+"""When the averages restart from the student: at a fixed interval (the paper), or when they lag behind a drift.
 
-The paper tunes the interval by hand and names an automatic one as future work. This one needs no pass and no state. While
-the student drifts steadily, an average of decay b lags behind it by 1 / (1 - b) steps; while it only wanders, by the square
-root of as many. The ratio of the fast average's distance to the slow one's tells the two apart, whatever the speed:
+The paper tunes the interval by hand and calls an automatic one future work. This one needs no forward pass and no state. An
+average of decay b lags 1 / (1 - b) steps behind a student that drifts steadily; behind a random walk, the square root of this
+number. The ratio of the two averages' distances to the student distinguishes the two cases at any speed:
 
     |student - fast| / |student - slow|  ->  rho        on a drift, rho = (1 - slow) / (1 - fast)
                                          ->  rho^1/2    on a random walk
 
-Below the geometric mean of both, rho^3/4, the slow average mostly holds the target back: restart. Both distances are 0
-after a restart and the ratio begins at 1, so that on a steady drift the interval comes out by itself: some 800 steps at the
-paper's decays.
+The averages restart when the ratio is below the geometric mean of both limits, rho^3/4: there the lag of the slow average
+mostly delays the target. After a restart both distances are 0 and the ratio starts at 1, which determines the interval on a
+steady drift: about 800 steps at the paper's decays.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from torch import Tensor
 from scfm_core.scfm.ema import DualEMA, EMAConfig
 
 CHECK_EVERY = 20
-"""Optimizer steps between two looks."""
+"""Optimizer steps between two computations of the ratio."""
 
 
 def threshold(config: EMAConfig) -> float:
@@ -30,14 +30,14 @@ def threshold(config: EMAConfig) -> float:
 
 @torch.no_grad()
 def lag_ratio(emas: DualEMA, total: Callable[[Tensor], Tensor] = lambda local: local) -> float:
-    """`|student - fast| / |student - slow|`; 1 where all are equal.
+    """`|student - fast| / |student - slow|`; 1 if the averages equal the student.
 
     Args:
-        emas: of this process's shards.
-        total: adds up a tensor over all processes. Each weight must be held by equally many.
+        emas: the averages of this process's shards.
+        total: sums a tensor over all processes. Every weight must be on the same number of processes.
     """
     squares = [
-        # Tensor by tensor: all differences at once would be another copy of the weights.
+        # One tensor at a time: all differences together would need the memory of another copy of the weights.
         torch.stack([torch.dist(weight, average[name]) for name, weight in emas.student.items()])
         .double()
         .square()
@@ -49,7 +49,7 @@ def lag_ratio(emas: DualEMA, total: Callable[[Tensor], Tensor] = lambda local: l
 
 
 def restart_due(emas: DualEMA, step: int, total: Callable[[Tensor], Tensor]) -> tuple[bool, float | None]:
-    """Whether the averages restart after optimizer step `step`, counted from 1, and the ratio if it was looked at."""
+    """Whether the averages restart after step `step`, counted from 1; and the ratio, or None if it was not computed."""
     every = emas.config.restart_every
     if every != "auto":
         return every is not None and step % every == 0, None

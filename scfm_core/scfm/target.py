@@ -1,4 +1,4 @@
-"""The shortcut target: one step of the student equals two steps of teacher and EMAs."""
+"""The shortcut target: one step of the student should equal two steps, of teacher or fast EMA and of slow EMA."""
 
 from collections.abc import Callable
 from typing import Any
@@ -28,34 +28,37 @@ def scfm_target(
     Args:
         plan: sigmas, strengths and slices, [B].
         noised_latents: x at `plan.sigma_start`, fp32 [B, ...].
-        cond: whatever `near` and `far` take; `cond[rows]` must select rows if the plan has flow-matching rows
-            (None is passed on).
-        near: first half: teacher on rows of strength 0, fast EMA elsewhere.
-        far: second half, slow EMA.
-        flow_velocity: `noise - latents`, [B, ...]; the target of flow-matching rows, and on trajectory rows theirs.
+        cond: the conditioning for `near` and `far`; `cond[rows]` must select rows if the plan has rows with a known target
+            (None is passed through).
+        near: velocity of the first half: the teacher on rows of strength 0, the fast EMA on the others.
+        far: velocity of the second half: the slow EMA.
+        flow_velocity: the known targets, [B, ...]: `noise - latents` on flow-matching rows, the mean velocity of the path on
+            trajectory rows; other rows are ignored.
 
     Returns:
         target velocity, fp32 [B, ...].
 
     Raises:
-        ValueError: if the plan has rows with a given target and `flow_velocity` is missing.
+        ValueError: if the plan has rows with a known target and `flow_velocity` is missing.
     """
-    if (plan.has_flow or plan.has_trajectory) and flow_velocity is None:
+    method = plan.config
+    has_known = method.has_flow or method.has_trajectory
+    if has_known and flow_velocity is None:
         raise ValueError("this plan has flow-matching rows: pass flow_velocity = noise - latents")
-    if not plan.has_pairs:
+    if not method.has_pairs:
         assert flow_velocity is not None
         return flow_velocity.detach().to(noised_latents.dtype)
-    if not (plan.has_flow or plan.has_trajectory):
+    if not has_known:
         return _pair_target(plan, slice(None), noised_latents, cond, near, far)
 
-    assert flow_velocity is not None and plan.pair_rows is not None
-    # Only pairs need the two passes. At least one row always goes through, so that every process of a sharded run
-    # enters the network; as a jump of length zero it would only be overwritten.
+    assert flow_velocity is not None
+    # Only pairs need the two passes. At least one row always runs them, because in a sharded run every process must enter
+    # the network. If this row is not a pair, its result is overwritten below.
     rows = plan.pair_rows
-    picked = None if cond is None else cond[rows]
-    pairs = _pair_target(plan, rows, noised_latents[rows], picked, near, far)
+    pair_cond = None if cond is None else cond[rows]
+    pairs = _pair_target(plan, rows, noised_latents[rows], pair_cond, near, far)
     target = flow_velocity.to(pairs.dtype).index_copy(0, rows, pairs)
-    return torch.where(per_sample(plan.is_given, target), flow_velocity.to(pairs.dtype), target)
+    return torch.where(per_sample(plan.has_known_target, target), flow_velocity.to(pairs.dtype), target)
 
 
 def _pair_target(
@@ -64,7 +67,7 @@ def _pair_target(
     sigma_start, sigma_mid, sigma_end = plan.sigma_start[rows], plan.sigma_mid[rows], plan.sigma_end[rows]
     delta1, delta2 = sigma_start - sigma_mid, sigma_mid - sigma_end
     v_near = near(x_start, sigma_start, cond, plan.near_strength[rows]).to(x_start.dtype)
-    x_mid = euler_step(x_start, v_near, delta1)  # Eq. 11: the Euler roll, never a re-noising
+    x_mid = euler_step(x_start, v_near, delta1)  # Eq. 11: an Euler step, not new noise
     v_far = far(x_mid, sigma_mid, cond, plan.far_strength[rows]).to(x_start.dtype)
     weight1, weight2 = per_sample(delta1, x_start), per_sample(delta2, x_start)
     return (weight1 * v_near + weight2 * v_far) / (weight1 + weight2)  # Eq. 12-13

@@ -1,17 +1,16 @@
-"""Checkpoints that are complete or not there: written aside by every rank, hashed, fsynced, renamed.
+"""Atomic checkpoints: all ranks write into a hidden folder, which is hashed, fsynced and then renamed.
 
     checkpoints/step_00000250/   dcp/ (PyTorch's distributed checkpoint), under DeepSpeed also its own *_states.pt files,
                                  state.json (counters, cursor, fingerprints, configuration), manifest.json (sha256 of all)
-    checkpoints/latest           the name of the newest, as DeepSpeed's tools expect it
+    checkpoints/latest           the name of the newest checkpoint, as DeepSpeed's tools expect it
 
-A folder gets its name once it is complete on all ranks, and `latest` follows: neither ever names a partial one. The
-frozen base is not stored.
+A folder gets its final name when it is complete on all ranks, and `latest` is updated after that. So neither of them ever
+names a partial checkpoint. The frozen base is not stored.
 """
 
 import contextlib
 import errno
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,10 +21,10 @@ from typing import Any
 
 from torch.distributed.checkpoint.api import CheckpointException
 
-from scfm_core.data.cache import file_sha256
 from scfm_core.distributed.reader import Reader, open_reader
 from scfm_core.distributed.world import World
-from scfm_core.errors import UserError
+from scfm_core.errors import UserError, agreed_error
+from scfm_core.files import file_sha256, fsync_path
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
@@ -33,7 +32,7 @@ FORMAT = 3
 _FAILURES = (OSError, RuntimeError, CheckpointException)
 
 Write = Callable[[Path, World], Callable[[], object]]
-"""Begins to write tensors into a folder, on every rank; what it returns waits for the end."""
+"""Starts to write tensors into a folder, on every rank. It returns a function that waits until they are written."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Checkpoint:
 
     @cached_property
     def reader(self) -> Reader:
-        """Reads any range of any tensor from disk; UserError if the files are not what they should be."""
+        """Reads any range of any tensor from disk; UserError if a file is invalid."""
         return open_reader(self.path, self.state["kind"], self.state["shapes"])
 
 
@@ -55,13 +54,13 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of a run; every rank has one, and calls it at the same steps.
+    """Writes the checkpoints of a run; every rank has a writer, and calls it at the same steps.
 
     Args:
-        run_dir: the run's folder, seen by every rank.
-        keep: how many complete checkpoints stay.
+        run_dir: the run's folder, on a file system that all ranks share.
+        keep: how many complete checkpoints are kept.
         world: the processes.
-        on_thread: tensors are copied to host memory and written while the training goes on.
+        on_thread: copy tensors to host memory and write them while training continues.
     """
 
     def __init__(self, run_dir: Path, keep: int, world: World | None = None, *, on_thread: bool = False) -> None:
@@ -72,131 +71,130 @@ class CheckpointWriter:
         self._pending: Future[None] | None = None
 
     def save(self, step: int, write: Write, state: Mapping[str, Any]) -> Path:
-        """Write the checkpoint after `step` steps and drop the oldest beyond `keep`.
+        """Write the checkpoint after `step` steps, and delete the oldest ones beyond `keep`.
 
         Returns:
-            the checkpoint's folder; with `on_thread` it appears there later, `wait` waits for it.
+            the checkpoint's folder; with `on_thread` it appears later, `wait` waits for it.
 
         Raises:
-            UserError: on every rank, if this or the one before could not be written; earlier ones are untouched.
+            UserError: on every rank, if this checkpoint or the previous one could not be written; earlier ones remain.
         """
         self.wait()
         final = checkpoint_path(self._run_dir, step)
-        aside = final.with_name(f".{final.name}.tmp")
-        with self._reported(aside):
+        partial = final.with_name(f".{final.name}.tmp")
+        with self._failing_together(partial):
             if self._world.is_main:
-                for leftover in final.parent.glob(".step_*.tmp"):  # of a save that was killed
+                for leftover in final.parent.glob(".step_*.tmp"):  # from a save that was killed
                     shutil.rmtree(leftover, ignore_errors=True)
-                aside.mkdir(parents=True)
+                partial.mkdir(parents=True)
         try:
-            written = write(aside, self._world)
+            written = write(partial, self._world)
         except _FAILURES as error:
-            # Agreed upon in `_complete`: here the other ranks' threads may be talking over the same group already.
-            written = _raising(error)
+            # Raised on all ranks by `_complete`: here the other ranks' threads may already use the same process group.
+            written = _raise_later(error)
         if self._thread is None:
-            self._complete(aside, written, state)
+            self._complete(partial, written, state)
         else:
-            self._pending = self._thread.submit(self._complete, aside, written, state)
+            self._pending = self._thread.submit(self._complete, partial, written, state)
         return final
 
     def wait(self) -> None:
-        """Until the checkpoint that is being written is complete; raises what `save` would have."""
+        """Wait until the checkpoint that is being written is complete; raises the errors of `save`."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.result()
 
-    def _complete(self, aside: Path, written: Callable[[], object], state: Mapping[str, Any]) -> None:
-        final = aside.with_name(aside.name.removeprefix(".").removesuffix(".tmp"))
+    def _complete(self, partial: Path, written: Callable[[], object], state: Mapping[str, Any]) -> None:
+        final = partial.with_name(partial.name.removeprefix(".").removesuffix(".tmp"))
         world = self._world
-        with self._reported(aside):
+        with self._failing_together(partial):
             written()
-        with self._reported(aside):
+        with self._failing_together(partial):
             if world.is_main:
-                (aside / "state.json").write_text(json.dumps(state, indent=2))
+                (partial / "state.json").write_text(json.dumps(state, indent=2))
         files: dict[str, dict[str, Any]] = {}
-        with self._reported(aside):
-            for path in _files(aside)[world.rank :: world.size]:
-                _fsync(path)
-                name = path.relative_to(aside).as_posix()
+        with self._failing_together(partial):
+            for path in _files(partial)[world.rank :: world.size]:
+                fsync_path(path)
+                name = path.relative_to(partial).as_posix()
                 files[name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-        shares = world.gather(files)
-        with self._reported(aside):
+        by_rank = world.gather(files)
+        with self._failing_together(partial):
             if world.is_main:
-                merged = {name: entry for share in shares for name, entry in sorted(share.items())}
-                self._commit(aside, final, {"format": FORMAT, "step": state["step"], "files": merged})
+                merged = {name: entry for part in by_rank for name, entry in sorted(part.items())}
+                self._commit(partial, final, {"format": FORMAT, "step": state["step"], "files": merged})
 
-    def _commit(self, aside: Path, final: Path, manifest: Mapping[str, Any]) -> None:
-        (aside / MANIFEST).write_text(json.dumps(manifest, indent=2))
-        for path in (aside / MANIFEST, *[p for p in aside.rglob("*") if p.is_dir()], aside):
-            _fsync(path)
+    def _commit(self, partial: Path, final: Path, manifest: Mapping[str, Any]) -> None:
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2))
+        for path in (partial / MANIFEST, *[p for p in partial.rglob("*") if p.is_dir()], partial):
+            fsync_path(path)
         replaced = final.with_name(f".{final.name}.old.tmp")
-        if final.exists():  # a damaged one that resuming has passed over, or one that the run went back behind
+        if final.exists():  # damaged and skipped at resuming, or later than the step that the run went back to
             final.with_name(LATEST).unlink(missing_ok=True)
             final.rename(replaced)
-        aside.rename(final)
-        point_to(final)
+        partial.rename(final)
+        set_latest(final)
         shutil.rmtree(replaced, ignore_errors=True)
-        _retain(self._run_dir, final, self._keep)
+        _delete_superseded(self._run_dir, final, self._keep)
 
     @contextlib.contextmanager
-    def _reported(self, aside: Path) -> Any:
-        """A failure on one rank ends the save on every rank, with a message that names rank and cause."""
+    def _failing_together(self, partial: Path) -> Any:
+        """Raise a failure of one rank on all ranks, with a message that names the rank and the cause."""
         failure = None
         try:
             yield
         except _FAILURES as error:
             failure = _cause(error)
-            if not isinstance(failure, Exception):  # Ctrl-C, which DCP takes for a failed write
+            if not isinstance(failure, Exception):  # Ctrl-C, which DCP reports as a failed write
                 raise failure from error
-        explained = None if failure is None else _explained(failure, aside)
         try:
-            self._world.agree(explained)
+            self._world.agree(None if failure is None else _explain(failure, partial))
         except UserError as joint:
             if self._world.is_main:
-                shutil.rmtree(aside, ignore_errors=True)
+                shutil.rmtree(partial, ignore_errors=True)
             intact = self._world.from_main(_newest_intact(self._run_dir) if self._world.is_main else None)
             message = f"{joint}. " + (f"The last one, {intact.name}, is intact. " if intact else "")
-            last = UserError(f"{message}Mend that and run the same command again")
+            last = UserError(f"{message}Fix this and run the same command again")
             last.agreed = joint.agreed
             raise last from failure
 
 
-def _raising(error: BaseException) -> Callable[[], object]:
-    def again() -> None:
+def _raise_later(error: BaseException) -> Callable[[], object]:
+    def wait() -> None:
         raise error
 
-    return again
+    return wait
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The failure itself, out of DCP's summary of all ranks' failures."""
+    """The failure itself, taken from DCP's summary of all ranks' failures."""
     return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
 
 
-def _explained(error: BaseException, aside: Path) -> UserError:
-    """What went wrong in a save, for a person."""
+def _explain(error: BaseException, partial: Path) -> UserError:
+    """Why a save failed, as a message for the user."""
     text = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
     try:
-        free: float = shutil.disk_usage(aside if aside.exists() else aside.parent).free
+        free: float = shutil.disk_usage(partial if partial.exists() else partial.parent).free
     except OSError:
         free = float("inf")
-    # torch's own writer says "file write failed" of a full disk, without a number.
+    # torch's own writer reports a full disk as "file write failed", without an errno.
     full = (
         getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error) or free < 2**20
     )
-    step = aside.name.removeprefix(".").removesuffix(".tmp")
+    step = partial.name.removeprefix(".").removesuffix(".tmp")
     reason = f"the disk is full ({text}); make room" if full else text
-    return UserError(f"the checkpoint {step} could not be written to {aside.parent}: {reason}")
+    return UserError(f"the checkpoint {step} could not be written to {partial.parent}: {reason}")
 
 
 def find_checkpoint(run_dir: Path, warn: Callable[[str], None] = print, world: World | None = None) -> Path | None:
-    """The newest checkpoint of a run that is complete and undamaged; each one passed over is named through `warn`.
+    """The newest checkpoint of a run that is complete and undamaged; `warn` is called for each checkpoint that is skipped.
 
     Returns:
-        its folder, the same on every rank; None if the run has no checkpoint at all.
+        its folder, the same on every rank; None if the run has no checkpoint.
 
     Raises:
-        UserError: if there are checkpoints, but every one is damaged.
+        UserError: if there are checkpoints, but all are damaged.
     """
     world = world or World()
     folders: list[Path] = world.from_main(_folders(run_dir))
@@ -209,15 +207,15 @@ def find_checkpoint(run_dir: Path, warn: Callable[[str], None] = print, world: W
             continue
         return path
     if folders:
-        raise _agreed(
-            f"none of the {len(folders)} checkpoints in {run_dir / 'checkpoints'} is intact. Bring one back from a copy, "
+        raise agreed_error(
+            f"none of the {len(folders)} checkpoints in {run_dir / 'checkpoints'} is intact. Restore one from a backup, "
             f"or start over with --resume never"
         )
     return None
 
 
 def verify_checkpoint(path: Path, world: World | None = None) -> None:
-    """Hold every file against the manifest; the ranks share the work.
+    """Compare every file with the manifest; the ranks share the work.
 
     Raises:
         UserError: on every rank, naming the file that is missing or differs.
@@ -250,7 +248,7 @@ def read_manifest(path: Path) -> dict[str, tuple[int, str]]:
         raise UserError(f"{path} is not a complete checkpoint ({MANIFEST}: {error!r})") from error
     if written != FORMAT:
         raise UserError(
-            f"{path} has checkpoint format {written}; this version of scfm reads {FORMAT}. Go on with the version that "
+            f"{path} has checkpoint format {written}; this version of scfm reads {FORMAT}. Continue with the version that "
             f"wrote it, or start over with --resume never"
         )
     if "state.json" not in entries:
@@ -259,11 +257,11 @@ def read_manifest(path: Path) -> dict[str, tuple[int, str]]:
 
 
 def load_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
-    """Open a checkpoint; its tensors are read when asked for.
+    """Open a checkpoint; its tensors are read on demand.
 
     Args:
         path: its folder.
-        verify: hash every file first; off for a path that `find_checkpoint` has just verified.
+        verify: hash every file first; False for a path that `find_checkpoint` has just verified.
 
     Raises:
         UserError: if `path` is not a complete, undamaged checkpoint.
@@ -276,30 +274,24 @@ def load_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
 
 
 def newest_complete(run_dir: Path, before: int | None = None) -> Path | None:
-    """The newest folder with a manifest, unverified; with `before`, of a step below it."""
+    """The newest folder with a manifest, not verified; with `before`, the newest of an earlier step than this."""
     complete = [path for path in _folders(run_dir) if (path / MANIFEST).is_file()]
     return next((path for path in reversed(complete) if before is None or path.name < f"step_{before:08d}"), None)
 
 
-def point_to(checkpoint: Path) -> None:
-    """Make `checkpoints/latest` name this complete checkpoint."""
+def set_latest(checkpoint: Path) -> None:
+    """Write the name of this complete checkpoint to `checkpoints/latest`."""
     pointer = checkpoint.with_name(f".{LATEST}.tmp")
     pointer.write_text(checkpoint.name)
-    _fsync(pointer)
+    fsync_path(pointer)
     pointer.replace(checkpoint.with_name(LATEST))
-    _fsync(checkpoint.parent)
+    fsync_path(checkpoint.parent)
 
 
 def _newest_intact(run_dir: Path) -> Path | None:
     with contextlib.suppress(UserError, OSError):
         return find_checkpoint(run_dir, warn=lambda message: None)
     return None
-
-
-def _agreed(message: str) -> UserError:
-    error = UserError(message)
-    error.agreed = True
-    return error
 
 
 def _files(folder: Path) -> list[Path]:
@@ -310,20 +302,12 @@ def _folders(run_dir: Path) -> list[Path]:
     return sorted(path for path in (run_dir / "checkpoints").glob("step_*") if path.is_dir())
 
 
-def _retain(run_dir: Path, newest: Path, keep: int) -> None:
-    """Drop the oldest complete checkpoints, and those of later steps than `newest`: the run went back behind them.
+def _delete_superseded(run_dir: Path, newest: Path, keep: int) -> None:
+    """Delete the oldest complete checkpoints beyond `keep`, and those of later steps than `newest`.
 
-    Folders without a manifest do not count as kept, nor save an older one.
+    Checkpoints of later steps are from before the run went back to an earlier step. Folders without a manifest do not count.
     """
     complete = [path for path in _folders(run_dir) if (path / MANIFEST).is_file()]
     later = [path for path in _folders(run_dir) if path.name > newest.name]
     for path in [*later, *[path for path in complete if path not in later][:-keep]]:
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,4 +1,4 @@
-"""A run's configuration: typed, validated at construction."""
+"""A run's configuration: typed sections, each validated when it is constructed. Rules across sections are in `rules.py`."""
 
 import re
 from dataclasses import dataclass, field
@@ -9,19 +9,19 @@ from scfm_core.data.recipe import DataConfig
 from scfm_core.distributed.engine import EngineConfig
 from scfm_core.models.adapters import LoRAConfig
 from scfm_core.scfm.ema import EMAConfig
-from scfm_core.scfm.plan import PlanConfig
+from scfm_core.scfm.method import PlanConfig
 
 Role = Literal["student", "ema_fast", "ema_slow"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSection:
-    """Where the run lives."""
+    """The run's folder, seed and device."""
 
     dir: str
-    """Folder of the run: configuration, metrics, checkpoints, samples. Starting again in it resumes."""
+    """Folder of the run: configuration, metrics, checkpoints, samples. A second start in the same folder resumes the run."""
     seed: int = 0
-    """Of data order, plans, noise and adapter initialisation."""
+    """Seed of data order, plans, noise and adapter initialisation."""
     device: str = "auto"
     """`auto` (cuda if there is one, else cpu), `cuda`, `cuda:1`, `cpu`."""
 
@@ -40,9 +40,9 @@ class ModelConfig:
     path: str
     """Hub id, or local folder in diffusers' format."""
     init: Literal["pretrained", "random"] = "pretrained"
-    """`random` trains the network from scratch: the architecture and the encoders of `path`, fresh weights."""
+    """`random` trains the network from scratch: architecture and encoders of `path`, random weights."""
     text_length: int = 256
-    """T5 tokens."""
+    """Number of T5 tokens."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.text_length <= 512:
@@ -54,38 +54,38 @@ class TrainConfig:
     """Optimisation."""
 
     weights: Literal["lora", "full"] = "lora"
-    """Train adapters over a frozen base, or all weights."""
+    """`lora`: train adapters on a frozen base; `full`: train all weights."""
     steps: int = 3000
     """Optimizer steps."""
     global_batch_size: int = 16
-    """Samples a step."""
+    """Samples of an optimizer step, over all processes."""
     micro_batch_size: int = 8
-    """Samples a forward; divides the global batch, the rest is gradient accumulation."""
+    """Samples of one forward pass. It divides the global batch; gradients accumulate over the micro-batches."""
     lr: float = 2e-5
     """AdamW's learning rate."""
     lr_schedule: Literal["constant", "cosine"] = "constant"
-    """After warm-up: constant (the paper), or cosine to zero."""
+    """After warm-up: constant (the paper), or cosine decay to zero."""
     warmup_steps: int = 0
-    """Linear warm-up."""
+    """Steps of linear warm-up."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's."""
+    """AdamW's betas."""
     weight_decay: float = 0.0
-    """AdamW's."""
+    """AdamW's weight decay."""
     clip_norm: float = 10.0
-    """Global gradient norm to clip at (the paper: 10 for Flux, 2 for SD3.5)."""
+    """Maximum of the global gradient norm (the paper: 10 for Flux, 2 for SD3.5)."""
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of activations and the frozen base; trained weights, EMAs and Adam's state are always fp32."""
+    """Dtype of activations and of the frozen base; trained weights, EMAs and Adam's state are always fp32."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """`full` recomputes each block in the backward; `selective` keeps its matrix products and attention."""
+    """`full` recomputes each block in the backward pass; `selective` saves its matrix products and attention."""
     compile: bool = False
     """`torch.compile` on each transformer block."""
     spike_factor: float | None = 10.0
-    """A step whose loss exceeds this multiple of the median of the last 50 steps is not applied; none: only a loss or
-    gradient that is no finite number is skipped."""
+    """Skip a step whose loss exceeds this multiple of the median of the last 50 applied steps. none: skip only steps whose loss
+    or gradient norm is not finite."""
     max_skips: int = 5
-    """Skipped steps in a row that are borne; one more, and the run goes back to the checkpoint before them."""
+    """Number of consecutive skipped steps that are tolerated. After one more the run returns to the checkpoint before them."""
     max_rollbacks: int = 1
-    """How often a run goes back on its own before it stops."""
+    """How often a run returns to a checkpoint by itself before it stops with an error."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch_size", "micro_batch_size"):
@@ -113,31 +113,31 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class KernelConfig:
-    """What the network's blocks are computed with. The dry run says what is chosen, and why."""
+    """Kernels of the network's blocks. The dry run prints the choice and the reason."""
 
     fused: Literal["auto", "triton", "reference", "none"] = "auto"
     """`triton`: fused kernels; `reference`: the same blocks in plain PyTorch; `none`: diffusers' own blocks; `auto`:
-    triton on a GPU, none elsewhere."""
+    `triton` on a GPU, `none` on a CPU."""
     attention: Literal["auto", "cudnn", "flash3", "flash", "xformers", "triton", "math"] = "auto"
-    """Attention's backend; `auto` measures those that are there, once for a device, shape and dtype."""
+    """Backend of attention; `auto` measures the available ones, once for each device, shape and dtype."""
     fp8: bool = False
-    """Adapters over a base that is not sharded: multiply it in fp8 in the two passes that make the target. It costs a
-    byte a parameter of memory, and the target is off by some per cent; needs an H100 or later."""
+    """Use fp8 matrix products with the base in the near and far passes. Needs adapters on a base that is not sharded, and an
+    H100 or later. It takes one byte of memory for each parameter, and adds rounding errors of some per cent."""
     cuda_graphs: bool = False
-    """Adapters over a base that is not sharded: replay the two passes that make the target as CUDA graphs. For
-    micro-batches so small that launching takes longer than the work."""
+    """Replay the near and far passes as CUDA graphs. Needs adapters on a base that is not sharded. It helps with micro-batches
+    so small that launching kernels takes longer than running them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """Checkpoints are also written at the end, and on SIGTERM or Ctrl-C."""
+    """When checkpoints are written. A run also writes one at its end, and on SIGTERM or Ctrl-C."""
 
     every: int = 250
     """Steps between checkpoints."""
     keep: int = 2
-    """How many of the newest are kept."""
+    """How many of the newest checkpoints are kept."""
     asynchronous: bool = False
-    """fsdp2: copy the tensors to host memory and write them while the training goes on."""
+    """Copy the tensors to host memory and write them while training continues; fsdp2 only."""
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.keep < 1:
@@ -151,20 +151,20 @@ class SampleConfig:
     every: int = 250
     """Steps between validation grids; 0: none."""
     prompts: str | tuple[str, ...] = ()
-    """Prompts of the grid: a list, or a text file with one a line."""
+    """Prompts of the grid: a list, or a text file with one prompt on each line."""
     steps: tuple[int, ...] = (1, 2, 3, 4, 8)
-    """Step counts: one row of the grid each."""
+    """Step counts; the grid has one row for each."""
     seed: int = 1234
-    """Image i starts from the noise of `torch.Generator().manual_seed(seed + i)`, as a diffusers pipeline's."""
+    """Image i starts from the noise of `torch.Generator().manual_seed(seed + i)`, as in a diffusers pipeline."""
     shift: float | Literal["dynamic"] = 3.25
-    """Timestep shift; `dynamic` is Flux's, by image size."""
+    """Timestep shift; `dynamic` is Flux's shift, which depends on the image size."""
     guidance: float = 3.5
-    """Flux's embedded guidance, or SD3's scale of classifier-free guidance."""
+    """Flux's embedded guidance, or the scale of SD3's classifier-free guidance."""
     weights: Role = "student"
     """Which weights to sample from and to export."""
     teacher_steps: int = 0
-    """Sample the prompts of the grid with the teacher too, in so many steps, and log how far the student's latents are from
-    its: on prompts that are not the data's, it shows over-fitting. 0: do not."""
+    """Also sample the prompts of the grid with the teacher in this number of steps, and log the distance of the student's
+    latents from the teacher's. On prompts that are not in the data it shows overfitting. 0: off."""
 
     def __post_init__(self) -> None:
         if self.every < 0 or not self.steps or min(self.steps) < 1:
@@ -177,23 +177,24 @@ class SampleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """What `scfm evaluate` measures."""
+    """Measurements of `scfm evaluate`."""
 
     steps: tuple[int, ...] = (1, 2, 3, 4, 8)
     """Step counts of student and base."""
     teacher_steps: int = 32
     """Step count of the teacher's own samples, the reference."""
     samples: int = 1000
-    """Images a figure; prompts are the data's captions, of local data from 64 places all over them."""
+    """Number of images for each measurement. Their prompts are captions of the data; from local data they are taken at 64
+    evenly spaced positions."""
     prompts: str | None = None
-    """Text file with one prompt a line, in place of the data's captions."""
+    """Text file with one prompt on each line, in place of the data's captions."""
     batch_size: int = 8
-    """Images a forward."""
+    """Images of one forward pass."""
     keep: str | None = None
-    """Folder where the frozen model's own samples are kept for other runs: a row of a table then costs its student alone."""
+    """Folder where the frozen model's samples are saved for other runs, which then only sample their students."""
     noise_floor: bool = False
-    """Measure too how far two independent sets of the teacher's samples are apart: smaller distances mean that samples agree
-    noise by noise."""
+    """Also measure the distance between two independent sets of the teacher's samples. A student below this distance follows
+    the teacher for each noise, not only in distribution."""
     features: Literal["classifier", "inception"] = "inception"
     """Feature extractor of the Frechet distance: a small local classifier, or torchmetrics' Inception."""
     features_path: str | None = None
@@ -215,7 +216,7 @@ class WandbConfig:
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     """`auto`: online with a key in WANDB_API_KEY or ~/.netrc, else offline."""
     project: str = "scfm"
-    """Project name."""
+    """Name of the project."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,27 +236,3 @@ class RunConfig:
     sample: SampleConfig = field(default_factory=SampleConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
-
-    def __post_init__(self) -> None:
-        if self.train.weights == "full" and self.method.step_gain is not None:
-            raise ValueError(
-                "method.step_gain needs adapters: full weights have no strength. Set it to none, or train.weights=lora"
-            )
-        if self.method.step_embedding and self.train.weights != "full":
-            raise ValueError("method.step_embedding teaches the network a new input: it needs train.weights=full")
-        if self.sample.teacher_steps and self.train.weights == "full" and not self.method.has_teacher:
-            raise ValueError(
-                "sample.teacher_steps needs a teacher, and full weights without one in their targets (method.teacher_fraction "
-                "is 0) are trained without. Set it to 0"
-            )
-        if self.model.init == "random" and self.train.weights == "lora":
-            raise ValueError("model.init=random leaves adapters nothing to adapt. Set train.weights=full")
-        if self.method.distil_guidance and self.sample.guidance != self.method.guidance[0]:
-            raise ValueError(
-                f"sample.guidance={self.sample.guidance:g} is the teacher's, in grids and evaluation, but the student learns "
-                f"scale {self.method.guidance[0]:g} (method.guidance). Make them equal"
-            )
-        if self.checkpoint.asynchronous and self.engine.name == "deepspeed":
-            raise ValueError(
-                "checkpoint.asynchronous is fsdp2's; DeepSpeed writes its own files. Set it to false, or engine.name=fsdp2"
-            )

@@ -1,4 +1,4 @@
-"""What a run will cost, from the architecture alone (meta device): parameters, memory, FLOPs, steps a day."""
+"""The cost of a run, computed from the architecture on the meta device: parameters, memory, FLOPs, steps a day."""
 
 from dataclasses import dataclass
 
@@ -15,31 +15,32 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Figures of a dry run. FLOPs count a multiply-add as two."""
+    """Numbers of a dry run. FLOPs count a multiply-add as two."""
 
     base_parameters: int
     trained_parameters: int
     adapted_linears: int
     tokens: int
-    """Image and text tokens a sample."""
+    """Image and text tokens of a sample."""
     text_tokens: int
-    """Of these, of the text."""
+    """Text tokens of a sample."""
     forward_flops: float
-    """One forward of the bare network, one sample."""
+    """One forward pass of one sample through the network without adapters."""
     step_flops: float
-    """One sample through a training step: passes, backward, recomputation."""
+    """One sample in a training step: forward passes, backward pass, recomputation."""
     memory: dict[str, float]
-    """Bytes on one GPU by part."""
+    """Bytes on one GPU, by part."""
     host_memory: dict[str, float]
-    """Bytes of one process in host memory by part, where something is offloaded."""
+    """Bytes of one process in host memory, by part; empty without offloading."""
     encoders_if_images: float
-    """Bytes of VAE and text encoders, in no total: they stay beside the network if shards hold images. 0: counted, for a folder."""
+    """Bytes of VAE and text encoders, which are needed in addition if the shards hold images. 0 for a folder of images: there
+    `memory` includes them."""
     world: int
-    """Processes."""
+    """Number of processes."""
 
     @property
     def samples_per_day(self) -> float:
-        """Samples in a day of one A100 at the assumed utilisation."""
+        """Samples that one A100 trains in a day at the assumed utilisation."""
         return A100_PEAK * ASSUMED_UTILISATION * 86400 / self.step_flops
 
 
@@ -81,9 +82,9 @@ def estimate(config: RunConfig, family: ModelFamily, world: int = 1) -> Estimate
 
 
 def _tokens_through(name: str, image_tokens: int, tokens: int) -> int:
-    """How many tokens of a sample pass an adapted linear."""
+    """How many tokens of a sample pass through an adapted linear."""
     if "norm" in name or "time_text_embed" in name:
-        return 1  # modulation and embedders of the sample as a whole
+        return 1  # modulation and embedders act on the sample as a whole
     if name.startswith("single_transformer_blocks."):
         return tokens
     is_text = any(
@@ -94,10 +95,10 @@ def _tokens_through(name: str, image_tokens: int, tokens: int) -> int:
 
 
 def _step_flops(config: RunConfig, linear: float, attention: float, lora: float, guided: int) -> float:
-    """A sample's share of one training step, where a guided velocity costs `guided` passes, one of them with gradient.
+    """FLOPs of one sample in a training step. A guided velocity takes `guided` passes, one of them with gradient.
 
-    Backward: input gradients cost a linear forward (weight gradients another, if the base is trained), attention's
-    four products two forwards; an adapter's two.
+    Backward pass, in forward passes of the same part: 1 for the linears' input gradients and 1 for their weight gradients, if
+    the base is trained; 2 for attention (four products); 2 for adapters.
     """
     forward = linear + attention + lora
     full = config.train.weights == "full"
@@ -107,7 +108,7 @@ def _step_flops(config: RunConfig, linear: float, attention: float, lora: float,
 
 
 def format_estimate(result: Estimate, config: RunConfig, kernels: str) -> str:
-    """The dry run's page; `kernels` says what the blocks would be computed with."""
+    """The output of a dry run; `kernels` describes the kernels of the blocks."""
     train = config.train
     per_day = result.samples_per_day
     trained = (

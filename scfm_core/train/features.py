@@ -17,7 +17,7 @@ _CLASSIFIER_FILE = "classifier.safetensors"
 
 
 class DigitClassifier(nn.Module):
-    """MLP 64-128-64-10 on grey 8x8 images; the 64 penultimate activations are its features."""
+    """MLP 64-128-64-10 on grey 8x8 images; its features are the 64 activations before the last layer."""
 
     side = 8
 
@@ -64,7 +64,7 @@ def load_features(config: EvaluateConfig, device: torch.device) -> Features:
             classifier.load_state_dict(load_file(path / _CLASSIFIER_FILE))
         except (SafetensorError, RuntimeError) as error:
             raise UserError(
-                f"evaluate.features_path: {path / _CLASSIFIER_FILE} holds no digit classifier ({error})"
+                f"evaluate.features_path: {path / _CLASSIFIER_FILE} does not hold a digit classifier ({error})"
             ) from error
         return classifier.to(device).eval().features
     return _inception(path, device)
@@ -82,11 +82,11 @@ def _inception(path: Path | None, device: torch.device) -> Features:
             "download/v0.2.0/weights-inception-2015-12-05-6726825d.pth, or set evaluate.features=classifier"
         )
     try:
-        # torch-fidelity unpickles without restraint; a file that loads with restraint holds nothing to execute.
+        # torch-fidelity unpickles any object. A file that loads with weights_only=True contains no code.
         torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # anything that is not a plain state dict: pickle, zip and torch each raise their own
+    except Exception as error:  # not a plain state dict: pickle, zip and torch raise different exceptions
         raise UserError(
-            f"evaluate.features_path: {path} is not a plain file of weights ({type(error).__name__})"
+            f"evaluate.features_path: {path} is not a file of weights only ({type(error).__name__})"
         ) from error
     try:
         network = NoTrainInceptionV3(
@@ -95,7 +95,7 @@ def _inception(path: Path | None, device: torch.device) -> Features:
     except ImportError as error:
         raise UserError(missing) from error
     except (RuntimeError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"evaluate.features_path: {path} holds other weights than Inception's ({error})") from error
+        raise UserError(f"evaluate.features_path: {path} does not hold Inception's weights ({error})") from error
     network = network.to(device).eval()
 
     def features(images: Tensor) -> Tensor:
@@ -116,10 +116,10 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
     `|m1 - m2|^2 + tr(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2)`, with symmetric square roots in fp64.
 
     Raises:
-        ValueError: for fewer than two samples on a side.
+        ValueError: if a set has fewer than two samples.
     """
     if min(len(first), len(second)) < 2:
-        raise ValueError("a covariance needs at least two samples a side")
+        raise ValueError("a covariance needs at least two samples in each set")
     mean1, mean2 = first.mean(0), second.mean(0)
     cov1, cov2 = torch.cov(first.T), torch.cov(second.T)
     root1 = _symmetric_sqrt(cov1)

@@ -1,32 +1,32 @@
-"""From `kernels` in the configuration to what a run uses on its device, and why."""
+"""From the section `kernels` of the configuration to the kernels of a run on its device."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from scfm_core.distributed.world import launched_size
 from scfm_core.errors import UserError
 from scfm_core.kernels.attention import AttentionChoice, AttentionShape, choose_attention
-from scfm_core.kernels.fp8 import why_no_fp8
 from scfm_core.kernels.launch import why_no_triton
 from scfm_core.models.fused import fuse
 from scfm_core.models.protocol import ModelFamily
 from scfm_core.train.config import KernelConfig, RunConfig
+from scfm_core.train.rules import check_kernels
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """What the blocks of a network are computed with."""
+    """The kernels of a network's blocks."""
 
     fused: str
     """`triton`, `reference` or `none`."""
     why: str
+    """The reason for `fused`."""
     attention: AttentionChoice | None
-    """None: diffusers' own processor, with PyTorch's default."""
+    """None: diffusers' own processor, with PyTorch's default attention."""
 
     def apply(self, network: nn.Module) -> None:
-        """Put them into a network of diffusers' own blocks, adapted or not."""
+        """Use these kernels in a network of diffusers' blocks, with or without adapters."""
         if self.attention is None:
             return
         from scfm_core.kernels.ops import REFERENCE, triton_ops
@@ -45,73 +45,47 @@ class Kernels:
 
 
 def choose_kernels(config: RunConfig, family: ModelFamily, device: torch.device, *, training: bool = True) -> Kernels:
-    """What `config.kernels` means on `device`; with `kernels.attention: auto` a GPU may be measured for a second.
+    """The kernels of `config.kernels` on `device`. `kernels.attention: auto` may measure the GPU for about a second.
 
     Args:
         config: the run.
         family: its model.
-        device: where it runs.
-        training: off: for sampling, which may happen on a CPU whatever the run was trained with.
+        device: where the network runs.
+        training: False for sampling, which may run on a CPU although the run was trained on a GPU.
 
     Raises:
-        UserError: if what is asked for is not there; the message says why.
+        UserError: if a requested kernel is unavailable; the message gives the reason.
     """
-    asked = config.kernels if training or device.type == "cuda" else KernelConfig()
+    requested = config.kernels if training or device.type == "cuda" else KernelConfig()
     if training:
-        _check_target_options(config, device)
+        check_kernels(config, device)
     if not family.has_kernels:
-        if asked.fused in ("triton", "reference") or asked.attention != "auto":
+        if requested.fused in ("triton", "reference") or requested.attention != "auto":
             raise UserError(
-                f"kernels.fused and kernels.attention are for Flux's blocks, not those of {family.pipeline}. Set both to auto"
+                f"kernels.fused and kernels.attention exist for Flux's blocks, not for those of {family.pipeline}. Set both to auto"
             )
-        return Kernels("none", "fused ones are Flux's", None)
+        return Kernels("none", "fused kernels exist for Flux only", None)
     reason = why_no_triton(device)
-    if asked.fused == "triton" and reason is not None:
+    if requested.fused == "triton" and reason is not None:
         raise UserError(
-            f"kernels.fused=triton cannot run here: {reason}. Set it to auto, reference or none (with TRITON_INTERPRET=1 "
+            f"kernels.fused=triton cannot run here: {reason}. Set kernels.fused to auto, reference or none (with TRITON_INTERPRET=1 "
             f"the kernels run on a CPU, for tests)"
         )
-    if asked.fused == "auto":
+    if requested.fused == "auto":
         fused = "triton" if reason is None and device.type == "cuda" else "none"
-        why = "a GPU that runs them" if fused == "triton" else reason or "a CPU, where kernels are interpreted"
+        why = "a GPU that supports them" if fused == "triton" else reason or "on a CPU kernels would be interpreted"
     else:
-        fused, why = asked.fused, "asked for"
-    if fused == "none" and asked.attention == "auto" and device.type != "cuda":
+        fused, why = requested.fused, "as configured"
+    if fused == "none" and requested.attention == "auto" and device.type != "cuda":
         return Kernels(fused, why, None)
     try:
-        return Kernels(fused, why, choose_attention(asked.attention, _shape(config, family, device)))
+        return Kernels(fused, why, choose_attention(requested.attention, _shape(config, family, device)))
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
-def _check_target_options(config: RunConfig, device: torch.device) -> None:
-    """`fp8` and `cuda_graphs` need a base that lies still."""
-    asked, reasons = config.kernels, {"fp8": why_no_fp8(device) if config.kernels.fp8 else None, "cuda_graphs": None}
-    if device.type != "cuda":
-        reasons["cuda_graphs"] = f"CUDA graphs need a GPU, this is a {device.type.upper()}"
-    elif config.method.has_flow or config.method.has_trajectory:
-        reasons["cuda_graphs"] = (
-            "method.flow_fraction or method.trajectory_fraction > 0 makes the number of rows in these passes vary"
-        )
-    if not config.method.has_pairs:
-        reasons["fp8"] = "no row is a pair, so there are no such passes"
-    if config.kernels.fp8 and device.type == "cuda" and not config.train.compile:
-        reasons["fp8"] = "set train.compile=true, without which quantising moves more bytes than the products save"
-    shared = None
-    if config.train.weights != "lora":
-        shared = "train.weights=full has no frozen base"
-    elif config.engine.name == "fsdp2" and config.engine.shard != 1 and launched_size() > 1:
-        shared = "the base is sharded; set engine.shard=1, which keeps it whole on every GPU"
-    elif config.engine.name == "deepspeed" and config.engine.zero_stage == 3:
-        shared = "ZeRO-3 shards the base; set engine.zero_stage to 1 or 2"
-    for name, own in reasons.items():
-        reason = shared or own
-        if getattr(asked, name) and reason is not None:
-            raise UserError(f"kernels.{name}=true cannot run here: {reason}. Or set kernels.{name}=false")
-
-
 def _shape(config: RunConfig, family: ModelFamily, device: torch.device) -> AttentionShape:
-    """Attention of a training step at the run's resolution."""
+    """Shape of the attention in a training step at the run's resolution."""
     _, rows, columns = family.latent_shape(*config.data.resolution)
     arch = family.network_config
     dtype = torch.bfloat16 if config.train.compute_dtype == "bfloat16" else torch.float32

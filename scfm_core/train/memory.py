@@ -1,4 +1,4 @@
-"""Memory of a run by part, on one GPU and in the host memory of one process, from the architecture alone."""
+"""Memory of a run by part, on one GPU and in host memory of one process, computed from the architecture."""
 
 from dataclasses import dataclass
 
@@ -6,11 +6,11 @@ from torch import nn
 
 from scfm_core.models.adapters import is_for_fp8
 from scfm_core.models.protocol import ModelFamily
-from scfm_core.train.build import transformer_blocks
 from scfm_core.train.config import RunConfig
+from scfm_core.train.network import transformer_blocks
 
 REDUCE_BUCKET = 500_000_000  # elements; DeepSpeed's default
-LIVE_PARAMETERS = 1_000_000_000  # ZeRO-3 gathers at most so many elements at a time; DeepSpeed's default
+LIVE_PARAMETERS = 1_000_000_000  # elements that ZeRO-3 gathers at most at a time; DeepSpeed's default
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,12 @@ class Memory:
 
     gpu: dict[str, float]
     host: dict[str, float]
-    """What offloading moves to host memory, for one process."""
+    """Offloaded parts, for one process."""
 
 
 @dataclass(frozen=True)
 class Shares:
-    """Over how many processes an engine spreads each kind of tensor."""
+    """Over how many processes an engine shards each kind of tensor."""
 
     weights: int
     gradients: int
@@ -32,7 +32,7 @@ class Shares:
 
 
 def shares(config: RunConfig, world: int) -> Shares:
-    """How `config.engine` spreads tensors over `world` processes."""
+    """How `config.engine` shards tensors over `world` processes."""
     engine = config.engine
     if engine.name == "fsdp2":
         shard = world if engine.shard == -1 else min(engine.shard, world)
@@ -41,25 +41,25 @@ def shares(config: RunConfig, world: int) -> Shares:
 
 
 def has_folder(config: RunConfig) -> bool:
-    """Whether images are read from a folder, so that the encoders run beside the network; shards may hold either."""
+    """Whether images are read from a folder: then the encoders run beside the network. Shards may hold images or a cache."""
     return any(source.format == "folder" for source in config.data.mixture())
 
 
 def estimate_memory(
     config: RunConfig, family: ModelFamily, network: nn.Module, base: int, trained: int, tokens: int, world: int
 ) -> Memory:
-    """Bytes of one process of `world`.
+    """Bytes of one process out of `world`.
 
-    Weights, gradients and optimizer are exact up to padding; activations and gathered weights are guesses.
+    Weights, gradients and optimizer are exact up to padding; activations and gathered weights are rough estimates.
 
     Args:
         config: the run.
         family: its model.
         network: on the meta device, adapted if the run trains adapters.
-        base: parameters of the pre-trained network.
-        trained: trained parameters.
+        base: number of parameters of the pre-trained network.
+        trained: number of trained parameters.
         tokens: image and text tokens of a sample.
-        world: processes.
+        world: number of processes.
     """
     engine, lora, share = config.engine, config.train.weights == "lora", shares(config, world)
     width = 2 if config.train.compute_dtype == "bfloat16" else 4
@@ -76,7 +76,7 @@ def estimate_memory(
         "EMAs, fast and slow (fp32)": 8 * trained / share.weights,
     }
     optimizer = {
-        # Stages 1 and 2 update a slice of their own and copy it back; ZeRO-3's slices are the weights themselves.
+        # Stages 1 and 2 update a copy of their shard and write it back; ZeRO-3's shards are the weights themselves.
         "optimizer's masters (fp32)": 4 * trained / world * (zero and (engine.zero_stage < 3 or engine.cpu_offload)),
         "gradients (fp32)": 4 * trained / share.gradients,
         "Adam (fp32)": 8 * trained / share.optimizer,
@@ -95,7 +95,7 @@ def estimate_memory(
 
 
 def _gathered(config: RunConfig, network: nn.Module, share: Shares, width: int) -> float:
-    """Whole weights during a pass: with FSDP2 a block, the next one, and what lies outside of blocks."""
+    """Unsharded weights during a pass. With FSDP2: a block, the next block, and the weights outside of blocks."""
     if share.weights == 1:
         return 0.0
     total = sum(p.numel() for p in network.parameters())
@@ -109,8 +109,8 @@ def _activations(config: RunConfig, family: ModelFamily, tokens: int, width: int
     arch = family.network_config
     dim = arch["num_attention_heads"] * arch["attention_head_dim"]
     blocks = arch["num_layers"] + arch.get("num_single_layers", 0)
-    # Kept for the backward, per token and block, in units of D elements: block input, norm outputs, q, k, v, the
-    # attention's output, the feed-forward's hidden activations and the gated residuals; for the eager step.
+    # Saved for the backward pass, per token and block, in units of D elements: block input, norm outputs, q, k, v, the
+    # attention's output, the feed-forward's hidden activations and the gated residuals; without compilation.
     mode = config.train.activation_checkpointing
-    alive = {"none": 34, "selective": 16, "full": 1}[mode] * blocks + (34 if mode == "full" else 0)
-    return float(config.train.micro_batch_size * tokens * dim * alive * width)
+    saved = {"none": 34, "selective": 16, "full": 1}[mode] * blocks + (34 if mode == "full" else 0)
+    return float(config.train.micro_batch_size * tokens * dim * saved * width)

@@ -1,4 +1,4 @@
-"""Where a step's numbers go: `metrics.jsonl`, W&B, the progress bar."""
+"""Logging of a run: `metrics.jsonl`, `incidents.jsonl`, W&B, the progress bar."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ from scfm_core.train.parse import to_plain
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The steps of a `metrics.jsonl`; lines that are none, such as a last one that a kill cut off, are left out."""
+    """The rows of a `metrics.jsonl`. Invalid lines, such as a last one that a kill cut off, are ignored."""
     rows = []
     if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -29,17 +29,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class MetricsFile:
-    """Appends one JSON object a step; on resuming, forgets what lies beyond the checkpoint, so no step stands twice."""
+    """Appends one JSON object for each step. On resuming it drops the steps after the checkpoint, so that none occurs twice."""
 
     def __init__(self, path: Path, step: int) -> None:
         kept = [row for row in read_metrics(path) if row["step"] <= step]
-        aside = path.with_suffix(".tmp")
-        aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        aside.replace(path)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        temporary.replace(path)
         self._file = path.open("a", buffering=1)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append `row`; it reaches the operating system before this returns. What is no finite number is null."""
+        """Append `row`; it reaches the operating system before this returns. Numbers that are not finite become null."""
         self._file.write(json.dumps(_finite(row)) + "\n")
 
     def close(self) -> None:
@@ -48,7 +48,7 @@ class MetricsFile:
 
 
 class IncidentsFile:
-    """`incidents.jsonl`: skipped steps and rollbacks. Only ever appended to: what a rollback undoes stays on record."""
+    """`incidents.jsonl`: skipped steps, invalid samples, rollbacks. Rows are only appended, also when a run goes back."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -65,7 +65,7 @@ def _finite(row: dict[str, Any]) -> dict[str, Any]:
 
 
 class WandbLog:
-    """The run in W&B, or nothing if it is off. The run's id is its folder's, so a resumed run goes on as one."""
+    """The run in W&B, unless it is disabled. The id is stored in the run's folder, so a resumed run continues the same one."""
 
     def __init__(self, config: WandbConfig, run_dir: Path, settings: dict[str, Any]) -> None:
         self._run: Any = None
@@ -93,7 +93,7 @@ class WandbLog:
             )
         except wandb.errors.Error as error:
             raise UserError(
-                f"W&B cannot be reached or refuses the key ({error}). Go on with wandb.mode=offline and `wandb sync` later"
+                f"W&B is unreachable or rejects the key ({error}). Set wandb.mode=offline and run `wandb sync` later"
             ) from error
 
     def log(self, row: dict[str, Any]) -> None:
@@ -123,17 +123,17 @@ def _wandb_mode(config: WandbConfig) -> str:
 
 
 class _Lines(tqdm):  # type: ignore[type-arg]
-    """A bar for a log file: a line a minute."""
+    """A progress bar for a log file: one line a minute."""
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
-        """Write a line of its own where a terminal's bar would be drawn over."""
+        """Write a new line, where a terminal would redraw the bar."""
         self.fp.write(f"{msg or self}\n")
         self.fp.flush()
         return True
 
 
 def progress_bar(description: str, total: int, initial: int = 0, unit: str = "step") -> "tqdm[Any]":
-    """A tqdm bar; where nobody watches (a log file), a line a minute."""
+    """A tqdm bar; in a log file, one line a minute."""
     if sys.stderr.isatty():
         return tqdm(
             desc=description,
@@ -158,12 +158,12 @@ def progress_bar(description: str, total: int, initial: int = 0, unit: str = "st
 
 
 class RunLog:
-    """Where a run's numbers go: files, W&B and the bar of rank 0; nowhere on the other ranks.
+    """The log of a run on rank 0: files, W&B and the progress bar. The other ranks log nothing.
 
     Args:
         config: the run.
-        step: where it stands; later steps in `metrics.jsonl` are forgotten.
-        world: the processes; entering raises on every rank what fails on rank 0.
+        step: last step of the run so far; later steps in `metrics.jsonl` are dropped.
+        world: the processes. A failure on rank 0 at the start is raised on every rank.
     """
 
     def __init__(self, config: RunConfig, step: int, world: World) -> None:
@@ -190,7 +190,7 @@ class RunLog:
         self._exits.close()
 
     def step(self, row: dict[str, Any]) -> None:
-        """One step's row."""
+        """Log the row of a step."""
         if not self._world.is_main:
             return
         if "skipped" in row:
@@ -199,7 +199,7 @@ class RunLog:
         if "bad_samples" in row:
             bad = row["bad_samples"]
             self._incidents.write({"event": "bad_samples", "step": row["step"], "samples": bad})
-            self._bar.write(f"step {row['step']}: {len(bad)} unusable samples were replaced, the first: {bad[0]}")
+            self._bar.write(f"step {row['step']}: {len(bad)} invalid samples were replaced, the first: {bad[0]}")
             row = {**row, "bad_samples": len(bad)}
         self._metrics.write(row)
         self._wandb.log(row)
@@ -209,25 +209,29 @@ class RunLog:
         self._bar.update()
 
     def incident(self, incident: dict[str, Any]) -> None:
-        """Something that the reader of the run's folder should know."""
+        """Log an event that a reader of the run's folder should know."""
         if self._world.is_main:
             self._incidents.write(incident)
             self._bar.write("; ".join(f"{key}: {value}" for key, value in incident.items()))
 
     def picture(self, path: Path, step: int) -> None:
-        """A grid of samples, and the figures beside it."""
+        """Log a validation grid and the distances stored beside it."""
         if self._world.is_main:
             self._wandb.image("samples", path, step)
-            if (figures := path.with_suffix(".json")).is_file():
-                apart = json.loads(figures.read_text())["mse_teacher"]
-                self._wandb.log({"step": step, **{f"validation/mse_teacher_{n}": value for n, value in apart.items()}})
+            if (file := path.with_suffix(".json")).is_file():
+                distances = json.loads(file.read_text())["mse_teacher"]
+                self._wandb.log(
+                    {"step": step, **{f"validation/mse_teacher_{n}": value for n, value in distances.items()}}
+                )
 
     def rolled_back(self, incident: dict[str, Any]) -> None:
-        """The run went back; the steps after that point will be done, and written, anew."""
+        """Log a rollback. The steps after its target are dropped: they will be repeated."""
         if not self._world.is_main:
             return
         self._incidents.write(incident)
         self._metrics.close()
         self._metrics = MetricsFile(self._folder / "metrics.jsonl", incident["to_step"])
-        self._bar.write(f"{incident['reason']}: back to step {incident['to_step']}, the data goes on behind the fault")
+        self._bar.write(
+            f"{incident['reason']}: back to step {incident['to_step']}; the data continue after the skipped samples"
+        )
         self._bar.n = incident["to_step"]

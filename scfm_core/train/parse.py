@@ -1,4 +1,4 @@
-"""Configurations from YAML and overrides, and back; unknown keys are refused."""
+"""Configurations from YAML and overrides, and back to YAML; unknown keys are errors."""
 
 import dataclasses
 import difflib
@@ -18,9 +18,10 @@ from scfm_core.data.source import guess_format
 from scfm_core.data.uri import is_remote
 from scfm_core.errors import UserError
 from scfm_core.train.config import RunConfig
+from scfm_core.train.rules import broken_rules
 
-_GONE = (("model", "family"),)
-"""Keys of earlier versions, which the configurations of their runs still have."""
+_REMOVED_KEYS = (("model", "family"),)
+"""Keys of earlier versions; stored configurations may still have them."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), *, stored: bool = False) -> RunConfig:
@@ -28,25 +29,25 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, stored: bool
 
     Args:
         path: a YAML file; a bare name is also looked up among the shipped recipes.
-        overrides: `section.key=value`, with the value in YAML; `section=FILE.yaml` swaps a whole section.
-        stored: it is a run's own, perhaps of an earlier version.
+        overrides: `section.key=value`, with the value in YAML; `section=FILE.yaml` replaces a whole section.
+        stored: the file is the stored configuration of a run, maybe of an earlier version.
 
     Raises:
-        UserError: naming the key, what is wrong with it, and the nearest key that exists.
+        UserError: it names the key, what is wrong, and the nearest existing key.
     """
-    tree = _swap_sections(_read_yaml(find_recipe(path)))
+    tree = _read_section_files(_read_yaml(find_recipe(path)))
     if stored:
-        tree = without_gone_keys(tree)
+        tree = without_removed_keys(tree)
     for override in overrides:
-        _apply(tree, override)
-        _swap_sections(tree)
+        _apply_override(tree, override)
+        _read_section_files(tree)
     return parse_config(tree, source=str(path))
 
 
-def without_gone_keys(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A stored configuration without what this version has no more."""
+def without_removed_keys(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored configuration without the keys that this version no longer has."""
     return {
-        section: {key: value for key, value in keys.items() if (section, key) not in _GONE}
+        section: {key: value for key, value in keys.items() if (section, key) not in _REMOVED_KEYS}
         if isinstance(keys, Mapping)
         else keys
         for section, keys in tree.items()
@@ -54,18 +55,18 @@ def without_gone_keys(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_data_config(source: str, overrides: Sequence[str], changes: Mapping[str, Any]) -> DataConfig:
-    """A data recipe by itself: of a file, or of a folder, address or shards that are read as they are.
+    """A data recipe without a run: from a YAML file, or for a folder, an address or shards.
 
     Args:
-        source: a `.yaml`; or a path or address, whose format is seen by what lies there.
+        source: a `.yaml` file; or a path or address, whose content determines the format.
         overrides: `data.key=value`.
         changes: values of keys.
 
     Raises:
-        UserError: as `load_config`.
+        UserError: as in `load_config`.
     """
     if source.endswith((".yaml", ".yml")):
-        tree = _swap_sections({"data": source})
+        tree = _read_section_files({"data": source})
     else:
         name = Path(source.rstrip("/")).name.partition(".")[0]
         known = {"name": re.sub(r"[^\w.-]", "_", name) or "data", "uri": source, "format": guess_format(source)}
@@ -74,12 +75,12 @@ def load_data_config(source: str, overrides: Sequence[str], changes: Mapping[str
     for override in overrides:
         if not override.startswith("data."):
             raise UserError(f"override {override!r} is not of the form data.key=value")
-        _apply(tree, override)
-    _refuse_unknown(_DataOnly, tree, "", source)
+        _apply_override(tree, override)
+    _check_keys(_DataOnly, tree, "", source)
     try:
-        return TypeAdapter(_DataOnly).validate_python(_none_words(_DataOnly, tree)).data
+        return TypeAdapter(_DataOnly).validate_python(_translate_none(_DataOnly, tree)).data
     except ValidationError as error:
-        lines = dict.fromkeys(_explain(item) for item in error.errors())
+        lines = dict.fromkeys(_explain_error(item) for item in error.errors())
         raise UserError(f"{source} is not a valid data recipe:\n" + "\n".join(lines)) from None
 
 
@@ -88,8 +89,8 @@ class _DataOnly:
     data: DataConfig
 
 
-def _swap_sections(tree: dict[str, Any]) -> dict[str, Any]:
-    """Sections given as a file's name are read from it: `data: recipes/data/digits.yaml`."""
+def _read_section_files(tree: dict[str, Any]) -> dict[str, Any]:
+    """Read sections that are given as the name of a file: `data: recipes/data/digits.yaml`."""
     shipped = Path(__file__).parents[2] / "recipes" / "data"
     for section, value in tree.items():
         if isinstance(value, str) and value.endswith((".yaml", ".yml")):
@@ -103,18 +104,20 @@ def _swap_sections(tree: dict[str, Any]) -> dict[str, Any]:
 
 def parse_config(tree: Mapping[str, Any], source: str) -> RunConfig:
     """Build the typed configuration from plain values; UserError as in `load_config`."""
-    _refuse_unknown(RunConfig, tree, "", source)
+    _check_keys(RunConfig, tree, "", source)
     try:
-        return TypeAdapter(RunConfig).validate_python(_none_words(RunConfig, tree))
+        config = TypeAdapter(RunConfig).validate_python(_translate_none(RunConfig, tree))
+        lines = [f"  {rule}" for rule in broken_rules(config)]
     except ValidationError as error:
-        lines = dict.fromkeys(_explain(item) for item in error.errors())
-        # Not `from error`: that prints the input, with whatever stands in an address.
-        raise UserError(f"{source} is not a valid configuration:\n" + "\n".join(lines)) from None
+        lines = list(dict.fromkeys(_explain_error(item) for item in error.errors()))
+    if lines:  # not raised in `except`: pydantic's error prints the input, where an address may contain a password
+        raise UserError(f"{source} is not a valid configuration:\n" + "\n".join(lines))
+    return config
 
 
-def _explain(item: Any) -> str:
-    """One of pydantic's errors as a line: the key, what it should be, what it is."""
-    # pydantic's own places, such as the members of a union, are no keys.
+def _explain_error(item: Any) -> str:
+    """One of pydantic's errors as a line: the key, the expected value, the given value."""
+    # Some parts of pydantic's location, such as members of a union, are not keys.
     parts = [
         str(part) for part in item["loc"] if not str(part).endswith("]") and str(part) not in ("float", "int", "str")
     ]
@@ -130,15 +133,15 @@ def _explain(item: Any) -> str:
     elif item["type"] in ("missing", "value_error"):
         got = ""
     if "://" in got or "@" in got:
-        got = ""  # an address, which may have a password
+        got = ""  # an address, which may contain a password
     where = ".".join(parts)
-    if not where or message.startswith(f"{parts[0]}."):  # our own messages begin with the key
+    if not where or message.startswith(f"{parts[0]}."):  # messages of our own checks begin with the key
         return f"  {message}{got}"
     return f"  {where}: {message}{got}"
 
 
 def _keys_of(section: str) -> list[str]:
-    """The keys of a (nested) section by its dotted name."""
+    """The keys of a section, which may be nested, by its dotted name."""
     cls: Any = RunConfig
     for part in section.split("."):
         if not part.isdigit():
@@ -147,7 +150,7 @@ def _keys_of(section: str) -> list[str]:
 
 
 def to_plain(config: Any) -> dict[str, Any]:
-    """The configuration as plain values, as `config.yaml` stores it."""
+    """The configuration as plain values, as stored in `config.yaml`."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -158,7 +161,7 @@ def to_plain(config: Any) -> dict[str, Any]:
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
-    """The same run, usable from any working directory: paths become absolute, where they exist or will be made."""
+    """The same run, usable from any working directory: paths that exist, or will be created, become absolute."""
 
     def absolute(path: Any) -> Any:
         here = Path(path).expanduser() if isinstance(path, str) else None
@@ -178,7 +181,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
 
 
 def _with_absolute_data(data: DataConfig) -> DataConfig:
-    def anchored(uri: str) -> str:  # with braces there is no file of that name, and what is made on the way comes later
+    def anchored(uri: str) -> str:  # also if it does not exist: it may have braces, or be created later
         return uri if is_remote(uri) else str(Path(uri).expanduser().absolute())
 
     sources = tuple(
@@ -198,11 +201,11 @@ def find_recipe(path: str | Path, folder: str = "") -> Path:
     """`path` itself, or the shipped recipe of that name.
 
     Args:
-        path: of a file, or a shipped name, with or without `.yaml`.
-        folder: within recipes/configs, for recipes of other things than runs: `study`.
+        path: a file, or the name of a shipped recipe, with or without `.yaml`.
+        folder: subfolder of recipes/configs: `study` for studies.
 
     Raises:
-        UserError: if neither exists, naming similar recipes.
+        UserError: if neither exists; it names similar recipes.
     """
     shipped = Path(__file__).parents[2] / "recipes" / "configs" / folder
     for candidate in (Path(path), shipped / path, shipped / f"{path}.yaml"):
@@ -223,7 +226,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"override {override!r} is not of the form section.key=value")
@@ -235,7 +238,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     node: Any = tree
     for parent in parents:
         if isinstance(node, list):
-            node = _item(node, parent, override)
+            node = _list_member(node, parent, override)
             continue
         child = node.setdefault(parent, {})
         if child is None:
@@ -244,21 +247,21 @@ def _apply(tree: dict[str, Any], override: str) -> None:
             raise UserError(f"override {override!r}: {parent} is not a section")
         node = child
     if isinstance(node, list):
-        _item(node, last, override)
+        _list_member(node, last, override)
         node[int(last)] = value
     else:
         node[last] = value
 
 
-def _item(items: list[Any], place: str, override: str) -> Any:
-    """`data.sources.0`: the member of a list by its number."""
+def _list_member(items: list[Any], place: str, override: str) -> Any:
+    """The member of a list with the number `place`, as in `data.sources.0`."""
     if not place.isdigit() or int(place) >= len(items):
-        raise UserError(f"override {override!r}: a list of {len(items)} has no member {place!r}; they count from 0")
+        raise UserError(f"override {override!r}: a list of {len(items)} has no member {place!r}; the first is 0")
     return items[int(place)]
 
 
-def _none_words(cls: Any, tree: Any) -> Any:
-    """People write `none` where YAML says `null`: translate it wherever the field may be None."""
+def _translate_none(cls: Any, tree: Any) -> Any:
+    """Translate `none` to None where the field may be None; YAML itself only knows `null`."""
     if not isinstance(tree, Mapping):
         return tree
     hints = typing.get_type_hints(cls)
@@ -270,9 +273,9 @@ def _none_words(cls: Any, tree: Any) -> Any:
         if nested is None:
             translated[key] = value
         elif isinstance(value, list):
-            translated[key] = [_none_words(nested, item) for item in value]
+            translated[key] = [_translate_none(nested, item) for item in value]
         else:
-            translated[key] = _none_words(nested, value)
+            translated[key] = _translate_none(nested, value)
     return translated
 
 
@@ -283,9 +286,9 @@ def _dataclass_in(annotation: Any) -> Any:
     return next((option for option in options if dataclasses.is_dataclass(option)), None)
 
 
-def _refuse_unknown(cls: Any, tree: Any, prefix: str, source: str) -> None:
+def _check_keys(cls: Any, tree: Any, prefix: str, source: str) -> None:
     if not isinstance(tree, Mapping):
-        return  # the type check names it
+        return  # a wrong type is reported by the type check
     hints = typing.get_type_hints(cls)
     for key, value in tree.items():
         if key not in hints:
@@ -293,10 +296,10 @@ def _refuse_unknown(cls: Any, tree: Any, prefix: str, source: str) -> None:
             hint = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(hints)}"
             raise UserError(f"{source}: unknown key {prefix}{key}; {hint}")
         if isinstance(value, bool) and bool not in (hints[key], *typing.get_args(hints[key])):
-            raise UserError(f"{source}: {prefix}{key} takes no true or false (got {value})")
+            raise UserError(f"{source}: {prefix}{key} must not be true or false (got {value})")
         nested = _dataclass_in(hints[key])
         if nested is not None and isinstance(value, list):
             for number, item in enumerate(value):
-                _refuse_unknown(nested, item, f"{prefix}{key}.{number}.", source)
+                _check_keys(nested, item, f"{prefix}{key}.{number}.", source)
         elif nested is not None:
-            _refuse_unknown(nested, value, f"{prefix}{key}.", source)
+            _check_keys(nested, value, f"{prefix}{key}.", source)

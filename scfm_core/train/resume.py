@@ -1,4 +1,4 @@
-"""Whether a checkpoint may be gone on from with the present recipe."""
+"""Whether a run may resume from a checkpoint with its current recipe."""
 
 import json
 import re
@@ -7,18 +7,18 @@ from typing import Any
 
 from scfm_core.errors import UserError
 
-# What may change between two starts of a run.
+# Keys that may change between two starts of a run.
 _FREE_KEYS = (
     "run.dir",
     "run.device",
-    "model.path",  # of these the content's fingerprints are compared
+    "model.path",  # for these two the fingerprints of the content are compared
     "data.path",
     "data.num_workers",
     "data.verify",
     "data.cache",
     "data.max_bad_fraction",
     "train.steps",
-    "train.lr",  # these two change the run, and a line says so
+    "train.lr",  # a change of these two affects the result: it is printed
     "train.clip_norm",
     "train.spike_factor",
     "train.max_skips",
@@ -35,11 +35,11 @@ _FREE_KEYS = (
 )
 
 
-# Of a source: where it lies. The fingerprint says whether it is still the same.
+# Location of a source; the fingerprint shows whether its content is the same.
 _FREE_SOURCE_KEY = re.compile(r"data\.sources\.\d+\.(uri|manifest|split)")
 
 
-def refuse_other_recipe(
+def check_same_recipe(
     saved: dict[str, Any],
     current: dict[str, Any],
     where: Path,
@@ -47,48 +47,48 @@ def refuse_other_recipe(
     data_may_change: bool = False,
     quiet: bool = False,
 ) -> list[str]:
-    """A run goes on only with the recipe that it began with.
+    """Compare the recipe of a checkpoint with the current one: a run can only resume with the same recipe.
 
     Args:
         saved, current: configurations as plain values.
         where: the checkpoint, for messages.
-        data_may_change: bear other data.
-        quiet: do not print what may and does change.
+        data_may_change: accept differences in the data.
+        quiet: do not print changes of learning rate and clipping.
 
     Returns:
-        the differences in the data, a line each; empty unless they may be.
+        the accepted differences in the data, one line each.
 
     Raises:
-        UserError: with every difference.
+        UserError: it lists every difference that is not accepted.
     """
     left, right = _flat(json.loads(json.dumps(saved))), _flat(json.loads(json.dumps(current)))
     if left.get("train.lr_schedule") == "cosine" and left.get("train.steps") != right.get("train.steps"):
         raise UserError(
-            f"checkpoint {where} decays its learning rate over train.steps={left['train.steps']}; with "
-            f"train.steps={right['train.steps']} the rate would jump. Keep train.steps, or start over with --resume never"
+            f"the learning rate of checkpoint {where} decays over train.steps={left['train.steps']}; with "
+            f"train.steps={right['train.steps']} it would jump. Keep train.steps, or start over with --resume never"
         )
     keys = [key for key in sorted({*left, *right}) if left.get(key) != right.get(key)]
     changed = [key for key in keys if not _is_free(key)]
-    lines = {key: f"{key}: {left.get(key)} there, {right.get(key)} now" for key in changed}
+    lines = {key: f"{key}: {left.get(key)} in the checkpoint, {right.get(key)} now" for key in changed}
     data = [key for key in changed if key.startswith("data.")]
     refused = [key for key in changed if not (data_may_change and key in data)]
     if refused:
         rules = ""
         if "train.global_batch_size" in refused:
             rules += (
-                "\nThe number of processes and train.micro_batch_size may change, train.global_batch_size may not: it is "
-                "what a step is, and where the data stand"
+                "\nThe number of processes and train.micro_batch_size may change, train.global_batch_size may not: it defines "
+                "a step and the position in the data"
             )
         if data:
-            rules += "\nTo go on with other data, start with --allow-data-change: its order begins at its start"
+            rules += "\nTo continue with other data, from their first sample, start with --allow-data-change"
         raise UserError(
-            f"checkpoint {where} is of another recipe:\n  "
+            f"checkpoint {where} has another recipe:\n  "
             + "\n  ".join(lines[key] for key in refused)
-            + f"\nUse another run.dir, put the values back, or start over with --resume never{rules}"
+            + f"\nUse another run.dir, restore these values, or start over with --resume never{rules}"
         )
     for key in ("train.lr", "train.clip_norm"):
         if key in keys and not quiet:
-            print(f"{key} changes here from {left.get(key)} to {right.get(key)}")
+            print(f"{key} changes from {left.get(key)} to {right.get(key)}")
     return [lines[key] for key in data]
 
 
@@ -99,7 +99,7 @@ def _is_free(key: str) -> bool:
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted keys; the members of a list of sections by their numbers."""
+    """Values by dotted key; members of a list of sections are named by their numbers."""
     if isinstance(tree, list) and tree and all(isinstance(item, dict) for item in tree):
         tree = {str(number): item for number, item in enumerate(tree)}
     if not isinstance(tree, dict):

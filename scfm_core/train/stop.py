@@ -10,10 +10,10 @@ _early: list[int] = []
 
 
 def remember_early() -> None:
-    """Keep Slurm's signals from now on until a run listens, instead of ignoring them; for a process's first lines.
+    """Remember SIGTERM and USR2 until a run listens, if they are ignored now. Call it at the start of the process.
 
-    A job script starts the training with SIGTERM and USR2 ignored, and loading torch and the model takes half a minute, in
-    which a warning would be lost. Where they are not ignored nothing changes: a start may be killed.
+    A job script starts the training with these signals ignored, and loading torch and the model takes half a minute, in
+    which a signal would be lost. If they are not ignored, nothing changes, and a signal ends the process.
     """
     for number in (signal.SIGTERM, signal.SIGUSR2):
         if signal.getsignal(number) is signal.SIG_IGN:
@@ -21,17 +21,18 @@ def remember_early() -> None:
 
 
 class StopRequest:
-    """SIGTERM, SIGINT and USR2 ask for a stop at the next step boundary; a second SIGINT stops at once."""
+    """SIGTERM, SIGINT and USR2 request a stop after the current step; a second SIGINT stops immediately."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
 
     @contextmanager
     def listening(self) -> Iterator["StopRequest"]:
-        """Install the handlers; the old ones come back afterwards."""
+        """Install the handlers, and restore the previous ones at the end."""
         previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
         if _early:
             self.signal = _early[0]
+            _early.clear()
         try:
             yield self
         finally:

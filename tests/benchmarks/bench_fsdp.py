@@ -18,7 +18,7 @@ from scfm_core.distributed.engine import EngineConfig
 from scfm_core.distributed.fsdp2 import Fsdp2Layout
 from scfm_core.distributed.world import World
 from scfm_core.kernels.attention import AttentionShape, choose_attention
-from scfm_core.train.build import transformer_blocks
+from scfm_core.train.network import transformer_blocks
 
 
 def main(argv: list[str] | None = None) -> None:

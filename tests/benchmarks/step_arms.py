@@ -19,10 +19,11 @@ from scfm_core.models.protocol import Conditioning
 from scfm_core.models.student import LoRAModel
 from scfm_core.scfm.ema import DualEMA
 from scfm_core.scfm.loss import scfm_loss
-from scfm_core.scfm.plan import PlanConfig, ShortcutPlan, sample_plan
+from scfm_core.scfm.method import PlanConfig
+from scfm_core.scfm.plan import ShortcutPlan, sample_plan
 from scfm_core.scfm.target import scfm_target
-from scfm_core.train.build import compile_blocks, set_activation_checkpointing, transformer_blocks
 from scfm_core.train.kernels import Kernels
+from scfm_core.train.network import compile_blocks, set_activation_checkpointing, transformer_blocks
 
 GPU = DEVICE.type == "cuda"
 DTYPE = torch.bfloat16 if GPU else torch.float32

@@ -24,7 +24,6 @@ from PIL import Image
 from safetensors.torch import save
 
 from scfm_core.data import corpus as corpus_module
-from scfm_core.data.cache import file_sha256
 from scfm_core.data.corpus import Corpus, nearest_size
 from scfm_core.data.mds import INDEX, MdsWriter
 from scfm_core.data.recipe import CacheConfig, DataConfig, SourceConfig, aspect_buckets
@@ -32,6 +31,7 @@ from scfm_core.data.schema import MANIFEST, BadData, Manifest, Record, ShardEntr
 from scfm_core.data.source import PADDING, Source, guess_format, json_value, open_source
 from scfm_core.data.webdataset import TarShard, TarWriter
 from scfm_core.errors import UserError
+from scfm_core.files import file_sha256
 
 CACHED = Manifest(encoder="e" * 64, text_length=4)
 IMAGES = Manifest()

@@ -28,8 +28,8 @@ from scfm_core.models.encoders import Autoencoder, TextEncoders
 from scfm_core.models.families import open_family
 from scfm_core.models.protocol import ModelFamily
 from scfm_core.models.weights import encoder_fingerprint
-from scfm_core.train.build import BatchEncoder
 from scfm_core.train.config import ModelConfig, RunConfig, RunSection
+from scfm_core.train.inputs import BatchEncoder
 
 COUNT, BATCH, LENGTH = 20, 8, 8
 OPTIONS = {"text_length": LENGTH, "batch_size": BATCH, "samples_per_shard": 9}

@@ -20,7 +20,7 @@ import pytest
 from storage import FaultyProxy, FileServer, S3Server
 
 from scfm_core.data import remote
-from scfm_core.data.remote import fetch, read, scrub
+from scfm_core.data.remote import fetch, read
 from scfm_core.errors import UserError
 
 BODY = bytes(range(256)) * 2048  # more than the sockets' buffers hold at once
@@ -432,24 +432,6 @@ class TestSecrets:
         with pytest.raises(UserError) as refused:
             fetch("s3://bucket/x", tmp_path / "x", deadline=1)
         assert "canary" not in str(refused.value)
-
-    @pytest.mark.parametrize(
-        "name", ["AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "my_secret", "DbPassword", "AZURE_CREDENTIAL"]
-    )
-    def test_scrub(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-        monkeypatch.setenv(name, "4711-hush")
-        assert scrub("it is 4711-hush, and 4711-hush again") == f"it is ${name}, and ${name} again"
-
-    def test_scrub_leaves_the_rest(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("MY_TOKEN", "x")  # too short to be one: it would cut words to pieces
-        monkeypatch.setenv("MY_PATH", "/data/shards")
-        monkeypatch.setenv("EMPTY_TOKEN", "")
-        assert scrub("fax: /data/shards") == "fax: /data/shards"
-
-    def test_scrub_takes_the_longer_of_two(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("FIRST_TOKEN", "4711-hush")
-        monkeypatch.setenv("SECOND_TOKEN", "4711-hush-hush")
-        assert "hush" not in scrub("4711-hush-hush")
 
     def test_a_message_is_not_cut_within_a_secret(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("MY_TOKEN", "hush" * 20)

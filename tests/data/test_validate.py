@@ -21,7 +21,7 @@ from storage import S3Server
 from data_tools import validate as module
 from data_tools.index import index
 from data_tools.validate import Problem, format_problems, validate
-from scfm_core.data import cache as of_cache
+from scfm_core import files
 from scfm_core.data.corpus import Corpus
 from scfm_core.data.recipe import CacheConfig, DataConfig, SourceConfig
 from scfm_core.data.schema import MANIFEST, Manifest, ShardEntry
@@ -194,8 +194,8 @@ class TestShards:
 
     def test_hashes_once(self, tmp_path, monkeypatch):
         corpus, hashed = open_(images(tmp_path / "images"), verify=True), []
-        original = of_cache.sha256_of
-        monkeypatch.setattr(of_cache, "sha256_of", lambda file: hashed.append(file.name) or original(file))
+        original = files.sha256_of
+        monkeypatch.setattr(files, "sha256_of", lambda file: hashed.append(file.name) or original(file))
         assert validate(corpus) == []
         assert len(hashed) == 3
 

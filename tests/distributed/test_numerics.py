@@ -139,9 +139,7 @@ def test_a_run_that_cannot_go_on_ends_on_every_rank(tiny, tmp_path):
     tree = make_tree(tiny, tmp_path / "run", train__steps=8, train__max_skips=1, checkpoint__every=100)
     outcomes = run_distributed(all_bad, 2, tree, expect_failure=True)
     assert [outcome.value for outcome in outcomes] == [2, 2]
-    assert (
-        "2 steps in a row, 1 to 2, could not be applied, and there is no checkpoint from before" in outcomes[0].output
-    )
+    assert "2 consecutive steps, 1 to 2, were skipped, and there is no checkpoint from before" in outcomes[0].output
     assert "incidents.jsonl" in outcomes[0].output
     assert "scfm: error" not in outcomes[1].output, "one rank speaks for all"
     assert not list(Path(tmp_path / "run").glob("checkpoints/step_*"))

@@ -367,7 +367,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(name, victim, number, t
     assert [outcome.value for outcome in outcomes] == [(128 + number, 2)] * 2, [
         o.traceback or o.output for o in outcomes
     ]
-    assert f"stopped by {number.name} after step 2; the same command goes on" in outcomes[0].output
+    assert f"stopped by {number.name} after step 2; the same command resumes" in outcomes[0].output
     assert "stopped by" not in outcomes[1].output
     folder = tmp_path / "run" / "checkpoints"
     assert [path.name for path in folder.glob("*step_*")] == ["step_00000002"]

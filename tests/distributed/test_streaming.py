@@ -20,11 +20,11 @@ from storage import FaultyProxy, S3Server
 from data_tools.encode import EncodeConfig, encode
 from data_tools.pack import pack
 from recipes.tiny import caption
-from scfm_core.data.cache import file_sha256
 from scfm_core.data.corpus import Corpus
 from scfm_core.data.recipe import DataConfig
 from scfm_core.data.schema import Manifest
 from scfm_core.data.webdataset import TarShard
+from scfm_core.files import file_sha256
 from scfm_core.models.families import open_family
 from scfm_core.train.parse import parse_config
 
@@ -134,7 +134,7 @@ def test_a_run_goes_on_at_another_world_size_with_the_next_sample(tiny, shards, 
     tree = make_tree(tiny, tmp_path / "parts", train__steps=12, train__global_batch_size=4, data=data)
     outcomes = run_distributed(cli_with, 2, tree, {}, expect_failure=True)
     assert [outcome.value for outcome in outcomes] == [2, 2]
-    assert "train.global_batch_size: 8 there, 4 now" in outcomes[0].output
+    assert "train.global_batch_size: 8 in the checkpoint, 4 now" in outcomes[0].output
     assert "train.micro_batch_size may change, train.global_batch_size may not" in outcomes[0].output
 
 
@@ -238,15 +238,15 @@ def test_an_edited_data_recipe_is_refused_unless_told_and_then_logged(tiny, shar
     outcomes = run_distributed(cli_with, 2, tree, {}, expect_failure=True)
     assert [outcome.value for outcome in outcomes] == [2, 2]
     for line in (
-        "data.sources.0.weight: None there, 0.7 now",
-        "data.sources.1.name: None there, mds now",
+        "data.sources.0.weight: None in the checkpoint, 0.7 now",
+        "data.sources.1.name: None in the checkpoint, mds now",
         "--allow-data-change",
     ):
         assert line in outcomes[0].output
     assert run_distributed(cli_with, 2, tree, {}, "--allow-data-change") == [0, 0]
     [incident] = rows_of(tmp_path / "run", "incidents")
     assert (incident["event"], incident["step"], incident["samples"]) == ("data_changed", 3, 24)
-    assert "data.sources.0.weight: None there, 0.7 now" in incident["changes"]
+    assert "data.sources.0.weight: None in the checkpoint, 0.7 now" in incident["changes"]
     # Its order began at its start, and a further start needs no leave and goes on in it.
     state = json.loads((tmp_path / "run" / "checkpoints" / "step_00000006" / "state.json").read_text())
     assert (state["data_start"], state["samples"]) == (24, 48)
@@ -266,7 +266,7 @@ def test_shards_may_move_and_their_content_may_not(tiny, shards, tmp_path):
     path.write_text(re.sub('"sha256": ".{8}', '"sha256": "00000000', path.read_text(), count=1))
     tree = make_tree(tiny, tmp_path / "run", train__steps=4, data=moved)
     [outcome] = run_distributed(cli_with, 1, tree, {}, expect_failure=True)
-    assert outcome.value == 2 and "was trained on other data than the recipe's shards hold now" in outcome.output
+    assert outcome.value == 2 and "was trained on other data than the recipe's shards contain now" in outcome.output
 
 
 def test_a_storage_that_stumbles_changes_nothing(tiny, shards, bucket, tmp_path):

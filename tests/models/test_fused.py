@@ -113,7 +113,7 @@ def test_the_processors_alone(family):
 
 def test_triton_blocks_train_eagerly_and_compiled(family):
     """The first block of each kind is compiled to one graph, the others are eager; adapters and all base weights train."""
-    from scfm_core.train import build
+    from scfm_core.train.network import set_activation_checkpointing
 
     plain = adapted(family.load_network(torch.float32, DEVICE))
     for name, parameter in plain.named_parameters():
@@ -122,7 +122,7 @@ def test_triton_blocks_train_eagerly_and_compiled(family):
     assert any("norm_added_k" in name for name in expected[1]) and any("lora_A" in name for name in expected[1])
     plain.zero_grad()
     fuse(plain, triton_ops(), "triton")
-    build.set_activation_checkpointing(plain, "selective")
+    set_activation_checkpointing(plain, "selective")
     assert len(plain.transformer_blocks) > 1 or len(plain.single_transformer_blocks) > 1
     for blocks in (plain.transformer_blocks, plain.single_transformer_blocks):
         blocks[0].compile(backend="aot_eager", fullgraph=True)

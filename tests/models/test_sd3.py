@@ -17,8 +17,9 @@ from scfm_core.models.encoders import TextEncoders
 from scfm_core.models.families import open_family
 from scfm_core.models.weights import GUIDANCE_MARK
 from scfm_core.train.checkpoint import find_checkpoint
+from scfm_core.train.fit import fit
 from scfm_core.train.parse import dump_config
-from scfm_core.train.trainer import Trainer, fit
+from scfm_core.train.trainer import Trainer
 
 PROMPTS = ["a handwritten digit three", "a handwritten digit eight"]
 
@@ -217,7 +218,7 @@ def test_guided_paths_in_one_pass(make_sd3, folder, tmp_path):
         assert guidance is None or (guidance == torch.tensor(4.7)).all()
     other = {"method.guidance": [3.0, 3.0], "sample.guidance": 3.0, "method.trajectory_steps": None}
     with pytest.raises(
-        UserError, match=r"were guided at scale 4\.7, but method\.distil_guidance learns method\.guidance=3"
+        UserError, match=r"have guidance scale 4\.7, but method\.distil_guidance learns only method\.guidance=3"
     ):
         Trainer(make_sd3({**STAGE_1, **paths, **other}))
 
@@ -238,7 +239,7 @@ def test_one_pass_learns_the_guidance_of_two(make_sd3, folder, tmp_path, weights
         return (learned - guided).square().mean()
 
     before = distance()
-    trainer.save()
+    trainer.state.save()
     (tmp_path / "guidance" / "config.yaml").write_text(dump_config(first))
     assert main(["evaluate", str(tmp_path / "guidance")]) == 0
     unlearned = json.loads((tmp_path / "guidance" / "evaluation.json").read_text())
@@ -252,7 +253,7 @@ def test_one_pass_learns_the_guidance_of_two(make_sd3, folder, tmp_path, weights
     if weights == "lora":
         assert main(["export", str(tmp_path / "guidance")]) == 0
         card = (tmp_path / "guidance" / "adapter" / "README.md").read_text()
-        assert "An adapter with the guidance in it" in card and "guidance_scale=1.0" in card and "weight |" not in card
+        assert "An adapter with built-in guidance" in card and "guidance_scale=1.0" in card and "weight |" not in card
     ours = sampled(tmp_path / "guidance", tmp_path / "a")
     assert worst(ours, images_of(StableDiffusion3Pipeline.from_pretrained(merged), 1.0)) <= 2
     assert open_family(str(merged)).passes == 1
@@ -289,7 +290,9 @@ def test_a_one_pass_model_is_shortened(make_sd3, folder, tmp_path):
     assert "guidance_scale=1.0" in (tmp_path / "path" / "adapter" / "README.md").read_text()
     assert main(["export", str(tmp_path / "path"), "--merged", str(tmp_path / "short"), "--steps", "3"]) == 0
     assert open_family(str(tmp_path / "short")).passes == 1
-    with pytest.raises(UserError, match=r"method\.distil_guidance is for models that are guided by a second pass"):
+    with pytest.raises(
+        UserError, match=r"method\.distil_guidance is for models with classifier-free guidance in two passes"
+    ):
         Trainer(make_sd3({**STAGE_1, "method.flow_fraction": 1.0, "method.step_gain": None, "sample.guidance": 4.0}))
 
 
@@ -358,14 +361,14 @@ def test_pretrained_from_scratch(make_sd3):
 
 @pytest.mark.parametrize("changes", [{"kernels.fused": "triton"}, {"kernels.attention": "flash"}])
 def test_kernels_of_flux_are_refused(make_sd3, changes):
-    with pytest.raises(UserError, match="are for Flux's blocks, not those of StableDiffusion3Pipeline"):
+    with pytest.raises(UserError, match="exist for Flux's blocks, not for those of StableDiffusion3Pipeline"):
         Trainer(make_sd3(changes))
 
 
 def test_a_step_size_has_no_input_to_go_to(make_sd3):
     changes = {"train.weights": "full", "method.teacher_fraction": 0.0, "method.step_embedding": True}
     with pytest.raises(
-        UserError, match=r"method\.step_embedding tells the step size to the network's embedded guidance"
+        UserError, match=r"method\.step_embedding gives the step size to the network's embedded guidance"
     ):
         Trainer(make_sd3(changes))
 

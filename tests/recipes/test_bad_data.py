@@ -1,4 +1,4 @@
-"""Mistakes in data recipes and on `scfm data`'s command lines: exit code 2, one message, no traceback, no secret."""
+"""Mistakes in data recipes and in `scfm data` commands: exit code 2, one message, no traceback, no secrets."""
 
 import io
 import json
@@ -22,8 +22,8 @@ def recipe(make_config, tmp_path):
     return path
 
 
-def of_sources(recipe, *sources, **changes):
-    """The recipe with a mixture in place of its path."""
+def with_sources(recipe, *sources, **changes):
+    """The command for the recipe with these sources in place of its path."""
     tree = yaml.safe_load(recipe.read_text())
     tree["data"] |= {"path": None, "sources": list(sources)} | changes
     recipe.write_text(yaml.safe_dump(tree))
@@ -35,7 +35,7 @@ def cache(tiny, **changes):
 
 
 def pipe(recipe, tiny, tmp_path):
-    return of_sources(recipe, cache(tiny, uri=f"pipe:touch {tmp_path / 'run_me'}")), "commands are not run"
+    return with_sources(recipe, cache(tiny, uri=f"pipe:touch {tmp_path / 'run_me'}")), "commands are not run"
 
 
 def command_in_a_path(recipe, tiny, tmp_path):
@@ -43,72 +43,72 @@ def command_in_a_path(recipe, tiny, tmp_path):
 
 
 def unknown_scheme(recipe, tiny, tmp_path):
-    return of_sources(
+    return with_sources(
         recipe, cache(tiny, uri="ftp://host/x.tar")
     ), "scheme 'ftp' is not known; a path, or one of s3, https"
 
 
 def password(recipe, tiny, tmp_path):
-    words = of_sources(recipe, cache(tiny, uri=f"https://me:{SECRET}@host/x.tar"))
+    words = with_sources(recipe, cache(tiny, uri=f"https://me:{SECRET}@host/x.tar"))
     return words, "Put credentials into the environment"
 
 
 def signature(recipe, tiny, tmp_path):
-    return of_sources(recipe, cache(tiny, uri=f"https://host/x.tar?X-Amz-Signature={SECRET}")), "has a query"
+    return with_sources(recipe, cache(tiny, uri=f"https://host/x.tar?X-Amz-Signature={SECRET}")), "has a query"
 
 
 def path_and_sources(recipe, tiny, tmp_path):
-    return of_sources(recipe, cache(tiny), path="x"), "data needs either path or sources, and not both"
+    return with_sources(recipe, cache(tiny), path="x"), "data needs either path or sources, and not both"
 
 
-def neither(recipe, tiny, tmp_path):
-    return of_sources(recipe), "data needs either path or sources"
+def neither_path_nor_sources(recipe, tiny, tmp_path):
+    return with_sources(recipe), "data needs either path or sources"
 
 
 def unknown_key_of_a_source(recipe, tiny, tmp_path):
-    words = of_sources(recipe, cache(tiny), cache(tiny, name="b", wieght=1))
+    words = with_sources(recipe, cache(tiny), cache(tiny, name="b", wieght=1))
     return words, "unknown key data.sources.1.wieght; did you mean data.sources.1.weight?"
 
 
-def member_that_is_not_there(recipe, tiny, tmp_path):
-    words = of_sources(recipe, cache(tiny))
-    return [*words, "data.sources.1.weight=2"], "a list of 1 has no member '1'; they count from 0"
+def missing_list_member(recipe, tiny, tmp_path):
+    words = with_sources(recipe, cache(tiny))
+    return [*words, "data.sources.1.weight=2"], "a list of 1 has no member '1'; the first is 0"
 
 
-def one_name_twice(recipe, tiny, tmp_path):
-    return of_sources(recipe, cache(tiny), cache(tiny)), "data.sources has two of one name"
+def duplicate_name(recipe, tiny, tmp_path):
+    return with_sources(recipe, cache(tiny), cache(tiny)), "data.sources has two of one name"
 
 
-def weight_of_one_alone(recipe, tiny, tmp_path):
-    words = of_sources(recipe, cache(tiny, weight=1.0), cache(tiny, name="b"))
+def weight_of_only_one_source(recipe, tiny, tmp_path):
+    words = with_sources(recipe, cache(tiny, weight=1.0), cache(tiny, name="b"))
     return words, "give every source a weight, or none of them"
 
 
 def negative_weight(recipe, tiny, tmp_path):
-    return of_sources(recipe, cache(tiny, weight=-1.0)), "weight must be positive, got -1.0; leave a source out"
+    return with_sources(recipe, cache(tiny, weight=-1.0)), "weight must be positive, got -1.0; leave a source out"
 
 
-def next_to_no_weight(recipe, tiny, tmp_path):
-    words = of_sources(recipe, cache(tiny, weight=1.0), cache(tiny, name="b", weight=1e-9))
+def weight_of_less_than_one_sample(recipe, tiny, tmp_path):
+    words = with_sources(recipe, cache(tiny, weight=1.0), cache(tiny, name="b", weight=1e-9))
     return words, "data.sources (b): its weight gives it less than one of the 96 samples of an epoch"
 
 
 def images_beside_a_cache(recipe, tiny, tmp_path):
-    words = of_sources(recipe, cache(tiny), cache(tiny, name="b", uri=str(tiny / "digits"), format="folder"))
+    words = with_sources(recipe, cache(tiny), cache(tiny, name="b", uri=str(tiny / "digits"), format="folder"))
     return words, "all must be images, or cached by one model at one text length"
 
 
-def braces_that_do_not_close(recipe, tiny, tmp_path):
-    return of_sources(recipe, cache(tiny, uri=f"{tiny}/cache/shard-{{0..3.tar")), "do not close"
+def unclosed_braces(recipe, tiny, tmp_path):
+    return with_sources(recipe, cache(tiny, uri=f"{tiny}/cache/shard-{{0..3.tar")), "do not close"
 
 
-def shard_that_is_not_listed(recipe, tiny, tmp_path):
-    words = of_sources(recipe, cache(tiny, uri=f"{tiny}/cache/shard-{{000000..000005}}.tar"))
+def shard_missing_in_manifest(recipe, tiny, tmp_path):
+    words = with_sources(recipe, cache(tiny, uri=f"{tiny}/cache/shard-{{000000..000005}}.tar"))
     return words, "names 3 shards that the manifest does not list, the first is 'shard-000003.tar'"
 
 
 def split_of_named_shards(recipe, tiny, tmp_path):
-    words = of_sources(recipe, cache(tiny, uri=f"{tiny}/cache/shard-{{000000..000002}}.tar", split="train"))
+    words = with_sources(recipe, cache(tiny, uri=f"{tiny}/cache/shard-{{000000..000002}}.tar", split="train"))
     return words, "split is a subfolder of uri"
 
 
@@ -118,23 +118,23 @@ def tars_without_a_manifest(recipe, tiny, tmp_path):
     return ["train", str(recipe), f"data.path={tmp_path / 'tars'}"], "run `scfm data index"
 
 
-def no_mds(recipe, tiny, tmp_path):
-    return of_sources(recipe, cache(tiny, format="mds")), "there is no index.json in"
+def missing_mds_index(recipe, tiny, tmp_path):
+    return with_sources(recipe, cache(tiny, format="mds")), "there is no index.json in"
 
 
-def mds_index_of_something_else(recipe, tiny, tmp_path):
+def invalid_mds_index(recipe, tiny, tmp_path):
     (tmp_path / "index.json").write_text('{"shards": 3}')
-    return of_sources(recipe, cache(tiny, uri=str(tmp_path), format="mds")), "index.json is damaged"
+    return with_sources(recipe, cache(tiny, uri=str(tmp_path), format="mds")), "index.json is damaged"
 
 
-def folder_at_an_address(recipe, tiny, tmp_path):
-    return of_sources(
+def remote_folder(recipe, tiny, tmp_path):
+    return with_sources(
         recipe, cache(tiny, uri="s3://bucket/x", format="folder")
     ), "format folder is for this machine's files"
 
 
-def caption_that_is_not_there(recipe, tiny, tmp_path):
-    """A shard of images whose caption field has another name."""
+def missing_caption_field(recipe, tiny, tmp_path):
+    """The shard's captions are in a field with another name."""
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode="w") as tar:
         for name, data in (("0.png", (tiny / "digits" / "0000.png").read_bytes()), ("0.caption", b"text")):
@@ -144,7 +144,7 @@ def caption_that_is_not_there(recipe, tiny, tmp_path):
     (tmp_path / "tars").mkdir()
     (tmp_path / "tars" / "a.tar").write_bytes(content.getvalue())
     assert main(["data", "index", str(tmp_path / "tars")]) == 0
-    words = of_sources(recipe, cache(tiny, uri=str(tmp_path / "tars")))
+    words = with_sources(recipe, cache(tiny, uri=str(tmp_path / "tars")))
     return words, "has no caption in txt, but the fields png, caption. Name the right one with `captions:`"
 
 
@@ -157,7 +157,7 @@ def bucket_that_cannot_be_packed(recipe, tiny, tmp_path):
     return ["train", str(recipe), "data.buckets=[[16,16],[18,16]]"], "multiples of 4; the nearest is 16 x 16"
 
 
-def half_a_bucket(recipe, tiny, tmp_path):
+def bucket_of_one_number(recipe, tiny, tmp_path):
     return ["train", str(recipe), "data.buckets=[[16]]"], "data.buckets"
 
 
@@ -165,11 +165,11 @@ def bad_fraction_of_one(recipe, tiny, tmp_path):
     return ["train", str(recipe), "data.max_bad_fraction=1"], "data.max_bad_fraction must be in [0, 1), got 1"
 
 
-def no_block(recipe, tiny, tmp_path):
+def zero_shuffle_block(recipe, tiny, tmp_path):
     return ["train", str(recipe), "data.shuffle_block=0"], "data.shuffle_block must be at least 1, got 0"
 
 
-def no_room(recipe, tiny, tmp_path):
+def zero_cache_limit(recipe, tiny, tmp_path):
     return ["train", str(recipe), "data.cache.limit_gb=0"], "data.cache.limit_gb must be positive or none, got 0"
 
 
@@ -185,14 +185,14 @@ def manifest_of_a_later_version(recipe, tiny, tmp_path):
     text = (tiny / "cache" / "manifest.json").read_text()
     tree = json.loads(text) | {"version": 99}
     (tmp_path / "manifest.json").write_text(json.dumps(tree))
-    words = of_sources(recipe, cache(tiny, manifest=str(tmp_path / "manifest.json")))
+    words = with_sources(recipe, cache(tiny, manifest=str(tmp_path / "manifest.json")))
     return words, "is of another format or version than this release reads"
 
 
-def manifest_that_leads_out(recipe, tiny, tmp_path):
+def manifest_with_path_outside(recipe, tiny, tmp_path):
     manifest = Manifest.parse((tiny / "cache" / "manifest.json").read_text(), "test")
     (tmp_path / "manifest.json").write_text(manifest.dumps().replace("shard-000000.tar", "../shard-000000.tar"))
-    words = of_sources(recipe, cache(tiny, manifest=str(tmp_path / "manifest.json")))
+    words = with_sources(recipe, cache(tiny, manifest=str(tmp_path / "manifest.json")))
     return words, "names a shard outside its folder: '../shard-000000.tar'"
 
 
@@ -206,7 +206,7 @@ def encode_over_a_cache(recipe, tiny, tmp_path):
     return [*words, "--resolution", "16", "16"], "cache already holds a finished cache; choose another folder"
 
 
-def encode_recipe_key_without_data(recipe, tiny, tmp_path):
+def override_without_data_prefix(recipe, tiny, tmp_path):
     words = ["data", "inspect", str(tiny / "cache"), "resolution=[8,8]"]
     return words, "override 'resolution=[8,8]' is not of the form data.key=value"
 
@@ -225,7 +225,7 @@ def generate_without_prompts(recipe, tiny, tmp_path):
     return words, "has no prompt; put one on each line"
 
 
-def generate_with_a_strange_shift(recipe, tiny, tmp_path):
+def generate_with_invalid_shift(recipe, tiny, tmp_path):
     (tmp_path / "prompts.txt").write_text("a\n")
     words = [
         "data",
@@ -239,7 +239,7 @@ def generate_with_a_strange_shift(recipe, tiny, tmp_path):
     return [*words, "--shift", "three"], "--shift is a number or dynamic, got 'three'"
 
 
-def pack_over_something(recipe, tiny, tmp_path):
+def pack_into_existing_folder(recipe, tiny, tmp_path):
     return ["data", "pack", str(tiny / "cache"), "-o", str(tiny / "digits"), "--to", "mds"], "digits"
 
 
@@ -250,13 +250,13 @@ def index_a_mixture(recipe, tiny, tmp_path):
 
 
 CASES = [
-    pipe, command_in_a_path, unknown_scheme, password, signature, path_and_sources, neither, unknown_key_of_a_source,
-    member_that_is_not_there, one_name_twice, weight_of_one_alone, negative_weight, next_to_no_weight,
-    images_beside_a_cache, braces_that_do_not_close, shard_that_is_not_listed, split_of_named_shards,
-    tars_without_a_manifest, no_mds, mds_index_of_something_else, folder_at_an_address, caption_that_is_not_there,
-    partitions_that_do_not_divide, bucket_that_cannot_be_packed, half_a_bucket, bad_fraction_of_one, no_block, no_room,
-    unknown_data_recipe, manifest_of_a_later_version, manifest_that_leads_out, encode_a_cache, encode_over_a_cache,
-    encode_recipe_key_without_data, generate_without_prompts, generate_with_a_strange_shift, pack_over_something,
+    pipe, command_in_a_path, unknown_scheme, password, signature, path_and_sources, neither_path_nor_sources, unknown_key_of_a_source,
+    missing_list_member, duplicate_name, weight_of_only_one_source, negative_weight, weight_of_less_than_one_sample,
+    images_beside_a_cache, unclosed_braces, shard_missing_in_manifest, split_of_named_shards,
+    tars_without_a_manifest, missing_mds_index, invalid_mds_index, remote_folder, missing_caption_field,
+    partitions_that_do_not_divide, bucket_that_cannot_be_packed, bucket_of_one_number, bad_fraction_of_one, zero_shuffle_block, zero_cache_limit,
+    unknown_data_recipe, manifest_of_a_later_version, manifest_with_path_outside, encode_a_cache, encode_over_a_cache,
+    override_without_data_prefix, generate_without_prompts, generate_with_invalid_shift, pack_into_existing_folder,
     index_a_mixture,
 ]  # fmt: skip
 

@@ -1,6 +1,6 @@
-"""What a person gets for a mistake: exit code 2, one message that says what, where and how to mend it, no traceback.
+"""A user's mistake gives exit code 2, one message that says what, where and how to fix it, and no traceback.
 
-`pytest tests/recipes/test_bad_inputs.py -s` prints the table.
+`SCFM_SHOW_MESSAGES=1 pytest tests/recipes/test_bad_inputs.py` prints the messages.
 """
 
 import json
@@ -14,13 +14,14 @@ import torch
 import yaml
 
 from recipes.cli import main
+from scfm_core.train.fit import fit
 from scfm_core.train.parse import to_plain
-from scfm_core.train.trainer import Trainer, fit
+from scfm_core.train.trainer import Trainer
 
 
 @pytest.fixture
 def recipe(make_config, tmp_path):
-    """A recipe that works; each case breaks one thing."""
+    """A valid recipe; each case makes one mistake."""
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(to_plain(make_config())))
     return path
@@ -119,11 +120,11 @@ def missing_weights(recipe, tiny, tmp_path):
 
 
 def missing_data(recipe, tiny, tmp_path):
-    looked_in = Path("nowhere").absolute()  # said in full: where a job starts is not where its reader stands
+    looked_in = Path("nowhere").absolute()  # an absolute path: a job may start in another folder
     return train(recipe, "data.path=nowhere"), f"there is no folder '{looked_in}'. Make it with `scfm data encode"
 
 
-def images_given_as_cache(recipe, tiny, tmp_path):
+def images_instead_of_cache(recipe, tiny, tmp_path):
     return train(recipe, f"data.path={tiny / 'digits'}"), "For a folder of plain images set data.format=folder"
 
 
@@ -181,7 +182,7 @@ def resolution_not_divisible(recipe, tiny, tmp_path):
 
 
 def no_permission(recipe, tiny, tmp_path):
-    (tmp_path / "file").write_text("")  # root may write anywhere, but not below a file
+    (tmp_path / "file").write_text("")  # even root cannot write below a file
     return train(recipe, f"run.dir={tmp_path / 'file' / 'run'}"), "cannot be written (Not a directory)"
 
 
@@ -200,7 +201,7 @@ def unknown_prompt_file(recipe, tiny, tmp_path):
 
 def checkpoint_of_another_recipe(recipe, tiny, tmp_path):
     assert main(train(recipe)) == 0
-    return train(recipe, "lora.rank=2", "train.steps=9"), "lora.rank: 4 there, 2 now"
+    return train(recipe, "lora.rank=2", "train.steps=9"), "lora.rank: 4 in the checkpoint, 2 now"
 
 
 def unknown_checkpoint(recipe, tiny, tmp_path):
@@ -213,8 +214,8 @@ def lora_without_targets(recipe, tiny, tmp_path):
 
 def no_gpu(recipe, tiny, tmp_path):
     if torch.cuda.is_available():
-        pytest.skip("here there is one")
-    return train(recipe, "run.device=cuda"), "torch sees no GPU. Set run.device=cpu"
+        pytest.skip("this machine has a GPU")
+    return train(recipe, "run.device=cuda"), "torch finds no GPU. Set run.device=cpu"
 
 
 def not_a_run(recipe, tiny, tmp_path):
@@ -232,7 +233,9 @@ def inception_without_weights(recipe, tiny, tmp_path):
 
 
 def prompt_given_as_file(recipe, tiny, tmp_path):
-    return train(recipe, "sample.every=2", "sample.prompts=a cat"), "A prompt itself goes into brackets: [a cat]"
+    return train(
+        recipe, "sample.every=2", "sample.prompts=a cat"
+    ), "To give a prompt itself, put it in brackets: [a cat]"
 
 
 def grids_without_prompts(recipe, tiny, tmp_path):
@@ -261,7 +264,7 @@ def strength_without_number(recipe, tiny, tmp_path):
     return ["sample", str(tmp_path / "run"), "--prompt", "x", "--strength", "nan"], "--strength must be a finite number"
 
 
-def export_over_something(recipe, tiny, tmp_path):
+def export_into_existing_folder(recipe, tiny, tmp_path):
     assert main(train(recipe)) == 0
     return [
         "export",
@@ -271,17 +274,17 @@ def export_over_something(recipe, tiny, tmp_path):
     ], "flux exists already; choose another folder"
 
 
-def encode_in_batches_of_none(recipe, tiny, tmp_path):
+def encode_with_zero_batch_size(recipe, tiny, tmp_path):
     words = ["data", "encode", str(tiny / "digits"), "--output", str(tmp_path / "out"), "--model", str(tiny / "flux")]
     return [*words, "--batch-size", "0"], "batch size and samples per shard must be at least 1"
 
 
-def no_shards(recipe, tiny, tmp_path):
+def zero_shards(recipe, tiny, tmp_path):
     return train(recipe, "engine.shard=0"), "engine.shard must be -1 (all processes) or at least 1, got 0"
 
 
-def shards_of_fewer_processes(recipe, tiny, tmp_path):
-    return train(recipe, "engine.shard=2"), "engine.shard=2 does not divide the 1 processes that were started"
+def more_shards_than_processes(recipe, tiny, tmp_path):
+    return train(recipe, "engine.shard=2"), "engine.shard=2 does not divide the 1 processes"
 
 
 def offload_of_one_process(recipe, tiny, tmp_path):
@@ -294,35 +297,33 @@ def deepspeed_json_for_fsdp2(recipe, tiny, tmp_path):
     ), "engine.deepspeed_config needs engine.name=deepspeed; set that"
 
 
-def shards_of_deepspeed(recipe, tiny, tmp_path):
-    return train(
-        recipe, "engine.name=deepspeed", "engine.shard=2"
-    ), "engine.shard=2 needs engine.name=fsdp2; with deepspeed"
+def shard_option_with_deepspeed(recipe, tiny, tmp_path):
+    return train(recipe, "engine.name=deepspeed", "engine.shard=2"), "engine.shard=2 needs engine.name=fsdp2"
 
 
 def asynchronous_deepspeed(recipe, tiny, tmp_path):
     words = train(recipe, "engine.name=deepspeed", "checkpoint.asynchronous=true")
-    return words, "checkpoint.asynchronous is fsdp2's; DeepSpeed writes its own files. Set it to false"
+    return words, "checkpoint.asynchronous works only with fsdp2. Set it to false"
 
 
 def compiled_zero_3(recipe, tiny, tmp_path):
     words = train(recipe, "engine.name=deepspeed", "engine.zero_stage=3", "train.compile=true")
-    return words, "train.compile=true does not go with engine.zero_stage=3"
+    return words, "train.compile=true does not work with engine.zero_stage=3"
 
 
 def triton_without_a_gpu(recipe, tiny, tmp_path):
     return train(recipe, "kernels.fused=triton"), "kernels.fused=triton cannot run here: Triton kernels need a GPU"
 
 
-def attention_that_is_not_there(recipe, tiny, tmp_path):
+def unavailable_attention(recipe, tiny, tmp_path):
     return train(recipe, "kernels.attention=xformers"), "xformers has no kernel for a CPU. Choose among flash"
 
 
-def guidance_distilled_from_one_pass(recipe, tiny, tmp_path):
+def guidance_distillation_of_one_pass_model(recipe, tiny, tmp_path):
     method = "method={distil_guidance: true, teacher_fraction: 0, flow_fraction: 1, guidance: [4, 4]}"
     return train(
         recipe, method, "sample.guidance=4"
-    ), "method.distil_guidance is for models that are guided by a second pass"
+    ), "method.distil_guidance is for models with classifier-free guidance in two passes"
 
 
 def fp8_without_pairs(recipe, tiny, tmp_path):
@@ -338,7 +339,7 @@ def fp8_of_a_sharded_base(recipe, tiny, tmp_path):
     return words, "kernels.fp8=true cannot run here: ZeRO-3 shards the base"
 
 
-def graphs_without_a_gpu(recipe, tiny, tmp_path):
+def cuda_graphs_without_a_gpu(recipe, tiny, tmp_path):
     return train(
         recipe, "kernels.cuda_graphs=true"
     ), "CUDA graphs need a GPU, this is a CPU. Or set kernels.cuda_graphs=f"
@@ -348,11 +349,11 @@ def unknown_zero_stage(recipe, tiny, tmp_path):
     return train(recipe, "engine.name=deepspeed", "engine.zero_stage=4"), "engine.zero_stage: Input should be 1, 2 or 3"
 
 
-def no_timeout(recipe, tiny, tmp_path):
+def zero_timeout(recipe, tiny, tmp_path):
     return train(recipe, "engine.timeout=0"), "engine.timeout must be positive, got 0.0"
 
 
-def spike_below_the_median(recipe, tiny, tmp_path):
+def spike_factor_below_one(recipe, tiny, tmp_path):
     return train(recipe, "train.spike_factor=0.5"), "train.spike_factor must be above 1 or none, got 0.5"
 
 
@@ -361,40 +362,40 @@ def negative_skips(recipe, tiny, tmp_path):
 
 
 def with_json(recipe, tmp_path, content, *overrides):
-    """A run under DeepSpeed with a JSON of the user's own."""
+    """The command for a run under DeepSpeed with the user's own JSON."""
     path = tmp_path / "ds.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     return train(recipe, "engine.name=deepspeed", f"engine.deepspeed_config={path}", *overrides)
 
 
-def json_of_another_clipping(recipe, tiny, tmp_path):
+def json_with_other_clipping(recipe, tiny, tmp_path):
     words = with_json(recipe, tmp_path, {"gradient_clipping": 0.5}, "train.clip_norm=2")
     return words, "gradient_clipping is 0.5 there, train.clip_norm asks for 2.0"
 
 
-def json_of_another_batch(recipe, tiny, tmp_path):
+def json_with_other_batch(recipe, tiny, tmp_path):
     words = with_json(recipe, tmp_path, {"train_batch_size": 64, "gradient_accumulation_steps": "auto"})
     return words, "train_batch_size is 64 there, train.global_batch_size asks for 8"
 
 
-def json_of_another_stage(recipe, tiny, tmp_path):
+def json_with_other_stage(recipe, tiny, tmp_path):
     words = with_json(recipe, tmp_path, {"zero_optimization": {"stage": 3}}, "engine.zero_stage=1")
     return words, "zero_optimization.stage is 3 there, engine.zero_stage asks for 1"
 
 
-def json_of_another_rate(recipe, tiny, tmp_path):
+def json_with_other_rate(recipe, tiny, tmp_path):
     optimizer = {"type": "AdamW", "params": {"lr": 1.0, "betas": "auto", "weight_decay": "auto"}}
     return with_json(
         recipe, tmp_path, {"optimizer": optimizer}
     ), "optimizer.params.lr is 1.0 there, train.lr asks for 0.001"
 
 
-def json_of_another_optimizer(recipe, tiny, tmp_path):
+def json_with_other_optimizer(recipe, tiny, tmp_path):
     words = with_json(recipe, tmp_path, {"optimizer": {"type": "Lamb"}})
     return words, "optimizer.type is 'Lamb' there, the optimizer asks for 'AdamW'"
 
 
-def json_of_another_dtype(recipe, tiny, tmp_path):
+def json_with_other_dtype(recipe, tiny, tmp_path):
     words = with_json(recipe, tmp_path, {"bf16": {"enabled": True}})
     return words, "bf16.enabled is True there, train.compute_dtype=float32 asks for False"
 
@@ -441,19 +442,19 @@ def missing_json(recipe, tiny, tmp_path):
 CASES = [
     unknown_key, unknown_section, wrong_type, wrong_choice, zero_steps, uneven_batch, override_without_value,
     missing_recipe, broken_yaml, missing_model, hub_without_network, wrong_model_folder, wrong_pipeline,
-    interrupted_download, missing_weights, missing_data, images_given_as_cache, empty_data, image_without_caption,
+    interrupted_download, missing_weights, missing_data, images_instead_of_cache, empty_data, image_without_caption,
     corrupt_image, corrupt_image_in_a_worker, cut_shard, flipped_bit, cache_of_another_model,
     cache_of_another_text_length, resolution_not_divisible, no_permission, unknown_prompt_file,
     prompts_of_another_json,
     checkpoint_of_another_recipe, unknown_checkpoint, lora_without_targets, no_gpu, not_a_run, sample_without_prompt,
     inception_without_weights, prompt_given_as_file, grids_without_prompts, missing_section_file, number_for_a_section,
-    run_dir_is_a_file, unknown_device, strength_without_number, export_over_something, encode_in_batches_of_none,
-    no_shards, shards_of_fewer_processes, offload_of_one_process, deepspeed_json_for_fsdp2, shards_of_deepspeed,
-    asynchronous_deepspeed, compiled_zero_3, triton_without_a_gpu, attention_that_is_not_there, guidance_distilled_from_one_pass,
+    run_dir_is_a_file, unknown_device, strength_without_number, export_into_existing_folder, encode_with_zero_batch_size,
+    zero_shards, more_shards_than_processes, offload_of_one_process, deepspeed_json_for_fsdp2, shard_option_with_deepspeed,
+    asynchronous_deepspeed, compiled_zero_3, triton_without_a_gpu, unavailable_attention, guidance_distillation_of_one_pass_model,
     fp8_without_pairs, fp8_of_full_weights,
-    fp8_of_a_sharded_base, graphs_without_a_gpu, unknown_zero_stage, no_timeout, spike_below_the_median, negative_skips,
-    json_of_another_clipping, json_of_another_batch, json_of_another_stage, json_of_another_rate,
-    json_of_another_optimizer, json_of_another_dtype, json_with_a_schedule, json_with_offloaded_weights,
+    fp8_of_a_sharded_base, cuda_graphs_without_a_gpu, unknown_zero_stage, zero_timeout, spike_factor_below_one, negative_skips,
+    json_with_other_clipping, json_with_other_batch, json_with_other_stage, json_with_other_rate,
+    json_with_other_optimizer, json_with_other_dtype, json_with_a_schedule, json_with_offloaded_weights,
     json_with_an_unknown_key, json_with_an_unknown_optimizer_key, broken_json, binary_json, json_that_is_a_list,
     missing_json,
 ]  # fmt: skip
@@ -475,7 +476,7 @@ def test_bad_input(case, recipe, tiny, tmp_path, capsys, monkeypatch):
             print(f"\n{case.__name__}: {' '.join(error.split())}")
 
 
-def test_everything_that_a_json_contradicts_is_named_at_once(recipe, tmp_path, capsys):
+def test_all_contradictions_of_a_json_are_listed(recipe, tmp_path, capsys):
     content = {"gradient_clipping": 0.5, "fp16": {"enabled": True}, "amp": {"enabled": True}, "zero_optimisation": {}}
     assert main(with_json(recipe, tmp_path, content)) == 2
     error = capsys.readouterr().err
@@ -485,8 +486,8 @@ def test_everything_that_a_json_contradicts_is_named_at_once(recipe, tmp_path, c
 
 
 @pytest.mark.parametrize("number", ["2", "8"])
-def test_launcher_that_says_half(recipe, capsys, monkeypatch, number):
-    """Several processes, but nothing about where they meet."""
+def test_incomplete_launcher_variables(recipe, capsys, monkeypatch, number):
+    """Several processes, but no address of their rendezvous."""
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WORLD_SIZE", number)
@@ -497,7 +498,7 @@ def test_launcher_that_says_half(recipe, capsys, monkeypatch, number):
 
 
 def test_disk_full(make_config, tmp_path):
-    """A real full disk: a tmpfs of four megabytes, which holds a few checkpoints."""
+    """A real full disk: a tmpfs of four megabytes, with room for a few checkpoints."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(
@@ -512,10 +513,10 @@ def test_disk_full(make_config, tmp_path):
         trainer = Trainer(config)
         with pytest.raises(ValueError, match=r"the disk is full.*The last one, step_\d+, is intact"):
             fit(trainer)
-        resumed = sorted(path for path in (disk / "run" / "checkpoints").iterdir() if path.name != "latest")
-        assert all(path.name.startswith("step_") for path in resumed)  # nothing half-written is left
-        saved = len(resumed)
+        checkpoints = sorted(path for path in (disk / "run" / "checkpoints").iterdir() if path.name != "latest")
+        assert all(path.name.startswith("step_") for path in checkpoints)  # no partial checkpoint is left
+        saved = len(checkpoints)
         assert saved >= 1
-        assert Trainer(config, resume=resumed[-1]).progress.step == saved
+        assert Trainer(config, resume=checkpoints[-1]).progress.step == saved
     finally:
         subprocess.run(["umount", str(disk)], check=True)

@@ -1,4 +1,4 @@
-"""`make demo` from end to end, with a handful of steps: every command, every file; and once more for nothing."""
+"""`make demo` from end to end with few steps: every command and every file; a second start does nothing."""
 
 import json
 import subprocess

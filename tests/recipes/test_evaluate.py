@@ -1,3 +1,5 @@
+"""`scfm evaluate` and `scfm report`."""
+
 import itertools
 import json
 import re
@@ -6,12 +8,14 @@ import shutil
 import pytest
 import torch
 
+from recipes import evaluate as evaluate_module
 from recipes.cli import main
-from recipes.evaluate import _Bench, _spread, evaluate
+from recipes.evaluate import Evaluator, evaluate, spread
 from scfm_core.errors import UserError
-from scfm_core.train.build import read_prompts
+from scfm_core.train.fit import fit
 from scfm_core.train.parse import dump_config
-from scfm_core.train.trainer import Trainer, fit
+from scfm_core.train.prompts import read_prompts
+from scfm_core.train.trainer import Trainer
 
 
 @pytest.fixture
@@ -23,17 +27,17 @@ def run_dir(make_config):
     return trainer.run_dir
 
 
-def test_an_untrained_student_is_its_base_and_many_steps_are_the_teacher(make_config):
+def test_an_untrained_student_equals_base_and_teacher(make_config):
     config = make_config({"evaluate.steps": [2, 4], "evaluate.teacher_steps": 4})
     trainer = Trainer(config)
     trainer.run_dir.mkdir()
-    trainer.save()
+    trainer.state.save()
     (trainer.run_dir / "config.yaml").write_text(dump_config(config))
     result = evaluate(trainer.run_dir, [])
     assert result.keys() == {"student", "base", "teacher"}
     for key in ("fid_teacher", "mse_teacher", "fid_data"):
         assert result["student"]["2"][key] == result["base"]["2"][key]
-    assert result["base"]["4"]["mse_teacher"] == 0  # the same steps from the same noise
+    assert result["base"]["4"]["mse_teacher"] == 0  # the same number of steps from the same noise
     assert result["base"]["4"]["fid_teacher"] == pytest.approx(0, abs=1e-6)
     assert result["base"]["2"]["fid_teacher"] > 0.001
     assert result["base"]["4"]["fid_data"] == result["teacher"]["4"]["fid_data"]
@@ -54,7 +58,7 @@ def test_evaluate_and_report_write_their_files(run_dir, capsys):
     assert f"{result['student']['3']['fid_teacher']:.3f}" in page
 
 
-def test_report_of_seeds_tells_them_apart(run_dir, tmp_path):
+def test_report_names_arm_and_seed_of_runs_with_equal_names(run_dir, tmp_path):
     for arm in ("plain", "scaled"):
         shutil.copytree(run_dir, tmp_path / arm / "seed-0")
     assert main(["report", str(tmp_path / "plain" / "seed-0"), "--compare", str(tmp_path / "scaled" / "seed-0")]) == 0
@@ -63,7 +67,7 @@ def test_report_of_seeds_tells_them_apart(run_dir, tmp_path):
 
 
 def test_report_of_a_run_with_skipped_steps(run_dir, capsys):
-    """Their losses are null: the curve has a gap there, and the page is made all the same."""
+    """Their losses are null: the curve has a gap, and the page is written."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     for key in [key for key in lines[1] if key.startswith("loss") or key == "grad_norm"]:
         lines[1][key] = None
@@ -73,7 +77,7 @@ def test_report_of_a_run_with_skipped_steps(run_dir, capsys):
     assert (run_dir / "report.html").read_text().count("data:image/png;base64,") >= 1
 
 
-def test_a_run_from_scratch_is_held_against_the_data(make_config, capsys):
+def test_a_run_from_scratch_is_compared_with_the_data(make_config, capsys):
     config = make_config({"train.weights": "full", "method.flow_fraction": 1.0, "method.teacher_fraction": 0.0})
     trainer = Trainer(config)
     fit(trainer)
@@ -87,24 +91,24 @@ def test_a_run_from_scratch_is_held_against_the_data(make_config, capsys):
 
 
 def test_the_step_size_reaches_the_network(make_config, tmp_path):
-    """Told another step size, the same weights make other images; the guidance has no effect any more."""
+    """With another step size the same weights give other images; the guidance has no effect."""
     changes = {"train.weights": "full", "method.flow_fraction": 0.5, "method.teacher_fraction": 0.0}
     config = make_config({**changes, "method.step_embedding": True})
     trainer = Trainer(config)
     trainer.run_dir.mkdir()
-    trainer.save()
+    trainer.state.save()
 
     def images(name, **settings):
-        told = make_config({**changes, **settings})
-        (trainer.run_dir / "config.yaml").write_text(dump_config(told))
+        changed = make_config({**changes, **settings})
+        (trainer.run_dir / "config.yaml").write_text(dump_config(changed))
         words = ["--prompt", "a handwritten digit two", "--steps", "2", "--output", str(tmp_path / name)]
         assert main(["sample", str(trainer.run_dir), *words]) == 0
         return (tmp_path / name / "0000.png").read_bytes()
 
-    told = images("told", **{"method.step_embedding": True})
-    assert told == images("other guidance", **{"method.step_embedding": True, "sample.guidance": 7.0})
-    assert told == images("as guidance", **{"method.step_embedding": False, "sample.guidance": 0.5})
-    assert told != images("else", **{"method.step_embedding": False, "sample.guidance": 7.0})
+    with_step_size = images("with step size", **{"method.step_embedding": True})
+    assert with_step_size == images("other guidance", **{"method.step_embedding": True, "sample.guidance": 7.0})
+    assert with_step_size == images("step size as guidance", **{"method.step_embedding": False, "sample.guidance": 0.5})
+    assert with_step_size != images("guidance", **{"method.step_embedding": False, "sample.guidance": 7.0})
 
 
 def test_the_teachers_samples_are_kept_for_other_runs(run_dir, tmp_path, monkeypatch):
@@ -113,21 +117,26 @@ def test_the_teachers_samples_are_kept_for_other_runs(run_dir, tmp_path, monkeyp
     assert figures(evaluate(run_dir, keep)) == figures(plain)
     files = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "kept").iterdir()}
     assert len(files) == 3  # the teacher at 4 steps, the base at 1 and 3
-    asked = []
-    make = _Bench._make
-    monkeypatch.setattr(_Bench, "_make", lambda *a, **k: asked.append(a[1]) or make(*a, **k))
+    roles = []
+    generate = evaluate_module.generate
+
+    def recorded(config, model, role, *arguments):
+        roles.append(role)
+        return generate(config, model, role, *arguments)
+
+    monkeypatch.setattr(evaluate_module, "generate", recorded)
     assert figures(evaluate(run_dir, keep)) == figures(plain)
-    assert asked == ["student", "student"]
+    assert roles == ["student"] * 3  # the warm-up, and one batch each at 1 and 3 steps
     assert files == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "kept").iterdir()}
     evaluate(run_dir, [*keep, "sample.seed=5"])
     assert len(list((tmp_path / "kept").iterdir())) == 6
     next((tmp_path / "kept").glob(min(files))).write_bytes(b"no images")
-    with pytest.raises(UserError, match=r"evaluate.keep: .*is damaged .*Delete it; it is made again"):
+    with pytest.raises(UserError, match=r"evaluate.keep: .*is damaged .*Delete it; it will be made again"):
         evaluate(run_dir, keep)
 
 
 def figures(result):
-    """Without the times."""
+    """All numbers but the times."""
     return {
         (kind, steps, name): value
         for kind, rows in result.items()
@@ -137,7 +146,7 @@ def figures(result):
     }
 
 
-def test_the_noise_floor_is_the_distance_of_two_sets_of_the_teachers(run_dir):
+def test_the_noise_floor_is_the_distance_between_two_sets_of_the_teacher(run_dir):
     result = evaluate(run_dir, ["evaluate.noise_floor=true"])
     other = evaluate(run_dir, ["sample.seed=1250"])  # the default 1234, and 16 samples on
     assert result["teacher"]["4"]["fid_floor"] > 0.01
@@ -146,7 +155,7 @@ def test_the_noise_floor_is_the_distance_of_two_sets_of_the_teachers(run_dir):
 
 
 def test_clip_score_of_a_local_clip(run_dir, tmp_path):
-    """Random weights: the score means nothing, but the path from folder to figure is the real one."""
+    """Random weights: the score has no meaning, but the code from folder to score is the real one."""
     from transformers import (
         CLIPConfig,
         CLIPImageProcessor,
@@ -181,7 +190,7 @@ def _model_folder(run_dir):
 
 
 def test_prompts_in_cocos_format(run_dir, tmp_path):
-    """One caption an image: the first of its captions, in the order of the images."""
+    """One caption for each image, that with the lowest id, in the order of the images."""
     rows = [(7, 2, "two of seven"), (3, 5, "b of three"), (7, 1, "one of seven"), (3, 4, "a of three")]
     content = {"images": [], "annotations": [{"image_id": i, "id": n, "caption": text} for i, n, text in rows]}
     (tmp_path / "captions_val2014.json").write_text(json.dumps(content))
@@ -191,7 +200,7 @@ def test_prompts_in_cocos_format(run_dir, tmp_path):
 
 
 def test_samples_are_taken_from_all_of_the_data(make_config, tiny, tmp_path):
-    """Of samples that lie prompt by prompt, the first few would be of the first prompt alone."""
+    """If the data are ordered by prompt, the first samples would all have the first prompt."""
     (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\n")
     words = [
         "data",
@@ -205,16 +214,16 @@ def test_samples_are_taken_from_all_of_the_data(make_config, tiny, tmp_path):
     words += ["--resolution", "16", "16", "--text-length", "8", "--keep-padding", "--dtype", "float32"]
     assert main([*words, "--per-prompt", "4", "--steps", "1"]) == 0
     trainer = Trainer(config := make_config({"data.path": str(tmp_path / "own"), "evaluate.samples": 6}))
-    trainer.save()
-    bench = _Bench(trainer.run_dir, config)
-    assert bench.prompts == ["one", "one", "two", "two", "three", "three"]
-    assert len(bench.real) == 6
+    trainer.state.save()
+    evaluator = Evaluator(trainer.run_dir, config)
+    assert evaluator.prompts == ["one", "one", "two", "two", "three", "three"]
+    assert len(evaluator.real) == 6
 
 
 @pytest.mark.parametrize("total", [1, 63, 64, 65, 101, 7200])
 @pytest.mark.parametrize("count", [1, 3, 64, 100, 1797])
-def test_spread_samples_are_distinct_and_from_few_places(total, count):
-    chosen = _spread(list(range(total)), count)
+def test_spread_samples_are_distinct_and_from_few_parts(total, count):
+    chosen = spread(list(range(total)), count)
     assert len(chosen) == len(set(chosen)) == min(total, count)
     assert chosen == sorted(chosen)
     assert sum(b - a > 1 for a, b in itertools.pairwise(chosen)) < 64

@@ -1,4 +1,4 @@
-"""What leaves the project must mean the same in diffusers."""
+"""Exported weights give the same images in diffusers as here."""
 
 import dataclasses
 import json
@@ -14,21 +14,22 @@ from safetensors import safe_open
 from recipes.cli import main
 from recipes.runs import load_trained
 from scfm_core.train.checkpoint import find_checkpoint, load_checkpoint
+from scfm_core.train.fit import fit
 from scfm_core.train.parse import dump_config
-from scfm_core.train.trainer import Trainer, fit
+from scfm_core.train.trainer import Trainer
 
 PROMPTS = ["a handwritten digit three", "a handwritten digit eight"]
 
 
 def train(config):
-    """A short run whose adapter is strong enough to be seen."""
+    """A short run, whose adapter is then made strong enough to change the images."""
     trainer = Trainer(config)
     fit(trainer)
     with torch.no_grad():
         for name, parameter in trainer.model.parameters("student").items():
             if ".lora_B." in name or config.train.weights == "full":
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
-    trainer.save()
+    trainer.state.save()
     (trainer.run_dir / "config.yaml").write_text(dump_config(config))
     return trainer.run_dir
 
@@ -39,7 +40,7 @@ def our_images(run_dir, output, *words):
     return [np.asarray(Image.open(path), dtype=int) for path in sorted(output.glob("*.png"))]
 
 
-def their_images(pipe, steps):
+def diffusers_images(pipe, steps):
     pipe.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(77 + i) for i in range(len(PROMPTS))]
     images = pipe(
@@ -48,25 +49,25 @@ def their_images(pipe, steps):
     return [np.asarray(image, dtype=int) for image in images]
 
 
-def worst(left, right):
+def largest_difference(left, right):
     assert len(left) == len(right) == len(PROMPTS)
     return max(int(abs(a - b).max()) for a, b in zip(left, right, strict=True))
 
 
 @pytest.mark.parametrize("alpha", [4.0, 10.0])
-def test_the_adapter_in_diffusers_makes_our_images(make_config, tiny, tmp_path, alpha):
+def test_the_adapter_gives_the_same_images_in_diffusers(make_config, tiny, tmp_path, alpha):
     run_dir = train(make_config({"lora.alpha": alpha}))
     assert main(["export", str(run_dir)]) == 0
     ours = our_images(run_dir, tmp_path / "images", "--steps", "3")
     pipe = FluxPipeline.from_pretrained(tiny / "flux")
-    plain = their_images(pipe, 3)
+    plain = diffusers_images(pipe, 3)
     pipe.load_lora_weights(run_dir / "adapter")
-    assert worst(ours, their_images(pipe, 3)) <= 2
-    assert worst(ours, plain) > 20  # the adapter does something
+    assert largest_difference(ours, diffusers_images(pipe, 3)) <= 2
+    assert largest_difference(ours, plain) > 20  # the adapter changes the images
 
 
 @pytest.mark.parametrize("steps", [1, 3, 4, 8])
-def test_a_step_scaled_adapter_at_the_weight_of_its_card(make_config, tiny, tmp_path, steps):
+def test_a_step_scaled_adapter_with_the_weight_of_its_readme(make_config, tiny, tmp_path, steps):
     run_dir = train(make_config({"method.step_gain": {"gamma": 0.5}}))
     assert main(["export", str(run_dir)]) == 0
     ours = our_images(run_dir, tmp_path / "images", "--steps", str(steps))
@@ -77,10 +78,10 @@ def test_a_step_scaled_adapter_at_the_weight_of_its_card(make_config, tiny, tmp_
     pipe = FluxPipeline.from_pretrained(tiny / "flux")
     pipe.load_lora_weights(run_dir / "adapter", adapter_name="scfm")
     pipe.set_adapters("scfm", weight)
-    assert worst(ours, their_images(pipe, steps)) <= 2
+    assert largest_difference(ours, diffusers_images(pipe, steps)) <= 2
 
 
-def test_weight_beyond_one(make_config, tiny, tmp_path):
+def test_a_strength_above_one(make_config, tiny, tmp_path):
     run_dir = train(make_config())
     main(["export", str(run_dir)])
     ours = our_images(run_dir, tmp_path / "strong", "--steps", "2", "--strength", "1.6")
@@ -88,12 +89,12 @@ def test_weight_beyond_one(make_config, tiny, tmp_path):
     pipe = FluxPipeline.from_pretrained(tiny / "flux")
     pipe.load_lora_weights(run_dir / "adapter", adapter_name="scfm")
     pipe.set_adapters("scfm", 1.6)
-    assert worst(ours, their_images(pipe, 2)) <= 2
-    assert worst(ours, weaker) > 5
+    assert largest_difference(ours, diffusers_images(pipe, 2)) <= 2
+    assert largest_difference(ours, weaker) > 5
 
 
 @pytest.mark.parametrize("weights", ["lora", "full"])
-def test_merged_pipeline_stands_alone(make_config, tmp_path, weights):
+def test_a_merged_pipeline_needs_no_adapter(make_config, tmp_path, weights):
     changes = {"train.weights": weights}
     if weights == "lora":
         changes["method.step_gain"] = {"gamma": 0.5}
@@ -101,11 +102,11 @@ def test_merged_pipeline_stands_alone(make_config, tmp_path, weights):
     steps = ["--steps", "4"] if weights == "lora" else []
     assert main(["export", str(run_dir), "--merged", str(tmp_path / "merged"), *steps]) == 0
     ours = our_images(run_dir, tmp_path / "images", "--steps", "4")
-    assert worst(ours, their_images(FluxPipeline.from_pretrained(tmp_path / "merged"), 4)) <= 2
+    assert largest_difference(ours, diffusers_images(FluxPipeline.from_pretrained(tmp_path / "merged"), 4)) <= 2
 
 
-def test_one_copy_of_full_weights_is_sampled_from(make_config):
-    """In the dtype of the exported pipeline: three networks in fp32 would not fit where the pipeline does."""
+def test_sampling_loads_one_copy_of_full_weights(make_config):
+    """In the dtype of the exported pipeline: three networks in fp32 would need more memory than the pipeline."""
     config = make_config({"train.weights": "full", "train.steps": 2, "train.compute_dtype": "bfloat16"})
     run_dir = train(config)
     whole = load_checkpoint(find_checkpoint(run_dir)).reader.group("ema_slow")
@@ -117,7 +118,7 @@ def test_one_copy_of_full_weights_is_sampled_from(make_config):
     assert set(load_trained(run_dir, config, with_teacher=True).networks) == {"ema_slow", "teacher"}
 
 
-def test_training_ends_with_the_adapter_of_its_last_step(make_config, tiny):
+def test_training_exports_the_adapter_of_its_last_step(make_config, tiny):
     config = make_config({"method.step_gain": {"gamma": 0.5}})
     path = tiny / "recipe.yaml"
     path.write_text(dump_config(config))
@@ -135,13 +136,13 @@ def test_training_ends_with_the_adapter_of_its_last_step(make_config, tiny):
     ("changes", "words", "message"),
     [
         ({"train.weights": "full"}, [], "give --merged FOLDER"),
-        ({"method.step_gain": {"gamma": 0.5}}, ["--merged", "x"], "say which with --steps N"),
+        ({"method.step_gain": {"gamma": 0.5}}, ["--merged", "x"], "choose the step count with --steps N"),
         ({"method.step_gain": {"gamma": 0.5}}, ["--merged", "x", "--steps", "0"], "--steps must be at least 1, got 0"),
         ({"method.step_gain": {"gamma": 0.5}}, ["--steps", "3"], "--steps is for merging a step-scaled adapter"),
         ({}, ["--merged", "x", "--steps", "3"], "--steps is for merging a step-scaled adapter"),
     ],
 )
-def test_what_cannot_be_exported_is_refused(make_config, capsys, changes, words, message):
+def test_impossible_exports_are_errors(make_config, capsys, changes, words, message):
     run_dir = train(make_config({**changes, "train.steps": 1}))
     assert main(["export", str(run_dir), *words]) == 2
     assert message in capsys.readouterr().err

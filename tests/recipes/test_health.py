@@ -1,4 +1,4 @@
-"""`scfm health`: a node that is not fit is named, whatever is wrong with it; several processes for real."""
+"""`scfm health` names every node that cannot run; with real processes."""
 
 import os
 import shutil
@@ -15,7 +15,8 @@ import yaml
 
 from recipes import health
 from recipes.cli import main
-from recipes.health import _compare, _Report, check_health
+from recipes.health import Report, check_health, find_problems, time_all_reduce, wait_for_ranks
+from scfm_core.distributed.world import World
 from scfm_core.errors import UserError
 from scfm_core.train.history import read_history
 from scfm_core.train.parse import to_plain
@@ -24,8 +25,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def reports(**changes):
-    """Two processes on each of three nodes; `n2__clock=...` changes those of a node."""
-    found = [_Report(node=f"n{n}", clock=1e9, versions={"torch": "2.10"}, device="A100") for n in (1, 1, 2, 2, 3, 3)]
+    """Reports of two processes on each of three nodes; `n2__clock=...` changes those of a node."""
+    found = [Report(node=f"n{n}", clock=1e9, versions={"torch": "2.10"}, device="A100") for n in (1, 1, 2, 2, 3, 3)]
     for key, value in changes.items():
         node, _, name = key.partition("__")
         for report in found:
@@ -42,32 +43,32 @@ def recipe(make_config, tmp_path):
 
 
 class TestComparison:
-    def test_of_equals(self):
-        assert _compare(reports(n2__clock=1e9 + 1)) == []
+    def test_equal_nodes_have_no_problem(self):
+        assert find_problems(reports(n2__clock=1e9 + 1)) == []
 
     def test_names_the_node_with_another_version(self):
-        assert _compare(reports(n2__versions={"torch": "2.9"})) == ["n2: torch 2.9, the others have 2.10"]
+        assert find_problems(reports(n2__versions={"torch": "2.9"})) == ["n2: torch 2.9, the others have 2.10"]
 
     def test_names_the_node_whose_clock_is_off(self):
-        (problem,) = _compare(reports(n3__clock=1e9 - 90))
+        (problem,) = find_problems(reports(n3__clock=1e9 - 90))
         assert problem.startswith("n3: its clock is 90 s behind")
-        (problem,) = _compare(reports(n1__clock=1e9 + 60))
+        (problem,) = find_problems(reports(n1__clock=1e9 + 60))
         assert problem.startswith("n1: its clock is 60 s ahead")
 
     def test_names_the_node_with_another_gpu(self):
-        assert _compare(reports(n1__device="V100")) == ["n1: V100, the others have A100"]
+        assert find_problems(reports(n1__device="V100")) == ["n1: V100, the others have A100"]
 
-    def test_names_who_has_a_problem_once(self):
-        found = _compare(reports(n1__problems=["GPU 0 is taken"], n2__problems=["GPU 0 is taken", "no disk"]))
+    def test_a_problem_of_several_nodes_is_listed_once(self):
+        found = find_problems(reports(n1__problems=["GPU 0 is taken"], n2__problems=["GPU 0 is taken", "no disk"]))
         assert found == ["n1, n2: GPU 0 is taken", "n2: no disk"]
 
-    def test_what_all_have_is_not_the_nodes(self):
+    def test_a_problem_of_all_nodes_is_the_runs(self):
         everywhere = {f"n{n}__problems": ["data: no folder"] for n in (1, 2, 3)}
-        assert _compare(reports(**everywhere)) == ["all nodes: data: no folder"]
+        assert find_problems(reports(**everywhere)) == ["all nodes: data: no folder"]
 
 
 class TestOneProcess:
-    def test_fit(self, recipe, capsys):
+    def test_no_problem(self, recipe, capsys):
         assert main(["health", str(recipe)]) == 0
         text = capsys.readouterr().out
         assert "health: 1 node fit, 1 processes on cpu" in text
@@ -81,8 +82,8 @@ class TestOneProcess:
             ("run.dir=/proc/run", "all nodes: run.dir: /proc"),
         ],
     )
-    def test_unfit(self, recipe, override, message):
-        with pytest.raises(UserError, match="the run cannot work as it is") as caught:
+    def test_problems_of_the_run(self, recipe, override, message):
+        with pytest.raises(UserError, match="the run cannot work with these settings") as caught:
             check_health(str(recipe), [override])
         assert message in str(caught.value)
 
@@ -92,7 +93,7 @@ class TestOneProcess:
         with pytest.raises(UserError, match=r"run\.dir: .* has 1\.0 GB free, less than 5"):
             check_health(str(recipe), [])
 
-    def test_tells_the_runs_history(self, recipe, tmp_path):
+    def test_writes_to_the_runs_history(self, recipe, tmp_path):
         (tmp_path / "run").mkdir()
         with pytest.raises(UserError):
             check_health(str(recipe), ["data.path=/nowhere"])
@@ -100,19 +101,16 @@ class TestOneProcess:
         assert (row["event"], row["how"]) == ("end", "refused")
         assert "/nowhere" in row["reason"]
 
-    def test_wrong_sum(self, recipe, monkeypatch):
-        """The trial all-reduce must have one process's ones from each."""
-        from scfm_core.distributed.world import World
-
+    def test_wrong_sum(self, monkeypatch):
+        """One element of the all-reduce is wrong."""
         monkeypatch.setattr(health.dist, "barrier", lambda: None)
         monkeypatch.setattr(health.dist, "all_reduce", lambda tensor: tensor.mul_(2)[5].add_(1))
-        monkeypatch.setattr(health, "_REDUCED", 4096)
         with pytest.raises(UserError, match="an all-reduce of ones over 2 processes gave a wrong sum"):
-            health._reduce(World(0, 2), torch.device("cpu"))
+            time_all_reduce(World(0, 2), torch.device("cpu"), size=4096)
 
 
 def launch(recipe, *overrides, nodes=({}, {})):
-    """A torchrun a node, as slurm/node.sh starts them, with those variables; outputs and exit codes."""
+    """Start a torchrun for each node, like slurm/node.sh, with these variables; returns outputs and exit codes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -134,7 +132,7 @@ def launch(recipe, *overrides, nodes=({}, {})):
 
 
 class TestTwoNodes:
-    def test_fit(self, recipe):
+    def test_no_problem(self, recipe):
         output, codes = launch(recipe)
         assert codes == [0, 0], output
         assert "health: 2 nodes fit, 2 processes on cpu" in output
@@ -142,34 +140,32 @@ class TestTwoNodes:
         assert "n1: 1 processes" in output
         assert "all-reduce of 64 MiB" in output
 
-    def test_the_one_that_is_not_is_named(self, recipe, tmp_path):
-        """Its home, and so the cache of shards, is where nothing can be written."""
+    def test_the_bad_node_is_named(self, recipe, tmp_path):
+        """Its home, which has the cache of shards, cannot be written."""
         (tmp_path / "run").mkdir()
         output, codes = launch(recipe, "data.cache.dir=~/cache", nodes=({}, {"HOME": "/proc"}))
         assert 0 not in codes
         assert output.count("n1: data.cache.dir: /proc/cache has 0.0 GB free") == 1
         assert "n0:" not in output
-        assert read_history(tmp_path / "run")[0]["how"] == "failed"  # elsewhere it may work
+        assert read_history(tmp_path / "run")[0]["how"] == "failed"  # on other nodes it may work
 
 
 def test_missing_ranks_are_named(monkeypatch):
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     store.set("scfm/health/2", "n1")
-    monkeypatch.setattr(health, "_MEET", 1.0)
     variables = {"RANK": 0, "WORLD_SIZE": 4, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
     for name, value in (variables | {"TORCHELASTIC_USE_AGENT_STORE": True}).items():
         monkeypatch.setenv(name, str(value))
-    with pytest.raises(UserError, match=r"ranks 1, 3 of 4 did not come within 1 s; those of n0, n1 are there"):
-        health._wait_for_all("n0")
+    with pytest.raises(UserError, match=r"ranks 1, 3 of 4 did not start within 1 s; the ranks on n0, n1 did"):
+        wait_for_ranks("n0", timeout=1.0)
 
 
-def test_an_address_that_cannot_be_reached_is_named(monkeypatch):
+def test_an_unreachable_address_is_named(monkeypatch):
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         port = nobody.getsockname()[1]
-    monkeypatch.setattr(health, "_MEET", 1.0)
     variables = {"RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     for name, value in (variables | {"TORCHELASTIC_USE_AGENT_STORE": True}).items():
         monkeypatch.setenv(name, str(value))
     with pytest.raises(UserError, match=rf"node n1 cannot reach 127\.0\.0\.1:{port}.*SCFM_RENDEZVOUS_HOST"):
-        health._wait_for_all("n1")
+        wait_for_ranks("n1", timeout=1.0)

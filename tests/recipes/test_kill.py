@@ -1,4 +1,4 @@
-"""kill -9 at random moments, and polite signals: the same command goes on, and the result is bitwise the same."""
+"""After kill -9 at random moments, SIGTERM or SIGINT the same command resumes, and the result is bitwise the same."""
 
 import json
 import os
@@ -79,8 +79,8 @@ def assert_same_end(left, right):
     assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]
 
 
-def test_kill_nine_three_times_and_polite_signals(recipe, tmp_path):
-    whole, killed, asked = (tmp_path / name for name in ("whole", "killed", "asked"))
+def test_killed_and_stopped_runs_end_like_an_uninterrupted_one(recipe, tmp_path):
+    whole, killed, stopped = (tmp_path / name for name in ("whole", "killed", "stopped"))
     finish(start(recipe, whole))
 
     moments = random.Random(20261121)
@@ -95,18 +95,18 @@ def test_kill_nine_three_times_and_polite_signals(recipe, tmp_path):
     assert_same_end(whole, killed)
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        process = start(recipe, asked)
-        wait_for_steps(process, asked, steps_logged(asked) + 6)
+        process = start(recipe, stopped)
+        wait_for_steps(process, stopped, steps_logged(stopped) + 6)
         process.send_signal(number)
         output, _ = process.communicate(timeout=60)
         assert process.returncode == 128 + number, output
-        stopped = steps_logged(asked)
-        assert f"stopped by {number.name} after step {stopped}" in output
-        assert find_checkpoint(asked).name == f"step_{stopped:08d}"
-    finish(start(recipe, asked))
-    assert_same_end(whole, asked)
+        last = steps_logged(stopped)
+        assert f"stopped by {number.name} after step {last}" in output
+        assert find_checkpoint(stopped).name == f"step_{last:08d}"
+    finish(start(recipe, stopped))
+    assert_same_end(whole, stopped)
 
-    # Killed between the last checkpoint and the export: the adapter is still to come.
-    (asked / "adapter" / "pytorch_lora_weights.safetensors").unlink()
-    assert "nothing to do" in finish(start(recipe, asked))
-    assert_same_end(whole, asked)
+    # As if killed between the last checkpoint and the export: the adapter is missing.
+    (stopped / "adapter" / "pytorch_lora_weights.safetensors").unlink()
+    assert "nothing to do" in finish(start(recipe, stopped))
+    assert_same_end(whole, stopped)

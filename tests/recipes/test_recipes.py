@@ -1,4 +1,4 @@
-"""Every shipped recipe, found recursively, is complete, documented and dry-runs without network or weights."""
+"""Every shipped recipe, found recursively, is complete and documented, and its dry run needs no network or weights."""
 
 import re
 from pathlib import Path
@@ -19,7 +19,7 @@ DATA = sorted((find_recipe("flux_dev_lora").parents[1] / "data").rglob("*.yaml")
 
 @pytest.fixture(scope="module")
 def demo_root(tmp_path_factory):
-    """What the tiny recipes expect to find below the working directory."""
+    """A working directory with the files that the tiny recipes need."""
     root = tmp_path_factory.mktemp("cwd")
     make_assets(root / "runs" / "demo", vae_steps=0)
     demo, shape = root / "runs" / "demo", ["--resolution", "16", "16", "--text-length", "8"]
@@ -29,7 +29,7 @@ def demo_root(tmp_path_factory):
     return root
 
 
-def test_all_promised_recipes_are_there():
+def test_all_promised_recipes_exist():
     names = {path.stem for path in CONFIGS}
     assert names >= {
         "flux_dev_lora",
@@ -54,12 +54,12 @@ def test_dry_run(path, demo_root, monkeypatch, capsys):
         assert re.search(rf"^{heading}", page, re.MULTILINE), heading
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="here the run itself could start")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine can run it")
 @pytest.mark.parametrize("override", ["run.device=cuda", "kernels.cuda_graphs=true", "kernels.attention=cudnn"])
-def test_a_dry_run_where_the_run_could_not_be(override, capsys):
+def test_a_dry_run_on_a_machine_that_cannot_run_it(override, capsys):
     assert main(["train", "flux_dev_lora.yaml", "--dry-run", override]) == 0
     page = capsys.readouterr().out
-    assert "kernels     not to be chosen here: " in page and "this run" in page
+    assert "kernels     unavailable here: " in page and "this run" in page
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -70,14 +70,14 @@ def test_header_states_command_hardware_hours_and_loss(path):
     assert load_config(path).run.dir.startswith("runs/")
 
 
-def test_all_promised_data_recipes_are_there():
+def test_all_promised_data_recipes_exist():
     names = {path.stem for path in DATA}
     assert names >= {"laion_pop", "self_generated", "fewshot_10", "cc12m_mds", "digits"}
 
 
 @pytest.mark.parametrize("path", DATA, ids=lambda path: path.stem)
-def test_data_recipe_is_swapped_in_by_one_argument(path, demo_root, monkeypatch, capsys):
-    """As the command in its header says."""
+def test_data_recipe_works_with_one_argument(path, demo_root, monkeypatch, capsys):
+    """With the command of its header."""
     header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
     assert "make:" in header
     use = re.search(r"use: +scfm train (\S+) data=(\S+)(.*)", header)
@@ -96,7 +96,7 @@ def test_every_arm_of_a_study_is_a_valid_run(path):
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
-def test_a_studys_header_says_what_it_takes(path):
+def test_header_of_a_study(path):
     header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
     for word in ("first:", f"command:  scfm study {path.stem}", "hardware:", "hours:", "expect:"):
         assert word in header, word
@@ -110,7 +110,7 @@ def test_tiny_recipes_train(name, demo_root, monkeypatch):
     assert len(Path(f"runs/test_{name}/metrics.jsonl").read_text().splitlines()) == 2
 
 
-def test_overrides_may_stand_anywhere(capsys):
+def test_overrides_may_follow_options(capsys):
     assert main(["train", "flux_dev_lora", "train.lr=1e-4", "--dry-run", "train.steps=7"]) == 0
     assert "this run    7 steps" in capsys.readouterr().out
     with pytest.raises(SystemExit):

@@ -1,4 +1,4 @@
-"""`--resume auto | never | PATH`, and what stands in its way. `test_kill.py` holds the bitwise end."""
+"""`--resume auto | never | PATH`, and its errors. `test_kill.py` proves that the result is bitwise the same."""
 
 import fcntl
 import json
@@ -37,7 +37,7 @@ def losses(run_dir):
 
 
 def saved(run_dir):
-    """Names of the checkpoints, after a look at the pointer to the newest of them."""
+    """Names of the checkpoints; `latest` must name the newest of them."""
     folder = run_dir / "checkpoints"
     names = sorted(path.name for path in folder.iterdir() if path.is_dir())
     assert {path.name for path in folder.iterdir()} - set(names) == {"latest"}
@@ -45,7 +45,7 @@ def saved(run_dir):
     return names
 
 
-def test_never_moves_the_earlier_attempt_aside(recipe, run_dir):
+def test_never_keeps_the_earlier_attempt_in_another_folder(recipe, run_dir):
     before = losses(run_dir)
     assert main(["train", str(recipe), "--resume", "never", "train.steps=2"]) == 0
     assert steps(run_dir) == [1, 2]
@@ -53,7 +53,7 @@ def test_never_moves_the_earlier_attempt_aside(recipe, run_dir):
     assert saved(run_dir / "previous-1") == [f"step_{step:08d}" for step in (2, 4, 6)]
 
 
-def test_never_touches_nothing_if_the_new_run_cannot_start(recipe, run_dir):
+def test_never_moves_nothing_if_the_new_run_cannot_start(recipe, run_dir):
     assert main(["train", str(recipe), "--resume", "never", "data.path=nowhere"]) == 2
     assert steps(run_dir) == [1, 2, 3, 4, 5, 6]
     assert not (run_dir / "previous-1").exists()
@@ -63,9 +63,9 @@ def test_going_back_in_the_same_run(recipe, run_dir, capsys):
     before = losses(run_dir)
     target = run_dir / "checkpoints" / "step_00000002"
     assert main(["train", str(recipe), "--resume", str(target), "train.steps=4", "train.lr=5e-4"]) == 0
-    assert "train.lr changes here from 0.001 to 0.0005" in capsys.readouterr().out
+    assert "train.lr changes from 0.001 to 0.0005" in capsys.readouterr().out
     assert steps(run_dir) == [1, 2, 3, 4]
-    # The third loss still follows from the second step's weights; the fourth feels the lower rate.
+    # The third loss comes from the weights of the second step; the fourth changes with the lower rate.
     assert losses(run_dir)[:3] == before[:3]
     assert losses(run_dir)[3] != before[3]
     assert saved(run_dir) == ["step_00000002", "step_00000004"]
@@ -73,21 +73,21 @@ def test_going_back_in_the_same_run(recipe, run_dir, capsys):
     assert kept == ["step_00000004", "step_00000006"]
 
 
-def test_going_back_points_back(recipe, run_dir):
-    """Killed before its next checkpoint, the run must not leave a pointer to one that has been moved away."""
+def test_going_back_updates_latest(recipe, run_dir):
+    """If the run is killed before its next checkpoint, `latest` must not name one that was moved."""
     target = run_dir / "checkpoints" / "step_00000002"
     assert main(["train", str(recipe), "--resume", str(target), "train.steps=2"]) == 0
     assert saved(run_dir) == ["step_00000002"]
 
 
-def test_going_on_from_another_run_points_to_the_copy(recipe, run_dir, tmp_path):
+def test_latest_names_the_copy_after_resuming_from_another_run(recipe, run_dir, tmp_path):
     command = ["train", str(recipe), f"run.dir={tmp_path / 'other'}"]
     assert main([*command, "--resume", str(run_dir / "checkpoints" / "step_00000004"), "train.steps=4"]) == 0
     assert saved(tmp_path / "other") == ["step_00000004"]
     assert find_checkpoint(tmp_path / "other").name == "step_00000004"
 
 
-def test_going_on_from_another_run(recipe, run_dir, tmp_path):
+def test_resuming_from_another_run(recipe, run_dir, tmp_path):
     other = tmp_path / "other"
     command = ["train", str(recipe), f"run.dir={other}"]
     assert main([*command, "--resume", str(run_dir), "train.steps=8"]) == 0
@@ -111,7 +111,7 @@ def test_checkpoints_written_on_a_thread_are_the_same(recipe, run_dir, tmp_path)
     assert losses(other)[:6] == losses(run_dir)
 
 
-def test_no_intact_checkpoint_is_no_reason_to_start_over(recipe, run_dir, capsys):
+def test_a_run_without_an_intact_checkpoint_does_not_start_over(recipe, run_dir, capsys):
     for path in (run_dir / "checkpoints").glob("step_*"):
         os.truncate(path / "dcp" / "__0_0.distcp", 10)
     assert main(["train", str(recipe), "train.steps=7"]) == 2
@@ -119,7 +119,7 @@ def test_no_intact_checkpoint_is_no_reason_to_start_over(recipe, run_dir, capsys
     assert steps(run_dir) == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_damaged_checkpoint_is_passed_over_aloud(recipe, run_dir, capsys):
+def test_a_damaged_checkpoint_is_skipped_with_a_message(recipe, run_dir, capsys):
     whole = losses(run_dir)
     os.truncate(run_dir / "checkpoints" / "step_00000006" / "dcp" / "__0_0.distcp", 10)
     assert main(["train", str(recipe)]) == 0
@@ -138,7 +138,7 @@ def test_one_run_at_a_time(recipe, run_dir, capsys):
     assert main(["train", str(recipe)]) == 0
 
 
-def test_another_base_under_the_same_path_is_refused(recipe, run_dir, tiny, tmp_path, capsys):
+def test_another_base_in_the_same_folder_is_an_error(recipe, run_dir, tiny, tmp_path, capsys):
     folder = shutil.copytree(tiny / "flux", tmp_path / "flux")
     weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     with weights.open("r+b") as file:
@@ -150,7 +150,7 @@ def test_another_base_under_the_same_path_is_refused(recipe, run_dir, tiny, tmp_
     assert "is not the model that" in capsys.readouterr().err
 
 
-def test_a_run_can_be_used_from_anywhere(recipe, tiny, tmp_path, monkeypatch):
+def test_a_run_can_be_used_from_any_folder(recipe, tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tiny)
     words = [
         "model.path=flux",
@@ -164,8 +164,8 @@ def test_a_run_can_be_used_from_anywhere(recipe, tiny, tmp_path, monkeypatch):
     assert main(["evaluate", "my run"]) == 0
 
 
-def test_the_adapter_is_that_of_the_last_start(recipe, run_dir):
-    """Killed between the last checkpoint and the export, an older adapter would stay."""
+def test_every_start_exports_the_adapter_again(recipe, run_dir):
+    """A run killed between its last checkpoint and the export has an old adapter."""
     path = run_dir / "adapter" / "pytorch_lora_weights.safetensors"
     final = path.read_bytes()
     path.write_bytes(b"stale")
@@ -174,7 +174,7 @@ def test_the_adapter_is_that_of_the_last_start(recipe, run_dir):
     assert adapter_metadata(path)["guidance"] == 2.0
 
 
-def test_a_missing_last_grid_is_drawn(recipe, run_dir):
+def test_a_missing_last_grid_is_made(recipe, run_dir):
     words = ["sample.every=2", "sample.prompts=[a handwritten digit one]", "sample.steps=[1]"]
     assert main(["train", str(recipe), *words, "train.steps=8"]) == 0
     grids = sorted(path.name for path in (run_dir / "samples").glob("step_*.png"))

@@ -1,4 +1,4 @@
-"""A run's history, what `scfm status` makes of it, and what a batch job decides by it."""
+"""A run's history, the output of `scfm status`, and the decisions of a batch job."""
 
 import json
 import re
@@ -6,21 +6,22 @@ import re
 import pytest
 
 from recipes.cli import main
-from recipes.status import status, verdict
+from recipes.job import verdict
+from recipes.status import status
 from scfm_core.errors import UserError
 from scfm_core.train.history import HISTORY, Start, read_history, write_event
 from scfm_core.train.metrics import MetricsFile
 
 
-def complete(run_dir, step):
-    """A checkpoint, as far as its folder's name and its manifest say."""
+def make_checkpoint(run_dir, step):
+    """Make a folder that looks like a complete checkpoint: its name and a manifest."""
     folder = run_dir / "checkpoints" / f"step_{step:08d}"
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_text("{}")
 
 
 class TestHistory:
-    def test_of_a_run_that_finishes(self, tmp_path):
+    def test_a_finished_run(self, tmp_path):
         with Start(tmp_path).recorded() as start:
             start.begin(0, 10, 4)
             start.end("finished", 10)
@@ -28,19 +29,19 @@ class TestHistory:
         assert (first["event"], first["step"], first["steps"], first["processes"]) == ("start", 0, 10, 4)
         assert (last["event"], last["how"], last["step"]) == ("end", "finished", 10)
 
-    def test_a_users_mistake_before_the_steps_is_a_refusal(self, tmp_path):
+    def test_a_user_error_before_training_is_a_refusal(self, tmp_path):
         with pytest.raises(UserError), Start(tmp_path).recorded():
             raise UserError("data.path: no")
         assert [(row["how"], row["reason"]) for row in read_history(tmp_path)] == [("refused", "data.path: no")]
 
     @pytest.mark.parametrize("error", [UserError("storage is gone"), KeyError("x"), KeyboardInterrupt()], ids=repr)
-    def test_whatever_ends_the_steps_is_a_failure(self, tmp_path, error):
+    def test_an_exception_during_training_is_a_failure(self, tmp_path, error):
         with pytest.raises(type(error)), Start(tmp_path).recorded() as start:
             start.begin(3, 10, 1)
             raise error
         assert read_history(tmp_path)[-1]["how"] == "failed"
 
-    def test_without_secrets(self, tmp_path, monkeypatch):
+    def test_secrets_are_removed(self, tmp_path, monkeypatch):
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary-77aa")
         with pytest.raises(RuntimeError), Start(tmp_path).recorded():
             raise RuntimeError("s3 said canary-77aa at https://me:canary@host/x?sig=canary")
@@ -61,7 +62,7 @@ class TestHistory:
         write_event(tmp_path, "start")
         assert [(row["job"], row["requeued"]) for row in read_history(tmp_path)] == [("17", 2)]
 
-    def test_cut_lines_are_left_out(self, tmp_path):
+    def test_incomplete_lines_are_ignored(self, tmp_path):
         write_event(tmp_path, "start")
         with (tmp_path / HISTORY).open("a") as file:
             file.write('{"event": "e')
@@ -82,7 +83,7 @@ class TestVerdict:
         [
             ("finished", 0, False, "finished"),
             ("finished", 0, True, "finished"),  # cancelled too late
-            ("finished", 1, False, "finished"),  # a rank that fails behind the end
+            ("finished", 1, False, "finished"),  # a rank fails after the end
             ("stopped", 1, False, "requeue"),
             ("stopped", 0, False, "requeue"),
             ("stopped", 1, True, "cancelled"),
@@ -94,15 +95,15 @@ class TestVerdict:
             (None, 143, True, "cancelled"),
         ],
     )
-    def test_by_the_end_of_the_run(self, tmp_path, how, exit_code, cancelled, expected):
+    def test_follows_from_the_end_of_the_run(self, tmp_path, how, exit_code, cancelled, expected):
         self.begin(tmp_path, how)
         assert self.judge(tmp_path, exit_code, cancelled)[0] == expected
 
-    def test_says_why(self, tmp_path):
+    def test_gives_the_reason(self, tmp_path):
         self.begin(tmp_path, "refused", "data.path: there is no folder")
-        assert self.judge(tmp_path) == ("failed", "it cannot work as it is: data.path: there is no folder")
+        assert self.judge(tmp_path) == ("failed", "the command is invalid: data.path: there is no folder")
 
-    def test_breaking_off_is_borne_so_often(self, tmp_path):
+    def test_failures_are_tolerated_up_to_the_limit(self, tmp_path):
         found = []
         for _ in range(3):
             self.begin(tmp_path, "failed", "lost")
@@ -111,30 +112,30 @@ class TestVerdict:
         assert "1 of at most 3 times in a row" in found[0][1]
         assert "3 times in a row without a new checkpoint: lost" in found[2][1]
 
-    def test_a_new_checkpoint_counts_anew(self, tmp_path):
+    def test_a_new_checkpoint_resets_the_count(self, tmp_path):
         for step in range(4):
             self.begin(tmp_path)
-            complete(tmp_path, step)
+            make_checkpoint(tmp_path, step)
             assert self.judge(tmp_path, retries=0 if step == 0 else 1)[0] == ("failed" if step == 0 else "requeue")
 
-    def test_a_stop_in_good_order_counts_anew(self, tmp_path):
+    def test_a_stop_by_a_signal_resets_the_count(self, tmp_path):
         for how in ("failed", "failed", "stopped", "failed", "failed"):
             self.begin(tmp_path, how)
             assert self.judge(tmp_path)[0] == "requeue"
         self.begin(tmp_path, "failed")
         assert self.judge(tmp_path)[0] == "failed"
 
-    def test_an_earlier_jobs_end_says_nothing(self, tmp_path):
+    def test_the_end_of_an_earlier_job_is_ignored(self, tmp_path):
         self.begin(tmp_path, "finished")
         self.judge(tmp_path, 0)
         assert self.judge(tmp_path, 0)[0] == "requeue"
 
-    def test_command_prints_the_word_alone(self, tmp_path, capsys):
+    def test_the_command_prints_only_the_verdict(self, tmp_path, capsys):
         self.begin(tmp_path, "stopped", "SIGUSR2")
         assert main(["job", "verdict", str(tmp_path), "--exit-code", "1"]) == 0
         printed = capsys.readouterr()
         assert printed.out == "requeue\n"
-        assert printed.err == "stopped by SIGUSR2, to be continued\n"
+        assert printed.err == "stopped by SIGUSR2, to be resumed\n"
 
 
 class TestStatus:
@@ -144,12 +145,12 @@ class TestStatus:
             file.write({"step": step, "loss": 0.5, "samples": 8 * step, "seconds": 2.0 * step})
         file.close()
 
-    def test_of_a_run_under_way(self, tmp_path):
+    def test_a_running_run(self, tmp_path):
         write_event(tmp_path, "start", step=0, steps=100, processes=16, host="n1")
         self.rows(tmp_path, 30)
-        complete(tmp_path, 20)
+        make_checkpoint(tmp_path, 20)
         text = status(tmp_path)
-        assert "running, or killed without a word" in text
+        assert "running, or killed without a message" in text
         assert "30 of 100 (30.0%)" in text
         assert "4.0 samples/s, 2.00 s a step" in text
         assert "2 min 20 s of training" in text
@@ -157,7 +158,7 @@ class TestStatus:
         assert re.search(r"step_00000020, \d+ s old", text)
         assert "16 processes on n1, from step 0" in text
 
-    def test_tells_every_start_and_why_it_ended(self, tmp_path, monkeypatch):
+    def test_lists_every_start_and_its_end(self, tmp_path, monkeypatch):
         monkeypatch.setenv("SLURM_JOB_ID", "12")
         write_event(tmp_path, "start", step=0, steps=9, processes=2, host="a")
         write_event(tmp_path, "end", how="stopped", step=4, reason="SIGUSR2")
@@ -171,17 +172,17 @@ class TestStatus:
         write_event(tmp_path, "end", how="finished", step=9, reason=None)
         lines = status(tmp_path).splitlines()
         assert lines[0] == f"{tmp_path}: finished"
-        told = [line.split("  ", 3)[-1] for line in lines[-4:]]
-        assert [len(re.findall("job 12, ", line)) for line in told] == [1, 1, 1, 1]
-        assert "from step 0; stopped at step 4" in told[0]
-        assert told[0].endswith(": SIGUSR2")
-        assert "from step 4; lost" in told[1]
-        assert told[1].endswith(": exit code 1")
-        assert "refused" in told[2]
-        assert told[2].endswith("all nodes: no data")
-        assert "4 processes on b, from step 4; finished at step 9" in told[3]
+        ends = [line.split("  ", 3)[-1] for line in lines[-4:]]
+        assert [len(re.findall("job 12, ", line)) for line in ends] == [1, 1, 1, 1]
+        assert "from step 0; stopped at step 4" in ends[0]
+        assert ends[0].endswith(": SIGUSR2")
+        assert "from step 4; lost" in ends[1]
+        assert ends[1].endswith(": exit code 1")
+        assert "refused" in ends[2]
+        assert ends[2].endswith("all nodes: no data")
+        assert "4 processes on b, from step 4; finished at step 9" in ends[3]
 
-    def test_of_a_real_run(self, make_config, tmp_path, capsys):
+    def test_a_real_run(self, make_config, tmp_path, capsys):
         from scfm_core.train.parse import dump_config
 
         (tmp_path / "recipe.yaml").write_text(dump_config(make_config()))
@@ -194,12 +195,12 @@ class TestStatus:
         assert "step_00000004" in text
         assert [row["event"] for row in read_history(tmp_path / "run")] == ["start", "end"]
 
-    def test_of_no_run(self, tmp_path, capsys):
+    def test_a_folder_without_a_run(self, tmp_path, capsys):
         assert main(["status", str(tmp_path)]) == 2
         assert f"{tmp_path} is not a run: it has no history.jsonl" in capsys.readouterr().err
 
 
-def test_run_dir_is_checked_made_and_printed(make_config, tmp_path, capsys):
+def test_run_dir_is_checked_created_and_printed(make_config, tmp_path, capsys):
     from scfm_core.train.parse import dump_config
 
     (tmp_path / "recipe.yaml").write_text(dump_config(make_config()))

@@ -1,4 +1,4 @@
-"""`scfm study`: arms and seeds, run once each, in a table and a plot."""
+"""`scfm study`: each arm and seed runs once; the results are in a table and a plot."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import yaml
 from recipes.cli import main
 from recipes.study import run_study, target_passes
 from recipes.train import train
-from scfm_core.scfm.plan import PlanConfig
+from scfm_core.scfm.method import PlanConfig
 from scfm_core.train.parse import dump_config, load_config
 
 LITTLE = ["train.steps=1", "train.warmup_steps=0", "train.global_batch_size=4", "train.micro_batch_size=4"]
@@ -20,7 +20,7 @@ LITTLE = ["train.steps=1", "train.warmup_steps=0", "train.global_batch_size=4", 
 
 @pytest.fixture
 def study(make_config, tmp_path, monkeypatch):
-    """Two arms, two seeds."""
+    """A study of two arms and two seeds."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipe.yaml").write_text(dump_config(make_config({"evaluate.noise_floor": True})))
     content = {
@@ -79,15 +79,15 @@ def test_one_run_of_an_array(study, tmp_path, capsys):
     assert (tmp_path / "out" / "plain" / "seed-5" / "evaluation.json").is_file()
 
 
-def test_what_a_study_needs_is_made_first(study, tmp_path, monkeypatch, capsys):
-    """By the command as one process, even in a task of an array, and again each time: it knows what it has made."""
+def test_prepare_runs_before_the_first_run(study, tmp_path, monkeypatch, capsys):
+    """Outside of the Slurm array, and at every start: the command itself knows what it has made."""
     study(prepare={"made/manifest.json": "data encode images -o made --model nowhere"}, seeds=[0])
     assert main(["study", "small.yaml", "-o", "out"]) == 2
-    assert "what makes made/manifest.json failed: scfm data encode images" in capsys.readouterr().err
-    asked = []
+    assert "the command that makes made/manifest.json failed: scfm data encode images" in capsys.readouterr().err
+    calls = []
 
     def execute(words):
-        asked.append((words, [name for name in os.environ if name.startswith("SLURM_ARRAY")]))
+        calls.append((words, [name for name in os.environ if name.startswith("SLURM_ARRAY")]))
         (tmp_path / "made").mkdir(exist_ok=True)
         (tmp_path / "made" / "manifest.json").touch()
         return 0
@@ -95,7 +95,7 @@ def test_what_a_study_needs_is_made_first(study, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")
     for _ in range(2):
         run_study("small.yaml", tmp_path / "out", [], arms=["plain"], only=None, execute=execute)
-    assert asked == [(["data", "encode", "images", "-o", "made", "--model", "nowhere"], [])] * 2
+    assert calls == [(["data", "encode", "images", "-o", "made", "--model", "nowhere"], [])] * 2
     assert os.environ["SLURM_ARRAY_TASK_ID"] == "0"
 
 
@@ -113,13 +113,13 @@ def test_what_a_study_needs_is_made_first(study, tmp_path, monkeypatch, capsys):
         ),
         ({}, ["--arms", "plane"], "has no arm plane; it has plain, scaled"),
         ({}, ["--only", "4"], "--only must be in 0..3: small.yaml has 4 runs"),
-        ({"seeds": [0, 5, 0]}, [], "seeds [0, 5, 0] has one twice"),
-        ({"arms": {"undistilled": {"about": "x"}}}, [], "Name the arm otherwise"),
+        ({"seeds": [0, 5, 0]}, [], "seeds [0, 5, 0] contains a seed twice"),
+        ({"arms": {"undistilled": {"about": "x"}}}, [], "Use another name for the arm"),
         ({"arms": {"a": {"about": "x", "set": ["run.seed=3"]}}}, [], "run.seed=3 has no effect in a study"),
         ({}, ["run.dir=elsewhere"], "run.dir=elsewhere has no effect in a study"),
     ],
 )
-def test_mistakes_are_told_before_the_first_run(study, tmp_path, capsys, changes, words, message):
+def test_mistakes_are_found_before_the_first_run(study, tmp_path, capsys, changes, words, message):
     study(**changes)
     assert main(["study", "small.yaml", "-o", "out", *words]) == 2
     assert message in capsys.readouterr().err
@@ -127,13 +127,13 @@ def test_mistakes_are_told_before_the_first_run(study, tmp_path, capsys, changes
 
 
 @pytest.mark.parametrize("name", ["digitz", "no/such/folder/digits.yaml", "tiny_distill.yaml"])
-def test_a_study_that_is_not_there(name, capsys):
+def test_a_missing_study(name, capsys):
     assert main(["study", name]) == 2
     shipped = capsys.readouterr().err.partition("Shipped")[2]
     assert "digits.yaml" in shipped and "distill" not in shipped
 
 
-def test_what_was_made_with_other_settings_is_not_the_studys(study, tmp_path, capsys):
+def test_runs_with_other_settings_are_an_error(study, tmp_path, capsys):
     study(seeds=[0], arms={"plain": {"about": "as it comes"}})
     assert main(["study", "small.yaml", "-o", "out"]) == 0
     before = (tmp_path / "out" / "study.md").read_text()
@@ -142,15 +142,13 @@ def test_what_was_made_with_other_settings_is_not_the_studys(study, tmp_path, ca
     assert (tmp_path / "out" / "study.md").read_text() == before
 
     run_dir = tmp_path / "out" / "plain" / "seed-0"
-    shutil.rmtree(run_dir / "checkpoints")  # of a run that is done they are not needed
+    shutil.rmtree(run_dir / "checkpoints")  # a finished run does not need them
     assert main(["study", "small.yaml", "-o", "out"]) == 0
-    how = (run_dir / "evaluation.yaml").read_text()  # as `scfm evaluate RUN sample.seed=7` leaves it
+    how = (run_dir / "evaluation.yaml").read_text()  # as if made by `scfm evaluate RUN sample.seed=7`
     (run_dir / "evaluation.yaml").write_text(how.replace("seed: 1234", "seed: 7"))
     assert main(["study", "small.yaml", "-o", "out"]) == 2
     assert "plain/seed-0 was made with other settings (sample.seed)" in capsys.readouterr().err
-    (
-        run_dir / "evaluation.json"
-    ).unlink()  # half done: what is trained may not change on the way, what is evaluated may
+    (run_dir / "evaluation.json").unlink()  # not evaluated yet: settings of the evaluation may change, others may not
     assert main(["study", "small.yaml", "-o", "out", "train.lr=1e-4"]) == 2
     assert "plain/seed-0 was made with other settings (train.lr)" in capsys.readouterr().err
 
@@ -162,7 +160,7 @@ def test_a_run_that_fails_does_not_stop_the_others(study, tmp_path, capsys):
     assert "| plain |" in (tmp_path / "out" / "study.md").read_text()
 
 
-def test_nor_does_a_defect(study, tmp_path, capsys, monkeypatch):
+def test_an_unexpected_exception_does_not_stop_the_others(study, tmp_path, capsys, monkeypatch):
     def out_of_memory(recipe, overrides):
         if "method.step_gain.gamma=0.5" in overrides:
             raise torch.OutOfMemoryError("8 GiB too many")
@@ -176,7 +174,7 @@ def test_nor_does_a_defect(study, tmp_path, capsys, monkeypatch):
     assert "| plain |" in (tmp_path / "out" / "study.md").read_text()
 
 
-def test_what_was_prepared_is_made_again_where_it_is_gone(study, tiny, tmp_path):
+def test_a_deleted_output_of_prepare_is_made_again(study, tiny, tmp_path):
     (tmp_path / "prompts.txt").write_text("a handwritten digit one\na handwritten digit two\n")
     words = f"data generate prompts.txt -o made --model {tiny / 'flux'} --per-prompt 4 --steps 1 --text-length 8"
     study(
@@ -191,7 +189,7 @@ def test_what_was_prepared_is_made_again_where_it_is_gone(study, tiny, tmp_path)
     assert {path: path.read_bytes() for path in (tmp_path / "made").rglob("*.tar")} == before != {}
 
 
-def test_a_launcher_is_refused(study, monkeypatch, capsys):
+def test_a_launcher_is_an_error(study, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["study", "small.yaml"]) == 2
     assert "without a launcher" in capsys.readouterr().err
@@ -204,8 +202,8 @@ def test_passes_for_a_target(make_config, flow, passes):
     assert target_passes(config) == passes
 
 
-def test_stored_paths_are_shared_by_all_that_use_them(make_config, tiny, tmp_path):
-    """Six paths of four passes each, for eight steps of four samples."""
+def test_passes_for_stored_paths_are_divided_by_their_uses(make_config, tiny, tmp_path):
+    """Six paths of four passes each, used in eight steps of four samples."""
     (tmp_path / "prompts.txt").write_text("a handwritten digit one\na handwritten digit two\n")
     words = ["--trajectories", "--steps", "4", "--intervals", "2", "--per-prompt", "3", "--text-length", "8"]
     words += ["--resolution", "16", "16", "--keep-padding", "--dtype", "float32"]

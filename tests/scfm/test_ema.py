@@ -1,3 +1,5 @@
+"""The two averages of the student."""
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ def weights(seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tens
     return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
 
 
-def walk(student: dict[str, Tensor], seed: int) -> None:
+def move(student: dict[str, Tensor], seed: int) -> None:
     for name, step in weights(seed).items():
         student[name].add_(0.1 * step)
 
@@ -36,7 +38,7 @@ def test_averages_follow_the_formula(fast, slow):
     emas = DualEMA(student, config=EMAConfig(fast=fast, slow=slow))
     expected = {decay: {name: tensor.double() for name, tensor in student.items()} for decay in (fast, slow)}
     for step in range(50):
-        walk(student, seed=step)
+        move(student, seed=step)
         emas.update()
         for decay, average in expected.items():
             for name, tensor in average.items():
@@ -50,7 +52,7 @@ def test_averages_start_from_the_student_and_are_not_the_student():
     student = weights()
     emas = DualEMA(student)
     start = copies(student)
-    walk(student, seed=1)
+    move(student, seed=1)
     assert_same(emas.fast, start)
     assert_same(emas.slow, start)
     emas.update()
@@ -64,7 +66,7 @@ def test_given_tensors_hold_the_averages():
     emas = DualEMA(student, fast, slow)
     assert_same(fast, student)
     assert_same(slow, student)
-    walk(student, seed=3)
+    move(student, seed=3)
     emas.update()
     assert not torch.equal(fast["layer.a"], slow["layer.a"])
     assert (storage(emas.fast), storage(emas.slow)) == pointers
@@ -95,7 +97,7 @@ def test_restart_sets_both_averages_to_the_student():
     student = weights()
     emas = DualEMA(student)
     pointers = storage(emas.fast), storage(emas.slow)
-    walk(student, seed=1)
+    move(student, seed=1)
     emas.restart()
     assert_same(emas.fast, student)
     assert_same(emas.slow, student)
@@ -105,7 +107,7 @@ def test_restart_sets_both_averages_to_the_student():
 def test_a_saved_state_comes_back_in_place():
     student = weights()
     emas = DualEMA(student)
-    walk(student, seed=1)
+    move(student, seed=1)
     emas.update()
     saved = {which: copies(average) for which, average in emas.state_dict().items()}
 
@@ -128,7 +130,7 @@ def test_a_saved_state_comes_back_in_place():
     ],
     ids=["average missing", "average unknown", "name missing", "name unknown"],
 )
-def test_an_incomplete_state_is_refused(spoil, message):
+def test_an_incomplete_state_is_an_error(spoil, message):
     emas = DualEMA(weights())
     state = emas.state_dict()
     spoil(state)
@@ -136,7 +138,7 @@ def test_an_incomplete_state_is_refused(spoil, message):
         emas.load_state_dict(state)
 
 
-def test_a_state_of_another_shape_is_refused():
+def test_a_state_of_another_shape_is_an_error():
     emas = DualEMA({"weight": torch.zeros(3)})
     state = {which: {"weight": torch.ones(1)} for which in ("fast", "slow")}
     with pytest.raises(ValueError, match="shape"):
@@ -153,11 +155,11 @@ def test_a_state_of_another_shape_is_refused():
         "_fsdp_wrapped_module.blocks.0._fsdp_wrapped_module._orig_mod.attn.weight",
     ],
 )
-def test_wrappers_leave_no_trace_in_a_canonical_name(name):
+def test_a_canonical_name_has_no_parts_of_wrappers(name):
     assert canonical_name(name) == "blocks.0.attn.weight"
 
 
-def test_names_that_only_look_like_a_wrapper_stay():
+def test_names_similar_to_a_wrapper_do_not_change():
     assert canonical_name("module_list.submodule.weight") == "module_list.submodule.weight"
 
 
@@ -182,21 +184,21 @@ def test_a_state_saved_under_wrapped_names_loads():
     assert torch.equal(emas.slow["weight"], torch.ones(3))
 
 
-def test_two_tensors_of_one_canonical_name_are_refused():
+def test_two_tensors_with_one_canonical_name_are_an_error():
     with pytest.raises(ValueError, match="weight"):
         DualEMA({"weight": torch.zeros(1), "module.weight": torch.ones(1)})
 
 
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("which", ["student", "fast", "slow"])
-def test_narrow_tensors_are_refused(which, narrow):
+def test_narrow_tensors_are_errors(which, narrow):
     groups = {"student": weights(), "fast": weights(), "slow": weights(), which: weights(dtype=narrow)}
     with pytest.raises(ValueError, match=rf"'layer.a' needs fp32 masters, got {narrow}"):
         DualEMA(**groups)
 
 
 @pytest.mark.parametrize("which", ["fast", "slow"])
-def test_averages_of_another_network_are_refused(which):
+def test_averages_of_another_network_are_errors(which):
     renamed = weights()
     renamed["other"] = renamed.pop("scale")
     with pytest.raises(ValueError, match=f"names of the {which} EMA and the student differ"):
@@ -205,7 +207,7 @@ def test_averages_of_another_network_are_refused(which):
         DualEMA(weights(), **{which: {**weights(), "layer.b": torch.zeros(1)}})
 
 
-def test_the_slow_average_arrives_where_one_in_bf16_stalls():
+def test_the_slow_average_converges_where_one_in_bf16_stalls():
     student = {"weight": torch.zeros(64)}
     emas = DualEMA(student, config=EMAConfig(slow=0.999))
     student["weight"].fill_(1.0)
@@ -228,6 +230,6 @@ def test_the_slow_average_arrives_where_one_in_bf16_stalls():
     ],
     ids=str,
 )
-def test_impossible_configurations_are_refused(change, message):
+def test_invalid_configurations_are_errors(change, message):
     with pytest.raises(ValueError, match=message):
         EMAConfig(**change)

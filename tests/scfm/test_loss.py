@@ -1,9 +1,12 @@
+"""The loss, and its means by slice and by sigma."""
+
 import pytest
 import torch
 from torch import Tensor
 
 from scfm_core.scfm.loss import LossMeter, scfm_loss
-from scfm_core.scfm.plan import PlanConfig, ShortcutPlan, sample_plan
+from scfm_core.scfm.method import PlanConfig
+from scfm_core.scfm.plan import ShortcutPlan, sample_plan
 
 B = 96
 ALL_SLICES = PlanConfig(flow_fraction=0.3)
@@ -18,7 +21,7 @@ def prediction_and_target(dtype: torch.dtype = torch.float32) -> tuple[Tensor, T
     return prediction.to(dtype), target
 
 
-def brute_force(prediction: Tensor, target: Tensor, plan: ShortcutPlan) -> dict[str, float]:
+def expected_means(prediction: Tensor, target: Tensor, plan: ShortcutPlan) -> dict[str, float]:
     groups: dict[str, list[float]] = {}
     for row in range(len(plan)):
         loss = (prediction[row].double() - target[row].double()).square().mean().item()
@@ -29,7 +32,7 @@ def brute_force(prediction: Tensor, target: Tensor, plan: ShortcutPlan) -> dict[
     return {key: sum(losses) / len(losses) for key, losses in groups.items()}
 
 
-def metered(*parts: tuple[Tensor, Tensor, ShortcutPlan]) -> dict[str, float]:
+def means_of(*parts: tuple[Tensor, Tensor, ShortcutPlan]) -> dict[str, float]:
     meter = LossMeter("cpu")
     for prediction, target, plan in parts:
         meter.add(prediction, target, plan)
@@ -59,7 +62,7 @@ def test_the_student_gets_the_gradient_of_the_mean():
     [((4, 3), (4, 1), 4), ((4, 3), (3,), 4), ((4, 3), (4, 3), 3)],
     ids=["prediction broadcasts", "target broadcasts", "plan of another batch"],
 )
-def test_shapes_that_would_broadcast_are_refused(prediction, target, rows):
+def test_shapes_that_would_broadcast_are_errors(prediction, target, rows):
     with pytest.raises(ValueError, match=rf"a plan of {rows} rows differ"):
         scfm_loss(torch.zeros(prediction), torch.zeros(target), make_plan(ids=torch.arange(rows)))
 
@@ -68,9 +71,9 @@ def test_shapes_that_would_broadcast_are_refused(prediction, target, rows):
 def test_meter_splits_the_loss_by_slice_and_sigma(dtype):
     prediction, target = prediction_and_target(dtype)
     plan = make_plan()
-    expected = brute_force(prediction, target, plan)
+    expected = expected_means(prediction, target, plan)
     assert len(expected) == 1 + 3 + 4
-    measured = metered((prediction, target, plan))
+    measured = means_of((prediction, target, plan))
     assert measured == pytest.approx(expected, rel=1e-6)
     assert measured["loss"] == pytest.approx(scfm_loss(prediction, target, plan).item(), rel=1e-6)
 
@@ -80,21 +83,21 @@ def test_meter_does_not_depend_on_the_micro_batches():
     pieces = [1, 20, B - 21]
     ids = torch.arange(B).split(pieces)
     parts = zip(prediction.split(pieces), target.split(pieces), [make_plan(ids=i) for i in ids], strict=True)
-    assert metered(*parts) == pytest.approx(metered((prediction, target, make_plan())), rel=1e-12)
+    assert means_of(*parts) == pytest.approx(means_of((prediction, target, make_plan())), rel=1e-12)
 
 
-def test_meter_leaves_out_what_it_has_not_seen():
+def test_meter_omits_slices_and_bins_without_samples():
     plan = make_plan(PlanConfig(teacher_fraction=0))
     [row] = ((plan.sigma_start > 0.5) & (plan.sigma_start < 0.75)).nonzero()[0]
     plan = make_plan(PlanConfig(teacher_fraction=0), plan.sample_ids[row : row + 1])
-    means = metered((torch.ones(1, 2), torch.zeros(1, 2), plan))
+    means = means_of((torch.ones(1, 2), torch.zeros(1, 2), plan))
     assert means == {"loss": 1.0, "loss/self": 1.0, "loss/sigma_0.50-0.75": 1.0}
 
 
-def test_sigma_1_falls_into_the_last_bin():
+def test_sigma_1_is_in_the_last_bin():
     plan = make_plan(PlanConfig(teacher_fraction=0, self_grids=(2,), sigma_max=1.0))
     assert set(plan.sigma_start.tolist()) == {1.0}
-    means = metered((torch.ones(B, 2), torch.zeros(B, 2), plan))
+    means = means_of((torch.ones(B, 2), torch.zeros(B, 2), plan))
     assert means == {"loss": 1.0, "loss/self": 1.0, "loss/sigma_0.75-1.00": 1.0}
 
 

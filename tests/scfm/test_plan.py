@@ -1,3 +1,5 @@
+"""The plan: draws of slices, grids, sigmas, strengths and guidance."""
+
 import dataclasses
 import math
 from functools import cache
@@ -8,7 +10,8 @@ from torch import Tensor
 
 from scfm_core.flow.random import Stream, uniform
 from scfm_core.flow.schedule import dynamic_shift, sigma_grid
-from scfm_core.scfm.plan import PlanConfig, ShortcutPlan, StepGain, sample_plan, sampling_strength
+from scfm_core.scfm.method import PlanConfig, StepGain, sampling_strength
+from scfm_core.scfm.plan import ShortcutPlan, sample_plan
 
 N = 20_000
 CHI_SQUARE = {1: 10.8, 2: 13.8, 3: 16.3, 7: 24.3, 15: 37.7}  # p = 0.001, by degrees of freedom
@@ -20,7 +23,7 @@ def draw(config: PlanConfig = PlanConfig()) -> ShortcutPlan:  # noqa: B008 (froz
 
 
 def tensors(plan: ShortcutPlan) -> dict[str, Tensor]:
-    """Those of [B]."""
+    """The plan's tensors of shape [B], by name."""
     fields = ((field.name, getattr(plan, field.name)) for field in dataclasses.fields(plan))
     return {
         name: value
@@ -30,12 +33,13 @@ def tensors(plan: ShortcutPlan) -> dict[str, Tensor]:
 
 
 def assert_share(mask: Tensor, probability: float) -> None:
-    """Within four standard errors of a binomial; exact at 0 and 1."""
+    """The mask's mean is within four standard errors of a binomial; exact at 0 and 1."""
     error = (probability * (1 - probability) / len(mask)) ** 0.5
     assert abs(mask.double().mean().item() - probability) <= 4 * error
 
 
-def assert_even(values: Tensor, support: list[int]) -> None:
+def assert_uniform(values: Tensor, support: list[int]) -> None:
+    """A chi-square test."""
     counts = torch.stack([(values == value).sum() for value in support]).double()
     assert counts.sum() == len(values), "values outside the support"
     expected = len(values) / len(support)
@@ -50,24 +54,23 @@ def unshift(sigma: Tensor, shift: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("teacher", "flow"), [(0.4, 0.0), (0.4, 0.25), (0.4, 0.6), (0.0, 0.0), (1.0, 0.0), (0.0, 0.75), (0.0, 1.0)]
 )
-def test_slices_have_their_shares(teacher, flow):
+def test_slices_have_their_fractions(teacher, flow):
     plan = draw(PlanConfig(teacher_fraction=teacher, flow_fraction=flow))
     assert_share(plan.is_teacher, teacher)
     assert_share(plan.is_flow, flow)
     assert not (plan.is_teacher & plan.is_flow).any()
-    assert plan.has_flow == (flow > 0)
-    assert plan.has_pairs == (flow < 1)
+    assert plan.pair_rows.tolist() == ((~plan.is_flow).nonzero().flatten().tolist() or [0])
 
 
 @pytest.mark.parametrize("flow", [0.0, 0.25])
-def test_rungs_of_the_self_slice_are_drawn_evenly(flow):
+def test_self_slice_grids_are_drawn_uniformly(flow):
     plan = draw(PlanConfig(flow_fraction=flow))
-    assert_even(plan.grid[~plan.is_teacher & ~plan.is_flow], [16, 8, 4])
+    assert_uniform(plan.grid[~plan.is_teacher & ~plan.is_flow], [16, 8, 4])
     assert set(plan.grid[plan.is_teacher].tolist()) == {32}
     assert set(plan.grid[plan.is_flow].tolist()) <= {0}
 
 
-def test_starts_are_aligned_to_pairs_and_drawn_evenly():
+def test_pairs_start_at_even_points_drawn_uniformly():
     plan = draw()
     for grid in (32, 16, 8, 4):
         rows = plan.grid == grid
@@ -80,11 +83,11 @@ def test_starts_are_aligned_to_pairs_and_drawn_evenly():
         torch.testing.assert_close(points[0], k, atol=2e-3, rtol=0)
         torch.testing.assert_close(points[1], k + 1, atol=1e-4, rtol=0)
         torch.testing.assert_close(points[2], k + 2, atol=1e-4, rtol=0)
-        assert_even(k, list(range(0, grid, 2)))
+        assert_uniform(k, list(range(0, grid, 2)))
 
 
 @pytest.mark.parametrize("grid", [2, 12, 32])
-def test_pairs_lie_on_the_grid_that_samplers_use(grid):
+def test_pairs_are_on_the_grid_of_samplers(grid):
     plan = draw(PlanConfig(teacher_fraction=0, self_grids=(grid,), shift=(3.0, 3.0), sigma_max=1.0))
     points = sigma_grid(grid, 3.0)
     for offset, sigma in enumerate((plan.sigma_start, plan.sigma_mid, plan.sigma_end)):
@@ -93,7 +96,7 @@ def test_pairs_lie_on_the_grid_that_samplers_use(grid):
 
 
 @pytest.mark.parametrize("flow", [0.0, 0.25])
-def test_pairs_fall_strictly_and_flow_rows_do_not_move(flow):
+def test_sigmas_decrease_on_pairs_and_are_equal_on_flow_rows(flow):
     plan = draw(PlanConfig(flow_fraction=flow))
     assert torch.equal(plan.sigma_start > plan.sigma_mid, ~plan.is_flow)
     assert torch.equal(plan.sigma_mid > plan.sigma_end, ~plan.is_flow)
@@ -110,21 +113,21 @@ def test_the_first_point_is_clamped():
     assert draw(PlanConfig(sigma_max=1.0)).sigma_start.max() == 1
 
 
-def test_flow_rows_take_any_sigma_under_the_shift():
+def test_flow_rows_have_a_uniform_sigma_before_the_shift():
     plan = draw(PlanConfig(teacher_fraction=0, flow_fraction=1))
     u = unshift(plan.sigma_start, plan.shift)
-    assert_even((u * 8).long(), list(range(8)))
+    assert_uniform((u * 8).long(), list(range(8)))
 
 
 @pytest.mark.parametrize("name", ["shift", "guidance"])
 @pytest.mark.parametrize("limits", [None, (1.0, 3.0)], ids=["default", "given"])
-def test_ranges_are_filled_evenly(name, limits):
+def test_ranges_are_drawn_uniformly(name, limits):
     plan = draw(PlanConfig(**({name: limits} if limits else {})))
     low, high = limits or {"shift": (2.5, 4.5), "guidance": (0.0, 8.0)}[name]
     values = getattr(plan, name)
     assert values.min() >= low
     assert values.max() <= high
-    assert_even(((values - low) / (high - low) * 16).long().clamp(max=15), list(range(16)))
+    assert_uniform(((values - low) / (high - low) * 16).long().clamp(max=15), list(range(16)))
 
 
 @pytest.mark.parametrize("name", ["shift", "guidance"])
@@ -132,7 +135,7 @@ def test_equal_ends_fix_a_range(name):
     assert set(getattr(draw(PlanConfig(**{name: (3.5, 3.5)})), name).tolist()) == {3.5}
 
 
-def test_some_samples_take_the_dynamic_shift():
+def test_some_samples_use_the_dynamic_shift():
     plan = draw(PlanConfig(dynamic_shift_fraction=0.1))
     dynamic = plan.shift == torch.tensor(dynamic_shift(256))  # 1.65, outside of the range
     assert_share(dynamic, 0.1)
@@ -145,8 +148,8 @@ def test_dynamic_shift_needs_the_image_tokens():
         sample_plan(PlanConfig(dynamic_shift_fraction=0.1), torch.arange(2), 0)
 
 
-def test_what_is_drawn_is_independent():
-    # One column of draws used twice would correlate two of these. The middle of a pair is 1/2 on average on any grid.
+def test_draws_are_independent():
+    # If one column of draws was used twice, two of these would be correlated. The middle of a pair is 1/2 on average on any grid.
     for config, names in [
         (PlanConfig(), ["u_mid", "shift", "guidance", "is_teacher"]),
         (PlanConfig(teacher_fraction=0), ["u_mid", "shift", "guidance", "grid"]),
@@ -160,14 +163,14 @@ def test_what_is_drawn_is_independent():
 
 
 def test_columns_of_draws_keep_their_order():
-    # Pinned: another order would change the plan of every run that resumes.
+    # Another order would change the plans of all runs that resume.
     plan, draws = draw(), uniform(0, torch.arange(N), Stream.PLAN, 7)
     assert torch.equal(plan.is_teacher, draws[:, 0] < 0.4)
     assert torch.equal(plan.shift, (2.5 + 2 * draws[:, 3]).float())
     assert torch.equal(plan.guidance, (8 * draws[:, 5]).float())
 
 
-def test_strengths_are_1_and_the_teacher_is_0():
+def test_strengths_are_1_and_that_of_the_teacher_is_0():
     plan = draw(PlanConfig(flow_fraction=0.25))
     assert torch.equal(plan.near_strength, (~plan.is_teacher).float())
     assert set(plan.student_strength.tolist()) == set(plan.far_strength.tolist()) == {1.0}
@@ -182,7 +185,7 @@ def test_step_gain_scales_strengths_with_the_jump(gamma):
         assert set(plan.far_strength[rows].tolist()) == {torch.tensor((1 / grid) ** gamma).item()}
         near = {0.0} if grid == 32 else {torch.tensor((1 / grid) ** gamma).item()}
         assert set(plan.near_strength[rows].tolist()) == near
-    # Flow-matching rows train the adapter where a sampler of the teacher's 32 steps uses it.
+    # Flow-matching rows have the strength of a sampler with the teacher's 32 steps.
     assert set(plan.student_strength[plan.is_flow].tolist()) == {torch.tensor((1 / 32) ** gamma).item()}
 
 
@@ -195,20 +198,20 @@ def test_sampling_strength(num_steps, strength):
 
 
 @pytest.mark.parametrize("num_steps", [2, 4, 8])
-def test_samplers_use_the_strength_that_the_student_was_trained_at(num_steps):
+def test_samplers_use_the_trained_strength(num_steps):
     plan = draw(PlanConfig(step_gain=StepGain()))
     trained = plan.student_strength[plan.grid == 2 * num_steps]
     torch.testing.assert_close(trained, torch.full_like(trained, sampling_strength(StepGain(), num_steps)))
 
 
-BUSY = PlanConfig(flow_fraction=0.25, dynamic_shift_fraction=0.2, step_gain=StepGain())
+ALL_FEATURES = PlanConfig(flow_fraction=0.25, dynamic_shift_fraction=0.2, step_gain=StepGain())
 
 
-def test_a_row_is_independent_of_its_place_and_company():
-    whole = tensors(draw(BUSY))
+def test_a_row_is_independent_of_the_other_rows():
+    whole = tensors(draw(ALL_FEATURES))
     ids = torch.cat([torch.arange(N - 1, 40, -7), torch.arange(3), torch.tensor([N - 1])])
     for part in ids.split([1, 1000, len(ids) - 1001]):
-        plan = tensors(sample_plan(BUSY, part, seed=0, image_tokens=256))
+        plan = tensors(sample_plan(ALL_FEATURES, part, seed=0, image_tokens=256))
         for name, values in plan.items():
             assert torch.equal(values, whole[name][part]), name
 
@@ -220,7 +223,7 @@ def test_another_seed_draws_another_plan():
 
 
 def test_a_plan_is_1d_and_its_floats_are_fp32():
-    plan = draw(BUSY)
+    plan = draw(ALL_FEATURES)
     assert len(plan) == N
     for name, values in tensors(plan).items():
         assert values.shape == (N,), name
@@ -229,10 +232,10 @@ def test_a_plan_is_1d_and_its_floats_are_fp32():
         ), name
 
 
-def test_a_plan_moves_as_a_whole():
-    moved = draw(BUSY).to("meta")
+def test_all_tensors_of_a_plan_move_to_a_device():
+    moved = draw(ALL_FEATURES).to("meta")
     assert {values.device.type for values in tensors(moved).values()} == {"meta"}
-    assert moved.has_flow
+    assert moved.config is ALL_FEATURES
 
 
 @pytest.mark.parametrize(
@@ -247,7 +250,7 @@ def test_a_plan_moves_as_a_whole():
     ],
     ids=str,
 )
-def test_limits_are_accepted(change):
+def test_limits_are_valid(change):
     PlanConfig(**change)
 
 
@@ -278,40 +281,35 @@ def test_limits_are_accepted(change):
     ],
     ids=str,
 )
-def test_impossible_configurations_are_refused(change, message):
+def test_invalid_configurations_are_errors(change, message):
     with pytest.raises(ValueError, match=message):
         PlanConfig(**change)
 
 
 @pytest.mark.parametrize("gamma", [0.0, -1.0, 4.1, math.nan])
-def test_impossible_gammas_are_refused(gamma):
+def test_invalid_gammas_are_errors(gamma):
     with pytest.raises(ValueError, match=r"step_gain.gamma must be in \(0, 4\]"):
         StepGain(gamma=gamma)
 
 
-def test_the_step_size_is_the_share_of_the_grid_that_the_student_jumps():
+def test_the_step_size_is_the_fraction_of_the_grid_that_the_student_jumps():
     plan = draw(PlanConfig(step_embedding=True, teacher_fraction=0.0, flow_fraction=0.3, teacher_grid=64))
-    assert plan.step_size is not None and plan.grid is not None
     torch.testing.assert_close(plan.step_size[plan.is_flow], torch.full((int(plan.is_flow.sum()),), 1 / 64))
     pairs = ~plan.is_flow
     torch.testing.assert_close(plan.step_size[pairs], 2 / plan.grid[pairs].float())
     assert torch.equal(plan.student_strength, torch.ones(N))
 
 
-def test_without_the_embedding_no_step_size_is_told():
-    assert draw(PlanConfig()).step_size is None
-
-
-def test_captions_are_dropped_independently_of_all_else_but_on_stored_paths():
+def test_captions_are_dropped_independently_except_on_trajectory_rows():
     config = PlanConfig(teacher_fraction=0.3, flow_fraction=0.3, trajectory_fraction=0.2, caption_dropout=0.1)
     plan = draw(config)
-    assert plan.is_dropped is not None and plan.is_trajectory is not None
     assert not (plan.is_dropped & plan.is_trajectory).any()
     for rows in (plan.is_flow, plan.is_teacher):
         assert_share(plan.is_dropped[rows], 0.1)
     without = draw(dataclasses.replace(config, caption_dropout=0.0))
-    assert without.is_dropped is None
-    assert all(torch.equal(value, tensors(plan)[name]) for name, value in tensors(without).items())
+    assert not without.is_dropped.any()
+    others = {name: value for name, value in tensors(without).items() if name != "is_dropped"}
+    assert len(others) == 15 and all(torch.equal(value, tensors(plan)[name]) for name, value in others.items())
 
 
 @pytest.mark.parametrize(
@@ -325,5 +323,5 @@ def test_captions_are_dropped_independently_of_all_else_but_on_stored_paths():
         ({"teacher_fraction": 0.0, "flow_fraction": 1.0, "distil_guidance": True, "guidance": (4, 4)}, 1, 2),
     ],
 )
-def test_passes_of_a_network_that_is_guided_by_two(change, student, target):
+def test_passes_of_a_network_with_classifier_free_guidance(change, student, target):
     assert PlanConfig(**change).passes(2) == (student, target)

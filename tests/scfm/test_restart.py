@@ -1,4 +1,4 @@
-"""Restarts of the averages: at an interval, or when the ratio of their lags says that the student drifts."""
+"""Restarts of the averages: at an interval, or when the ratio of their lags shows a drift of the student."""
 
 import pytest
 import torch
@@ -10,19 +10,20 @@ from scfm_core.scfm.restart import CHECK_EVERY, lag_ratio, restart_due, threshol
 WIDE = 3000
 
 
-def alone(tensor: Tensor) -> Tensor:
+def one_process(tensor: Tensor) -> Tensor:
+    """The sum over the processes."""
     return tensor
 
 
 def follow(config: EMAConfig, steps: int, move: Tensor, jitter: float) -> tuple[list[int], list[float]]:
-    """A student that moves by `move` and wanders by `jitter` each step: restarts, and every ratio that was looked at."""
+    """Steps of restarts and all ratios, for a student that moves in each step by `move` and by noise of scale `jitter`."""
     student = {"w": torch.zeros(WIDE, dtype=torch.float64)}
     emas, generator = DualEMA(student, config=config), torch.Generator().manual_seed(0)
     restarts, ratios = [], []
     for step in range(1, steps + 1):
         student["w"] += move + jitter * torch.randn(WIDE, generator=generator, dtype=torch.float64)
         emas.update()
-        due, ratio = restart_due(emas, step, alone)
+        due, ratio = restart_due(emas, step, one_process)
         if ratio is not None:
             ratios.append(ratio)
         if due:
@@ -34,12 +35,12 @@ def follow(config: EMAConfig, steps: int, move: Tensor, jitter: float) -> tuple[
 @pytest.mark.parametrize(("every", "due"), [(None, []), (1, [1, 2, 3, 4, 5, 6, 7, 8, 9]), (4, [4, 8])])
 def test_at_an_interval(every, due):
     emas = DualEMA({"w": torch.zeros(3)}, config=EMAConfig(restart_every=every))
-    assert [step for step in range(1, 10) if restart_due(emas, step, alone)[0]] == due
+    assert [step for step in range(1, 10) if restart_due(emas, step, one_process)[0]] == due
 
 
 @pytest.mark.parametrize(("fast", "slow"), [(0.99, 0.999), (0.98, 0.995)])
 def test_limits_of_the_ratio(fast, slow):
-    """Closed forms: an average lags 1 / (1 - b) steps behind a drift, (1 - b^2)^-1/2 behind a random walk."""
+    """Closed forms: an average lags 1 / (1 - b) steps behind a drift and (1 - b^2)^-1/2 steps behind a random walk."""
     config, direction = EMAConfig(fast=fast, slow=slow), torch.ones(WIDE, dtype=torch.float64)
     for move, jitter, limit in (
         (direction, 0.0, (1 - slow) / (1 - fast) * fast / slow),
@@ -55,13 +56,13 @@ def test_limits_of_the_ratio(fast, slow):
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0])
-def test_a_drift_restarts_at_even_intervals_whatever_its_speed(scale):
+def test_a_drift_of_any_speed_gives_equal_intervals(scale):
     restarts, _ = follow(EMAConfig(restart_every="auto"), 2000, scale * torch.ones(WIDE, dtype=torch.float64), 0.0)
     assert len(restarts) == 2 and restarts[1] == 2 * restarts[0]
     assert 700 <= restarts[0] <= 900  # the paper tuned 1000 by hand
 
 
-def test_a_student_that_only_wanders_is_left_alone():
+def test_a_random_walk_gives_no_restart():
     restarts, ratios = follow(EMAConfig(restart_every="auto"), 3000, torch.zeros(WIDE, dtype=torch.float64), 1.0)
     assert restarts == []
     assert len(ratios) == 3000 // CHECK_EVERY and ratios[0] > ratios[-1] > threshold(EMAConfig())
@@ -71,7 +72,7 @@ def test_equal_averages_have_ratio_one():
     assert lag_ratio(DualEMA({"w": torch.ones(2)})) == 1
 
 
-def test_shards_are_added_up():
+def test_lags_are_summed_over_shards():
     student = torch.arange(6.0)
     whole = DualEMA({"w": student.clone()}, {"w": torch.zeros(6)}, {"w": torch.zeros(6)})
     parts = [DualEMA({"w": student[rows].clone()}) for rows in (slice(0, 2), slice(2, 6))]

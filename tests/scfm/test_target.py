@@ -1,3 +1,5 @@
+"""The shortcut target, against closed forms."""
+
 import pytest
 import torch
 from torch import Tensor
@@ -5,7 +7,8 @@ from torch import Tensor
 from scfm_core.flow.path import flow_velocity, noise_latents, per_sample
 from scfm_core.flow.sampler import euler_sample
 from scfm_core.scfm.loss import scfm_loss
-from scfm_core.scfm.plan import PlanConfig, ShortcutPlan, StepGain, sample_plan
+from scfm_core.scfm.method import PlanConfig, StepGain
+from scfm_core.scfm.plan import ShortcutPlan, sample_plan
 from scfm_core.scfm.target import scfm_target
 
 B = 64
@@ -27,12 +30,12 @@ def deltas(plan: ShortcutPlan) -> tuple[Tensor, Tensor]:
 
 
 def assert_equal(target: Tensor, expected: Tensor) -> None:
-    # The sigmas are fp32, so are their differences.
+    # Sigmas and their differences are fp32.
     torch.testing.assert_close(target, expected.expand_as(target), atol=2e-6, rtol=1e-6)
 
 
 class Recorder:
-    """A velocity that keeps what it was called with."""
+    """A velocity that records its arguments."""
 
     def __init__(self, field):
         self.field, self.calls = field, []
@@ -43,7 +46,7 @@ class Recorder:
 
 
 def no_pass(*_):
-    raise AssertionError("this pass was not needed")
+    raise AssertionError("no pass is needed here")
 
 
 def test_constant_field():
@@ -74,11 +77,11 @@ def test_target_is_the_mean_velocity_of_two_euler_steps():
         assert_equal(target[row], ((start - end) / (sigmas[0] - sigmas[2]))[0])
 
 
-def test_near_and_far_weigh_as_their_own_halves():
+def test_near_and_far_are_weighted_by_their_lengths():
     plan = make_plan()
     near, far = (lambda x, *_: torch.full_like(x, 1.0)), (lambda x, *_: torch.full_like(x, 2.0))
     d1, d2 = deltas(plan)
-    assert not torch.isclose(d1, d2).any()  # the shift makes the halves unequal
+    assert not torch.isclose(d1, d2).any()  # with a shift the two lengths differ
     assert_equal(scfm_target(plan, gaussian(), None, near, far), (d1 + 2 * d2) / (d1 + d2))
 
 
@@ -105,7 +108,7 @@ def test_each_row_runs_at_its_own_strength():
     assert_equal(target, (d1 * v_near + d2 * v_far) / (d1 + d2))
 
 
-def test_all_rows_go_through_each_pass_at_once():
+def test_each_pass_is_one_call_for_all_rows():
     plan, x, cond = make_plan(PlanConfig(step_gain=StepGain())), gaussian(), object()
     near, far = Recorder(lambda x, *_: 2 * x), Recorder(lambda x, *_: x)
     scfm_target(plan, x, cond, near, far)
@@ -143,12 +146,12 @@ def test_a_bf16_network_gives_an_fp32_target():
     v_near = x.bfloat16().float()
     v_far = (x - d1 * v_near).bfloat16().float()
     assert target.dtype == torch.float32
-    # In fp32 up to here: a roll or a mean in bf16 would be off by 1e-2.
+    # An Euler step or a mean in bf16 would have errors of 1e-2.
     close = torch.isclose(target, (d1 * v_near + d2 * v_far) / (d1 + d2), atol=1e-5)
     assert close.float().mean() > 0.99
 
 
-def test_flow_rows_learn_the_flow_velocity_and_pairs_alone_run():
+def test_flow_rows_have_the_flow_velocity_and_only_pairs_run():
     plan, x, velocity = make_plan(MIXED), gaussian(), gaussian(1)
     pairs = ~plan.is_flow
     assert 0 < pairs.sum() < B
@@ -175,7 +178,7 @@ def test_flow_rows_learn_the_flow_velocity_and_pairs_alone_run():
     assert torch.equal(far_cond, cond[pairs])
 
 
-def test_pairs_among_flow_rows_have_the_target_that_they_have_without_them():
+def test_flow_rows_do_not_change_the_target_of_pairs():
     mixed = make_plan(MIXED)
     pairs = ~mixed.is_flow
     plan, x = make_plan(MIXED, IDS[pairs]), gaussian(rows=int(pairs.sum()))
@@ -185,17 +188,17 @@ def test_pairs_among_flow_rows_have_the_target_that_they_have_without_them():
 
 
 def test_a_batch_of_flow_rows_still_enters_the_network():
-    # Another process of a sharded run may hold a pair, and then waits in the network's collectives.
+    # Another process of a sharded run may have a pair: it would wait in the network's collectives.
     plan = make_plan(MIXED, IDS[make_plan(MIXED).is_flow][:5])
     assert plan.is_flow.all()
     near, far = Recorder(lambda x, *_: x), Recorder(lambda x, *_: x)
     velocity = gaussian(1, rows=5)
     target = scfm_target(plan, gaussian(rows=5), None, near, far, flow_velocity=velocity)
     assert [len(x) for x, *_ in near.calls + far.calls] == [1, 1]
-    assert torch.equal(target, velocity)  # and no 0/0 of a jump of length zero is left
+    assert torch.equal(target, velocity)  # no 0/0 from a jump of length zero
 
 
-def test_flow_matching_alone_runs_no_pass():
+def test_only_flow_rows_need_no_pass():
     plan = make_plan(PlanConfig(teacher_fraction=0, flow_fraction=1))
     velocity = gaussian(1)
     target = scfm_target(plan, gaussian(), None, no_pass, no_pass, flow_velocity=velocity)
@@ -217,7 +220,7 @@ def test_flow_rows_need_the_flow_velocity(flow_fraction):
         1.0,
     ],
 )
-def test_no_gradient_flows_into_the_target(flow_fraction):
+def test_the_target_has_no_gradient(flow_fraction):
     plan = make_plan(PlanConfig(teacher_fraction=0, flow_fraction=flow_fraction))
     weight = torch.ones((), dtype=torch.float64, requires_grad=True)
     x, velocity = gaussian().requires_grad_(), gaussian(1).requires_grad_()
@@ -226,7 +229,7 @@ def test_no_gradient_flows_into_the_target(flow_fraction):
 
 
 @pytest.mark.parametrize("flow_fraction", [0.0, 0.5])
-def test_a_student_that_answers_the_target_has_no_loss(flow_fraction):
+def test_a_student_that_predicts_the_target_has_no_loss(flow_fraction):
     plan = make_plan(PlanConfig(flow_fraction=flow_fraction))
     target = scfm_target(plan, gaussian(), None, *[lambda x, *_: x.sin()] * 2, flow_velocity=gaussian(1))
     assert scfm_loss(target.clone(), target, plan) == 0

@@ -1,4 +1,4 @@
-"""Teacher trajectories: the stored path, the jumps on it, and the rows of a plan that take them."""
+"""Teacher trajectories: paths, jumps on them, and the trajectory rows of a plan."""
 
 import dataclasses
 import itertools
@@ -8,7 +8,8 @@ import torch
 
 from scfm_core.flow.sampler import euler_sample, roll_out
 from scfm_core.flow.schedule import sigma_grid
-from scfm_core.scfm.plan import PlanConfig, StepGain, sample_plan
+from scfm_core.scfm.method import PlanConfig, StepGain
+from scfm_core.scfm.plan import sample_plan
 from scfm_core.scfm.target import scfm_target
 from scfm_core.scfm.trajectory import Trajectory, on_trajectories, take_paths
 
@@ -25,7 +26,7 @@ def exact_end(noise):
     return (noise.double() + 6) * torch.exp(torch.tensor(-0.5, dtype=torch.float64)) - 4
 
 
-def rolled(dtype=torch.float32, shift=3.0):
+def sampled_paths(dtype=torch.float32, shift=3.0):
     noise = torch.randn(B, 2, 3, generator=torch.Generator().manual_seed(0)).double()
     sigmas = sigma_grid(K, shift)
     latents, velocities = roll_out(field, noise, sigmas, intervals=K)
@@ -35,7 +36,7 @@ def rolled(dtype=torch.float32, shift=3.0):
     return noise, latents, trajectory
 
 
-def test_the_orders_of_the_roll_outs():
+def test_convergence_orders():
     noise = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).double()
     errors, euler = [], []
     for steps in (12, 24, 48):
@@ -49,14 +50,14 @@ def test_the_orders_of_the_roll_outs():
     assert errors[0] < euler[0] / 5
 
 
-def test_a_path_of_eulers_ends_at_the_samplers_image():
+def test_an_euler_path_ends_at_the_samplers_result():
     noise = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     sigmas = sigma_grid(24, 3.0)
     assert torch.equal(roll_out(field, noise, sigmas, intervals=12)[0], euler_sample(field, noise, sigmas))
 
 
 @pytest.mark.parametrize("second_order", [False, True])
-def test_an_interval_holds_the_mean_of_its_steps(second_order):
+def test_an_interval_has_the_mean_velocity_of_its_steps(second_order):
     noise = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).double()
     sigmas = sigma_grid(24, 3.0)
     end, each = roll_out(field, noise, sigmas, intervals=24, second_order=second_order)
@@ -68,22 +69,22 @@ def test_an_interval_holds_the_mean_of_its_steps(second_order):
     torch.testing.assert_close(noise - (pairs * -sigmas[::2].diff()[:, None]).sum(1), end, rtol=0, atol=1e-5)
 
 
-def test_steps_that_do_not_fill_the_intervals_are_refused():
+def test_steps_must_be_a_multiple_of_the_intervals():
     with pytest.raises(ValueError, match="8 steps are not a multiple of 12 intervals"):
         roll_out(field, torch.zeros(1, 3), sigma_grid(8), intervals=12)
 
 
 def test_mean_velocities_lead_back_to_the_noise():
-    noise, latents, trajectory = rolled()
+    noise, latents, trajectory = sampled_paths()
     first, last = torch.zeros(B, dtype=torch.int64), torch.full((B,), K)
     state, velocity = trajectory.jump(latents, first, last)
     torch.testing.assert_close(state.double(), noise, rtol=0, atol=1e-5)
     torch.testing.assert_close(velocity.double(), noise - latents, rtol=0, atol=1e-5)  # over sigma 1 to 0
 
 
-def test_a_jump_is_in_fp32_within_autocast_too():
-    """DeepSpeed puts the whole step under it; products of bf16 would be off by a tenth of a per cent."""
-    _, latents, trajectory = rolled()
+def test_a_jump_is_in_fp32_under_autocast_too():
+    """DeepSpeed puts the whole step under autocast; products in bf16 would have errors of 0.1 %."""
+    _, latents, trajectory = sampled_paths()
     first, last = torch.full((B,), 2), torch.full((B,), 5)
     expected = trajectory.jump(latents, first, last)
     with torch.autocast("cpu", torch.bfloat16):
@@ -92,7 +93,7 @@ def test_a_jump_is_in_fp32_within_autocast_too():
 
 
 def test_a_jump_is_the_chord_between_its_nodes():
-    _, latents, trajectory = rolled()
+    _, latents, trajectory = sampled_paths()
     first, last = torch.tensor([0, 3, 6, 8, 10, 11]), torch.tensor([12, 6, 12, 10, 11, 12])
     state, velocity = trajectory.jump(latents, first, last)
     end, _ = trajectory.jump(latents, last.clamp(max=K - 1), torch.full((B,), K))
@@ -102,9 +103,9 @@ def test_a_jump_is_the_chord_between_its_nodes():
 
 
 def test_bf16_velocities_give_jumps_of_bf16_accuracy():
-    """States rounded to bf16 would be off by 2^-9 of a state over a short interval."""
-    _, latents, exact = rolled()
-    _, _, rounded = rolled(torch.bfloat16)
+    """From states in bf16, the velocity over a short interval would have an error of 2^-9 of a state."""
+    _, latents, exact = sampled_paths()
+    _, _, rounded = sampled_paths(torch.bfloat16)
     for first in range(K):
         jump = torch.full((B,), first), torch.full((B,), first + 1)
         (_, one), (_, other) = (path.jump(latents, *jump) for path in (exact, rounded))
@@ -116,11 +117,11 @@ CONFIG = PlanConfig(
 )
 
 
-def make_plan(config=CONFIG, rows=B):
-    return sample_plan(config, torch.arange(rows), seed=3)
+def make_plan(config=CONFIG, rows=B, seed=3):
+    return sample_plan(config, torch.arange(rows), seed)
 
 
-def test_rows_have_their_share_grids_and_intervals():
+def test_rows_have_their_fraction_grids_and_intervals():
     plan = make_plan(rows=20_000)
     rows = plan.is_trajectory
     assert rows.double().mean().item() == pytest.approx(0.5, abs=0.015)
@@ -133,20 +134,22 @@ def test_rows_have_their_share_grids_and_intervals():
     assert not plan.interval[~rows].any()
 
 
-def test_other_rows_are_drawn_as_without_trajectories():
+def test_other_rows_are_the_same_as_without_trajectories():
     without = make_plan(PlanConfig(flow_fraction=0.2, teacher_fraction=0.1), rows=400)
     plan = make_plan(dataclasses.replace(CONFIG, trajectory_fraction=0.0, step_gain=None), rows=400)
     for name in ("sigma_start", "sigma_mid", "sigma_end", "guidance", "is_teacher", "is_flow", "grid"):
         assert torch.equal(getattr(plan, name), getattr(without, name))
 
 
-def test_rows_are_put_onto_their_paths_and_others_left_alone():
-    noise, latents, trajectory = rolled()
-    plan = make_plan()
+def test_only_trajectory_rows_are_put_onto_their_paths():
+    noise, latents, trajectory = sampled_paths()
+    plan = make_plan(seed=28)
     rows = plan.is_trajectory
     assert 0 < rows.sum() < B
-    noised, given = torch.full((B, 2, 3), 7.0), torch.full((B, 2, 3), 9.0)
-    moved, start, velocity = on_trajectories(plan, trajectory, latents, noised, given)
+    noised, flow = torch.full((B, 2, 3), 7.0), torch.full((B, 2, 3), 9.0)
+    moved, start, velocity = on_trajectories(plan, trajectory, latents, noised, flow)
+    first, last = rows & (plan.interval == 0), rows & (plan.interval == plan.grid - 1)
+    assert first.any() and last.any() and (rows & ~first & ~last).any()
     for row in range(B):
         if not rows[row]:
             assert (start[row] == 7).all() and (velocity[row] == 9).all()
@@ -157,16 +160,16 @@ def test_rows_are_put_onto_their_paths_and_others_left_alone():
         assert moved.sigma_start[row] == pytest.approx(nodes[interval].item(), abs=1e-6)
         assert moved.sigma_end[row] == pytest.approx(nodes[interval + 1].item(), abs=1e-6)
         assert moved.guidance[row] == trajectory.guidance[row]
-        # One Euler step of the target over the jump leads from node to node, down to the latents.
+        # One Euler step of the target over the jump leads from node to node, and at last to the latents.
         end = start[row] - (moved.sigma_start[row] - moved.sigma_end[row]) * velocity[row]
-        if interval == grid - 1:
+        if last[row]:
             torch.testing.assert_close(end.double(), latents[row], rtol=0, atol=1e-5)
-        if interval == 0:
+        if first[row]:
             torch.testing.assert_close(start[row].double(), noise[row], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("second_order", [False, True])
-def test_each_sample_may_have_its_own_shift(second_order):
+def test_samples_may_have_different_shifts(second_order):
     noise = torch.randn(2, 3, generator=torch.Generator().manual_seed(0)).double()
     grids = torch.stack([sigma_grid(8, 1.5), sigma_grid(8, 4.0)])
     end, velocities = roll_out(field, noise, grids, intervals=4, second_order=second_order)
@@ -176,16 +179,16 @@ def test_each_sample_may_have_its_own_shift(second_order):
 
 
 class Rows(list):
-    """A conditioning: which rows it is of."""
+    """A conditioning: the numbers of its rows."""
 
     def __getitem__(self, rows):
         return Rows(rows.tolist())
 
 
-def test_paths_taken_now_are_those_that_would_be_stored():
-    """From the same noise, at the same shift; rows of other slices do not enter the network."""
+def test_paths_computed_in_training_equal_stored_paths():
+    """From the same noise and at the same shift. Rows of other slices do not run through the network."""
     config = dataclasses.replace(CONFIG, shift=(3.0, 3.0), trajectory_steps=12)
-    plan, (noise, latents, stored) = make_plan(config), rolled()
+    plan, (noise, latents, stored) = make_plan(config), sampled_paths()
     rows, entered = plan.is_trajectory, []
     assert 0 < rows.sum() < B
 
@@ -206,7 +209,7 @@ def test_paths_taken_now_are_those_that_would_be_stored():
     torch.testing.assert_close(velocity, other_velocity, rtol=0, atol=1e-5)
 
 
-def test_paths_are_taken_at_each_rows_own_shift():
+def test_paths_are_computed_at_each_rows_own_shift():
     config = PlanConfig(trajectory_fraction=1.0, teacher_fraction=0.0, trajectory_grids=(1, 2, 4), trajectory_steps=4)
     plan, noise = make_plan(config), torch.randn(B, 3)
     taken, ends = take_paths(plan, noise, noise, Rows(range(B)), lambda x, sigma, cond, strength: field(x, sigma), 4)
@@ -216,8 +219,8 @@ def test_paths_are_taken_at_each_rows_own_shift():
         torch.testing.assert_close(ends[row : row + 1], roll_out(field, noise[row : row + 1], nodes, intervals=4)[0])
 
 
-def test_a_batch_without_such_rows_enters_the_network_all_the_same():
-    """As every process of a sharded run must; nothing of it is used."""
+def test_a_batch_without_trajectory_rows_still_enters_the_network():
+    """In a sharded run every process must; the result is not used."""
     plan, seen = make_plan(PlanConfig()), []
     latents = torch.randn(B, 3)
 
@@ -229,8 +232,8 @@ def test_a_batch_without_such_rows_enters_the_network_all_the_same():
     assert seen == [1] * 4
 
 
-def test_their_target_is_given_and_pairs_alone_run():
-    _, latents, trajectory = rolled()
+def test_trajectory_rows_have_a_known_target_and_only_pairs_run():
+    _, latents, trajectory = sampled_paths()
     plan, start, velocity = on_trajectories(
         make_plan(), trajectory, latents, torch.randn(B, 2, 3), torch.zeros(B, 2, 3)
     )
@@ -241,16 +244,16 @@ def test_their_target_is_given_and_pairs_alone_run():
         return x
 
     target = scfm_target(plan, start, None, near, near, flow_velocity=velocity)
-    pairs = int((~plan.is_given).sum())
+    pairs = int((~plan.has_known_target).sum())
     assert entered == [pairs, pairs]
-    assert torch.equal(target[plan.is_given], velocity[plan.is_given])
+    assert torch.equal(target[plan.has_known_target], velocity[plan.has_known_target])
     assert target.isfinite().all()
 
 
-def test_trajectories_alone_run_no_pass():
+def test_only_trajectory_rows_need_no_pass():
     config = PlanConfig(trajectory_fraction=1.0, teacher_fraction=0.0)
     assert not config.has_pairs and not config.has_flow and config.has_trajectory
-    _, latents, trajectory = rolled()
+    _, latents, trajectory = sampled_paths()
     plan, start, velocity = on_trajectories(make_plan(config), trajectory, latents, torch.zeros(B, 2, 3), None)
     assert torch.equal(scfm_target(plan, start, None, None, None, flow_velocity=velocity), velocity)
 
@@ -264,6 +267,6 @@ def test_trajectories_alone_run_no_pass():
         ({"trajectory_grids": (0, 2)}, "step counts of at least 1"),
     ],
 )
-def test_bad_values_are_refused(changes, message):
+def test_invalid_configurations_are_errors(changes, message):
     with pytest.raises(ValueError, match=message):
         PlanConfig(**changes)

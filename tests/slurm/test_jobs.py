@@ -300,7 +300,7 @@ def test_crash_that_repeats(start):
     assert run.ended() == "FAILED"
     assert run.cluster.job(run.number)["ExitCode"] != "0:0"
     assert [row["verdict"] for row in run.events("job")] == ["requeue", "failed"]
-    assert "it broke off 2 times in a row without a new checkpoint" in run.output
+    assert "it failed 2 times in a row without a new checkpoint" in run.output
 
 
 def test_cancelled_stays_cancelled_and_another_job_goes_on(start, uninterrupted):

@@ -1,4 +1,4 @@
-"""Checkpoints: complete or not there, never trusted unread, and never the last good one lost."""
+"""Checkpoints: they are atomic and verified before use, and the last good one is never lost."""
 
 import contextlib
 import errno
@@ -42,7 +42,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def make_tensors(seed: int = 0) -> Tensors:
-    """Of every group: contiguous, transposed, scalar, and the values that a conversion would lose."""
+    """Tensors of every group: contiguous, transposed, scalar, and with values that a conversion would change."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for group in GROUPS:
@@ -64,23 +64,23 @@ def make_state(step: int, tensors: Tensors, **more: object) -> dict[str, object]
     return {"step": step, "kind": "dcp", "shapes": shapes, **more}
 
 
-def writes(tensors: Tensors, *, on_thread: bool = False) -> module.Write:
+def writer_of(tensors: Tensors, *, on_thread: bool = False) -> module.Write:
     return lambda folder, world: save_dcp(tensors, folder / DCP_FOLDER, world, on_thread=on_thread)
 
 
 def save(run_dir: Path, step: int, keep: int = 5, *, seed: int | None = None, **more: object) -> Path:
     tensors = make_tensors(step if seed is None else seed)
-    return CheckpointWriter(run_dir, keep).save(step, writes(tensors), make_state(step, tensors, **more))
+    return CheckpointWriter(run_dir, keep).save(step, writer_of(tensors), make_state(step, tensors, **more))
 
 
 def saved_steps(run_dir: Path) -> list[int]:
-    """Every folder under `checkpoints`, complete or not; a leftover fails."""
+    """Steps of all folders under `checkpoints`, complete or not; any other file is an error."""
     inside = [path for path in (run_dir / "checkpoints").iterdir() if path.name != LATEST]
     return sorted(int(path.name.removeprefix("step_")) for path in inside)
 
 
-def pointed_at(run_dir: Path) -> str:
-    """What `latest` names, once it was found to be complete and undamaged."""
+def verified_latest(run_dir: Path) -> str:
+    """The name in `latest`, whose checkpoint must be complete and undamaged."""
     name = (run_dir / "checkpoints" / LATEST).read_text()
     verify_checkpoint(run_dir / "checkpoints" / name)
     return name
@@ -91,7 +91,7 @@ def bits(tensor: torch.Tensor) -> tuple[torch.dtype, torch.Size, bytes]:
 
 
 def assert_tensors(path: Path, expected: Tensors) -> None:
-    """The checkpoint holds these and no others, bit by bit."""
+    """The checkpoint has exactly these tensors, bit by bit."""
     reader = load_checkpoint(path).reader
     assert reader.shapes.keys() == expected.keys()
     for key, tensor in expected.items():
@@ -99,7 +99,7 @@ def assert_tensors(path: Path, expected: Tensors) -> None:
 
 
 def assert_holds(run_dir: Path, step: int, *, seed: int | None = None) -> None:
-    """The newest checkpoint is that of `step`, bit by bit."""
+    """The newest checkpoint is that of `step`; its tensors are equal bit by bit."""
     found = find_checkpoint(run_dir, warn=lambda _: None)
     assert found == checkpoint_path(run_dir, step)
     assert load_checkpoint(found).state == make_state(step, make_tensors())
@@ -115,7 +115,7 @@ def run_dir(tmp_path: Path) -> Path:
 
 
 class TestRoundTrip:
-    def test_every_bit_comes_back(self, tmp_path):
+    def test_every_bit_is_restored(self, tmp_path):
         more = {"samples": 24, "seconds": 1.25, "config": {"run": {"dir": "läufe"}, "steps": [1, 2], "none": None}}
         path = save(tmp_path, 3, **more)
         loaded = load_checkpoint(path)
@@ -142,22 +142,22 @@ class TestRoundTrip:
         save(run_dir, 2, seed=9)
         assert_holds(run_dir, 2, seed=9)
         assert saved_steps(run_dir) == [1, 2]
-        assert pointed_at(run_dir) == "step_00000002"
+        assert verified_latest(run_dir) == "step_00000002"
 
     def test_newest_is_by_number(self, tmp_path):
         for step in (9, 20, 100):
             save(tmp_path, step)
         assert_holds(tmp_path, 100)
 
-    def test_a_run_that_went_back_forgets_what_it_went_behind(self, tmp_path):
-        """Resumed from step 9 by hand: the next start must not jump to step 100 of the abandoned run."""
+    def test_a_run_that_went_back_drops_later_checkpoints(self, tmp_path):
+        """The run was resumed from step 9: the next start must not resume from step 100 of the abandoned attempt."""
         for step in (9, 100, 20):
             save(tmp_path, step)
         assert_holds(tmp_path, 20)
-        assert pointed_at(tmp_path) == "step_00000020"
+        assert verified_latest(tmp_path) == "step_00000020"
         assert not checkpoint_path(tmp_path, 100).exists()
 
-    def test_run_without_checkpoints(self, tmp_path):
+    def test_a_run_without_checkpoints(self, tmp_path):
         assert find_checkpoint(tmp_path) is None
         assert newest_complete(tmp_path) is None
 
@@ -187,7 +187,7 @@ for _name in (*FILES, MANIFEST):
         f"missing {_name}": lambda folder, name=_name: (folder / name).unlink(),
         f"cut {_name}": lambda folder, name=_name: cut(folder / name),
         f"empty {_name}": lambda folder, name=_name: (folder / name).write_bytes(b""),
-        f"first bit of {_name}": lambda folder, name=_name: flip(folder / name, 0, bit=7),  # no UTF-8 any more
+        f"first bit of {_name}": lambda folder, name=_name: flip(folder / name, 0, bit=7),  # no longer UTF-8
     }
 for _name in FILES:
     DAMAGE |= {
@@ -217,7 +217,7 @@ def rewrite_manifest(folder: Path, change: Callable[[dict], object]) -> None:
 
 class TestDamage:
     @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-    def test_falls_back_and_says_what_it_passed_over(self, run_dir, damage):
+    def test_a_damaged_checkpoint_is_skipped_with_a_warning(self, run_dir, damage):
         save(run_dir, 3)
         damage(checkpoint_path(run_dir, 3))
         warnings = []
@@ -228,39 +228,39 @@ class TestDamage:
         assert_holds(run_dir, 2)
 
     @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-    def test_is_not_loaded_when_asked_for_by_name(self, run_dir, damage):
+    def test_a_damaged_checkpoint_is_not_loaded(self, run_dir, damage):
         damage(checkpoint_path(run_dir, 2))
         with pytest.raises(UserError, match=r"step_00000002 is (damaged|not a complete checkpoint)"):
             load_checkpoint(checkpoint_path(run_dir, 2))
 
     @pytest.mark.parametrize("name", FILES)
-    def test_damaged_file_is_named(self, run_dir, name):
+    def test_the_damaged_file_is_named(self, run_dir, name):
         flip(checkpoint_path(run_dir, 2) / name, -1)
         with pytest.raises(UserError) as caught:
             verify_checkpoint(checkpoint_path(run_dir, 2))
         assert f"step_00000002 is damaged: {name} differs from the manifest's sha256" in str(caught.value)
 
     @pytest.mark.parametrize("name", FILES)
-    def test_missing_file_is_named(self, run_dir, name):
+    def test_the_missing_file_is_named(self, run_dir, name):
         (checkpoint_path(run_dir, 2) / name).unlink()
         with pytest.raises(UserError) as caught:
             verify_checkpoint(checkpoint_path(run_dir, 2))
         assert str(caught.value).endswith(f"step_00000002 is damaged: {name} is missing")
 
-    def test_state_that_the_manifest_does_not_list(self, run_dir):
-        """Its hash would be held against nothing."""
+    def test_a_state_that_the_manifest_does_not_list(self, run_dir):
+        """Without an entry its hash could not be verified."""
         rewrite_manifest(checkpoint_path(run_dir, 2), lambda manifest: manifest["files"].pop("state.json"))
         with pytest.raises(UserError, match=r"is not a complete checkpoint \(manifest.json does not list state.json\)"):
             read_manifest(checkpoint_path(run_dir, 2))
 
-    def test_several_in_a_row(self, run_dir):
+    def test_several_damaged_checkpoints(self, run_dir):
         for step in (3, 4):
             flip(save(run_dir, step) / "state.json", 0)
         warnings = []
         assert find_checkpoint(run_dir, warnings.append) == checkpoint_path(run_dir, 2)
         assert ["step_00000004" in warnings[0], "step_00000003" in warnings[1]] == [True, True]
 
-    def test_all_of_them(self, run_dir):
+    def test_all_checkpoints_damaged(self, run_dir):
         for step in (1, 2):
             (checkpoint_path(run_dir, step) / MANIFEST).unlink()
         warnings = []
@@ -269,11 +269,11 @@ class TestDamage:
         assert len(warnings) == 2
 
     @pytest.mark.parametrize("path", ["nowhere", "run", "run/checkpoints"])
-    def test_what_is_no_checkpoint_at_all(self, run_dir, path):
+    def test_a_folder_that_is_not_a_checkpoint(self, run_dir, path):
         with pytest.raises(UserError, match="is not a complete checkpoint"):
             load_checkpoint(run_dir.parent / path)
 
-    def test_no_flipped_bit_of_the_manifest_ends_in_a_traceback(self, run_dir):
+    def test_a_flipped_bit_of_the_manifest_gives_no_other_exception(self, run_dir):
         folder = checkpoint_path(run_dir, 1)
         good = (folder / MANIFEST).read_bytes()
         for offset in range(len(good)):
@@ -282,13 +282,13 @@ class TestDamage:
                 verify_checkpoint(folder)
             (folder / MANIFEST).write_bytes(good)
 
-    def test_file_that_the_manifest_does_not_list_is_not_loaded(self, run_dir):
+    def test_a_file_that_the_manifest_does_not_list_is_not_loaded(self, run_dir):
         folder = checkpoint_path(run_dir, 2)
         shutil.copy(folder / DCP_FOLDER / "__0_0.distcp", folder / DCP_FOLDER / "__1_0.distcp")
         shutil.copy(folder / "state.json", folder / "stray.json")
         assert_holds(run_dir, 2)
 
-    def test_pointer_is_not_trusted(self, run_dir):
+    def test_latest_is_not_trusted(self, run_dir):
         (run_dir / "checkpoints" / LATEST).write_text("step_00000009")
         assert_holds(run_dir, 2)
         (run_dir / "checkpoints" / LATEST).unlink()
@@ -306,7 +306,7 @@ def first_format(folder: Path) -> None:
 
 
 class TestOtherFormats:
-    def test_that_of_the_first_version_is_refused_by_its_name(self, run_dir):
+    def test_the_first_format_is_an_error_with_its_number(self, run_dir):
         first_format(checkpoint_path(run_dir, 2))
         with pytest.raises(UserError) as caught:
             load_checkpoint(checkpoint_path(run_dir, 2))
@@ -316,12 +316,12 @@ class TestOtherFormats:
         assert "not a complete" not in message
 
     @pytest.mark.parametrize("number", [4, "3", None, [3]])
-    def test_one_to_come_is_refused(self, run_dir, number):
+    def test_a_later_format_is_an_error(self, run_dir, number):
         rewrite_manifest(checkpoint_path(run_dir, 2), lambda manifest: manifest.update(format=number))
         with pytest.raises(UserError, match=r"has checkpoint format .*; this version of scfm reads 3"):
             load_checkpoint(checkpoint_path(run_dir, 2))
 
-    def test_a_run_of_the_first_version_is_not_started_over(self, tmp_path):
+    def test_a_run_with_the_first_format_does_not_start_over(self, tmp_path):
         for step in (1, 2):
             first_format(checkpoint_path(tmp_path, step))
         warnings = []
@@ -332,7 +332,7 @@ class TestOtherFormats:
 
 
 class TestLeftovers:
-    """What a `kill -9` leaves at the worst moment: every file is written, and the folder not yet renamed."""
+    """Files of a save that was killed after writing all files, but before the rename."""
 
     def leave(self, run_dir: Path, step: int) -> None:
         before = set((run_dir / "checkpoints").iterdir())
@@ -354,7 +354,7 @@ class TestLeftovers:
         warnings = []
         assert find_checkpoint(run_dir, warnings.append) == checkpoint_path(run_dir, 2)
         assert warnings == []
-        assert pointed_at(run_dir) == "step_00000002"
+        assert verified_latest(run_dir) == "step_00000002"
 
     def test_are_replaced_when_the_same_step_is_saved(self, run_dir):
         self.leave(run_dir, 3)
@@ -362,8 +362,8 @@ class TestLeftovers:
         assert saved_steps(run_dir) == [1, 2, 3]
         assert_holds(run_dir, 3)
 
-    def test_are_cleaned_up_by_any_later_save(self, run_dir):
-        """A run stopped by a signal saves at an odd step, which never comes again: gigabytes would stay for ever."""
+    def test_are_deleted_by_any_later_save(self, run_dir):
+        """A run that a signal stops saves at a step that is never saved again: gigabytes would remain forever."""
         self.leave(run_dir, 3)
         save(run_dir, 4)
         assert saved_steps(run_dir) == [1, 2, 4]
@@ -373,24 +373,24 @@ class TestRetention:
     def test_newest_are_kept(self, tmp_path):
         for step in range(1, 6):
             save(tmp_path, step, keep=2)
-            assert pointed_at(tmp_path) == f"step_{step:08d}"
+            assert verified_latest(tmp_path) == f"step_{step:08d}"
         assert saved_steps(tmp_path) == [4, 5]
 
-    def test_incomplete_ones_do_not_count(self, run_dir):
-        """Counting them would leave one good checkpoint where two were asked for."""
+    def test_incomplete_checkpoints_do_not_count(self, run_dir):
+        """If they counted, only one good checkpoint of two would be kept."""
         checkpoint_path(run_dir, 3).mkdir()
         (checkpoint_path(run_dir, 3) / "state.json").write_bytes(b"partial")
         save(run_dir, 4, keep=2)
         assert {2, 4} <= set(saved_steps(run_dir))
         assert 1 not in saved_steps(run_dir)
 
-    def test_new_one_outlives_a_damaged_one_of_a_later_step(self, run_dir):
-        """A resumed run falls back behind the damaged one, and a signal stops it before it gets there again."""
+    def test_a_new_checkpoint_is_kept_beside_a_damaged_one_of_a_later_step(self, run_dir):
+        """A run resumes from before the damaged checkpoint, and a signal stops it before it reaches that step again."""
         flip(save(run_dir, 300) / DCP_FOLDER / "__0_0.distcp", -1)
         save(run_dir, 250, keep=1)
         assert_holds(run_dir, 250)
 
-    def test_nothing_is_dropped_before_the_new_one_is_complete(self, run_dir):
+    def test_nothing_is_deleted_before_the_new_checkpoint_is_complete(self, run_dir):
         with pytest.raises(UserError):
             CheckpointWriter(run_dir, 1).save(3, raising(OSError(errno.EIO, "Input/output error")), {"step": 3})
         assert saved_steps(run_dir) == [1, 2]
@@ -408,7 +408,7 @@ SAVED, REFUSED, WRONG = 0, 2, 99
 
 
 def in_child(action: Callable[[], object], at: int | None, then: Callable[[], object]) -> int:
-    """`action` in a forked process, in which `then` happens before the change of a file or folder number `at`.
+    """Run `action` in a forked process, and call `then` before the change number `at` to a file or folder.
 
     Returns:
         its exit code; without `at` the number of changes.
@@ -421,7 +421,7 @@ def in_child(action: Callable[[], object], at: int | None, then: Callable[[], ob
         def hook(event: str, arguments: tuple) -> None:
             nonlocal count
             writing = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-            if writing and not hidden(arguments[0]):  # a kill before it is filled would leave it empty under its name
+            if writing and not hidden(arguments[0]):  # a kill would leave an incomplete file with its final name
                 print(f"{arguments[0]} is written in place", file=sys.stderr)
                 os._exit(WRONG)
             if writing or event in CHANGES:
@@ -430,7 +430,7 @@ def in_child(action: Callable[[], object], at: int | None, then: Callable[[], ob
                     then()
 
         try:
-            sys.addaudithook(hook)  # there is no way to remove one
+            sys.addaudithook(hook)  # it cannot be removed
             action()
             code = SAVED if at is not None else count
         except UserError as error:
@@ -447,7 +447,7 @@ def in_child(action: Callable[[], object], at: int | None, then: Callable[[], ob
 
 
 def hidden(path: object) -> bool:
-    """Whether a file lies, under `checkpoints`, in or under what a reader does not look at."""
+    """Whether readers ignore the file: it is not under `checkpoints`, or in a hidden folder there."""
     parts = Path(os.fsdecode(path)).parts
     return "checkpoints" not in parts or parts[parts.index("checkpoints") + 1].startswith(".")
 
@@ -461,31 +461,31 @@ def broken() -> None:
 
 
 def next_step(run_dir: Path) -> None:
-    """The oldest goes."""
+    """Save a new step; the oldest checkpoint is deleted."""
     save(run_dir, 3, keep=2)
 
 
-def behind_an_abandoned_one(run_dir: Path) -> None:
-    """Steps 100 and 1 go."""
+def before_an_abandoned_one(run_dir: Path) -> None:
+    """Save a step before that of an abandoned attempt; steps 100 and 1 are deleted."""
     save(run_dir, 3, keep=2)
 
 
 def same_step(run_dir: Path) -> None:
-    """A run that went back on its own comes to a step again that it had saved."""
+    """Save the same step again, after a rollback."""
     save(run_dir, 2, keep=1, seed=9)
 
 
 class TestEveryMoment:
-    """Before each single change that a save makes to the file system, it is killed, or the change fails."""
+    """A save is killed, or fails, before each of its changes to the file system."""
 
     @pytest.fixture
     def moments(self, tmp_path) -> Callable[..., Iterator[tuple[Path, int]]]:
         def run(action: Callable[[Path], None], then: Callable[[], object]) -> Iterator[tuple[Path, int]]:
             template = tmp_path / "template"
-            # As a killed run would find it: a leftover lies about.
-            for step in (1, 100, 2) if action is behind_an_abandoned_one else (1, 2):
+            # With leftovers of a killed save.
+            for step in (1, 100, 2) if action is before_an_abandoned_one else (1, 2):
                 save(template, step)
-            if action is behind_an_abandoned_one:
+            if action is before_an_abandoned_one:
                 shutil.copytree(checkpoint_path(template, 2), checkpoint_path(template, 100))
                 (template / "checkpoints" / LATEST).write_text("step_00000100")
             (template / "checkpoints" / ".step_00000001.tmp" / DCP_FOLDER).mkdir(parents=True)
@@ -506,11 +506,11 @@ class TestEveryMoment:
         return run
 
     @pytest.mark.parametrize("then", [killed, broken], ids=["killed", "failing"])
-    @pytest.mark.parametrize("action", [next_step, behind_an_abandoned_one])
-    def test_of_a_new_step(self, moments, action, then):
+    @pytest.mark.parametrize("action", [next_step, before_an_abandoned_one])
+    def test_saving_a_new_step(self, moments, action, then):
         ends, codes = set(), set()
         for run_dir, code in moments(action, then):
-            name = pointed_at(run_dir)
+            name = verified_latest(run_dir)
             found = find_checkpoint(run_dir, warn=lambda _: None)
             step = int(found.name[-8:])
             assert step in ((2, 3) if action is next_step else (2, 3, 100))
@@ -523,32 +523,40 @@ class TestEveryMoment:
             save(run_dir, 4, keep=2)
             assert_holds(run_dir, 4)
             assert not [path for path in (run_dir / "checkpoints").iterdir() if path.name.startswith(".step")]
-            assert pointed_at(run_dir) == "step_00000004"
+            assert verified_latest(run_dir) == "step_00000004"
             ends.add(step)
             codes.add(code)
         assert {2 if action is next_step else 100, 3} <= ends
         assert codes == ({-signal.SIGKILL} if then is killed else {SAVED, REFUSED})
 
     @pytest.mark.parametrize("then", [killed, broken], ids=["killed", "failing"])
-    def test_of_the_step_that_is_there_already(self, moments, then):
-        """There is no moment without a good checkpoint; the pointer may be gone, but does not name a bad one."""
+    def test_saving_an_existing_step(self, moments, then):
+        """There is always a good checkpoint. `latest` may be missing, but never names a bad one."""
+        outcomes = set()
         for run_dir, code in moments(same_step, then):
             found = find_checkpoint(run_dir, warn=lambda _: None)
             assert found is not None
-            if (run_dir / "checkpoints" / LATEST).exists():
-                assert pointed_at(run_dir) == found.name
+            has_latest = (run_dir / "checkpoints" / LATEST).exists()
+            assert not has_latest or verified_latest(run_dir) == found.name
             reader = load_checkpoint(found).reader
             bias = bits(reader.tensor("student.bias"))
             (seed,) = [seed for seed in (1, 2, 9) if bits(make_tensors(seed)["student.bias"]) == bias]
             assert_tensors(found, make_tensors(seed))
             assert found.name == f"step_{1 if seed == 1 else 2:08d}"
-            if code == SAVED:
-                assert seed == 9
+            assert code != SAVED or seed == 9
+            outcomes.add((code, seed == 9, has_latest))
             save(run_dir, 2, seed=9)
             assert_holds(run_dir, 2, seed=9)
-            assert pointed_at(run_dir) == "step_00000002"
+            assert verified_latest(run_dir) == "step_00000002"
+        codes = {-signal.SIGKILL} if then is killed else {SAVED, REFUSED}
+        assert {code for code, _, _ in outcomes} == codes
+        assert {(is_new, has_latest) for _, is_new, has_latest in outcomes} >= {
+            (False, True),
+            (True, True),
+            (True, False),
+        }
 
-    def test_everything_is_on_disk_before_it_gets_its_name(self, run_dir, monkeypatch):
+    def test_everything_is_on_disk_before_the_rename(self, run_dir, monkeypatch):
         order, fsync, rename = [], os.fsync, Path.rename
 
         def recorded_fsync(descriptor: int) -> None:
@@ -564,8 +572,8 @@ class TestEveryMoment:
         final = save(run_dir, 3)
         named = order.index(("rename", str(final)))
         before = {Path(path) for kind, path in order[:named] if kind == "fsync"}
-        aside = final.with_name(f".{final.name}.tmp")
-        expected = [aside, *(aside / path.relative_to(final) for path in final.rglob("*"))]
+        partial = final.with_name(f".{final.name}.tmp")
+        expected = [partial, *(partial / path.relative_to(final) for path in final.rglob("*"))]
         assert before >= set(expected)
         assert ("fsync", str(final.parent)) in order[named:]
         assert ("fsync", str(final.with_name(f".{LATEST}.tmp"))) in order[named:]
@@ -592,7 +600,7 @@ class TestFailedWrites:
     def assert_intact(self, run_dir: Path) -> None:
         assert saved_steps(run_dir) == [1, 2]
         assert_holds(run_dir, 2)
-        assert pointed_at(run_dir) == "step_00000002"
+        assert verified_latest(run_dir) == "step_00000002"
 
     @pytest.mark.parametrize(
         ("tensors", "more"),
@@ -607,7 +615,7 @@ class TestFailedWrites:
         for step in (1, 2):
             save(tiny_disk, step)
         with pytest.raises(UserError) as caught:
-            CheckpointWriter(tiny_disk, 1).save(3, writes(tensors), make_state(3, {}, **more))
+            CheckpointWriter(tiny_disk, 1).save(3, writer_of(tensors), make_state(3, {}, **more))
         message = str(caught.value)
         folder = tiny_disk / "checkpoints"
         assert f"the checkpoint step_00000003 could not be written to {folder}: the disk is full (" in message
@@ -616,18 +624,18 @@ class TestFailedWrites:
         assert "\n" not in message
         self.assert_intact(tiny_disk)
 
-        save(tiny_disk, 3)  # room enough for a small one: the failure left nothing behind
+        save(tiny_disk, 3)  # there is room for a small one: the failed save left no files
         assert_holds(tiny_disk, 3)
 
     def test_full_disk_before_the_first_checkpoint(self, tiny_disk):
-        with pytest.raises(UserError, match=r"the disk is full \(.*\); make room\. Mend that") as caught:
-            CheckpointWriter(tiny_disk, 1).save(1, writes({"student.big": torch.zeros(1 << 19)}), make_state(1, {}))
+        with pytest.raises(UserError, match=r"the disk is full \(.*\); make room\. Fix this") as caught:
+            CheckpointWriter(tiny_disk, 1).save(1, writer_of({"student.big": torch.zeros(1 << 19)}), make_state(1, {}))
         assert "intact" not in str(caught.value)
         assert saved_steps(tiny_disk) == []
         assert not (tiny_disk / "checkpoints" / LATEST).exists()
 
     @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-    @pytest.mark.parametrize("late", [False, True], ids=["at once", "while waiting"])
+    @pytest.mark.parametrize("late", [False, True], ids=["immediately", "while waiting"])
     def test_full_disk_or_quota(self, run_dir, number, late):
         fail = raising(OSError(number, os.strerror(number)))
         with pytest.raises(
@@ -638,16 +646,16 @@ class TestFailedWrites:
 
     @pytest.mark.parametrize("place", [(filesystem.FileSystem, "create_stream"), (Path, "write_text")])
     @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-    def test_full_disk_or_quota_wherever_it_shows(self, run_dir, monkeypatch, place, number):
+    def test_full_disk_or_quota_at_any_place(self, run_dir, monkeypatch, place, number):
         with monkeypatch.context() as patch:
             patch.setattr(*place, raising(OSError(number, os.strerror(number))))
             with pytest.raises(UserError, match=r"the disk is full .*The last one, step_00000002, is intact"):
                 save(run_dir, 3)
         self.assert_intact(run_dir)
 
-    @pytest.mark.parametrize("place", [(os, "fsync"), (module, "_fsync"), (module, "file_sha256")])
+    @pytest.mark.parametrize("place", [(os, "fsync"), (module, "fsync_path"), (module, "file_sha256")])
     def test_failing_device(self, run_dir, monkeypatch, place):
-        """A disk may fail as late as in fsync; then nothing may be renamed into place."""
+        """A disk may fail only in fsync; then nothing may be renamed."""
         with monkeypatch.context() as patch:
             patch.setattr(*place, raising(OSError(errno.EIO, "Input/output error")))
             with pytest.raises(UserError, match=r"step_00000003 could not be written .*Input/output error") as caught:
@@ -657,7 +665,7 @@ class TestFailedWrites:
         self.assert_intact(run_dir)
 
     @pytest.mark.parametrize("damaged", [False, True], ids=["empty", "damaged"])
-    def test_what_is_called_intact_is(self, run_dir, damaged):
+    def test_the_message_calls_only_intact_checkpoints_intact(self, run_dir, damaged):
         if damaged:
             flip(save(run_dir, 9) / DCP_FOLDER / "__0_0.distcp", -1)
         else:
@@ -666,9 +674,9 @@ class TestFailedWrites:
             CheckpointWriter(run_dir, 5).save(3, raising(OSError(errno.ENOSPC, "No space left")), make_state(3, {}))
         assert "step_00000009, is intact" not in str(caught.value)
 
-    def test_advice_fits_the_reason(self, tmp_path):
+    def test_the_advice_depends_on_the_reason(self, tmp_path):
         (tmp_path / "run").write_text("a file where the run's folder should be")
-        with pytest.raises(UserError, match=r"Not a directory.*Mend that and run the same command again") as caught:
+        with pytest.raises(UserError, match=r"Not a directory.*Fix this and run the same command again") as caught:
             save(tmp_path / "run", 1)
         assert "room" not in str(caught.value)
         assert "full" not in str(caught.value)
@@ -678,8 +686,8 @@ class TestFailedWrites:
             with pytest.raises(UserError, match=r"step_00000001 could not be written to .*Read-only file system"):
                 save(disk, 1)
 
-    def test_an_impatient_ctrl_c_is_no_failed_write(self, run_dir, monkeypatch):
-        """The second one interrupts wherever the run is; DCP would make an error of its own of it."""
+    def test_a_second_ctrl_c_is_not_a_failed_write(self, run_dir, monkeypatch):
+        """It interrupts the run at any place; DCP would turn it into an error of its own."""
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(filesystem.FileSystem, "create_stream", raising(KeyboardInterrupt()))
             save(run_dir, 3)
@@ -687,7 +695,7 @@ class TestFailedWrites:
 
 
 class Gate:
-    """Holds DCP's own thread until the test opens it."""
+    """Blocks DCP's own thread until the test opens it."""
 
     def __init__(self) -> None:
         self.opened = threading.Event()
@@ -724,9 +732,9 @@ class TestOnThread:
 
     def begin(self, writer: CheckpointWriter, step: int, tensors: Tensors | None = None) -> Path:
         tensors = tensors or make_tensors(step)
-        return writer.save(step, writes(tensors, on_thread=True), make_state(step, tensors))
+        return writer.save(step, writer_of(tensors, on_thread=True), make_state(step, tensors))
 
-    def test_values_are_those_at_the_time_of_save(self, writer, gate, run_dir):
+    def test_values_are_from_the_time_of_the_save(self, writer, gate, run_dir):
         tensors = make_tensors(3)
         path = self.begin(writer, 3, tensors)
         for tensor in tensors.values():  # what the next optimizer step does
@@ -736,18 +744,18 @@ class TestOnThread:
         assert path == checkpoint_path(run_dir, 3)
         assert_holds(run_dir, 3)
 
-    def test_nothing_has_a_name_before_it_is_complete(self, writer, gate, run_dir):
+    def test_a_folder_has_no_final_name_before_it_is_complete(self, writer, gate, run_dir):
         path = self.begin(writer, 3)
         time.sleep(0.1)
         assert not path.exists()
-        assert pointed_at(run_dir) == "step_00000002"
+        assert verified_latest(run_dir) == "step_00000002"
         assert_holds(run_dir, 2)
         gate.opened.set()
         writer.wait()
-        assert pointed_at(run_dir) == path.name
+        assert verified_latest(run_dir) == path.name
         assert_holds(run_dir, 3)
 
-    def test_next_save_waits_for_the_one_before(self, writer, gate, run_dir):
+    def test_the_next_save_waits_for_the_previous_one(self, writer, gate, run_dir):
         self.begin(writer, 3)
         threading.Timer(0.2, gate.opened.set).start()
         self.begin(writer, 4)
@@ -760,46 +768,46 @@ class TestOnThread:
             self.begin(writer, step)
         writer.wait()
         assert saved_steps(run_dir) == [6, 7]
-        assert pointed_at(run_dir) == "step_00000007"
+        assert verified_latest(run_dir) == "step_00000007"
         assert_holds(run_dir, 7)
 
-    @pytest.mark.parametrize("surfaces_at", ["wait", "next save"])
-    def test_an_error_surfaces(self, writer, gate, run_dir, surfaces_at):
+    @pytest.mark.parametrize("raised_at", ["wait", "next save"])
+    def test_an_error_is_raised_later(self, writer, gate, run_dir, raised_at):
         gate.error = OSError(errno.ENOSPC, "No space left on device")
         gate.opened.set()
         self.begin(writer, 3)
         message = r"step_00000003 could not be written to .*the disk is full.*The last one, step_00000002, is intact"
         with pytest.raises(UserError, match=message):
-            writer.wait() if surfaces_at == "wait" else self.begin(writer, 4)
+            writer.wait() if raised_at == "wait" else self.begin(writer, 4)
         assert saved_steps(run_dir) == [1, 2]
         assert_holds(run_dir, 2)
-        assert pointed_at(run_dir) == "step_00000002"
-        writer.wait()  # told once
+        assert verified_latest(run_dir) == "step_00000002"
+        writer.wait()  # it is raised only once
         gate.error = None
         self.begin(writer, 5)
         writer.wait()
         assert_holds(run_dir, 5)
 
-    def test_an_error_after_the_writing_surfaces(self, writer, run_dir, monkeypatch):
+    def test_an_error_after_writing(self, writer, run_dir, monkeypatch):
         with monkeypatch.context() as patch:
-            patch.setattr(module, "_fsync", raising(OSError(errno.EIO, "Input/output error")))
+            patch.setattr(module, "fsync_path", raising(OSError(errno.EIO, "Input/output error")))
             self.begin(writer, 3)
             with pytest.raises(UserError, match=r"step_00000003 could not be written .*Input/output error"):
                 writer.wait()
         assert saved_steps(run_dir) == [1, 2]
 
-    def test_an_error_before_the_writing_surfaces(self, writer, run_dir):
-        """Copying to host memory may fail too."""
+    def test_an_error_before_writing(self, writer, run_dir):
+        """Copying to host memory may fail."""
         with pytest.raises(UserError, match=r"step_00000003 could not be written .*out of memory"):
             writer.save(3, raising(RuntimeError("out of memory")), make_state(3, {}))
             writer.wait()
         assert saved_steps(run_dir) == [1, 2]
 
-    def test_without_a_save_there_is_nothing_to_wait_for(self, writer):
+    def test_wait_without_a_save(self, writer):
         writer.wait()
 
-    def test_a_second_writer_reads_what_the_first_wrote(self, writer, run_dir):
-        """One that writes at once, and one on a thread, leave the same files but for the clock."""
+    def test_both_kinds_of_writer_write_the_same_files(self, writer, run_dir):
+        """With and without a thread."""
         self.begin(writer, 3)
         writer.wait()
         threaded = read_manifest(checkpoint_path(run_dir, 3))

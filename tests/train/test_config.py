@@ -1,4 +1,4 @@
-"""Configurations: typed, checked at once, and each mistake answered with where it is and what was meant."""
+"""Configurations: typed and validated; the error of a mistake says where it is and suggests the right key."""
 
 import dataclasses
 from pathlib import Path
@@ -10,7 +10,7 @@ from scfm_core.distributed.engine import EngineConfig
 from scfm_core.errors import UserError
 from scfm_core.models.adapters import LoRAConfig
 from scfm_core.scfm.ema import EMAConfig
-from scfm_core.scfm.plan import PlanConfig, StepGain
+from scfm_core.scfm.method import PlanConfig, StepGain
 from scfm_core.train.config import (
     CheckpointConfig,
     EvaluateConfig,
@@ -30,7 +30,7 @@ SHIPPED = sorted(path.name for path in RECIPES.glob("*.yaml"))
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
-    """The shortest configuration there is."""
+    """The shortest valid configuration."""
     path = tmp_path / "recipe.yaml"
     path.write_text("run: {dir: runs/x}\nmodel: {path: some/model}\ndata: {path: some/cache}\n")
     return path
@@ -47,7 +47,7 @@ class TestReading:
     def test_shipped_recipes_load(self, name):
         assert isinstance(load_config(RECIPES / name), RunConfig)
 
-    def test_there_are_shipped_recipes(self):
+    def test_shipped_recipes_exist(self):
         assert {"tiny_pretrain.yaml", "tiny_distill.yaml"} <= set(SHIPPED)
 
     @pytest.mark.parametrize("name", ["tiny_distill.yaml", "tiny_distill"])
@@ -55,12 +55,12 @@ class TestReading:
         monkeypatch.chdir(tmp_path)
         assert load_config(name) == load_config(RECIPES / "tiny_distill.yaml")
 
-    def test_file_here_wins_over_a_shipped_one(self, recipe, monkeypatch):
+    def test_a_local_file_has_priority_over_a_shipped_one(self, recipe, monkeypatch):
         recipe.rename(recipe.with_name("tiny_distill.yaml"))
         monkeypatch.chdir(recipe.parent)
         assert load_config("tiny_distill.yaml").run.dir == "runs/x"
 
-    def test_defaults_are_the_papers(self, recipe):
+    def test_defaults_are_those_of_the_paper(self, recipe):
         config = load_config(recipe)
         assert (config.method.teacher_fraction, config.method.teacher_grid) == (0.4, 32)
         assert (config.method.self_grids, config.method.shift) == ((16, 8, 4), (2.5, 4.5))
@@ -94,13 +94,13 @@ class TestReading:
 
 class TestDumping:
     @pytest.mark.parametrize("name", SHIPPED)
-    def test_shipped_recipes_come_back(self, name, tmp_path):
+    def test_shipped_recipes_are_restored(self, name, tmp_path):
         config = load_config(RECIPES / name)
         (tmp_path / "config.yaml").write_text(dump_config(config))
         assert load_config(tmp_path / "config.yaml") == config
 
-    def test_every_field_comes_back(self, tmp_path):
-        """Every field differs from its default, and the strings look like other YAML types."""
+    def test_every_field_is_restored(self, tmp_path):
+        """Every field differs from its default, and the strings resemble other YAML types."""
         config = RunConfig(
             run=RunSection(dir="123", seed=7, device="cuda:3"),
             model=ModelConfig(path="~", text_length=77),
@@ -151,7 +151,7 @@ class TestDumping:
                 max_rollbacks=3,
             ),
             engine=EngineConfig(
-                name="deepspeed", cpu_offload=True, zero_stage=3, deepspeed_config="0777", timeout=1e-3
+                name="deepspeed", cpu_offload=True, zero_stage=1, deepspeed_config="0777", timeout=1e-3
             ),
             kernels=KernelConfig(fused="reference", attention="math", fp8=True, cuda_graphs=True),
             checkpoint=CheckpointConfig(every=1, keep=1),
@@ -171,12 +171,12 @@ class TestDumping:
             for field in dataclasses.fields(getattr(config, section.name))
             if getattr(getattr(config, section.name), field.name) == field.default
         ]
-        # Two go with one path alone; three not beside step_gain, one not beside LoRA; two are fsdp2's.
-        rest = [
+        # Two need a single path; three exclude step_gain and one LoRA; two are for fsdp2 only.
+        expected = [
             "model.init", "data.path", "data.format", "method.distil_guidance", "method.step_embedding", "train.weights", "engine.shard",
             "checkpoint.asynchronous",
         ]  # fmt: skip
-        assert unchanged == rest, "a field is missing above"
+        assert unchanged == expected, "a field is missing above"
         fsdp2 = dataclasses.replace(
             config,
             data=DataConfig(path="1e3", format="folder", buckets="auto"),
@@ -193,7 +193,7 @@ class TestDumping:
             (tmp_path / "config.yaml").write_text(dump_config(each))
             assert load_config(tmp_path / "config.yaml") == each
 
-    def test_optional_fields_come_back_empty(self, recipe, tmp_path):
+    def test_optional_fields_are_restored_as_none(self, recipe, tmp_path):
         config = load_config(recipe)
         (tmp_path / "config.yaml").write_text(dump_config(config))
         assert load_config(tmp_path / "config.yaml") == config
@@ -201,14 +201,14 @@ class TestDumping:
 
 
 class TestOverrides:
-    def test_reach_the_field_and_nothing_else(self, recipe):
+    def test_change_only_their_field(self, recipe):
         changed = load_config(recipe, ["train.steps=7", "run.dir=elsewhere"])
         plain = load_config(recipe)
         assert changed == dataclasses.replace(
             plain, train=dataclasses.replace(plain.train, steps=7), run=dataclasses.replace(plain.run, dir="elsewhere")
         )
 
-    def test_later_ones_win(self, recipe):
+    def test_the_last_override_of_a_key_counts(self, recipe):
         assert load_config(recipe, ["train.steps=7", "train.steps=8"]).train.steps == 8
 
     def test_nested(self, recipe):
@@ -234,11 +234,11 @@ class TestOverrides:
         assert config.ema.restart_every is None
         assert config.method.step_gain is None
 
-    def test_none_stays_a_word_where_it_is_a_choice(self, recipe):
+    def test_none_remains_a_string_where_it_is_a_choice(self, recipe):
         assert load_config(recipe, ["train.activation_checkpointing=none"]).train.activation_checkpointing == "none"
         assert load_config(recipe, ["run.dir=none"]).run.dir == "none"
 
-    def test_value_may_hold_an_equals_sign(self, recipe):
+    def test_a_value_may_contain_an_equals_sign(self, recipe):
         assert load_config(recipe, ["run.dir=lr=2e-5"]).run.dir == "lr=2e-5"
 
     def test_section_from_a_file_and_then_a_key_of_it(self, recipe, tmp_path):
@@ -248,15 +248,15 @@ class TestOverrides:
         assert config.data == DataConfig(path="other/cache", num_workers=0, shuffle=False)
 
     @pytest.mark.parametrize("override", ["train.lr", "=1", "--train.lr 1", ""])
-    def test_not_of_the_form(self, recipe, override):
+    def test_an_invalid_form(self, recipe, override):
         assert refusal(recipe, override) == f"override {override!r} is not of the form section.key=value"
 
-    def test_value_that_is_not_yaml(self, recipe):
+    def test_a_value_that_is_not_yaml(self, recipe):
         assert refusal(recipe, "train.betas=[0.9").startswith(
             "the value of override 'train.betas=[0.9' is not valid YAML"
         )
 
-    def test_below_a_value(self, recipe):
+    def test_a_key_below_a_value(self, recipe):
         assert "override 'run.dir.x=1': dir is not a section" in refusal(recipe, "run.dir.x=1")
 
 
@@ -271,17 +271,17 @@ class TestUnknownKeys:
             ("checkpoint.evry=1", "checkpoint.evry", "checkpoint.every"),
         ],
     )
-    def test_nearest_one_is_named(self, recipe, override, wrong, meant):
+    def test_the_nearest_key_is_named(self, recipe, override, wrong, meant):
         message = refusal(recipe, override)
         assert f"{recipe}: unknown key {wrong}; " in message
         assert f"did you mean {meant}?" in message if meant else "known here: weights, steps," in message
 
     @pytest.mark.parametrize("key", ["zzz", "1"])
-    def test_far_from_all_names_those_that_exist(self, recipe, key):
+    def test_without_a_similar_key_all_keys_are_listed(self, recipe, key):
         message = refusal(recipe, f"{key}=1")
         assert f"unknown key {key}; known here: run, model, data, method" in message
 
-    def test_in_a_swapped_section(self, recipe, tmp_path):
+    def test_in_a_section_from_a_file(self, recipe, tmp_path):
         (tmp_path / "other.yaml").write_text("path: x\nworkers: 4\n")
         assert "unknown key data.workers; did you mean data.num_workers?" in refusal(
             recipe, f"data={tmp_path / 'other.yaml'}"
@@ -317,12 +317,12 @@ class TestWrongTypes:
     def test_choices_are_listed(self, recipe):
         assert "'student', 'ema_fast' or 'ema_slow'" in refusal(recipe, "sample.weights=slow")
 
-    def test_all_mistakes_are_named_at_once(self, recipe):
+    def test_all_mistakes_are_listed_at_once(self, recipe):
         message = refusal(recipe, "train.steps=many", "data.num_workers=some", "model.text_length=0")
         for part in ("train.steps", "data.num_workers", "model.text_length"):
             assert part in message
 
-    def test_what_is_missing_is_named(self):
+    def test_missing_keys_are_named(self):
         with pytest.raises(UserError, match=r"(?s)here is not a valid.*run\.dir: Field required.*data: Field required"):
             parse_config({"run": {}, "model": {"path": "x"}}, source="here")
 
@@ -333,7 +333,10 @@ INVALID = [
     ("data.resolution=[0, 16]", "data.resolution must be positive, got (0, 16)"),
     ("data.resolution=[16, -16]", "data.resolution must be positive, got (16, -16)"),
     ("data.num_workers=-1", "data.num_workers must be at least 0, got -1"),
-    ("method.trajectory_steps=24", "method.trajectory_steps=24 takes paths for no row: set method.trajectory_fraction"),
+    (
+        "method.trajectory_steps=24",
+        "method.trajectory_steps=24 has no effect without trajectory rows: set method.trajectory_fraction",
+    ),
     (
         "method={trajectory_fraction: 0.5, trajectory_steps: 8}",
         "method.trajectory_steps=8 must be a common multiple of",
@@ -341,7 +344,7 @@ INVALID = [
     ("method={trajectory_fraction: 0.5, trajectory_steps: 0}", "method.trajectory_grids=[1, 2, 3, 4, 6, 12], e.g. 12"),
     (
         "method={trajectory_fraction: 1, teacher_fraction: 0, trajectory_steps: 12, step_embedding: true}",
-        "there is no teacher to take method.trajectory_steps",
+        "there is no teacher for method.trajectory_steps",
     ),
     ("data.path=''", "data.path is empty; name a folder"),
     ("method.teacher_fraction=-0.1", "method.teacher_fraction must be in [0, 1], got -0.1"),
@@ -372,23 +375,29 @@ INVALID = [
     ("ema.restart_every=0", "ema.restart_every must be at least 1, auto or none, got 0"),
     ("ema={fast: 0.9, slow: 0.9, restart_every: auto}", "compares a fast and a slow average: their decays must differ"),
     ("method={step_embedding: true, teacher_fraction: 0}", "method.step_embedding teaches the network a new input"),
-    ("method.distil_guidance=true", "method.distil_guidance with pairs would learn guidance and shortcuts at once"),
+    (
+        "method.distil_guidance=true",
+        "method.distil_guidance together with pairs would learn guidance and shortcuts at once",
+    ),
     (
         "method={distil_guidance: true, teacher_fraction: 0, flow_fraction: 1, step_gain: {}}",
         "method.distil_guidance and method.step_gain are two stages",
     ),
     (
         "method={distil_guidance: true, teacher_fraction: 0, flow_fraction: 1}",
-        "method.distil_guidance teaches one scale, for the network has no input that could tell more: give method.guidance "
+        "method.distil_guidance teaches one scale, because the network has no input for the scale: give method.guidance "
         "equal ends above 1, e.g. [4.5, 4.5], got [0.0, 8.0]",
     ),
     (
         "method={distil_guidance: true, teacher_fraction: 0, flow_fraction: 1, guidance: [4.5, 4.5]}",
-        "sample.guidance=3.5 is the teacher's, in grids and evaluation, but the student learns scale 4.5",
+        "sample.guidance=3.5 is the teacher's scale in grids and evaluation, but the student learns scale 4.5",
     ),
-    ("model.init=random", "model.init=random leaves adapters nothing to adapt"),
+    ("model.init=random", "model.init=random leaves nothing for adapters to adapt"),
     ("method.step_embedding=true", "method.step_embedding is for training from scratch"),
-    ("method={step_embedding: true, step_gain: {}, teacher_fraction: 0}", "two ways to the same end: take one of them"),
+    (
+        "method={step_embedding: true, step_gain: {}, teacher_fraction: 0}",
+        "both condition on the step size: use only one of them",
+    ),
     ("lora.rank=0", "lora.rank and lora.alpha must be positive, got 0 and 64.0"),
     ("lora.alpha=0", "lora.rank and lora.alpha must be positive, got 64 and 0.0"),
     ("lora.targets='('", "lora.targets is not a regular expression: missing )"),
@@ -410,7 +419,7 @@ INVALID = [
     ("engine.shard=-2", "engine.shard must be -1 (all processes) or at least 1, got -2"),
     ("engine.timeout=0", "engine.timeout must be positive, got 0.0"),
     ("engine.timeout=.nan", "engine.timeout must be positive, got nan"),
-    ("engine.deepspeed_config=x.json", "engine.deepspeed_config needs engine.name=deepspeed"),
+    ("engine.deepspeed_config=x.json", "engine.deepspeed_config needs engine.name=deepspeed; set that"),
     ("engine.zero_stage=0", "engine.zero_stage"),
     ("engine.name=fsdp", "engine.name"),
     ("checkpoint.every=0", "checkpoint.every and checkpoint.keep must be at least 1, got 0, 2"),
@@ -461,7 +470,7 @@ class TestValidation:
             "evaluate.samples=2",
         ],
     )
-    def test_limits_themselves_are_fine(self, recipe, override):
+    def test_limits_are_valid(self, recipe, override):
         load_config(recipe, [override])
 
     @pytest.mark.parametrize(
@@ -469,11 +478,14 @@ class TestValidation:
         [
             (["engine.name=deepspeed", "engine.shard=2"], "engine.shard=2 needs engine.name=fsdp2"),
             (["engine.shard=1", "engine.cpu_offload=true"], "engine.cpu_offload needs sharded weights"),
-            (["engine.name=deepspeed", "checkpoint.asynchronous=true"], "checkpoint.asynchronous is fsdp2's"),
+            (
+                ["engine.name=deepspeed", "checkpoint.asynchronous=true"],
+                "checkpoint.asynchronous works only with fsdp2",
+            ),
         ],
         ids=lambda value: None if isinstance(value, str) else " ".join(value),
     )
-    def test_what_one_engine_has_the_other_refuses(self, recipe, overrides, message):
+    def test_options_of_another_engine_are_errors(self, recipe, overrides, message):
         assert message in refusal(recipe, *overrides)
 
     @pytest.mark.parametrize(
@@ -486,24 +498,24 @@ class TestValidation:
             "train.steps=true",
         ],
     )
-    def test_what_could_not_run_is_refused_here(self, recipe, override):
+    def test_invalid_values_are_errors(self, recipe, override):
         assert override.split("=")[0] in refusal(recipe, override)
 
 
 class TestFiles:
-    def test_missing_file_names_similar_recipes(self):
+    def test_a_missing_file_names_similar_recipes(self):
         message = refusal("recipes/configs/tiny_distil.yaml")
         assert "there is no configuration file 'recipes/configs/tiny_distil.yaml'" in message
         assert "tiny_distill.yaml" in message
 
-    def test_missing_file_that_resembles_none_names_them_all(self):
+    def test_a_missing_file_without_similar_recipes_lists_all(self):
         message = refusal("zzz")
         assert all(Path(name).name in message for name in SHIPPED)
 
     def test_missing_section_file(self, recipe):
         assert "data: there is no file 'nowhere.yaml'" in refusal(recipe, "data=nowhere.yaml")
 
-    def test_folder_is_no_file(self, tmp_path):
+    def test_a_folder_is_not_a_file(self, tmp_path):
         with pytest.raises(UserError, match="no configuration file"):
             find_recipe(tmp_path)
 
@@ -512,18 +524,18 @@ class TestFiles:
         recipe.write_text(content)
         assert refusal(recipe) == f"{recipe} must hold sections of keys, but holds {kind}"
 
-    def test_broken_yaml_is_named_with_its_line(self, recipe):
+    def test_invalid_yaml_is_reported_with_its_line(self, recipe):
         recipe.write_text("run:\n  dir: x\n\tseed: 1\n")
         message = refusal(recipe)
         assert f"{recipe} is not valid YAML" in message
         assert "line 3" in message
 
-    def test_file_that_is_not_utf8(self, recipe):
+    def test_a_file_that_is_not_utf8(self, recipe):
         recipe.write_bytes("run: {dir: Läufe}\n".encode("latin-1"))
         assert f"{recipe} is not valid YAML" in refusal(recipe)
 
 
-def test_what_an_earlier_version_stored_is_read(recipe):
+def test_a_stored_configuration_of_an_earlier_version_is_valid(recipe):
     recipe.write_text(recipe.read_text().replace("path: some/model", "path: some/model, family: flux"))
     assert "unknown key model.family" in refusal(recipe)
     assert load_config(recipe, stored=True).model.path == "some/model"

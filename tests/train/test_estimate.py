@@ -1,4 +1,4 @@
-"""Against published figures; no weights are needed, the architecture comes from the meta device."""
+"""Estimates against published numbers; they need no weights, because the network is on the meta device."""
 
 import pytest
 import torch
@@ -26,14 +26,14 @@ def test_flux_dev_has_the_papers_adapters(flux):
     assert result.memory["Adam (fp32)"] == 8 * result.trained_parameters
     assert result.memory["fp8 copies of it"] == 0
     in_fp8 = estimate(load_config("flux_dev_lora.yaml", ["kernels.fp8=true"]), flux).memory["fp8 copies of it"]
-    assert 0.7 < in_fp8 / result.base_parameters < 0.8  # a byte each, but for the modulations, a quarter of Flux
+    assert 0.7 < in_fp8 / result.base_parameters < 0.8  # one byte each, except for the modulations, a quarter of Flux
 
 
 @pytest.mark.parametrize(
     ("size", "text_length", "forward", "step", "step_with_checkpointing"),
     [(512, 256, 17.7, 74.7, 92.9), (512, 512, 21.5, 91.2, 113), (1024, 512, 74.4, 328, 404)],
 )
-def test_flops_agree_with_the_floor(flux, size, text_length, forward, step, step_with_checkpointing):
+def test_flops_agree_with_published_numbers(flux, size, text_length, forward, step, step_with_checkpointing):
     for mode, expected in (("none", step), ("full", step_with_checkpointing)):
         config = load_config(
             "flux_dev_lora.yaml",
@@ -54,15 +54,15 @@ def test_full_weights_cost_five_or_six_forwards(flux):
         assert result.step_flops / result.forward_flops == pytest.approx(forwards, rel=0.03)
 
 
-def test_a_formula_of_ours_counts_what_torch_counts(tiny, make_config):
-    """FLOPs of the tiny network's forward as torch's own counter sees them."""
+def test_the_formula_counts_the_same_flops_as_torch(tiny, make_config):
+    """FLOPs of a forward pass of the tiny network."""
     family = open_family(str(tiny / "flux"))
     network = family.load_network(torch.float32, "cpu")
     cond = TextEncoders(family, 8, torch.float32, "cpu").encode(["a handwritten digit two"], guidance=1.0)
-    # The fused CPU attention is unknown to the counter.
+    # The counter does not know the fused CPU attention.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         family.velocity(network, torch.zeros(1, 1, 8, 8), torch.ones(1), cond)
-    # At 24 tokens modulation and embedders, which the formula leaves out, still weigh.
+    # The formula omits modulation and embedders; at 24 tokens they are not negligible.
     modulation = sum(
         2 * m.weight.numel()
         for name, m in network.named_modules()
@@ -76,7 +76,7 @@ def test_a_formula_of_ours_counts_what_torch_counts(tiny, make_config):
     assert formula + modulation + embedders == pytest.approx(counter.get_total_flops(), rel=1e-6)
 
 
-def test_the_page_states_what_a_person_asks():
+def test_the_output_of_a_dry_run():
     page = describe(
         load_config("flux_dev_lora.yaml", ["train.activation_checkpointing=none", "train.global_batch_size=8"])
     )

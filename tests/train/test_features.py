@@ -1,4 +1,4 @@
-"""The Frechet distance against closed forms and scipy, and the two feature extractors."""
+"""The Frechet distance against closed forms and scipy; the two feature extractors."""
 
 import os
 import pickle
@@ -32,24 +32,24 @@ def random_root(size: int, seed: int) -> Tensor:
 
 
 class TestFrechetDistance:
-    def test_fixture_has_exactly_the_moments_it_is_asked_for(self):
+    def test_the_fixture_has_exactly_the_requested_moments(self):
         mean, root = torch.arange(5.0, dtype=torch.float64), random_root(5, 1)
         features = gaussian(mean, root)
         torch.testing.assert_close(features.mean(0), mean)
         torch.testing.assert_close(torch.cov(features.T), root @ root.T)
 
-    def test_equal_sets_are_at_zero(self):
+    def test_equal_sets_have_distance_zero(self):
         features = gaussian(torch.zeros(6), random_root(6, 1))
         assert frechet_distance(features, features) == pytest.approx(0, abs=1e-9)
         assert frechet_distance(features, features.flip(0)) == pytest.approx(0, abs=1e-9)
 
     def test_is_never_negative(self):
-        """Rounding may take the sum below zero."""
+        """Through rounding the sum may be below zero."""
         for seed in range(20):
             features = 1e3 * torch.randn(8, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
             assert frechet_distance(features, features.flip(0)) >= 0
 
-    def test_shifted_mean_is_its_squared_length(self):
+    def test_a_shift_of_the_mean_counts_with_its_squared_length(self):
         features, shift = gaussian(torch.zeros(4), random_root(4, 1)), torch.tensor([1.0, -2.0, 0.0, 0.5])
         assert frechet_distance(features, features + shift) == pytest.approx(1 + 4 + 0.25)
 
@@ -71,7 +71,7 @@ class TestFrechetDistance:
         assert frechet_distance(first, second) == pytest.approx(expected)
 
     def test_fewer_samples_than_dimensions(self):
-        """tr (C1^1/2 C2 C1^1/2)^1/2 is the nuclear norm of X1 X2^T, centred and scaled, whatever the ranks."""
+        """tr (C1^1/2 C2 C1^1/2)^1/2 is the nuclear norm of X1 X2^T, centred and scaled, for any ranks."""
         first, second = (gaussian(torch.zeros(40), random_root(40, seed), seed=seed)[:12] for seed in (1, 2))
         one, two = ((features - features.mean(0)) / 11**0.5 for features in (first, second))
         nuclear = torch.linalg.svdvals(one @ two.T).sum()
@@ -93,7 +93,7 @@ class TestFrechetDistance:
         assert frechet_distance(3 * first @ rotation, 3 * second @ rotation) == pytest.approx(9 * distance)
 
     @pytest.mark.parametrize(("one", "two"), [(1, 5), (5, 1), (0, 5)])
-    def test_needs_two_samples_a_side(self, one, two):
+    def test_needs_two_samples_in_each_set(self, one, two):
         with pytest.raises(ValueError, match="at least two samples"):
             frechet_distance(torch.zeros(one, 3), torch.zeros(two, 3))
 
@@ -121,7 +121,7 @@ class TestClassifier:
     def config(self, path: object) -> EvaluateConfig:
         return EvaluateConfig(features="classifier", features_path=None if path is None else str(path))
 
-    def test_comes_back(self, tmp_path):
+    def test_is_saved_and_loaded(self, tmp_path):
         classifier, images = DigitClassifier(), torch.rand(5, 3, 16, 16)
         classifier.save(tmp_path)
         features = load_features(self.config(tmp_path), CPU)
@@ -134,7 +134,7 @@ class TestClassifier:
         load_features(self.config("~/classifier"), CPU)
 
     def test_sees_grey_at_eight_by_eight(self):
-        """The mean of the channels and of each patch is all that it looks at."""
+        """Only the means over the channels and over each patch matter."""
         classifier, images = DigitClassifier(), torch.rand(3, 3, 16, 16)
         features = classifier.features(images)
         torch.testing.assert_close(classifier.features(F.avg_pool2d(images, 2)), features)
@@ -145,7 +145,7 @@ class TestClassifier:
         classifier, images = DigitClassifier(), torch.rand(3, 3, 8, 8)
         assert torch.equal(classifier(images), classifier.head(classifier.features(images)))
 
-    def test_none_at_the_path(self, tmp_path):
+    def test_a_folder_without_a_classifier(self, tmp_path):
         with pytest.raises(
             UserError, match=rf"evaluate\.features_path: there is no classifier\.safetensors in '{tmp_path}'"
         ):
@@ -172,7 +172,7 @@ class TestClassifier:
 
 
 class Bomb:
-    """Unpickling it makes a folder."""
+    """Unpickling it creates a folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -183,7 +183,7 @@ class Bomb:
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights, scaled so that they carry a signal, in the layout of the published file."""
+    """Random weights in the layout of the published file, scaled so that a signal passes through the network."""
     module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
     pytest.importorskip("torchmetrics.image.fid")
     path = tmp_path_factory.mktemp("inception") / "weights.pth"
@@ -227,7 +227,7 @@ class TestInception:
         with pytest.raises(UserError, match=r"evaluate\.features_path must name Inception's weights.*=classifier"):
             load_features(self.config(path), CPU)
 
-    def test_weights_that_are_asked_for_are_those_that_the_package_loads(self):
+    def test_the_message_names_the_weights_that_the_package_loads(self):
         pytest.importorskip("torchmetrics")
         module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
         with pytest.raises(UserError, match=re.escape(module.URL_INCEPTION_V3)):
@@ -245,7 +245,7 @@ class TestInception:
             load_features(self.config(weights), CPU)
 
     @pytest.mark.parametrize("content", ["html", "another network"])
-    def test_file_that_holds_something_else(self, weights, tmp_path, content):
+    def test_a_file_with_other_content(self, weights, tmp_path, content):
         path = tmp_path / "weights.pth"
         if content == "html":
             path.write_bytes(b"<html>404 not found</html>")
@@ -255,7 +255,7 @@ class TestInception:
             load_features(self.config(path), CPU)
 
     @pytest.mark.parametrize("write", [torch.save, lambda bomb, path: path.write_bytes(pickle.dumps(bomb, protocol=2))])
-    def test_weights_are_not_executed(self, weights, tmp_path, write):
+    def test_code_in_a_weights_file_is_not_executed(self, weights, tmp_path, write):
         write(Bomb(tmp_path / "executed"), tmp_path / "weights.pth")
         with pytest.raises(UserError, match=r"evaluate\.features_path"):
             load_features(self.config(tmp_path / "weights.pth"), CPU)

@@ -1,4 +1,4 @@
-"""Where a step's numbers go: every step once in `metrics.jsonl`, and W&B without a network."""
+"""Logging: `metrics.jsonl` has every step once; W&B works without a network."""
 
 import json
 import math
@@ -36,14 +36,14 @@ class TestMetricsFile:
         assert path.read_text() == ""
         assert read_metrics(path) == []
 
-    def test_numbers_come_back_as_they_were(self, path):
+    def test_numbers_are_read_unchanged(self, path):
         file = MetricsFile(path, 0)
         file.write(row(1))
         file.close()
         assert read_metrics(path) == [row(1)]
 
-    def test_what_is_no_finite_number_is_null(self, path):
-        """Python would write NaN and Infinity, which no other reader of JSON takes."""
+    def test_numbers_that_are_not_finite_are_null(self, path):
+        """Python would write NaN and Infinity, which are not JSON."""
         file = MetricsFile(path, 0)
         wild = {"loss": math.nan, "grad_norm": math.inf, "low": -math.inf, "skipped": "loss is nan", "sample_ids": [8]}
         file.write({"step": 1, **wild})
@@ -52,8 +52,8 @@ class TestMetricsFile:
         parsed = json.loads(line, parse_constant=pytest.fail)
         assert parsed == {**wild, "step": 1, "loss": None, "grad_norm": None, "low": None}
 
-    def test_a_row_is_there_before_write_returns(self, path):
-        """A killed process loses nothing that was written."""
+    def test_a_row_is_in_the_file_before_write_returns(self, path):
+        """If the process is killed, no written row is lost."""
         file = MetricsFile(path, 0)
         for step in (1, 2, 3):
             file.write(row(step))
@@ -61,7 +61,7 @@ class TestMetricsFile:
         file.close()
 
     @pytest.mark.parametrize("resumed_at", [0, 1, 3, 5, 9])
-    def test_resuming_forgets_what_lies_beyond_the_checkpoint(self, path, resumed_at):
+    def test_resuming_drops_steps_after_the_checkpoint(self, path, resumed_at):
         write_rows(path, 1, 2, 3, 4, 5)
         file = MetricsFile(path, resumed_at)
         file.write({"step": 100})
@@ -69,7 +69,7 @@ class TestMetricsFile:
         assert [r["step"] for r in read_metrics(path)] == [*range(1, min(resumed_at, 5) + 1), 100]
 
     @pytest.mark.parametrize("torn", ['{"step": 4, "lo', '{"step": 4, "loss": 0.2', "{", "\0\0\0\0"])
-    def test_last_line_that_a_kill_cut_off_is_left_out(self, path, torn):
+    def test_an_incomplete_last_line_is_ignored(self, path, torn):
         write_rows(path, 1, 2, 3)
         with path.open("a") as file:
             file.write(torn)
@@ -80,7 +80,7 @@ class TestMetricsFile:
         resumed.close()
         assert [json.loads(line) for line in path.read_text().splitlines()] == [row(step) for step in (1, 2, 3, 4)]
 
-    def test_last_line_that_lacks_its_newline_alone_is_kept(self, path):
+    def test_a_last_line_without_newline_is_kept(self, path):
         path.write_text(json.dumps(row(1)))
         file = MetricsFile(path, 1)
         file.write(row(2))
@@ -95,7 +95,7 @@ class TestMetricsFile:
             file.close()
         assert read_metrics(path) == [row(step) for step in range(1, 11)]
 
-    def test_nothing_else_is_left_in_the_folder(self, path):
+    def test_no_other_file_remains_in_the_folder(self, path):
         write_rows(path, 1, 2)
         MetricsFile(path, 1).close()
         assert [file.name for file in path.parent.iterdir()] == ["metrics.jsonl"]
@@ -105,20 +105,20 @@ class TestMetricsFile:
 
 
 class TestIncidentsFile:
-    def test_is_only_ever_appended_to(self, tmp_path):
+    def test_rows_are_only_appended(self, tmp_path):
         for number in range(3):
             IncidentsFile(tmp_path / "incidents.jsonl").write({"event": "skip", "step": number})
         incidents = read_metrics(tmp_path / "incidents.jsonl")
         assert [(incident["event"], incident["step"]) for incident in incidents] == [("skip", n) for n in range(3)]
 
-    def test_says_when(self, tmp_path):
+    def test_has_the_time(self, tmp_path):
         before = datetime.now(timezone.utc).replace(microsecond=0)
         IncidentsFile(tmp_path / "incidents.jsonl").write({"event": "rollback"})
         incident = json.loads((tmp_path / "incidents.jsonl").read_text())
         when = datetime.strptime(incident["time"], "%Y-%m-%dT%H:%M:%S%z")
         assert before <= when <= datetime.now(timezone.utc)
 
-    def test_what_is_no_finite_number_is_null(self, tmp_path):
+    def test_numbers_that_are_not_finite_are_null(self, tmp_path):
         IncidentsFile(tmp_path / "incidents.jsonl").write({"event": "skip", "loss": math.nan})
         line = (tmp_path / "incidents.jsonl").read_text()
         assert json.loads(line, parse_constant=pytest.fail)["loss"] is None
@@ -140,7 +140,7 @@ def no_keys(monkeypatch, tmp_path):
 
 
 class FakeWandb(SimpleNamespace):
-    """Remembers what it is told."""
+    """Records all calls."""
 
     def __init__(self) -> None:
         super().__init__(inits=[], rows=[], finished=0, Settings=dict, Image=lambda path: f"image of {path}")
@@ -200,14 +200,14 @@ class TestWandb:
         assert wandb.inits[0]["mode"] == "online"
 
     @pytest.mark.parametrize("mode", ["offline", "disabled"])
-    def test_auto_heeds_wandbs_own_switch(self, wandb, tmp_path, monkeypatch, mode):
-        """The usual way on a cluster whose nodes have a key in ~/.netrc and no network."""
+    def test_auto_follows_wandb_mode(self, wandb, tmp_path, monkeypatch, mode):
+        """WANDB_MODE is common on clusters whose nodes have a key in ~/.netrc but no network."""
         monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
         monkeypatch.setenv("WANDB_MODE", mode)
         WandbLog(WandbConfig(), tmp_path, {})
-        assert [options["mode"] for options in wandb.inits] in ([], [mode])
+        assert [options["mode"] for options in wandb.inits] == ([] if mode == "disabled" else [mode])
 
-    def test_resumed_run_goes_on_as_one(self, wandb, tmp_path):
+    def test_a_resumed_run_has_the_same_id(self, wandb, tmp_path):
         for _ in range(2):
             WandbLog(WandbConfig(), tmp_path, {})
         first, second = (options["id"] for options in wandb.inits)
@@ -216,7 +216,7 @@ class TestWandb:
         WandbLog(WandbConfig(), tmp_path / "other", {})
         assert wandb.inits[2]["id"] != first
 
-    def test_what_a_run_is_told(self, wandb, tmp_path):
+    def test_settings_and_rows_of_a_run(self, wandb, tmp_path):
         log = WandbLog(WandbConfig(project="mine"), tmp_path, {"train": {"lr": 1}})
         log.log(row(7))
         log.image("samples", Path("grid.png"), 7)
@@ -231,7 +231,7 @@ class TestWandb:
 class TestRealWandb:
     @pytest.fixture
     def proxy(self, monkeypatch):
-        """A port where every connection of W&B's would arrive."""
+        """A port that would receive every connection of W&B."""
         with socket.create_server(("127.0.0.1", 0)) as server, selectors.DefaultSelector() as selector:
             selector.register(server, selectors.EVENT_READ)
             address = f"http://127.0.0.1:{server.getsockname()[1]}"
@@ -244,7 +244,7 @@ class TestRealWandb:
 
     @pytest.fixture
     def service(self):
-        """Its background process takes its environment when it starts: a fresh one for this test."""
+        """W&B with a new background process: the process reads the environment when it starts."""
         wandb = pytest.importorskip("wandb")
         wandb.teardown()
         yield wandb
@@ -259,7 +259,7 @@ class TestRealWandb:
         for step in (1, 2, 3):
             log.log(row(step))
         log.close()
-        service.teardown()  # as at the end of the process: only then is everything written
+        service.teardown()  # as at the end of the process, which writes everything
 
         (folder,) = (run_dir / "wandb").glob("offline-run-*")
         (record,) = folder.glob("run-*.wandb")
@@ -269,7 +269,7 @@ class TestRealWandb:
         assert not [file for file in files if secret.encode() in file.read_bytes()]
         assert sorted(file.name for file in run_dir.iterdir()) == ["wandb", "wandb_id"]
 
-    def test_online_without_a_network_says_how_to_go_on(self, no_keys, service, monkeypatch, tmp_path):
+    def test_online_without_a_network_suggests_offline(self, no_keys, service, monkeypatch, tmp_path):
         monkeypatch.setenv("WANDB_API_KEY", "5ec12e70" * 5)
         monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
         monkeypatch.setenv("WANDB_INIT_TIMEOUT", "1")

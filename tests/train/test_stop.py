@@ -1,4 +1,4 @@
-"""Signals that come before a run listens."""
+"""Signals that arrive before a run listens."""
 
 import os
 import signal
@@ -10,24 +10,25 @@ from scfm_core.train.stop import StopRequest, remember_early
 
 
 @pytest.fixture(autouse=True)
-def as_before():
+def restored_handlers():
     before = {number: signal.getsignal(number) for number in stop.SIGNALS}
     yield
-    stop._early.clear()
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
-def test_a_warning_while_it_starts_stops_the_run_at_its_first_step(number):
-    signal.signal(number, signal.SIG_IGN)  # as slurm/node.sh does
+def test_a_signal_during_the_start_stops_the_run_at_its_first_step(number):
+    signal.signal(number, signal.SIG_IGN)  # like slurm/node.sh
     remember_early()
     os.kill(os.getpid(), number)
     with StopRequest().listening() as request:
         assert request.signal == number
+    with StopRequest().listening() as request:
+        assert request.signal is None, "it stops only one run"
 
 
-def test_without_a_warning_the_run_goes_on():
+def test_without_a_signal_the_run_continues():
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     remember_early()
     with StopRequest().listening() as request:
@@ -36,7 +37,7 @@ def test_without_a_warning_the_run_goes_on():
         assert request.signal == signal.SIGUSR2
 
 
-def test_signals_that_nobody_ignores_stay_as_they_are():
+def test_handlers_of_signals_that_are_not_ignored_do_not_change():
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     remember_early()
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

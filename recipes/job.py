@@ -1,0 +1,78 @@
+"""`scfm job`: questions of a batch job in slurm/ about its run."""
+
+from pathlib import Path
+from typing import Literal
+
+from scfm_core.errors import UserError
+from scfm_core.train.checkpoint import newest_complete
+from scfm_core.train.history import read_history, write_event
+from scfm_core.train.parse import load_config
+
+Verdict = Literal["finished", "requeue", "cancelled", "failed"]
+
+
+def make_run_dir(config_path: str, overrides: list[str]) -> Path:
+    """Check a run's configuration and create its folder; returns the folder's absolute path.
+
+    Raises:
+        UserError: if the configuration is invalid, or the folder cannot be created.
+    """
+    folder = Path(load_config(config_path, overrides).run.dir).absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"run.dir: {folder} cannot be created ({error.strerror}). Choose another with run.dir=PATH"
+        ) from error
+    return folder
+
+
+def verdict(run_dir: Path, *, exit_code: int, cancelled: bool, retries: int) -> tuple[Verdict, str]:
+    """Decide what a batch job does after its processes have ended, and write the verdict to the run's history.
+
+    The history decides, because torchrun's exit code is the same for a run that stopped on a signal and one that crashed.
+
+    Args:
+        run_dir: the run's folder.
+        exit_code: exit code of the launcher.
+        cancelled: whether the job was cancelled.
+        retries: how many consecutive failures without a new checkpoint are tolerated.
+
+    Returns:
+        `finished`, `requeue`, `cancelled` or `failed`, and the reason.
+    """
+    history = read_history(run_dir)
+    jobs = [number for number, row in enumerate(history) if row["event"] == "job"]
+    ends = [row for row in history[jobs[-1] + 1 if jobs else 0 :] if row["event"] == "end"]
+    how, reason = (ends[-1]["how"], ends[-1].get("reason")) if ends else (None, None)
+    newest = newest_complete(run_dir)
+    checkpoint = newest.name if newest else None
+    if how == "finished":  # rank 0 records it last: a failure of another process after that does not matter
+        found: tuple[Verdict, str] = "finished", "all steps are done"
+    elif cancelled:
+        found = "cancelled", "the job was cancelled"
+    elif how == "stopped":
+        found = "requeue", f"stopped by {reason}, to be resumed"
+    elif how == "refused":
+        found = "failed", f"the command is invalid: {reason}"
+    else:
+        why = reason or f"the processes ended with exit code {exit_code} and without a message"
+        failures = 0
+        for row in reversed([history[number] for number in jobs]):
+            if not row["broke_off"] or row["checkpoint"] != checkpoint:
+                break
+            failures += 1
+        if failures >= retries:
+            found = "failed", f"it failed {failures + 1} times in a row without a new checkpoint: {why}"
+        else:
+            found = "requeue", f"it failed ({failures + 1} of at most {retries + 1} times in a row): {why}"
+    write_event(
+        run_dir,
+        "job",
+        verdict=found[0],
+        reason=found[1],
+        exit_code=exit_code,
+        checkpoint=checkpoint,
+        broke_off=found[0] in ("requeue", "failed") and how not in ("stopped", "refused"),
+    )
+    return found

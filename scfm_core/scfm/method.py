@@ -1,0 +1,214 @@
+"""The settings of the method: slices, grids, ranges, and how the network is given the step size."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from scfm_core.flow.schedule import shift_sigma
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepGain:
+    """Step-scaled adapters: a jump over the fraction `jump` of the grid has adapter strength `jump ** gamma`."""
+
+    gamma: float = 0.5
+    """Exponent: 0.5 was best on the digits, 1 is the first-order law; 0, which is not allowed, would be the paper."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.gamma <= 4:
+            raise ValueError(f"step_gain.gamma must be in (0, 4], got {self.gamma}")
+
+    def strength(self, jump: Tensor) -> Tensor:
+        """Strength of jumps [B], each a fraction of the grid in u (1/N for one step of an N-step sampler)."""
+        return jump**self.gamma
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """How jumps are drawn (paper, Sec. 4 and App. B). The defaults are the paper's."""
+
+    teacher_fraction: float = 0.4
+    """Share of the batch whose near half is the frozen teacher, on neighbouring points of `teacher_grid`."""
+    flow_fraction: float = 0.0
+    """Share of the batch with the plain flow-matching target (`distil_guidance` changes this target). The rows that remain
+    after the teacher, flow-matching and trajectory rows are the self slice."""
+    trajectory_fraction: float = 0.0
+    """Share of the batch that learns mean velocities on the teacher's paths. The paths are stored in data made with
+    `scfm data generate --trajectories`, or computed during training (`trajectory_steps`)."""
+    trajectory_steps: int | None = None
+    """Compute the paths during training: this number of Euler steps of the teacher for each row, from its noise, at its
+    shift and guidance. Of the data only the captions are used. none: stored paths, which are used many times."""
+    trajectory_grids: tuple[int, ...] = (1, 2, 3, 4, 6, 12)
+    """Step counts of the grids on these paths, drawn uniformly. Each divides the number of intervals of a stored path, or
+    `trajectory_steps`."""
+    teacher_grid: int = 32
+    """Step count of the teacher slice's grid."""
+    self_grids: tuple[int, ...] = (16, 8, 4)
+    """Step counts of the self slice's grids, drawn uniformly. The authors' code adds 2."""
+    shift: tuple[float, float] = (2.5, 4.5)
+    """Range of the timestep shift, drawn uniformly for each sample; equal ends fix it."""
+    dynamic_shift_fraction: float = 0.0
+    """Share of samples that use Flux's resolution-dependent shift instead (the authors' code: 0.1)."""
+    guidance: tuple[float, float] = (0.0, 8.0)
+    """Range of the guidance, drawn uniformly for each sample and the same in all three passes: Flux's embedded guidance, or
+    the scale of SD3's classifier-free guidance (the paper: 3.5 to 5)."""
+    distil_guidance: bool = False
+    """Train the student to predict, in one pass, the teacher's velocity with classifier-free guidance (two passes) at the scale
+    `guidance`. The target of flow-matching rows is the teacher's guided velocity in place of the data's; stored paths were
+    already guided. This is a stage before the distillation to few steps: it allows no pairs."""
+    step_gain: StepGain | None = None
+    """Condition on the step size through the adapter's strength; none: strength 1 (the paper)."""
+    step_embedding: bool = False
+    """Condition on the step size through the network's input of embedded guidance, which then gets the fraction of the grid
+    that the row jumps: the original shortcut models (Frans et al., arXiv 2410.12557), trained from scratch."""
+    caption_dropout: float = 0.0
+    """Share of samples that get an empty caption, so that the network learns the unconditional velocity of classifier-free
+    guidance. Trajectory rows keep their captions."""
+    sigma_max: float = 1 - 1e-5
+    """Upper limit of sigma: the first point of a grid is clamped to it."""
+
+    def __post_init__(self) -> None:
+        shares_of_all = ("teacher_fraction", "flow_fraction", "trajectory_fraction", "dynamic_shift_fraction")
+        for name in (*shares_of_all, "caption_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"method.{name} must be in [0, 1], got {getattr(self, name)}")
+        shares = {f"{name}_fraction": getattr(self, f"{name}_fraction") for name in ("teacher", "flow", "trajectory")}
+        if sum(shares.values()) > 1 + 1e-9:
+            taken = {name: share for name, share in shares.items() if share > 0}
+            raise ValueError(
+                f"{' + '.join(f'method.{name}' for name in taken)} must be at most 1, got "
+                f"{' + '.join(str(share) for share in taken.values())}"
+            )
+        if not self.trajectory_grids or any(n < 1 for n in self.trajectory_grids):
+            raise ValueError(f"method.trajectory_grids needs step counts of at least 1, got {self.trajectory_grids}")
+        self._check_trajectory_steps()
+        for name, grids in (("teacher_grid", (self.teacher_grid,)), ("self_grids", self.self_grids)):
+            if not grids or any(n < 2 or n % 2 for n in grids):
+                raise ValueError(f"method.{name} needs even step counts of at least 2 (jumps are pairs), got {grids}")
+        for name, lowest in (("shift", 1e-6), ("guidance", 0.0)):
+            low, high = getattr(self, name)
+            if not lowest <= low <= high < math.inf:
+                raise ValueError(
+                    f"method.{name} must be [low, high] with {lowest:g} <= low <= high, finite, got {[low, high]}"
+                )
+        if self.step_embedding and self.step_gain is not None:
+            raise ValueError(
+                "method.step_embedding and method.step_gain both condition on the step size: use only one of them"
+            )
+        if self.step_embedding and self.teacher_fraction > 0:
+            raise ValueError(
+                "method.step_embedding is for training from scratch: a teacher has no input for step sizes. Set "
+                "method.teacher_fraction to 0"
+            )
+        if self.distil_guidance:
+            self._check_guidance_distillation()
+        if not 0.9 < self.sigma_max <= 1:
+            raise ValueError(f"method.sigma_max must be in (0.9, 1], got {self.sigma_max}")
+        self.check_pairs_at(self.shift[1])
+
+    def _check_trajectory_steps(self) -> None:
+        steps = self.trajectory_steps
+        if steps is None:
+            return
+        if not self.has_trajectory:
+            raise ValueError(
+                f"method.trajectory_steps={steps} has no effect without trajectory rows: set method.trajectory_fraction, or "
+                "method.trajectory_steps=none"
+            )
+        if steps < 1 or any(steps % grid for grid in self.trajectory_grids):
+            raise ValueError(
+                f"method.trajectory_steps={steps} must be a common multiple of method.trajectory_grids="
+                f"{list(self.trajectory_grids)}, e.g. {math.lcm(*self.trajectory_grids)}"
+            )
+        if self.step_embedding:
+            raise ValueError(
+                "method.step_embedding is for training from scratch: there is no teacher for method.trajectory_steps"
+            )
+
+    def _check_guidance_distillation(self) -> None:
+        if self.has_pairs:
+            raise ValueError(
+                "method.distil_guidance together with pairs would learn guidance and shortcuts at once, which over-saturates images. "
+                "Set method.teacher_fraction=0 and method.flow_fraction=1 (or trajectory_fraction=1); export the result with "
+                "--merged, and distil that model to few steps"
+            )
+        if self.step_gain is not None:
+            raise ValueError(
+                "method.distil_guidance and method.step_gain are two stages: at strength 0 there would be no guidance. Set "
+                "step_gain to none here, and use it in the next run, which distils the result of this one to few steps"
+            )
+        low, high = self.guidance
+        if not 1 < low == high:
+            raise ValueError(
+                f"method.distil_guidance teaches one scale, because the network has no input for the scale: give method.guidance "
+                f"equal ends above 1, e.g. [4.5, 4.5], got {[low, high]}"
+            )
+
+    def check_pairs_at(self, shift: float) -> None:
+        """ValueError if `sigma_max` also clamps the second point of the finest grid: a pair would then have no length."""
+        second = float(
+            shift_sigma(torch.tensor(1 - 1 / max(self.teacher_grid, *self.self_grids), dtype=torch.float64), shift)
+        )
+        if second >= self.sigma_max:
+            raise ValueError(
+                f"method: at shift {shift:g} the finest grid's second point, {second:.6f}, reaches sigma_max "
+                f"{self.sigma_max:g}. Lower the shift or raise method.sigma_max"
+            )
+
+    @property
+    def has_flow(self) -> bool:
+        """Whether any row can be a flow-matching row."""
+        return self.flow_fraction > 0
+
+    @property
+    def has_trajectory(self) -> bool:
+        """Whether any row can be a trajectory row."""
+        return self.trajectory_fraction > 0
+
+    @property
+    def has_stored_paths(self) -> bool:
+        """Whether the data must contain paths."""
+        return self.has_trajectory and self.trajectory_steps is None
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether any row can be a pair; without pairs no near or far pass is needed."""
+        return self.flow_fraction + self.trajectory_fraction < 1
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether any target needs a pass of the frozen teacher."""
+        return (
+            self.teacher_fraction > 0 or (self.distil_guidance and self.has_flow) or self.trajectory_steps is not None
+        )
+
+    @property
+    def follows_teacher(self) -> bool:
+        """Whether the student imitates a frozen network, through passes or stored paths; results can be compared with it."""
+        return self.has_teacher or self.has_trajectory
+
+    @property
+    def student_is_guided(self) -> bool:
+        """Whether the student uses classifier-free guidance too, if its teacher does."""
+        return not self.distil_guidance and (self.has_pairs or self.has_trajectory)
+
+    def passes(self, guided: int) -> tuple[float, float]:
+        """Passes of the network for one sample: those of the student, with gradient, and those for the target.
+
+        Args:
+            guided: passes for a guided velocity: 2 with classifier-free guidance, else 1.
+        """
+        velocity = guided if self.student_is_guided else 1
+        pairs = 1 - self.flow_fraction - self.trajectory_fraction
+        paths = guided * (self.trajectory_steps or 0) * self.trajectory_fraction
+        # The teacher computes its guided velocity for the whole batch, not only for the flow-matching rows.
+        return velocity, 2 * velocity * pairs + paths + (guided if self.distil_guidance and self.has_flow else 0)
+
+
+def sampling_strength(step_gain: StepGain | None, num_steps: int) -> float:
+    """The adapter strength for an N-step sampler: g(1/N), or 1 without step-scaling."""
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+    return 1.0 if step_gain is None else float(step_gain.strength(torch.tensor(1 / num_steps, dtype=torch.float64)))

@@ -1,0 +1,47 @@
+"""The device of this process, and the dtype that it computes in."""
+
+import os
+
+import torch
+
+from scfm_core.distributed.world import launched_size
+from scfm_core.errors import UserError
+from scfm_core.train.config import RunConfig
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def resolve_device(name: str) -> torch.device:
+    """`run.device` as a device. With several processes on a machine, each takes the GPU of its LOCAL_RANK.
+
+    Raises:
+        UserError: if the device is unavailable.
+    """
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError(f"run.device is {name!r}, but torch finds no GPU. Set run.device=cpu, or repair the GPU driver")
+    if launched_size() == 1:
+        device = torch.device("cuda", torch.device("cuda" if name == "auto" else name).index or 0)
+        if device.index >= torch.cuda.device_count():
+            raise UserError(
+                f"run.device={name}, but this machine has {torch.cuda.device_count()} GPUs, numbered from cuda:0"
+            )
+        torch.cuda.set_device(device)  # Triton launches on the current device, wherever its tensors are
+        return device
+    if ":" in name:
+        raise UserError(
+            f"run.device={name} names one GPU, but the launcher started {launched_size()} processes. Set it to auto"
+        )
+    local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local_rank >= count:
+        raise UserError(
+            f"the launcher started a process of local rank {local_rank}, but this machine has {count} GPUs. "
+            f"Start at most {count} processes on it"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def compute_dtype(config: RunConfig) -> torch.dtype:
+    """Dtype of activations and of the frozen base."""
+    return _DTYPES[config.train.compute_dtype]

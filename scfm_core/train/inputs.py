@@ -1,0 +1,176 @@
+"""From a batch to the inputs of the networks; checks that caches and stored paths belong to the run's model."""
+
+import contextlib
+import gc
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from scfm_core.data.corpus import Corpus
+from scfm_core.data.schema import BadData, Batch
+from scfm_core.errors import UserError
+from scfm_core.flow.schedule import shift_of_grid, sigma_grid
+from scfm_core.models.encoders import Autoencoder, TextEncoders
+from scfm_core.models.protocol import Conditioning, ModelFamily
+from scfm_core.models.weights import encoder_fingerprint, network_fingerprint
+from scfm_core.scfm.method import PlanConfig
+from scfm_core.train.config import RunConfig
+from scfm_core.train.device import compute_dtype
+from scfm_core.train.sampling import sampling_shift
+
+
+class BatchEncoder:
+    """Batch -> latents and conditioning on the device: copied from a cache, or computed by VAE and text encoders.
+
+    Args:
+        config: the run.
+        family: its model.
+        corpus: its data.
+        device: where latents and conditioning go.
+        prompts: prompts of the validation grids. They are encoded here, so that with a cache the text encoders are freed
+            before the network is loaded.
+
+    Raises:
+        UserError: if a cache was encoded with another model or text length.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        family: ModelFamily,
+        corpus: Corpus,
+        device: torch.device,
+        prompts: Sequence[str] = (),
+    ) -> None:
+        self.device = device
+        self.text: TextEncoders | None = None
+        self.vae: Autoencoder | None = None
+        self.prompts = list(prompts)
+        self.prompt_cond: Conditioning | None = None
+        """Conditioning of `prompts`, with `sample.guidance`; None without prompts."""
+        self.paddings = [None if padding is None else padding.to(device) for padding in corpus.paddings]
+        if corpus.is_cached:
+            check_cache(config, family, corpus)
+        needs_empty_caption = family.passes == 2 or config.method.caption_dropout > 0
+        if prompts or needs_empty_caption or not corpus.is_cached:
+            self.text = TextEncoders(family, config.model.text_length, compute_dtype(config), device)
+            if prompts:
+                self.prompt_cond = self.text.encode(prompts, guidance=config.sample.guidance)
+            if corpus.is_cached:
+                self.text = None
+                gc.collect()  # reference cycles keep the encoders alive
+        if not corpus.is_cached:
+            self.vae = Autoencoder(family, compute_dtype(config), device)
+
+    def encode(self, batch: Batch) -> tuple[Tensor, Conditioning]:
+        """Latents fp32 [B, C, H, W] and conditioning."""
+        if batch.latents is not None:
+            assert batch.text is not None and batch.pooled is not None
+            text = batch.text.padded(self.paddings, self.device)
+            cond = Conditioning(text=text, pooled=batch.pooled.to(self.device, non_blocking=True))
+            return batch.latents.to(self.device, non_blocking=True).float(), cond
+        assert batch.images is not None and self.vae is not None and self.text is not None
+        images = batch.images.to(self.device, non_blocking=True)
+        return self.vae.encode(images).float(), self.text.encode(batch.captions)
+
+
+def check_cache(config: RunConfig, family: ModelFamily, corpus: Corpus) -> None:
+    """Compare cached data with the run's model.
+
+    Raises:
+        UserError: if the data were encoded by another model, or with another text length.
+    """
+    fingerprint = encoder_fingerprint(family.folder)
+    if corpus.encoder != fingerprint:
+        raise UserError(
+            f"data: the cache was encoded by another model (encoder {str(corpus.encoder)[:12]}) than {family.folder} "
+            f"(encoder {fingerprint[:12]}). Encode it again with this model's encoders"
+        )
+    if corpus.text_length != family.text_tokens(config.model.text_length):
+        cached = (corpus.text_length or 0) - family.clip_tokens
+        raise UserError(
+            f"data: the cache was encoded with model.text_length {cached}, this run asks for "
+            f"{config.model.text_length}. Set model.text_length to the cache's, or encode again"
+        )
+
+
+def check_paths(config: RunConfig, family: ModelFamily, corpus: Corpus) -> None:
+    """Compare the first stored path of each source with the run's model, method and sampler.
+
+    Raises:
+        UserError: if they do not match; it names the source.
+    """
+    if config.model.init != "random":  # a random network has no teacher
+        _check_teacher(family, corpus)
+    intervals: dict[str, int] = {}
+    others: dict[str, str] = {}
+    """Shift and guidance of each source whose paths do not have the sampler's."""
+    for name, item in corpus.first_items().items():
+        with contextlib.suppress(BadData):  # the loader handles bad samples
+            record = corpus.record(item, padded=False)
+            path, latents = record.path, record.latents
+            assert path is not None and latents is not None
+            intervals[name] = path["velocities"].shape[0]
+            check_intervals(config.method, intervals[name], f"of source {name!r} ")
+            guidance = float(path["guidance"])  # stored in fp32
+            _check_guidance(config.method, name, guidance)
+            shift = sampling_shift(config.sample, family.image_tokens(latents))
+            if other := _different_settings(config, family, path["sigmas"], guidance, shift):
+                others[name] = other
+    if len(set(intervals.values())) > 1:
+        raise UserError(
+            f"data: the sources' paths have different numbers of intervals, {intervals}, which cannot be in one batch. "
+            f"Store all with the same number: `scfm data generate --trajectories --steps N --intervals K`"
+        )
+    if others and len(others) == len(intervals):
+        sample = config.sample
+        raise UserError(
+            f"data: the stored paths were sampled at {' or '.join(sorted(set(others.values())))}, but sample.shift is "
+            f"{sample.shift} and sample.guidance {sample.guidance:g}: the student must be sampled as its paths were. Set both to "
+            f"those values, or store paths with `scfm data generate --trajectories --shift {sample.shift} --guidance {sample.guidance:g}`"
+        )
+
+
+def _check_teacher(family: ModelFamily, corpus: Corpus) -> None:
+    own = network_fingerprint(family.folder)
+    for name, network in corpus.networks().items():
+        if network not in (None, own):
+            raise UserError(
+                f"data: the stored paths of source {name!r} were sampled from another network ({str(network)[:12]}) than that of "
+                f"{family.folder} ({own[:12]}). Make them with this one: `scfm data generate --trajectories`"
+            )
+
+
+def _check_guidance(method: PlanConfig, source: str, guidance: float) -> None:
+    scale = method.guidance[0]
+    if method.distil_guidance and not math.isclose(guidance, scale, rel_tol=1e-6):
+        raise UserError(
+            f"data: the stored paths of source {source!r} have guidance scale {guidance:g}, but method.distil_guidance learns "
+            f"only method.guidance={scale:g}. Set method.guidance and sample.guidance to the paths' scale, or make paths with "
+            f"`scfm data generate --trajectories --guidance {scale:g}`"
+        )
+
+
+def _different_settings(
+    config: RunConfig, family: ModelFamily, sigmas: Tensor, guidance: float, shift: float
+) -> str | None:
+    """Shift and guidance of a path, if they differ from the run's sampler; else None."""
+    has_guidance = family.passes == 2 or bool(family.network_config.get("guidance_embeds"))
+    same_shift = torch.allclose(sigmas.float(), sigma_grid(len(sigmas) - 1, shift), atol=1e-4)
+    same_guidance = not has_guidance or math.isclose(guidance, config.sample.guidance, rel_tol=1e-6)
+    if same_shift and same_guidance:
+        return None
+    return f"shift {shift if same_shift else shift_of_grid(sigmas):.4g} and guidance {guidance:g}"
+
+
+def check_intervals(method: PlanConfig, intervals: int, where: str = "") -> None:
+    """UserError unless `intervals`, the number of intervals of stored paths, is a multiple of every trajectory grid."""
+    if any(intervals % grid for grid in method.trajectory_grids):
+        divisors = [grid for grid in method.trajectory_grids if intervals % grid == 0] or [1]
+        raise UserError(
+            f"data: the stored paths {where}have {intervals} intervals, which is not a multiple of every number in "
+            f"method.trajectory_grids={list(method.trajectory_grids)}. Set method.trajectory_grids={divisors}, or store paths "
+            f"with another number of intervals"
+        )

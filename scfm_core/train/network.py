@@ -1,0 +1,77 @@
+"""Changes to a network's blocks for training: activation checkpointing and compilation."""
+
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+# Results that selective checkpointing saves: matrix products and attention. The rest of a block is elementwise and cheap.
+_SAVED = {
+    "aten::mm",
+    "aten::addmm",
+    "aten::bmm",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "scfm::lora_linear",
+    "scfm::flash_attention",
+}
+_SAVED_LIBRARIES = {"xformers", "xformers_flash", "xformers_flash3", "flash_attn_3"}  # all of their ops are attention
+
+
+def transformer_blocks(network: nn.Module) -> list[nn.Module]:
+    """The blocks of a diffusers transformer, which are sharded, checkpointed and compiled one by one."""
+    return [
+        block for name in ("transformer_blocks", "single_transformer_blocks") for block in getattr(network, name, ())
+    ]
+
+
+def set_activation_checkpointing(network: nn.Module, mode: str) -> None:
+    """Recompute each block in the backward pass.
+
+    The checkpoint is inside the block's forward, not around the block as in diffusers: there a compiled block would run
+    eagerly under a selective checkpoint.
+
+    Args:
+        network: changed in place.
+        mode: `none`, `selective` (matrix products and attention are saved) or `full`.
+    """
+    if mode == "none":
+        return
+    forward = {"selective": _forward_selective, "full": _forward_full}[mode]
+    for block in transformer_blocks(network):
+        block.forward = MethodType(forward, block)  # type: ignore[method-assign]
+
+
+# Plain functions of the block, without closures: torch.compile shares their code between blocks.
+def _forward_full(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return type(block).forward(block, *args, **kwargs)
+    return checkpoint(type(block).forward, block, *args, use_reentrant=False, **kwargs)
+
+
+def _forward_selective(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return type(block).forward(block, *args, **kwargs)
+    return checkpoint(type(block).forward, block, *args, use_reentrant=False, context_fn=_selective_contexts, **kwargs)
+
+
+def _selective_contexts() -> Any:
+    return create_selective_checkpoint_contexts(_save_expensive_results)
+
+
+def _save_expensive_results(context: object, op: object, *_: object, **__: object) -> CheckpointPolicy:
+    expensive = isinstance(op, torch._ops.OpOverload) and (op.name() in _SAVED or op.namespace in _SAVED_LIBRARIES)
+    return CheckpointPolicy.MUST_SAVE if expensive else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def compile_blocks(network: nn.Module) -> None:
+    """`torch.compile` on every transformer block: one graph for each kind of block, shared by all blocks of that kind."""
+    # Graphs of one function: two kinds of block x (three adapters and none) x (all, some or one of the rows) x (strides of
+    # the first and of later blocks). Above the limit, 8 by default, dynamo runs eagerly.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    for block in transformer_blocks(network):
+        block.compile()

@@ -1,0 +1,62 @@
+"""Prompts from the configuration, a text file, or captions in COCO's format."""
+
+import json
+from pathlib import Path
+
+from scfm_core.errors import UserError
+from scfm_core.train.config import SampleConfig
+
+
+def validation_prompts(config: SampleConfig) -> list[str]:
+    """Prompts of the validation grids; none if the grids are off.
+
+    Raises:
+        UserError: if the grids are on, but there is no prompt.
+    """
+    if not config.every:
+        return []
+    prompts = read_prompts(config.prompts, "sample.prompts")
+    if not prompts:
+        raise UserError("sample.every asks for grids, but sample.prompts is empty. Give prompts, or set sample.every=0")
+    return prompts
+
+
+def read_prompts(source: str | tuple[str, ...], where: str) -> list[str]:
+    """Prompts from a list, from the lines of a text file, or from a JSON file in COCO's format: the first caption of each image
+    (https://cocodataset.org/#format-data).
+
+    Args:
+        source: the prompts themselves, or a file's path.
+        where: the setting or option that has `source`, for messages.
+
+    Raises:
+        UserError: if the file is missing, is empty, or has another format.
+    """
+    if not isinstance(source, str):
+        return list(source)
+    path = Path(source).expanduser()
+    try:
+        content = path.read_text(encoding="utf-8")
+        lines = _coco_captions(content) if path.suffix == ".json" else content.splitlines()
+        prompts = [line.strip() for line in lines if line.strip()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        kind = 'JSON of COCO\'s format, {"annotations": [{"image_id": ..., "caption": ...}]}'
+        expected = kind if path.suffix == ".json" else "a text file in UTF-8"
+        raise UserError(f"{where}: the prompt file {source!r} is not {expected} ({error})") from error
+    except OSError as error:
+        raise UserError(
+            f"{where}: the prompt file {source!r} cannot be read ({error.strerror}). To give a prompt itself, put it in brackets: "
+            f"[{source}]"
+        ) from error
+    if not prompts:
+        raise UserError(f"{where}: the prompt file {source!r} has no prompt; put one on each line")
+    return prompts
+
+
+def _coco_captions(content: str) -> list[str]:
+    """For each image, in the order of image ids, its caption with the lowest id."""
+    first: dict[int, tuple[int, str]] = {}
+    for row in json.loads(content)["annotations"]:
+        candidate = (row.get("id", 0), row["caption"])
+        first[row["image_id"]] = min(first.get(row["image_id"], candidate), candidate)
+    return [caption for _, (_, caption) in sorted(first.items())]

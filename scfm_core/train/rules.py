@@ -1,0 +1,137 @@
+"""Rules across sections, and between the configuration and model, device or number of processes.
+
+Rules of a single section are in its `__post_init__`; rules for resuming from a checkpoint are in `resume.py`.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from scfm_core.distributed.world import launched_size
+from scfm_core.errors import UserError
+from scfm_core.kernels.fp8 import why_no_fp8
+from scfm_core.models.protocol import ModelFamily
+from scfm_core.train.config import RunConfig
+
+
+def broken_rules(config: RunConfig) -> Iterator[str]:
+    """A message for each rule across sections that `config` breaks: what is wrong, and how to fix it."""
+    method, train, sample = config.method, config.train, config.sample
+    is_full = train.weights == "full"
+    if is_full and method.step_gain is not None:
+        yield "method.step_gain needs adapters: full weights have no strength. Set method.step_gain=none, or train.weights=lora"
+    if method.step_embedding and not is_full:
+        yield "method.step_embedding teaches the network a new input: it needs train.weights=full"
+    if config.model.init == "random" and not is_full:
+        yield "model.init=random leaves nothing for adapters to adapt. Set train.weights=full"
+    if sample.teacher_steps and is_full and not method.has_teacher:
+        yield (
+            "sample.teacher_steps needs a teacher, but this run trains full weights without one in their targets "
+            "(method.teacher_fraction is 0). Set sample.teacher_steps=0"
+        )
+    if method.distil_guidance and sample.guidance != method.guidance[0]:
+        yield (
+            f"sample.guidance={sample.guidance:g} is the teacher's scale in grids and evaluation, but the student learns "
+            f"scale {method.guidance[0]:g} (method.guidance). Set both to the same value"
+        )
+    if config.checkpoint.asynchronous and config.engine.name == "deepspeed":
+        yield "checkpoint.asynchronous works only with fsdp2. Set it to false, or engine.name=fsdp2"
+    if train.compile and config.engine.name == "deepspeed" and config.engine.zero_stage == 3:
+        yield (
+            "train.compile=true does not work with engine.zero_stage=3, which gathers the weights of every layer in hooks. "
+            "Set train.compile=false, zero_stage 1 or 2, or engine.name=fsdp2"
+        )
+
+
+def check_model(config: RunConfig, family: ModelFamily) -> None:
+    """Rules between the configuration and the model.
+
+    Raises:
+        UserError: if a size cannot be packed, or step embedding or guidance do not fit the model.
+    """
+    method, path = config.method, config.model.path
+    for size in {config.data.resolution, *config.data.sizes()}:
+        family.latent_shape(*size)
+    if method.step_embedding and not family.network_config.get("guidance_embeds"):
+        raise UserError(
+            f"method.step_embedding gives the step size to the network's embedded guidance, but {path} has none "
+            f"(guidance_embeds in transformer/config.json). Use an architecture that has it"
+        )
+    if family.passes == 1 and method.distil_guidance:
+        raise UserError(
+            f"method.distil_guidance is for models with classifier-free guidance in two passes; {path} needs only one. Set "
+            f"it to false"
+        )
+    draws_guidance = method.has_pairs or method.trajectory_steps is not None
+    if family.passes == 2 and draws_guidance and method.guidance[0] < 1:
+        raise UserError(
+            f"method.guidance is the scale of classifier-free guidance for this model, and its range starts at "
+            f"{method.guidance[0]:g}: scales below 1 would weaken the caption. Start at 1 or above; for SD3.5 use [3.5, 5]"
+        )
+
+
+def check_kernels(config: RunConfig, device: torch.device) -> None:
+    """Rules of `kernels.fp8` and `kernels.cuda_graphs`, which need an unsharded, frozen base and a GPU.
+
+    Raises:
+        UserError: it names the option and the reason.
+    """
+    for option, reason in (("fp8", _why_no_fp8(config, device)), ("cuda_graphs", _why_no_graphs(config, device))):
+        if getattr(config.kernels, option) and (reason := _why_no_unsharded_base(config) or reason) is not None:
+            raise UserError(f"kernels.{option}=true cannot run here: {reason}. Or set kernels.{option}=false")
+
+
+def _why_no_unsharded_base(config: RunConfig) -> str | None:
+    if config.train.weights != "lora":
+        return "train.weights=full has no frozen base"
+    if config.engine.name == "fsdp2" and config.engine.shard != 1 and launched_size() > 1:
+        return "the base is sharded; set engine.shard=1, which keeps a full copy on every GPU"
+    if config.engine.name == "deepspeed" and config.engine.zero_stage == 3:
+        return "ZeRO-3 shards the base; set engine.zero_stage to 1 or 2"
+    return None
+
+
+def _why_no_fp8(config: RunConfig, device: torch.device) -> str | None:
+    if not config.kernels.fp8:
+        return None  # `why_no_fp8` may initialise the device
+    if device.type == "cuda" and not config.train.compile:
+        return "set train.compile=true: without it, quantisation takes longer than fp8 products save"
+    if not config.method.has_pairs:
+        return "no row is a pair, so there are no near and far passes"
+    return why_no_fp8(device)
+
+
+def _why_no_graphs(config: RunConfig, device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"CUDA graphs need a GPU, this is a {device.type.upper()}"
+    if config.method.has_flow or config.method.has_trajectory:
+        return "method.flow_fraction or method.trajectory_fraction > 0 makes the number of rows in the near and far passes vary"
+    return None
+
+
+def micro_batches(config: RunConfig, processes: int) -> int:
+    """Number of micro-batches of each process in a step.
+
+    Raises:
+        UserError: if the global batch is not a multiple of the micro-batches of all processes.
+    """
+    train = config.train
+    together = train.micro_batch_size * processes
+    if train.global_batch_size % together:
+        raise UserError(
+            f"train.global_batch_size {train.global_batch_size} is not a multiple of train.micro_batch_size "
+            f"{train.micro_batch_size} x {processes} processes. Change the micro-batch or the number of processes"
+        )
+    return train.global_batch_size // together
+
+
+def check_shards(config: RunConfig, processes: int) -> None:
+    """Rules between `engine.shard`, `engine.cpu_offload` and the number of processes; UserError if one is broken."""
+    engine = config.engine
+    if engine.name == "fsdp2" and engine.shard != -1 and processes % engine.shard:
+        raise UserError(
+            f"engine.shard={engine.shard} does not divide the {processes} processes. Set it to a divisor, or to -1 for all "
+            f"processes; for a dry run, set the number of processes with --gpus"
+        )
+    if engine.name == "fsdp2" and engine.cpu_offload and processes == 1:
+        raise UserError("engine.cpu_offload needs several processes: with one process nothing is sharded")

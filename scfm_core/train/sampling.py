@@ -1,0 +1,74 @@
+"""Sampling from a shortcut model: the noise, the shift, Euler's method, decoding."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from scfm_core.flow.sampler import euler_sample
+from scfm_core.flow.schedule import dynamic_shift, sigma_grid
+from scfm_core.models.encoders import Autoencoder
+from scfm_core.models.protocol import Conditioning
+from scfm_core.models.student import ShortcutModel
+from scfm_core.scfm.method import PlanConfig, sampling_strength
+from scfm_core.train.config import SampleConfig
+
+
+def sampling_shift(config: SampleConfig, image_tokens: int) -> float:
+    """The timestep shift of a sampler for images of `image_tokens` tokens."""
+    return dynamic_shift(image_tokens) if config.shift == "dynamic" else float(config.shift)
+
+
+def initial_noise(shape: tuple[int, int, int], seeds: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The noise that a diffusers pipeline draws from `torch.Generator().manual_seed(seed)` on the CPU, [B, C, H, W]."""
+    return torch.cat(
+        [torch.randn((1, *shape), generator=torch.Generator().manual_seed(seed), dtype=dtype) for seed in seeds]
+    )
+
+
+@torch.no_grad()
+def sample_latents(
+    model: ShortcutModel,
+    role: str,
+    noise: Tensor,
+    cond: Conditioning,
+    *,
+    method: PlanConfig,
+    num_steps: int,
+    shift: float,
+    strength: float | None = None,
+) -> Tensor:
+    """Sample with Euler's method from `noise` [B, C, H, W]; returns latents at sigma 0, at least fp32.
+
+    Args:
+        model: the networks.
+        role: the network whose velocity is used: `student`, `ema_fast`, `ema_slow` or `teacher`.
+        noise: the start, at sigma 1.
+        cond: conditioning, one row for each image.
+        method: how the weights were trained; it determines how they are conditioned on the step size.
+        num_steps: Euler steps.
+        shift: timestep shift.
+        strength: strength of the adapter; None: the one that `method` trained for this number of steps.
+    """
+    if strength is None:
+        strength = sampling_strength(method.step_gain, num_steps)
+    strengths = torch.full((noise.shape[0],), strength, device=noise.device)
+    if method.step_embedding:
+        cond = cond.with_guidance(torch.full_like(strengths, 1 / num_steps))
+    if method.distil_guidance and role != "teacher":
+        cond = cond.with_guidance(None)  # the student has learned the teacher's guidance
+
+    def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+        return model.velocity(role, x, sigma, cond, strengths)
+
+    return euler_sample(velocity, noise, sigma_grid(num_steps, shift))
+
+
+def decode(vae: Autoencoder, latents: Tensor, batch_size: int) -> Tensor:
+    """Images fp32 [B, 3, H, W] in [0, 1] on the CPU, decoded `batch_size` at a time."""
+    return torch.cat([vae.decode(part).cpu() for part in latents.split(batch_size)])
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """[0, 1] -> uint8, rounded to nearest as diffusers does."""
+    return (images * 255).round().to(torch.uint8)

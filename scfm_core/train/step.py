@@ -1,0 +1,111 @@
+"""The method: from a micro-batch to its loss."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from scfm_core.data.schema import Batch
+from scfm_core.flow.path import flow_velocity, noise_latents, per_sample
+from scfm_core.flow.random import sample_noise
+from scfm_core.models.graphs import GraphedVelocity
+from scfm_core.models.protocol import Conditioning
+from scfm_core.models.student import ShortcutModel
+from scfm_core.scfm.loss import LossMeter, scfm_loss
+from scfm_core.scfm.plan import ShortcutPlan, sample_plan
+from scfm_core.scfm.target import scfm_target
+from scfm_core.scfm.trajectory import Trajectory, on_trajectories, take_paths
+from scfm_core.train.config import RunConfig
+from scfm_core.train.inputs import BatchEncoder, check_intervals
+
+
+class Objective:
+    """The loss that a run minimises.
+
+    Args:
+        config: the run.
+        model: student, EMAs and teacher.
+        encoder: encodes the batches.
+        in_inference_mode: run the passes without gradient in inference mode. False for sharded weights: weights gathered in
+            inference mode could not be used by a pass with gradient.
+    """
+
+    def __init__(
+        self, config: RunConfig, model: ShortcutModel, encoder: BatchEncoder, *, in_inference_mode: bool
+    ) -> None:
+        self.model, self.encoder = model, encoder
+        self._method, self._seed = config.method, config.run.seed
+        self._in_inference_mode = in_inference_mode
+        self._near, self._far = model.near_velocity, model.far_velocity
+        if config.kernels.cuda_graphs:
+            self._near, self._far = GraphedVelocity(self._near), GraphedVelocity(self._far)
+
+    def micro_step(self, batch: Batch, meter: LossMeter) -> Tensor:
+        """Loss of one micro-batch.
+
+        Args:
+            batch: its samples.
+            meter: accumulates the losses by slice and by sigma.
+
+        Returns:
+            the mean loss, a scalar in fp32, ready for the backward pass.
+        """
+        method, device = self._method, self.encoder.device
+        if device.type == "cuda":
+            batch = batch.pinned()
+        latents, cond = self.encoder.encode(batch)
+        tokens = self.model.family.image_tokens(latents)
+        plan = sample_plan(method, batch.sample_ids, self._seed, image_tokens=tokens).to(device)
+        noise = sample_noise(latents, batch.sample_ids, self._seed)
+        noised = noise_latents(latents, noise, plan.sigma_start)
+        velocity = flow_velocity(latents, noise) if method.has_flow else None  # of the rows with a known target
+        if method.has_trajectory:
+            paths, ends = self._paths(batch, plan, latents, noise, cond)
+            plan, noised, velocity = on_trajectories(plan, paths, ends, noised, velocity)
+        if method.caption_dropout > 0:
+            assert self.model.family.unconditional is not None
+            cond = cond.without_captions(plan.is_dropped, self.model.family.unconditional)
+        student_guidance, target_guidance = self._embedded_guidance(plan)
+        with torch.inference_mode(self._in_inference_mode):
+            if method.distil_guidance and method.has_flow:
+                assert velocity is not None
+                velocity = self._guided(plan, noised, cond, velocity)
+            target_cond = cond.with_guidance(target_guidance)
+            target = scfm_target(plan, noised, target_cond, self._near, self._far, flow_velocity=velocity)
+        if self._in_inference_mode:
+            target = target.clone()  # an ordinary tensor, which autograd may save for the backward pass
+        student_cond = cond.with_guidance(student_guidance)
+        prediction = self.model.student_velocity(noised, plan.sigma_start, student_cond, plan.student_strength)
+        meter.add(prediction, target, plan)
+        return scfm_loss(prediction, target, plan)
+
+    def _embedded_guidance(self, plan: ShortcutPlan) -> tuple[Tensor | None, Tensor | None]:
+        """Guidance for the student's pass and for the target's passes, fp32 [B]; None: no guidance."""
+        if self._method.step_embedding:
+            return plan.step_size, plan.step_size / 2
+        if self.model.family.passes == 1:
+            return plan.guidance, plan.guidance
+        if not self._method.student_is_guided:
+            return None, None
+        guidance = torch.where(plan.is_flow, 1.0, plan.guidance)  # the data's own velocity is not guided
+        return guidance, guidance
+
+    def _paths(
+        self, batch: Batch, plan: ShortcutPlan, latents: Tensor, noise: Tensor, cond: Conditioning
+    ) -> tuple[Trajectory, Tensor]:
+        """The teacher's paths of a micro-batch, stored or computed now, and their ends [B, C, H, W]."""
+        num_steps = self._method.trajectory_steps
+        if num_steps is None:
+            assert batch.path is not None
+            check_intervals(self._method, batch.path["velocities"].shape[1])
+            return Trajectory(**batch.path).to(latents.device), latents
+        teacher = functools.partial(self.model.velocity, "teacher")
+        with torch.inference_mode(self._in_inference_mode):
+            return take_paths(plan, latents, noise, cond.with_guidance(plan.guidance), teacher, num_steps)
+
+    @torch.no_grad()
+    def _guided(self, plan: ShortcutPlan, noised: Tensor, cond: Conditioning, velocity: Tensor) -> Tensor:
+        """`velocity`, with the teacher's guided velocity on flow-matching rows. All rows run through the teacher on every rank."""
+        cond = cond.with_guidance(plan.guidance)
+        guided = self.model.velocity("teacher", noised, plan.sigma_start, cond, plan.student_strength).to(noised.dtype)
+        return torch.where(per_sample(plan.is_flow, guided), guided, velocity)

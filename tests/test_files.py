@@ -1,0 +1,55 @@
+"""Hashes, comparison with a manifest, fsync."""
+
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+
+from scfm_core.files import file_sha256, fsync_path, mismatch, sha256_of
+
+CONTENT = bytes(range(256)) * 5000  # more than the buffer of 1 MiB
+DIGEST = hashlib.sha256(CONTENT).hexdigest()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "file"
+    path.write_bytes(CONTENT)
+    return path
+
+
+def test_sha256_of_a_path(path: Path, tmp_path: Path) -> None:
+    assert file_sha256(path) == DIGEST
+    (tmp_path / "empty").touch()
+    assert file_sha256(tmp_path / "empty") == hashlib.sha256(b"").hexdigest()
+
+
+def test_sha256_of_an_open_file_starts_at_its_beginning(path: Path) -> None:
+    with path.open("rb") as file:
+        file.seek(100)
+        assert sha256_of(file) == DIGEST
+
+
+def test_mismatch(path: Path) -> None:
+    size, other = len(CONTENT), "0" * 64
+    with path.open("rb") as file:
+        assert mismatch(file, size, DIGEST) is None
+        assert mismatch(file, size, None) is None
+        assert mismatch(file, 7, DIGEST) == f"it has {size} bytes, the manifest says 7"
+        message = mismatch(file, size, other)
+    assert message == f"its sha256 is {DIGEST[:12]}..., the manifest says {other[:12]}..."
+
+
+def test_a_wrong_size_is_found_without_hashing(path: Path) -> None:
+    with path.open("rb") as file:
+        assert mismatch(file, 7, DIGEST) is not None
+        assert file.tell() == 0
+
+
+@pytest.mark.parametrize("name", ["file", "."])
+def test_fsync_of_a_file_or_a_folder(path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
+    fsync_path(path.parent / name)
+    assert synced == [(path.parent / name).stat().st_ino]
