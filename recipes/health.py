@@ -27,7 +27,8 @@ from scfm_core.train.parse import load_config
 
 _PACKAGES = ("scfm", "torch", "diffusers", "transformers", "deepspeed", "numpy", "safetensors")
 _MAX_SKEW = 5.0
-"""Largest difference between clocks in seconds. At minutes, signed requests to storage fail; logs suffer earlier."""
+"""Largest difference between clocks in seconds. From minutes on, signed requests to storage fail; below, logs
+are hard to compare."""
 _MIN_FREE_MEMORY = 0.9
 """Smallest free fraction of a GPU's memory; with less, another process uses the GPU."""
 _MIN_FREE_DISK = 5e9

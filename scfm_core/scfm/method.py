@@ -14,7 +14,8 @@ class StepGain:
     """Step-scaled adapters: a jump over the fraction `jump` of the grid has adapter strength `jump ** gamma`."""
 
     gamma: float = 0.5
-    """Exponent: 0.5 was best on the digits, 1 is the first-order law; 0, which is not allowed, would be the paper."""
+    """Exponent. 0.5 is the value of the measurements on the digits, 1 is the first-order law; 0, which is not allowed, would be
+    the paper."""
 
     def __post_init__(self) -> None:
         if not 0 < self.gamma <= 4:

@@ -95,7 +95,7 @@ def _why_no_fp8(config: RunConfig, device: torch.device) -> str | None:
     if not config.kernels.fp8:
         return None  # `why_no_fp8` may initialise the device
     if device.type == "cuda" and not config.train.compile:
-        return "set train.compile=true: without it, quantisation takes longer than fp8 products save"
+        return "set train.compile=true: without it, quantisation moves more bytes than fp8 products save"
     if not config.method.has_pairs:
         return "no row is a pair, so there are no near and far passes"
     return why_no_fp8(device)

@@ -45,7 +45,7 @@ def saved(run_dir):
     return names
 
 
-def test_never_keeps_the_earlier_attempt_in_another_folder(recipe, run_dir):
+def test_resume_never_keeps_the_earlier_attempt(recipe, run_dir):
     before = losses(run_dir)
     assert main(["train", str(recipe), "--resume", "never", "train.steps=2"]) == 0
     assert steps(run_dir) == [1, 2]
@@ -53,7 +53,7 @@ def test_never_keeps_the_earlier_attempt_in_another_folder(recipe, run_dir):
     assert saved(run_dir / "previous-1") == [f"step_{step:08d}" for step in (2, 4, 6)]
 
 
-def test_never_moves_nothing_if_the_new_run_cannot_start(recipe, run_dir):
+def test_resume_never_moves_no_file_if_the_new_run_cannot_start(recipe, run_dir):
     assert main(["train", str(recipe), "--resume", "never", "data.path=nowhere"]) == 2
     assert steps(run_dir) == [1, 2, 3, 4, 5, 6]
     assert not (run_dir / "previous-1").exists()
