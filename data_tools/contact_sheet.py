@@ -1,4 +1,4 @@
-"""`scfm data inspect --html`: some samples of a data set and its numbers, on one page that needs nothing beside it."""
+"""`scfm data inspect --html`: samples and statistics of a data set in one HTML file without external resources."""
 
 import base64
 import html
@@ -16,8 +16,8 @@ from scfm_core.data.corpus import Corpus
 from scfm_core.data.schema import Record, Size
 from scfm_core.errors import UserError
 
-_LONGEST = 320
-"""Longest side of a thumbnail, in pixels; smaller images are enlarged without smoothing."""
+_MAX_SIDE = 320
+"""Longest side of a thumbnail in pixels. Images smaller than half of it are enlarged without smoothing."""
 _STYLE = """
 :root { --ink: #1f2328; --soft: #667; --line: #e4e4e0; --paper: #fff; --accent: #3b6ea8 }
 * { box-sizing: border-box }
@@ -58,7 +58,7 @@ figcaption { padding: .7rem .85rem .75rem; display: flex; flex-direction: column
   text-overflow: ellipsis }
 @media print { body { background: #fff } figure { break-inside: avoid } }
 """
-# A caption is a stranger's text. It is escaped; and were it not, nothing would be run or fetched.
+# Captions are untrusted text. They are escaped; this policy is a second protection: nothing is run or downloaded.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
@@ -71,22 +71,22 @@ def write_contact_sheet(
     count: int = 48,
     seed: int = 0,
 ) -> Path:
-    """One HTML file: the numbers, and samples as training sees them.
+    """Write one HTML file with the statistics, and with samples as training sees them.
 
     Args:
-        corpus: what `summary` is of.
-        summary: whose samples are shown: in turn of each source and size.
-        path: of the file; written over.
-        decode: cached latents [B, C, h, w], as they are stored, to images [B, 3, H, W] in [0, 1]; none: their first
+        corpus: of which `summary` was made.
+        summary: its selected samples are shown, in turn from each source and size.
+        path: of the file; overwritten.
+        decode: cached latents [B, C, h, w], as they are stored, to images [B, 3, H, W] in [0, 1]. None: their first
             channel is shown in grey.
-        count: at most so many samples.
-        seed: of which ones.
+        count: maximum number of samples.
+        seed: of the selection.
 
     Returns:
         `path`.
 
     Raises:
-        UserError: if it cannot be written. A sample that cannot be read is shown as such.
+        UserError: if the file cannot be written. For a sample that cannot be read, the page shows the error.
     """
     cards = [
         _card(corpus, corpus.configs[number].name, item, decode)
@@ -105,7 +105,7 @@ def write_contact_sheet(
         "<h2>Sizes</h2>" + _sizes(summary),
         "<h2>Captions</h2>" + _captions(summary),
         f"<h2>{len(cards)} samples</h2>",
-        f"<p class=note>Taken in turn from every source and size, cropped as for training{f'; {note}' if note else ''}.</p>"
+        f"<p class=note>Taken in turn from every source and size, cropped as in training{f'; {note}' if note else ''}.</p>"
         f"<br><div class=grid>{''.join(cards)}</div>",
     ]
     page = (
@@ -121,7 +121,7 @@ def write_contact_sheet(
 
 
 def _choose(corpus: Corpus, summary: Summary, count: int, seed: int) -> list[tuple[int, int]]:
-    """(source, sample), one of each source and size in turn; sorted."""
+    """(source, sample) pairs, taken in turn from each source and size; sorted."""
     random = np.random.default_rng(seed)
     groups: dict[tuple[int, int], list[int]] = defaultdict(list)
     for number, sampled in enumerate(summary.sampled):
@@ -138,28 +138,28 @@ def _card(corpus: Corpus, source: str, item: int, decode: Callable[[Tensor], Ten
     height, width = corpus.sizes[corpus.buckets[item]]
     try:
         record = corpus.record(item)
-    except Exception as error:  # what is wrong with it is for the reader to see
+    except Exception as error:  # the page shows what is wrong
         return _figure(f"<em>{html.escape(str(error)[:400])}</em>", "", source, (height, width), f"sample {item}")
     picture = _picture(record, decode)
-    small = max(picture.shape[:2]) < _LONGEST // 2
+    small = max(picture.shape[:2]) < _MAX_SIDE // 2
     if record.image is None and decode is None:
         source += ", first latent channel"
     return _figure(_thumbnail(picture, small), record.caption, source, (height, width), record.key, small)
 
 
 def _figure(content: str, caption: str, source: str, size: Size, key: str, small: bool = False) -> str:
-    said = f"<p class=said title='{html.escape(caption)}'>{html.escape(caption)}</p>"
+    text = f"<p class=said title='{html.escape(caption)}'>{html.escape(caption)}</p>"
     if not caption.strip():
-        said = "<p class='said none'>no caption</p>"
+        text = "<p class='said none'>no caption</p>"
     return (
-        f"<figure><div class='thumb{' small' if small else ''}'>{content}</div><figcaption>{said}"
+        f"<figure><div class='thumb{' small' if small else ''}'>{content}</div><figcaption>{text}"
         f"<p class=of><span>{html.escape(source)}</span><span>{size[0]} &times; {size[1]}</span></p>"
         f"<p class=key title='{html.escape(key)}'>{html.escape(key)}</p></figcaption></figure>"
     )
 
 
 def _picture(record: Record, decode: Callable[[Tensor], Tensor] | None) -> np.ndarray:
-    """uint8 [H, W, 3]."""
+    """The sample as an image, uint8 [H, W, 3]."""
     if record.image is not None:
         image = (record.image + 1) / 2
     else:
@@ -180,10 +180,10 @@ def _thumbnail(pixels: np.ndarray, small: bool) -> str:
     image = Image.fromarray(np.ascontiguousarray(pixels))
     buffer = io.BytesIO()
     if small:
-        factor = _LONGEST // max(image.size)
+        factor = _MAX_SIDE // max(image.size)
         image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST).save(buffer, "PNG")
     else:
-        image.thumbnail((_LONGEST, _LONGEST), Image.Resampling.LANCZOS)
+        image.thumbnail((_MAX_SIDE, _MAX_SIDE), Image.Resampling.LANCZOS)
         image.save(buffer, "JPEG", quality=85)
     content = base64.b64encode(buffer.getvalue()).decode()
     return f"<img alt='' src='data:image/{'png' if small else 'jpeg'};base64,{content}'>"
@@ -193,11 +193,11 @@ def _tiles(summary: Summary) -> str:
     shards = [source.shards for source in summary.sources if source.shards is not None]
     tiles = [
         (f"{summary.samples:,}", "samples"),
-        (f"{summary.epoch:,}", "samples an epoch"),
-        (f"{sum(bucket.batches for bucket in summary.buckets):,}", f"batches of {summary.global_batch_size} an epoch"),
+        (f"{summary.epoch:,}", "samples per epoch"),
+        (f"{sum(bucket.batches for bucket in summary.buckets):,}", f"batches of {summary.global_batch_size} per epoch"),
         (bytes_text(summary.bytes), f"in {sum(shards):,} shards" if shards else "of images"),
         (f"{len(summary.buckets)}", "size" if len(summary.buckets) == 1 else "sizes"),
-        (f"{summary.captions.median:g}", "words a caption (median)"),
+        (f"{summary.captions.median:g}", "words per caption (median)"),
     ]
     return f"<div class=tiles>{''.join(f'<div class=tile><b>{a}</b><span>{b}</span></div>' for a, b in tiles)}</div>"
 
@@ -220,19 +220,19 @@ def _panel(rows: list[list[str]], *, text_columns: tuple[int, ...] = (0,), wide:
 
 
 def _sizes(summary: Summary) -> str:
-    """The table of sizes, with each one's outline and a bar."""
-    head, *rows = bucket_rows(summary)
-    most = max(bucket.draws for bucket in summary.buckets) or 1
+    """The table of sizes, with an outline and a bar for each size."""
+    header, *rows = bucket_rows(summary)
+    max_draws = max(bucket.draws for bucket in summary.buckets) or 1
     lines = [
         "<tr>"
-        + "".join(f"<th class='{'' if c else 'text'}'>{cell}</th>" for c, cell in enumerate(head))
+        + "".join(f"<th class='{'' if c else 'text'}'>{cell}</th>" for c, cell in enumerate(header))
         + "<th></th></tr>"
     ]
     for bucket, row in zip(summary.buckets, rows, strict=True):
         scale = 24 / max(bucket.size)
         shape = f"<i style='width:{bucket.size[1] * scale:.0f}px;height:{bucket.size[0] * scale:.0f}px'></i>"
         cells = "".join(f"<td>{cell}</td>" for cell in row[1:])
-        bar = f"<td class=bar><span style='width:{100 * bucket.draws / most:.1f}%'></span></td>"
+        bar = f"<td class=bar><span style='width:{100 * bucket.draws / max_draws:.1f}%'></span></td>"
         lines.append(f"<tr><td class=text><span class=shape>{shape}</span>{row[0]}</td>{cells}{bar}</tr>")
     unused = f"<p class=note>Sizes without a sample: {summary.unused_sizes}.</p>" if summary.unused_sizes else ""
     return f"<div class=panel><table>{''.join(lines)}</table>{unused}</div>"

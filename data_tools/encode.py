@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from data_tools.job import Job, Piece, cut
+from data_tools.job import Job, PlannedShard, plan_shards
 from scfm_core.data.corpus import Corpus
 from scfm_core.data.schema import BadData, Manifest, Record, Size
 from scfm_core.data.source import PADDING
@@ -29,18 +29,18 @@ class EncodeConfig:
     """How a cache is made."""
 
     text_length: int = 256
-    """T5 tokens."""
+    """Number of T5 tokens."""
     keep_padding: bool = False
-    """Store T5's output at every padding token too. Off: stored up to the caption's end, and filled up with the output
-    for an empty caption, which it is near to (the job says how near)."""
+    """Store T5's output at padding tokens too. False: store it up to the end of the caption. The padding is then the
+    output for an empty caption, which is nearly the same (the job prints the difference)."""
     dtype: torch.dtype = torch.bfloat16
     """Of the encoders and the stored tensors."""
     device: torch.device | str = "cpu"
     """Of the encoders."""
     batch_size: int = 16
-    """Images a forward."""
+    """Number of images in a forward pass."""
     samples_per_shard: int = 1000
-    """Records in a full shard."""
+    """Number of samples in a full shard."""
 
     def __post_init__(self) -> None:
         if min(self.batch_size, self.samples_per_shard) < 1 or not 1 <= self.text_length <= 512:
@@ -50,7 +50,7 @@ class EncodeConfig:
             )
 
     def parameters(self, family: ModelFamily) -> dict[str, object]:
-        """What of it decides a cache's content, with the model whose encoders are used."""
+        """Everything that determines the content of a cache made with the encoders of `family`."""
         return {
             "encoder": encoder_fingerprint(family.folder),
             "text_length": self.text_length,
@@ -61,12 +61,15 @@ class EncodeConfig:
 
 
 class CacheWriter:
-    """Turns latents and captions into cached samples; the padding that is trimmed lies beside the shards.
+    """Makes cached samples of latents and captions. If texts are trimmed, writes their padding beside the shards.
 
     Args:
         output: folder of the shards.
-        family: the model whose encoders are used.
-        config: how.
+        family: the model whose text encoders are used.
+        config: of the cache.
+
+    Raises:
+        UserError: if the padding cannot be written.
     """
 
     def __init__(self, output: Path, family: ModelFamily, config: EncodeConfig) -> None:
@@ -86,20 +89,20 @@ class CacheWriter:
         self._error = [0.0, 0.0]
 
     def _shared_padding(self, path: Path) -> bytes:
-        """The padding's file: that of the process which was first, since another GPU may round otherwise."""
+        """Content of the padding's file. One process writes it for all, because another GPU may round differently."""
         padding = self.text.encode([""]).text[0].to(self.config.dtype).cpu().contiguous()
-        aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
-            aside.write_bytes(save({"text": padding}))
+            temporary.write_bytes(save({"text": padding}))
             with contextlib.suppress(FileExistsError):
-                os.link(aside, path)
+                os.link(temporary, path)
             return path.read_bytes()
         except OSError as error:
             raise UserError(
-                f"the cache could not be written to {path.parent}: {error.strerror}. Mend that and run again"
+                f"the cache could not be written to {path.parent}: {error.strerror}. Fix this and run again"
             ) from error
         finally:
-            aside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
     def fields(
         self,
@@ -112,9 +115,9 @@ class CacheWriter:
 
         Args:
             latents: [B, C, h, w].
-            captions: B of them.
-            details: what `json` holds.
-            path: the teacher's, to be stored as it is: tensors of B rows by name.
+            captions: B captions.
+            details: content of the field `json` of each sample.
+            path: the teacher's path, stored unchanged: tensors of B rows by name.
         """
         cond = self.text.encode(captions)
         lengths = self.text.lengths(captions) if self.padding is not None else [None] * len(captions)
@@ -134,7 +137,7 @@ class CacheWriter:
 
     @property
     def padding_error(self) -> float | None:
-        """||T5's padding - what stands for it|| / ||T5's padding||, over all samples so far; None if it is kept."""
+        """||T5's padding - shared padding|| / ||T5's padding||, over all samples so far; None: the padding is stored."""
         return (self._error[0] / self._error[1]) ** 0.5 if self._error[1] else None
 
 
@@ -148,58 +151,64 @@ def encode(
     world_size: int = 1,
     progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda items, total: items,
 ) -> tuple[Manifest | None, float | None]:
-    """Encode every image and caption once; each shard holds one size.
+    """Encode every image and caption once; each shard has one size.
 
     Args:
-        corpus: images; their sizes and crops are the recipe's.
+        corpus: the images. The recipe decides their sizes and crops.
         output: folder of the shards.
-        family: the model whose VAE, CLIP and T5 encode.
-        config: how.
-        rank, world_size: this process, of how many that share the work.
-        progress: wraps the shards to show a bar; called with (shards, their number).
+        family: the model whose VAE, CLIP and T5 are used.
+        config: of the cache.
+        rank, world_size: of this process; the processes share the shards.
+        progress: shows a progress bar; called with (shards, their number), it returns the shards.
 
     Returns:
-        the manifest written beside the shards (None while other processes are at work), and the error of the padding.
+        the manifest (None while other processes are working), and `CacheWriter.padding_error`.
 
     Raises:
-        UserError: for an image, caption or size that cannot be encoded, or an output that is not writable or holds
-            something else.
+        UserError: if an image, caption or size cannot be encoded, or the output cannot be written or has other data.
     """
     for size in corpus.sizes:
         family.latent_shape(*size)
     if corpus.is_cached:
-        raise UserError("data: this is a cache already; encode images")
+        raise UserError("data: the source is a cache already; only images can be encoded")
     parameters = {
         "data": corpus.fingerprint,
         "fields": [[config.image, dict(config.captions)] for config in corpus.configs],
         "sizes": corpus.sizes,
         **config.parameters(family),
     }
-    job = Job(output, parameters)  # before the encoders are loaded, which takes minutes
+    job = Job(output, parameters)  # before loading the encoders, which takes minutes
     if job.finished is not None:
         return job.finished, None
     writer = CacheWriter(output, family, config)
     vae = Autoencoder(family, config.dtype, config.device)
 
-    def write(piece: Piece, tar: TarWriter) -> list[str]:
-        size, left_out = corpus.sizes[corpus.buckets[piece.items[0]]], []
-        for at in range(0, len(piece.items), config.batch_size):
-            items, records = [], []
-            for item in piece.items[at : at + config.batch_size]:
-                try:
-                    records.append(corpus.record(item, item))
-                    items.append(item)
-                except BadData as error:
-                    if corpus.config.max_bad_fraction == 0:
-                        raise
-                    left_out.append(str(error))
-            if records:
-                _write_batch(tar, items, records, size, vae, writer)
-        return left_out
+    def write(shard: PlannedShard, tar: TarWriter) -> list[str]:
+        return _write_shard(shard.items, tar, corpus, vae, writer)
 
-    pieces = cut([corpus.items_of(size).tolist() for size in corpus.sizes], config.samples_per_shard)
-    manifest = job.run(pieces, write, writer.draft, rank=rank, world_size=world_size, progress=progress)
+    shards = plan_shards([corpus.items_of(size).tolist() for size in corpus.sizes], config.samples_per_shard)
+    manifest = job.run(shards, write, writer.draft, rank=rank, world_size=world_size, progress=progress)
     return manifest, writer.padding_error
+
+
+def _write_shard(
+    items: Sequence[int], tar: TarWriter, corpus: Corpus, vae: Autoencoder, writer: CacheWriter
+) -> list[str]:
+    """Write the samples of one shard, which have one size; returns what is wrong with those left out."""
+    size, left_out = corpus.sizes[corpus.buckets[items[0]]], []
+    for start in range(0, len(items), writer.config.batch_size):
+        valid, records = [], []
+        for item in items[start : start + writer.config.batch_size]:
+            try:
+                records.append(corpus.record(item, item))
+                valid.append(item)
+            except BadData as error:
+                if corpus.config.max_bad_fraction == 0:
+                    raise
+                left_out.append(str(error))
+        if records:
+            _write_batch(tar, valid, records, size, vae, writer)
+    return left_out
 
 
 def _write_batch(
@@ -211,4 +220,4 @@ def _write_batch(
     ]
     samples = writer.fields(latents, [record.caption for record in records], details)
     for item, fields in zip(items, samples, strict=True):
-        tar.write(f"{item:08d}", fields, size)  # never the file's name: it may hold a dot or a slash
+        tar.write(f"{item:08d}", fields, size)  # not the file's name, which may have a dot or a slash

@@ -1,4 +1,4 @@
-"""`scfm data generate`: prompts -> the teacher's own samples, as shards of cached latents and text embeddings."""
+"""`scfm data generate`: prompts -> samples of the teacher, as shards of cached latents and text embeddings."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from data_tools.encode import CacheWriter, EncodeConfig
-from data_tools.job import Job, Piece, cut
+from data_tools.job import Job, PlannedShard, plan_shards
 from scfm_core.data.schema import Manifest, Size
 from scfm_core.data.webdataset import TarWriter
 from scfm_core.errors import UserError
@@ -23,8 +23,57 @@ from scfm_core.models.encoders import TextEncoders
 from scfm_core.models.protocol import ModelFamily
 from scfm_core.models.weights import network_fingerprint
 
-# Out of reach of a run's sample ids: a run of the same seed must not draw the very noise that its latents came from.
+# Larger than all sample ids of a run: a run with the same seed must not draw the noise from which its latents were
+# sampled.
 FIRST_ID = 1 << 62
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerConfig:
+    """Which samples are made, and how.
+
+    Raises:
+        UserError: if a value is invalid.
+    """
+
+    sizes: tuple[Size, ...]
+    """Heights and widths in pixels, taken in turn."""
+    per_prompt: int
+    """Number of samples of each prompt."""
+    num_steps: int
+    """Steps of the sampler."""
+    shift: float | Literal["dynamic"]
+    """Of the timesteps; `dynamic`: Flux's shift, which depends on the size."""
+    guidance: float
+    """Guidance embedding, or scale of classifier-free guidance. No effect if the network has neither."""
+    seed: int
+    """Of the noise."""
+    intervals: int | None = None
+    """Store the teacher's paths too (mean velocities, sigmas, guidance), in this number of intervals of equally many
+    steps."""
+    second_order: bool = False
+    """Of stored paths: use the Adams-Bashforth method instead of Euler's."""
+
+    def __post_init__(self) -> None:
+        counts = (("sizes", len(self.sizes)), ("samples of a prompt", self.per_prompt), ("steps", self.num_steps))
+        for name, value in counts:
+            if value < 1:
+                raise UserError(f"the number of {name} must be at least 1, got {value}")
+        if self.intervals is not None and (self.intervals < 1 or self.num_steps % self.intervals):
+            raise UserError(
+                f"the {self.num_steps} steps of a path cannot be stored as {self.intervals} intervals: the number of "
+                f"intervals must be positive and divide the number of steps"
+            )
+        shift = self.shift
+        if shift != "dynamic" and not (isinstance(shift, int | float) and 0 < shift < math.inf):
+            raise UserError(f"the shift must be positive and finite, or 'dynamic', got {shift!r}")
+
+    def parameters(self) -> dict[str, object]:
+        """Everything here that determines the samples, for `Job`."""
+        names = ["sizes", "per_prompt", "num_steps", "shift", "guidance", "seed"]
+        if self.intervals is not None:
+            names += ["intervals", "second_order"]
+        return {name: getattr(self, name) for name in names}
 
 
 def generate(
@@ -32,166 +81,129 @@ def generate(
     output: Path,
     family: ModelFamily,
     config: EncodeConfig,
+    sampler: SamplerConfig,
     *,
-    sizes: tuple[Size, ...],
-    per_prompt: int,
-    num_steps: int,
-    shift: float | Literal["dynamic"],
-    guidance: float,
-    seed: int,
-    intervals: int | None = None,
-    second_order: bool = False,
     rank: int = 0,
     world_size: int = 1,
     progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda items, total: items,
 ) -> tuple[Manifest | None, float | None]:
-    """Sample the teacher straight to latents, which nothing decodes.
+    """Sample the teacher, and store the latents without decoding them.
 
-    Sample i is of prompt i // per_prompt and of size i % len(sizes), and starts from noise that is a function of the
-    seed, i and the size alone: any number of processes and any batch size give the same samples, up to floating point.
-    Each shard holds one size. The network and both text encoders lie on the device together; the VAE is not loaded.
+    Sample i is of prompt i // per_prompt and of size i % len(sizes). Its noise is a function of the seed, i and the
+    size only. So any number of processes and any batch size give the same samples, up to floating point. Each shard has
+    one size. The network and both text encoders are on the device together; the VAE is not loaded.
 
     Args:
-        prompts: what is sampled.
+        prompts: at least one.
         output: folder of the shards.
         family: the model.
-        config: how; its dtype and device are the network's too, and its batch size counts samples.
-        sizes: heights and widths in pixels, taken in turn.
-        per_prompt: samples of each prompt.
-        num_steps: steps of the sampler.
-        shift: the timestep shift; `dynamic`: Flux's, by the size.
-        guidance: embedded, or the scale of classifier-free guidance; without effect on a network that knows neither.
-        seed: of the noise.
-        intervals: store the paths too, in so many intervals of equal numbers of steps: mean velocities, sigmas, guidance.
-        second_order: of paths: by the Adams-Bashforth method instead of Euler's.
-        rank, world_size: this process, of how many that share the work.
-        progress: wraps the shards to show a bar; called with (shards, their number).
+        config: of the cache. Network and encoders use its dtype, device and batch size.
+        sampler: which samples are made, and how.
+        rank, world_size: of this process; the processes share the shards.
+        progress: shows a progress bar; called with (shards, their number), it returns the shards.
 
     Returns:
-        the manifest written beside the shards (None while other processes are at work), and the error of the padding.
+        the manifest (None while other processes are working), and `CacheWriter.padding_error`.
 
     Raises:
-        UserError: for arguments that make no sample, a sample that is not finite, or an output that is not writable or
-            holds something else.
+        UserError: if there are no prompts, a sample is not finite, or the output cannot be written or has other data.
     """
-    _check(prompts, family, sizes, per_prompt, num_steps, shift, intervals)
+    if not prompts:
+        raise UserError("there are no prompts; give at least one")
+    for size in sampler.sizes:
+        family.latent_shape(*size)
     parameters = {
         "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
-        "sizes": sizes,
-        "per_prompt": per_prompt,
-        "num_steps": num_steps,
-        "shift": shift,
-        "guidance": guidance,
-        "seed": seed,
-        **({"intervals": intervals, "second_order": second_order} if intervals is not None else {}),
+        **sampler.parameters(),
         "network": network_fingerprint(family.folder),
         **config.parameters(family),
     }
-    job = Job(output, parameters)  # before the weights are loaded, which takes minutes
+    job = Job(output, parameters)  # before loading the weights, which takes minutes
     if job.finished is not None:
         return job.finished, None
     writer = CacheWriter(output, family, config)
     network = family.load_network(config.dtype, config.device)
-    teacher = _Teacher(family, network, writer.text, num_steps, shift, guidance, seed, intervals, second_order)
+    teacher = _Teacher(family, network, writer.text, sampler)
 
-    def write(piece: Piece, tar: TarWriter) -> list[str]:
-        size = sizes[piece.items[0] % len(sizes)]
-        for at in range(0, len(piece.items), config.batch_size):
-            items = piece.items[at : at + config.batch_size]
-            numbers = [item // per_prompt for item in items]
-            texts = [prompts[number] for number in numbers]
-            latents, path = teacher.sample(items, texts, size)
-            latents = latents.to(config.dtype)
-            _refuse_not_finite(latents, items, texts)
-            details = [
-                teacher.details(item, size) | {"prompt": number} for item, number in zip(items, numbers, strict=True)
-            ]
-            for item, fields in zip(items, writer.fields(latents, texts, details, path), strict=True):
-                tar.write(f"{item:08d}", fields, size)
+    def write(shard: PlannedShard, tar: TarWriter) -> list[str]:
+        _write_shard(shard.items, prompts, teacher, tar, writer)
         return []
 
-    total = len(prompts) * per_prompt
-    pieces = cut([range(first, total, len(sizes)) for first in range(len(sizes))], config.samples_per_shard)
-    draft = writer.draft if intervals is None else replace(writer.draft, network=str(parameters["network"]))
-    manifest = job.run(pieces, write, draft, rank=rank, world_size=world_size, progress=progress)
+    total, sizes = len(prompts) * sampler.per_prompt, len(sampler.sizes)
+    shards = plan_shards([range(first, total, sizes) for first in range(sizes)], config.samples_per_shard)
+    draft = writer.draft
+    if sampler.intervals is not None:
+        draft = replace(draft, network=str(parameters["network"]))
+    manifest = job.run(shards, write, draft, rank=rank, world_size=world_size, progress=progress)
     return manifest, writer.padding_error
 
 
 @dataclass(frozen=True)
 class _Teacher:
-    """The network with its text encoders, and how it is sampled."""
+    """The network with its text encoders, and the settings of its sampler."""
 
     family: ModelFamily
     network: nn.Module
     text: TextEncoders
-    num_steps: int
-    shift: float | Literal["dynamic"]
-    guidance: float
-    seed: int
-    intervals: int | None
-    second_order: bool
+    config: SamplerConfig
 
     def sample(self, items: Sequence[int], texts: list[str], size: Size) -> tuple[Tensor, dict[str, Tensor] | None]:
-        """The latents of samples `items`, fp32 [B, C, h, w], and their paths if they are to be stored."""
-        cond = self.text.encode(texts, guidance=self.guidance)
+        """The latents of samples `items`, fp32 [B, C, h, w], and their paths (by tensor name) if paths are stored."""
+        config, cond = self.config, self.text.encode(texts, guidance=self.config.guidance)
         ids = torch.tensor(items, dtype=torch.int64) + FIRST_ID
         like = torch.empty(len(items), *self.family.latent_shape(*size), device=cond.text.device)
-        shift = dynamic_shift(self.family.image_tokens(like)) if self.shift == "dynamic" else self.shift
-        noise, sigmas = sample_noise(like, ids, self.seed), sigma_grid(self.num_steps, shift)
+        shift = dynamic_shift(self.family.image_tokens(like)) if config.shift == "dynamic" else config.shift
+        noise, sigmas = sample_noise(like, ids, config.seed), sigma_grid(config.num_steps, shift)
 
         def velocity(x: Tensor, sigma: Tensor) -> Tensor:
             return self.family.velocity(self.network, x, sigma, cond)
 
-        if self.intervals is None:
+        if config.intervals is None:
             return euler_sample(velocity, noise, sigmas), None
         latents, velocities = roll_out(
-            velocity, noise, sigmas, intervals=self.intervals, second_order=self.second_order
+            velocity, noise, sigmas, intervals=config.intervals, second_order=config.second_order
         )
         rows = len(items)
         return latents, {
             "velocities": velocities.to(cond.text.dtype),
-            "sigmas": sigmas[:: self.num_steps // self.intervals].expand(rows, -1),
-            "guidance": torch.full((rows,), self.guidance),
+            "sigmas": sigmas[:: config.num_steps // config.intervals].expand(rows, -1),
+            "guidance": torch.full((rows,), config.guidance),
         }
 
     def details(self, item: int, size: Size) -> dict[str, object]:
-        """What is stored of how a sample was made."""
-        solver = "adams-bashforth" if self.intervals is not None and self.second_order else "euler"
-        place = {"height": size[0], "width": size[1], "sample": item, "seed": self.seed}
-        return place | {"steps": self.num_steps, "solver": solver, "guidance": self.guidance}
+        """How a sample was made, for its field `json`."""
+        config = self.config
+        solver = "adams-bashforth" if config.intervals is not None and config.second_order else "euler"
+        sample = {"height": size[0], "width": size[1], "sample": item, "seed": config.seed}
+        return sample | {"steps": config.num_steps, "solver": solver, "guidance": config.guidance}
 
 
-def _check(
-    prompts: list[str],
-    family: ModelFamily,
-    sizes: tuple[Size, ...],
-    per_prompt: int,
-    num_steps: int,
-    shift: float | str,
-    intervals: int | None,
+def _write_shard(
+    items: Sequence[int], prompts: list[str], teacher: _Teacher, tar: TarWriter, writer: CacheWriter
 ) -> None:
-    if not prompts:
-        raise UserError("there are no prompts to sample from; give at least one")
-    for name, value in (("sizes", len(sizes)), ("samples a prompt", per_prompt), ("steps", num_steps)):
-        if value < 1:
-            raise UserError(f"the number of {name} must be at least 1, got {value}")
-    if intervals is not None and (intervals < 1 or num_steps % intervals):
-        raise UserError(
-            f"the {num_steps} steps of a path cannot be stored as {intervals} intervals: their number must be positive and "
-            f"divide that of the steps"
-        )
-    if shift != "dynamic" and not (isinstance(shift, int | float) and 0 < shift < math.inf):
-        raise UserError(f"the shift must be positive and finite, or 'dynamic', got {shift!r}")
-    for size in sizes:
-        family.latent_shape(*size)
+    """Sample and write the samples of one shard, which have one size."""
+    config = teacher.config
+    size = config.sizes[items[0] % len(config.sizes)]
+    for start in range(0, len(items), writer.config.batch_size):
+        batch = items[start : start + writer.config.batch_size]
+        numbers = [item // config.per_prompt for item in batch]
+        texts = [prompts[number] for number in numbers]
+        latents, path = teacher.sample(batch, texts, size)
+        latents = latents.to(writer.config.dtype)
+        _check_finite(latents, batch, texts)
+        details = [
+            teacher.details(item, size) | {"prompt": number} for item, number in zip(batch, numbers, strict=True)
+        ]
+        for item, fields in zip(batch, writer.fields(latents, texts, details, path), strict=True):
+            tar.write(f"{item:08d}", fields, size)
 
 
-def _refuse_not_finite(latents: Tensor, items: Sequence[int], texts: list[str]) -> None:
+def _check_finite(latents: Tensor, items: Sequence[int], texts: list[str]) -> None:
     finite = latents.isfinite().flatten(1).all(1).tolist()
-    bad = [place for place, good in enumerate(finite) if not good]
+    bad = [row for row, is_finite in enumerate(finite) if not is_finite]
     if bad:
         raise UserError(
             f"{len(bad)} of {len(items)} samples of a batch are not finite in {latents.dtype}, the first is sample "
-            f"{items[bad[0]]}, of the prompt {texts[bad[0]]!r}. Check the model's weights and the guidance, or compute in "
-            f"another dtype, into another folder"
+            f"{items[bad[0]]}, of the prompt {texts[bad[0]]!r}. Check the model's weights and the guidance, or use another "
+            f"dtype and another folder"
         )

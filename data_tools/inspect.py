@@ -1,4 +1,4 @@
-"""`scfm data inspect`: what a data set holds, in numbers. `contact_sheet.py` shows it."""
+"""`scfm data inspect`: statistics of a data set. `contact_sheet.py` shows it as a page."""
 
 import itertools
 import json
@@ -18,12 +18,13 @@ from scfm_core.data.schema import Size
 from scfm_core.data.source import Source
 from scfm_core.data.uri import is_remote
 
-_MOST_SHARDS, _MOST_DOWNLOADS = 128, 16
-"""Of a source, how many shards the samples are taken from: to look at a terabyte must not mean to read it."""
-_MEASURED = 256
-"""Cached samples whose stored fields are measured."""
+_MAX_SHARDS, _MAX_DOWNLOADS = 128, 16
+"""Number of shards of a source from which samples are taken: local, and remote or compressed. A terabyte is not
+read."""
+_MAX_MEASURED = 256
+"""Number of cached samples whose stored fields are measured."""
 _WORD = re.compile(r"[^\W\d_]+(?:['\u2019-][^\W\d_]+)*")
-# They say nothing of the content.
+# Frequent words that say nothing about the content.
 _FUNCTION_WORDS = (
     "a an and are as at be by for from has have in into is it its of on or over that the their there this to under up was "
     "were which while who with"
@@ -38,17 +39,17 @@ class SourceSummary:
     format: str
     address: str
     shards: int | None
-    """None: a folder of images."""
+    """Number of shards; None: a folder of images."""
     samples: int
     bytes: int
     draws: int
-    """Samples that an epoch takes from it."""
+    """Number of samples that an epoch takes from it."""
     encoder: str | None = None
-    """Of a cache: fingerprint of what made it."""
+    """Of a cache: fingerprint of the encoders."""
     text_length: int | None = None
-    """Of a cache: T5 tokens."""
+    """Of a cache: number of T5 tokens."""
     padding: Literal["trimmed", "stored"] | None = None
-    """Of a cache: what was done to the texts' padding."""
+    """Of a cache: whether the padding of the texts was stored or trimmed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,16 +59,16 @@ class BucketSummary:
     size: Size
     samples: int
     draws: int
-    """In the first epoch; the others differ where an epoch is not a whole number of passes."""
+    """In the first epoch. The others differ if an epoch is not a whole number of passes."""
     batches: int
-    """Global batches of the first epoch."""
+    """Number of global batches in the first epoch."""
     waiting: int
-    """Samples that are left over from them, and go into the next epoch's."""
+    """Samples of the first epoch that wait for a batch of the next epoch."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionSummary:
-    """Captions of the samples that were looked at; lengths in words."""
+    """Captions of the selected samples; lengths in words."""
 
     count: int
     shortest: int
@@ -76,61 +77,62 @@ class CaptionSummary:
     longest: int
     empty: int
     repeated: int
-    """Captions that an earlier sample has too, empty ones apart."""
+    """Number of captions that an earlier sample has too, without empty ones."""
     words: tuple[tuple[str, int], ...]
-    """The most frequent ones, and in how many captions they are; without articles, prepositions and the like."""
+    """The most frequent words, and the number of captions that have them; without articles, prepositions and so on."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredSummary:
-    """What cached samples take."""
+    """Size of cached samples."""
 
     count: int
     bytes: tuple[tuple[str, float], ...]
-    """Mean bytes of each tensor."""
+    """Name and mean bytes of each tensor."""
     tokens: float
-    """Median number of T5 tokens that are stored."""
+    """Median number of stored T5 tokens."""
     text_length: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What `summarise` found."""
+    """The result of `summarise`."""
 
     sources: tuple[SourceSummary, ...]
     buckets: tuple[BucketSummary, ...]
-    """Without sizes that no sample has."""
+    """Only the sizes that samples have."""
     unused_sizes: int
+    """Number of sizes that no sample has."""
     global_batch_size: int
     captions: CaptionSummary
     stored: StoredSummary | None
-    """Of caches."""
+    """None: the sources are images."""
     sampled: tuple[tuple[int, ...], ...]
-    """Of each source, the numbers of the samples that were looked at."""
+    """The numbers of the selected samples of each source."""
     unreadable: tuple[str, ...]
-    """Why samples among them could not be read."""
+    """One line for each selected sample that could not be read."""
 
     @property
     def samples(self) -> int:
-        """Of all sources."""
+        """Number of samples of all sources."""
         return sum(source.samples for source in self.sources)
 
     @property
     def bytes(self) -> int:
-        """Of all sources."""
+        """Bytes of all sources."""
         return sum(source.bytes for source in self.sources)
 
     @property
     def epoch(self) -> int:
-        """Samples of an epoch."""
+        """Number of samples in an epoch."""
         return sum(source.draws for source in self.sources)
 
     @property
     def warnings(self) -> list[str]:
-        """What deserves a second look."""
+        """What may be a mistake, one line each."""
         lines = [
             f"{bucket.size[0]} x {bucket.size[1]} has {bucket.samples} samples, fewer than the {self.global_batch_size} of a "
-            f"global batch: some then occur more than once in one batch"
+            f"global batch: some samples occur more than once in a batch"
             for bucket in self.buckets
             if bucket.samples < self.global_batch_size
         ]
@@ -142,14 +144,14 @@ class Summary:
 
 
 def summarise(corpus: Corpus, *, sample: int = 2000, seed: int = 0, global_batch_size: int = 16) -> Summary:
-    """Count, and look at some samples.
+    """Statistics of a data set; captions and stored bytes from selected samples.
 
     Args:
-        corpus: any; opened with `data.max_bad_fraction` above 0, local shards may be missing.
-        sample: how many captions are read, evenly spread over the sources' samples; of many shards only some are opened,
-            of remote ones fewer still.
-        seed: of which ones.
-        global_batch_size: of the run that is planned.
+        corpus: any. If it was opened with `data.max_bad_fraction` above 0, local shards may be missing.
+        sample: number of captions to read, evenly spread over the samples of the sources. At most 128 shards of a
+            source are opened, at most 16 if they are remote.
+        seed: of the selection.
+        global_batch_size: of the planned run.
 
     Raises:
         UserError: if `data.partitions` does not divide the batch.
@@ -193,7 +195,7 @@ def summarise(corpus: Corpus, *, sample: int = 2000, seed: int = 0, global_batch
 def format_summary(summary: Summary) -> str:
     """The summary as text for a terminal."""
     parts = [
-        f"{summary.samples:,} samples, {bytes_text(summary.bytes)}, {summary.epoch:,} an epoch",
+        f"{summary.samples:,} samples, {bytes_text(summary.bytes)}, {summary.epoch:,} per epoch",
         _table(source_rows(summary)),
         _table(bucket_rows(summary)),
     ]
@@ -209,18 +211,18 @@ def format_summary(summary: Summary) -> str:
 
 
 def source_rows(summary: Summary) -> list[list[str]]:
-    """A table of the sources, the first row its head."""
-    rows = [["source", "holds", "address", "shards", "samples", "bytes", "a sample", "of an epoch"]]
+    """The table of sources; its first row is the header."""
+    rows = [["source", "content", "address", "shards", "samples", "bytes", "per sample", "share of epoch"]]
     for source in summary.sources:
-        holds = f"images ({source.format})"
+        content = f"images ({source.format})"
         if source.encoder is not None:
-            holds = (
+            content = (
                 f"cache {source.encoder[:12]} ({source.format}), {source.text_length} tokens, padding {source.padding}"
             )
         rows.append(
             [
                 source.name,
-                holds,
+                content,
                 source.address,
                 "-" if source.shards is None else f"{source.shards:,}",
                 f"{source.samples:,}",
@@ -233,10 +235,8 @@ def source_rows(summary: Summary) -> list[list[str]]:
 
 
 def bucket_rows(summary: Summary) -> list[list[str]]:
-    """A table of the sizes, the first row its head."""
-    rows = [
-        ["height x width", "samples", "of an epoch", f"batches of {summary.global_batch_size}", "left for the next"]
-    ]
+    """The table of sizes; its first row is the header."""
+    rows = [["height x width", "samples", "share of epoch", f"batches of {summary.global_batch_size}", "carried over"]]
     rows += [
         [
             f"{bucket.size[0]} x {bucket.size[1]}",
@@ -251,7 +251,7 @@ def bucket_rows(summary: Summary) -> list[list[str]]:
 
 
 def caption_rows(summary: Summary) -> list[list[str]]:
-    """A table of the captions' statistics, the first row its head."""
+    """The table of captions; its first row is the header."""
     captions = summary.captions
     seen = max(1, captions.count)
     return [
@@ -266,15 +266,15 @@ def caption_rows(summary: Summary) -> list[list[str]]:
 
 
 def stored_rows(stored: StoredSummary) -> list[list[str]]:
-    """A table of what cached samples take, the first row its head."""
-    rows = [["stored, a sample", f"mean of {stored.count:,}"]]
+    """The table of stored tensors; its first row is the header."""
+    rows = [["stored per sample", f"mean of {stored.count:,}"]]
     rows += [[name, bytes_text(size)] for name, size in stored.bytes]
     rows.append(["T5 tokens, median", f"{stored.tokens:g} of {stored.text_length}"])
     return rows
 
 
 def bytes_text(count: float) -> str:
-    """`1.2 MB` and so on, of powers of 1000."""
+    """A number of bytes as text, such as `1.2 MB`, with powers of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 999.5:
             return f"{count:.3g} {unit}"
@@ -285,7 +285,7 @@ def bytes_text(count: float) -> str:
 def _table(rows: list[list[str]]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     words = [
-        column for column in range(len(rows[0])) if rows[0][column] in ("source", "holds", "address") or column == 0
+        column for column in range(len(rows[0])) if rows[0][column] in ("source", "content", "address") or column == 0
     ]
     lines = []
     for row in rows:
@@ -330,7 +330,7 @@ def _source(corpus: Corpus, number: int, draws: int) -> SourceSummary:
 
 
 def _spread(length: int, count: int, random: np.random.Generator) -> list[int]:
-    """`count` of `length` places: one of each of `count` equal parts."""
+    """`count` of `length` places, evenly spread: one in each of `count` equal parts."""
     if count >= length:
         return list(range(length))
     edges = np.linspace(0, length, count + 1).astype(int)
@@ -338,13 +338,13 @@ def _spread(length: int, count: int, random: np.random.Generator) -> list[int]:
 
 
 def _choose(source: Source | ImageFolder, count: int, random: np.random.Generator) -> list[int]:
-    """Places of samples in a source, at least one, in few enough shards."""
+    """Places of `count` samples of a source, at least one, in a limited number of shards."""
     count = max(1, count)
     if isinstance(source, ImageFolder):
         return _spread(len(source), count, random)
     entries = source.manifest.shards
-    is_copied = is_remote(source.base) or (source.index is not None and source.index.compressed(0) is not None)
-    shards = _spread(len(entries), min(count, _MOST_DOWNLOADS if is_copied else _MOST_SHARDS), random)
+    needs_cache = is_remote(source.base) or (source.index is not None and source.index.compressed(0) is not None)
+    shards = _spread(len(entries), min(count, _MAX_DOWNLOADS if needs_cache else _MAX_SHARDS), random)
     starts = np.cumsum([0, *(entry.samples for entry in entries)])
     places = np.concatenate([np.arange(starts[shard], starts[shard + 1]) for shard in shards])
     return [int(places[at]) for at in _spread(len(places), count, random)]
@@ -355,12 +355,12 @@ def _captions(corpus: Corpus, items: list[int]) -> tuple[CaptionSummary, tuple[s
     for item in items:
         try:
             captions.append(corpus.caption(item))
-        except Exception as error:  # whatever is wrong with it: to look is not to judge
+        except Exception as error:  # any: `validate` is the tool that judges
             unreadable.append(str(error).removeprefix("data: "))
     lengths = [len(caption.split()) for caption in captions] or [0]
     filled = [caption for caption in captions if caption.strip()]
-    dull = set(_FUNCTION_WORDS.split())
-    words = Counter(word for caption in filled for word in {*_WORD.findall(caption.lower())} - dull)
+    excluded = set(_FUNCTION_WORDS.split())
+    words = Counter(word for caption in filled for word in {*_WORD.findall(caption.lower())} - excluded)
     words = Counter({word: count for word, count in words.items() if count > 1}) or words
     summary = CaptionSummary(
         count=len(captions),
@@ -376,10 +376,10 @@ def _captions(corpus: Corpus, items: list[int]) -> tuple[CaptionSummary, tuple[s
 
 
 def _stored(corpus: Corpus, items: list[int]) -> StoredSummary | None:
-    """From the headers (https://github.com/huggingface/safetensors#format), without the tensors."""
+    """Reads only the headers (https://github.com/huggingface/safetensors#format), not the tensors."""
     sizes: dict[str, list[int]] = {"latents": [], "text": [], "pooled": []}
     tokens = []
-    for item in items[:: -(-len(items) // _MEASURED)]:
+    for item in items[:: -(-len(items) // _MAX_MEASURED)]:
         try:
             shard, at, _ = corpus.raw(item)
             content = (shard.read(at, "safetensors") if shard is not None else None) or b""
@@ -388,7 +388,7 @@ def _stored(corpus: Corpus, items: list[int]) -> StoredSummary | None:
                 first, last = header[name]["data_offsets"]
                 values.append(last - first)
             tokens.append(header["text"]["shape"][0])
-        except Exception:  # counted among the unreadable ones, or `scfm data validate` names it
+        except Exception:  # counted as unreadable already; `scfm data validate` gives the reason
             continue
     if not tokens:
         return None

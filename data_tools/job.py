@@ -1,8 +1,8 @@
-"""Shards written by several processes, resumable: what `encode` and `generate` have in common.
+"""A job that writes shards with several processes and can be resumed; `encode` and `generate` use it.
 
-The plan of shards is fixed beforehand; process r of n writes every n-th. A finished shard leaves a note of its manifest
-entry in `.job/`; a job that is started again skips what has one. Whoever finds the last note writes the manifest, and
-`job.json`, by which a process that comes late sees that its job is done.
+All shards are planned first; process r of n writes every n-th one. For a finished shard there is a note in `.job/`,
+with its manifest entry; a job that is started again skips it. The process that finds all notes writes the manifest, and
+`job.json`, by which a late process sees that the job is finished.
 """
 
 import contextlib
@@ -22,21 +22,22 @@ _JOB, _PARAMETERS, _DONE = ".job", "parameters.json", "job.json"
 
 
 @dataclass(frozen=True)
-class Piece:
+class PlannedShard:
     """One shard to be written."""
 
     name: str
     items: Sequence[int]
+    """Numbers of its samples."""
 
 
-def cut(groups: Iterable[Sequence[int]], samples_per_shard: int) -> list[Piece]:
-    """Shards of at most so many items, none of which mixes two groups."""
+def plan_shards(groups: Iterable[Sequence[int]], samples_per_shard: int) -> list[PlannedShard]:
+    """Cut groups of samples into shards of at most `samples_per_shard`; no shard mixes two groups."""
     parts = [group[at : at + samples_per_shard] for group in groups for at in range(0, len(group), samples_per_shard)]
-    return [Piece(f"shard-{number:06d}.tar", part) for number, part in enumerate(parts)]
+    return [PlannedShard(f"shard-{number:06d}.tar", part) for number, part in enumerate(parts)]
 
 
 def processes() -> tuple[int, int]:
-    """Number of this process and of all: a launcher's RANK and WORLD_SIZE, or those of a Slurm array."""
+    """Rank and world size: RANK and WORLD_SIZE of a launcher, or those of a Slurm array; else 0 and 1."""
     if "RANK" in os.environ:
         return int(os.environ["RANK"]), int(os.environ.get("WORLD_SIZE", "1"))
     if "SLURM_ARRAY_TASK_ID" in os.environ:
@@ -45,24 +46,26 @@ def processes() -> tuple[int, int]:
             for name, default in (("ID", "0"), ("MIN", "0"), ("MAX", "0"), ("STEP", "1"), ("COUNT", "1"))
         )
         if (last - first) // step + 1 != count:
-            raise UserError("a Slurm array must be a range, such as --array=0-15, to share the shards among its tasks")
+            raise UserError(
+                "the tasks of a Slurm array share the shards only if the array is a range, for example --array=0-15"
+            )
         return (task - first) // step, count
     return 0, 1
 
 
 class Job:
-    """A folder of shards in the making.
+    """A folder of unfinished shards.
 
     Args:
         output: the folder; made if missing.
-        parameters: what decides the content; a job is gone on with only if they are the same.
+        parameters: everything that determines the content, as JSON values. A job is resumed only if they are the same.
 
     Raises:
-        UserError: if the folder holds another finished data set, or the shards of another job, or cannot be written.
+        UserError: if the folder has another finished data set, or the shards of another job, or cannot be written.
     """
 
     finished: Manifest | None = None
-    """The manifest, if this very job was done before."""
+    """The manifest, if this same job is finished already."""
 
     def __init__(self, output: Path, parameters: dict[str, Any]) -> None:
         self.output, self.notes = output, output / _JOB
@@ -71,36 +74,36 @@ class Job:
             done = output / _DONE
             if not done.is_file() or json.loads(done.read_text()) != plain:
                 raise UserError(f"{output} already holds a finished cache; choose another folder, or delete it")
-            self.finished = self._manifest()
+            self.finished = self._read_manifest()
             return
         try:
             self.notes.mkdir(parents=True, exist_ok=True)
             path = self.notes / _PARAMETERS
             if not path.exists():
-                aside = path.with_suffix(f".{os.getpid()}.tmp")
-                aside.write_text(json.dumps(plain, indent=2))
-                aside.replace(path)
-            there = json.loads(path.read_text())
+                temporary = path.with_suffix(f".{os.getpid()}.tmp")
+                temporary.write_text(json.dumps(plain, indent=2))
+                temporary.replace(path)
+            existing = json.loads(path.read_text())
         except OSError as error:
             raise UserError(
                 f"the cache could not be written to {output}: {error.strerror}. Choose another folder"
             ) from error
         different = [
-            f"{key}: {there.get(key)!r} there, {plain.get(key)!r} now"
-            for key in sorted({*there, *plain})
-            if there.get(key) != plain.get(key)
+            f"{key}: {existing.get(key)!r} before, {plain.get(key)!r} now"
+            for key in sorted({*existing, *plain})
+            if existing.get(key) != plain.get(key)
         ]
         if different:
             raise UserError(
-                f"{output} holds unfinished shards of another job:\n  "
+                f"{output} has unfinished shards of another job:\n  "
                 + "\n  ".join(different)
                 + "\nStart with the same arguments, choose another folder, or delete it"
             )
 
     def run(
         self,
-        pieces: Sequence[Piece],
-        write: Callable[[Piece, TarWriter], list[str]],
+        shards: Sequence[PlannedShard],
+        write: Callable[[PlannedShard, TarWriter], list[str]],
         draft: Manifest,
         *,
         rank: int = 0,
@@ -110,70 +113,70 @@ class Job:
         """Write this process's share of the shards.
 
         Args:
-            pieces: all shards, the same on every process.
-            write: fills one shard; returns the samples that it left out, and why.
-            draft: the manifest but for its shards.
-            rank, world_size: this process, of how many.
-            progress: wraps the shards to show a bar; called with (shards, their number).
+            shards: all shards, the same on every process.
+            write: writes the samples of one shard; returns a line for each sample that it left out.
+            draft: the manifest without its shards.
+            rank, world_size: of this process.
+            progress: shows a progress bar; called with (shards, their number), it returns the shards.
 
         Returns:
-            the manifest, if all shards are there now; None while other processes are at work.
+            the manifest, if all shards are finished now; None while other processes are working.
 
         Raises:
             UserError: if the disk is full; the shards written so far are kept.
         """
-        mine = [piece for piece in pieces[rank::world_size] if not self._is_done(piece)]
+        mine = [shard for shard in shards[rank::world_size] if not self._is_done(shard)]
         try:
-            for piece in progress(mine, len(mine)):
-                writer = TarWriter(self.output / piece.name)
+            for shard in progress(mine, len(mine)):
+                writer = TarWriter(self.output / shard.name)
                 with writer:
-                    left_out = write(piece, writer)
-                self._write(self._note(piece), {"entry": asdict(writer.entry), "left_out": left_out})
-            return self._finish(pieces, draft)
+                    left_out = write(shard, writer)
+                self._write(self._note(shard), {"entry": asdict(writer.entry), "left_out": left_out})
+            return self._finish(shards, draft)
         except OSError as error:
             raise UserError(
-                f"the cache could not be written to {self.output}: {error.strerror or error}. Mend that and run again: "
+                f"the cache could not be written to {self.output}: {error.strerror or error}. Fix this and run again: "
                 f"finished shards are kept"
             ) from error
 
-    def _note(self, piece: Piece) -> Path:
-        return self.notes / f"{piece.name}.json"
+    def _note(self, shard: PlannedShard) -> Path:
+        return self.notes / f"{shard.name}.json"
 
-    def _is_done(self, piece: Piece) -> bool:
+    def _is_done(self, shard: PlannedShard) -> bool:
         try:
-            entry = json.loads(self._note(piece).read_text())["entry"]
-            return bool((self.output / piece.name).stat().st_size == entry["bytes"])
+            entry = json.loads(self._note(shard).read_text())["entry"]
+            return bool((self.output / shard.name).stat().st_size == entry["bytes"])
         except FileNotFoundError:
             return False
 
-    def _manifest(self) -> Manifest:
+    def _read_manifest(self) -> Manifest:
         path = self.output / MANIFEST
         return Manifest.parse(path.read_bytes(), str(path))
 
     def _write(self, path: Path, content: Any) -> None:
-        aside = path.with_suffix(f".{os.getpid()}.tmp")
-        aside.write_text(json.dumps(content))
-        aside.replace(path)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(content))
+        temporary.replace(path)
 
-    def _finish(self, pieces: Sequence[Piece], draft: Manifest) -> Manifest | None:
+    def _finish(self, shards: Sequence[PlannedShard], draft: Manifest) -> Manifest | None:
         try:
-            notes = [json.loads(self._note(piece).read_text()) for piece in pieces]
+            notes = [json.loads(self._note(shard).read_text()) for shard in shards]
         except FileNotFoundError:
-            if (self.output / MANIFEST).exists():  # another process was faster
-                return self._manifest()
+            if (self.output / MANIFEST).exists():  # another process has finished the job
+                return self._read_manifest()
             return None
         entries = tuple(
             ShardEntry(**{**note["entry"], "sizes": tuple(map(tuple, note["entry"]["sizes"]))}) for note in notes
         )
         left_out = [line for note in notes for line in note["left_out"]]
         if left_out:
-            aside = self.output / f"left_out.{os.getpid()}.tmp"
-            aside.write_text("\n".join(left_out) + "\n")
-            aside.replace(self.output / "left_out.txt")
+            temporary = self.output / f"left_out.{os.getpid()}.tmp"
+            temporary.write_text("\n".join(left_out) + "\n")
+            temporary.replace(self.output / "left_out.txt")
         manifest = Manifest(**{**draft.__dict__, "shards": tuple(entry for entry in entries if entry.samples)})
         if not manifest.samples:
-            raise UserError(f"{self.output}: no sample could be used; {self.output / 'left_out.txt'} says why")
-        with contextlib.suppress(FileNotFoundError):  # another process did all three
+            raise UserError(f"{self.output}: no sample is valid; {self.output / 'left_out.txt'} has the reasons")
+        with contextlib.suppress(FileNotFoundError):  # another process has done the following already
             self._write(self.output / _DONE, json.loads((self.notes / _PARAMETERS).read_text()))
         manifest.write(self.output / MANIFEST)
         shutil.rmtree(self.notes, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""`scfm data pack`: the samples of any recipe, as they are, in shards of another format."""
+"""`scfm data pack`: copies the samples of any recipe, unchanged, into shards of another format."""
 
 import re
 import shutil
@@ -20,9 +20,9 @@ from scfm_core.data.webdataset import TarShard, TarWriter
 from scfm_core.errors import UserError
 
 Sample = tuple[str, dict[str, bytes], Size | None]
-"""Key, fields, and height and width in pixels if anybody measured them."""
+"""Key, fields, and height and width in pixels (None: unknown)."""
 
-_LONGEST_NAME = 100  # bytes that a tar's plain header has for a member's name
+_MAX_NAME_BYTES = 100  # of a member's name in a plain header of a tar
 
 
 def pack(
@@ -35,28 +35,52 @@ def pack(
     compression: str | None = None,
     progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda items, total: items,
 ) -> Manifest:
-    """Write every sample again: the fields byte for byte, in the sources' order.
+    """Write every sample again: its fields byte for byte, in the order of the sources.
 
-    Keys are kept, behind the source's name if there are several sources; an image of a folder has its path without the
-    suffix. In a tar, a key that is taken, too long, or would be read as another one (a dot in its last part, `..`) is
-    spelt with `_` and ends in the sample's number.
+    A sample keeps its key. If there are several sources, the key gets the source's name as a prefix. The key of an
+    image in a folder is its path without the suffix. In a tar a key is changed if it is used already, too long, or
+    would be parsed as another key (a dot in its last part, `..`): unusual characters become `_`, and the sample's
+    number is appended.
 
     Args:
         corpus: the samples.
         output: folder of the shards; appears when it is complete.
         to: the format.
-        samples_per_shard: of tars.
-        shard_bytes: of MDS: size at which a new shard begins.
-        compression: of MDS: algorithm and level as mosaicml-streaming names them (`zstd:7`), or none.
-        progress: wraps the samples to show a bar; called with (samples, their number).
+        samples_per_shard: for tars.
+        shard_bytes: for MDS: size at which a new shard begins.
+        compression: for MDS: algorithm and level as mosaicml-streaming names them (`zstd:7`); None: not compressed.
+        progress: shows a progress bar; called with (samples, their number), it returns the samples.
 
     Returns:
-        the manifest written beside the shards.
+        the manifest.
 
     Raises:
-        UserError: if `output` exists or cannot be written, the sources' paddings or networks differ, or a sample cannot be read or does
-            not fit into the format.
+        UserError: if `output` exists or cannot be written, the paddings or networks of the sources differ, or a sample
+            cannot be read or stored in the format.
     """
+    _check(output, to, samples_per_shard, shard_bytes, compression)
+    draft, padding = _draft(corpus, to)
+    unfinished = output.with_name(f".{output.name}.tmp")
+    samples = progress(_samples(corpus), len(corpus))
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a killed job
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if to == "webdataset":
+            _write_tars(samples, unfinished, draft, samples_per_shard)
+        else:
+            _write_mds(samples, unfinished, draft, list(_sample(*corpus.raw(0))[1]), shard_bytes, compression)
+        if padding is not None:
+            (unfinished / PADDING).write_bytes(padding)
+        manifest = Manifest.parse((unfinished / MANIFEST).read_text(), str(unfinished / MANIFEST))
+        unfinished.rename(output)
+    except OSError as error:
+        raise UserError(f"packing into {output} failed: {error}. Fix this and run again") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return manifest
+
+
+def _check(output: Path, to: str, samples_per_shard: int, shard_bytes: int, compression: str | None) -> None:
     if output.exists():
         raise UserError(f"{output} exists already; choose another folder, or delete it")
     if samples_per_shard < 1 or not 1 <= shard_bytes < 1 << 32:  # MDS has offsets of 32 bits
@@ -64,11 +88,20 @@ def pack(
             f"samples per shard must be at least 1 and bytes per shard in 1..2^32-1, got {samples_per_shard} and {shard_bytes}"
         )
     if compression is not None and to == "webdataset":
-        raise UserError(f"compression {compression!r} is for mds: tars are read in the middle, so they stay plain")
+        raise UserError(
+            f"compression {compression!r} is only for mds: tars are not compressed, so that samples can be read by offset"
+        )
+
+
+def _draft(corpus: Corpus, to: Literal["webdataset", "mds"]) -> tuple[Manifest, bytes | None]:
+    """The manifest without its shards, and the content of the padding's file."""
     digest, padding = _padding(corpus)
     networks = set(corpus.networks().values())
     if len(networks) > 1:
-        raise UserError("the sources' paths were taken by different networks, or not all say by which: pack each alone")
+        raise UserError(
+            "the paths of the sources were made by different networks, or the network of some is unknown: pack each source "
+            "separately"
+        )
     draft = Manifest(
         format=to,
         encoder=corpus.encoder,
@@ -76,28 +109,11 @@ def pack(
         padding=digest,
         network=networks.pop(),
     )
-    aside = output.with_name(f".{output.name}.tmp")
-    samples = progress(_samples(corpus), len(corpus))
-    try:
-        shutil.rmtree(aside, ignore_errors=True)  # of a killed job
-        output.parent.mkdir(parents=True, exist_ok=True)
-        if to == "webdataset":
-            _write_tars(samples, aside, draft, samples_per_shard)
-        else:
-            _write_mds(samples, aside, draft, list(_sample(*corpus.raw(0))[1]), shard_bytes, compression)
-        if padding is not None:
-            (aside / PADDING).write_bytes(padding)
-        manifest = Manifest.parse((aside / MANIFEST).read_text(), str(aside / MANIFEST))
-        aside.rename(output)
-    except OSError as error:
-        raise UserError(f"packing into {output} failed: {error}. Mend that and run again") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return manifest
+    return draft, padding
 
 
 def _padding(corpus: Corpus) -> tuple[str | None, bytes | None]:
-    """sha256 and content of the file that fills up trimmed texts. A source that has none is not trimmed."""
+    """sha256 and content of the padding's file; None if no source has trimmed texts."""
     found = {
         source.manifest.padding: source
         for source in corpus.sources
@@ -106,8 +122,8 @@ def _padding(corpus: Corpus) -> tuple[str | None, bytes | None]:
     if len(found) > 1:
         names = ", ".join(source.config.name for source in found.values())
         raise UserError(
-            f"data.sources: the texts of {names} are trimmed and filled up with different tensors, of which one data set "
-            f"holds one. Pack each by itself, or encode them alike"
+            f"data.sources: the trimmed texts of {names} have different paddings, and a data set can have only one. Pack each "
+            f"source separately, or encode all of them in the same way"
         )
     for digest, source in found.items():
         where = join(source.base, PADDING)
@@ -126,7 +142,7 @@ def _samples(corpus: Corpus) -> Iterator[Sample]:
 
 
 def _sizes(source: Source | ImageFolder) -> Iterable[Size | None]:
-    """Of every sample of a source; None where its manifest has none."""
+    """The size of every sample of a source; None if the manifest does not have it."""
     if isinstance(source, ImageFolder):
         return source.sizes()
     return chain.from_iterable(
@@ -138,7 +154,7 @@ def _sizes(source: Source | ImageFolder) -> Iterable[Size | None]:
 
 
 def _sample(shard: Shard | None, at: int, source: Source | ImageFolder) -> tuple[str, dict[str, bytes]]:
-    """Key and fields of what `Corpus.raw` found."""
+    """Key and fields of a sample, from the result of `Corpus.raw`."""
     if isinstance(source, ImageFolder):
         path = source.paths[at]
         key = path.relative_to(source.folder).with_suffix("").as_posix()
@@ -148,7 +164,7 @@ def _sample(shard: Shard | None, at: int, source: Source | ImageFolder) -> tuple
 
 
 def _write_tars(samples: Iterable[Sample], folder: Path, draft: Manifest, samples_per_shard: int) -> None:
-    """Tars of so many samples, and their manifest."""
+    """Write tars of `samples_per_shard` samples, and their manifest."""
     folder.mkdir()
     entries, rest = [], iter(samples)
     for number in count():
@@ -169,14 +185,14 @@ def _write_tars(samples: Iterable[Sample], folder: Path, draft: Manifest, sample
 
 
 def _tar_key(key: str, item: int, fields: Mapping[str, bytes], taken: Mapping[str, Any]) -> str:
-    """The key, if a reader of tars makes it out again and this tar does not have it yet; else one near it."""
+    """`key`, or a similar one if readers of tars would parse it differently, or this tar has it already."""
     longest = max(fields, key=len, default="")
-    room = _LONGEST_NAME - len(f".{longest}".encode())
+    room = _MAX_NAME_BYTES - len(f".{longest}".encode())
     if room < 20:
         raise UserError(f"sample {key!r}: the name of its field {longest!r} is too long for a tar. Pack into mds")
     parts = key.split("/")
-    # From its last part's first dot on, the name of a member is the field's. MDS of other makers counts its samples in
-    # every shard from 0.
+    # In the last part of a member's name the field begins after the first dot. Keys may repeat: MDS shards of other
+    # tools number their samples from 0 in every shard.
     plain = key.isprintable() and "." not in parts[-1] and "" not in parts and ".." not in parts
     if plain and len(key.encode()) <= room and key not in taken:
         return key
@@ -187,17 +203,18 @@ def _tar_key(key: str, item: int, fields: Mapping[str, bytes], taken: Mapping[st
 
 
 def _read_back(path: Path, written: Mapping[str, list[str]]) -> None:
-    """Refuse a tar in which a reader finds other samples than were written."""
+    """Raise if a reader of the tar finds other samples than were written."""
     try:
         with closing(TarShard(path.open("rb"), path.name)) as shard:
             found = {shard.key(at): sorted(shard.fields(at)) for at in range(len(shard))}
     except BadData as error:
-        raise UserError(f"the samples do not fit into tars, for readers would refuse them: {error}") from error
+        raise UserError(f"the samples cannot be stored in tars, because readers would refuse them: {error}") from error
     for key, fields in written.items():
         if found.get(key) != fields:
             raise UserError(
-                f"sample {key!r} does not fit into a tar: of its fields {', '.join(fields)} a reader would find "
-                f"{', '.join(found.get(key, [])) or 'none'}. Names are of lower-case letters and digits there; pack into mds"
+                f"sample {key!r} cannot be stored in a tar: of its fields {', '.join(fields)} a reader would find "
+                f"{', '.join(found.get(key, [])) or 'none'}. Names of fields in a tar have lower-case letters and digits; pack "
+                f"into mds"
             )
 
 
@@ -209,19 +226,21 @@ def _write_mds(
     shard_bytes: int,
     compression: str | None,
 ) -> None:
-    """MDS with the columns `names`, and its manifest."""
+    """Write MDS with the columns `names`, and its manifest."""
     try:
         writer = MdsWriter(folder, names, draft, shard_bytes=shard_bytes, compression=compression)
     except UserError:
         raise
-    except ValueError as error:  # of mosaicml-streaming
-        raise UserError(f"mosaicml-streaming takes no compression {compression!r} ({error}); zstd:7 is one") from error
+    except ValueError as error:  # from mosaicml-streaming
+        raise UserError(
+            f"mosaicml-streaming does not know the compression {compression!r} ({error}); an example is zstd:7"
+        ) from error
     with writer:
         for key, fields, size in samples:
             if set(fields) != set(names):
                 raise UserError(
-                    f"sample {key!r} has the fields {', '.join(sorted(fields))}, the first one {', '.join(sorted(names))}; in mds "
-                    f"all have the same. Pack into webdataset"
+                    f"sample {key!r} has the fields {', '.join(sorted(fields))}, the first sample {', '.join(sorted(names))}; in "
+                    f"mds all samples must have the same fields. Pack into webdataset"
                 )
             try:
                 writer.write(key, fields, size)

@@ -1,4 +1,4 @@
-"""`scfm data validate`: every shard hashed, every sample decoded, everything that is wrong listed."""
+"""`scfm data validate`: hashes every shard, decodes every sample, and lists everything that is wrong."""
 
 import contextlib
 import copy
@@ -25,22 +25,22 @@ from scfm_core.errors import UserError
 
 Progress = Callable[[Iterable[Any], int], Iterable[Any]]
 Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
-"""Of a cached sample's latents, text and pooled."""
+"""The shapes of a cached sample's latents, text and pooled."""
 
 _FOLDER_PART = 256
-"""Images of a folder that are one piece of work, as the samples of a shard are."""
+"""Number of images of a folder in one piece of work. For shards a piece is one shard."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One shard or sample that cannot be used as it is."""
+    """One invalid shard or sample."""
 
     source: str
-    """Name in the recipe."""
+    """Name of the source in the recipe."""
     shard: str
-    """Its path or address; of a folder of images the folder."""
+    """Path or address of the shard; for a folder of images, the folder."""
     key: str | None
-    """Of the sample; none: it is the whole shard."""
+    """Of the sample. None: the whole shard is invalid."""
     reason: str
 
 
@@ -51,54 +51,57 @@ def validate(
     processes: int = 1,
     progress: Progress = lambda items, total: items,
 ) -> list[Problem]:
-    """Look at every shard and sample.
+    """Check every shard and sample.
 
-    A shard is held against its manifest (bytes, sha256, number of samples); a sample must have its fields, captions that
-    can be read, an image or tensors that can be decoded, finite ones, of the shapes of the others of its size and the
-    manifest's text length; its key must be its own within the source. An empty caption is none of these problems.
+    A shard must agree with its manifest (bytes, sha256, number of samples). A sample must have its fields, captions
+    that can be read, and an image or tensors that can be decoded. Tensors must be finite. Latents must have the same
+    shape as those of most samples of their size; texts must have the manifest's text length. A key must be unique in
+    its source. An empty caption is valid.
 
     Args:
-        corpus: opened with any `data.max_bad_fraction` but 0, which refuses to open where a local shard is missing.
-        decode: off: fields, captions and keys alone, without decoding images and tensors.
-        processes: how many share the shards; 1: this one alone.
-        progress: wraps the shards to show a bar; called with (shards, their number).
+        corpus: opened with `data.max_bad_fraction` above 0, because with 0 it does not open if a local shard is
+            missing.
+        decode: False: check only fields, captions and keys, without decoding images and tensors.
+        processes: that share the shards; 1: only this process.
+        progress: shows a progress bar; called with (shards, their number), it returns the shards.
 
     Returns:
-        all problems, in the recipe's order. Whatever a decoder raises, and a shard that is missing or cannot be reached,
-        is one of them.
+        all problems, in the order of the recipe. Any error of a decoder is a problem, and so is a shard that is missing
+        or unavailable.
 
     Raises:
         UserError: if a process is killed.
     """
-    # A shard is hashed here, whatever the recipe says and whatever was hashed before; so not once more by its samples.
+    # `_check_piece` always hashes a shard. With `verify=False` reading its samples does not hash it a second time.
     corpus = copy.copy(corpus)
     corpus.config = replace(corpus.config, verify=False)
-    work = list(_pieces(corpus))
+    pieces = list(_pieces(corpus))
     findings: list[_Finding] = []
     if processes == 1:
-        findings.extend(_look(corpus, piece, decode) for piece in progress(work, len(work)))
+        findings.extend(_check_piece(corpus, piece, decode) for piece in progress(pieces, len(pieces)))
     else:
-        # fork: the children have the corpus without a copy, and the shards that one hashed.
+        # Forked, so that the children share the corpus and its table of verified shards.
         context = multiprocessing.get_context("fork")
-        pool = ProcessPoolExecutor(processes, context, _start, (corpus, decode))
+        pool = ProcessPoolExecutor(processes, context, _initialize_child, (corpus, decode))
         try:
-            futures = [pool.submit(_look_in_child, piece) for piece in work]
+            futures = [pool.submit(_check_in_child, piece) for piece in pieces]
             findings.extend(future.result() for future in progress(as_completed(futures), len(futures)))
         except BrokenProcessPool as error:
             raise UserError(
-                "data: a process that validates was killed, perhaps for want of memory; try fewer processes"
+                "data: a process of the validation was killed, perhaps because memory ran out; try fewer processes"
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
-        findings.sort(key=lambda finding: finding.piece.first)  # of equally frequent shapes the first is the usual one
-    places = [(place, problem) for finding in findings for place, problem in finding.problems]
-    places += _other_shapes(corpus, findings)
-    places += _used_twice(corpus, findings)
-    return [problem for _, problem in sorted(places, key=lambda item: item[0])]
+        # In order: if two shapes are equally frequent, the first one counts as the usual one.
+        findings.sort(key=lambda finding: finding.piece.first)
+    found = [(item, problem) for finding in findings for item, problem in finding.problems]
+    found += _unusual_shapes(corpus, findings)
+    found += _duplicate_keys(corpus, findings)
+    return [problem for _, problem in sorted(found, key=lambda pair: pair[0])]
 
 
 def format_problems(problems: list[Problem]) -> str:
-    """All problems as text, a line each below a line for their shard."""
+    """All problems as text: a line for each shard, and below it a line for each of its problems."""
     if not problems:
         return "no problem found"
     by_shard: dict[tuple[str, str], list[Problem]] = defaultdict(list)
@@ -116,7 +119,7 @@ def format_problems(problems: list[Problem]) -> str:
 
 
 def printable(text: str) -> str:
-    """Without what would steer a terminal or break the line: keys, captions and messages hold what a stranger wrote."""
+    """Escape control characters: keys, captions and messages contain untrusted text, which could control a terminal."""
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
@@ -126,40 +129,40 @@ class _Piece:
 
     source: int
     shard: int | None
-    """Its number in the manifest; none: images of a folder."""
+    """Its number in the manifest. None: images of a folder."""
     first: int
-    """Number of the first of its samples in the corpus."""
+    """Number of its first sample in the corpus."""
     samples: int
 
 
 @dataclass
 class _Finding:
-    """What was seen in one piece; travels between processes, so it is small where nothing is wrong."""
+    """The result of one piece. It is sent between processes, so it is small if nothing is wrong."""
 
     piece: _Piece
     problems: list[tuple[int, Problem]] = field(default_factory=list)
-    """With the sample's number, for the order."""
+    """With the number of the sample, which gives the order."""
     shapes: dict[Shapes, array] = field(default_factory=dict)  # type: ignore[type-arg]
-    """Of caches: which samples are of which shapes."""
+    """Of caches: the samples of each shape."""
     keys: array = field(default_factory=lambda: array("Q"))  # type: ignore[type-arg]
-    """Eight bytes of the hash of every key."""
+    """Eight bytes of the hash of each key."""
     items: array = field(default_factory=lambda: array("q"))  # type: ignore[type-arg]
-    """The samples whose keys these are."""
+    """The samples of `keys`."""
 
 
 _child: tuple[Corpus, bool] | None = None
 
 
-def _start(corpus: Corpus, decode: bool) -> None:
+def _initialize_child(corpus: Corpus, decode: bool) -> None:
     global _child
     _child = corpus, decode
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
 
 
-def _look_in_child(piece: _Piece) -> _Finding:
+def _check_in_child(piece: _Piece) -> _Finding:
     assert _child is not None
-    return _look(_child[0], piece, _child[1])
+    return _check_piece(_child[0], piece, _child[1])
 
 
 def _pieces(corpus: Corpus) -> Iterator[_Piece]:
@@ -175,10 +178,10 @@ def _pieces(corpus: Corpus) -> Iterator[_Piece]:
                 first += entry.samples
 
 
-def _look(corpus: Corpus, piece: _Piece, decode: bool) -> _Finding:
+def _check_piece(corpus: Corpus, piece: _Piece, decode: bool) -> _Finding:
     source, name, finding = corpus.sources[piece.source], corpus.configs[piece.source].name, _Finding(piece)
     items = range(piece.first, piece.first + piece.samples)
-    if isinstance(source, ImageFolder):  # its captions were read when it was opened
+    if isinstance(source, ImageFolder):  # its captions were read when the corpus was opened
         for item in items if decode else ():
             try:
                 corpus.record(item)
@@ -189,7 +192,7 @@ def _look(corpus: Corpus, piece: _Piece, decode: bool) -> _Finding:
     where = source.address(piece.shard)
     try:
         shard = source.open(piece.shard, check=True)
-    except Exception as error:  # of a foreign index, anything
+    except Exception as error:  # any: the index may be of another tool
         finding.problems.append((piece.first, Problem(name, where, None, _reason(error, where, None))))
         return finding
     with contextlib.closing(shard):
@@ -197,30 +200,30 @@ def _look(corpus: Corpus, piece: _Piece, decode: bool) -> _Finding:
             key = f"{at:06d}"
             try:
                 key = shard.key(at)
-                # Without that column of MDS the key is the place in the shard.
+                # Without the column `__key__` an MDS sample has its number as its key, which is not unique.
                 if not isinstance(shard, MdsShard) or shard.read(at, "__key__") is not None:
                     finding.keys.append(
                         int.from_bytes(hashlib.sha256(key.encode(errors="surrogatepass")).digest()[:8], "little")
                     )
                     finding.items.append(item)
-                _look_at(corpus, item, shard, at, source.config, decode, finding)
-            except Exception as error:  # a decoder may raise anything; in training it would end the run
+                _check_sample(corpus, item, shard, at, source.config, decode, finding)
+            except Exception as error:  # any: decoders raise many errors, and each would end a training run
                 finding.problems.append((item, Problem(name, where, key, _reason(error, where, key))))
     return finding
 
 
-def _look_at(
+def _check_sample(
     corpus: Corpus, item: int, shard: Shard, at: int, config: SourceConfig, decode: bool, finding: _Finding
 ) -> None:
-    """One sample; raises what is wrong with it."""
-    has = shard.fields(at)
+    """Check one sample; raises any error if it is invalid."""
+    fields = shard.fields(at)
     if corpus.is_cached:
-        if not {"safetensors", "txt"} <= set(has):
-            raise ValueError(f"needs safetensors and txt, but has {', '.join(has)}")
+        if not {"safetensors", "txt"} <= set(fields):
+            raise ValueError(f"needs safetensors and txt, but has {', '.join(fields)}")
         (shard.read(at, "txt") or b"").decode()
     else:
-        if not any(name in has for name in config.image):
-            raise ValueError(f"has no {' or '.join(config.image)}, but {', '.join(has)}")
+        if not any(name in fields for name in config.image):
+            raise ValueError(f"has no {' or '.join(config.image)}, but {', '.join(fields)}")
         _check_captions(shard, at, config)
     if not decode:
         return
@@ -228,7 +231,7 @@ def _look_at(
     if record.latents is not None and record.text is not None and record.pooled is not None:
         for name, tensor in (("latents", record.latents), ("text", record.text), ("pooled", record.pooled)):
             if not tensor.is_floating_point():
-                raise ValueError(f"{name} is of {tensor.dtype}, which is no floating point")
+                raise ValueError(f"{name} has the dtype {tensor.dtype}, which is not floating point")
             bad = int((~tensor.float().isfinite()).sum())
             if bad:
                 raise ValueError(f"{name} has {bad} of {tensor.numel()} values that are not finite")
@@ -237,11 +240,11 @@ def _look_at(
 
 
 def _check_captions(shard: Shard, at: int, config: SourceConfig) -> None:
-    """All of them: which one is taken is drawn anew each time."""
+    """Check all captions, because training may choose any of them."""
     found = False
     for name in config.captions:
-        of, *path = name.split(".")
-        content = shard.read(at, of)
+        field_name, *path = name.split(".")
+        content = shard.read(at, field_name)
         if content is not None:
             try:
                 found |= isinstance(json_value(content, path) if path else content.decode(), str)
@@ -251,8 +254,8 @@ def _check_captions(shard: Shard, at: int, config: SourceConfig) -> None:
         raise ValueError(f"has no caption in {', '.join(config.captions)}, but {', '.join(shard.fields(at))}")
 
 
-def _other_shapes(corpus: Corpus, findings: list[_Finding]) -> Iterator[tuple[int, Problem]]:
-    """Cached samples that are not of the shapes that most are of: of latents those of their size, of texts all."""
+def _unusual_shapes(corpus: Corpus, findings: list[_Finding]) -> Iterator[tuple[int, Problem]]:
+    """Cached samples with unusual shapes, compared with latents of the same size, with all texts and all pooled."""
     latents: dict[int, Counter[tuple[int, ...]]] = defaultdict(Counter)
     texts: Counter[tuple[int, ...]] = Counter()
     pooled: Counter[tuple[int, ...]] = Counter()
@@ -266,25 +269,27 @@ def _other_shapes(corpus: Corpus, findings: list[_Finding]) -> Iterator[tuple[in
         for item in items:
             bucket = int(corpus.buckets[item])
             wrong = [
-                *_differs(
+                *_compare_shape(
                     "latents", shapes[0], latents[bucket], "[C, h, w]", "{} x {} pixels".format(*corpus.sizes[bucket])
                 ),
-                *_differs("text", shapes[1], texts, f"[{corpus.text_length}, D]", f"{corpus.text_length} tokens"),
-                *_differs("pooled", shapes[2], pooled, "[P]", "samples"),
+                *_compare_shape("text", shapes[1], texts, f"[{corpus.text_length}, D]", f"{corpus.text_length} tokens"),
+                *_compare_shape("pooled", shapes[2], pooled, "[P]", "samples"),
             ]
             if wrong:
                 yield item, _problem(corpus, item, "; ".join(wrong))
 
 
-def _differs(name: str, shape: tuple[int, ...], counts: Counter[tuple[int, ...]], rule: str, of: str) -> Iterator[str]:
+def _compare_shape(
+    name: str, shape: tuple[int, ...], counts: Counter[tuple[int, ...]], rule: str, group: str
+) -> Iterator[str]:
     [(usual, count)] = counts.most_common(1)
     if not count:
         yield f"{name} has the shape {list(shape)}, not {rule}"
     elif shape != usual:
-        yield f"{name} has the shape {list(shape)}, most of {of} have {list(usual)}"
+        yield f"{name} has the shape {list(shape)}, most of {group} have {list(usual)}"
 
 
-def _used_twice(corpus: Corpus, findings: list[_Finding]) -> Iterator[tuple[int, Problem]]:
+def _duplicate_keys(corpus: Corpus, findings: list[_Finding]) -> Iterator[tuple[int, Problem]]:
     for number in range(len(corpus.sources)):
         of_source = [finding for finding in findings if finding.piece.source == number and finding.keys]
         if not of_source:
@@ -303,7 +308,7 @@ def _used_twice(corpus: Corpus, findings: list[_Finding]) -> Iterator[tuple[int,
 
 
 def _problem(corpus: Corpus, item: int, reason: str) -> Problem:
-    """Of a sample that is known by its number."""
+    """The problem of the sample with this number."""
     shard, at, source = corpus.raw(item)
     name = next(config.name for config, opened in zip(corpus.configs, corpus.sources, strict=True) if opened is source)
     if isinstance(source, ImageFolder):
@@ -314,7 +319,7 @@ def _problem(corpus: Corpus, item: int, reason: str) -> Problem:
 
 
 def _reason(error: Exception, where: str, key: str | None) -> str:
-    """What is wrong, without what the problem says already."""
+    """The message of an error, without the names that `Problem` has in other fields."""
     text = str(error) if isinstance(error, UserError | ValueError) else f"{type(error).__name__}: {error}"
     text = text.removeprefix("data: ").removeprefix(f"sample {key!r} of ").removeprefix(f"shard {where} ")
     return text or type(error).__name__

@@ -1,4 +1,4 @@
-"""`scfm data`: making data sets and looking at them."""
+"""`scfm data`: commands that make and examine data sets."""
 
 import argparse
 import dataclasses
@@ -18,40 +18,43 @@ Command = Callable[..., argparse.ArgumentParser]
 
 
 def add_commands(group: Any, command: Command) -> None:
-    """The subcommands of `scfm data`; `command(group, name, help, run)` makes a parser."""
-    _add_generate(command(group, "generate", "Make the teacher's own samples of prompts, as latents.", _generate))
+    """Add the subcommands of `scfm data` to `group`; `command(group, name, help, run)` makes a parser."""
+    _add_generate(command(group, "generate", "Sample the teacher for prompts, and store the latents.", _generate))
     _add_encode(command(group, "encode", "Encode images with captions into shards of latents and embeddings.", _encode))
-    _add_pack(command(group, "pack", "Write shards anew in another format, bit for bit.", _pack))
-    _add_index(command(group, "index", "Make the manifest of shards that were written elsewhere.", _index))
-    _add_inspect(command(group, "inspect", "Count, measure and show what a data set holds.", _inspect))
-    _add_validate(command(group, "validate", "Hash and decode everything; lists every bad sample.", _validate))
+    _add_pack(command(group, "pack", "Copy samples, byte for byte, into shards of another format.", _pack))
+    _add_index(command(group, "index", "Make the manifest for shards of other tools.", _index))
+    _add_inspect(command(group, "inspect", "Print statistics of a data set, and show samples.", _inspect))
+    _add_validate(command(group, "validate", "Hash and decode everything; list every invalid sample.", _validate))
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
-        help="folder of images (captions in same-named .txt files or metadata.jsonl) or of shards; shards by address "
-        "('s3://bucket/{000..127}.tar'); or a data recipe (.yaml)",
+        help="folder of images (captions in .txt files of the same names, or in metadata.jsonl) or of shards; addresses of "
+        "shards ('s3://bucket/{000..127}.tar'); or a data recipe (.yaml)",
     )
     parser.add_argument(
-        "overrides", nargs="*", metavar="data.key=value", help="change the recipe, e.g. data.max_bad_fraction=0.01"
+        "overrides",
+        nargs="*",
+        metavar="data.key=value",
+        help="change the recipe, for example data.max_bad_fraction=0.01",
     )
 
 
 def _add_cache_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="hub id or local folder whose VAE, CLIP and T5 encode")
-    parser.add_argument("--text-length", type=int, default=256, help="T5 tokens (default 256)")
+    parser.add_argument("--text-length", type=int, default=256, help="number of T5 tokens (default 256)")
     parser.add_argument(
         "--keep-padding",
         action="store_true",
-        help="store T5's output at padding tokens too (exact, and at 60 tokens a caption four times as large); off: it is "
-        "filled up with that of an empty caption",
+        help="store T5's output at padding tokens too: exact, but four times as large for captions of 60 tokens; without "
+        "this option the padding is the output for an empty caption",
     )
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of encoders and stored tensors"
     )
     parser.add_argument("--device", default="auto", help="auto, cuda, cpu")
-    parser.add_argument("--batch-size", type=int, default=16, help="images a forward")
+    parser.add_argument("--batch-size", type=int, default=16, help="images in a forward pass (default 16)")
     parser.add_argument("--samples-per-shard", type=int, default=1000, help="default %(default)s")
     parser.add_argument(
         "--resolution", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="pixels (default 512 512, or the recipe's)"
@@ -75,12 +78,12 @@ def _cache_config(arguments: argparse.Namespace) -> "EncodeConfig":
 
 
 def open_corpus(source: str, overrides: list[str], **changes: Any) -> "Corpus":
-    """The samples of a folder, of shards, or of a data recipe; a cache that no recipe describes in the sizes it has.
+    """Open a folder, shards, or a data recipe. A cache without a recipe has the sizes of its manifest.
 
     Args:
         source: as on the command line.
         overrides: `data.key=value`.
-        changes: of the recipe's keys; None leaves the key.
+        changes: values for keys of the recipe; None keeps the value of the recipe.
 
     Raises:
         UserError: if it cannot be opened.
@@ -91,9 +94,9 @@ def open_corpus(source: str, overrides: list[str], **changes: Any) -> "Corpus":
 
     changes = {key: value for key, value in changes.items() if value is not None}
     config = load_data_config(source, overrides, changes)
-    sized = any(word.startswith(("data.resolution=", "data.buckets=")) for word in overrides)
+    has_sizes = any(word.startswith(("data.resolution=", "data.buckets=")) for word in overrides)
     [first, *_] = config.mixture()
-    if not source.endswith((".yaml", ".yml")) and not sized and first.format != "folder":
+    if not source.endswith((".yaml", ".yml")) and not has_sizes and first.format != "folder":
         manifest = open_source(first, None, config.cache.timeout).manifest
         if manifest.encoder is not None:
             sizes = tuple(sorted(manifest.sizes))
@@ -114,29 +117,32 @@ def _bar(name: str, unit: str = "shard") -> Callable[[Iterable[Any], int], Itera
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompts", help="text file with one prompt a line")
+    parser.add_argument("prompts", help="text file with one prompt per line")
     parser.add_argument("--output", "-o", type=Path, required=True, help="folder of the shards")
     _add_cache_options(parser)
-    parser.set_defaults(samples_per_shard=100)  # a shard is what a kill costs, and a sample takes seconds
+    # Small, because a kill loses an unfinished shard, and a sample takes seconds.
+    parser.set_defaults(samples_per_shard=100)
     parser.add_argument("--buckets", choices=("none", "auto"), default="none", help="auto: all aspect ratios in turn")
-    parser.add_argument("--per-prompt", type=int, default=1, help="samples of each prompt (default 1)")
+    parser.add_argument("--per-prompt", type=int, default=1, help="number of samples of each prompt (default 1)")
     parser.add_argument(
         "--trajectories", action="store_true", help="store the teacher's paths too, for method.trajectory_fraction"
     )
-    parser.add_argument("--steps", type=int, help="of the sampler (default 32; of paths 24)")
-    parser.add_argument("--intervals", type=int, help="of a stored path, a divisor of --steps (default: one a step)")
+    parser.add_argument("--steps", type=int, help="of the sampler (default 32; with --trajectories 24)")
+    parser.add_argument(
+        "--intervals", type=int, help="intervals of a stored path, a divisor of --steps (default: one for each step)"
+    )
     parser.add_argument(
         "--solver",
         choices=("euler", "adams-bashforth"),
-        help="of stored paths: euler, by which images are sampled (default), or of the second order, for --steps 12",
+        help="of stored paths: euler, as in sampling images (default), or adams-bashforth, of second order, for --steps 12",
     )
     parser.add_argument("--shift", default="3.25", help="timestep shift, or dynamic (default 3.25)")
-    parser.add_argument("--guidance", type=float, default=3.5, help="guidance (default 3.5)")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    parser.add_argument("--guidance", type=float, default=3.5, help="default 3.5")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    from data_tools.generate import generate
+    from data_tools.generate import SamplerConfig, generate
     from data_tools.job import processes
     from scfm_core.data.recipe import DataConfig
     from scfm_core.models.families import open_family
@@ -145,13 +151,13 @@ def _generate(arguments: argparse.Namespace) -> None:
     try:
         shift = arguments.shift if arguments.shift == "dynamic" else float(arguments.shift)
     except ValueError:
-        raise UserError(f"--shift is a number or dynamic, got {arguments.shift!r}") from None
+        raise UserError(f"--shift must be a number or dynamic, got {arguments.shift!r}") from None
     resolution = tuple(arguments.resolution or (512, 512))
     sizes = DataConfig(path="unused", resolution=resolution, buckets=arguments.buckets).sizes()
     rank, world_size = processes()
     for name in ("intervals", "solver"):
         if getattr(arguments, name) is not None and not arguments.trajectories:
-            raise UserError(f"--{name} is of stored paths: add --trajectories, or leave it out")
+            raise UserError(f"--{name} is for stored paths: add --trajectories, or remove --{name}")
     steps = arguments.steps if arguments.steps is not None else 24 if arguments.trajectories else 32
     intervals = arguments.intervals if arguments.intervals is not None else steps
     manifest, padding_error = generate(
@@ -159,28 +165,32 @@ def _generate(arguments: argparse.Namespace) -> None:
         arguments.output,
         open_family(arguments.model),
         _cache_config(arguments),
-        sizes=sizes,
-        per_prompt=arguments.per_prompt,
-        num_steps=steps,
-        intervals=intervals if arguments.trajectories else None,
-        second_order=arguments.solver == "adams-bashforth",
-        shift=shift,
-        guidance=arguments.guidance,
-        seed=arguments.seed,
+        SamplerConfig(
+            sizes=sizes,
+            per_prompt=arguments.per_prompt,
+            num_steps=steps,
+            shift=shift,
+            guidance=arguments.guidance,
+            seed=arguments.seed,
+            intervals=intervals if arguments.trajectories else None,
+            second_order=arguments.solver == "adams-bashforth",
+        ),
         rank=rank,
         world_size=world_size,
         progress=_bar("generate"),
     )
-    _tell(manifest, padding_error, arguments.output)
+    _report(manifest, padding_error, arguments.output)
 
 
 def _add_pack(parser: argparse.ArgumentParser) -> None:
     _add_source(parser)
     parser.add_argument("--output", "-o", type=Path, required=True, help="folder of the shards")
     parser.add_argument("--to", choices=("webdataset", "mds"), required=True)
-    parser.add_argument("--samples-per-shard", type=int, default=1000, help="of tars (default 1000)")
-    parser.add_argument("--shard-mb", type=float, default=256, help="of MDS: 10^6 bytes (default 256)")
-    parser.add_argument("--compression", help="of MDS, as mosaicml-streaming names it: zstd:7")
+    parser.add_argument("--samples-per-shard", type=int, default=1000, help="for tars (default 1000)")
+    parser.add_argument(
+        "--shard-mb", type=float, default=256, help="for MDS, size of a shard in 10^6 bytes (default 256)"
+    )
+    parser.add_argument("--compression", help="for MDS, as mosaicml-streaming names it, for example zstd:7")
 
 
 def _pack(arguments: argparse.Namespace) -> None:
@@ -195,7 +205,7 @@ def _pack(arguments: argparse.Namespace) -> None:
         compression=arguments.compression,
         progress=_bar("pack", unit="sample"),
     )
-    _tell(manifest, None, arguments.output)
+    _report(manifest, None, arguments.output)
 
 
 def _add_index(parser: argparse.ArgumentParser) -> None:
@@ -205,9 +215,9 @@ def _add_index(parser: argparse.ArgumentParser) -> None:
         "-o",
         type=Path,
         metavar="FILE",
-        help="default: manifest.json beside local shards; of remote ones it must be given",
+        help="of the manifest (default: manifest.json beside the shards; required for remote shards)",
     )
-    parser.add_argument("--threads", type=int, default=4, help="shards that are read at a time (default 4)")
+    parser.add_argument("--threads", type=int, default=4, help="number of shards that are read at a time (default 4)")
 
 
 def _index(arguments: argparse.Namespace) -> None:
@@ -217,7 +227,7 @@ def _index(arguments: argparse.Namespace) -> None:
     config = load_data_config(arguments.source, arguments.overrides, {})
     [source, *others] = config.mixture()
     if others:
-        raise UserError(f"{arguments.source} has several sources; index their shards one by one")
+        raise UserError(f"{arguments.source} has several sources; index each source separately")
     output = arguments.output or default_output(source)
     manifest = index(
         source,
@@ -232,14 +242,14 @@ def _index(arguments: argparse.Namespace) -> None:
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
     _add_source(parser)
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a contact sheet too")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write a contact sheet")
     parser.add_argument(
-        "--model", help="of a cache: hub id or local folder whose VAE decodes the contact sheet's latents"
+        "--model", help="for a cache: hub id or local folder whose VAE decodes the latents for the contact sheet"
     )
     parser.add_argument("--device", default="auto", help="of the VAE: auto, cuda, cpu")
-    parser.add_argument("--samples", type=int, default=2000, help="captions that are read (default 2000)")
-    parser.add_argument("--count", type=int, default=48, help="samples on the contact sheet (default 48)")
-    parser.add_argument("--batch-size", type=int, default=16, help="the run's global batch (default 16)")
+    parser.add_argument("--samples", type=int, default=2000, help="number of captions to read (default 2000)")
+    parser.add_argument("--count", type=int, default=48, help="number of samples on the contact sheet (default 48)")
+    parser.add_argument("--batch-size", type=int, default=16, help="global batch size of the run (default 16)")
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
@@ -261,26 +271,28 @@ def _decoder(model: str, device: str) -> "Callable[[Tensor], Tensor]":
     from scfm_core.models.families import open_family
     from scfm_core.train.device import resolve_device
 
-    where = resolve_device(device)
-    vae = Autoencoder(open_family(model), torch.bfloat16 if where.type == "cuda" else torch.float32, where)
+    target = resolve_device(device)
+    vae = Autoencoder(open_family(model), torch.bfloat16 if target.type == "cuda" else torch.float32, target)
     return lambda latents: vae.decode(latents).cpu()
 
 
 def _add_validate(parser: argparse.ArgumentParser) -> None:
     _add_source(parser)
-    parser.add_argument("--no-decode", action="store_true", help="hashes, counts and fields alone")
-    parser.add_argument("--processes", type=int, default=1, help="that share the shards (default 1)")
+    parser.add_argument("--no-decode", action="store_true", help="check only hashes, counts and fields")
+    parser.add_argument(
+        "--processes", type=int, default=1, help="number of processes that share the shards (default 1)"
+    )
 
 
 def _validate(arguments: argparse.Namespace) -> int:
     from data_tools.validate import format_problems, validate
 
-    # To open where shards are missing or cut: they are what is looked for.
+    # With 0 the corpus would not open if a shard is missing or truncated, and finding those is the purpose.
     corpus = open_corpus(arguments.source, arguments.overrides, max_bad_fraction=0.5)
     problems = validate(
         corpus, decode=not arguments.no_decode, processes=arguments.processes, progress=_bar("validate")
     )
-    print(format_problems(problems) if problems else f"all {len(corpus)} samples are good")
+    print(format_problems(problems) if problems else f"all {len(corpus)} samples are valid")
     return 1 if problems else 0
 
 
@@ -302,7 +314,7 @@ def _encode(arguments: argparse.Namespace) -> None:
     corpus = open_corpus(
         arguments.source, arguments.overrides, resolution=arguments.resolution, buckets=arguments.buckets
     )
-    manifest, error = encode(
+    manifest, padding_error = encode(
         corpus,
         arguments.output,
         open_family(arguments.model),
@@ -311,21 +323,22 @@ def _encode(arguments: argparse.Namespace) -> None:
         world_size=world_size,
         progress=_bar("encode"),
     )
-    _tell(manifest, error, arguments.output)
+    _report(manifest, padding_error, arguments.output)
 
 
-def _tell(manifest: Any, error: float | None, output: Path) -> None:
-    if error is not None:
+def _report(manifest: Any, padding_error: float | None, output: Path) -> None:
+    if padding_error is not None:
         print(
-            f"text padding is trimmed; what stands for it differs from T5's by {error:.1%} (--keep-padding stores it)"
+            f"text padding is trimmed; the padding in its place differs from T5's by {padding_error:.1%} (--keep-padding "
+            f"stores T5's)"
         )
     if manifest is None:
-        print(f"this process is done; the last one to end writes the manifest of {output}")
+        print(f"this process is done; the last process writes the manifest of {output}")
         return
     total = sum(shard.bytes for shard in manifest.shards)
     print(
         f"{manifest.samples} samples in {len(manifest.shards)} shards, {total / 1e6:,.1f} MB ({total / manifest.samples / 1e3:,.1f} "
-        f"kB a sample), in {output}"
+        f"kB per sample), in {output}"
     )
     if (output / "left_out.txt").is_file():
         print(

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Distil a flow-matching model on a Slurm cluster; goes on by itself after time limits, preemption and lost nodes.
+# Distil a flow-matching model on a Slurm cluster. The job resumes after time limits, preemption and lost nodes.
 #
 #   sbatch slurm/distill_flux.sh                                              # flux_dev_lora.yaml on 2 nodes of 8 GPUs
 #   sbatch -N 4 slurm/distill_flux.sh flux_dev_full.yaml data=my_data.yaml train.global_batch_size=32 train.steps=3000
 #   sbatch --array=0-1 slurm/distill_flux.sh first.yaml second.yaml           # task k of the array runs recipe k
 #   bash slurm/distill_flux.sh recipes/configs/flux_dev_lora.yaml             # the same on this machine, without Slurm
 #
-# Whatever #SBATCH says here, the command line of sbatch overrides. docs/cluster.md has the rest.
+# Options of sbatch's command line override the #SBATCH lines here. docs/cluster.md has the details.
 #SBATCH --job-name=scfm-distill
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -20,7 +20,7 @@
 #SBATCH --output=%x-%j.out
 set -euo pipefail
 
-# sbatch runs a copy of this file, so scfm's folder is where the job was submitted.
+# sbatch runs a copy of this file, so scfm's folder is the one from which the job was submitted.
 root="${SCFM_ROOT:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}"
 if [[ ! -f "$root/slurm/lib.sh" ]]; then
     echo "slurm: there is no slurm/lib.sh in '$root'. Submit from scfm's folder, or set SCFM_ROOT to it" >&2
@@ -29,5 +29,5 @@ fi
 # shellcheck source=slurm/lib.sh
 source "$root/slurm/lib.sh"
 
-# A global batch of 16 on 16 GPUs.
+# 16 GPUs share the global batch of 16.
 main flux_dev_lora.yaml train.micro_batch_size=1 -- "$@"

@@ -1,13 +1,13 @@
 # shellcheck shell=bash
-# What the job scripts share: `main DEFAULTS... -- ARGUMENTS...`. Settings, all of them optional, by environment:
+# Functions of the job scripts: `main DEFAULTS... -- ARGUMENTS...`. Optional settings, as environment variables:
 #
-#   SCFM_CLUSTER          slurm/clusters/NAME.env is sourced: modules, network, scratch, container of a site
+#   SCFM_CLUSTER          source slurm/clusters/NAME.env: modules, network, scratch and container of a site
 #   SCFM_SECRETS          a file of NAME=value lines that only you may read (chmod 600): keys for storage, W&B, the hub
-#   SCFM_PYTHON           the interpreter; default .venv/bin/python of scfm's folder, else python3
-#   SCFM_PROCESSES        processes a node; default: its GPUs
-#   SCFM_RENDEZVOUS_HOST  where the processes meet; default: the job's first node
-#   SCFM_RENDEZVOUS_PORT  default: by the job's number
-#   SCFM_RETRIES          how often in a row a run may break off without a new checkpoint; default 3
+#   SCFM_PYTHON           the interpreter; default: .venv/bin/python of scfm's folder, else python3
+#   SCFM_PROCESSES        processes per node; default: the number of its GPUs
+#   SCFM_RENDEZVOUS_HOST  host of the rendezvous; default: the first node of the job
+#   SCFM_RENDEZVOUS_PORT  port of the rendezvous; default: computed from the job's id
+#   SCFM_RETRIES          how many times in a row a run may fail without a new checkpoint; default: 3
 #   SCFM_HEALTH           0: no health check before the run
 
 main() {
@@ -31,7 +31,8 @@ main() {
     fi
 }
 
-# Interpreter, site and secrets. `launcher` may be set by the site's file: what runs the interpreter on a node (a container).
+# Sets interpreter, site and secrets. The site's file may set `launcher`, the command that runs the interpreter on a
+# node, for example in a container.
 load_settings() {
     launcher=()
     if [[ -n "${SCFM_CLUSTER:-}" ]]; then
@@ -49,11 +50,11 @@ load_settings() {
     fi
     python=("${launcher[@]}" "$interpreter")
     if ! "${python[@]}" -c "import recipes.cli"; then
-        fail "'${python[*]}' has no scfm. Run \`make setup\` in scfm's folder, or set SCFM_PYTHON"
+        fail "'${python[*]}' cannot import scfm. Run \`make setup\` in scfm's folder, or set SCFM_PYTHON"
     fi
 }
 
-# NAME=value lines, taken as they are: nothing in them is run.
+# Exports NAME=value lines. The values are not evaluated.
 read_secrets() {
     if [[ ! -r "$1" ]]; then fail "SCFM_SECRETS=$1 cannot be read"; fi
     local mode
@@ -69,7 +70,8 @@ read_secrets() {
     done <"$1"
 }
 
-# Sets `arguments`: RECIPE OVERRIDES... as given. Leading words without `=` are recipes; task k of a job array takes recipe k, counted from the array's first task.
+# Sets `arguments`: RECIPE OVERRIDES... The leading words without `=` are recipes. With several recipes, task k of a job
+# array runs recipe k, counted from the first task of the array.
 choose_recipe() {
     local recipes=()
     while (($#)) && [[ "$1" != *=* && "$1" != -* ]]; do
@@ -87,10 +89,10 @@ choose_recipe() {
     local place=0
     if ((${#recipes[@]} > 1)); then
         if [[ -z "${SLURM_ARRAY_TASK_ID:-}" ]]; then
-            fail "${#recipes[@]} recipes are for a job array: sbatch --array=0-$((${#recipes[@]} - 1)) ..."
+            fail "${#recipes[@]} recipes need a job array: sbatch --array=0-$((${#recipes[@]} - 1)) ..."
         fi
         place=$((SLURM_ARRAY_TASK_ID - ${SLURM_ARRAY_TASK_MIN:-0}))
-        if ((place >= ${#recipes[@]})); then fail "task $SLURM_ARRAY_TASK_ID: there are ${#recipes[@]} recipes"; fi
+        if ((place >= ${#recipes[@]})); then fail "task $SLURM_ARRAY_TASK_ID: there are only ${#recipes[@]} recipes"; fi
     fi
     arguments=("${recipes[place]}" "$@")
 }
@@ -107,28 +109,29 @@ run_here() {
 run_job() {
     local here="$1" run_dir="$2" job="$SLURM_JOB_ID" restart="${SLURM_RESTART_COUNT:-0}"
     local gpus="${SLURM_GPUS_ON_NODE:-${SLURM_GPUS_PER_NODE:-1}}"
-    export SCFM_PROCESSES="${SCFM_PROCESSES:-${gpus##*:}}" # "a100:8"
+    export SCFM_PROCESSES="${SCFM_PROCESSES:-${gpus##*:}}" # may be "a100:8"
     local hosts
     hosts="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
     export MASTER_ADDR="${SCFM_RENDEZVOUS_HOST:-${hosts%%$'\n'*}}"
-    # Another port at each start, since the last one's may not be free again yet.
+    # A different port for each start, because the last one may still be in use.
     local port="${SCFM_RENDEZVOUS_PORT:-$((20000 + (job * 16 + restart * 2) % 12000))}"
-    export SLURM_EXPORT_ENV=ALL                            # else `sbatch --export=...` keeps all of this from the nodes
-    export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # srun takes it from the job no more, since 22.05
+    export SLURM_EXPORT_ENV=ALL                           # otherwise `sbatch --export=...` hides these variables from the nodes
+    export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # since 22.05 srun does not take it from the job
     export SCFM_LOGS="$run_dir/logs/job-$job.$restart"
     echo "job $job, start $((restart + 1)), ${SLURM_JOB_NUM_NODES:-1} nodes ($SLURM_JOB_NODELIST), $SCFM_PROCESSES processes each"
     echo "run $run_dir, logs of all nodes and ranks in $SCFM_LOGS"
 
-    # The batch shell outlives a SIGTERM for the processes' end, so that it can say what is to be done.
+    # On SIGTERM this shell waits for the processes to end, so that it can requeue the job.
     trap : TERM USR2
     local code=0
     if [[ "${SCFM_HEALTH:-1}" != 0 ]]; then step "$here" "$((port + 1))" health "${arguments[@]}" || code=$?; fi
     if ((code == 0)); then step "$here" "$port" train "${arguments[@]}" || code=$?; fi
 
-    # Where Slurm itself ends the job, only a time limit is a reason to go on: else it was cancelled, or is requeued already.
+    # If Slurm ended the job, requeue it only after a time limit. Otherwise it was cancelled, or Slurm has requeued it
+    # already.
     local cancelled=() shown verdict
     shown="$(scontrol --oneliner show job "$job" || true)"
-    # While a signal is on its way the state is SIGNALING; no answer is no reason either.
+    # While Slurm sends a signal the state is SIGNALING. Without an answer of scontrol the job counts as not cancelled.
     case "$shown" in
     '' | *JobState=RUNNING* | *JobState=SIGNALING* | *Reason=TimeLimit*) ;;
     *) cancelled=(--cancelled) ;;
@@ -140,13 +143,13 @@ run_job() {
     finished) exit 0 ;;
     requeue)
         if scontrol requeue "$job"; then exit 0; fi
-        fail "this cluster lets no job requeue itself. The same sbatch command goes on from the last checkpoint"
+        fail "this cluster does not permit a job to requeue itself. The same sbatch command resumes from the last checkpoint"
         ;;
     *) exit $((code == 0 ? 1 : code)) ;;
     esac
 }
 
-# One task a node, which is a torchrun; waited for even after a signal to this shell.
+# Runs one task per node, which is torchrun, and waits for its end, also after a signal to this shell.
 step() {
     local here="$1"
     export MASTER_PORT="$2"

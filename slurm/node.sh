@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What srun starts once on each node: `node.sh PYTHON... -- COMMAND ARGUMENTS...` runs `scfm COMMAND` under torchrun.
+# srun starts this once on each node: `node.sh PYTHON... -- COMMAND ARGUMENTS...` runs `scfm COMMAND` under torchrun.
 set -euo pipefail
 python=()
 while [[ "$1" != -- ]]; do
@@ -9,8 +9,9 @@ done
 shift
 logs="$SCFM_LOGS/$1/${SLURMD_NODENAME:-$(hostname)}"
 mkdir -p "$logs"
-# Slurm signals every process of the job. The training decides when to stop, and torchrun, which would give it 30 seconds, must
-# live until it has; so torchrun ignores what the training's processes handle. `--tee`: a file a rank, and rank 0 of the node here.
+# Slurm signals every process of the job. The training processes handle the signals and decide when to stop. torchrun
+# must ignore them: it would kill the training after 30 seconds. `--tee` writes one log file per rank; rank 0 of the
+# node is also printed.
 trap '' TERM USR2
 exec "${python[@]}" -m torch.distributed.run \
     --nnodes="${SLURM_JOB_NUM_NODES:-1}" --node-rank="$SLURM_NODEID" --nproc-per-node="$SCFM_PROCESSES" \

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Pretrain a flow-matching model with shortcut rows on a Slurm cluster; goes on by itself after time limits, preemption and
-# lost nodes.
+# Pretrain a flow-matching model with shortcut rows on a Slurm cluster. The job resumes after time limits, preemption
+# and lost nodes.
 #
 #   sbatch -N 4 slurm/pretrain_flux.sh                                       # flux_pretrain.yaml on 4 nodes of 8 GPUs
 #   sbatch -N 16 slurm/pretrain_flux.sh flux_pretrain.yaml data=my_data.yaml engine.shard=8 train.micro_batch_size=2
 #   bash slurm/pretrain_flux.sh recipes/configs/tiny_pretrain.yaml            # on this machine, without Slurm
 #
-# Whatever #SBATCH says here, the command line of sbatch overrides. docs/cluster.md has the rest.
+# Options of sbatch's command line override the #SBATCH lines here. docs/cluster.md has the details.
 #SBATCH --job-name=scfm-pretrain
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -20,7 +20,7 @@
 #SBATCH --output=%x-%j.out
 set -euo pipefail
 
-# sbatch runs a copy of this file, so scfm's folder is where the job was submitted.
+# sbatch runs a copy of this file, so scfm's folder is the one from which the job was submitted.
 root="${SCFM_ROOT:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}"
 if [[ ! -f "$root/slurm/lib.sh" ]]; then
     echo "slurm: there is no slurm/lib.sh in '$root'. Submit from scfm's folder, or set SCFM_ROOT to it" >&2
@@ -29,5 +29,5 @@ fi
 # shellcheck source=slurm/lib.sh
 source "$root/slurm/lib.sh"
 
-# Weights sharded within each node, replicated over the nodes.
+# Shard the weights within each node, and replicate them over the nodes.
 main flux_pretrain.yaml engine.shard=8 -- "$@"

@@ -1,8 +1,9 @@
-"""Local copies of remote shards: keyed by address and hash, verified, limited in size, shared by processes and jobs.
+"""Local copies of remote shards: verified, limited in size, shared by processes and jobs.
 
-A copy is written to `KEY.BYTES.part` under an flock on that very file, then renamed to `KEY`: a file without `.part` is
-complete, and one with it takes the room that it will need. The lock ends with its process, however it ends, so that a kill -9 leaves at most a `.part` that nobody holds;
-the next start takes it over or sweeps it. Deleting a copy that another process reads is harmless: its descriptor lives.
+The name of a copy is a hash of its address and sha256. A partial download is `KEY.BYTES.part`; its process holds an
+flock on that very file and renames it to `KEY` when it is complete. BYTES reserves the space that the copy will need.
+The lock ends with its process, also after kill -9; the next process to start takes over or deletes the partial
+download. It is safe to delete a copy while another process reads it: the open file descriptor stays valid.
 """
 
 import contextlib
@@ -22,16 +23,16 @@ from scfm_core.errors import UserError
 from scfm_core.files import mismatch
 
 _PART = ".part"
-_OURS = re.compile(r"[0-9a-f]{24}-")
+_COPY_NAME = re.compile(r"[0-9a-f]{24}-")
 
 
 class ShardCache:
     """A folder of copies.
 
     Args:
-        folder: made if missing; on a local disk, for flock.
-        limit: bytes above which the least recently used copies are deleted; none: no limit.
-        timeout: seconds for one download, attempts and pauses included.
+        folder: made if missing. It must be on a local disk, for flock.
+        limit: bytes. Above it the least recently used copies are deleted (evicted). None: no limit.
+        timeout: seconds for one download, with all retries and the pauses between them.
 
     Raises:
         UserError: if the folder cannot be made.
@@ -47,7 +48,7 @@ class ShardCache:
             ) from error
 
     def path(self, uri: str, sha256: str | None) -> Path:
-        """Where the copy of a shard lies, if it is there."""
+        """The path of a shard's copy, which may not exist yet."""
         key = hashlib.sha256(f"{uri}\n{sha256}".encode()).hexdigest()[:24]
         name = re.sub(r"[^\w.-]", "_", uri.rpartition("/")[2])[-80:]
         return self.folder / f"{key}-{name}"
@@ -60,79 +61,84 @@ class ShardCache:
         unpack: Callable[[bytes], bytes] | None = None,
         unpacked_size: int = 0,
     ) -> tuple[Path, bool]:
-        """The path of a shard's copy, which is downloaded if need be, by one process while the others wait.
+        """The path of a shard's copy. If there is none, one process downloads it, and the others wait.
 
-        The copy may be deleted, to make room, before the caller opens it: ask again then.
+        The copy may be evicted before the caller opens it. The caller must then call again.
 
         Args:
             uri: of the object.
             size: its bytes.
-            sha256: its hash, if known.
-            unpack: from the object's content to the copy's, for a compressed shard.
-            unpacked_size: bytes of the copy then.
+            sha256: its hash in hex, if known.
+            unpack: decompresses the object's content, for a compressed shard.
+            unpacked_size: bytes of a decompressed copy.
 
         Returns:
-            the path, and whether it was verified just now: a copy that was there already, or was unpacked, is not.
+            the path, and whether this call downloaded and verified it. Not verified are a copy that existed before and
+            a decompressed one.
 
         Raises:
-            BadData: if the object's content is twice not what the manifest says.
+            BadData: if the object's content differs from the manifest in two downloads.
             UserError: if it cannot be downloaded, or the cache's disk is full.
         """
         copy, end = self.path(uri, sha256), time.monotonic() + self.timeout
         try:
-            if self._touch(copy):
+            if self._mark_used(copy):
                 return copy, False
-            room = max(size, unpacked_size)
-            with self._part(copy, room, end, uri) as part:
-                if self._touch(copy):
+            space = max(size, unpacked_size)
+            with self._partial_download(copy, space, end, uri) as part:
+                if self._mark_used(copy):
                     return copy, False
-                self._make_room(room, part, uri)
+                self._evict(space, part, uri)
                 self._download(uri, part, size, sha256, end)
                 if unpack is not None:
                     part.write_bytes(unpack(part.read_bytes()))
                 part.replace(copy)
                 return copy, unpack is None
         except OSError as error:
-            raise self._explained(error) from error
+            raise self._user_error(error) from error
 
     def discard(self, uri: str, sha256: str | None) -> None:
-        """Delete a copy that turned out to be damaged; the original is never touched."""
+        """Delete a corrupt copy; the original is never touched."""
         self.path(uri, sha256).unlink(missing_ok=True)
 
     def sweep(self) -> None:
-        """Delete what killed downloads left."""
+        """Delete the partial downloads of killed processes."""
         for part in self.folder.glob(f"*{_PART}"):
             with contextlib.suppress(OSError), part.open("rb") as file:
-                if _locked(file) and _is_of(file, part):
+                if _try_lock(file) and _is_same_file(file, part):
                     part.unlink()
 
-    def _touch(self, copy: Path) -> bool:
-        """Mark as used now; whether it is there."""
+    def _mark_used(self, copy: Path) -> bool:
+        """Mark a copy as the most recently used one; False if it does not exist."""
         with contextlib.suppress(OSError):  # the cache may be read-only
             os.utime(copy)
         return copy.exists()
 
     @contextlib.contextmanager
-    def _part(self, copy: Path, room: int, end: float, uri: str) -> Iterator[Path]:
-        """`KEY.BYTES.part`, empty and held by this process alone. Waiting counts: else many processes would fail in turn."""
-        part = copy.with_name(f"{copy.name}.{room}{_PART}")
+    def _partial_download(self, copy: Path, space: int, end: float, uri: str) -> Iterator[Path]:
+        """`KEY.BYTES.part`, empty and locked by this process.
+
+        The time of waiting for the lock counts towards the timeout. Otherwise each of many processes would wait for its
+        predecessor, then try for the whole timeout, and fail.
+        """
+        part = copy.with_name(f"{copy.name}.{space}{_PART}")
         while True:
-            self.folder.mkdir(parents=True, exist_ok=True)  # somebody may have cleaned up
+            self.folder.mkdir(parents=True, exist_ok=True)  # it may have been deleted meanwhile
             with part.open("ab") as file:
-                while not _locked(file):
+                while not _try_lock(file):
                     if time.monotonic() > end:
                         raise UserError(
-                            f"data: {uri} could not be had within {self.timeout:.0f} s, in which another process tried to "
+                            f"data: {uri} was not available within {self.timeout:.0f} s, while another process tried to "
                             f"download it. If the storage is slow, raise data.cache.timeout"
                         )
                     time.sleep(0.02)
-                # Whoever held it has renamed or deleted it meanwhile: this lock is then of another file.
-                if _is_of(file, part):
+                # The last owner of the lock may have renamed or deleted the file. Then this lock is on another file.
+                if _is_same_file(file, part):
                     file.truncate(0)
                     try:
                         yield part
                     finally:
-                        if _is_of(file, part):  # not renamed: the copy was there, or the download failed
+                        if _is_same_file(file, part):  # not renamed: the copy exists already, or the download failed
                             part.unlink(missing_ok=True)
                     return
 
@@ -140,59 +146,60 @@ class ShardCache:
         for attempt in (1, 2):
             fetch(uri, part, max(1.0, end - time.monotonic()))
             with part.open("rb") as file:
-                wrong = mismatch(file, size, sha256)
-            if wrong is None:
+                difference = mismatch(file, size, sha256)
+            if difference is None:
                 return
             if attempt == 2:
-                raise BadData(f"data: {uri} is corrupt, downloaded twice: {wrong}")
+                raise BadData(f"data: {uri} is corrupt, after two downloads: {difference}")
 
-    def _make_room(self, size: int, own: Path, uri: str) -> None:
+    def _evict(self, size: int, own: Path, uri: str) -> None:
+        """Delete the least recently used copies until `size` bytes fit into the limit."""
         if self.limit is None:
             return
         if size > self.limit:
             raise UserError(
-                f"data.cache.limit_gb: {uri} alone has {size / 1e9:.3g} GB, the cache may have {self.limit / 1e9:.3g}. "
+                f"data.cache.limit_gb: {uri} alone has {size / 1e9:.3g} GB, the limit is {self.limit / 1e9:.3g} GB. "
                 f"Raise the limit"
             )
         with (self.folder / ".room").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            copies, taken = [], size
+            copies, total = [], size
             for path in self.folder.iterdir():
-                if not _OURS.match(path.name) or path == own:
-                    continue  # somebody else's
+                if not _COPY_NAME.match(path.name) or path == own:
+                    continue  # not a file of the cache
                 if path.name.endswith(_PART):
-                    taken += int(path.name.split(".")[-2])
+                    total += int(path.name.split(".")[-2])
                     continue
                 with contextlib.suppress(FileNotFoundError):
                     status = path.stat()
                     copies.append((status.st_mtime_ns, status.st_size, path))
-                    taken += status.st_size
-            for _, used, path in sorted(copies):
-                if taken <= self.limit:
+                    total += status.st_size
+            for _, size_of_copy, path in sorted(copies):
+                if total <= self.limit:
                     break
                 path.unlink(missing_ok=True)
-                taken -= used
+                total -= size_of_copy
 
-    def _explained(self, error: OSError) -> UserError:
+    def _user_error(self, error: OSError) -> UserError:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return UserError(
-                f"data.cache.dir: the disk of {self.folder} is full. Make room, or set data.cache.limit_gb below it"
+                f"data.cache.dir: the disk of {self.folder} is full. Free some space, or set data.cache.limit_gb below its size"
             )
         return UserError(
             f"data.cache.dir: {self.folder} cannot be used ({error.strerror or error}). Choose another folder"
         )
 
 
-def _is_of(file: IO[bytes], path: Path) -> bool:
-    """Whether an open file is what lies at `path` now."""
+def _is_same_file(file: IO[bytes], path: Path) -> bool:
+    """Whether an open file is still the one at `path`."""
     try:
         return os.fstat(file.fileno()).st_ino == path.stat().st_ino
     except FileNotFoundError:
         return False
 
 
-def _locked(file: IO[bytes]) -> bool:
-    """Lock, unless another open file has the lock."""
+def _try_lock(file: IO[bytes]) -> bool:
+    """Lock a file without waiting; False if another process holds the lock."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -14,8 +14,9 @@ from torch import Tensor
 from scfm_core.data.schema import BadData, Record, Size
 from scfm_core.errors import UserError
 
-_ORIENTATION = 0x0112  # the EXIF tag, and what undoes its values
-_TURNS = {
+_ORIENTATION = 0x0112  # EXIF tag
+# PIL's transposition that undoes each orientation.
+_TRANSPOSITIONS = {
     2: "FLIP_LEFT_RIGHT",
     3: "ROTATE_180",
     4: "FLIP_TOP_BOTTOM",
@@ -29,13 +30,13 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 
 
 class ImageFolder:
-    """Images in the order of their names, each with its caption.
+    """Images in the order of their paths, each with its caption.
 
     Args:
         folder: searched recursively.
 
     Raises:
-        UserError: if there is no image, or an image has no caption.
+        UserError: if there is no image, an image has no caption, or a caption file is invalid.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -44,7 +45,7 @@ class ImageFolder:
         self.folder = folder
         self.paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
         if not self.paths:
-            raise UserError(f"data: {folder} holds no image ({', '.join(IMAGE_SUFFIXES)})")
+            raise UserError(f"data: {folder} has no images ({', '.join(IMAGE_SUFFIXES)})")
         self._captions = self._read_captions()
         digest = hashlib.sha256()
         for path, caption in zip(self.paths, self._captions, strict=True):
@@ -56,11 +57,11 @@ class ImageFolder:
         captions, missing = [], []
         for path in self.paths:
             name = path.relative_to(self.folder).as_posix()
-            beside = path.with_suffix(".txt")
+            text_file = path.with_suffix(".txt")
             if name in listed:
                 captions.append(listed[name])
-            elif beside.is_file():
-                captions.append(_read_text(beside).strip())
+            elif text_file.is_file():
+                captions.append(_read_text(text_file).strip())
             else:
                 missing.append(name)
         if missing:
@@ -98,10 +99,13 @@ class ImageFolder:
         return self._captions[index]
 
     def sizes(self, *, strict: bool = True) -> list[Size]:
-        """Height and width of every image, from its header.
+        """Height and width of every image in pixels, from its header.
 
         Args:
-            strict: BadData names one that is none; else it counts as a square, and is met when it is loaded.
+            strict: raise for an invalid image. False: it counts as a square; loading it raises BadData later.
+
+        Raises:
+            BadData: if `strict`, and an image is invalid; the message names it.
         """
         sizes = []
         for path in self.paths:
@@ -114,7 +118,11 @@ class ImageFolder:
         return sizes
 
     def load(self, index: int, size: Size) -> Record:
-        """Image `index`, resized to cover `size` and centre-cropped, with its caption; BadData if it cannot be read."""
+        """Image `index` with its caption, resized to cover `size` and centre-cropped.
+
+        Raises:
+            BadData: if the image cannot be read.
+        """
         path = self.paths[index]
         return Record(
             key=path.relative_to(self.folder).as_posix(),
@@ -125,7 +133,7 @@ class ImageFolder:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")  # a byte order mark is no part of a caption
+        return path.read_text(encoding="utf-8-sig")  # utf-8-sig drops a byte order mark
     except UnicodeDecodeError as error:
         raise UserError(
             f"data: {path} is not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8"
@@ -138,7 +146,7 @@ def load_image(source: Path | bytes, height: int, width: int, name: str | None =
     Args:
         source: a file, or its content.
         height, width: in pixels.
-        name: for messages; by default the path.
+        name: of the image in messages; by default its path.
 
     Raises:
         BadData: if it is not a readable image.
@@ -146,13 +154,13 @@ def load_image(source: Path | bytes, height: int, width: int, name: str | None =
     import numpy as np
     from PIL import Image, ImageOps
 
-    with _opened(source, name) as opened:
-        # PIL's exif_transpose would also write the other tags anew, and fail at odd ones.
-        turn = _TURNS.get(_orientation(opened))
-        if turn is None:
-            opened.draft("RGB", (width, height))  # a JPEG is decoded at half, a quarter ... where that is enough
-        image = opened if turn is None else opened.transpose(getattr(Image.Transpose, turn))
-        if image.mode.startswith("I"):  # 16-bit grey: PIL would clip it at 255
+    with _open_image(source, name) as opened:
+        # PIL's exif_transpose would also rewrite the other tags, and it fails for unusual ones.
+        transposition = _TRANSPOSITIONS.get(_orientation(opened))
+        if transposition is None:
+            opened.draft("RGB", (width, height))  # decodes a JPEG at 1/2, 1/4 or 1/8 of its size, if that is enough
+        image = opened if transposition is None else opened.transpose(getattr(Image.Transpose, transposition))
+        if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip at 255
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         image = image.convert("RGB")
     fitted = ImageOps.fit(image, (width, height), method=Image.Resampling.LANCZOS)
@@ -160,28 +168,32 @@ def load_image(source: Path | bytes, height: int, width: int, name: str | None =
 
 
 def image_size(source: Path | bytes, name: str) -> Size:
-    """Height and width as it is shown, from the header alone; BadData if it is no image."""
-    with _opened(source, name) as opened:
+    """Height and width of an image as it is displayed (after its EXIF orientation), in pixels, from its header.
+
+    Raises:
+        BadData: if it is not an image.
+    """
+    with _open_image(source, name) as opened:
         width, height = opened.size
-        turned = _orientation(opened) >= 5  # by a quarter
-    return (width, height) if turned else (height, width)
+        is_rotated = _orientation(opened) >= 5  # by 90 degrees
+    return (width, height) if is_rotated else (height, width)
 
 
 def _orientation(image: Any) -> int:
-    # Asked for its EXIF data, a PNG that has none before its pixels would be decoded whole.
+    # PIL decodes a whole PNG to look for EXIF data after its pixels, so only EXIF data before the pixels counts.
     if image.format == "PNG" and "exif" not in image.info:
         return 1
-    turn = image.getexif().get(_ORIENTATION, 1)
-    return turn if isinstance(turn, int) else 1
+    orientation = image.getexif().get(_ORIENTATION, 1)
+    return orientation if isinstance(orientation, int) else 1
 
 
 @contextlib.contextmanager
-def _opened(source: Path | bytes, name: str | None) -> Iterator[Any]:
-    """PIL's image; what PIL raises at a damaged one becomes BadData."""
+def _open_image(source: Path | bytes, name: str | None) -> Iterator[Any]:
+    """Open an image with PIL; the errors of PIL become BadData."""
     from PIL import Image
 
     try:
-        # A whitelist: PIL's other formats include some that run programs (EPS) or are rarely tested.
+        # Only these formats: some of PIL's other formats run programs (EPS) or are rarely tested.
         with Image.open(source if isinstance(source, Path) else io.BytesIO(source), formats=_FORMATS) as opened:
             yield opened
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # PIL raises all of these

@@ -1,4 +1,4 @@
-"""Batches in an exact order that a run can go on with at any step, on any number of processes and workers."""
+"""The data loader: batches in an exact order. A run can resume at any step, with any number of ranks and workers."""
 
 import contextlib
 import gc
@@ -22,37 +22,37 @@ from scfm_core.data.remote import close_connections
 from scfm_core.data.schema import BadData, Batch, Record, collate
 from scfm_core.errors import UserError
 
-_FETCHERS = 4
-"""Downloads at a time, a process."""
+_DOWNLOAD_THREADS = 4
+"""Concurrent downloads of one rank."""
 
 
 @dataclass(frozen=True)
 class Pick:
-    """One sample to be read."""
+    """One sample to read."""
 
     sample_id: int
-    """Its place in the run's stream."""
+    """Global sample index: its place in the stream of the run."""
     item: int
     """Its number in the corpus."""
     spares: tuple[int, ...] = ()
-    """What may stand in for it."""
+    """Numbers of the samples that replace it if it is invalid, in this order."""
 
 
 @dataclass(frozen=True)
 class Picks:
-    """One rank's micro-batches.
+    """The samples of one rank's micro-batches.
 
-    A global batch is cut into as many consecutive parts as there are ranks, so that a partition's samples stay together on
-    one machine, and a rank's part into micro-batches. A global batch is thus the same on every number of ranks.
+    A global batch is cut into consecutive parts, one for each rank, and a rank's part into micro-batches. So a global
+    batch is the same for every number of ranks, and the samples of a partition are read on one machine.
 
     Args:
-        order: of global batches.
+        order: of the global batches.
         start: the first global batch.
-        stop: the first that is not read.
+        stop: the first global batch that is not read.
         micro_batch_size: samples of each micro-batch.
-        rank, world_size: this process, of how many.
-        sample_offset: number of the stream's first sample.
-        with_spares: name substitutes.
+        rank, world_size: of this process.
+        sample_offset: added to the places in the stream.
+        with_spares: also choose substitutes for invalid samples.
     """
 
     order: Order
@@ -66,7 +66,7 @@ class Picks:
 
     @property
     def per_step(self) -> int:
-        """Micro-batches of this rank in a global batch."""
+        """Number of micro-batches of this rank in a global batch."""
         return self.order.batch_size // self.world_size // self.micro_batch_size
 
     def __len__(self) -> int:
@@ -93,10 +93,10 @@ class Picks:
 
 
 class _Samples(TorchDataset):  # type: ignore[type-arg]
-    """From a pick to a record, or to its substitute.
+    """Reads the record of a pick, or of a substitute; also returns what is wrong with the samples that it replaced.
 
-    A user's error is returned in place of the record: raised in a worker, it would arrive with the worker's traceback
-    as its message.
+    A UserError is returned in place of the record. Raised in a worker, it would arrive with the worker's traceback in
+    its message.
     """
 
     def __init__(self, corpus: Corpus) -> None:
@@ -130,16 +130,18 @@ def batches(
 
     Args:
         corpus: of the recipe.
-        seed: of the order, if the recipe names none.
-        global_batch_size: samples of all ranks together in a step, all of one size.
-        micro_batch_size: times `world_size` it divides the global batch.
-        start: the data cursor: samples consumed so far, a multiple of the global batch. It is the whole state.
+        seed: of the order, if the recipe has none.
+        global_batch_size: samples of all ranks in a step, all of one size.
+        micro_batch_size: samples; `world_size` times it must divide the global batch.
+        start: the data cursor: number of samples consumed so far, a multiple of the global batch. It is the whole
+            state.
         stop: the first sample of the stream that is not read, a multiple of the global batch.
-        rank, world_size: this process, of how many.
-        sample_offset: what is added to places in the stream to number the samples.
+        rank, world_size: of this process.
+        sample_offset: added to the places in the stream, to get global sample indices.
 
     Raises:
-        UserError: naming shard and sample, if one cannot be had; BadData becomes one where the recipe bears none.
+        UserError: if a shard is unavailable, or a sample is invalid and the recipe tolerates none; the message names
+            it.
     """
     assert start % global_batch_size == stop % global_batch_size == 0
     assert global_batch_size % (micro_batch_size * world_size) == 0
@@ -154,38 +156,43 @@ def batches(
         sample_offset,
         config.max_bad_fraction > 0,
     )
-    loader: DataLoader[Batch | UserError] = DataLoader(
-        _Samples(corpus),
-        batch_sampler=picks,  # type: ignore[arg-type]
-        num_workers=config.num_workers,
-        collate_fn=_collate,
-        prefetch_factor=max(2, -(-4 * picks.per_step // config.num_workers)) if config.num_workers else None,
-        worker_init_fn=_ignore_signals if config.num_workers else None,
-        # Forked, so that they share the table of hashed shards.
-        multiprocessing_context="fork" if config.num_workers else None,
-    )
+    loader = _make_loader(corpus, picks)
     close_connections()
     with contextlib.ExitStack() as stack:
-        ahead = stack.enter_context(_FetchAhead(corpus, picks)) if config.num_workers else None
-        with _inherited():
+        prefetcher = stack.enter_context(_Prefetcher(corpus, picks)) if config.num_workers else None
+        with _frozen_garbage():
             iterator = iter(loader)
-        # A traceback may keep the iterator alive to the end of the process, whose exit would then wait for ever for
-        # workers that ignore its SIGTERM.
+        # A traceback may keep the iterator alive to the end of the process. At its exit the process would then wait
+        # forever for its workers, because they ignore its SIGTERM.
         if config.num_workers:
             stack.callback(iterator._shutdown_workers)  # type: ignore[attr-defined]
         for batch in iterator:
             if isinstance(batch, UserError):
                 raise batch
-            if ahead is not None:
-                ahead.consumed()
+            if prefetcher is not None:
+                prefetcher.count_micro_batch()
             yield batch
 
 
-class _FetchAhead:
+def _make_loader(corpus: Corpus, picks: Picks) -> "DataLoader[Batch | UserError]":
+    workers = corpus.config.num_workers
+    return DataLoader(
+        _Samples(corpus),
+        batch_sampler=picks,  # type: ignore[arg-type]
+        num_workers=workers,
+        collate_fn=_collate,
+        prefetch_factor=max(2, -(-4 * picks.per_step // workers)) if workers else None,
+        worker_init_fn=_ignore_signals if workers else None,
+        # Forked, so that the workers share the table of verified shards.
+        multiprocessing_context="fork" if workers else None,
+    )
+
+
+class _Prefetcher:
     """A process that downloads and hashes shards before the workers need them.
 
-    It goes through the same picks, at most two shuffle blocks and half of the cache's limit ahead of the training. Two,
-    since a block's first batch needs nearly all of the block's shards.
+    It goes through the same picks as the workers. It stays at most two shuffle blocks, and half of the cache's limit,
+    ahead of the training. One block would not be enough: the first batch of a block needs nearly all of its shards.
     """
 
     def __init__(self, corpus: Corpus, picks: Picks) -> None:
@@ -194,8 +201,8 @@ class _FetchAhead:
         self._parent = os.getpid()
         self._process = multiprocessing.get_context("fork").Process(target=self._run, daemon=True)
 
-    def __enter__(self) -> "_FetchAhead":
-        with _inherited():
+    def __enter__(self) -> "_Prefetcher":
+        with _frozen_garbage():
             self._process.start()
         return self
 
@@ -203,58 +210,59 @@ class _FetchAhead:
         self._process.kill()
         self._process.join()
 
-    def consumed(self) -> None:
-        """One more micro-batch has been."""
-        self._counter[:] = struct.pack("<q", self._done + 1)
+    def count_micro_batch(self) -> None:
+        """Tell the process that the training took another micro-batch."""
+        self._counter[:] = struct.pack("<q", self._consumed + 1)
 
     @property
-    def _done(self) -> int:
+    def _consumed(self) -> int:
         return int(struct.unpack("<q", self._counter[:])[0])
 
     def _run(self) -> None:
         _ignore_signals(0)
         corpus, limit = self.corpus, self.corpus.config.cache.limit_gb
-        most_bytes = float("inf") if limit is None else limit * 1e9 / 2
+        max_bytes = float("inf") if limit is None else limit * 1e9 / 2
         block = corpus.config.shuffle_block // self.picks.world_size
+        # In micro-batches: a shard is used for about the length of a block after its first sample.
         in_use = max(16, block // self.picks.micro_batch_size)
-        window: deque[tuple[int, int]] = deque()  # (micro-batch that needs it first, shard), of those asked for
+        # (first micro-batch that needs it, shard) of the shards in use or ahead.
+        window: deque[tuple[int, int]] = deque()
 
-        def is_ahead(number: int, new: bool) -> bool:
-            """Whether to wait before going on with micro-batch `number`, or with a `new` shard of it."""
+        def must_wait(number: int, is_new: bool) -> bool:
+            """Whether micro-batch `number`, or a new shard of it, is too far ahead of the training."""
             if os.getppid() != self._parent:
                 os._exit(0)  # the training process was killed
-            done = self._done
-            # A shard is used for about a block's length after its first sample.
-            while window and window[0][0] + in_use < done:
+            consumed = self._consumed
+            while window and window[0][0] + in_use < consumed:
                 window.popleft()
-            held = sum(corpus.shard_bytes(known) for _, known in window)
-            return number > done + 2 * in_use or (new and bool(window) and held >= most_bytes)
+            window_bytes = sum(corpus.shard_bytes(known) for _, known in window)
+            return number > consumed + 2 * in_use or (is_new and bool(window) and window_bytes >= max_bytes)
 
-        with ThreadPoolExecutor(_FETCHERS) as pool:
+        with ThreadPoolExecutor(_DOWNLOAD_THREADS) as pool:
             for number, micro_batch in enumerate(self.picks):
                 for shard in dict.fromkeys(corpus.shard_of(pick.item) for pick in micro_batch):
                     known = any(shard == each for _, each in window)
-                    while is_ahead(number, not known):
+                    while must_wait(number, not known):
                         time.sleep(0.05)
                     if not known:
                         window.append((number, shard))
-                        if number >= self._done:  # else whoever needed it has fetched it meanwhile
-                            pool.submit(self._ready, shard)
+                        if number >= self._consumed:  # otherwise a worker has downloaded it already
+                            pool.submit(self._prefetch, shard)
         os._exit(0)
 
-    def _ready(self, shard: int) -> None:
-        # Whoever needs the shard will meet the same error, and tell.
+    def _prefetch(self, shard: int) -> None:
+        # The worker that needs the shard will get the same error, and report it.
         with contextlib.suppress(UserError, OSError):
-            self.corpus.make_ready(shard)
+            self.corpus.prefetch(shard)
 
 
 @contextlib.contextmanager
-def _inherited() -> Generator[None]:
-    """Processes forked in here never collect what they inherit.
+def _frozen_garbage() -> Generator[None]:
+    """Keep processes that are forked in this context from collecting garbage that they inherit.
 
-    Among this process's garbage may be a process group (FSDP's modules hold one in a cycle), which joins its threads when
-    it goes; in a forked process those do not exist, and it would be aborted. Nor are the pages that a collection writes
-    to copied.
+    This garbage may contain a process group (FSDP's modules hold one in a reference cycle). Its destructor joins
+    threads, which do not exist in a forked process, so that process would be aborted. Another benefit: the pages to
+    which a collection writes are not copied.
     """
     gc.freeze()
     try:
@@ -264,8 +272,8 @@ def _inherited() -> Generator[None]:
 
 
 def _ignore_signals(_: int) -> None:
-    # Ctrl-C, and Slurm's signals, reach every process of the job; the training process decides when to stop, and its
-    # workers must live until it has.
+    # Ctrl-C and Slurm's signals reach every process of the job. The training process decides when to stop; its workers
+    # must live until then.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
 

@@ -1,7 +1,7 @@
-"""Shards of mosaicml-streaming (MDS): the library knows their layout; which sample comes when is decided elsewhere.
+"""Shards of mosaicml-streaming (MDS). The library parses their layout; the order of samples is decided in `order.py`.
 
-The library's own decoders are not used: a column is taken as bytes, which are a JPEG, UTF-8 text and so on, so that a
-pickled column (`pkl`) stays a row of bytes.
+The library's decoders are not used. A column is read as bytes: a JPEG, UTF-8 text and so on. So a pickled column
+(`pkl`) is never unpickled.
 """
 
 import json
@@ -18,8 +18,8 @@ from scfm_core.errors import UserError
 
 INDEX = "index.json"
 _KEY = "__key__"
-# Encodings whose bytes are what a member of a tar of that kind would hold.
-_PLAIN = frozenset({"bytes", "str", "json", "jpeg", "png"})
+# Encodings whose bytes are the same as those of a member of a tar.
+_READABLE_ENCODINGS = frozenset({"bytes", "str", "json", "jpeg", "png"})
 
 
 def _library() -> Any:
@@ -35,11 +35,11 @@ class MdsIndex:
     """`index.json` of an MDS data set.
 
     Args:
-        text: its content.
-        where: what messages name.
+        text: content of the file.
+        where: its path or address, for messages.
 
     Raises:
-        UserError: if it is damaged, of another version, or names shards outside its folder.
+        UserError: if it is damaged, has another version, or names shards outside its folder.
     """
 
     def __init__(self, text: bytes, where: str) -> None:
@@ -47,7 +47,7 @@ class MdsIndex:
             data = json.loads(text)
             self.shards: list[dict[str, Any]] = data["shards"]
             if data["version"] != 2 or any(shard["format"] != "mds" for shard in self.shards):
-                raise UserError(f"data: {where} is not of MDS version 2, the one that mosaicml-streaming writes")
+                raise UserError(f"data: {where} does not have MDS version 2, which mosaicml-streaming writes")
             self.entries = [self._entry(shard) for shard in self.shards]
             for number in range(len(self.shards)):
                 self.compressed(number)
@@ -55,22 +55,22 @@ class MdsIndex:
             raise
         except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
             raise UserError(f"data: {where} is damaged ({error!r}); write the data set again") from error
-        packed = [self.compressed(number) for number in range(len(self.shards))]
-        for entry in [*self.entries, *(entry for entry in packed if entry is not None)]:
+        compressed = [self.compressed(number) for number in range(len(self.shards))]
+        for entry in [*self.entries, *(entry for entry in compressed if entry is not None)]:
             refuse_outside(entry.name, where)
         if not sum(entry.samples for entry in self.entries):
-            raise UserError(f"data: {where} lists no sample")
+            raise UserError(f"data: {where} lists no samples")
 
     @staticmethod
     def _entry(shard: dict[str, Any]) -> ShardEntry:
-        _library()[0].from_json("", None, shard)  # refuses what it does not know
+        _library()[0].from_json("", None, shard)  # raises for a layout that it does not know
         names, encodings, sizes = (shard[key] for key in ("column_names", "column_encodings", "column_sizes"))
         if not all(type(column) is list for column in (names, encodings, sizes)):
-            raise TypeError("the columns are no lists")
+            raise TypeError("the columns are not lists")
         if not len(names) == len(encodings) == len(sizes) > 0 or len(set(names)) < len(names):
             raise ValueError("the columns do not match")
         if any(type(word) is not str for word in (*names, *encodings)):
-            raise TypeError("a column's name or encoding is no text")
+            raise TypeError("a column's name or encoding is not a string")
         if any(size is not None and (type(size) is not int or size < 1) for size in sizes):
             raise ValueError(f"the columns' sizes are {sizes}")
         if shard.get("compression") is not None and (type(shard["compression"]) is not str or not shard["zip_data"]):
@@ -78,12 +78,20 @@ class MdsIndex:
         return checked_entry(shard["raw_data"], shard["samples"])
 
     def compressed(self, number: int) -> ShardEntry | None:
-        """What is stored in place of shard `number`, if it is compressed."""
+        """The compressed file of shard `number`; None if the shard is not compressed."""
         shard = self.shards[number]
         return checked_entry(shard["zip_data"], 0) if shard.get("compression") is not None else None
 
     def unpack(self, number: int, name: str) -> Callable[[bytes], bytes] | None:
-        """How a compressed shard becomes a plain one; None if it is one."""
+        """A function that decompresses the content of shard `number`; None if the shard is not compressed.
+
+        Args:
+            number: of the shard.
+            name: of the shard, for messages.
+
+        Raises:
+            BadData: from the function, if the content cannot be decompressed.
+        """
         algorithm = self.shards[number].get("compression")
         if algorithm is None:
             return None
@@ -92,14 +100,22 @@ class MdsIndex:
         def unpack(content: bytes) -> bytes:
             try:
                 return bytes(decompress(algorithm, content))
-            except Exception as error:  # each of the six algorithms has its own
+            except Exception as error:  # each of the six algorithms has its own errors
                 raise BadData(f"data: shard {name} cannot be decompressed ({error!r})") from error
 
         return unpack
 
 
 def checked_entry(file: dict[str, Any], samples: int) -> ShardEntry:
-    """A file of `index.json`; ValueError or TypeError if it cannot be one."""
+    """The entry of a file in `index.json`.
+
+    Args:
+        file: the JSON object that describes it.
+        samples: number of samples in it.
+
+    Raises:
+        ValueError, TypeError, KeyError: if a value is invalid or missing.
+    """
     hashes = file.get("hashes") or {}
     return ShardEntry(
         name=file["basename"], samples=samples, bytes=file["bytes"], sha256=hashes.get("sha256")
@@ -107,15 +123,15 @@ def checked_entry(file: dict[str, Any], samples: int) -> ShardEntry:
 
 
 class MdsShard:
-    """Any field of any sample of one open shard.
+    """An open MDS shard: random access to the fields of its samples.
 
     Args:
-        file: opened for reading; belongs to this object from now on.
-        description: its entry in `index.json`.
-        name: for messages.
+        file: opened for reading; this object closes it.
+        description: the shard's entry in `index.json`.
+        name: of the shard, for messages.
 
     Raises:
-        BadData: if it is not what the index says.
+        BadData: if its number of samples differs from the index.
     """
 
     def __init__(self, file: BinaryIO, description: dict[str, Any], name: str) -> None:
@@ -126,7 +142,7 @@ class MdsShard:
         self._reader = _library()[0].from_json("", None, plain)
         header = os.pread(file.fileno(), 4, 0)
         if len(header) < 4 or struct.unpack("<I", header)[0] != description["samples"]:
-            raise BadData(f"data: shard {name} does not hold the {description['samples']} samples of its index")
+            raise BadData(f"data: shard {name} does not have the {description['samples']} samples that its index says")
         self._samples = int(description["samples"])
         self._last: tuple[int, dict[str, bytes]] = (-1, {})
 
@@ -134,27 +150,27 @@ class MdsShard:
         return self._samples
 
     def key(self, index: int) -> str:
-        """Name of sample `index`: its column `__key__`, or its number."""
+        """Name of sample `index`: its column `__key__`, else its number."""
         key = self._sample(index).get(_KEY)
         return f"{index:06d}" if key is None else key.decode(errors="replace")
 
     def fields(self, index: int) -> list[str]:
-        """What sample `index` has."""
+        """Names of the fields of sample `index`."""
         return [name for name in self._columns if name != _KEY]
 
     def read(self, index: int, field: str) -> bytes | None:
         """One field of one sample, or None if there is no such column.
 
         Raises:
-            BadData: if the column is of an encoding that is not read, or the sample is damaged.
+            BadData: if the encoding of the column is not supported, or the sample is corrupt.
         """
         encoding = self._columns.get(field)
         if encoding is None:
             return None
-        if encoding not in _PLAIN:
+        if encoding not in _READABLE_ENCODINGS:
             raise BadData(
-                f"data: column {field!r} of shard {self.name} is of encoding {encoding!r}, which is not read; "
-                f"{', '.join(sorted(_PLAIN))} are"
+                f"data: column {field!r} of shard {self.name} has the encoding {encoding!r}, which is not supported; "
+                f"supported are {', '.join(sorted(_READABLE_ENCODINGS))}"
             )
         return self._sample(index)[field]
 
@@ -166,9 +182,9 @@ class MdsShard:
                 data = os.pread(descriptor, max(0, end - begin), begin)
                 sample = self._reader.decode_sample(data)
                 if end <= begin or len(data) != end - begin:
-                    raise ValueError(f"it should lie at bytes {begin} to {end}")
+                    raise ValueError(f"its bytes should be {begin} to {end}")
             except (ValueError, IndexError, TypeError, OverflowError, struct.error) as error:
-                raise BadData(f"data: sample {index} of shard {self.name} is damaged ({error})") from error
+                raise BadData(f"data: sample {index} of shard {self.name} is corrupt ({error})") from error
             self._last = (index, sample)
         return self._last[1]
 
@@ -178,14 +194,18 @@ class MdsShard:
 
 
 class MdsWriter:
-    """A data set in MDS, with `manifest.json` beside `index.json`.
+    """Writes a data set in MDS, with `manifest.json` beside `index.json`.
 
     Args:
-        folder: of the data set.
-        fields: of every sample; all of them are stored as bytes, but `txt` as text.
-        manifest: everything but the shards, which are filled in.
+        folder: of the data set; appears when it is complete.
+        fields: names of the fields that every sample has. `txt` is stored as text, all others as bytes.
+        manifest: without shards, which are added here.
         shard_bytes: size at which a new shard begins.
-        compression: of the shards, as mosaicml-streaming names it (`zstd:7`), or none.
+        compression: of the shards, as mosaicml-streaming names it (`zstd:7`); None: not compressed.
+
+    Raises:
+        UserError: if mosaicml-streaming is not installed.
+        ValueError: from mosaicml-streaming, if it does not know the compression.
     """
 
     def __init__(
@@ -198,13 +218,17 @@ class MdsWriter:
         compression: str | None = None,
     ) -> None:
         self.folder, self.manifest = folder, manifest
-        self._aside = folder.with_name(f"{folder.name}.tmp")
-        shutil.rmtree(self._aside, ignore_errors=True)
+        self._unfinished = folder.with_name(f"{folder.name}.tmp")
+        shutil.rmtree(self._unfinished, ignore_errors=True)
         columns = {_KEY: "str"} | {field: "str" if field == "txt" else "bytes" for field in fields}
         self._library = _library()[1](
-            out=str(self._aside), columns=columns, compression=compression, hashes=["sha256"], size_limit=shard_bytes
+            out=str(self._unfinished),
+            columns=columns,
+            compression=compression,
+            hashes=["sha256"],
+            size_limit=shard_bytes,
         )
-        self._text = {name for name, encoding in columns.items() if encoding == "str"}
+        self._text_columns = {name for name, encoding in columns.items() if encoding == "str"}
         self._sizes: list[Size | None] = []
 
     def __enter__(self) -> "MdsWriter":
@@ -212,7 +236,7 @@ class MdsWriter:
 
     def write(self, key: str, fields: Mapping[str, bytes], size: Size | None) -> None:
         """Append a sample; `size` is its height and width in pixels, if known."""
-        row = {name: value.decode() if name in self._text else value for name, value in fields.items()}
+        row = {name: value.decode() if name in self._text_columns else value for name, value in fields.items()}
         self._library.write({_KEY: key, **row})
         self._sizes.append(size)
 
@@ -223,11 +247,11 @@ class MdsWriter:
             if kind is None:
                 self._finish()
         finally:
-            shutil.rmtree(self._aside, ignore_errors=True)
+            shutil.rmtree(self._unfinished, ignore_errors=True)
 
     def _finish(self) -> None:
         self._library.finish()
-        index = MdsIndex((self._aside / INDEX).read_bytes(), str(self._aside / INDEX))
+        index = MdsIndex((self._unfinished / INDEX).read_bytes(), str(self._unfinished / INDEX))
         shards, at = [], 0
         for entry in index.entries:
             known = [size for size in self._sizes[at : at + entry.samples] if size is not None]
@@ -235,5 +259,5 @@ class MdsWriter:
             shards.append(ShardEntry(**{**entry.__dict__, "sizes": sizes}))
             at += entry.samples
         manifest = Manifest(**{**self.manifest.__dict__, "format": "mds", "shards": tuple(shards)})
-        manifest.write(self._aside / "manifest.json")
-        self._aside.rename(self.folder)
+        manifest.write(self._unfinished / "manifest.json")
+        self._unfinished.rename(self.folder)

@@ -1,13 +1,16 @@
-"""Which sample comes when: a pure function of the recipe, the seed, and the place in the stream.
+"""The order of samples: a pure function of the recipe, the seed, and the place in the stream.
 
-A source's endless stream goes through all of its samples pass by pass; in each pass its shards are permuted, and then the
-samples within blocks of consecutive shards. An epoch takes a fixed number of draws from every source's stream and spreads
-them evenly over its length. Each size (bucket) then has a stream of its own, of the draws of that size over all epochs,
-and is cut into global batches: a batch stands where its last sample does. Samples that do not fill a batch wait for the
-next epoch, so nothing is ever dropped, and at an epoch's end less than one batch of each size is outstanding.
+1. Each source has an endless stream, which goes through all of its samples in passes. Each pass permutes the shards,
+   and then the samples within blocks of consecutive shards.
+2. An epoch takes a fixed number of samples (draws) from the stream of every source, and spreads them evenly.
+3. Each size (bucket) has a stream of its own: the draws of that size in all epochs. It is cut into global batches. A
+   batch takes the place of its last sample.
+4. Samples that do not fill a batch wait for the next epoch. Nothing is dropped, and at the end of an epoch less than one
+   batch of each size is waiting.
 
-Every random number is a word of a Philox counter stream keyed by (seed, what it is for, pass), so no state is kept; numpy
-keeps the words of its bit generators the same between releases (NEP 19), which it does not promise of `permutation`.
+Every random number is a word of a Philox counter stream with the key (seed, purpose, pass), so there is no state to
+save. numpy keeps the words of its bit generators the same between releases (NEP 19); it does not promise this for
+`permutation`.
 """
 
 import hashlib
@@ -21,26 +24,27 @@ from numpy.typing import NDArray
 Items = NDArray[np.int64]
 
 
-def _words(count: int, *key: object) -> NDArray[np.uint64]:
+def _random_words(count: int, *key: object) -> NDArray[np.uint64]:
+    """Uniform 64-bit words [count], a function of `key`."""
     digest = hashlib.sha256(":".join(map(str, key)).encode()).digest()
     return np.random.Philox(key=int.from_bytes(digest[:16], "little")).random_raw(count)
 
 
 def choose(weights: Sequence[float], *key: object) -> int:
-    """A place in `weights`, drawn in proportion to them by the counter `key`."""
-    word = int(_words(1, "choose", *key)[0]) / 2.0**64
+    """An index into `weights`, drawn in proportion to them; a function of `key`."""
+    word = int(_random_words(1, "choose", *key)[0]) / 2.0**64
     sums = np.cumsum(weights)
     return int(np.searchsorted(sums, word * sums[-1], side="right"))
 
 
 @dataclass(frozen=True)
 class SourceOrder:
-    """One source as the order sees it.
+    """What the order needs to know of a source.
 
     Args:
-        name: enters the randomness.
-        start: its first sample's number; the others follow.
-        shards: samples in each of its shards.
+        name: part of the random key.
+        start: number of its first sample; the others follow.
+        shards: number of samples in each shard.
         draws: samples that an epoch takes from it.
     """
 
@@ -51,7 +55,7 @@ class SourceOrder:
 
     @property
     def samples(self) -> int:
-        """In one pass."""
+        """Number of samples in one pass."""
         return sum(self.shards)
 
 
@@ -60,30 +64,30 @@ class Epoch:
     """The global batches of one epoch."""
 
     first: int
-    """Global batches before it."""
+    """Number of global batches in all earlier epochs."""
     items: Items
-    """Sample numbers [batches, global_batch_size]."""
+    """Sample numbers, int64 [batches, global_batch_size]."""
     buckets: NDArray[np.int16]
-    """Size of each batch, as a number."""
+    """The bucket of each batch, [batches]."""
 
     @cached_property
-    def alike(self) -> list[NDArray[np.int64]]:
-        """The places of the batches of each size."""
-        kinds = int(self.buckets.max()) + 1 if len(self.buckets) else 0
-        return [np.flatnonzero(self.buckets == kind) for kind in range(kinds)]
+    def places_by_bucket(self) -> list[NDArray[np.int64]]:
+        """For each bucket, the places of its batches in the epoch."""
+        count = int(self.buckets.max()) + 1 if len(self.buckets) else 0
+        return [np.flatnonzero(self.buckets == bucket) for bucket in range(count)]
 
 
 class Order:
     """The endless stream of global batches.
 
     Args:
-        sources: what is mixed.
-        buckets: the size of every sample as a number, int16 [samples of all sources].
-        global_batch_size: samples in a batch, all of one size.
-        seed: of every draw.
-        shuffle: off: shards and samples as they are listed.
-        block: samples that are shuffled together.
-        partitions: parts of an epoch of which each batch takes equal shares; divides the batch.
+        sources: to be mixed.
+        buckets: the bucket of every sample, int16 [samples of all sources].
+        global_batch_size: samples in a batch, all of one bucket.
+        seed: part of every random key.
+        shuffle: False: shards and samples come in the order of the manifest.
+        block: number of consecutive samples that are shuffled together (shuffle block).
+        partitions: parts of an epoch. Each batch takes equal shares of them, so they must divide the batch.
     """
 
     def __init__(
@@ -100,55 +104,57 @@ class Order:
         assert global_batch_size % partitions == 0
         self.sources, self.buckets, self.batch_size = tuple(sources), buckets, global_batch_size
         self.seed, self.shuffle, self.block, self.partitions = seed, shuffle, block, partitions
-        self._kinds = int(buckets.max()) + 1
-        self._totals = [
-            np.bincount(buckets[source.start : source.start + source.samples], minlength=self._kinds)
+        self._num_buckets = int(buckets.max()) + 1
+        self._bucket_counts = [
+            np.bincount(buckets[source.start : source.start + source.samples], minlength=self._num_buckets)
             for source in self.sources
         ]
-        # Two passes of each source straddle an epoch.
+        # An epoch uses up to two passes of each source.
         self._pass = lru_cache(2 * len(self.sources))(self._make_pass)
         self._draws = lru_cache(2)(self._make_draws)
         self.epoch = lru_cache(2)(self._make_epoch)
 
     @property
     def epoch_size(self) -> int:
-        """Draws in an epoch."""
+        """Number of samples in an epoch."""
         return sum(source.draws for source in self.sources)
 
     def locate(self, batch: int) -> tuple[int, int]:
-        """Epoch of a global batch, and its place there."""
+        """The epoch of a global batch, and the place of the batch in it."""
         epoch = batch * self.batch_size // self.epoch_size
         while self._batches_before(epoch + 1) <= batch:
             epoch += 1
         return epoch, batch - self._batches_before(epoch)
 
     def spares(self, epoch: Epoch, place: int, row: int) -> tuple[int, ...]:
-        """What may stand in for a sample that cannot be used: others of its size, ever farther away."""
-        same = epoch.alike[int(epoch.buckets[place])]
-        at, count = int(np.searchsorted(same, place)), len(same)
+        """Substitutes for an invalid sample: the numbers of other samples of its bucket, at growing distances."""
+        places = epoch.places_by_bucket[int(epoch.buckets[place])]
+        at, count = int(np.searchsorted(places, place)), len(places)
         steps = [1 << power for power in range(12) if 1 << power < count]
-        earlier = [int(epoch.items[same[at - step], row]) for step in steps]  # a negative place counts from the end
-        beside = [int(epoch.items[place, (row + step) % self.batch_size]) for step in (1, 2, 3)]
+        other_batches = [
+            int(epoch.items[places[at - step], row]) for step in steps
+        ]  # a negative place counts from the end
+        same_batch = [int(epoch.items[place, (row + step) % self.batch_size]) for step in (1, 2, 3)]
         item = int(epoch.items[place, row])
-        return tuple(dict.fromkeys(spare for spare in earlier + beside if spare != item))
+        return tuple(dict.fromkeys(spare for spare in other_batches + same_batch if spare != item))
 
     def _make_pass(self, number: int, index: int) -> Items:
-        """All samples of source `number` in the order of its pass `index`."""
+        """All samples of source `number`, in the order of pass `index`."""
         source = self.sources[number]
         sizes = np.asarray(source.shards, dtype=np.int64)
         starts = source.start + np.cumsum(sizes) - sizes
         if not self.shuffle:
             return source.start + np.arange(source.samples, dtype=np.int64)
-        shards = np.argsort(_words(len(sizes), self.seed, "shards", source.name, index), kind="stable")
+        shards = np.argsort(_random_words(len(sizes), self.seed, "shards", source.name, index), kind="stable")
         sizes, starts = sizes[shards], starts[shards]
         items = np.repeat(starts - (np.cumsum(sizes) - sizes), sizes) + np.arange(source.samples)
-        # A sample's word is its own, so that within one block the cut into shards does not matter.
-        words = _words(source.samples, self.seed, "samples", source.name, index)[items - source.start]
+        # Each sample keeps its random word, so that the order within a block does not depend on the cut into shards.
+        words = _random_words(source.samples, self.seed, "samples", source.name, index)[items - source.start]
         block = np.arange(source.samples, dtype=np.uint64) // np.uint64(self.block)
         return items[np.argsort((block << np.uint64(40)) | (words >> np.uint64(24)), kind="stable")]
 
     def _stream(self, number: int, start: int, stop: int) -> Items:
-        """Part of a source's endless stream."""
+        """The part from `start` to `stop - 1` of a source's endless stream."""
         samples, parts = self.sources[number].samples, []
         while start < stop:
             index, at = divmod(start, samples)
@@ -158,7 +164,7 @@ class Order:
         return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
     def _make_draws(self, epoch: int) -> Items:
-        """The samples of an epoch before they are cut into batches."""
+        """The samples of an epoch, before they are cut into batches."""
         parts = [
             self._stream(number, epoch * source.draws, (epoch + 1) * source.draws)
             for number, source in enumerate(self.sources)
@@ -167,50 +173,50 @@ class Order:
             return parts[0]
         places = []
         for source, part in zip(self.sources, parts, strict=True):
-            # Draw i of n lies somewhere in the i-th n-th of the epoch.
-            jitter = _words(len(part), self.seed, "mixture", source.name, epoch) >> np.uint64(11)
+            # Draw i of n gets a random place in [i / n, (i + 1) / n) of the epoch.
+            jitter = _random_words(len(part), self.seed, "mixture", source.name, epoch) >> np.uint64(11)
             places.append((np.arange(len(part)) + jitter / 2.0**53) / max(1, len(part)))
         return np.concatenate(parts)[np.argsort(np.concatenate(places), kind="stable")]
 
     def counts_before(self, epoch: int) -> NDArray[np.int64]:
-        """Draws of each size in all earlier epochs."""
-        counts = np.zeros(self._kinds, np.int64)
+        """Number of draws of each bucket in all epochs before `epoch`, int64 [buckets]."""
+        counts = np.zeros(self._num_buckets, np.int64)
         for number, source in enumerate(self.sources):
             passes, rest = divmod(epoch * source.draws, source.samples)
-            counts += passes * self._totals[number]
+            counts += passes * self._bucket_counts[number]
             if rest:
-                counts += np.bincount(self.buckets[self._pass(number, passes)[:rest]], minlength=self._kinds)
+                counts += np.bincount(self.buckets[self._pass(number, passes)[:rest]], minlength=self._num_buckets)
         return counts
 
     def _batches_before(self, epoch: int) -> int:
         return int((self.counts_before(epoch) // self.batch_size).sum())
 
-    def _carried(self, epoch: int) -> list[Items]:
-        """Of each size, the samples of earlier epochs that did not fill a batch, oldest first."""
+    def _waiting(self, epoch: int) -> list[Items]:
+        """For each bucket, the samples of earlier epochs that wait for a batch, oldest first."""
         missing = self.counts_before(epoch) % self.batch_size
-        carried: list[list[Items]] = [[] for _ in range(self._kinds)]
+        waiting: list[list[Items]] = [[] for _ in range(self._num_buckets)]
         while missing.any():
             epoch -= 1
             draws = self._draws(epoch)
-            kinds = self.buckets[draws]
-            for kind in np.flatnonzero(missing):
-                last = draws[kinds == kind][-missing[kind] :]
-                carried[kind].insert(0, last)
-                missing[kind] -= len(last)
-        return [np.concatenate(parts) if parts else np.zeros(0, np.int64) for parts in carried]
+            buckets = self.buckets[draws]
+            for bucket in np.flatnonzero(missing):
+                last = draws[buckets == bucket][-missing[bucket] :]
+                waiting[bucket].insert(0, last)
+                missing[bucket] -= len(last)
+        return [np.concatenate(parts) if parts else np.zeros(0, np.int64) for parts in waiting]
 
     def _make_epoch(self, epoch: int) -> Epoch:
-        draws, carried = self._draws(epoch), self._carried(epoch)
-        kinds, size, parts = self.buckets[draws], self.batch_size, self.partitions
+        draws, waiting = self._draws(epoch), self._waiting(epoch)
+        draw_buckets, size, parts = self.buckets[draws], self.batch_size, self.partitions
         items, ends, buckets = [], [], []
-        for kind in range(self._kinds):
-            here = np.flatnonzero(kinds == kind)
-            queue = np.concatenate([carried[kind], draws[here]])
-            place = np.concatenate([np.arange(-len(carried[kind]), 0), here])
+        for bucket in range(self._num_buckets):
+            places = np.flatnonzero(draw_buckets == bucket)
+            queue = np.concatenate([waiting[bucket], draws[places]])
+            queue_places = np.concatenate([np.arange(-len(waiting[bucket]), 0), places])
             count = len(queue) // size
             shares = (parts, count, size // parts)
             items.append(queue[: count * size].reshape(shares).swapaxes(0, 1).reshape(count, size))
-            ends.append(place[: count * size].reshape(shares)[0, :, -1])
-            buckets.append(np.full(count, kind, np.int16))
+            ends.append(queue_places[: count * size].reshape(shares)[0, :, -1])
+            buckets.append(np.full(count, bucket, np.int16))
         order = np.argsort(np.concatenate(ends), kind="stable")
         return Epoch(self._batches_before(epoch), np.concatenate(items)[order], np.concatenate(buckets)[order])

@@ -1,6 +1,6 @@
-"""The data recipe: where samples come from, in which sizes and order, and what is borne.
+"""The data recipe: where samples come from, their sizes and order, and how many invalid ones are tolerated.
 
-`recipes/data/*.yaml` hold one each; `data=PATH` swaps it.
+Each file of `recipes/data/*.yaml` has one; `data=PATH` selects it.
 """
 
 import re
@@ -17,25 +17,27 @@ class SourceConfig:
     """One data set of a mixture."""
 
     name: str
-    """Its own, in logs and in the randomness of its order: renaming it changes the order."""
+    """A unique name, for logs. It is part of the random key of the order: another name changes the order."""
     uri: str
-    """Folder, `s3://bucket/prefix`, `https://...`; or the shards by braces: `s3://bucket/{00000..00127}.tar`."""
+    """Folder, `s3://bucket/prefix`, `https://...`; or the shards, with braces: `s3://bucket/{00000..00127}.tar`."""
     format: Literal["webdataset", "mds", "folder"] = "webdataset"
-    """Tars of webdataset's layout, mosaicml-streaming's shards, or a folder of images with captions."""
+    """Tars in webdataset's layout, shards of mosaicml-streaming, or a folder of images with captions."""
     manifest: str | None = None
-    """`manifest.json`, if it is not beside the shards (`scfm data index` makes one)."""
+    """Path or address of `manifest.json`, if it is not beside the shards (`scfm data index` makes one)."""
     split: str | None = None
     """Subfolder of `uri`."""
     weight: float | None = None
-    """Share of the mixture, relative to the other sources'; none: by the number of samples."""
+    """Share of the mixture, relative to the weights of the other sources. None: in proportion to the number of
+    samples."""
     image: tuple[str, ...] = ("jpg", "jpeg", "png", "webp", "bmp", "image")
-    """Of images: the field that holds one; the first that a sample has."""
+    """Of images: names of the field that has the image. The first one that a sample has is used."""
     captions: Mapping[str, float] = field(default_factory=lambda: {"txt": 1.0})
-    """Of images: the fields that hold captions, `json.NAME` for a key of a JSON field, and how often each is chosen."""
+    """Of images: the fields that have captions (`json.NAME` for a key of a JSON field), and how often each is
+    chosen."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w.-]+", self.name):
-            raise ValueError(f"data.sources: a name is of letters, digits, '_', '-' and '.', got {self.name!r}")
+            raise ValueError(f"data.sources: a name may have letters, digits, '_', '-' and '.', got {self.name!r}")
         where = f"data.sources ({self.name})"
         refuse_uri(self.uri, f"{where}: uri")
         if self.manifest is not None:
@@ -43,23 +45,23 @@ class SourceConfig:
         if self.split is not None and not re.fullmatch(r"[\w.-]+", self.split):
             raise ValueError(f"{where}: split is the name of a subfolder, got {self.split!r}")
         if self.weight is not None and not self.weight > 0:
-            raise ValueError(f"{where}: weight must be positive, got {self.weight}; leave a source out to weigh it 0")
+            raise ValueError(f"{where}: weight must be positive, got {self.weight}; to exclude a source, delete it")
         if not self.captions or min(self.captions.values()) < 0 or sum(self.captions.values()) <= 0:
-            raise ValueError(f"{where}: captions needs fields with weights, such as {{txt: 1.0}}")
+            raise ValueError(f"{where}: captions needs fields with weights, for example {{txt: 1.0}}")
         if not self.image:
-            raise ValueError(f"{where}: image needs the name of at least one field, such as [jpg]")
+            raise ValueError(f"{where}: image needs the name of at least one field, for example [jpg]")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig:
-    """Local copies of remote shards, shared by all processes and jobs of a machine."""
+    """The cache: local copies of remote shards, shared by all processes and jobs of a machine."""
 
     dir: str = "~/.cache/scfm/shards"
     """A folder on a local disk."""
     limit_gb: float | None = None
-    """Size (10^9 bytes) above which the least recently used copies are deleted; none: no limit."""
+    """Size in 10^9 bytes. Above it the least recently used copies are deleted. None: no limit."""
     timeout: float = 300.0
-    """Seconds for one shard, attempts and pauses included."""
+    """Seconds for the download of one shard, with all retries and the pauses between them."""
 
     def __post_init__(self) -> None:
         if self.limit_gb is not None and not self.limit_gb > 0:
@@ -70,39 +72,42 @@ class CacheConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What a run reads. Either `path` (with `format`), for one source on this machine, or `sources`."""
+    """The data of a run: either `path` (with `format`), for one source on this machine, or `sources`."""
 
     path: str | None = None
     """Folder of shards with `manifest.json`, or of images with captions."""
     format: Literal["webdataset", "mds", "folder"] = "webdataset"
-    """Of `path`: `webdataset` or `mds`: shards; `folder`: images."""
+    """Of `path`. `webdataset` and `mds` are shards; `folder` is a folder of images."""
     sources: tuple[SourceConfig, ...] = ()
     """The mixture."""
     resolution: tuple[int, int] = (512, 512)
-    """Height and width in pixels; of aspect-ratio buckets the one whose area the others keep to."""
+    """Height and width in pixels. With aspect-ratio buckets: the one whose area no other exceeds."""
     buckets: Literal["none", "auto"] | tuple[tuple[int, int], ...] = "none"
-    """Sizes that a batch may have: `none` (`resolution` alone), `auto` (as many pixels, sides multiples of
-    `bucket_step`, at most 2:1), or a list such as [[512, 512], [448, 576]]. A global batch is of one size."""
+    """Sizes that a batch may have: `none` (only `resolution`), `auto` (at most as many pixels as `resolution`, sides
+    are multiples of `bucket_step`, at most 2:1), or a list such as [[512, 512], [448, 576]]. A global batch has one
+    size."""
     bucket_step: int = 64
-    """Of `buckets: auto`, in pixels."""
+    """With `buckets: auto`, in pixels."""
     shuffle: bool = True
-    """A new order every epoch; off: the shards' order."""
+    """A new order in every epoch. False: always the order of the shards."""
     shuffle_block: int = 20_000
-    """Samples of consecutive shards (themselves shuffled) that are shuffled together: the more, the more shards are
-    read at a time."""
+    """Number of samples that are shuffled together, after the shards were shuffled. A larger block reads more shards at
+    a time."""
     partitions: int = 1
-    """Parts of an epoch, each with shards of its own, of which every global batch takes equal shares. With the number of
-    machines (or a multiple) here, each machine downloads only its share. Divides the global batch."""
+    """Parts of an epoch, each with its own shards. Every global batch takes equal shares of all parts. Set it to the number
+    of machines or a multiple of it: each machine then downloads only its share. It must divide the global batch."""
     epoch_size: int | None = None
-    """Samples that are called an epoch; none: as many as all sources have."""
+    """Samples of an epoch. None: the number of samples of all sources."""
     seed: int | None = None
-    """Of the order; none: `run.seed`."""
+    """Of the order. None: `run.seed`."""
     max_bad_fraction: float = 0.0
-    """Share of samples that may be unusable: each is replaced by a neighbour and logged. More than that stops the run."""
+    """Tolerated share of invalid samples. Each is replaced by another sample and logged. A larger share stops the
+    run."""
     num_workers: int = 2
-    """Processes that decode ahead, beside one that downloads ahead; 0 does both in the training process."""
+    """Processes that decode batches ahead of the training; one more process downloads shards ahead. 0: the training
+    process does both itself."""
     verify: bool = True
-    """Hash every shard when it is first opened (about 1 GB/s)."""
+    """Hash every shard when it is first opened, and compare with the manifest (about 1 GB/s)."""
     cache: CacheConfig = field(default_factory=CacheConfig)
 
     def __post_init__(self) -> None:
@@ -125,7 +130,7 @@ class DataConfig:
 
     def _check_sources(self) -> None:
         if (self.path is None) == (not self.sources):
-            raise ValueError("data needs either path or sources, and not both")
+            raise ValueError("data needs either path or sources, not both")
         if self.path is not None:
             if not self.path:
                 raise ValueError("data.path is empty; name a folder, e.g. data/flux_512")
@@ -133,20 +138,20 @@ class DataConfig:
         names = [source.name for source in self.sources]
         if len(set(names)) < len(names):
             raise ValueError(
-                f"data.sources has two of one name: {names}; the name enters the order, so give each its own"
+                f"data.sources has two sources of one name: {names}; the order depends on the names, so they must be unique"
             )
         weighed = [source.weight is not None for source in self.sources]
         if any(weighed) and not all(weighed):
             raise ValueError("data.sources: give every source a weight, or none of them")
 
     def mixture(self) -> tuple[SourceConfig, ...]:
-        """The sources; `path` as one of them."""
+        """The sources; `path` becomes one."""
         if self.path is None:
             return self.sources
         return (SourceConfig(name="data", uri=self.path, format=self.format),)
 
     def sizes(self) -> tuple[Size, ...]:
-        """Every size that a batch may have, in pixels."""
+        """Every size that a batch may have: height and width in pixels."""
         if self.buckets == "none":
             return (self.resolution,)
         if self.buckets == "auto":
@@ -155,7 +160,12 @@ class DataConfig:
 
 
 def aspect_buckets(resolution: Size, step: int, max_ratio: float = 2.0) -> tuple[Size, ...]:
-    """Sizes of at most the pixels of `resolution`, the longest for each height, sides multiples of `step`.
+    """Aspect-ratio buckets: for each height the largest width, with at most the area of `resolution`.
+
+    Args:
+        resolution: height and width in pixels; also one of the buckets.
+        step: all sides are multiples of it, in pixels.
+        max_ratio: of the longer side to the shorter one.
 
     The scheme of NovelAI's aspect-ratio bucketing (https://github.com/NovelAI/novelai-aspect-ratio-bucketing).
     """

@@ -1,4 +1,4 @@
-"""Objects of remote storage, through fsspec: attempts with growing pauses, and a deadline."""
+"""Reading of remote storage through fsspec, with retries, growing pauses between them, and a deadline."""
 
 import errno
 import os
@@ -13,53 +13,53 @@ from scfm_core.data.uri import SCHEMES
 from scfm_core.errors import UserError
 from scfm_core.secrets import scrub
 
-# No byte for so long: the connection is dead. One of several attempts, so far below any deadline.
+# Timeouts of one attempt, far below any deadline. Without a byte for _STALL_SECONDS the connection counts as dead.
 _CONNECT_SECONDS, _STALL_SECONDS = 10.0, 20.0
-_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def fetch(uri: str, target: Path, deadline: float) -> None:
-    """One object into a file.
+    """Download one object into a file.
 
     Args:
-        uri: of a whitelisted scheme.
-        target: written over.
-        deadline: seconds, attempts and pauses included.
+        uri: of an allowed scheme.
+        target: overwritten.
+        deadline: seconds, with all retries and the pauses between them.
 
     Raises:
-        UserError: if it is not there, not allowed, or not to be had within the deadline.
-        OSError: of the local disk.
+        UserError: if the object is missing, not permitted, or unavailable until the deadline.
+        OSError: from the local disk.
     """
 
     def get(left: float) -> None:
         filesystem, path = _filesystem(uri, left)
         filesystem.get_file(path, str(target), timeout=left)
 
-    _attempts(uri, get, deadline)
+    _retry(uri, get, deadline)
 
 
 def read(uri: str, deadline: float) -> bytes:
-    """A small object; errors as `fetch`."""
+    """The content of a small object; arguments and errors as `fetch`."""
 
     def cat(left: float) -> bytes:
         filesystem, path = _filesystem(uri, left)
         return bytes(filesystem.cat_file(path, timeout=left))
 
-    return _attempts(uri, cat, deadline)
+    return _retry(uri, cat, deadline)
 
 
 def names_below(uri: str, deadline: float) -> list[str]:
-    """The names of the objects in a folder; errors as `fetch`."""
+    """The names of the objects in a folder, without its subfolders; arguments and errors as `fetch`."""
 
     def ls(left: float) -> list[str]:
         filesystem, path = _filesystem(uri, left)
         return [str(name).rpartition("/")[2] for name in filesystem.ls(path, detail=False, timeout=left)]
 
-    return list(_attempts(uri, ls, deadline))
+    return list(_retry(uri, ls, deadline))
 
 
 def close_connections() -> None:
-    """Forget open connections, before processes are forked that would share them."""
+    """Drop open connections. Call before a fork: the child process would share them."""
     for name, scheme in (("s3fs", "s3"), ("fsspec.implementations.http", "https")):
         if name in sys.modules:
             import fsspec
@@ -71,7 +71,7 @@ def _filesystem(uri: str, left: float) -> tuple[Any, str]:
     import fsspec
 
     scheme = uri.partition("://")[0]
-    # Of few values, since each makes a client of its own.
+    # One of few values, because fsspec makes a client for each value.
     stall = next((seconds for seconds in (_STALL_SECONDS, 5.0) if left > seconds), 1.0)
     options: dict[str, Any] = {}
     if scheme == "s3":
@@ -93,13 +93,14 @@ def _filesystem(uri: str, left: float) -> tuple[Any, str]:
             options = {"client_kwargs": {"timeout": timeout}}
         filesystem, path = fsspec.core.url_to_fs(uri, **options)
     except ImportError as error:
-        raise UserError(f"data: {uri} needs one more package: {SCHEMES[scheme]}") from error
+        raise UserError(f"data: {uri} needs another package: {SCHEMES[scheme]}") from error
     if scheme == "s3":
-        filesystem.retries = 1  # attempts are counted here, not in both
+        filesystem.retries = 1  # `_retry` does the retries; without this both would
     return filesystem, str(path)
 
 
-def _attempts(uri: str, call: Callable[[float], Any], deadline: float) -> Any:
+def _retry(uri: str, call: Callable[[float], Any], deadline: float) -> Any:
+    """The result of `call(seconds left)`, called again after errors that may pass."""
     end, pause = time.monotonic() + deadline, 0.25
     while True:
         try:
@@ -107,33 +108,33 @@ def _attempts(uri: str, call: Callable[[float], Any], deadline: float) -> Any:
         except UserError:
             raise
         except FileNotFoundError as error:
-            if error.filename is not None:  # the local side: the target's folder has gone
+            if error.filename is not None:  # of the local disk: the target's folder was deleted
                 raise
-            raise UserError(f"data: there is no {uri} (404): {_said(error)}") from None  # it repeats the server's words
+            raise UserError(f"data: there is no {uri} (404): {_summary(error)}") from None  # the cause may hold secrets
         except PermissionError as error:
             if error.filename is not None:
                 raise
             raise UserError(
-                f"data: {uri} may not be read (403): {_said(error)}. Check the credentials in the environment"
+                f"data: no permission to read {uri} (403): {_summary(error)}. Check the credentials in the environment"
             ) from None
-        except Exception as error:  # botocore, aiohttp, asyncio and OSError, of some twenty classes
-            if isinstance(error, OSError) and (error.filename is not None or error.errno in _OF_THE_DISK):
+        except Exception as error:  # some twenty classes, of botocore, aiohttp, asyncio and OSError
+            if isinstance(error, OSError) and (error.filename is not None or error.errno in _DISK_ERRORS):
                 raise
-            final = _final(error)
-            if final:
-                raise UserError(f"data: {uri} cannot be read: {final} ({_said(error)})") from None
+            reason = _permanent_reason(error)
+            if reason:
+                raise UserError(f"data: {uri} cannot be read: {reason} ({_summary(error)})") from None
             left = end - time.monotonic()
             if left <= pause:
                 raise UserError(
-                    f"data: {uri} could not be read within {deadline:.0f} s, the last attempt ended with: {_said(error)}. "
+                    f"data: {uri} could not be read within {deadline:.0f} s; the last attempt failed with: {_summary(error)}. "
                     f"If the storage is slow, raise data.cache.timeout"
                 ) from None
-        time.sleep(pause * random.uniform(0.5, 1.0))  # not all processes at once
+        time.sleep(pause * random.uniform(0.5, 1.0))  # jitter, so that not all processes retry at once
         pause = min(2 * pause, 10.0)
 
 
-def _final(error: Exception) -> str | None:
-    """Why another attempt would not help, or None."""
+def _permanent_reason(error: Exception) -> str | None:
+    """Why a retry would not help; None if it may help."""
     status = getattr(error, "status", None)
     if isinstance(status, int) and 400 <= status < 500 and status not in (408, 429):
         return f"the server answers {status}"
@@ -142,9 +143,9 @@ def _final(error: Exception) -> str | None:
     return None
 
 
-def _said(error: Exception) -> str:
-    """An error in one line, without what the environment keeps secret."""
-    # aiohttp's repr holds the request with its headers.
+def _summary(error: Exception) -> str:
+    """An error in one line, without the secrets of the environment."""
+    # The repr of aiohttp's errors holds the headers of the request, so only their status is used.
     status = getattr(error, "status", None)
     text = f"status {status}" if isinstance(status, int) else f"{type(error).__name__}: {error}".strip(": ")
     return scrub(" ".join(text.split()))[:300]

@@ -1,10 +1,11 @@
-"""What a sample is, in memory and in a shard, and what the manifest beside the shards says of them.
+"""Samples in memory and in a shard, and the manifest that describes the shards of a data set.
 
-A cached sample has three fields: `safetensors` (`latents` [C, h, w], `text` [L, D], `pooled` [P]; with the teacher's path also
-`velocities` [K, C, h, w], `sigmas` [K + 1], `guidance` []), `txt` (caption, UTF-8) and `json` (`height`, `width` in pixels, `source`,
-or how the teacher made it). A sample of images has an image file and its captions. In a tar of webdataset's layout
-(https://github.com/webdataset/webdataset) a field is the member `<key>.<field>`, in MDS
-(https://docs.mosaicml.com/projects/streaming) a column. `manifest.json` counts, measures and hashes the shards of either.
+A cached sample has three fields: `safetensors` (`latents` [C, h, w], `text` [L, D], `pooled` [P]; with the teacher's
+path also `velocities` [K, C, h, w], `sigmas` [K + 1], `guidance` []), `txt` (caption, UTF-8) and `json` (`height`,
+`width` in pixels, and `source` or how the teacher made it). A sample of images has an image file and its captions. In a
+tar of webdataset's layout (https://github.com/webdataset/webdataset) a field is the member `<key>.<field>`, in MDS
+(https://docs.mosaicml.com/projects/streaming) a column. `manifest.json` has the number and sizes of the samples and the
+hashes of the shards, for both formats.
 """
 
 import json
@@ -24,51 +25,54 @@ MANIFEST_FORMAT = "scfm-manifest"
 MANIFEST_VERSION = 2
 
 PATH = ("velocities", "sigmas", "guidance")
-"""Tensors of a stored path, beside a cached sample's others."""
+"""The tensors of the teacher's path in a cached sample."""
 
 Size = tuple[int, int]
 """Height and width in pixels."""
 
 
 class BadData(UserError):
-    """Content that cannot be used: a corrupt shard, an undecodable sample. `data.max_bad_fraction` says how much is borne."""
+    """Invalid content: a corrupt shard, a sample that cannot be decoded. `data.max_bad_fraction` is the share that is
+    tolerated."""
 
 
 @dataclass(kw_only=True)
 class Record:
-    """One sample as a reader returns it: cached tensors, or an image to be encoded on the fly."""
+    """One sample as a reader returns it: cached tensors, or an image that is encoded on the fly."""
 
     key: str
     caption: str
     latents: Tensor | None = None
+    """[C, h, w]."""
     text: Tensor | None = None
-    """[n, D]: all of the model's text length, or what a padding fills up to it."""
+    """[n, D]: without its padding if `padding` is set, else of the full text length."""
     pooled: Tensor | None = None
+    """[P]."""
     padding: int | None = None
-    """Which of the corpus's paddings fills up `text`; None if it is whole."""
+    """Number of the padding of `text` among the corpus's paddings; None if `text` has the full length."""
     image: Tensor | None = None
     """fp32 [3, H, W] in [-1, 1]."""
     path: dict[str, Tensor] | None = None
-    """The teacher's path to `latents`, where it was stored and is asked for: `velocities` [K, C, h, w], mean velocities of its
-    intervals; `sigmas` fp32 [K + 1], of its nodes; `guidance` fp32 []."""
+    """The teacher's path to `latents`, if it is stored and requested: `velocities` [K, C, h, w], the mean velocities of
+    its intervals; `sigmas` fp32 [K + 1], of its nodes; `guidance` fp32 []."""
 
 
 @dataclass(frozen=True)
 class PackedText:
-    """Text embeddings of a batch one after another, without their padding, which is added on the device.
+    """The text embeddings of a batch, concatenated without padding. The padding is added on the device.
 
-    The padding is most of the bytes (L = 512 tokens, a caption has some 60), so it is not carried from process to process.
+    The padding is most of the bytes (L = 512 tokens, a caption has about 60), so it is not sent between processes.
     """
 
     tokens: Tensor
     """[sum of lengths, D]."""
     lengths: list[int]
-    """B rows."""
+    """Tokens of each of the B rows."""
     paddings: list[int | None]
-    """Which padding fills up each row; None if it is whole."""
+    """Number of each row's padding; None if the row has the full length."""
 
     def padded(self, paddings: Sequence[Tensor | None], device: torch.device | str = "cpu") -> Tensor:
-        """The embeddings as the network takes them.
+        """The padded embeddings, as the network takes them.
 
         Args:
             paddings: those of the corpus, [L, D] each, on `device`.
@@ -95,23 +99,27 @@ class Batch:
     """Records of one shape, stacked."""
 
     sample_ids: Tensor
-    """Global sample indices, int64 [B]: the place in the run's endless stream, the counter of its randomness."""
+    """Global sample indices, int64 [B]: places in the endless stream of the run. All randomness of a sample depends on
+    its index."""
     keys: list[str]
     captions: list[str]
     latents: Tensor | None
+    """[B, C, h, w]."""
     text: PackedText | None
     pooled: Tensor | None
+    """[B, P]."""
     images: Tensor | None
+    """fp32 [B, 3, H, W] in [-1, 1]."""
     path: dict[str, Tensor] | None = None
-    """As the records', stacked."""
+    """The stacked paths of the records."""
     bad: list[str] = field(default_factory=list)
-    """Samples that could not be used and were replaced: which, and why."""
+    """Invalid samples that were replaced: their names, and what is wrong with them."""
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def pinned(self) -> "Batch":
-        """The same in pinned memory, from which a GPU copies while the CPU goes on. Needs CUDA."""
+        """A copy in pinned memory, for asynchronous copies to a GPU. Needs CUDA."""
 
         def pin(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.pin_memory()
@@ -127,10 +135,14 @@ class Batch:
 
 
 def collate(sample_ids: Sequence[int], records: Sequence[Record]) -> Batch:
-    """Stack records.
+    """Stack records to a batch.
+
+    Args:
+        sample_ids: global sample indices, one for each record.
+        records: of one shape.
 
     Raises:
-        UserError: if their shapes differ (one batch holds one size).
+        UserError: if their shapes differ.
     """
 
     def check(name: str, shapes: set[tuple[int, ...]]) -> None:
@@ -179,29 +191,29 @@ def collate(sample_ids: Sequence[int], records: Sequence[Record]) -> Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardEntry:
-    """One shard as the manifest lists it."""
+    """One shard in a manifest."""
 
     name: str
     """Path relative to the data set's folder."""
     samples: int
     bytes: int
     sha256: str | None
-    """In hex; none where a foreign index has none: then the size alone is held."""
+    """In hex. None: the index of another tool does not have it, and only the size is compared."""
     sizes: tuple[tuple[int, int, int], ...] = ()
-    """Runs of (height, width, samples), in pixels, in the samples' order; empty if nobody measured them."""
+    """Runs of (height, width, samples), in pixels, in the order of the samples; empty if they are unknown."""
 
     def checked(self) -> "ShardEntry":
-        """Itself; ValueError or TypeError if a value is none that a shard can have."""
+        """The entry itself; raises ValueError or TypeError if a value is invalid."""
         for value, kind in ((self.name, str), (self.samples, int), (self.bytes, int)):
             if type(value) is not kind:
-                raise TypeError(f"{value!r} of shard {self.name!r} is no {kind.__name__}")
+                raise TypeError(f"{value!r} of shard {self.name!r} is not of type {kind.__name__}")
         if self.sha256 is not None and (type(self.sha256) is not str or len(self.sha256) != 64):
             raise ValueError(f"the sha256 of shard {self.name} is {self.sha256!r}")
-        if not 0 <= self.samples <= self.bytes:  # a sample takes a byte at least
+        if not 0 <= self.samples <= self.bytes:  # a sample has at least one byte
             raise ValueError(f"shard {self.name} has {self.samples} samples in {self.bytes} bytes")
         runs = [type(number) is int and number > 0 for run in self.sizes for number in run]
         if self.sizes and (not all(runs) or sum(count for _, _, count in self.sizes) != self.samples):
-            raise ValueError(f"the sizes of shard {self.name} are not those of {self.samples} samples")
+            raise ValueError(f"the sizes of shard {self.name} do not add up to {self.samples} samples")
         return self
 
 
@@ -211,18 +223,19 @@ class Manifest:
 
     format: Literal["webdataset", "mds"] = "webdataset"
     encoder: str | None = None
-    """Of a cache: fingerprint of VAE and text encoders; caches of two models do not mix. None: images."""
+    """Of a cache: fingerprint of the VAE and the text encoders; caches of two models cannot be mixed. None: images."""
     text_length: int | None = None
-    """Of a cache: T5 tokens."""
+    """Of a cache: number of T5 tokens."""
     padding: str | None = None
-    """Of a cache whose T5 padding is trimmed: sha256 of `padding.safetensors`, which fills it up again."""
+    """Of a cache with trimmed texts: sha256 of `padding.safetensors`, which holds the padding."""
     network: str | None = None
-    """Of stored paths: fingerprint of the network that took them; a student learns those of its own teacher."""
+    """Of stored paths: fingerprint of the network that made them. It must be the teacher of the student that learns
+    them."""
     shards: tuple[ShardEntry, ...] = ()
 
     @property
     def samples(self) -> int:
-        """In all shards."""
+        """Number of samples in all shards."""
         return sum(shard.samples for shard in self.shards)
 
     @property
@@ -231,29 +244,33 @@ class Manifest:
         return {(height, width) for shard in self.shards for height, width, _ in shard.sizes}
 
     def dumps(self) -> str:
-        """As JSON text, a line a shard."""
+        """As JSON text, one line for each shard."""
         data = {"manifest": MANIFEST_FORMAT, "version": MANIFEST_VERSION, **asdict(self), "samples": self.samples}
         shards = ",\n    ".join(json.dumps(shard) for shard in data.pop("shards"))
         return json.dumps(data, indent=2)[:-2] + f',\n  "shards": [\n    {shards}\n  ]\n}}\n'
 
     def write(self, path: Path) -> None:
-        """Write aside and rename: a manifest that is there is complete."""
+        """Write to a temporary file and rename it, so that an existing manifest is always complete."""
         aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         aside.write_text(self.dumps(), encoding="utf-8")
         aside.replace(path)
 
     @classmethod
     def parse(cls, text: bytes | str, where: str) -> "Manifest":
-        """Read and check; `where` is what messages name.
+        """Parse and check the text of a manifest.
+
+        Args:
+            text: JSON.
+            where: path or address of the manifest, for messages.
 
         Raises:
-            UserError: if it is damaged, of another version, or names shards outside its folder.
+            UserError: if it is damaged, has another version, or names shards outside its folder.
         """
         try:
             data: dict[str, Any] = json.loads(text)
             if data.pop("manifest", None) != MANIFEST_FORMAT or data.pop("version", None) != MANIFEST_VERSION:
                 raise UserError(
-                    f"data: {where} is of another format or version than this release reads. Encode again, or index "
+                    f"data: {where} has another format or version than this release reads. Encode again, or index "
                     f"the shards again with `scfm data index`"
                 )
             samples = data.pop("samples")
@@ -264,17 +281,17 @@ class Manifest:
             if any(
                 type(value) not in (str, type(None)) for value in (manifest.encoder, manifest.padding, manifest.network)
             ):
-                raise TypeError("encoder, padding and network are texts")
+                raise TypeError("encoder, padding and network must be strings")
         except UserError:
             raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:  # no JSON, no UTF-8, or other keys
+        except (ValueError, KeyError, TypeError, AttributeError) as error:  # not JSON, not UTF-8, or other keys
             raise UserError(
                 f"data: {where} is damaged ({error!r}). Make it again: `scfm data encode` or `scfm data index`"
             ) from error
         if manifest.samples != samples:
-            raise UserError(f"data: {where} is damaged: {samples} samples are not its shards' sum. Make it again")
+            raise UserError(f"data: {where} is damaged: its shards do not add up to {samples} samples. Make it again")
         if samples == 0:
-            raise UserError(f"data: {where} lists no sample")
+            raise UserError(f"data: {where} lists no samples")
         for shard in shards:
             refuse_outside(shard.name, where)
         return manifest
@@ -286,10 +303,14 @@ def _entry(data: dict[str, Any]) -> ShardEntry:
 
 
 def refuse_outside(name: str, where: str) -> None:
-    """A shard's name is a path below the data set's folder, whatever a manifest says.
+    """Refuse the name of a shard that is not a path inside the folder of the data set.
+
+    Args:
+        name: of the shard.
+        where: the manifest that has the name, for the message.
 
     Raises:
-        UserError: if it leads elsewhere.
+        UserError: if the name is a path to another place.
     """
     parts = PurePosixPath(name).parts
     if not parts or name.startswith("/") or ".." in parts or any(mark in name for mark in "\\:\0"):
@@ -297,7 +318,7 @@ def refuse_outside(name: str, where: str) -> None:
 
 
 def runs_of(sizes: Sequence[Size]) -> tuple[tuple[int, int, int], ...]:
-    """Run-length form of the sizes of a shard's samples."""
+    """Run-length encoding of the sizes of a shard's samples: (height, width, samples) of each run."""
     runs: list[tuple[int, int, int]] = []
     for height, width in sizes:
         if runs and runs[-1][:2] == (height, width):

@@ -1,4 +1,4 @@
-"""One data set of a recipe: its manifest, and its shards, opened from a local folder or from the cache."""
+"""One data set of a recipe: its manifest and its shards, which are read from a local folder or from the cache."""
 
 import hashlib
 import json
@@ -21,11 +21,11 @@ from scfm_core.errors import UserError
 from scfm_core.files import mismatch
 
 PADDING = "padding.safetensors"
-"""Of a cache with trimmed texts: `text` [text_length, D], the T5 output of an empty caption."""
+"""File of a data set with trimmed texts: `text` [text_length, D], the T5 output for an empty caption."""
 
 
 class Shard(Protocol):
-    """An open shard: any field of any sample, as bytes."""
+    """An open shard: random access to the fields of its samples, as bytes."""
 
     name: str
 
@@ -36,88 +36,89 @@ class Shard(Protocol):
         ...
 
     def fields(self, index: int) -> list[str]:
-        """What sample `index` has."""
+        """Names of the fields of sample `index`."""
         ...
 
     def read(self, index: int, field: str) -> bytes | None:
-        """One field, or None if the sample has none of this name; BadData if it is damaged."""
+        """One field, or None if the sample does not have it; raises BadData if it is corrupt."""
         ...
 
     def close(self) -> None:
-        """Free the file."""
+        """Close the file."""
         ...
 
 
 @dataclass
 class Source:
-    """A data set of shards.
-
-    `open_source` makes one; `check` and `open` are safe in threads.
-    """
+    """A data set of shards; `open_source` makes it. `open` is safe in threads."""
 
     config: SourceConfig
     base: str
-    """Folder or address that the shards' names are relative to."""
+    """Folder or address. The names of the shards are relative to it."""
     manifest: Manifest
     index: MdsIndex | None = None
+    """Of MDS: its `index.json`."""
     padding: Tensor | None = field(default=None, repr=False)
+    """[text_length, D], if the texts are trimmed."""
     cache: ShardCache | None = None
 
     def address(self, number: int) -> str:
-        """Path or URI of a shard, for messages too."""
+        """Path or URI of a shard."""
         return join(self.base, self.manifest.shards[number].name)
 
     def open(self, number: int, *, check: bool) -> Shard:
-        """Open a shard, after fetching it if need be.
+        """Open a shard, after a download if it is remote and not in the cache.
 
         Args:
             number: of the shard in the manifest.
-            check: hash it, if it was not downloaded (and hashed) just now.
+            check: hash it, unless this call has downloaded (and hashed) it.
 
         Raises:
-            BadData: if it is not what the manifest says, after one more download if it is a copy; or not readable.
-            UserError: if it cannot be had.
+            BadData: if it is missing, not readable, or differs from the manifest. A corrupt copy is downloaded again
+                once.
+            UserError: if it is unavailable.
         """
         entry, name = self.manifest.shards[number], self.address(number)
-        packed = None if self.index is None else self.index.compressed(number)
-        again = True
+        compressed = None if self.index is None else self.index.compressed(number)
+        may_retry = self._uses_cache(compressed)
         while True:
-            path, fresh = self._path(number, entry, packed)
+            path, verified = self._path(number, entry, compressed)
             try:
                 file = path.open("rb")
             except FileNotFoundError as error:
-                if self._is_copy(packed):
-                    continue  # deleted between the two lines, to make room for another shard
+                if self._uses_cache(compressed):
+                    continue  # evicted since `_path`
                 raise BadData(f"data: shard {name} is listed in the manifest but missing; copy it again") from error
             except OSError as error:
                 raise BadData(f"data: shard {name} cannot be opened ({error.strerror})") from error
-            wrong = None if fresh else mismatch(file, entry.bytes, entry.sha256 if check else None)
-            if wrong is None:
+            difference = None if verified else mismatch(file, entry.bytes, entry.sha256 if check else None)
+            if difference is None:
                 return self._parse(file, number, entry, name)
             file.close()
-            if not self._is_copy(packed) or not again:
-                raise BadData(f"data: shard {name} is corrupt: {wrong}. Copy it again")
+            if not may_retry:
+                raise BadData(f"data: shard {name} is corrupt: {difference}. Copy it again")
             assert self.cache is not None
-            stored = packed or entry
+            stored = compressed or entry
             self.cache.discard(join(self.base, stored.name), stored.sha256)
-            again = False
+            may_retry = False
 
-    def _is_copy(self, packed: ShardEntry | None) -> bool:
-        return packed is not None or is_remote(self.base)
+    def _uses_cache(self, compressed: ShardEntry | None) -> bool:
+        return compressed is not None or is_remote(self.base)
 
-    def _path(self, number: int, entry: ShardEntry, packed: ShardEntry | None) -> tuple[Path, bool]:
+    def _path(self, number: int, entry: ShardEntry, compressed: ShardEntry | None) -> tuple[Path, bool]:
+        """Path of a shard as a plain local file, and whether it was verified just now."""
         name = self.address(number)
-        if not self._is_copy(packed):
+        if not self._uses_cache(compressed):
             return Path(name), False
         assert self.cache is not None
-        if packed is None:
+        if compressed is None:
             return self.cache.get(name, entry.bytes, entry.sha256)
         assert self.index is not None
         return self.cache.get(
-            join(self.base, packed.name),
-            packed.bytes,
-            packed.sha256,
-            self.index.unpack(number, packed.name),
+            join(self.base, compressed.name),
+            compressed.bytes,
+            compressed.sha256,
+            self.index.unpack(number, compressed.name),
             entry.bytes,
         )
 
@@ -127,7 +128,7 @@ class Source:
             shard: Shard = TarShard(file, name) if index is None else MdsShard(file, index.shards[number], name)
             if len(shard) != entry.samples:
                 raise BadData(
-                    f"data: shard {name} holds {len(shard)} samples, the manifest says {entry.samples}: it is cut or was "
+                    f"data: shard {name} holds {len(shard)} samples, the manifest says {entry.samples}: it was truncated or "
                     f"overwritten. Copy it again"
                 )
             return shard
@@ -136,86 +137,87 @@ class Source:
             raise
 
     def check_present(self) -> None:
-        """Hold the sizes of local shards against the manifest; remote ones are checked when they are downloaded.
+        """Compare the sizes of local shards with the manifest. Remote shards are checked when they are downloaded.
 
         Raises:
-            UserError: naming the shard that is missing or of another size.
+            UserError: if a shard is missing or has another size; the message names it.
         """
         if is_remote(self.base):
             return
         for number, entry in enumerate(self.manifest.shards):
-            packed = None if self.index is None else self.index.compressed(number)
-            path = Path(join(self.base, (packed or entry).name))
+            compressed = None if self.index is None else self.index.compressed(number)
+            stored = compressed or entry
+            path = Path(join(self.base, stored.name))
             if not path.is_file():
                 raise UserError(f"data: shard {path} is listed in the manifest but missing; copy it again")
-            if path.stat().st_size != (packed or entry).bytes:
+            if path.stat().st_size != stored.bytes:
                 raise UserError(
-                    f"data: shard {path} has {path.stat().st_size} bytes, the manifest says {(packed or entry).bytes}: it "
-                    f"is cut or was overwritten. Copy it again, or encode again"
+                    f"data: shard {path} has {path.stat().st_size} bytes, the manifest says {stored.bytes}: it was "
+                    f"truncated or overwritten. Copy it again, or encode again"
                 )
 
 
 def open_source(config: SourceConfig, cache: ShardCache | None, timeout: float) -> Source:
-    """Read a source's manifest; no shard is touched.
+    """Open a source: read its manifest, and no shard.
 
     Args:
         config: of the source.
         cache: for remote and compressed shards.
-        timeout: seconds for each of the files read here.
+        timeout: seconds for each file that is read here.
 
     Raises:
-        UserError: if there is no manifest, it is damaged, or it does not list the shards that `uri` names.
+        UserError: if the manifest is missing or damaged, or does not list the shards that `uri` names.
     """
     uri = config.uri if is_remote(config.uri) else str(Path(config.uri).expanduser())
-    by_name = "{" in uri or uri.endswith(".tar")
-    if by_name and config.split is not None:
-        raise UserError(f"data.sources ({config.name}): split is a subfolder of uri; {config.uri!r} names shards")
+    names_shards = "{" in uri or uri.endswith(".tar")
+    if names_shards and config.split is not None:
+        raise UserError(f"data.sources ({config.name}): split is a subfolder of uri, but {config.uri!r} names shards")
     base = uri if config.split is None else join(uri, config.split)
     wanted = None
-    if by_name:
-        # Braces may stand in folders too: names are relative to what is fixed.
+    if names_shards:
+        # Names are relative to the part before the braces, which may be in a folder's name.
         base = parent(uri.partition("{")[0] + "x")
         if is_remote(uri) and not is_remote(join(base, "")):
             raise UserError(
-                f"data.sources ({config.name}): {config.uri!r} has braces in the name of the bucket or host. Make each a "
-                f"source of its own"
+                f"data.sources ({config.name}): {config.uri!r} has braces in the name of the bucket or host. Make one "
+                f"source of each"
             )
         wanted = [name.removeprefix(join(base, "")) for name in expand(uri, f"data.sources ({config.name})")]
     index = None
     if config.format == "mds":
-        index = MdsIndex(_required(join(base, INDEX), config, timeout), join(base, INDEX))
-    manifest = _manifest(config, base, index, timeout)
+        index = MdsIndex(_read_required(join(base, INDEX), config, timeout), join(base, INDEX))
+    manifest = _read_manifest(config, base, index, timeout)
     if wanted is not None:
-        manifest = _only(manifest, wanted, config)
+        manifest = _select(manifest, wanted, config)
     padding = None
     if manifest.padding is not None:
-        padding = _padding(join(base, PADDING), manifest.padding, timeout)
+        padding = _read_padding(join(base, PADDING), manifest.padding, timeout)
     return Source(config, base, manifest, index, padding, cache)
 
 
-def _manifest(config: SourceConfig, base: str, index: MdsIndex | None, timeout: float) -> Manifest:
+def _read_manifest(config: SourceConfig, base: str, index: MdsIndex | None, timeout: float) -> Manifest:
     where = config.manifest or join(base, MANIFEST)
     where = where if is_remote(where) else str(Path(where).expanduser())
-    text = read_if_there(where, timeout) if index is not None and config.manifest is None else None
+    text = read_optional(where, timeout) if index is not None and config.manifest is None else None
     if index is not None and text is None and config.manifest is None:
         return Manifest(format="mds", shards=tuple(index.entries))
-    manifest = Manifest.parse(text if text is not None else _required(where, config, timeout), where)
+    manifest = Manifest.parse(text if text is not None else _read_required(where, config, timeout), where)
     if manifest.format != config.format:
         raise UserError(
-            f"data.sources ({config.name}): {where} is of format {manifest.format!r}, the recipe says {config.format!r}"
+            f"data.sources ({config.name}): {where} has the format {manifest.format!r}, the recipe says {config.format!r}"
         )
     if index is not None:
         listed = [(entry.name, entry.samples, entry.bytes) for entry in manifest.shards]
         if listed != [(entry.name, entry.samples, entry.bytes) for entry in index.entries]:
             raise UserError(
-                f"data.sources ({config.name}): {where} does not list the shards of {join(base, INDEX)}. Make it again "
+                f"data.sources ({config.name}): {where} lists other shards than {join(base, INDEX)}. Make it again "
                 f"with `scfm data index`"
             )
     return manifest
 
 
-def _only(manifest: Manifest, wanted: list[str], config: SourceConfig) -> Manifest:
-    """The shards that the braces name, in their order."""
+def _select(manifest: Manifest, wanted: list[str], config: SourceConfig) -> Manifest:
+    """The manifest of the named shards only, in the order of the names."""
     listed = {shard.name: shard for shard in manifest.shards}
     missing = [name for name in wanted if name not in listed]
     if missing:
@@ -226,29 +228,30 @@ def _only(manifest: Manifest, wanted: list[str], config: SourceConfig) -> Manife
     return Manifest(**{**manifest.__dict__, "shards": tuple(listed[name] for name in wanted)})
 
 
-def _required(where: str, config: SourceConfig, timeout: float) -> bytes:
-    """A file that must be there; the advice when it is not."""
+def _read_required(where: str, config: SourceConfig, timeout: float) -> bytes:
+    """Content of a file; UserError with advice if it is missing."""
     folder = parent(where)
     if not is_remote(where) and not Path(folder).is_dir():
         raise UserError(
-            f"data: there is no folder {folder!r}. Make it with `scfm data encode IMAGES -o {folder} --model MODEL`, or correct the path"
+            f"data: there is no folder {folder!r}. Make it with `scfm data encode IMAGES -o {folder} --model MODEL`, or correct "
+            f"the path"
         )
-    text = read_if_there(where, timeout)
+    text = read_optional(where, timeout)
     if text is None:
         name = where.rpartition("/")[2]
         advice = (
-            f"If `scfm data encode` made the shards, it did not finish: run it again. For tars made elsewhere run `scfm data "
+            f"If `scfm data encode` made the shards, it did not finish: run it again. For tars of other tools run `scfm data "
             f"index {config.uri!r}`. For a folder of plain images set data.format=folder"
         )
         raise UserError(
             f"data: there is no {name} in {folder}. "
-            + (advice if config.format == "webdataset" else "It is no data set of MDS")
+            + (advice if config.format == "webdataset" else "It is not an MDS data set")
         )
     return text
 
 
-def read_if_there(where: str, timeout: float) -> bytes | None:
-    """A small file of this machine or of a storage; None if there is none."""
+def read_optional(where: str, timeout: float) -> bytes | None:
+    """Content of a small local or remote file; None if it does not exist. UserError if it cannot be read."""
     if is_remote(where):
         try:
             return read(where, timeout)
@@ -264,23 +267,25 @@ def read_if_there(where: str, timeout: float) -> bytes | None:
         raise UserError(f"data: {where} cannot be read ({error.strerror})") from error
 
 
-def _padding(where: str, sha256: str, timeout: float) -> Tensor:
-    content = read_if_there(where, timeout)
+def _read_padding(where: str, sha256: str, timeout: float) -> Tensor:
+    content = read_optional(where, timeout)
     if content is None or hashlib.sha256(content).hexdigest() != sha256:
-        raise UserError(f"data: {where} is missing or not the one that the manifest names; copy it again")
+        raise UserError(f"data: {where} is missing or differs from the manifest; copy it again")
     try:
         tensor: Tensor = load(content)["text"]
     except (SafetensorError, KeyError) as error:
-        raise UserError(f"data: {where} holds no padding of texts ({error!r}). Do not use this data set") from error
+        raise UserError(
+            f"data: {where} does not hold the padding of the texts ({error!r}). Do not use this data set"
+        ) from error
     return tensor
 
 
 def guess_format(uri: str) -> Literal["webdataset", "mds", "folder"]:
-    """What lies there, by its looks: an MDS index, tars or a manifest of them, else images."""
+    """Format of a data set: `mds` with an `index.json`, `webdataset` with tars or a manifest, else `folder`."""
     if uri.endswith(".tar"):
         return "webdataset"
     if is_remote(uri):
-        return "mds" if read_if_there(join(uri, INDEX), 60.0) is not None else "webdataset"
+        return "mds" if read_optional(join(uri, INDEX), 60.0) is not None else "webdataset"
     folder = Path(uri).expanduser()
     if (folder / INDEX).is_file():
         return "mds"
@@ -288,7 +293,7 @@ def guess_format(uri: str) -> Literal["webdataset", "mds", "folder"]:
 
 
 def json_value(content: bytes, path: list[str]) -> Any:
-    """`json.a.b` of a JSON field; None if there is no such key."""
+    """The value at the keys `path` of a JSON text; None if a key is missing. ValueError if it is not JSON."""
     value = json.loads(content)
     for key in path:
         value = value.get(key) if isinstance(value, dict) else None

@@ -1,4 +1,4 @@
-"""Tar shards in webdataset's layout: the library writes them; a table of offsets reads any sample of them."""
+"""Tar shards in webdataset's layout. The library writes them; a table of offsets gives random access to samples."""
 
 import contextlib
 import os
@@ -14,20 +14,21 @@ from scfm_core.data.schema import BadData, ShardEntry, Size, runs_of
 from scfm_core.files import sha256_of
 
 _BLOCK = 512
-# Members that other loaders would unpickle or import; nothing of ours would run them, but who ships them means harm.
-_HOSTILE = frozenset({"pyd", "pickle", "pkl", "pth", "pt", "ckpt", "py", "sh", "so", "dill", "joblib"})
+# Suffixes of members that other loaders would unpickle or import. They are never run here, but in a data set they are a
+# sign of an attack.
+_HOSTILE_SUFFIXES = frozenset({"pyd", "pickle", "pkl", "pth", "pt", "ckpt", "py", "sh", "so", "dill", "joblib"})
 
 
 class TarShard:
-    """Any field of any sample of one open tar. Members are read by offset, never extracted by name.
+    """An open tar: random access to the fields of its samples. Members are read by offset, never extracted by name.
 
     Args:
-        file: opened for reading; belongs to this object from now on.
-        name: for messages.
+        file: opened for reading; this object closes it.
+        name: of the shard, for messages.
 
     Raises:
-        BadData: if it is no intact tar, or has a member that has no business in data: a link, a path that leads out, a
-            pickle, or one name twice.
+        BadData: if it is not an intact tar, or has a member that data must not have: a link, a path that leaves the
+            folder, a pickle, or a name that occurs twice.
     """
 
     def __init__(self, file: BinaryIO, name: str) -> None:
@@ -39,10 +40,10 @@ class TarShard:
             folder, _, base = member.rpartition("/")
             stem, _, field = base.partition(".")
             field = field.lower()
-            if member.startswith("/") or ".." in member.split("/") or field.rpartition(".")[2] in _HOSTILE:
+            if member.startswith("/") or ".." in member.split("/") or field.rpartition(".")[2] in _HOSTILE_SUFFIXES:
                 raise BadData(f"data: shard {name} has a member {member!r}, which is refused. Do not use this data set")
             if not stem or not field:
-                continue  # LICENSE, .DS_Store, ._x.jpg: no sample's, for webdataset either
+                continue  # LICENSE, .DS_Store, ._x.jpg: not part of a sample, as in webdataset
             key = f"{folder}/{stem}" if folder else stem
             place = places.setdefault(key, len(self.keys))
             if place == len(self.keys):
@@ -56,21 +57,21 @@ class TarShard:
         return len(self.keys)
 
     def key(self, index: int) -> str:
-        """Name of sample `index`: what its members' names share."""
+        """Name of sample `index`: the common part of its members' names."""
         return self.keys[index]
 
     def fields(self, index: int) -> list[str]:
-        """What sample `index` has."""
+        """Names of the fields of sample `index`."""
         return list(self._fields[index])
 
     def read(self, index: int, field: str) -> bytes | None:
-        """One field of one sample, or None if it has no such field."""
+        """One field of one sample, or None if the sample does not have it."""
         place = self._fields[index].get(field)
         return None if place is None else os.pread(self._file.fileno(), place[1], place[0])
 
     @property
     def end(self) -> int:
-        """Where the last member ends, in whole blocks: there the end mark should begin."""
+        """Offset in bytes after the last member, rounded up to a block. The end mark should begin here."""
         last = max(place + count for fields in self._fields for place, count in fields.values())
         return -(-last // _BLOCK) * _BLOCK
 
@@ -82,15 +83,15 @@ class TarShard:
 def _members(file: BinaryIO, name: str) -> list[tuple[str, int, int]]:
     """(name, offset, bytes) of every file in a tar.
 
-    Plain headers are read here, some twenty times as fast as by tarfile, which takes over where there are others (long
-    names, extended headers).
+    This function parses plain headers, about twenty times as fast as tarfile. For a tar with other headers (long names,
+    extended headers) it uses tarfile.
     """
     descriptor = file.fileno()
     end, at, found = os.fstat(descriptor).st_size, 0, []
     while at + _BLOCK <= end:
         header = os.pread(descriptor, _BLOCK, at)
         if not header.strip(b"\0"):
-            break  # the end mark; a zeroed header looks alike, and the manifest's count tells them apart
+            break  # the end mark, or an overwritten header: the number of samples in the manifest tells which
         kind, size = header[156:157], header[124:136]
         if kind not in (b"0", b"\0", b"5", b"x") or size[:1] >= b"\x80" or header[345:346] != b"\0":
             return _members_by_tarfile(file, name)
@@ -102,22 +103,24 @@ def _members(file: BinaryIO, name: str) -> list[tuple[str, int, int]]:
             count = int(size.strip(b"\0 ") or b"0", 8)
             member = header[:100].partition(b"\0")[0].decode()
         except ValueError as error:  # UnicodeDecodeError is one
-            raise BadData(f"data: shard {name} is no intact tar: at byte {at}, {error}") from error
+            raise BadData(f"data: shard {name} is not an intact tar: at byte {at}, {error}") from error
         if at + _BLOCK + count > end:
-            raise BadData(f"data: shard {name} is cut: member {member!r} ends behind the file's end")
+            raise BadData(f"data: shard {name} is truncated: member {member!r} ends after the end of the file")
         if kind == b"x" and not _only_times(os.pread(descriptor, count, at + _BLOCK)):
             return _members_by_tarfile(file, name)
         if kind not in (b"5", b"x"):
             found.append((member, at + _BLOCK, count))
         at += _BLOCK + -(-count // _BLOCK) * _BLOCK
     if not found:
-        raise BadData(f"data: shard {name} is no tar, or an empty one")
+        raise BadData(f"data: shard {name} is not a tar, or is empty")
     return found
 
 
 def _only_times(records: bytes) -> bool:
-    """Whether an extended header (`LENGTH KEY=VALUE` lines) says nothing that matters: webdataset's writer stores each
-    member's time in one."""
+    """Whether an extended header (`LENGTH KEY=VALUE` lines) has only times, which are not needed.
+
+    webdataset's writer stores the time of each member in an extended header.
+    """
     keys = [line.partition(b" ")[2].partition(b"=")[0] for line in records.split(b"\n") if line]
     return all(key in (b"mtime", b"atime", b"ctime") for key in keys)
 
@@ -126,39 +129,44 @@ def _members_by_tarfile(file: BinaryIO, name: str) -> list[tuple[str, int, int]]
     found, end = [], os.fstat(file.fileno()).st_size
     file.seek(0)
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:  # uncompressed alone: offsets
+        with tarfile.open(fileobj=file, mode="r:") as tar:  # only uncompressed tars: members are read by offset
             for member in tar:
                 if member.issym() or member.islnk() or not (member.isfile() or member.isdir()) or member.issparse():
                     raise BadData(
-                        f"data: shard {name} has a member {member.name!r} that is no plain file. Do not use this data set"
+                        f"data: shard {name} has a member {member.name!r} that is not a plain file. Do not use this data set"
                     )
                 if member.size < 0 or member.offset_data + member.size > end:
-                    raise BadData(f"data: shard {name} is cut: member {member.name!r} ends behind the file's end")
+                    raise BadData(
+                        f"data: shard {name} is truncated: member {member.name!r} ends after the end of the file"
+                    )
                 if member.isfile():
                     found.append((member.name, member.offset_data, member.size))
     except BadData:
         raise
     except (tarfile.TarError, ValueError, OverflowError, RecursionError, OSError, struct.error) as error:
-        raise BadData(f"data: shard {name} is no intact tar ({error})") from error
+        raise BadData(f"data: shard {name} is not an intact tar ({error})") from error
     return found
 
 
 class TarWriter:
-    """One shard, written aside and renamed when it is complete.
+    """Writes one shard to a temporary file, which is renamed when it is complete.
+
+    On leaving the context without an error, `entry` is the shard's entry for the manifest.
 
     Args:
-        path: `NAME.tar`; `NAME.tar.tmp` while it is written.
+        path: `NAME.tar`; the temporary file is `NAME.tar.tmp`.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self._aside = path, path.with_name(f"{path.name}.tmp")
+        self.path, self._unfinished = path, path.with_name(f"{path.name}.tmp")
         self._sizes: list[Size | None] = []
 
     def __enter__(self) -> "TarWriter":
-        from webdataset import TarWriter as Library
+        from webdataset import TarWriter as LibraryWriter
 
-        self._stream = self._aside.open("w+b")
-        self._tar = Library(self._stream, mtime=0, encoder=False)  # no clock: equal input, equal hash
+        self._stream = self._unfinished.open("w+b")
+        # No time stamps: equal input gives an equal hash.
+        self._tar = LibraryWriter(self._stream, mtime=0, encoder=False)
         return self
 
     def write(self, key: str, fields: Mapping[str, bytes], size: Size | None) -> None:
@@ -179,15 +187,15 @@ class TarWriter:
                 self.entry = ShardEntry(
                     name=self.path.name,
                     samples=len(self._sizes),
-                    bytes=self._aside.stat().st_size,
+                    bytes=self._unfinished.stat().st_size,
                     sha256=sha256,
                     sizes=runs_of(known) if len(known) == len(self._sizes) else (),
                 )
-                self._aside.replace(self.path)
+                self._unfinished.replace(self.path)
         except OSError:
             if kind is None:
                 raise
         finally:
             with contextlib.suppress(OSError):
                 self._stream.close()
-            self._aside.unlink(missing_ok=True)
+            self._unfinished.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """Remote storage for a test: an S3 server, a static HTTP server, and a proxy that injects scripted faults.
 
-All of it is real: sockets on 127.0.0.1, the wire format, TCP resets. What a fault means is for the client to find out.
+Everything is real: sockets on 127.0.0.1, the wire format, TCP resets. The client under test must find out what a fault
+means.
 """
 
 import fcntl
@@ -38,12 +39,13 @@ sys.stdin.read()
 
 
 class S3Server:
-    """moto's S3 server in a process of its own, so that worker processes see the same buckets as the test.
+    """moto's S3 server in its own process, so that worker processes see the same buckets as the test.
 
-    `endpoint` and `environment` (what a client needs to find it and to sign) are set inside the `with` block.
+    `endpoint` and `environment` (the variables that a client needs) are set inside the `with` block.
 
-    With `checksums` an upload brings a CRC32, boto3's default: botocore, and with it s3fs, then refuses a whole object
-    that differs (not a range of it). Without, as from many other tools, only the reader's own checks can tell.
+    With `checksums` an upload has a CRC32, as is boto3's default: botocore, and so s3fs, then refuses a whole object
+    that differs (but not a range of it). Without `checksums`, as with many other tools, only the reader's own checks
+    find a difference.
     """
 
     endpoint: str
@@ -82,19 +84,19 @@ class S3Server:
         self._process.communicate()
 
     def upload(self, folder: Path, bucket: str, prefix: str = "") -> None:
-        """All files below `folder`, by relative path, below `prefix`; makes the bucket (3 characters or more)."""
+        """Upload all files in `folder` under `prefix`, by relative path; makes the bucket (3 characters or more)."""
         for path in sorted(folder.rglob("*")):
             if path.is_file():
                 name = path.relative_to(folder).as_posix()
                 self.upload_bytes(path.read_bytes(), bucket, f"{prefix.rstrip('/')}/{name}" if prefix else name)
 
     def upload_bytes(self, data: bytes, bucket: str, key: str) -> None:
-        """One object, as one PUT: its ETag is the MD5 of `data`."""
-        self._client.create_bucket(Bucket=bucket)  # in us-east-1, no error where it exists
+        """Upload one object with one PUT: its ETag is the MD5 of `data`."""
+        self._client.create_bucket(Bucket=bucket)  # in us-east-1 no error if it exists
         self._client.put_object(Bucket=bucket, Key=key, Body=data)
 
     def delete(self, bucket: str, key: str) -> None:
-        """One object; no error where there is none, as in S3."""
+        """Delete one object; no error if it does not exist, as in S3."""
         self._client.delete_object(Bucket=bucket, Key=key)
 
     @functools.cached_property
@@ -114,7 +116,7 @@ _servers: "weakref.WeakSet[_Server]" = weakref.WeakSet()
 
 
 class _Server(ThreadingHTTPServer):
-    """Answers from threads on a free port; leaving the `with` block cuts the connections that are still open."""
+    """A server with threads on a free port. Leaving the `with` block closes open connections."""
 
     daemon_threads = True
     block_on_close = False
@@ -149,23 +151,23 @@ class _Server(ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exc_info()[1], ConnectionError):  # a client that hung up is no news
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # a client that closed its connection is not an error
             super().handle_error(request, client_address)
 
 
-def _let_go_of_sockets() -> None:
+def _close_inherited_sockets() -> None:
     for server in list(_servers):
         for connection in [server.socket, *server.connections]:
             if connection.fileno() >= 0:
                 os.close(connection.detach())
 
 
-# A forked data worker would hold copies of the sockets: a close here would then neither end nor reset a connection.
-os.register_at_fork(after_in_child=_let_go_of_sockets)
+# A forked data worker would have copies of the sockets. A close here would then neither end nor reset a connection.
+os.register_at_fork(after_in_child=_close_inherited_sockets)
 
 
 class FileServer(_Server):
-    """Serves a folder over HTTP; without ranges, as `python -m http.server`."""
+    """Serves a folder over HTTP, without ranges, as `python -m http.server` does."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(functools.partial(_FileHandler, directory=str(folder)))
@@ -185,7 +187,7 @@ MODES = (*_ERRORS, "reset", "reset_at_once", "short", "lying_short", "flip", "st
 
 @dataclass
 class Rule:
-    """A fault that `times` more matching requests get; -1: all of them."""
+    """A fault for the next `times` matching requests; -1: for all."""
 
     mode: str
     times: int
@@ -194,16 +196,17 @@ class Rule:
 
 
 class FaultyProxy(_Server):
-    """An HTTP/1.1 reverse proxy before `upstream` ("http://host:port") that answers some requests with a fault.
+    """An HTTP/1.1 reverse proxy for `upstream` ("http://host:port"), which answers some requests with a fault.
 
-    Method, path, query, body and all headers but the hop-by-hop ones pass unchanged, `Host` too: signatures cover it.
-    A body is held whole in memory, and always answered with a Content-Length. After a fault the connection is closed.
+    Method, path, query, body and all headers except hop-by-hop ones pass unchanged. `Host` too, because signatures
+    cover it. A body is kept in memory, and the answer always has a Content-Length. After a fault the connection is
+    closed.
 
     Attributes:
         requests: (method, path with its query, as sent) of each request that arrived, faulty or not.
         faults: (mode, path) of each fault injected.
-        rules: what is still to come; clear it to end a fault that lasts forever.
-        stall_seconds: how long a "stall" says nothing before it closes.
+        rules: the faults to come; clear it to end a fault that lasts forever.
+        stall_seconds: how long a "stall" is silent before it closes.
         slow_seconds: how long a "slow" body takes.
     """
 
@@ -218,19 +221,17 @@ class FaultyProxy(_Server):
         self._lock = threading.Lock()
 
     def fail(self, mode: str, times: int = 1, path_contains: str = "", method: str = "GET") -> None:
-        """Give the next `times` matching requests a fault, once the rules before this one are used up.
+        """Answer the next `times` matching requests with a fault, after the earlier rules are used up.
 
         Args:
-            mode: with half a body always rounded down, and measured on what upstream answers to this very request:
-                "503", "500", "403", "404": that status and S3's XML for it; upstream hears nothing of the request.
-                "reset_at_once": a TCP reset instead of an answer; upstream hears nothing.
-                "reset": headers, half of the body, a TCP reset.
-                "short": headers that promise the whole body, half of it, a clean close.
-                "lying_short": half of the body under headers that promise no more: well formed, and wrong.
-                "flip": the body with one bit of its middle byte flipped, under its old ETag.
-                "stall": headers, half of the body, silence for `stall_seconds` or until the proxy ends; a clean close.
-                "slow": all of the body, in pieces.
-            times: requests that get it; -1: all.
+            mode: one of the following; half of a body is rounded down, and of the body that upstream answers to this
+                request: "503", "500", "403", "404": that status and S3's XML for it; upstream does not get the request.
+                "reset_at_once": a TCP reset instead of an answer; upstream does not get the request. "reset": headers,
+                half of the body, a TCP reset. "short": headers that promise the whole body, half of it, a clean close.
+                "lying_short": half of the body, with headers that promise only that: well formed, and wrong. "flip":
+                the body with one bit of its middle byte flipped, with its old ETag. "stall": headers, half of the body,
+                silence for `stall_seconds` or until the proxy ends; a clean close. "slow": all of the body, in pieces.
+            times: number of requests; -1: all.
             path_contains: part of the path with its query, as sent (percent-encoded).
             method: "" for any.
         """
@@ -240,7 +241,7 @@ class FaultyProxy(_Server):
             self.rules.append(Rule(mode, times, path_contains, method))
 
     def note(self, method: str, path: str) -> str | None:
-        """Record a request and use up its fault, if it has one."""
+        """Record a request; returns its fault, if it has one, and counts it."""
         with self._lock:
             self.requests.append((method, path))
             for rule in self.rules:
@@ -258,7 +259,7 @@ class _Answer(NamedTuple):
     body: bytes
 
 
-# Of one connection, not of the message (RFC 9110, 7.6.1). `Expect` has been answered before a handler runs.
+# Headers of one connection, not of the message (RFC 9110, 7.6.1). `Expect` is answered before a handler runs.
 _HOP_BY_HOP = {
     "connection",
     "keep-alive",
@@ -279,11 +280,11 @@ def _end_to_end(headers: list[tuple[str, str]]) -> list[tuple[str, str]]:
 
 class _ProxyHandler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # else the body waits 40 ms for the headers' acknowledgement
+    disable_nagle_algorithm = True  # otherwise the body waits 40 ms for the acknowledgement of the headers
     server: FaultyProxy
 
     def forward(self) -> None:
-        path = self.requestline.split()[1]  # self.path has leading slashes merged
+        path = self.requestline.split()[1]  # in self.path leading slashes are merged
         body = self._read_body()
         mode = self.server.note(self.command, path)
         self.close_connection |= mode is not None
@@ -360,7 +361,7 @@ class _ProxyHandler(BaseHTTPRequestHandler):
             self.wfile.write(body[piece * size : (piece + 1) * size])
 
     def _reset(self) -> None:
-        """End the connection by a reset, after the client's kernel has what was written: a reset drops the rest."""
+        """Reset the connection, after the client's kernel has received everything: a reset drops the rest."""
         deadline = time.monotonic() + 2
         unacknowledged = bytearray(4)
         while time.monotonic() < deadline:
@@ -369,7 +370,7 @@ class _ProxyHandler(BaseHTTPRequestHandler):
                 break
             time.sleep(0.001)
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        os.close(self.connection.detach())  # the server's own way of closing sends FIN first
+        os.close(self.connection.detach())  # the server's normal close sends FIN first
 
 
 def _refusal(mode: str) -> _Answer:

@@ -1,4 +1,4 @@
-"""The cache of shards: verified, never torn, within its limit, whoever uses it and however they end."""
+"""The cache of shards: verified, never partial, within its limit, for any number of processes, also if killed."""
 
 import functools
 import hashlib
@@ -21,8 +21,7 @@ import torch
 from safetensors.torch import save
 from storage import FaultyProxy, S3Server
 
-from scfm_core.data import corpus as corpus_module
-from scfm_core.data import remote
+from scfm_core.data import open_shards, remote
 from scfm_core.data.cache import ShardCache
 from scfm_core.data.corpus import Corpus
 from scfm_core.data.mds import MdsWriter
@@ -31,7 +30,7 @@ from scfm_core.data.schema import MANIFEST, BadData, Manifest
 from scfm_core.data.webdataset import TarWriter
 from scfm_core.errors import UserError
 
-FORK = multiprocessing.get_context("fork")  # as the loader's workers
+FORK = multiprocessing.get_context("fork")  # like the workers of the loader
 SHARDS, SAMPLES = 6, 4
 DRAFT = Manifest(encoder="e" * 64, text_length=4)
 LONG = 60.0
@@ -48,7 +47,7 @@ def sample(seed: int) -> dict[str, bytes]:
 
 
 def write_tars(folder: Path, first: int = 0, shards: int = SHARDS) -> Manifest:
-    """Shards of equal size; sample `n` of all is `sample(first + n)`."""
+    """Write shards of equal size; sample `n` of all is `sample(first + n)`."""
     folder.mkdir(parents=True)
     entries = []
     for shard in range(shards):
@@ -63,7 +62,7 @@ def write_tars(folder: Path, first: int = 0, shards: int = SHARDS) -> Manifest:
 
 @pytest.fixture(scope="module")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """`s3://bucket/a` and `s3://bucket/b`: tars of equal names and other content; checksums are left to the reader."""
+    """`s3://bucket/a` and `s3://bucket/b`: tars with the same names and different content, without checksums of S3."""
     folder = tmp_path_factory.mktemp("shards")
     write_tars(folder / "a")
     write_tars(folder / "b", first=1000)
@@ -96,20 +95,21 @@ def proxy(connection: FaultyProxy, s3: S3Server, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.fixture(autouse=True)
-def no_process_stays() -> Iterator[None]:
+def no_process_remains() -> Iterator[None]:
     Child.forked = False
     yield
     for process in multiprocessing.active_children():
         process.kill()
         process.join()
     if Child.forked:
-        # The client's epoll is shared with its copies in the children; what they close, it may hear no more of.
+        # The client shares its epoll with its copies in child processes. If they close a socket, it may get no more
+        # events for it.
         fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
 @pytest.fixture(autouse=True)
-def short_silence(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stalled connection is given up after five seconds, not twenty."""
+def short_stall(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client gives up a stalled connection after five seconds instead of twenty."""
     monkeypatch.setattr(remote, "_STALL_SECONDS", 5.0)
 
 
@@ -141,7 +141,7 @@ PART = "00000.tar.81920.part"
 
 
 def files(folder: Path) -> dict[str, int]:
-    """Name without its key, and bytes, of everything but the lock of `limit`."""
+    """Names (without keys) and bytes of all files except the lock."""
     found = {}
     for path in folder.iterdir():
         with suppress(FileNotFoundError):
@@ -186,7 +186,7 @@ def is_right(corpus: Corpus, item: int, seed: int) -> bool:
 
 
 class Cache(ShardCache):
-    """Asked by the number of a shard of `s3://bucket/a`."""
+    """A cache for the shards of `s3://bucket/a`, by number."""
 
     def __init__(self, folder: Path, manifest: Manifest, limit: int | None = None) -> None:
         super().__init__(folder, limit, LONG)
@@ -243,9 +243,9 @@ def wait_until(condition: Callable[[], object]) -> None:
         time.sleep(0.01)
 
 
-class TestDamageOnTheWay:
+class TestDamagedDownload:
     @pytest.mark.parametrize("mode", ["flip", "lying_short"])
-    def test_once_is_mended(self, proxy: FaultyProxy, folder: Path, manifest: Manifest, mode: str) -> None:
+    def test_once_is_downloaded_again(self, proxy: FaultyProxy, folder: Path, manifest: Manifest, mode: str) -> None:
         proxy.fail(mode, 1, path_contains=".tar")
         cache = Cache(folder, manifest)
         path, fresh = cache.ask(0)
@@ -255,24 +255,26 @@ class TestDamageOnTheWay:
     @pytest.mark.parametrize(
         ("mode", "what"), [("flip", "its sha256 is .*, the manifest says"), ("lying_short", "bytes, the manifest says")]
     )
-    def test_always_is_told_and_leaves_nothing(
+    def test_twice_is_an_error_and_leaves_no_file(
         self, proxy: FaultyProxy, folder: Path, manifest: Manifest, mode: str, what: str
     ) -> None:
         proxy.fail(mode, -1, path_contains=".tar")
-        with pytest.raises(BadData, match=f"s3://bucket/a/00000.tar is corrupt, downloaded twice: .*{what}"):
+        with pytest.raises(BadData, match=f"s3://bucket/a/00000.tar is corrupt, after two downloads: .*{what}"):
             Cache(folder, manifest).ask(0)
         assert (gets(proxy), list(folder.iterdir())) == (2, [])
         proxy.rules.clear()
         assert Cache(folder, manifest).is_right(0)
 
-    def test_without_a_hash_the_size_alone_is_held(self, proxy: FaultyProxy, folder: Path, manifest: Manifest) -> None:
+    def test_without_a_hash_only_the_size_is_checked(
+        self, proxy: FaultyProxy, folder: Path, manifest: Manifest
+    ) -> None:
         proxy.fail("lying_short", 1, path_contains=".tar")
         path, _ = ShardCache(folder, None, LONG).get(Cache.uri(0), manifest.shards[0].bytes, None)
         assert hashlib.sha256(path.read_bytes()).hexdigest() == manifest.shards[0].sha256
         assert gets(proxy) == 2
 
     @pytest.mark.parametrize("mode", ["403", "404", "503"])
-    def test_a_failed_download_leaves_nothing(
+    def test_a_failed_download_leaves_no_file(
         self, proxy: FaultyProxy, folder: Path, manifest: Manifest, mode: str
     ) -> None:
         proxy.fail(mode, -1, path_contains=".tar")
@@ -293,11 +295,11 @@ class TestDamageOnTheWay:
                     corpus.record(item)
             else:
                 assert is_right(corpus, item, item)
-        assert gets(proxy, "00002.tar") == gets(proxy, "00003.tar") == 2  # quarantined: asked for no more
+        assert gets(proxy, "00002.tar") == gets(proxy, "00003.tar") == 2  # known as corrupt: not downloaded again
         assert shards_in(folder) == [f"{number:05d}.tar" for number in (0, 1, 3, 4, 5)]
 
 
-class TestAWarmCache:
+class TestWarmCache:
     def warm(self, folder: Path) -> dict[str, Path]:
         corpus = Corpus(recipe(folder, "s3://bucket/a"))
         assert all(is_right(corpus, item, item) for item in range(len(corpus)))
@@ -309,14 +311,14 @@ class TestAWarmCache:
         assert gets(proxy) == SHARDS
 
     @pytest.mark.parametrize("verify", [True, False])
-    def test_a_cut_copy_is_fetched_again(self, proxy: FaultyProxy, folder: Path, verify: bool) -> None:
+    def test_a_truncated_copy_is_downloaded_again(self, proxy: FaultyProxy, folder: Path, verify: bool) -> None:
         copy = self.warm(folder)["00003.tar"]
         os.truncate(copy, copy.stat().st_size - 512)
         corpus = Corpus(recipe(folder, "s3://bucket/a", verify=verify))
         assert all(is_right(corpus, item, item) for item in range(len(corpus)))
         assert gets(proxy) == SHARDS + 1
 
-    def test_a_flipped_bit_is_fetched_again_once(self, proxy: FaultyProxy, folder: Path) -> None:
+    def test_a_flipped_bit_is_downloaded_again_once(self, proxy: FaultyProxy, folder: Path) -> None:
         copy = self.warm(folder)["00003.tar"]
         good = copy.read_bytes()
         flip(copy)
@@ -325,16 +327,16 @@ class TestAWarmCache:
         assert (gets(proxy, "00003.tar"), gets(proxy)) == (2, SHARDS + 1)
         assert copy.read_bytes() == good
 
-    def test_a_flipped_bit_that_comes_again(self, proxy: FaultyProxy, folder: Path) -> None:
+    def test_a_flipped_bit_that_persists(self, proxy: FaultyProxy, folder: Path) -> None:
         copy = self.warm(folder)["00003.tar"]
         flip(copy)
         proxy.fail("flip", -1, path_contains="00003.tar")
-        with pytest.raises(BadData, match=r"s3://bucket/a/00003.tar is corrupt, downloaded twice"):
+        with pytest.raises(BadData, match=r"s3://bucket/a/00003.tar is corrupt, after two downloads"):
             Corpus(recipe(folder, "s3://bucket/a")).record(3 * SAMPLES)
         assert gets(proxy, "00003.tar") == 3
         assert not copy.exists()
 
-    def test_processes_that_meet_a_flipped_bit_together(self, proxy: FaultyProxy, folder: Path) -> None:
+    def test_processes_that_find_a_flipped_bit_at_the_same_time(self, proxy: FaultyProxy, folder: Path) -> None:
         copy = self.warm(folder)["00003.tar"]
         flip(copy)
         corpus = Corpus(recipe(folder, "s3://bucket/a"))
@@ -349,11 +351,11 @@ class TestKeys:
         for _ in range(2):
             assert all(is_right(corpus, item, item) for item in range(half))
             assert all(is_right(corpus, half + item, 1000 + item) for item in range(half))
-            corpus = Corpus(corpus.config)  # and from a warm cache
+            corpus = Corpus(corpus.config)  # and again with a warm cache
         assert (len(files(folder)), gets(proxy)) == (2 * SHARDS, 2 * SHARDS)
 
     def test_another_hash_is_another_copy(self, proxy: FaultyProxy, s3: S3Server, folder: Path, tmp_path: Path) -> None:
-        """The data set was encoded again, at the same place."""
+        """The data set was encoded again, at the same address."""
         for first in (0, 500):
             write_tars(tmp_path / str(first), first=first, shards=1)
             s3.upload(tmp_path / str(first), "bucket", "changing")
@@ -361,7 +363,7 @@ class TestKeys:
             assert all(is_right(corpus, item, first + item) for item in range(SAMPLES))
         assert len(files(folder)) == 2
 
-    def test_names_of_any_letters_and_length(self, folder: Path) -> None:
+    def test_names_of_any_characters_and_length(self, folder: Path) -> None:
         cache = ShardCache(folder, None, LONG)
         uris = [f"s3://bucket/{name}.tar" for name in ("a b", "a+b", "ä", "x" * 300, "..", "-", "a\tb", "$(x)")]
         paths = {cache.path(uri, None) for uri in uris}
@@ -397,8 +399,8 @@ class TestProcesses:
         assert shards_in(folder) == [PART, "00001.tar"]
         slow.kill()
 
-    def test_a_part_is_no_copy(self, proxy: FaultyProxy, folder: Path, manifest: Manifest) -> None:
-        """Nobody reads what is still being written."""
+    def test_a_partial_download_is_not_a_copy(self, proxy: FaultyProxy, folder: Path, manifest: Manifest) -> None:
+        """No process reads an unfinished file."""
         proxy.fail("slow", 1, path_contains=".tar")
         cache = Cache(folder, manifest)
         writer = Child(cache.is_right, 0)
@@ -413,7 +415,7 @@ class TestProcesses:
                 sizes.add(copy.stat().st_size)
         assert writer.result()
         assert sizes <= {manifest.shards[0].bytes}
-        assert copy.stat().st_ino == written  # renamed, in one step
+        assert copy.stat().st_ino == written  # renamed atomically
 
 
 class TestKilled:
@@ -430,16 +432,18 @@ class TestKilled:
         return child
 
     @pytest.mark.parametrize("mode", ["stall", "slow"])
-    def test_the_next_takes_over_at_once(self, proxy: FaultyProxy, folder: Path, manifest: Manifest, mode: str) -> None:
+    def test_the_next_process_takes_over_at_once(
+        self, proxy: FaultyProxy, folder: Path, manifest: Manifest, mode: str
+    ) -> None:
         cache = Cache(folder, manifest)
         self.in_the_middle(proxy, cache, mode).kill()
         assert shards_in(folder) == [PART]
         start = time.monotonic()
         assert cache.is_right(0)
-        assert time.monotonic() - start < 15  # and not after the 30 of the connection, or the 60 of the timeout
+        assert time.monotonic() - start < 15  # not after the 30 s of the connection, or the 60 s of the timeout
         assert shards_in(folder) == ["00000.tar"]
 
-    def test_who_waits_takes_over(self, proxy: FaultyProxy, folder: Path, manifest: Manifest) -> None:
+    def test_a_waiting_process_takes_over(self, proxy: FaultyProxy, folder: Path, manifest: Manifest) -> None:
         cache = Cache(folder, manifest)
         first = self.in_the_middle(proxy, cache)
         waiting = [Child(cache.is_right, 0) for _ in range(3)]
@@ -449,14 +453,16 @@ class TestKilled:
         assert [child.result(15) for child in waiting] == [True] * 3
         assert (gets(proxy), shards_in(folder)) == (2, ["00000.tar"])
 
-    def test_the_next_start_sweeps(self, proxy: FaultyProxy, folder: Path, manifest: Manifest) -> None:
+    def test_the_next_start_deletes_partial_downloads(
+        self, proxy: FaultyProxy, folder: Path, manifest: Manifest
+    ) -> None:
         cache = Cache(folder, manifest)
         self.in_the_middle(proxy, cache).kill()
         copy = cache.ask(1)[0]
         Corpus(recipe(folder, "s3://bucket/a"))
         assert list(folder.iterdir()) == [copy]
 
-    def test_a_living_download_is_not_swept(self, proxy: FaultyProxy, folder: Path, manifest: Manifest) -> None:
+    def test_a_running_download_is_not_deleted(self, proxy: FaultyProxy, folder: Path, manifest: Manifest) -> None:
         proxy.fail("slow", 1, path_contains=".tar")
         cache = Cache(folder, manifest)
         living = Child(cache.is_right, 0)
@@ -466,8 +472,8 @@ class TestKilled:
         assert living.result()
         assert (gets(proxy), shards_in(folder)) == (1, ["00000.tar"])
 
-    def test_again_and_again(self, proxy: FaultyProxy, folder: Path) -> None:
-        """At any moment of reading, not only while the network is silent."""
+    def test_at_many_moments(self, proxy: FaultyProxy, folder: Path) -> None:
+        """At any moment of a download, not only while the network is silent."""
         proxy.slow_seconds = 0.2
         proxy.fail("slow", -1, path_contains=".tar")
         generator = random.Random(5)
@@ -482,7 +488,7 @@ class TestKilled:
 
 
 def read_all(config: DataConfig, seed: int, rounds: int = 1) -> int:
-    """Every sample of `s3://bucket/a`, in random order; how many were right."""
+    """Read every sample of `s3://bucket/a` in random order; returns how many were right."""
     corpus = Corpus(config)
     items = list(range(len(corpus))) * rounds
     random.Random(seed).shuffle(items)
@@ -496,7 +502,7 @@ def read_all_as_a_job(config: DataConfig, seed: int) -> int:
 
 
 class TestLimit:
-    def test_the_least_recently_used_goes(self, proxy: FaultyProxy, folder: Path, manifest: Manifest) -> None:
+    def test_evicts_the_least_recently_used(self, proxy: FaultyProxy, folder: Path, manifest: Manifest) -> None:
         size = manifest.shards[0].bytes
         cache = Cache(folder, manifest, limit=3 * size)
         for number in (0, 1, 2, 0, 3):
@@ -508,24 +514,26 @@ class TestLimit:
         assert shards_in(folder) == ["00002.tar", "00004.tar", "00005.tar"]
         assert gets(proxy) == 6
 
-    def test_no_more_than_needed_goes(self, proxy: FaultyProxy, folder: Path, manifest: Manifest) -> None:
+    def test_evicts_no_more_than_needed(self, proxy: FaultyProxy, folder: Path, manifest: Manifest) -> None:
         cache = Cache(folder, manifest, limit=6 * manifest.shards[0].bytes)
         for number in range(SHARDS):
             cache.ask(number)
         assert len(files(folder)) == SHARDS
 
-    def test_a_shard_that_is_larger(self, proxy: FaultyProxy, folder: Path, manifest: Manifest) -> None:
+    def test_a_shard_larger_than_the_limit(self, proxy: FaultyProxy, folder: Path, manifest: Manifest) -> None:
         cache = Cache(folder, manifest, limit=manifest.shards[0].bytes - 1)
         with pytest.raises(UserError, match=r"data\.cache\.limit_gb: s3://bucket/a/00000\.tar alone .*Raise the limit"):
             cache.ask(0)
         assert gets(proxy) == 0
 
-    def test_a_shard_that_is_larger_leaves_nothing(self, proxy: FaultyProxy, folder: Path, manifest: Manifest) -> None:
+    def test_a_shard_larger_than_the_limit_leaves_no_file(
+        self, proxy: FaultyProxy, folder: Path, manifest: Manifest
+    ) -> None:
         with pytest.raises(UserError, match=r"data\.cache\.limit_gb"):
             Cache(folder, manifest, limit=1).ask(0)
         assert files(folder) == {}
 
-    def test_a_deleted_copy_stays_readable_to_who_has_it_open(self, proxy: FaultyProxy, folder: Path) -> None:
+    def test_an_open_copy_stays_readable_after_it_is_deleted(self, proxy: FaultyProxy, folder: Path) -> None:
         corpus = Corpus(recipe(folder, "s3://bucket/a", limit=400_000))
         for _ in range(2):
             for item in range(0, len(corpus), 3):
@@ -533,36 +541,36 @@ class TestLimit:
         assert gets(proxy) == SHARDS
         assert 0 < len(files(folder)) < SHARDS
 
-    def test_a_copy_that_is_deleted_before_it_is_opened(
+    def test_a_copy_that_is_evicted_before_it_is_opened(
         self, proxy: FaultyProxy, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """By another process, that needs room: it is asked for again, and this is no damage."""
+        """Another process evicted it to free space: it is downloaded again, and does not count as corrupt."""
         get, taken = ShardCache.get, []
 
-        def get_and_lose(*arguments: Any) -> tuple[Path, bool]:
+        def get_and_delete(*arguments: Any) -> tuple[Path, bool]:
             found = get(*arguments)
             if len(taken) < 3:
                 taken.append(found)
                 found[0].unlink()
             return found
 
-        monkeypatch.setattr(ShardCache, "get", get_and_lose)
+        monkeypatch.setattr(ShardCache, "get", get_and_delete)
         assert is_right(Corpus(recipe(folder, "s3://bucket/a")), 0, 0)
         assert gets(proxy) == 4
 
-    def test_processes_with_less_room_than_their_shards(
+    def test_processes_with_less_space_than_their_shards(
         self, proxy: FaultyProxy, folder: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(corpus_module, "_MOST_OPEN", 1)
+        monkeypatch.setattr(open_shards, "_MAX_OPEN", 1)
         limit = int(2.5 * manifest.shards[0].bytes)
         children = [Child(read_all, recipe(folder, "s3://bucket/a", limit=limit), seed, 2) for seed in range(4)]
         assert [child.result() for child in children] == [2 * SHARDS * SAMPLES] * 4
-        assert gets(proxy) > 4 * SHARDS  # it was tight
+        assert gets(proxy) > 4 * SHARDS  # copies were evicted and downloaded again
         assert all(not name.endswith(".part") for name in files(folder))
         Cache(folder, manifest, limit).ask(0)
         assert sum(files(folder).values()) <= limit
 
-    def test_downloads_at_a_time_may_go_above_it_for_a_while(
+    def test_concurrent_downloads_may_exceed_it_for_a_while(
         self, proxy: FaultyProxy, folder: Path, manifest: Manifest
     ) -> None:
         size = manifest.shards[0].bytes
@@ -574,29 +582,29 @@ class TestLimit:
             most = max(most, sum(files(folder).values()))
             time.sleep(0.005)
         assert all(child.result() for child in children)
-        # Nothing of what is being downloaded can make room for the rest; what is there already does.
+        # Unfinished downloads cannot be evicted; finished copies can.
         assert cache.limit < most <= len(children) * size
-        folder.joinpath(next(iter(files(folder)))).unlink()  # any of the four, to be fetched again
+        folder.joinpath(next(iter(files(folder)))).unlink()  # any of the four, to be downloaded again
         assert all(cache.is_right(number) for number in range(4))
         assert sum(files(folder).values()) <= cache.limit
 
-    def test_two_jobs_with_limits_of_their_own(
+    def test_two_jobs_with_different_limits(
         self, proxy: FaultyProxy, folder: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(corpus_module, "_MOST_OPEN", 1)
+        monkeypatch.setattr(open_shards, "_MAX_OPEN", 1)
         size = manifest.shards[0].bytes
         jobs = []
         for number, shards in enumerate((1.2, 4.2)):
             job = Child(
-                read_all_as_a_job_undaemonic, recipe(folder, "s3://bucket/a", limit=int(shards * size)), 10 * number
+                read_all_as_a_non_daemonic_job, recipe(folder, "s3://bucket/a", limit=int(shards * size)), 10 * number
             )
             jobs.append(job)
         assert [job.result() for job in jobs] == [2 * SHARDS * SAMPLES] * 2
         copies = files(folder)
         assert copies
-        assert set(copies.values()) == {size}  # whole ones
+        assert set(copies.values()) == {size}  # complete ones
 
-    def test_local_shards_are_no_copies(
+    def test_local_shards_are_not_copied(
         self, proxy: FaultyProxy, folder: Path, manifest: Manifest, tmp_path: Path
     ) -> None:
         write_tars(tmp_path / "local", first=2000)
@@ -608,9 +616,7 @@ class TestLimit:
         assert {path: path.read_bytes() for path in (tmp_path / "local").iterdir()} == before
         assert all(name.partition("-")[2] for name in files(folder))
 
-    def test_what_is_not_the_caches_own_is_not_deleted(
-        self, proxy: FaultyProxy, manifest: Manifest, tmp_path: Path
-    ) -> None:
+    def test_other_files_are_not_deleted(self, proxy: FaultyProxy, manifest: Manifest, tmp_path: Path) -> None:
         write_tars(tmp_path / "local", first=2000)
         (tmp_path / "local" / "notes.txt").write_text("dear diary")
         before = {path: path.read_bytes() for path in (tmp_path / "local").iterdir()}
@@ -625,44 +631,44 @@ class TestLimit:
         assert (folder / "sub").is_dir()
 
 
-def read_all_as_a_job_undaemonic(config: DataConfig, seed: int) -> int:
+def read_all_as_a_non_daemonic_job(config: DataConfig, seed: int) -> int:
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     return read_all_as_a_job(config, seed)
 
 
 class TestDisk:
-    def test_a_full_one_is_named(self, proxy: FaultyProxy, s3: S3Server, tiny_disk: Path) -> None:
+    def test_a_full_disk_is_named(self, proxy: FaultyProxy, s3: S3Server, tiny_disk: Path) -> None:
         s3.upload_bytes(bytes(2_000_000), "bucket", "large/x.tar")
-        cache = ShardCache(tiny_disk / "cache", None, timeout=2)
-        with pytest.raises(UserError, match=rf"^data\.cache\.dir: the disk of {tiny_disk}/cache is full\. Make room"):
+        cache = ShardCache(tiny_disk / "cache", None, timeout=30)
+        with pytest.raises(
+            UserError, match=rf"^data\.cache\.dir: the disk of {tiny_disk}/cache is full\. Free some space"
+        ):
             cache.get("s3://bucket/large/x.tar", 2_000_000, None)
         assert gets(proxy) == 1
 
-    def test_a_full_one_is_left_as_it_was(
+    def test_a_full_disk_keeps_its_files(
         self, proxy: FaultyProxy, s3: S3Server, tiny_disk: Path, manifest: Manifest
     ) -> None:
         s3.upload_bytes(bytes(2_000_000), "bucket", "large/x.tar")
         cache = Cache(tiny_disk / "cache", manifest)
         assert cache.is_right(0)
-        cache.timeout = 1
         with pytest.raises(UserError, match=r"No space left|full"):
             cache.get("s3://bucket/large/x.tar", 2_000_000, None)
         assert shards_in(cache.folder) == ["00000.tar"]
         assert cache.is_right(0)
-        assert cache.is_right(1)  # there is room for it again
+        assert cache.is_right(1)  # the disk has space for it again
 
-    def test_full_of_something_else(self, proxy: FaultyProxy, tiny_disk: Path, manifest: Manifest) -> None:
+    def test_full_of_other_files(self, proxy: FaultyProxy, tiny_disk: Path, manifest: Manifest) -> None:
         with (tiny_disk / "rest").open("wb", buffering=0) as file, suppress(OSError):
             while True:
                 file.write(bytes(4096))
         cache = Cache(tiny_disk / "cache", manifest)
-        cache.timeout = 1
-        with pytest.raises(UserError):
+        with pytest.raises(UserError, match=r"data\.cache\.dir: the disk of .* is full"):
             cache.ask(0)
         assert files(cache.folder) == {}
 
     @pytest.mark.parametrize("warm", [True, False])
-    def test_a_read_only_one(self, proxy: FaultyProxy, tiny_disk: Path, manifest: Manifest, warm: bool) -> None:
+    def test_a_read_only_folder(self, proxy: FaultyProxy, tiny_disk: Path, manifest: Manifest, warm: bool) -> None:
         cache = Cache(tiny_disk / "cache", manifest)
         if warm:
             cache.ask(0)
@@ -673,7 +679,7 @@ class TestDisk:
             with pytest.raises(UserError, match=r"data\.cache\.dir"):
                 cache.ask(0)
 
-    def test_a_folder_that_somebody_cleaned_up(self, proxy: FaultyProxy, folder: Path, manifest: Manifest) -> None:
+    def test_a_folder_that_was_deleted_meanwhile(self, proxy: FaultyProxy, folder: Path, manifest: Manifest) -> None:
         cache = Cache(folder, manifest)
         cache.ask(0)
         shutil.rmtree(folder)
@@ -708,7 +714,7 @@ class TestCompressedMds:
     def uri(self, request: pytest.FixtureRequest, mds: Path, tmp_path: Path) -> str:
         return str(mds) if request.param == "local" else f"s3://bucket/{tmp_path.name}"
 
-    def test_comes_out_plain(self, proxy: FaultyProxy, folder: Path, mds: Path, uri: str) -> None:
+    def test_is_decompressed(self, proxy: FaultyProxy, folder: Path, mds: Path, uri: str) -> None:
         before = {path: path.read_bytes() for path in mds.iterdir()}
         for _ in range(2):
             corpus = Corpus(recipe(folder, uri, format="mds"))
@@ -717,13 +723,13 @@ class TestCompressedMds:
         assert gets(proxy, ".zstd") == (len(files(folder)) if uri.startswith("s3") else 0)
         assert {path: path.read_bytes() for path in mds.iterdir()} == before
 
-    def test_processes_at_a_time(self, proxy: FaultyProxy, folder: Path, uri: str, mds: Path) -> None:
+    def test_concurrent_processes(self, proxy: FaultyProxy, folder: Path, uri: str, mds: Path) -> None:
         config = recipe(folder, uri, format="mds")
         children = [Child(lambda: Corpus(config).record(0).caption) for _ in range(4)]
         assert [child.result() for child in children] == ["caption 0"] * 4
 
     @pytest.mark.parametrize("times", [1, -1])
-    def test_a_flipped_bit_on_the_way(
+    def test_a_flipped_bit_in_the_download(
         self, proxy: FaultyProxy, folder: Path, mds: Path, tmp_path: Path, times: int
     ) -> None:
         proxy.fail("flip", times, path_contains=".zstd")
@@ -747,7 +753,7 @@ class TestCompressedMds:
         assert copy.read_bytes() == good
         assert gets(proxy, ".zstd") == (2 if uri.startswith("s3") else 0)
 
-    def test_what_cannot_be_unpacked(self, folder: Path, mds: Path) -> None:
+    def test_content_that_cannot_be_decompressed(self, folder: Path, mds: Path) -> None:
         shard = mds / "shard.00000.mds.zstd"
         shard.write_bytes(shard.read_bytes()[:100] + bytes(shard.stat().st_size - 100))
 
@@ -759,8 +765,8 @@ class TestCompressedMds:
         with pytest.raises(BadData, match=r"shard shard\.00000\.mds\.zstd cannot be decompressed"):
             Corpus(recipe(folder, str(mds), format="mds")).record(0)
 
-    def test_a_whole_object_of_another_content(self, folder: Path, mds: Path) -> None:
-        """No hash of the packed shard, but one of the plain one: that must hold then."""
+    def test_an_intact_object_with_other_content(self, folder: Path, mds: Path) -> None:
+        """The index has no hash of the compressed shard, only of the decompressed one, which must then be checked."""
         import zstd
 
         shard = mds / "shard.00000.mds.zstd"
@@ -779,7 +785,7 @@ class TestCompressedMds:
         with pytest.raises(BadData, match=r"shard\.00000\.mds"):
             Corpus(recipe(folder, str(mds), format="mds")).record(0)
 
-    def test_the_limit_counts_what_is_stored(self, folder: Path, tmp_path: Path) -> None:
+    def test_the_limit_counts_decompressed_bytes(self, folder: Path, tmp_path: Path) -> None:
         with MdsWriter(
             tmp_path / "zeros", ["image", "txt"], Manifest(), shard_bytes=500_000, compression="zstd"
         ) as writer:
@@ -792,8 +798,8 @@ class TestCompressedMds:
             assert sum(files(folder).values()) <= 900_000
 
 
-def test_a_fork_does_not_use_its_parents_client(proxy: FaultyProxy, folder: Path, manifest: Manifest) -> None:
-    """The client's thread does not survive a fork: a process that used it would wait for ever."""
+def test_a_forked_process_does_not_use_its_parents_client(proxy: FaultyProxy, folder: Path, manifest: Manifest) -> None:
+    """The client's thread does not survive a fork: a process that used the client would wait forever."""
     cache = Cache(folder, manifest)
     assert cache.is_right(0)
     assert fsspec.asyn.iothread[0] is not None

@@ -1,4 +1,4 @@
-"""Manifests, shards and the samples in them: what goes in comes out bit by bit, and whatever is wrong is named."""
+"""Manifests, shards and samples: reading returns exactly what was written, and errors name what is wrong."""
 
 import contextlib
 import dataclasses
@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
-from scfm_core.data import corpus as corpus_module
+from scfm_core.data import open_shards
 from scfm_core.data.corpus import Corpus, nearest_size
 from scfm_core.data.mds import INDEX, MdsWriter
 from scfm_core.data.recipe import CacheConfig, DataConfig, SourceConfig, aspect_buckets
@@ -135,7 +135,7 @@ def edit_entry(folder: Path, name: str, /, **changes: object) -> None:
 
 
 def reseal(folder: Path, name: str, samples: int = 3) -> None:
-    """Make the manifest's size and hash those of the file: the damage was there when it was written."""
+    """Set size and hash in the manifest to those of the file, as if it had been damaged before indexing."""
     path = folder / name
     edit_entry(
         folder, name, bytes=path.stat().st_size, sha256=file_sha256(path), samples=samples, sizes=[[*SIZE, samples]]
@@ -194,7 +194,7 @@ class TestManifest:
     def parse(self, **changes: object) -> Manifest:
         return Manifest.parse(json.dumps({**json.loads(self.FULL.dumps()), **changes}), "here/manifest.json")
 
-    def test_comes_back(self, tmp_path):
+    def test_round_trip(self, tmp_path):
         assert Manifest.parse(self.FULL.dumps(), "") == self.FULL
         self.FULL.write(tmp_path / "manifest.json")
         assert Manifest.parse((tmp_path / "manifest.json").read_bytes(), "") == self.FULL
@@ -202,26 +202,26 @@ class TestManifest:
         assert self.FULL.samples == 4
         assert self.FULL.sizes == {(8, 16), (16, 8)}
 
-    def test_has_a_line_a_shard(self):
+    def test_has_one_line_for_each_shard(self):
         lines = self.FULL.dumps().splitlines()
         assert [sum(name in line for line in lines) for name in ("a.mds", "sub/b.mds")] == [1, 1]
         assert not any("a.mds" in line and "b.mds" in line for line in lines)
 
-    def test_is_written_aside(self, tmp_path, monkeypatch):
-        """A process that dies before the rename leaves no manifest, or the old one."""
+    def test_is_written_to_a_temporary_file(self, tmp_path, monkeypatch):
+        """A process that is killed before the rename leaves no manifest, or the old one."""
         monkeypatch.setattr(Path, "replace", lambda *_: sys.exit("killed"))
         with pytest.raises(SystemExit):
             self.FULL.write(tmp_path / "manifest.json")
         assert not (tmp_path / "manifest.json").exists()
 
     @pytest.mark.parametrize("content", [FULL.dumps()[:-30], "", '"text"', "5", "null", "[]", b"\xff\xfe"])
-    def test_that_is_no_manifest(self, content):
+    def test_of_other_json(self, content):
         with pytest.raises(UserError, match=r"here/manifest.json is damaged.*Make it again"):
             Manifest.parse(content, "here/manifest.json")
 
     @pytest.mark.parametrize("change", [{"version": 1}, {"version": 3}, {"manifest": "other"}])
     def test_of_another_version(self, change):
-        with pytest.raises(UserError, match=r"here/manifest.json is of another format or version.*scfm data index"):
+        with pytest.raises(UserError, match=r"here/manifest.json has another format or version.*scfm data index"):
             self.parse(**change)
 
     ENTRY = json.loads(FULL.dumps())["shards"][0]
@@ -237,7 +237,7 @@ class TestManifest:
             {"shards": [{**ENTRY, "samples": -3, "sizes": []}], "samples": -3},
             {"shards": [{**ENTRY, "bytes": -1}], "samples": 3},
             {"shards": [{**ENTRY, "bytes": None}], "samples": 3},
-            {"shards": [{**ENTRY, "sizes": [[8, 16, 2]]}], "samples": 3},  # of 2 of 3 samples
+            {"shards": [{**ENTRY, "sizes": [[8, 16, 2]]}], "samples": 3},  # for 2 of 3 samples
             {"shards": [{**ENTRY, "sizes": [[8, 16]]}], "samples": 3},
         ],
         ids=lambda change: json.dumps(change)[-40:],
@@ -247,13 +247,13 @@ class TestManifest:
             self.parse(**change)
 
     @pytest.mark.parametrize("claimed", [3, 5])
-    def test_that_lost_a_shard(self, claimed):
-        """Its own sum tells: training on less would be silent."""
-        with pytest.raises(UserError, match=f"{claimed} samples are not its shards' sum"):
+    def test_that_lacks_a_shard(self, claimed):
+        """The number of samples shows it: otherwise training would silently use fewer samples."""
+        with pytest.raises(UserError, match=f"its shards do not add up to {claimed} samples"):
             self.parse(samples=claimed)
 
     def test_without_samples(self):
-        with pytest.raises(UserError, match="lists no sample"):
+        with pytest.raises(UserError, match="lists no samples"):
             self.parse(shards=[], samples=0)
 
     @pytest.mark.parametrize(
@@ -269,7 +269,7 @@ class TestManifest:
         good = manifest.read_bytes()
         refused = 0
         for offset in range(len(good)):
-            flip(manifest, offset, bit=7 if offset % 2 else offset % 7)  # bit 7 breaks the UTF-8
+            flip(manifest, offset, bit=7 if offset % 2 else offset % 7)  # bit 7 makes the UTF-8 invalid
             try:
                 open_corpus(folder).record(0)
             except UserError:
@@ -298,12 +298,12 @@ class TestOpening:
         ("shards", "samples"),
         [
             ("shard-{000000..000001}.tar", [3, 3]),
-            ("shard-00000{2,0}.tar", [1, 3]),  # in the braces' order
+            ("shard-00000{2,0}.tar", [1, 3]),  # in the order of the braces
             ("shard-000002.tar", [1]),
             ("{shard-000001,shard-000002}.tar", [3, 1]),
         ],
     )
-    def test_shards_by_name(self, cache, shards, samples):
+    def test_named_shards(self, cache, shards, samples):
         source = open_one(cache / shards)
         assert [entry.samples for entry in source.manifest.shards] == samples
         assert source.manifest.encoder == CACHED.encoder
@@ -321,7 +321,7 @@ class TestOpening:
     @pytest.mark.parametrize(
         "uri", ["shard-{000000..000001}.tar", "shard-000001.tar", "{shard-000001,shard-000002}.tar"]
     )
-    def test_shards_by_name_in_the_working_folder(self, cache, uri, monkeypatch):
+    def test_named_shards_in_the_working_folder(self, cache, uri, monkeypatch):
         monkeypatch.chdir(cache)
         assert open_one(uri).manifest.shards
 
@@ -330,7 +330,7 @@ class TestOpening:
             open_one(cache / "shard-{000000..000004}.tar")
 
     @pytest.mark.parametrize(("uri", "what"), [("shard-{0..1.tar", "do not close"), ("{a,a}.tar", "a shard twice")])
-    def test_braces_that_make_no_sense(self, cache, uri, what):
+    def test_invalid_braces(self, cache, uri, what):
         with pytest.raises(UserError, match=rf"data.sources \(one\): .*{what}"):
             open_one(cache / uri)
 
@@ -341,7 +341,7 @@ class TestOpening:
         assert open_one(tmp_path / "set", split="val").manifest.samples == 2
         with pytest.raises(UserError, match=r"no folder .*set/test"):
             open_one(tmp_path / "set", split="test")
-        with pytest.raises(UserError, match=r"split is a subfolder of uri; .* names shards"):
+        with pytest.raises(UserError, match=r"split is a subfolder of uri, but .* names shards"):
             open_one(tmp_path / "set" / "x.tar", split="train")
 
     def test_a_manifest_elsewhere(self, cache, tmp_path):
@@ -354,7 +354,7 @@ class TestOpening:
         monkeypatch.setenv("HOME", str(cache))
         assert open_one(cache, manifest="~/manifest.json").manifest.samples == 7
 
-    def test_nothing_there(self, tmp_path):
+    def test_no_folder(self, tmp_path):
         with pytest.raises(UserError, match=r"no folder .*nowhere.*scfm data encode"):
             open_one(tmp_path / "nowhere")
 
@@ -366,12 +366,12 @@ class TestOpening:
             assert advice in str(caught.value)
 
     def test_no_index(self, cache):
-        with pytest.raises(UserError, match=rf"no {INDEX} in {cache}. It is no data set of MDS"):
+        with pytest.raises(UserError, match=rf"no {INDEX} in {cache}. It is not an MDS data set"):
             open_one(cache, format="mds")
 
     def test_a_manifest_of_the_other_format(self, cache):
         edit_manifest(cache, format="mds")
-        with pytest.raises(UserError, match=r"is of format 'mds', the recipe says 'webdataset'"):
+        with pytest.raises(UserError, match=r"has the format 'mds', the recipe says 'webdataset'"):
             open_one(cache)
 
     def test_a_manifest_that_cannot_be_read(self, cache):
@@ -411,7 +411,7 @@ def by_webdataset(path: Path) -> list[tuple[str, dict[str, bytes]]]:
     return [(s["__key__"], {name: s[name] for name in s if not name.startswith("__")}) for s in samples]
 
 
-def by_us(path: Path) -> list[tuple[str, dict[str, bytes]]]:
+def by_tar_shard(path: Path) -> list[tuple[str, dict[str, bytes]]]:
     shard = TarShard(path.open("rb"), str(path))
     samples = [(shard.key(n), {name: shard.read(n, name) for name in shard.fields(n)}) for n in range(len(shard))]
     shard.close()
@@ -423,7 +423,7 @@ STYLES = pytest.mark.parametrize(
 )
 
 
-class TestTarsAsWebdatasetReadsThem:
+class TestTarsReadAsByWebdataset:
     @STYLES
     @pytest.mark.parametrize(
         "members",
@@ -438,9 +438,9 @@ class TestTarsAsWebdatasetReadsThem:
             pytest.param({f"{n}.bin": bytes([n]) * n * 173 for n in range(1, 12)}, id="lengths"),
         ],
     )
-    def test_whatever_the_names(self, tmp_path, style, members):
+    def test_names(self, tmp_path, style, members):
         write_tar(tmp_path / "a.tar", members, style, folders=["x", "x/y", "d.d"])
-        ours = by_us(tmp_path / "a.tar")
+        ours = by_tar_shard(tmp_path / "a.tar")
         assert ours == by_webdataset(tmp_path / "a.tar")
         assert [content for _, sample in ours for content in sample.values()] == list(members.values())
 
@@ -449,33 +449,33 @@ class TestTarsAsWebdatasetReadsThem:
     def test_long_names(self, tmp_path, style, stem):
         members = {f"{stem}{n}.{ext}": f"{n}{ext}".encode() for n in range(3) for ext in ("jpg", "txt")}
         write_tar(tmp_path / "a.tar", members, style)
-        assert by_us(tmp_path / "a.tar") == by_webdataset(tmp_path / "a.tar")
-        assert len(by_us(tmp_path / "a.tar")) == 3
+        assert by_tar_shard(tmp_path / "a.tar") == by_webdataset(tmp_path / "a.tar")
+        assert len(by_tar_shard(tmp_path / "a.tar")) == 3
 
     @pytest.mark.parametrize("name", ["README", "x/LICENSE", ".DS_Store", "._a.jpg"])
-    def test_members_that_are_no_samples(self, tmp_path, name):
+    def test_members_that_belong_to_no_sample(self, tmp_path, name):
         write_tar(tmp_path / "a.tar", {name: b"0", "a.jpg": b"1", "a.txt": b"2"}, tarfile.GNU_FORMAT)
-        assert by_us(tmp_path / "a.tar") == by_webdataset(tmp_path / "a.tar")
+        assert by_tar_shard(tmp_path / "a.tar") == by_webdataset(tmp_path / "a.tar")
 
-    def test_by_the_system_s_tar(self, tmp_path):
+    def test_written_by_the_tar_command(self, tmp_path):
         for name in ("1.jpg", "1.txt", "sub/2.jpg", "sub/2.txt"):
             (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / "in" / name).write_text(name)
         subprocess.run(["tar", "--sort=name", "-cf", tmp_path / "a.tar", "-C", tmp_path / "in", "."], check=True)
-        assert by_us(tmp_path / "a.tar") == by_webdataset(tmp_path / "a.tar")
-        assert [sample["txt"] for _, sample in by_us(tmp_path / "a.tar")] == [b"1.txt", b"sub/2.txt"]
+        assert by_tar_shard(tmp_path / "a.tar") == by_webdataset(tmp_path / "a.tar")
+        assert [sample["txt"] for _, sample in by_tar_shard(tmp_path / "a.tar")] == [b"1.txt", b"sub/2.txt"]
 
-    def test_as_we_write_them(self, cache):
+    def test_written_by_tar_writer(self, cache):
         samples = [sample for entry in read_manifest(cache).shards for sample in by_webdataset(cache / entry.name)]
         assert samples == [(key, content) for key, content, _ in cached_samples()]
 
-    def test_a_field_that_is_not_there(self, tmp_path):
+    def test_a_missing_field(self, tmp_path):
         write_tar(tmp_path / "a.tar", {"a.jpg": b"1"}, tarfile.GNU_FORMAT)
         assert TarShard((tmp_path / "a.tar").open("rb"), "a").read(0, "txt") is None
 
 
 class TestWriting:
-    def test_manifest_counts_and_hashes_what_lies_there(self, cache):
+    def test_the_manifest_has_counts_and_hashes_of_the_files(self, cache):
         assert names(cache) == [MANIFEST, "shard-000000.tar", "shard-000001.tar", "shard-000002.tar"]
         for shard, count in zip(read_manifest(cache).shards, (3, 3, 1), strict=True):
             content = (cache / shard.name).read_bytes()
@@ -487,7 +487,7 @@ class TestWriting:
         monkeypatch.setattr(time, "time", lambda: 1e9)
         assert read_manifest(write_cache(tmp_path / "again")) == read_manifest(cache)
 
-    def test_that_is_broken_off_leaves_nothing(self, tmp_path, monkeypatch):
+    def test_an_interrupted_shard_leaves_no_file(self, tmp_path, monkeypatch):
         complaints: list[Any] = []
         monkeypatch.setattr(sys, "unraisablehook", complaints.append)
         with pytest.raises(KeyboardInterrupt), TarWriter(tmp_path / "a.tar") as writer:
@@ -496,7 +496,7 @@ class TestWriting:
         assert names(tmp_path) == []
         assert not complaints
 
-    def test_is_aside_until_it_is_complete(self, tmp_path):
+    def test_a_shard_has_a_temporary_name_until_it_is_complete(self, tmp_path):
         with TarWriter(tmp_path / "a.tar") as writer:
             writer.write(*cached_samples()[0])
             assert names(tmp_path) == ["a.tar.tmp"]
@@ -508,28 +508,28 @@ class TestWriting:
                 writer.write(*sample)
         assert names(tiny_disk) == []
 
-    def test_full_disk_at_the_very_end(self, tiny_disk):
+    def test_full_disk_at_the_end(self, tiny_disk):
         filler = tiny_disk / "filler"
         filler.write_bytes(b"\0" * (shutil.disk_usage(tiny_disk).free - 4096))
         with pytest.raises(OSError, match="No space left"), TarWriter(tiny_disk / "a.tar") as writer:
-            writer.write(*cached_samples()[0])  # less than the writer's buffer: it reaches the disk on closing
+            writer.write(*cached_samples()[0])  # smaller than the writer's buffer: it is written to the disk at close
         assert names(tiny_disk) == ["filler"]
 
-    def test_of_mds_that_is_broken_off_leaves_nothing(self, tmp_path):
+    def test_interrupted_mds_leaves_no_file(self, tmp_path):
         with pytest.raises(KeyboardInterrupt), MdsWriter(tmp_path / "mds", ["txt"], IMAGES) as writer:
             writer.write("a", {"txt": b"a"}, None)
             raise KeyboardInterrupt
         assert names(tmp_path) == []
 
 
-def cut(shard: Path) -> None:
-    """In the middle of the last sample's tensors."""
+def truncate(shard: Path) -> None:
+    """Truncate in the middle of the last sample's tensors."""
     content = shard.read_bytes()
     shard.write_bytes(content[: member_offset(shard, "00000005.safetensors") + 100])
 
 
-def cut_between_members(shard: Path) -> None:
-    """Before the last sample's first."""
+def truncate_between_members(shard: Path) -> None:
+    """Truncate before the first member of the last sample."""
     content = shard.read_bytes()
     shard.write_bytes(content[: member_offset(shard, "00000005.json") - 512])
 
@@ -560,7 +560,7 @@ def empty(shard: Path) -> None:
     shard.write_bytes(b"")
 
 
-def no_tar(shard: Path) -> None:
+def not_a_tar(shard: Path) -> None:
     shard.write_bytes(b"<html>404 not found</html>" * 100)
 
 
@@ -568,12 +568,12 @@ def compress(shard: Path) -> None:
     shard.write_bytes(gzip.compress(shard.read_bytes()))
 
 
-OTHER_LENGTH = [cut, cut_between_members, lengthen, empty, no_tar, compress]
+OTHER_LENGTH = [truncate, truncate_between_members, lengthen, empty, not_a_tar, compress]
 SAME_LENGTH = [flip_a_latent_bit, zero_first_header, zero_inner_header, damage_inner_header]
 UNREADABLE = [
-    cut,
-    cut_between_members,
-    no_tar,
+    truncate,
+    truncate_between_members,
+    not_a_tar,
     compress,
     zero_first_header,
     zero_inner_header,
@@ -586,7 +586,7 @@ def each(damages: list[Callable[[Path], object]]) -> pytest.MarkDecorator:
 
 
 def usable(corpus: Corpus) -> tuple[list[int], set[str]]:
-    """The samples that can be read, and what is said of the others."""
+    """The samples that can be read, and the messages for the others."""
     good, said = [], set()
     for item in range(len(corpus)):
         try:
@@ -598,7 +598,7 @@ def usable(corpus: Corpus) -> tuple[list[int], set[str]]:
 
 
 class TestDamagedShards:
-    """Row 5: the shard is named, always; and where some bad data are borne, the others are read."""
+    """The message always names the shard. If bad data is tolerated, the other shards are read."""
 
     @each(OTHER_LENGTH)
     def test_of_another_length_are_named_at_the_start(self, cache, damage):
@@ -622,20 +622,20 @@ class TestDamagedShards:
             corpus.record(3)
 
     @each([*OTHER_LENGTH, *SAME_LENGTH])
-    def test_are_quarantined_where_some_are_borne(self, cache, damage):
+    def test_are_skipped_if_bad_data_is_tolerated(self, cache, damage):
         damage(cache / VICTIM)
         good, said = usable(open_corpus(cache, max_bad_fraction=0.5))
         assert good == [0, 1, 2, 6]
         assert len(said) == 1
         assert f"shard {cache}/{VICTIM} is corrupt" in said.pop()
 
-    def test_that_are_missing_are_quarantined_where_some_are_borne(self, cache):
+    def test_that_are_missing_are_skipped_if_bad_data_is_tolerated(self, cache):
         (cache / VICTIM).unlink()
         good, said = usable(open_corpus(cache, max_bad_fraction=0.5))
         assert good == [0, 1, 2, 6]
         assert VICTIM in said.pop()
 
-    def test_are_read_once_and_then_left_alone(self, cache, monkeypatch):
+    def test_are_read_only_once(self, cache, monkeypatch):
         flip_a_latent_bit(cache / VICTIM)
         opened: list[int] = []
         original = Source.open
@@ -652,18 +652,18 @@ class TestDamagedShards:
 
     @each([zero_first_header, zero_inner_header, damage_inner_header])
     def test_are_found_without_hashing(self, cache, damage):
-        """`verify=False` skips the hash; every member's header is looked at either way."""
+        """`verify=False` skips the hash; the header of every member is parsed in both cases."""
         damage(cache / VICTIM)
         good, said = usable(open_corpus(cache, verify=False, max_bad_fraction=0.5))
         assert good == [0, 1, 2, 6]
         assert VICTIM in said.pop()
 
-    def test_are_not_hashed_if_one_says_so(self, cache):
+    def test_are_not_hashed_if_verify_is_off(self, cache):
         flip_a_latent_bit(cache / VICTIM)
         assert usable(open_corpus(cache, verify=False))[0] == list(range(7))
 
     @each(UNREADABLE)
-    def test_whose_damage_was_hashed_with_them(self, cache, damage):
+    def test_that_were_damaged_before_they_were_hashed(self, cache, damage):
         damage(cache / VICTIM)
         reseal(cache, VICTIM)
         good, said = usable(open_corpus(cache))
@@ -671,8 +671,8 @@ class TestDamagedShards:
         assert all(f"shard {cache}/{VICTIM} " in reason for reason in said)
 
     @pytest.mark.parametrize("members", range(1, 9))
-    def test_cut_between_any_two_members(self, cache, members):
-        """Of three samples of three members: what is complete is not enough for the manifest's count."""
+    def test_truncated_between_any_two_members(self, cache, members):
+        """Three samples of three members: the number of complete samples is below that in the manifest."""
         with tarfile.open(cache / VICTIM) as tar:
             offsets = [member.offset for member in tar]
         (cache / VICTIM).write_bytes((cache / VICTIM).read_bytes()[: offsets[members]])
@@ -681,20 +681,20 @@ class TestDamagedShards:
         if members < 7:
             assert good == [0, 1, 2, 6]
             assert f"{VICTIM} holds {-(-members // 3)} samples, the manifest says 3" in said.pop()
-        else:  # all samples are there; the last lacks a field
+        else:  # all samples exist; the last one lacks a field
             assert good == [0, 1, 2, 3, 4, 6]
             reason = said.pop()
             assert "'00000005'" in reason
             assert VICTIM in reason
 
     @pytest.mark.parametrize("claimed", [2, 4])
-    def test_of_another_count(self, cache, claimed):
+    def test_with_another_number_of_samples(self, cache, claimed):
         edit_entry(cache, VICTIM, samples=claimed, sizes=[[*SIZE, claimed]])
         with pytest.raises(BadData, match=f"{VICTIM} holds 3 samples, the manifest says {claimed}"):
             open_corpus(cache).record(3)
 
-    def test_as_long_names_make_them(self, tmp_path):
-        """Where tarfile reads on: cut, or with a broken header in the midst, which tarfile takes for the end."""
+    def test_with_long_names(self, tmp_path):
+        """Damage that tarfile does not report: truncation, or a damaged header, which it takes for the end."""
         members = {f"{'n' * 150}{n}.{field}": b"0" * 700 for n in range(3) for field in ("jpg", "txt")}
         write_tar(tmp_path / "good.tar", members, tarfile.GNU_FORMAT)
         good = (tmp_path / "good.tar").read_bytes()
@@ -709,14 +709,15 @@ class TestDamagedShards:
 
 class TestBadSamples:
     def test_that_cannot_be_decoded_are_named_with_their_shard(self, cache):
-        flip(cache / VICTIM, member_offset(cache / VICTIM, "00000004.safetensors") + 7, bit=7)  # its header's length
+        # A bit of the length of its header.
+        flip(cache / VICTIM, member_offset(cache / VICTIM, "00000004.safetensors") + 7, bit=7)
         corpus = open_corpus(cache, verify=False)
         assert corpus.record(3).key == "00000003"
         with pytest.raises(BadData, match=f"sample '00000004' of shard .*{VICTIM} cannot be decoded"):
             corpus.record(4)
 
-    def spoil(self, folder: Path, **fields: bytes) -> Corpus:
-        """One shard of one sample in place of the victim."""
+    def replace_victim(self, folder: Path, **fields: bytes) -> Corpus:
+        """Replace the victim with a shard of one sample."""
         with tarfile.open(folder / VICTIM, "w") as tar:
             for name, content in fields.items():
                 add_member(tar, f"only.{name}", content)
@@ -726,13 +727,13 @@ class TestBadSamples:
     def test_without_a_tensor(self, cache):
         content = save({"latents": torch.zeros(1), "text": torch.zeros(1)})
         with pytest.raises(BadData, match=f"'only' of shard .*{VICTIM} cannot be decoded .*pooled"):
-            self.spoil(cache, safetensors=content, txt=b"a").record(3)
+            self.replace_victim(cache, safetensors=content, txt=b"a").record(3)
 
     @pytest.mark.parametrize("fields", [{"txt": b"a"}, {"safetensors": b""}, {"json": b"{}"}], ids=str)
     def test_without_a_field(self, cache, fields):
         has = ", ".join(fields)
         with pytest.raises(BadData, match=f"'only' of shard .*{VICTIM} needs safetensors and txt, but has {has}"):
-            self.spoil(cache, **fields).record(3)
+            self.replace_victim(cache, **fields).record(3)
 
     def test_whose_caption_is_not_utf8(self, cache):
         flip(cache / VICTIM, member_offset(cache / VICTIM, "00000004.txt"), bit=6)
@@ -740,7 +741,7 @@ class TestBadSamples:
             open_corpus(cache, verify=False).record(4)
 
     @pytest.mark.parametrize("captions", [{"txt": 1.0}, {"json.text": 1.0}], ids=str)
-    def test_whose_caption_alone_is_asked_for(self, tmp_path, captions):
+    def test_when_only_the_caption_is_read(self, tmp_path, captions):
         path = write_tars(tmp_path / "images", [("a", {"png": png(), "txt": b"\xff", "json": b"{"}, (8, 8))], IMAGES)
         with pytest.raises(BadData, match=r"'a' of shard"):
             mix(SourceConfig(name="a", uri=str(path), captions=captions)).caption(0)
@@ -752,7 +753,7 @@ class TestMds:
         return write_mds(tmp_path / "mds", cached_samples(), CACHED)
 
     @pytest.mark.parametrize("compression", [None, "zstd:3", "gz"])
-    def test_is_what_the_library_reads(self, tmp_path, compression):
+    def test_reads_the_same_as_the_library(self, tmp_path, compression):
         from streaming import LocalDataset
 
         theirs = LocalDataset(str(write_mds(tmp_path / "plain", cached_samples(), CACHED)))
@@ -781,8 +782,8 @@ class TestMds:
             assert entry.sizes == runs_of(sizes[: entry.samples])
             del sizes[: entry.samples]
 
-    def test_that_was_cut_before_it_was_listed(self, tmp_path):
-        """Size and count are as the index says; the last sample's last column is shorter than its table."""
+    def test_that_was_truncated_before_it_was_indexed(self, tmp_path):
+        """Size and number of samples agree with the index; the last column is shorter than its table says."""
         write_foreign(tmp_path / "mds")
         shard, index = tmp_path / "mds" / "shard.00001.mds", tmp_path / "mds" / INDEX
         shard.write_bytes(shard.read_bytes()[:-3])
@@ -791,10 +792,10 @@ class TestMds:
         index.write_text(json.dumps(data))
         corpus = open_corpus(tmp_path / "mds", format="mds", resolution=(8, 8))
         assert corpus.record(2).caption == "caption 2"
-        with pytest.raises(BadData, match=f"sample 1 of shard {shard} is damaged"):
+        with pytest.raises(BadData, match=f"sample 1 of shard {shard} is corrupt"):
             corpus.record(3)
 
-    def test_of_others_needs_no_manifest(self, tmp_path):
+    def test_of_other_tools_does_not_need_a_manifest(self, tmp_path):
         write_foreign(tmp_path / "mds", hashes=["sha256"])
         corpus = open_corpus(tmp_path / "mds", format="mds", resolution=(8, 8))
         assert len(corpus) == 5
@@ -802,15 +803,15 @@ class TestMds:
         assert [corpus.record(n).key for n in range(5)] == ["000000", "000001", "000000", "000001", "000000"]
         assert [round(float(corpus.record(n).image[0, 0, 0] + 1) * 127.5) for n in range(5)] == [0, 1, 2, 3, 4]
 
-    def test_of_others_says_which_columns_are_not_read(self, tmp_path):
+    def test_unsupported_columns_are_named(self, tmp_path):
         write_foreign(tmp_path / "mds")
         config = SourceConfig(name="a", uri=str(tmp_path / "mds"), format="mds", image=("label",), captions={"txt": 1})
-        with pytest.raises(BadData, match=r"column 'label' of shard .*shard.00000.mds is of encoding 'int'"):
+        with pytest.raises(BadData, match=r"column 'label' of shard .*shard.00000.mds has the encoding 'int'"):
             mix(config, resolution=(8, 8)).record(0)
 
     @pytest.mark.parametrize("hashed", [True, False])
     def test_with_a_flipped_bit(self, tmp_path, hashed):
-        """The hash tells, if the library was asked for one."""
+        """The hash shows it, if the library wrote hashes."""
         write_foreign(tmp_path / "mds", hashes=["sha256"] if hashed else [])
         shard = tmp_path / "mds" / "shard.00001.mds"
         flip(shard, shard.read_bytes().index(b"caption 2"), 5)
@@ -832,7 +833,7 @@ class TestMds:
         assert corpus.record(4).caption == "caption 4"
 
     @pytest.mark.parametrize("change", ["cut", "gone"])
-    def test_whose_shard_is_cut_or_gone(self, folder, change):
+    def test_with_a_truncated_or_missing_shard(self, folder, change):
         shard = folder / read_manifest(folder).shards[1].name
         if change == "cut":
             shard.write_bytes(shard.read_bytes()[:-5])
@@ -843,9 +844,9 @@ class TestMds:
         ):
             open_corpus(folder, format="mds")
 
-    def test_whose_manifest_is_of_another_index(self, folder):
+    def test_with_the_manifest_of_another_index(self, folder):
         edit_entry(folder, read_manifest(folder).shards[0].name, bytes=5)
-        with pytest.raises(UserError, match=rf"{MANIFEST} does not list the shards of .*{INDEX}.*scfm data index"):
+        with pytest.raises(UserError, match=rf"{MANIFEST} lists other shards than .*{INDEX}.*scfm data index"):
             open_one(folder, format="mds")
 
     @pytest.mark.parametrize(
@@ -854,17 +855,17 @@ class TestMds:
             (b"", "is damaged"),
             (b"{}", "is damaged"),
             (b"[]", "is damaged"),
-            (b'{"version": 1, "shards": []}', "not of MDS version 2"),
-            (b'{"version": 2, "shards": []}', "lists no sample"),
-            (b'{"version": 2, "shards": [{"format": "csv"}]}', "not of MDS version 2"),
+            (b'{"version": 1, "shards": []}', "does not have MDS version 2"),
+            (b'{"version": 2, "shards": []}', "lists no samples"),
+            (b'{"version": 2, "shards": [{"format": "csv"}]}', "does not have MDS version 2"),
         ],
     )
-    def test_whose_index_is_no_index(self, folder, content, what):
+    def test_with_an_invalid_index(self, folder, content, what):
         (folder / INDEX).write_bytes(content)
         with pytest.raises(UserError, match=f"{folder / INDEX} {what}|{what}"):
             open_one(folder, format="mds")
 
-    def test_whose_index_names_shards_outside(self, folder):
+    def test_with_an_index_that_names_shards_outside_the_folder(self, folder):
         data = json.loads((folder / INDEX).read_text())
         data["shards"][0]["raw_data"]["basename"] = "../shard.00000.mds"
         (folder / INDEX).write_text(json.dumps(data))
@@ -874,7 +875,7 @@ class TestMds:
 
 
 def write_foreign(folder: Path, **options: Any) -> None:
-    """Five images in three shards, as somebody else would write them."""
+    """Five images in three shards, as another tool would write them."""
     from streaming import MDSWriter
 
     columns = {"image": "png", "txt": "str", "label": "int"}
@@ -887,7 +888,7 @@ def write_foreign(folder: Path, **options: Any) -> None:
 class TestCachedRecords:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
     @pytest.mark.parametrize("form", ["webdataset", "mds"])
-    def test_every_bit_and_letter_comes_back(self, tmp_path, dtype, form):
+    def test_round_trip_is_exact(self, tmp_path, dtype, form):
         write = write_tars if form == "webdataset" else write_mds
         corpus = open_corpus(write(tmp_path / "cache", cached_samples(7, dtype), CACHED), format=form)
         assert len(corpus) == 7
@@ -902,7 +903,7 @@ class TestCachedRecords:
             assert read.image is None
 
     @pytest.mark.parametrize("index", [-1, -7, 7, 1000])
-    def test_beyond_the_last_one_there_is_none(self, tmp_path, index):
+    def test_numbers_beyond_the_last_raise(self, tmp_path, index):
         corpus = open_corpus(write_tars(tmp_path / "cache", cached_samples(), CACHED, per_shard=7))
         for read in (corpus.record, corpus.caption, corpus.raw):
             with pytest.raises(IndexError):
@@ -911,7 +912,7 @@ class TestCachedRecords:
     PADDING = torch.arange(12.0).view(4, 3).bfloat16()
 
     def trimmed(self, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
-        """Texts of 0 to 4 tokens; what fills them up lies beside."""
+        """Texts of 0 to 4 tokens, with the padding's file."""
         samples = []
         for index in range(5):
             record = make_record(index, dtype)
@@ -924,13 +925,13 @@ class TestCachedRecords:
         return folder
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-    def test_trimmed_padding_is_filled_up(self, tmp_path, dtype):
+    def test_trimmed_texts_are_padded(self, tmp_path, dtype):
         corpus = open_corpus(self.trimmed(tmp_path / "cache", dtype))
         for index in range(5):
             text, whole = corpus.record(index).text, make_record(index, dtype).text
             assert bits(text) == bits(torch.cat([whole[:index], self.PADDING[index:].to(dtype)]))
 
-    def test_trimmed_texts_of_a_batch_are_filled_up_later(self, tmp_path):
+    def test_trimmed_texts_of_a_batch_are_padded_later(self, tmp_path):
         corpus = open_corpus(self.trimmed(tmp_path / "cache"))
         text = collate(range(5), [corpus.record(index, padded=False) for index in range(5)]).text
         assert text.lengths == [0, 1, 2, 3, 4]
@@ -938,11 +939,11 @@ class TestCachedRecords:
         whole = torch.stack([corpus.record(index).text for index in range(5)])
         assert bits(text.padded(corpus.paddings)) == bits(whole)
 
-    @pytest.mark.parametrize("spoil", [Path.unlink, lambda path: flip(path, -1)], ids=["gone", "damaged"])
-    def test_without_their_padding_are_refused(self, tmp_path, spoil):
+    @pytest.mark.parametrize("replace_victim", [Path.unlink, lambda path: flip(path, -1)], ids=["gone", "damaged"])
+    def test_without_their_padding_are_refused(self, tmp_path, replace_victim):
         folder = self.trimmed(tmp_path / "cache")
-        spoil(folder / PADDING)
-        with pytest.raises(UserError, match=f"{folder / PADDING} is missing or not the one that the manifest names"):
+        replace_victim(folder / PADDING)
+        with pytest.raises(UserError, match=f"{folder / PADDING} is missing or differs from the manifest"):
             open_corpus(folder)
 
 
@@ -960,7 +961,7 @@ class TestImageRecords:
         path = write_tars(folder / "images", [(f"k{n}", fields, (8, 8)) for n, fields in enumerate(samples)], IMAGES)
         return mix(SourceConfig(name="images", uri=str(path), **options), resolution=(8, 8))
 
-    def test_hold_an_image_and_its_caption(self, tmp_path):
+    def test_have_an_image_and_its_caption(self, tmp_path):
         corpus = self.images(tmp_path, *[fields for _, fields, _ in image_samples()])
         assert not corpus.is_cached
         for n in range(6):
@@ -969,7 +970,7 @@ class TestImageRecords:
             assert record.image.shape == (3, 8, 8)
             assert record.latents is record.text is record.pooled is None
 
-    def test_take_the_first_image_field_that_is_there(self, tmp_path):
+    def test_use_the_first_image_field_that_exists(self, tmp_path):
         samples = [
             {"webp": png(1), "png": png(2), "txt": b""},
             {"webp": png(1), "jpg": png(3), "txt": b""},
@@ -1017,13 +1018,13 @@ class TestImageRecords:
         assert abs(count["long"] - 450) < 4 * (600 * 0.75 * 0.25) ** 0.5
         assert corpus.caption(0) == captions[0]
 
-    def test_choose_anew_for_every_sample(self, tmp_path):
+    def test_choose_again_for_every_sample_id(self, tmp_path):
         content = {"png": png(), "txt": b"short", "json": b'{"long": "long"}'}
         corpus = self.images(tmp_path, *[content] * 40, captions={"txt": 1.0, "json.long": 1.0})
         assert len({corpus.record(item, 7).caption for item in range(40)}) == 2
 
     @pytest.mark.parametrize("metadata", [None, b"{}", b'{"long": null}', b'{"long": 5}', b'{"long": {"er": "no"}}'])
-    def test_fall_back_where_the_chosen_caption_is_missing(self, tmp_path, metadata):
+    def test_fall_back_if_the_chosen_caption_is_missing(self, tmp_path, metadata):
         content = {"png": png(), "txt": b"short"} | ({} if metadata is None else {"json": metadata})
         corpus = self.images(tmp_path, content, captions={"json.long": 1.0, "txt": 0.0})
         assert [corpus.record(0, sample_id).caption for sample_id in range(20)] == ["short"] * 20
@@ -1055,9 +1056,9 @@ class TestBuckets:
             ((8, 16), (8, 16)),
             ((100, 210), (8, 16)),
             ((900, 500), (16, 8)),
-            ((512, 512), (16, 16)),  # of equal ratios the nearest area
+            ((512, 512), (16, 16)),  # equal ratios: the nearest area
             ((3, 3), (8, 8)),
-            ((9, 11), (8, 8)),  # 1.2 is below the root of two, the middle between 1 and 2
+            ((9, 11), (8, 8)),  # 1.2 is below the square root of 2, which is the middle between 1 and 2
             ((10, 15), (8, 16)),
             ((1, 1000), (8, 16)),
         ],
@@ -1081,7 +1082,7 @@ class TestBuckets:
             assert {(width, height) for height, width in sizes} >= {s for s in sizes if (s[1], s[0]) in sizes}
         assert len(sizes) >= 3
 
-    def test_of_images_are_the_nearest_to_what_was_measured(self, tmp_path):
+    def test_of_images_are_the_nearest_sizes(self, tmp_path):
         shown = [(50, 50), (40, 90), (90, 40), (30, 31), (10, 30)]
         samples = [(f"k{n}", {"png": png(n, *size), "txt": b"a"}, size) for n, size in enumerate(shown)]
         path = write_tars(tmp_path / "images", samples, IMAGES, per_shard=2)
@@ -1097,13 +1098,13 @@ class TestBuckets:
         assert corpus.items_of((8, 16)).tolist() == [1, 4]
         assert corpus.items_of((64, 64)).tolist() == []
 
-    def test_of_caches_are_those_they_were_encoded_for(self, tmp_path):
+    def test_of_caches_are_the_sizes_of_encoding(self, tmp_path):
         sizes = [SIZE, (8, 8), (8, 8), SIZE, (8, 8)]
         samples = [(key, fields, size) for (key, fields, _), size in zip(cached_samples(5), sizes, strict=True)]
         path = write_tars(tmp_path / "cache", samples, CACHED)
         assert open_corpus(path, buckets=((8, 8), SIZE)).buckets.tolist() == [1, 0, 0, 1, 0]
 
-    def test_of_one_size_need_no_measure(self, tmp_path):
+    def test_of_one_size_need_no_sizes_in_the_manifest(self, tmp_path):
         path = write_tars(tmp_path / "images", image_samples(), IMAGES, measured=False)
         assert open_corpus(path, resolution=(8, 8)).buckets.tolist() == [0] * 6
 
@@ -1128,12 +1129,16 @@ class TestRefusals:
             (tmp_path / "images").mkdir()
             (tmp_path / "images" / "a.png").write_bytes(png())
             (tmp_path / "images" / "a.txt").write_text("a")
-        with pytest.raises(UserError, match=r"one: cached by eeeeeeeeeeee, 4 tokens, two: images. Encode them alike"):
+        with pytest.raises(
+            UserError, match=r"one: cached by eeeeeeeeeeee, 4 tokens, two: images. Encode all of them in the same way"
+        ):
             mix(self.source(cache), self.source(tmp_path / "images", "two", format=form))
 
-    def test_unmeasured_images_in_buckets(self, tmp_path):
+    def test_images_of_unknown_size_in_buckets(self, tmp_path):
         path = write_tars(tmp_path / "images", image_samples(), IMAGES, measured=False)
-        with pytest.raises(UserError, match=rf"\(data\): nobody has measured its images.*scfm data index '{path}'"):
+        with pytest.raises(
+            UserError, match=rf"\(data\): its manifest does not have the sizes of the images.*scfm data index '{path}'"
+        ):
             open_corpus(path, buckets=((8, 8), (8, 16)))
 
     @pytest.mark.parametrize("changes", [{"resolution": (8, 8)}, {"buckets": ((8, 8), (24, 16))}])
@@ -1142,7 +1147,7 @@ class TestRefusals:
         with pytest.raises(UserError, match=rf"encoded with data.resolution \(16, 24\), this run asks for {asked}"):
             open_corpus(cache, **changes)
 
-    def test_a_weight_that_gives_nothing(self, cache, tmp_path):
+    def test_a_weight_that_gives_no_sample(self, cache, tmp_path):
         other = self.source(write_cache(tmp_path / "other"), "two", weight=1.0)
         with pytest.raises(UserError, match=r"\(two\): its weight gives it less than one of the 14 samples"):
             mix(self.source(cache, weight=1000.0), other).order(2, 0)
@@ -1157,7 +1162,7 @@ class TestRefusals:
 
 
 class TestFingerprint:
-    def test_is_the_contents_wherever_it_lies(self, cache, tmp_path):
+    def test_depends_on_content_not_on_place(self, cache, tmp_path):
         first = open_corpus(cache).fingerprint
         shutil.copytree(cache, tmp_path / "elsewhere")
         assert open_corpus(tmp_path / "elsewhere").fingerprint == first
@@ -1166,7 +1171,7 @@ class TestFingerprint:
         moved = SourceConfig(name="data", uri=str(tmp_path / "elsewhere"), manifest=str(tmp_path / "mine.json"))
         assert mix(moved).fingerprint == first
 
-    def test_is_another_of_other_content(self, cache, tmp_path):
+    def test_differs_for_other_content(self, cache, tmp_path):
         other = write_cache(tmp_path / "other", dtype=torch.float32)
         found = [
             open_corpus(cache).fingerprint,
@@ -1180,7 +1185,7 @@ class TestFingerprint:
         ]
         assert len(set(found)) == len(found)
 
-    def test_of_one_sample_more(self, tmp_path):
+    def test_differs_for_one_more_sample(self, tmp_path):
         few, more = (write_cache(tmp_path / str(count), count) for count in (6, 7))
         assert open_corpus(few).fingerprint != open_corpus(more).fingerprint
 
@@ -1208,7 +1213,7 @@ class TestDraws:
                 assert sum(draws) == size
                 assert abs(draws[0] - size * weights[0] / sum(weights)) <= 0.5
 
-    def test_are_of_the_right_source(self, tmp_path):
+    def test_come_from_the_right_source(self, tmp_path):
         a, b = write_cache(tmp_path / "a", 7), write_tars(tmp_path / "b", [("x", cached_samples()[0][1], SIZE)], CACHED)
         corpus = mix(SourceConfig(name="a", uri=str(a)), SourceConfig(name="b", uri=str(b)))
         assert [corpus.record(item).key for item in (0, 3, 6, 7)] == ["00000000", "00000003", "00000006", "x"]
@@ -1220,15 +1225,15 @@ class TestDraws:
             ("b", 7, (1,), 1),
         ]
 
-    def test_of_the_recipe_reach_the_order(self, cache):
+    def test_settings_of_the_recipe_reach_the_order(self, cache):
         order = open_corpus(cache, shuffle=False, shuffle_block=5, partitions=2, seed=9).order(4, 1)
         assert (order.batch_size, order.seed, order.shuffle, order.block, order.partitions) == (4, 9, False, 5, 2)
         assert open_corpus(cache).order(4, 1).seed == 1
 
 
 class TestOpenShards:
-    def test_are_never_more_than_the_limit(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(corpus_module, "_MOST_OPEN", 2)
+    def test_never_exceed_the_limit(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(open_shards, "_MAX_OPEN", 2)
         path = write_tars(tmp_path / "cache", cached_samples(20), CACHED, per_shard=1)
         corpus = open_corpus(path)
         opened: list[int] = []
@@ -1243,15 +1248,15 @@ class TestOpenShards:
             assert corpus.record(item).key == f"{item:08d}"
             files = [str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
             assert sum(str(path) in name for name in files) == min(2, len(set(opened)))
-        # The last two stay open; 5 displaces 19, the one that was used longest ago.
+        # The last two stay open; 5 replaces 19, the least recently used one.
         assert opened == [*range(20), 5, 19]
 
-    def test_are_closed_before_they_are_too_many(self):
-        """A soft limit of 1024 files is common; several corpora and workers' pipes must fit."""
-        assert corpus_module._MOST_OPEN <= 128
+    def test_the_limit_is_below_that_of_the_system(self):
+        """A soft limit of 1024 open files is common. It must suffice for several corpora and the pipes of workers."""
+        assert open_shards._MAX_OPEN <= 128
 
     def test_are_safe_to_share_with_forked_processes(self, cache):
-        """Reading does not move a common file offset."""
+        """Reading does not move the file offset, which processes share."""
         corpus = open_corpus(cache)
         corpus.record(0)  # opened before the fork
         context = multiprocessing.get_context("fork")
@@ -1268,7 +1273,7 @@ class TestOpenShards:
         for process in processes:
             process.join()
 
-    def test_are_hashed_once_by_all_processes(self, cache, monkeypatch):
+    def test_are_hashed_by_one_process_only(self, cache, monkeypatch):
         checks: list[bool] = []
         original = Source.open
 
@@ -1278,7 +1283,7 @@ class TestOpenShards:
 
         corpus = open_corpus(cache)
         context = multiprocessing.get_context("fork")
-        process = context.Process(target=corpus.make_ready, args=(1,))
+        process = context.Process(target=corpus.prefetch, args=(1,))
         process.start()
         process.join()
         monkeypatch.setattr(Source, "open", counting)
@@ -1286,13 +1291,13 @@ class TestOpenShards:
         corpus.record(0)
         assert checks == [False, True]
 
-    def test_are_made_ready_or_fail_as_they_would_later(self, cache):
+    def test_prefetch_fails_as_reading_does(self, cache):
         flip_a_latent_bit(cache / VICTIM)
         corpus = open_corpus(cache, max_bad_fraction=0.5)
-        corpus.make_ready(0)
+        corpus.prefetch(0)
         for _ in range(2):
             with pytest.raises(BadData, match=VICTIM):
-                corpus.make_ready(1)
+                corpus.prefetch(1)
         with contextlib.suppress(BadData):
             corpus.record(3)
         assert corpus.record(0).key == "00000000"

@@ -1,4 +1,4 @@
-"""`encode`: what the cache holds is what the pipeline's own encoders say, whoever wrote it and however often it was begun."""
+"""`encode`: the cache has the output of the pipeline's own encoders, for any number of processes and restarts."""
 
 import json
 import multiprocessing
@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from data_tools.encode import EncodeConfig, encode
-from data_tools.job import Job, Piece, cut, processes
+from data_tools.job import Job, PlannedShard, plan_shards, processes
 from recipes.tiny import write_digits, write_pipeline
 from scfm_core.data.corpus import Corpus
 from scfm_core.data.folder import ImageFolder
@@ -68,7 +68,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> ModelFamily:
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twenty images with captions of 2 to 4 words; not to be changed by a test."""
+    """Twenty images with captions of 2 to 4 words. Tests must not change them."""
     folder = tmp_path_factory.mktemp("digits")
     write_digits(folder, count=COUNT)
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
@@ -80,14 +80,14 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """A few digits that a test may spoil."""
+    """A few digits that a test may change."""
     write_digits(tmp_path / "images", count=6)
     return tmp_path / "images"
 
 
 @pytest.fixture(scope="module")
 def cache(digits: Path, family: ModelFamily, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With trimmed padding, the default; not to be changed by a test."""
+    """With trimmed padding, the default. Tests must not change it."""
     folder = tmp_path_factory.mktemp("encoded") / "cache"
     run(digits, folder, family)
     return folder
@@ -105,14 +105,16 @@ class TestContent:
         assert run(digits, tmp_path / "cache", family) == read_manifest(tmp_path / "cache")
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-    def test_with_its_padding_is_the_encoders_own_bit_by_bit(self, digits, tmp_path, family, dtype):
-        """What training on the images would see: the same images in the same batches."""
+    def test_with_padding_equals_the_encoders_output_bit_by_bit(self, digits, tmp_path, family, dtype):
+        """The same as training on the images: the same images in the same batches."""
         run(digits, tmp_path / "cache", family, dtype=dtype, keep_padding=True)
         assert not (tmp_path / "cache" / PADDING).exists()
         cached, fly = open_cache(tmp_path / "cache"), images_of(digits)
         vae, text = Autoencoder(family, dtype, "cpu"), TextEncoders(family, LENGTH, dtype, "cpu")
         assert len(cached) == len(fly) == COUNT
-        rows = [list(range(at, at + n)) for at, n in ((0, 8), (8, 1), (9, 8), (17, 1), (18, 2))]  # shards of 9, by 8
+        rows = [
+            list(range(at, at + n)) for at, n in ((0, 8), (8, 1), (9, 8), (17, 1), (18, 2))
+        ]  # shards of 9, in batches of 8
         for batch in rows:
             records = [fly.record(row) for row in batch]
             latents = vae.encode(torch.stack([record.image for record in records]))
@@ -132,7 +134,7 @@ class TestContent:
         assert record.pooled.shape == (32,)
 
     def test_records_differ(self, cache):
-        """Random encoders that returned a constant would pass every comparison above."""
+        """If the random encoders returned a constant, every comparison above would pass."""
         first, second = (open_cache(cache).record(number) for number in (0, 1))
         for name in ("latents", "text", "pooled"):
             assert not torch.equal(getattr(first, name), getattr(second, name))
@@ -144,7 +146,7 @@ class TestContent:
         with pytest.raises(UserError, match=r"encoded with data.resolution \(8, 24\)"):
             open_cache(tmp_path / "cache")
 
-    def test_each_sample_says_which_file_it_was(self, cache):
+    def test_each_sample_names_its_file(self, cache):
         sources = []
         for shard in read_manifest(cache).shards:
             with tarfile.open(cache / shard.name) as tar:
@@ -154,7 +156,7 @@ class TestContent:
         assert sources == [f"{number:04d}.png" for number in range(COUNT)]
 
     def test_names_with_dots_and_folders_do_not_reach_the_keys(self, images, tmp_path, family):
-        """webdataset takes a key to end at the first dot, and a folder's name to be part of it."""
+        """For webdataset a key ends at the first dot, and the name of a folder is part of it."""
         (images / "v1.5").mkdir()
         (images / "0000.png").rename(images / "v1.5" / "a.b.png")
         (images / "v1.5" / "a.b.txt").write_text("moved")
@@ -163,7 +165,7 @@ class TestContent:
         assert [corpus.record(row).key for row in range(6)] == [f"{row:08d}" for row in range(6)]
         assert corpus.caption(5) == "moved"
 
-    def test_from_shards_is_that_from_a_folder(self, digits, cache, tmp_path, family):
+    def test_from_shards_equals_from_a_folder(self, digits, cache, tmp_path, family):
         folder, entries = ImageFolder(digits), []
         (tmp_path / "tars").mkdir()
         for numbers in (range(13), range(13, COUNT)):
@@ -181,7 +183,7 @@ class TestContent:
             assert torch.equal(mine.latents, other.latents)
             assert torch.equal(mine.text, other.text)
 
-    def test_progress_is_told_of_every_shard(self, digits, tmp_path, family):
+    def test_progress_sees_every_shard(self, digits, tmp_path, family):
         seen = []
 
         def progress(shards, total):
@@ -207,10 +209,10 @@ class TestPadding:
     def test_is_stored_up_to_the_captions_end(self, cache, family, digits):
         text = TextEncoders(family, LENGTH, torch.bfloat16, "cpu")
         lengths = text.lengths([ImageFolder(digits).caption(n) for n in range(COUNT)])
-        assert lengths == [3 + n % 3 for n in range(COUNT)]  # the words, and the end mark
+        assert lengths == [3 + n % 3 for n in range(COUNT)]  # the words and the end token
         assert [len(row) for row in stored_texts(cache)] == lengths
 
-    def test_is_filled_up_with_that_of_an_empty_caption(self, cache, digits, tmp_path, family):
+    def test_is_the_output_for_an_empty_caption(self, cache, digits, tmp_path, family):
         run(digits, tmp_path / "exact", family, keep_padding=True)
         empty = TextEncoders(family, LENGTH, torch.bfloat16, "cpu").encode([""]).text[0]
         assert torch.equal(load_file(cache / PADDING)["text"], empty)
@@ -221,7 +223,7 @@ class TestPadding:
             assert torch.equal(ours[length:], empty[length:])
             assert ours.shape == whole.shape
 
-    def test_is_there_again_when_the_network_gets_the_batch(self, cache, family):
+    def test_is_added_before_the_network_gets_the_batch(self, cache, family):
         corpus, items = open_cache(cache), [0, 1, 2, 7]
         batch = collate(items, [corpus.record(item, padded=False) for item in items])
         assert len(batch.text.tokens) == sum(3 + item % 3 for item in items)
@@ -230,16 +232,16 @@ class TestPadding:
         _, cond = BatchEncoder(config, family, corpus, torch.device("cpu")).encode(batch)
         assert torch.equal(cond.text, torch.stack([corpus.record(item).text for item in items]))
 
-    def test_costs_most_of_a_cache(self, images, tmp_path, family):
+    def test_is_most_of_the_bytes_of_a_cache(self, images, tmp_path, family):
         sizes = []
         for keep in (True, False):
             manifest = run(images, tmp_path / str(keep), family, text_length=256, keep_padding=keep)
             sizes.append(sum(shard.bytes for shard in manifest.shards))
-        # 6 samples of 256 rows of 32 bf16, or of 5: tar's own blocks remain.
+        # 6 samples of 256 rows of 32 bf16, or of 5 rows. The rest is blocks of the tar.
         assert sizes[0] - sizes[1] == pytest.approx(6 * 251 * 64, rel=0.05)
         assert sizes[1] <= sizes[0] / 4
 
-    def test_error_is_told_as_it_is(self, digits, tmp_path, family):
+    def test_error_is_reported_correctly(self, digits, tmp_path, family):
         _, error = encode(images_of(digits), tmp_path / "trimmed", family, EncodeConfig(**OPTIONS, dtype=torch.float32))
         run(digits, tmp_path / "exact", family, keep_padding=True, dtype=torch.float32)
         difference = whole = 0.0
@@ -255,7 +257,7 @@ class TestPadding:
         config = EncodeConfig(**OPTIONS, keep_padding=True)
         assert encode(images_of(digits), tmp_path / "cache", family, config)[1] is None
 
-    def test_of_a_caption_that_fills_all_tokens_is_none(self, images, tmp_path, family):
+    def test_of_a_caption_that_fills_all_tokens_is_empty(self, images, tmp_path, family):
         (images / "metadata.jsonl").unlink()
         for path in images.glob("*.png"):
             path.with_suffix(".txt").write_text("a handwritten digit " * 9)
@@ -269,7 +271,7 @@ class TestBuckets:
 
     @pytest.fixture
     def shapes(self, tmp_path) -> Path:
-        """Twelve images, in turn square, wide and tall."""
+        """Twelve images: square, wide and tall in turn."""
         (tmp_path / "shapes").mkdir()
         for number in range(12):
             height, width = self.SHOWN[number % 6]
@@ -278,7 +280,7 @@ class TestBuckets:
             (tmp_path / "shapes" / f"{number:02d}.txt").write_text(f"caption {number}")
         return tmp_path / "shapes"
 
-    def test_each_shard_holds_one(self, shapes, tmp_path, family):
+    def test_each_shard_has_one_size(self, shapes, tmp_path, family):
         manifest = run(images_of(shapes, buckets=self.SIZES), tmp_path / "cache", family, samples_per_shard=3)
         assert [shard.sizes for shard in manifest.shards] == [
             ((16, 16, 3),),
@@ -310,32 +312,33 @@ class TestBuckets:
             record = corpus.record(item)
             assert torch.equal(by_caption[record.caption].latents, vae.encode(record.image[None])[0])
 
-    def test_that_the_model_cannot_take(self, shapes, tmp_path, family):
+    def test_sizes_that_the_model_does_not_support(self, shapes, tmp_path, family):
         with pytest.raises(UserError, match="multiples of 4"):
             run(images_of(shapes, buckets=((16, 16), (8, 30))), tmp_path / "cache", family)
         assert not (tmp_path / "cache").exists()
 
 
-FORK = multiprocessing.get_context("fork")  # seconds less than a new interpreter with torch; killed alike
+# Seconds faster than a new interpreter with torch, and killed in the same way.
+FORK = multiprocessing.get_context("fork")
 
 
 class Started:
-    """A process that encodes with what its environment says, and may kill itself before it reads an image.
+    """A process that encodes with the given environment, and may kill itself before it reads an image.
 
     Args:
-        die_at: number of the image, from 1; 0: none.
+        die_at: number of the image, from 1; 0: never.
         environment: RANK and the like.
     """
 
     def __init__(self, images: Path, output: Path, family: ModelFamily, *, die_at: int = 0, **environment: str) -> None:
-        self._said, said = FORK.Pipe(duplex=False)
-        self.process = FORK.Process(target=self._run, args=(said, images, output, family, die_at, environment))
+        self._result, result = FORK.Pipe(duplex=False)
+        self.process = FORK.Process(target=self._run, args=(result, images, output, family, die_at, environment))
         self.process.start()
-        said.close()
+        result.close()
 
     @staticmethod
     def _run(
-        said: Any, images: Path, output: Path, family: ModelFamily, die_at: int, environment: dict[str, str]
+        result: Any, images: Path, output: Path, family: ModelFamily, die_at: int, environment: dict[str, str]
     ) -> None:
         os.environ.update(environment)
         corpus, count = images_of(images), 0
@@ -352,30 +355,30 @@ class Started:
         rank, world_size = processes()
         config = EncodeConfig(text_length=LENGTH, batch_size=2, samples_per_shard=3)
         manifest, _ = encode(corpus, output, family, config, rank=rank, world_size=world_size)
-        said.send((count, manifest is not None))
+        result.send((count, manifest is not None))
 
     def is_killed(self) -> bool:
         self.process.join(300)
         return self.process.exitcode == -signal.SIGKILL
 
     def ends(self) -> tuple[int, bool]:
-        """Images that it read, and whether it found the data set complete."""
+        """Number of images that it read, and whether it found the data set complete."""
         self.process.join(300)
         assert self.process.exitcode == 0
-        return self._said.recv()  # type: ignore[no-any-return]
+        return self._result.recv()  # type: ignore[no-any-return]
 
 
 @pytest.fixture(scope="module")
 def small_shards(digits: Path, family: ModelFamily, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `Started` makes of the digits in one go: seven shards of three."""
+    """The cache that `Started` makes of the digits without interruption: seven shards of three."""
     folder = tmp_path_factory.mktemp("small") / "cache"
     run(digits, folder, family, batch_size=2, samples_per_shard=3)
     return folder
 
 
 class TestInterrupted:
-    def test_by_kill_9_goes_on_where_it_was(self, digits, small_shards, tmp_path, family):
-        """Killed twice: in the third shard and in the sixth; each shard that was complete is kept."""
+    def test_resumes_after_kill_9(self, digits, small_shards, tmp_path, family):
+        """Killed twice, in the third and in the sixth shard; every finished shard is kept."""
         output = tmp_path / "cache"
         for die_at, complete in ((9, 2), (11, 5)):
             assert Started(digits, output, family, die_at=die_at).is_killed()
@@ -386,7 +389,7 @@ class TestInterrupted:
         assert Started(digits, output, family).ends() == (5, True)
         assert contents(output) == contents(small_shards)
 
-    def test_leaves_what_looks_unfinished(self, images, tmp_path, family):
+    def test_leaves_no_finished_data_set(self, images, tmp_path, family):
         good = (images / "0004.png").read_bytes()
         (images / "0004.png").write_bytes(bytes(len(good)))
         with pytest.raises(UserError, match=r"0004\.png is not a readable image"):
@@ -399,7 +402,7 @@ class TestInterrupted:
 
     @pytest.fixture
     def unfinished(self, images, tmp_path, family) -> Path:
-        """One of two shards."""
+        """One finished shard of two."""
         config = EncodeConfig(**{**OPTIONS, "samples_per_shard": 3})
         assert encode(images_of(images), tmp_path / "cache", family, config, rank=0, world_size=2)[0] is None
         return tmp_path / "cache"
@@ -407,30 +410,30 @@ class TestInterrupted:
     @pytest.mark.parametrize(
         ("change", "what"),
         [
-            ({"text_length": 16}, "text_length: 8 there, 16 now"),
-            ({"samples_per_shard": 4}, "samples_per_shard: 3 there, 4 now"),
-            ({"dtype": torch.float32}, "dtype: 'torch.bfloat16' there, 'torch.float32' now"),
-            ({"keep_padding": True}, "keep_padding: False there, True now"),
+            ({"text_length": 16}, "text_length: 8 before, 16 now"),
+            ({"samples_per_shard": 4}, "samples_per_shard: 3 before, 4 now"),
+            ({"dtype": torch.float32}, "dtype: 'torch.bfloat16' before, 'torch.float32' now"),
+            ({"keep_padding": True}, "keep_padding: False before, True now"),
         ],
     )
-    def test_is_not_gone_on_with_by_other_arguments(self, unfinished, images, family, change, what):
+    def test_does_not_resume_with_other_arguments(self, unfinished, images, family, change, what):
         before = contents(unfinished)
-        with pytest.raises(UserError, match=rf"{unfinished} holds unfinished shards of another job:\n  {what}\nStart"):
+        with pytest.raises(UserError, match=rf"{unfinished} has unfinished shards of another job:\n  {what}\nStart"):
             run(images, unfinished, family, **{"samples_per_shard": 3, **change})
         assert contents(unfinished) == before
 
-    def test_is_not_gone_on_with_from_other_images_sizes_or_models(self, unfinished, images, family, tmp_path):
+    def test_does_not_resume_with_other_images_sizes_or_models(self, unfinished, images, family, tmp_path):
         write_pipeline(tmp_path / "other", vae_steps=0, seed=1)
-        with pytest.raises(UserError, match=r"encoder: '.*' there, '.*' now"):
+        with pytest.raises(UserError, match=r"encoder: '.*' before, '.*' now"):
             run(images, unfinished, open_family(str(tmp_path / "other")), samples_per_shard=3)
-        with pytest.raises(UserError, match=r"sizes: \[\[16, 16\]\] there, \[\[8, 8\]\] now"):
+        with pytest.raises(UserError, match=r"sizes: \[\[16, 16\]\] before, \[\[8, 8\]\] now"):
             run(images_of(images, resolution=(8, 8)), unfinished, family, samples_per_shard=3)
         (images / "0000.png").unlink()
-        with pytest.raises(UserError, match=r"data: '.*' there, '.*' now"):
+        with pytest.raises(UserError, match=r"data: '.*' before, '.*' now"):
             run(images, unfinished, family, samples_per_shard=3)
 
     @pytest.mark.parametrize("change", [{"captions": {"other": 1.0}}, {"image": ("other",)}], ids=str)
-    def test_is_not_gone_on_with_from_other_fields(self, tmp_path, images, family, change):
+    def test_does_not_resume_with_other_fields(self, tmp_path, images, family, change):
         with TarWriter(tmp_path / "0.tar") as writer:
             for number in range(6):
                 png = (images / f"{number:04d}.png").read_bytes()
@@ -455,9 +458,7 @@ class TestSeveralProcesses:
         of_all = {"WORLD_SIZE": str(world_size)}
         started = [Started(digits, output, family, **of_all, RANK=str(rank)) for rank in range(world_size)]
         ends = [process.ends() for process in started]
-        assert [count for count, _ in ends] == (
-            [11, 9] if world_size == 2 else [8, 6, 6]
-        )  # the seventh shard holds two
+        assert [count for count, _ in ends] == ([11, 9] if world_size == 2 else [8, 6, 6])  # the seventh shard has two
         assert any(done for _, done in ends)
         assert contents(output) == contents(small_shards)
 
@@ -485,7 +486,7 @@ class TestProcesses:
             monkeypatch.setenv(name, value)
         return processes()
 
-    def test_alone(self, monkeypatch):
+    def test_of_a_single_process(self, monkeypatch):
         assert self.of(monkeypatch) == (0, 1)
 
     def test_of_a_launcher(self, monkeypatch):
@@ -506,7 +507,7 @@ class TestProcesses:
         assert found == [(rank, count) for rank in range(count)]
 
     def test_of_an_array_with_steps(self, monkeypatch):
-        """`--array=0-8:4` has the tasks 0, 4, 8: each of three processes must get a share of its own."""
+        """`--array=0-8:4` has the tasks 0, 4 and 8: the three processes must get different shares."""
         found = []
         for number in (0, 4, 8):
             array = {"SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_MAX": "8", "SLURM_ARRAY_TASK_STEP": "4"}
@@ -515,33 +516,33 @@ class TestProcesses:
         assert found == [(0, 3), (1, 3), (2, 3)]
 
     def test_of_an_array_with_gaps(self, monkeypatch):
-        """`--array=0,1,7`: nobody knows which place a task has."""
+        """`--array=0,1,7`: the place of a task is unknown."""
         array = {"SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_MAX": "7", "SLURM_ARRAY_TASK_STEP": "1"}
-        with pytest.raises(UserError, match=r"a Slurm array must be a range"):
+        with pytest.raises(UserError, match=r"only if the array is a range"):
             self.of(monkeypatch, **array, SLURM_ARRAY_TASK_COUNT="3", SLURM_ARRAY_TASK_ID="7")
 
-    def test_one_task_of_an_array_again_does_what_is_left(self, monkeypatch):
+    def test_a_task_of_an_array_that_is_started_again_does_the_rest(self, monkeypatch):
         array = {"SLURM_ARRAY_TASK_MIN": "7", "SLURM_ARRAY_TASK_MAX": "7", "SLURM_ARRAY_TASK_COUNT": "1"}
         assert self.of(monkeypatch, **array, SLURM_ARRAY_TASK_ID="7") == (0, 1)
 
 
-def one_sample(piece: Piece, tar: TarWriter) -> list[str]:
-    for item in piece.items:
+def one_sample(shard: PlannedShard, tar: TarWriter) -> list[str]:
+    for item in shard.items:
         tar.write(f"{item:08d}", {"txt": b"a"}, (8, 8))
     return []
 
 
 class TestJob:
     def test_shards_do_not_mix_groups(self):
-        pieces = cut([list(range(7)), [], list(range(7, 10))], 3)
-        assert [piece.items for piece in pieces] == [[0, 1, 2], [3, 4, 5], [6], [7, 8, 9]]
-        assert [piece.name for piece in pieces] == [f"shard-{number:06d}.tar" for number in range(4)]
+        shards = plan_shards([list(range(7)), [], list(range(7, 10))], 3)
+        assert [shard.items for shard in shards] == [[0, 1, 2], [3, 4, 5], [6], [7, 8, 9]]
+        assert [shard.name for shard in shards] == [f"shard-{number:06d}.tar" for number in range(4)]
 
-    def test_the_last_to_end_writes_the_manifest(self, tmp_path):
-        pieces = cut([list(range(7))], 2)
+    def test_the_last_process_writes_the_manifest(self, tmp_path):
+        shards = plan_shards([list(range(7))], 2)
         ends = []
         for rank in (2, 0, 1):
-            ends.append(Job(tmp_path, {"a": 1}).run(pieces, one_sample, Manifest(), rank=rank, world_size=3))
+            ends.append(Job(tmp_path, {"a": 1}).run(shards, one_sample, Manifest(), rank=rank, world_size=3))
             assert (tmp_path / MANIFEST).exists() == (len(ends) == 3)
         assert ends[:2] == [None, None]
         assert ends[2] == read_manifest(tmp_path)
@@ -557,32 +558,32 @@ class TestJob:
             ("replace", MANIFEST),
         ],
     )
-    def test_two_that_end_at_once_agree(self, tmp_path, monkeypatch, name, file):
-        """While one process is about to call Path.`name` on `file` (or its draft), another does all that is left."""
-        pieces = cut([list(range(4))], 2)
+    def test_two_processes_that_finish_at_the_same_time_agree(self, tmp_path, monkeypatch, name, file):
+        """Before one process calls Path.`name` on `file` (or its temporary file), another one finishes the job."""
+        shards = plan_shards([list(range(4))], 2)
         first, second = Job(tmp_path, {}), Job(tmp_path, {})
-        first.run(pieces, one_sample, Manifest(), rank=0, world_size=2)
+        first.run(shards, one_sample, Manifest(), rank=0, world_size=2)
         original, others = getattr(Path, name), []
 
         def call(path: Path, *arguments: Any, **options: Any) -> Any:
             if path.name.startswith(file) and not others and (first.notes / "shard-000001.tar.json").exists():
-                others.append(FORK.Process(target=first.run, args=(pieces, one_sample, Manifest())))
+                others.append(FORK.Process(target=first.run, args=(shards, one_sample, Manifest())))
                 others[0].start()
                 others[0].join()
             return original(path, *arguments, **options)
 
         monkeypatch.setattr(Path, name, call)
-        manifest = second.run(pieces, one_sample, Manifest(), rank=1, world_size=2)
+        manifest = second.run(shards, one_sample, Manifest(), rank=1, world_size=2)
         assert manifest == read_manifest(tmp_path)
         assert manifest.samples == 4
         assert [other.exitcode for other in others] == [0]
         assert sorted(contents(tmp_path)) == ["job.json", MANIFEST, "shard-000000.tar", "shard-000001.tar"]
 
-    def test_a_process_without_work_that_comes_late(self, tmp_path):
-        """Of three processes for two shards the third may start when the others have ended."""
-        pieces = cut([list(range(4))], 2)
+    def test_a_late_process_without_work(self, tmp_path):
+        """With three processes for two shards, the third one may start after the others have ended."""
+        shards = plan_shards([list(range(4))], 2)
         for rank in range(2):
-            manifest = Job(tmp_path, {"a": 1}).run(pieces, one_sample, Manifest(), rank=rank, world_size=3)
+            manifest = Job(tmp_path, {"a": 1}).run(shards, one_sample, Manifest(), rank=rank, world_size=3)
         assert Job(tmp_path, {"a": 1}).finished == manifest
         with pytest.raises(UserError, match="already holds a finished cache"):
             Job(tmp_path, {"a": 2})
@@ -591,53 +592,53 @@ class TestJob:
         "parameters",
         [pytest.param({"a": 1}, id="by the same job"), pytest.param({"a": 2}, id="by another")],
     )
-    def test_that_is_killed_before_its_manifest_is_written(self, tmp_path, monkeypatch, parameters):
-        pieces = cut([list(range(4))], 2)
+    def test_killed_before_the_manifest_is_written(self, tmp_path, monkeypatch, parameters):
+        shards = plan_shards([list(range(4))], 2)
         with monkeypatch.context() as patch, pytest.raises(SystemExit):
             patch.setattr(Manifest, "write", lambda *_: sys.exit("killed"))
-            Job(tmp_path, {"a": 1}).run(pieces, one_sample, Manifest())
+            Job(tmp_path, {"a": 1}).run(shards, one_sample, Manifest())
         if parameters == {"a": 1}:
-            assert Job(tmp_path, parameters).run(pieces, one_sample, Manifest()).samples == 4
+            assert Job(tmp_path, parameters).run(shards, one_sample, Manifest()).samples == 4
             assert sorted(contents(tmp_path)) == ["job.json", MANIFEST, "shard-000000.tar", "shard-000001.tar"]
         else:
             with pytest.raises(UserError, match="another job"):
                 Job(tmp_path, parameters)
 
     @pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_bytes(b"cut")], ids=["deleted", "cut"])
-    def test_whose_shard_was_lost_writes_it_again(self, tmp_path, spoil):
-        pieces = cut([list(range(4))], 2)
-        Job(tmp_path, {}).run(pieces, one_sample, Manifest(), rank=0, world_size=2)
+    def test_a_lost_shard_is_written_again(self, tmp_path, spoil):
+        shards = plan_shards([list(range(4))], 2)
+        Job(tmp_path, {}).run(shards, one_sample, Manifest(), rank=0, world_size=2)
         spoil(tmp_path / "shard-000000.tar")
-        manifest = Job(tmp_path, {}).run(pieces, one_sample, Manifest())
+        manifest = Job(tmp_path, {}).run(shards, one_sample, Manifest())
         assert [(tmp_path / shard.name).stat().st_size for shard in manifest.shards] == [
             shard.bytes for shard in manifest.shards
         ]
 
-    def test_without_any_sample_says_why(self, tmp_path):
+    def test_without_a_valid_sample_has_the_reasons(self, tmp_path):
         job = Job(tmp_path, {})
-        with pytest.raises(UserError, match=r"no sample could be used; .*left_out.txt says why"):
-            job.run(cut([[0, 1]], 2), lambda piece, tar: ["sample 0", "sample 1"], Manifest())
+        with pytest.raises(UserError, match=r"no sample is valid; .*left_out.txt has the reasons"):
+            job.run(plan_shards([[0, 1]], 2), lambda shard, tar: ["sample 0", "sample 1"], Manifest())
         assert (tmp_path / "left_out.txt").read_text() == "sample 0\nsample 1\n"
         assert not (tmp_path / MANIFEST).exists()
 
     def test_on_a_full_disk_keeps_what_is_finished(self, tmp_path):
-        def write(piece: Piece, tar: TarWriter) -> list[str]:
-            if piece.items[0] >= 2:
+        def write(shard: PlannedShard, tar: TarWriter) -> list[str]:
+            if shard.items[0] >= 2:
                 raise OSError(28, "No space left on device")
-            return one_sample(piece, tar)
+            return one_sample(shard, tar)
 
-        pieces = cut([list(range(4))], 2)
+        shards = plan_shards([list(range(4))], 2)
         with pytest.raises(
             UserError, match=f"could not be written to {tmp_path}: No space left.*finished shards are kept"
         ):
-            Job(tmp_path, {}).run(pieces, write, Manifest())
+            Job(tmp_path, {}).run(shards, write, Manifest())
         written: list[str] = []
 
-        def log(piece: Piece, tar: TarWriter) -> list[str]:
-            written.append(piece.name)
-            return one_sample(piece, tar)
+        def log(shard: PlannedShard, tar: TarWriter) -> list[str]:
+            written.append(shard.name)
+            return one_sample(shard, tar)
 
-        manifest = Job(tmp_path, {}).run(pieces, log, Manifest())
+        manifest = Job(tmp_path, {}).run(shards, log, Manifest())
         assert written == ["shard-000001.tar"]
         assert manifest is not None
         assert manifest.samples == 4
@@ -645,41 +646,44 @@ class TestJob:
 
 class TestBadImages:
     @pytest.fixture
-    def spoiled(self, images) -> Path:
-        """Of six, 0001 and 0004 are none."""
+    def with_bad_images(self, images) -> Path:
+        """Six files, of which 0001 and 0004 are not images."""
         for number in (1, 4):
             (images / f"000{number}.png").write_bytes(b"no image")
         return images
 
-    def test_are_left_out_and_listed_where_some_are_borne(self, spoiled, tmp_path, family):
-        corpus = images_of(spoiled, max_bad_fraction=0.5)
+    def test_are_left_out_and_listed_if_tolerated(self, with_bad_images, tmp_path, family):
+        corpus = images_of(with_bad_images, max_bad_fraction=0.5)
         manifest = run(corpus, tmp_path / "cache", family, samples_per_shard=4)
         assert [shard.samples for shard in manifest.shards] == [3, 1]
         lines = (tmp_path / "cache" / "left_out.txt").read_text().splitlines()
         assert len(lines) == 2
         for line, number in zip(lines, (1, 4), strict=True):
-            assert line.startswith(f"data: {spoiled}/000{number}.png is not a readable image")
+            assert line.startswith(f"data: {with_bad_images}/000{number}.png is not a readable image")
         cached = open_cache(tmp_path / "cache")
         assert [cached.record(at).key for at in range(4)] == ["00000000", "00000002", "00000003", "00000005"]
-        good = [images_of(spoiled).caption(number) for number in (0, 2, 3, 5)]
+        good = [images_of(with_bad_images).caption(number) for number in (0, 2, 3, 5)]
         assert [cached.caption(at) for at in range(4)] == good
 
-    def test_of_several_processes_are_all_listed(self, spoiled, tmp_path, family):
-        corpus, config = images_of(spoiled, max_bad_fraction=0.5), EncodeConfig(**{**OPTIONS, "samples_per_shard": 2})
+    def test_of_several_processes_are_all_listed(self, with_bad_images, tmp_path, family):
+        corpus, config = (
+            images_of(with_bad_images, max_bad_fraction=0.5),
+            EncodeConfig(**{**OPTIONS, "samples_per_shard": 2}),
+        )
         ends = [encode(corpus, tmp_path / "cache", family, config, rank=rank, world_size=2)[0] for rank in (1, 0)]
         assert ends[0] is None
         assert ends[1].samples == 4
         lines = (tmp_path / "cache" / "left_out.txt").read_text().splitlines()
         assert [f"000{number}.png" in line for line, number in zip(lines, (1, 4), strict=True)] == [True, True]
 
-    def test_stop_it_where_none_is_borne(self, spoiled, tmp_path, family):
+    def test_stop_the_job_if_not_tolerated(self, with_bad_images, tmp_path, family):
         with pytest.raises(UserError, match=r"0001\.png is not a readable image"):
-            run(spoiled, tmp_path / "cache", family)
+            run(with_bad_images, tmp_path / "cache", family)
 
-    def test_there_is_no_list_where_all_are_good(self, cache):
+    def test_no_list_if_all_are_valid(self, cache):
         assert not (cache / "left_out.txt").exists()
 
-    def test_a_shard_without_a_good_one_is_not_listed(self, images, tmp_path, family):
+    def test_a_shard_without_a_valid_image_is_not_listed(self, images, tmp_path, family):
         for number in (2, 3):
             (images / f"000{number}.png").write_bytes(b"no image")
         manifest = run(images_of(images, max_bad_fraction=0.5), tmp_path / "cache", family, samples_per_shard=2)
@@ -692,20 +696,20 @@ class TestBadImages:
 
 class TestRefusals:
     def test_finished_cache_is_not_made_again(self, cache, digits, family):
-        """Asked for the same, the job says what is there."""
+        """The same job returns the existing manifest."""
         before = contents(cache)
         config = EncodeConfig(**OPTIONS)
         assert encode(images_of(digits), cache, family, config) == (read_manifest(cache), None)
         assert contents(cache) == before
 
-    def test_finished_cache_is_left_alone(self, cache, images, family):
+    def test_finished_cache_is_not_changed(self, cache, images, family):
         before = contents(cache)
         with pytest.raises(UserError, match=f"{cache} already holds a finished cache; choose another folder"):
             run(images, cache, family)
         assert contents(cache) == before
 
     def test_cache_is_not_encoded_again(self, cache, tmp_path, family):
-        with pytest.raises(UserError, match="this is a cache already; encode images"):
+        with pytest.raises(UserError, match="the source is a cache already; only images can be encoded"):
             run(open_cache(cache), tmp_path / "cache", family)
         assert not (tmp_path / "cache").exists()
 
@@ -719,7 +723,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("below", ["", "sub", "sub/sub"])
     def test_output_that_cannot_be_written(self, images, tmp_path, family, below):
-        """A regular file stands in the way: not even root can write there."""
+        """The output is a regular file, so not even root can write there."""
         (tmp_path / "file").write_text("precious")
         with pytest.raises(UserError, match=f"could not be written to {tmp_path / 'file' / below}"):
             run(images, tmp_path / "file" / below, family)
@@ -728,6 +732,6 @@ class TestRefusals:
     @pytest.mark.parametrize(
         "change", [{"batch_size": 0}, {"samples_per_shard": 0}, {"text_length": 0}, {"text_length": 513}]
     )
-    def test_numbers_that_make_no_sense(self, change):
+    def test_invalid_numbers(self, change):
         with pytest.raises(UserError, match=r"at least 1 and the text length in 1\.\.512"):
             EncodeConfig(**change)

@@ -1,4 +1,4 @@
-"""A folder of images with captions: pairing, order, pixels, and what is said about a bad file."""
+"""A folder of images with captions: pairs, order, pixels, and messages for invalid files."""
 
 import json
 import struct
@@ -16,7 +16,7 @@ from scfm_core.errors import UserError
 
 
 def write_image(path: Path, pixels: torch.Tensor | None = None, **save_options: object) -> Path:
-    """`pixels` is uint8 [H, W] or [H, W, 3 or 4]; by default a small dark image."""
+    """`pixels` is uint8 [H, W] or [H, W, 3 or 4]; the default is a small dark image."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = torch.full((8, 8, 3), 10, dtype=torch.uint8) if pixels is None else pixels
     Image.fromarray(pixels.numpy()).save(path, **save_options)
@@ -46,7 +46,7 @@ def to_pixels(image: torch.Tensor) -> torch.Tensor:
 
 
 def as_image(pixels: torch.Tensor) -> torch.Tensor:
-    """Grey uint8 [H, W] -> what `load_image` returns for it."""
+    """Grey uint8 [H, W] -> the result of `load_image`."""
     return (pixels.float() / 127.5 - 1).expand(3, *pixels.shape)
 
 
@@ -55,7 +55,7 @@ def png_chunk(kind: bytes, content: bytes) -> bytes:
 
 
 def png(*chunks: bytes, width: int = 2, height: int = 2) -> bytes:
-    """An RGB image, chunk by chunk."""
+    """An RGB image made of chunks."""
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + b"".join(chunks)
 
@@ -74,7 +74,7 @@ class TestCaptions:
         write_image(tmp_path / "sub" / "b.png")
         write_metadata(tmp_path, [{"file_name": "sub/b.png", "text": "zwei"}, {"file_name": "a.png", "text": "one"}])
         with (tmp_path / "metadata.jsonl").open("a") as file:
-            file.write("\n  \n")  # blank lines are no rows
+            file.write("\n  \n")  # blank lines are skipped
         assert contents(tmp_path) == [("a.png", "one"), ("sub/b.png", "zwei")]
 
     def test_metadata_wins_over_the_text_file(self, tmp_path):
@@ -83,7 +83,7 @@ class TestCaptions:
         write_metadata(tmp_path, [{"file_name": "b.png", "text": "listed"}])
         assert contents(tmp_path) == [("a.png", "beside"), ("b.png", "listed")]
 
-    def test_missing_one_is_named_with_both_remedies(self, tmp_path):
+    def test_a_missing_one_is_named_with_both_solutions(self, tmp_path):
         write_pair(tmp_path, "a.png", "a")
         write_image(tmp_path / "sub" / "b.jpeg")
         write_image(tmp_path / "sub" / "c.jpeg")
@@ -99,7 +99,7 @@ class TestCaptions:
         with pytest.raises(UserError, match=r"line 2 of .*metadata\.jsonl"):
             ImageFolder(tmp_path)
 
-    def test_null_is_no_caption(self, tmp_path):
+    def test_null_is_not_a_caption(self, tmp_path):
         write_image(tmp_path / "a.png")
         (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": null}\n')
         with pytest.raises(UserError, match=r"line 1 of .*metadata\.jsonl"):
@@ -124,7 +124,7 @@ class TestCaptions:
 
 
 class TestFolder:
-    def test_order_is_that_of_the_names(self, tmp_path):
+    def test_order_is_by_name(self, tmp_path):
         for name in ("c.png", "sub/a.png", "b.png", "a10.png", "a9.png"):
             write_pair(tmp_path, name, name)
         assert [key for key, _ in contents(tmp_path)] == ["a10.png", "a9.png", "b.png", "c.png", "sub/a.png"]
@@ -145,7 +145,7 @@ class TestFolder:
 
     def test_no_image(self, tmp_path):
         (tmp_path / "a.txt").write_text("a caption without an image")
-        with pytest.raises(UserError, match=r"holds no image \(\.png, "):
+        with pytest.raises(UserError, match=r"has no images \(\.png, "):
             ImageFolder(tmp_path)
 
     def test_fingerprint_follows_names_captions_and_lengths(self, tmp_path):
@@ -169,7 +169,7 @@ class TestFolder:
             write_pair(tmp_path / folder, "sub/a.png", "a")
         assert ImageFolder(tmp_path / "one").fingerprint == ImageFolder(tmp_path / "two").fingerprint
 
-    def test_record_holds_the_image_alone(self, tmp_path):
+    def test_record_has_only_the_image_and_its_caption(self, tmp_path):
         write_pair(tmp_path, "a.png", "a")
         dataset = ImageFolder(tmp_path)
         for size in ((4, 6), (8, 2)):
@@ -177,7 +177,7 @@ class TestFolder:
         record = dataset.load(0, (4, 6))
         assert record.latents is record.text is record.pooled is None
 
-    def test_sizes_are_those_of_the_images(self, tmp_path):
+    def test_sizes_of_the_images(self, tmp_path):
         for name, size in (("a.png", (4, 9)), ("b.jpg", (30, 2)), ("c.webp", (5, 5))):
             write_image(tmp_path / name, torch.zeros(*size, 3, dtype=torch.uint8))
             (tmp_path / name).with_suffix(".txt").write_text("a")
@@ -201,7 +201,7 @@ class TestBadImages:
 
     @pytest.mark.parametrize("name", ["bad.png", "bad.jpg", "bad.webp", "bad.bmp"])
     @pytest.mark.parametrize("content", [b"", b"<html>404 not found</html>"], ids=["empty", "html"])
-    def test_no_image_at_all(self, tmp_path, content, name):
+    def test_not_an_image(self, tmp_path, content, name):
         self.refused(tmp_path, content, name)
 
     @pytest.mark.parametrize("kept", [0.1, 0.5, 0.9])
@@ -219,7 +219,7 @@ class TestBadImages:
             pytest.param(png(png_chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2 << 20))), BLACK), id="ValueError"),
         ],
     )
-    def test_whatever_pil_raises(self, tmp_path, content):
+    def test_any_error_of_pil(self, tmp_path, content):
         self.refused(tmp_path, content)
 
 
@@ -243,7 +243,7 @@ class TestPixels:
         ramp = torch.arange(64, dtype=torch.uint8).view(8, 8)
         assert torch.equal(load_image(write_image(tmp_path / "a.png", ramp), 8, 8), as_image(ramp))
 
-    def test_alpha_is_dropped_not_mixed_in(self, tmp_path):
+    def test_alpha_is_dropped(self, tmp_path):
         pixels = torch.full((4, 4, 4), 100, dtype=torch.uint8)
         pixels[..., 3] = torch.arange(16).view(4, 4) * 17
         image = load_image(write_image(tmp_path / "a.png", pixels), 4, 4)
@@ -262,7 +262,7 @@ class TestPixels:
             (3, lambda pixels: pixels.rot90(2)),
             (4, torch.flipud),
             (5, torch.t),
-            (6, lambda pixels: pixels.rot90(-1)),  # a quarter clockwise: what is stored on the left is shown on top
+            (6, lambda pixels: pixels.rot90(-1)),  # 90 degrees clockwise: the left side of the file is displayed on top
             (7, lambda pixels: pixels.rot90(2).t()),
             (8, lambda pixels: pixels.rot90(1)),
         ],
@@ -281,7 +281,7 @@ class TestPixels:
         ids=["rational description", "large unit", "text for a resolution"],
     )
     def test_other_exif_tags_do_not_matter(self, tmp_path, tag, kind, value):
-        """Cameras and editors write them carelessly; the picture is fine."""
+        """Cameras and editors often write them wrong; the image is valid."""
         stored = torch.arange(32, dtype=torch.uint8).view(4, 8)
         entries = sorted([(0x0112, 3, 1, 6), (tag, kind, 1, value)])
         exif = (
@@ -292,10 +292,10 @@ class TestPixels:
 
 
 class TestContent:
-    """An image as bytes, as a shard holds it."""
+    """An image as bytes, as in a shard."""
 
     @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.bmp"])
-    def test_is_read_as_the_file_is(self, tmp_path, name):
+    def test_is_read_as_the_file(self, tmp_path, name):
         noise = torch.randint(256, (20, 30, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         path = write_image(tmp_path / name, noise)
         assert torch.equal(load_image(path.read_bytes(), 8, 8, name="x"), load_image(path, 8, 8))
@@ -303,26 +303,26 @@ class TestContent:
 
     @pytest.mark.parametrize("orientation", range(1, 9))
     @pytest.mark.parametrize("suffix", ["png", "jpg"])
-    def test_size_is_as_it_is_shown(self, tmp_path, orientation, suffix):
+    def test_size_is_as_displayed(self, tmp_path, orientation, suffix):
         exif = Image.Exif()
         exif[0x0112] = orientation
         path = write_image(tmp_path / f"a.{suffix}", torch.zeros(10, 30, dtype=torch.uint8), exif=exif)
         assert image_size(path, "x") == ((30, 10) if orientation >= 5 else (10, 30))
 
     @pytest.mark.parametrize("name", ["a.png", "a.jpg"])
-    def test_size_needs_the_header_alone(self, tmp_path, name):
+    def test_size_needs_only_the_header(self, tmp_path, name):
         noise = torch.randint(256, (64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         content = write_image(tmp_path / name, noise).read_bytes()
         assert image_size(content[: len(content) // 2], "x") == (64, 64)
 
-    def test_size_of_no_image(self):
+    def test_size_of_bytes_that_are_not_an_image(self):
         with pytest.raises(BadData, match="sample 'a' is not a readable image"):
             image_size(b"no image", "sample 'a'")
 
     @pytest.mark.parametrize("size", [(32, 32), (30, 60), (64, 16)])
     @pytest.mark.parametrize("stored", [(512, 512), (320, 960)])
     def test_large_jpegs_are_decoded_smaller_and_look_the_same(self, tmp_path, size, stored):
-        """libjpeg leaves pixels out by powers of two: enough remain, and the picture is the same to a level or two."""
+        """libjpeg scales by powers of two. Enough pixels remain: the image differs by one or two levels."""
         rows, columns = torch.meshgrid(torch.arange(stored[0]), torch.arange(stored[1]), indexing="ij")
         smooth = (torch.stack([rows / stored[0], columns / stored[1], (rows + columns) / sum(stored)], -1) * 255).byte()
         path = write_image(tmp_path / "a.jpg", smooth, quality=95)
@@ -331,8 +331,8 @@ class TestContent:
         assert image.shape == (3, *size)
         assert float((image - load_image(lossless, *size)).abs().max()) < 3 / 127.5
 
-    def test_large_jpegs_are_decoded_no_smaller_than_they_are_needed(self, tmp_path):
-        """Stripes a pixel wide in what is asked for."""
+    def test_large_jpegs_are_not_decoded_too_small(self, tmp_path):
+        """Stripes that are one pixel wide in the result."""
         stripes = (torch.arange(512) // 4 % 2 * 255).byte().expand(512, 512)
         path = write_image(tmp_path / "a.jpg", stripes, quality=95)
         columns = load_image(path, 128, 128)[0].mean(0)
@@ -340,7 +340,7 @@ class TestContent:
 
 
 class TestCrop:
-    """Where no resampling is needed the pixels are exact."""
+    """Without resampling the pixels are exact."""
 
     def test_wide_image_loses_its_sides_evenly(self, tmp_path):
         wide = torch.arange(8 * 24, dtype=torch.uint8).view(8, 24)
@@ -360,7 +360,7 @@ class TestCrop:
         assert torch.equal(image, as_image(square[top : top + height, left : left + width]))
 
     def test_large_image_is_shrunk_to_cover_before_it_is_cropped(self, tmp_path):
-        """Of 32 x 64 the middle 32 x 32 survives; its left half is white."""
+        """The middle 32 x 32 of 32 x 64 remain; the left half is white."""
         stored = torch.zeros(32, 64, dtype=torch.uint8)
         stored[:, 16:32] = 255
         image = load_image(write_image(tmp_path / "a.png", stored), 8, 8)

@@ -1,12 +1,11 @@
-"""`generate`: the stored latents are what a straight-line computation of the sampler says, however the work is cut."""
+"""`generate`: the latents equal a reference computation, for any number of processes and any batch size."""
 
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from data_tools.encode import EncodeConfig
-from data_tools.generate import FIRST_ID, generate
+from data_tools.generate import FIRST_ID, SamplerConfig, generate
 from data_tools.pack import pack
 from recipes.cli import main
 from recipes.tiny import caption
@@ -33,18 +32,29 @@ from scfm_core.models.flux import Flux
 from scfm_core.models.protocol import Conditioning, ModelFamily
 from scfm_core.models.weights import encoder_fingerprint, network_fingerprint
 
+# Seconds faster than a new interpreter with torch, and killed in the same way.
+FORK = multiprocessing.get_context("fork")
+
 PROMPTS = [*map(caption, (1, 3, 5)), "a lion", ""]
 SIZES = ((16, 16), (8, 24))
 PER_PROMPT, LENGTH, SEED, GUIDANCE = 3, 48, 11, 2.5
-TOTAL = len(PROMPTS) * PER_PROMPT  # in shards of 3: 8 samples of (16, 16) and 7 of (8, 24), six shards
+TOTAL = len(PROMPTS) * PER_PROMPT  # six shards of at most 3: 8 samples of (16, 16) and 7 of (8, 24)
 
 
 def make(output: Path, family: ModelFamily, prompts: list[str] = PROMPTS, **changes: Any) -> Manifest | None:
-    """`generate` with small arguments; `changes` of them or of the `EncodeConfig`."""
+    """`generate` with small arguments; `changes` of the `EncodeConfig`, the `SamplerConfig` or the other arguments."""
     config = {"text_length": LENGTH, "dtype": torch.float32, "batch_size": 2, "samples_per_shard": 3}
+    sampler = {
+        "sizes": SIZES,
+        "per_prompt": PER_PROMPT,
+        "num_steps": 3,
+        "shift": 2.0,
+        "guidance": GUIDANCE,
+        "seed": SEED,
+    }
     config |= {name: changes.pop(name) for name in EncodeConfig.__dataclass_fields__ if name in changes}
-    arguments = {"sizes": SIZES, "per_prompt": PER_PROMPT, "num_steps": 3, "shift": 2.0, "guidance": GUIDANCE}
-    return generate(prompts, output, family, EncodeConfig(**config), **{**arguments, "seed": SEED, **changes})[0]
+    sampler |= {name: changes.pop(name) for name in SamplerConfig.__dataclass_fields__ if name in changes}
+    return generate(prompts, output, family, EncodeConfig(**config), SamplerConfig(**sampler), **changes)[0]
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -67,7 +77,7 @@ def family(tiny: Path) -> ModelFamily:
 
 @pytest.fixture(scope="module")
 def whole(family: ModelFamily, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All samples by one process. Not to be changed by a test."""
+    """All samples, made by one process. Tests must not change it."""
     folder = tmp_path_factory.mktemp("generated") / "whole"
     assert make(folder, family) == Manifest.parse((folder / MANIFEST).read_text(), "")
     return folder
@@ -88,7 +98,7 @@ def interrupt_after(count: int) -> Any:
 
 
 class Texts:
-    """T5 and CLIP by transformers alone."""
+    """T5 and CLIP of transformers, without this project's code."""
 
     def __init__(self, folder: Path) -> None:
         from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
@@ -100,7 +110,7 @@ class Texts:
 
     @torch.no_grad()
     def __call__(self, prompt: str) -> tuple[Tensor, Tensor, int]:
-        """T5's output, CLIP's pooled one, and the tokens that are not padding."""
+        """T5's output, CLIP's pooled output, and the number of tokens without padding."""
         short = self.clip_tokens([prompt], padding="max_length", truncation=True, max_length=77, return_tensors="pt")
         long = self.t5_tokens([prompt], padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")
         text = self.t5(long.input_ids)[0]
@@ -108,10 +118,10 @@ class Texts:
 
 
 @torch.no_grad()
-def straight(
+def reference(
     network: nn.Module, text: Tensor, pooled: Tensor, number: int, size: tuple[int, int], shift: Any
 ) -> Tensor:
-    """One sample's latents, [1, h, w], by a loop of its own: packing, shift, Euler steps."""
+    """The latents of one sample, [1, h, w], by a separate loop: packing, shift, Euler steps."""
     height, width = size[0] // 2, size[1] // 2
     rows, columns = height // 2, width // 2
     if shift == "dynamic":
@@ -143,7 +153,7 @@ def straight(
 
 class TestContent:
     @pytest.mark.parametrize("shift", [2.0, "dynamic"])
-    def test_latents_and_texts_are_those_of_a_straight_line_computation(self, family, whole, tmp_path, shift):
+    def test_latents_and_texts_equal_a_reference_computation(self, family, whole, tmp_path, shift):
         folder = whole
         if shift == "dynamic":
             folder = tmp_path / "dynamic"
@@ -157,15 +167,15 @@ class TestContent:
             prompt, size = PROMPTS[number // PER_PROMPT], SIZES[number % 2]
             text, pooled, length = texts(prompt)
             assert record.caption == prompt
-            assert 0 < length < LENGTH  # or nothing would be trimmed
+            assert 0 < length < LENGTH  # otherwise nothing would be trimmed
             torch.testing.assert_close(record.text, torch.cat([text[0, :length], filler[length:]]), atol=1e-5, rtol=0)
             torch.testing.assert_close(record.pooled, pooled[0], atol=1e-5, rtol=0)
-            latents = straight(network, text, pooled, number, size, shift)
+            latents = reference(network, text, pooled, number, size, shift)
             torch.testing.assert_close(record.latents, latents, atol=2e-5, rtol=0)
             seen.append(number)
         assert sorted(seen) == list(range(TOTAL))
 
-    def test_shards_hold_one_size_each_and_say_how_each_sample_was_made(self, whole):
+    def test_each_shard_has_one_size_and_says_how_samples_were_made(self, whole):
         manifest = Manifest.parse((whole / MANIFEST).read_text(), "")
         assert [shard.sizes for shard in manifest.shards] == [
             *(((16, 16, n),) for n in (3, 3, 2)),
@@ -209,7 +219,7 @@ class TestContent:
             assert velocity.shape == batch.latents.shape
             assert velocity.isfinite().all()
 
-    def test_a_batch_size_of_its_own_changes_nothing_but_rounding(self, family, whole, tmp_path):
+    def test_the_batch_size_changes_only_rounding(self, family, whole, tmp_path):
         make(tmp_path / "other", family, batch_size=1)
         one, other = by_number(whole), by_number(tmp_path / "other")
         assert one.keys() == other.keys()
@@ -227,7 +237,7 @@ class TestContent:
 
 class TestProcesses:
     @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-    def test_two_processes_write_the_files_of_one(self, family, whole, tmp_path, order):
+    def test_two_processes_write_the_same_files_as_one(self, family, whole, tmp_path, order):
         first = make(tmp_path / "two", family, rank=order[0], world_size=2)
         half = {path.name for path in (tmp_path / "two").glob("*.tar")}
         last = make(tmp_path / "two", family, rank=order[1], world_size=2)
@@ -235,41 +245,32 @@ class TestProcesses:
         assert last == Manifest.parse((whole / MANIFEST).read_text(), "")
         assert files(tmp_path / "two") == files(whole)
 
-    def test_an_interrupted_job_goes_on(self, family, whole, tmp_path):
+    def test_an_interrupted_job_resumes(self, family, whole, tmp_path):
         with pytest.raises(Interrupted):
             make(tmp_path / "new", family, progress=interrupt_after(2))
         assert not (tmp_path / "new" / MANIFEST).exists()
         kept = {path: path.stat().st_ino for path in (tmp_path / "new").glob("*.tar")}
         assert len(kept) == 2
-        told = []
-        make(tmp_path / "new", family, progress=lambda items, total: told.append((len(items), total)) or items)
-        assert told == [(4, 4)]
+        calls = []
+        make(tmp_path / "new", family, progress=lambda items, total: calls.append((len(items), total)) or items)
+        assert calls == [(4, 4)]
         assert {path: path.stat().st_ino for path in kept} == kept  # not written again
         assert files(tmp_path / "new") == files(whole)
 
     def test_kill_nine_in_the_middle_of_a_shard(self, family, whole, tmp_path):
-        script = f"""
-import os, signal
-from pathlib import Path
-import test_generate
-from scfm_core.models.flux import Flux
+        class Deadly(Flux):
+            calls = 0
 
-class Deadly(Flux):
-    calls = 0
-    def velocity(self, *arguments):
-        self.calls += 1
-        if self.calls == 10:  # of 6 a shard: in the second batch of the second
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().velocity(*arguments)
+            def velocity(self, *arguments: Any) -> Tensor:
+                self.calls += 1
+                if self.calls == 10:  # with 6 calls for a shard: in the second batch of the second shard
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return super().velocity(*arguments)
 
-test_generate.make(Path({str(tmp_path / "new")!r}), Deadly(Path({str(family.folder)!r})))
-"""
-        root = Path(__file__).parents[2]
-        path = os.pathsep.join([str(root), str(Path(__file__).parent)])
-        ended = subprocess.run(
-            [sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120
-        )  # fmt: skip
-        assert ended.returncode == -signal.SIGKILL, ended.stderr
+        process = FORK.Process(target=make, args=(tmp_path / "new", Deadly(family.folder)))
+        process.start()
+        process.join(120)
+        assert process.exitcode == -signal.SIGKILL
         left = files(tmp_path / "new")
         assert {"shard-000000.tar", "shard-000001.tar.tmp"} <= left.keys()
         assert not {"shard-000001.tar", MANIFEST} & left.keys()
@@ -279,7 +280,7 @@ test_generate.make(Path({str(tmp_path / "new")!r}), Deadly(Path({str(family.fold
 
 @pytest.fixture(scope="module")
 def unfinished(family: ModelFamily, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One of two shards. Not to be changed by a test."""
+    """One finished shard of two. Tests must not change it."""
     folder = tmp_path_factory.mktemp("unfinished") / "cache"
     with pytest.raises(Interrupted):
         make(folder, family, prompts=PROMPTS[:2], num_steps=1, progress=interrupt_after(1))
@@ -305,15 +306,15 @@ class TestOtherJobs:
             ("samples_per_shard", 4),
         ],
     )
-    def test_other_arguments_do_not_go_on(self, family, unfinished, name, value):
+    def test_does_not_resume_with_other_arguments(self, family, unfinished, name, value):
         before = files(unfinished)
         arguments = {"prompts": PROMPTS[:2], "num_steps": 1} | {name: value}
-        with pytest.raises(UserError, match=rf"another job:\n  {name}: .* there, .* now\nStart with the same"):
+        with pytest.raises(UserError, match=rf"another job:\n  {name}: .* before, .* now\nStart with the same"):
             make(unfinished, family, **arguments)
         assert files(unfinished) == before
 
     @pytest.mark.parametrize(("component", "name"), [("transformer", "network"), ("text_encoder_2", "encoder")])
-    def test_another_model_does_not_go_on(self, family, unfinished, tmp_path, component, name):
+    def test_does_not_resume_with_another_model(self, family, unfinished, tmp_path, component, name):
         shutil.copytree(family.folder, tmp_path / "flux")
         [weights] = (tmp_path / "flux" / component).glob("*.safetensors")
         content = bytearray(weights.read_bytes())
@@ -322,21 +323,21 @@ class TestOtherJobs:
         with pytest.raises(UserError, match=rf"another job:\n  {name}: "):
             make(unfinished, open_family(str(tmp_path / "flux")), prompts=PROMPTS[:2], num_steps=1)
 
-    def test_another_batch_size_does(self, family, unfinished, tmp_path):
+    def test_resumes_with_another_batch_size(self, family, unfinished, tmp_path):
         shutil.copytree(unfinished, tmp_path / "cache")
         manifest = make(tmp_path / "cache", family, prompts=PROMPTS[:2], num_steps=1, batch_size=5)
         assert manifest is not None
         assert manifest.samples == 6
 
-    def test_a_finished_cache_is_left_alone(self, family, whole):
-        """The same job again is done; another one is refused."""
+    def test_a_finished_cache_is_not_changed(self, family, whole):
+        """The same job is finished already; another job is refused."""
         before = files(whole)
         assert make(whole, family) == Manifest.parse((whole / "manifest.json").read_bytes(), "test")
         with pytest.raises(UserError, match="already holds a finished cache"):
             make(whole, family, seed=99)
         assert files(whole) == before
 
-    def test_a_shard_that_went_missing_is_made_again(self, family, unfinished, tmp_path):
+    def test_a_lost_shard_is_made_again(self, family, unfinished, tmp_path):
         shutil.copytree(unfinished, tmp_path / "cache")
         lost = min((tmp_path / "cache").glob("*.tar"))
         content = lost.read_bytes()
@@ -350,7 +351,7 @@ class TestRefusals:
         ("changes", "message"),
         [
             ({"prompts": []}, "no prompts"),
-            ({"per_prompt": 0}, "number of samples a prompt must be at least 1, got 0"),
+            ({"per_prompt": 0}, "number of samples of a prompt must be at least 1, got 0"),
             ({"num_steps": 0}, "number of steps must be at least 1, got 0"),
             ({"sizes": ()}, "number of sizes must be at least 1"),
             ({"sizes": ((16, 16), (18, 30))}, "18 x 30 pixels cannot be packed.*nearest is 16 x 32"),
@@ -360,12 +361,12 @@ class TestRefusals:
             ({"shift": "fast"}, "'dynamic', got 'fast'"),
         ],
     )
-    def test_arguments_that_make_no_sample(self, family, tmp_path, changes, message):
+    def test_invalid_arguments(self, family, tmp_path, changes, message):
         with pytest.raises(UserError, match=message):
             make(tmp_path / "cache", family, **changes)
         assert not (tmp_path / "cache").exists()
 
-    def test_a_file_in_the_way(self, family, tmp_path):
+    def test_an_output_that_is_a_file(self, family, tmp_path):
         (tmp_path / "file").write_text("precious")
         with pytest.raises(UserError, match="could not be written"):
             make(tmp_path / "file", family)
@@ -378,7 +379,7 @@ class TestRefusals:
             def velocity(self, *arguments: Any) -> Tensor:
                 velocity = super().velocity(*arguments)
                 self.calls += 1
-                if self.calls == 9:  # the last step of the third batch, which holds samples 6 and 8
+                if self.calls == 9:  # the last step of the third batch, which has samples 6 and 8
                     velocity[1, 0, 0, 0] = math.inf
                 return velocity
 
@@ -393,14 +394,14 @@ STEPS, SHIFT, INTERVALS = 8, 2.0, 4
 
 @pytest.fixture(scope="module")
 def paths(family: ModelFamily, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache with the teacher's paths. Not to be changed by a test."""
+    """A cache with the teacher's paths. Tests must not change it."""
     folder = tmp_path_factory.mktemp("paths") / "cache"
     make(folder, family, num_steps=STEPS, intervals=INTERVALS, shift=SHIFT, sizes=SIZES[:1], keep_padding=True)
     return folder
 
 
 class TestTrajectories:
-    """Paths are stored beside the latents, whose end they are, and read by those who ask for them."""
+    """Paths are stored with the latents at which they end, and read if requested."""
 
     def test_a_path_leads_from_the_noise_to_the_latents(self, family: ModelFamily, paths: Path) -> None:
         corpus = Corpus(DataConfig(path=str(paths), resolution=SIZES[0]), with_paths=True)
@@ -418,7 +419,9 @@ class TestTrajectories:
             end = noise - torch.einsum("k,kchw->chw", lengths, record.path["velocities"])
             torch.testing.assert_close(end, record.latents, rtol=0, atol=1e-5)
 
-    def test_the_network_is_told_and_packed_along(self, paths: Path, family: ModelFamily, tmp_path: Path) -> None:
+    def test_the_network_is_in_the_manifest_also_after_packing(
+        self, paths: Path, family: ModelFamily, tmp_path: Path
+    ) -> None:
         for shards in (paths, tmp_path / "mds"):
             if not shards.exists():
                 assert main(["data", "pack", str(paths), "-o", str(shards), "--to", "mds"]) == 0
@@ -430,12 +433,12 @@ class TestTrajectories:
         manifest = Manifest.parse((paths / MANIFEST).read_text(), "")
         replace(manifest, network="another").write(other / MANIFEST)
         sources = tuple(SourceConfig(name=folder.name, uri=str(folder)) for folder in (paths, other))
-        with pytest.raises(UserError, match=r"taken by different networks, .*pack each alone"):
+        with pytest.raises(UserError, match=r"made by different networks, .*pack each source separately"):
             pack(Corpus(DataConfig(sources=sources, resolution=SIZES[0])), tmp_path / "packed", to="webdataset")
 
     @pytest.mark.parametrize("second_order", [False, True])
-    def test_velocities_are_the_teachers(self, family: ModelFamily, tmp_path: Path, second_order: bool) -> None:
-        """Two intervals of two steps each, by hand: Euler's, or those of Adams-Bashforth's formula."""
+    def test_velocities_are_those_of_the_teacher(self, family: ModelFamily, tmp_path: Path, second_order: bool) -> None:
+        """Two intervals of two steps each, computed here: by Euler's method, or by the Adams-Bashforth formula."""
         settings = {"num_steps": 4, "intervals": 2, "second_order": second_order, "shift": SHIFT, "sizes": SIZES[:1]}
         make(tmp_path / "cache", family, PROMPTS[:1], per_prompt=1, keep_padding=True, **settings)
         corpus = Corpus(DataConfig(path=str(tmp_path / "cache"), resolution=SIZES[0]), with_paths=True)
@@ -463,7 +466,7 @@ class TestTrajectories:
         assert (details["steps"], details["solver"]) == (4, "adams-bashforth" if second_order else "euler")
 
     @pytest.mark.parametrize(("steps", "intervals"), [(8, 12), (8, 3), (8, 0)])
-    def test_intervals_that_no_step_ends_are_refused(
+    def test_intervals_that_do_not_divide_the_steps_are_refused(
         self, family: ModelFamily, tmp_path: Path, steps: int, intervals: int
     ) -> None:
         with pytest.raises(UserError, match=f"the {steps} steps of a path cannot be stored as {intervals} intervals"):
@@ -471,21 +474,21 @@ class TestTrajectories:
         assert not (tmp_path / "cache").exists()
 
     @pytest.mark.parametrize("word", [["--intervals", "6"], ["--solver", "euler"]])
-    def test_what_is_of_paths_needs_them(self, tmp_path: Path, word: list[str], capsys: Any) -> None:
+    def test_options_of_paths_need_trajectories(self, tmp_path: Path, word: list[str], capsys: Any) -> None:
         words = ["data", "generate", "prompts.txt", "-o", str(tmp_path / "x"), "--model", "m", *word]
         assert main(words) == 2
-        assert f"{word[0]} is of stored paths: add --trajectories" in capsys.readouterr().err
+        assert f"{word[0]} is for stored paths: add --trajectories" in capsys.readouterr().err
 
-    def test_who_does_not_ask_for_paths_does_not_carry_them(self, paths: Path) -> None:
+    def test_paths_are_not_read_unless_requested(self, paths: Path) -> None:
         corpus = Corpus(DataConfig(path=str(paths), resolution=SIZES[0]))
         assert corpus.record(0).path is None
         assert collate([0], [corpus.record(0)]).path is None
 
-    def test_a_cache_without_paths_says_what_makes_them(self, whole: Path) -> None:
+    def test_a_cache_without_paths_names_the_command_that_makes_them(self, whole: Path) -> None:
         corpus = Corpus(DataConfig(path=str(whole), resolution=SIZES[0], buckets=SIZES), with_paths=True)
         with pytest.raises(UserError, match="scfm data generate --trajectories"):
             corpus.record(0)
 
-    def test_another_kind_of_samples_does_not_mix_in(self, family: ModelFamily, paths: Path) -> None:
+    def test_samples_without_paths_are_not_mixed_with_paths(self, family: ModelFamily, paths: Path) -> None:
         with pytest.raises(UserError):
             make(paths, family, num_steps=STEPS, shift=SHIFT, sizes=SIZES[:1])

@@ -1,4 +1,4 @@
-"""Shards that mean harm: nothing of them is run or written, and what they cannot do is told as bad data."""
+"""Malicious shards: nothing in them is executed or written, and reading them raises BadData."""
 
 import contextlib
 import gzip
@@ -40,7 +40,7 @@ CANARIES = {
 
 
 class Bomb:
-    """Leaves a file when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -51,7 +51,7 @@ class Bomb:
 
 @pytest.fixture(autouse=True)
 def nothing_is_run_or_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Each test may write below `data` and `cache` of its folder; what a shard ran or wrote would lie elsewhere."""
+    """Tests write only in `data` and `cache`. A shard that executes or writes something does so elsewhere."""
     (tmp_path / "work" / "deep").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "work" / "deep")
     yield
@@ -64,13 +64,13 @@ def nothing_is_run_or_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def bomb(tmp_path: Path) -> bytes:
     content = pickle.dumps(Bomb(tmp_path / "canary"))
     pickle.loads(content)
-    (tmp_path / "canary").unlink()  # the file that is not to be: it works
+    (tmp_path / "canary").unlink()  # the bomb works: here is its file
     return content
 
 
 @contextlib.contextmanager
-def within(seconds: float) -> Iterator[None]:
-    """Ends a loop without end."""
+def time_limit(seconds: float) -> Iterator[None]:
+    """Ends an endless loop."""
 
     def stop(*_: object) -> None:
         raise AssertionError(f"it has not ended after {seconds} s")
@@ -81,9 +81,8 @@ def within(seconds: float) -> Iterator[None]:
     try:
         yield
     finally:
-        signal.setitimer(
-            signal.ITIMER_REAL, max(1.0, left - (time.monotonic() - start)) if left else 0
-        )  # pytest-timeout
+        # Restore the timer of pytest-timeout.
+        signal.setitimer(signal.ITIMER_REAL, max(1.0, left - (time.monotonic() - start)) if left else 0)
         signal.signal(signal.SIGALRM, handler)
 
 
@@ -99,7 +98,7 @@ def cached(seed: int) -> dict[str, bytes]:
 
 
 def write_dataset(folder: Path, shard: bytes, samples: int, name: str = "x.tar", **fields: Any) -> Path:
-    """One shard of any content, whose manifest says that it is right."""
+    """One shard of any content, with a manifest that agrees with it."""
     folder.mkdir(exist_ok=True)
     (folder / name).write_bytes(shard)
     entry = ShardEntry(name=name, samples=samples, bytes=len(shard), sha256=hashlib.sha256(shard).hexdigest(), **fields)
@@ -136,7 +135,7 @@ def good_tar(count: int = 3) -> bytes:
 
 
 def sealed(header: bytearray) -> bytes:
-    """With a right checksum."""
+    """A header with a correct checksum."""
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
     return bytes(header)
@@ -158,7 +157,7 @@ def sparse_member(name: str, size: bytes) -> bytes:
     header = bytearray(tarfile.TarInfo(name).tobuf(tarfile.GNU_FORMAT))
     header[156:157] = b"S"
     header[386:410] = b"00000000000\0" + b"00000000000\0"
-    header[483:495] = size.ljust(12, b"\0")  # when unpacked
+    header[483:495] = size.ljust(12, b"\0")  # when extracted
     return sealed(header)
 
 
@@ -166,7 +165,7 @@ class TestTarMembers:
     @pytest.mark.parametrize(
         "extension", ["pyd", "pkl", "pickle", "pth", "pt", "PKL", "seg.pth", "py", "so", "sh", "dill"]
     )
-    def test_that_other_loaders_would_run(self, tmp_path: Path, bomb: bytes, extension: str) -> None:
+    def test_that_other_loaders_would_execute(self, tmp_path: Path, bomb: bytes, extension: str) -> None:
         shard = tar_of(("0000.jpg", jpeg()), ("0000.txt", b"a"), (f"0000.{extension}", bomb))
         corpus = Corpus(recipe(write_dataset(tmp_path / "data", shard, 1)))
         with pytest.raises(BadData, match=rf"x\.tar .*has a member '0000\.{extension}', which is refused"):
@@ -177,13 +176,13 @@ class TestTarMembers:
         ["../canary.txt", "../../canary.txt", "a/../../canary.txt", "/canary.txt", "{tmp}/canary.txt", "a/..", ".."],
     )
     @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-    def test_that_lead_out(self, tmp_path: Path, name: str, form: int) -> None:
+    def test_paths_outside_the_folder(self, tmp_path: Path, name: str, form: int) -> None:
         name = name.format(tmp=tmp_path)
         shard = tar_of(("0000.jpg", jpeg()), (name, b"x"), format=form)
         with pytest.raises(BadData, match=r"x\.tar has a member '.*', which is refused"):
             Corpus(recipe(write_dataset(tmp_path / "data", shard, 1))).record(0)
 
-    def test_a_long_name_that_leads_out(self, tmp_path: Path) -> None:
+    def test_a_long_path_outside_the_folder(self, tmp_path: Path) -> None:
         for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
             shard = tar_of((f"{'long/' * 60}../../canary.txt", b"x"), format=form)
             with pytest.raises(BadData, match="which is refused"):
@@ -195,34 +194,34 @@ class TestTarMembers:
         ids=["symlink", "hardlink", "character", "block", "fifo"],
     )
     @pytest.mark.parametrize("place", ["first", "last"])
-    def test_that_are_no_files(self, tmp_path: Path, kind: bytes, place: str) -> None:
+    def test_that_are_not_files(self, tmp_path: Path, kind: bytes, place: str) -> None:
         odd = link("0000.txt", "/etc/passwd", kind).tobuf(tarfile.USTAR_FORMAT)
         image = tar_of(("0000.jpg", jpeg()))
         blocks = BLOCK + -(-len(jpeg()) // BLOCK) * BLOCK
         shard = odd + image if place == "first" else image[:blocks] + odd + bytes(2 * BLOCK)
-        with pytest.raises(BadData, match=r"x\.tar has a member '0000\.txt' that is no plain file"):
+        with pytest.raises(BadData, match=r"x\.tar has a member '0000\.txt' that is not a plain file"):
             Corpus(recipe(write_dataset(tmp_path / "data", shard, 1))).record(0)
 
     @pytest.mark.parametrize("size", [b"00000000100", b"77777777777"], ids=["64 bytes", "8 GB"])
     def test_a_sparse_one(self, tmp_path: Path, size: bytes) -> None:
         shard = sparse_member("0000.jpg", size) + bytes(2 * BLOCK)
-        with pytest.raises(BadData, match=r"x\.tar has a member '0000\.jpg' that is no plain file"):
+        with pytest.raises(BadData, match=r"x\.tar has a member '0000\.jpg' that is not a plain file"):
             Corpus(recipe(write_dataset(tmp_path / "data", shard, 1))).record(0)
 
     @pytest.mark.parametrize("second", ["0000.txt", "0000.TXT"])
     def test_one_name_twice(self, tmp_path: Path, second: str) -> None:
-        """Which of the two is meant?"""
+        """It would be ambiguous."""
         shard = tar_of(("0000.jpg", jpeg()), ("0000.txt", b"a"), ("0001.txt", b"b"), (second, b"c"))
         with pytest.raises(BadData, match=rf"x\.tar has the member '{second}' twice"):
             Corpus(recipe(write_dataset(tmp_path / "data", shard, 2))).record(0)
 
-    def test_folders_are_no_samples(self, tmp_path: Path) -> None:
+    def test_folders_are_not_samples(self, tmp_path: Path) -> None:
         shard = tar_of(("a/0000.jpg", jpeg()), ("a/0000.txt", b"x"), infos=[link("a", "", tarfile.DIRTYPE)])
         record = Corpus(recipe(write_dataset(tmp_path / "data", shard, 1))).record(0)
         assert (record.key, record.caption) == ("a/0000", "x")
 
     @pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-    def test_long_and_foreign_names_are_read(self, tmp_path: Path, form: int) -> None:
+    def test_long_and_non_ascii_names_are_read(self, tmp_path: Path, form: int) -> None:
         key = f"{'ä' * 30}/{'x' * 150}"
         shard = tar_of((f"{key}.jpg", jpeg()), (f"{key}.txt", b"x"), format=form)
         assert Corpus(recipe(write_dataset(tmp_path / "data", shard, 1))).record(0).key == key
@@ -248,8 +247,8 @@ class TestTarHeaders:
         ],
         ids=["8GB", "2KB", "base256", "4GB", "no octal", "hex", "letters"],
     )
-    def test_a_size_that_cannot_be(self, tmp_path: Path, size: bytes, content: bytes) -> None:
-        with pytest.raises(BadData, match=r"x\.tar"), within(10):
+    def test_an_impossible_size(self, tmp_path: Path, size: bytes, content: bytes) -> None:
+        with pytest.raises(BadData, match=r"x\.tar"), time_limit(10):
             self.read(tmp_path, header_of("0000.txt", size) + content.ljust(2 * BLOCK, b"\0"))
 
     @pytest.mark.parametrize(
@@ -257,7 +256,7 @@ class TestTarHeaders:
         [
             pytest.param(size)
             for size, reason in [
-                (b"-0000001000", "int() takes the sign: the loop stands still and fills the memory"),
+                (b"-0000001000", "int() accepts the sign: the loop would never end and fill the memory"),
                 (b"-0000000001", "int() takes the sign: taken for an empty member"),
                 (b"-0000010000", "int() takes the sign: OSError of pread"),
                 (b"\xff" * 10 + b"\xfe\0", "tarfile's negative size: taken for a member"),
@@ -266,7 +265,7 @@ class TestTarHeaders:
         ids=["-512", "-1", "-4096", "base256"],
     )
     def test_a_negative_size(self, tmp_path: Path, size: bytes) -> None:
-        with pytest.raises(BadData, match=r"x\.tar"), within(2):
+        with pytest.raises(BadData, match=r"x\.tar"), time_limit(2):
             self.read(tmp_path, header_of("0000.txt", size) + bytes(4 * BLOCK))
 
     def test_a_size_in_base_256(self, tmp_path: Path) -> None:
@@ -282,24 +281,24 @@ class TestTarHeaders:
                 self.read(tmp_path, bytes(bad), 2)
 
     @pytest.mark.parametrize("shard", [b"\0" * 1024, b"\0" * 10240, b"x", b"<html>not found</html>" * 99], ids=len)
-    def test_no_tar(self, tmp_path: Path, shard: bytes) -> None:
+    def test_not_a_tar(self, tmp_path: Path, shard: bytes) -> None:
         with pytest.raises(BadData, match=r"x\.tar is no"):
             self.read(tmp_path, shard)
 
     def test_an_empty_file(self, tmp_path: Path) -> None:
-        with pytest.raises(UserError, match=r"manifest\.json is damaged|x\.tar is no tar"):
+        with pytest.raises(UserError, match=r"manifest\.json is damaged|x\.tar is not a tar"):
             self.read(tmp_path, b"")
 
     @pytest.mark.parametrize("name", ["", "x" * 300], ids=["plain", "with a name"])
-    def test_a_packed_tar(self, tmp_path: Path, name: str) -> None:
-        """The name comes to lie where a tar has the kind of its first member; stored, so that all offsets are within."""
+    def test_a_compressed_tar(self, tmp_path: Path, name: str) -> None:
+        """The name is at the offset of the type of a tar's first member. Stored, so that all offsets are in the file."""
         out = io.BytesIO()
         with gzip.GzipFile(name, "wb", compresslevel=0, fileobj=out) as file:
             file.write(good_tar() + bytes(20_000))
         with pytest.raises(BadData, match=r"x\.tar is no"):
             self.read(tmp_path, out.getvalue())
 
-    def test_a_zeroed_header_is_missed_by_the_count(self, tmp_path: Path) -> None:
+    def test_a_zeroed_header_is_found_by_the_count(self, tmp_path: Path) -> None:
         shard = bytearray(tar_of(*[(f"{n:04d}.txt", b"x") for n in range(3)]))
         shard[2 * BLOCK : 3 * BLOCK] = bytes(BLOCK)
         with pytest.raises(BadData, match=r"x\.tar holds 1 samples, the manifest says 3"):
@@ -310,7 +309,7 @@ class TestTarHeaders:
         with contextlib.suppress(BadData):
             self.read(tmp_path, more * 3000 + header_of("x", b"00000000000") + bytes(2 * BLOCK))
 
-    def test_extended_headers_that_lie(self, tmp_path: Path) -> None:
+    def test_wrong_extended_headers(self, tmp_path: Path) -> None:
         for name, value in [
             ("size", "99999999999"),
             ("size", "-512"),
@@ -322,12 +321,12 @@ class TestTarHeaders:
                 info = tarfile.TarInfo("0000.txt")
                 info.pax_headers = {name: value, "GNU.sparse.minor": "0"}
                 tar.addfile(info)
-            with pytest.raises(BadData, match=r"x\.tar"), within(10):
+            with pytest.raises(BadData, match=r"x\.tar"), time_limit(10):
                 self.read(tmp_path, out.getvalue())
 
 
 def mutate(content: bytes, generator: random.Random, blocks: int = BLOCK) -> bytes:
-    """One of a few ways to damage it."""
+    """Damage it in one of a few ways."""
     data = bytearray(content)
     for _ in range(generator.choice([1, 1, 1, 2, 5])):
         at = generator.randrange(max(1, len(data)))
@@ -352,7 +351,7 @@ def mutate(content: bytes, generator: random.Random, blocks: int = BLOCK) -> byt
 
 
 def mutate_header(content: bytes, generator: random.Random) -> bytes:
-    """A wrong field under a right checksum."""
+    """A wrong field with a correct checksum."""
     data = bytearray(content)
     starts = [at for at in range(0, len(data), BLOCK) if data[at + 257 : at + 262] == b"ustar"]
     at = generator.choice(starts)
@@ -364,7 +363,7 @@ def mutate_header(content: bytes, generator: random.Random) -> bytes:
 
 
 def outcome(call: Callable[[], Any]) -> Any:
-    """What comes back, or "bad"; every other exception is a failure."""
+    """The result, or "bad"; any other exception is a failure."""
     try:
         return call()
     except UserError:
@@ -372,12 +371,12 @@ def outcome(call: Callable[[], Any]) -> Any:
 
 
 class TestFuzz:
-    """Damage that the manifest's hash agrees with: as if it had been there when the shard was hashed."""
+    """The hash in the manifest agrees with the damage: as if the shard had been damaged before it was hashed."""
 
     def run(self, folder: Path, shard: bytes, note: object, **fields: Any) -> list[str]:
-        """Each sample's outcome."""
+        """The outcome of each sample."""
         try:
-            with within(20):
+            with time_limit(20):
                 corpus = outcome(lambda: Corpus(recipe(write_dataset(folder, shard, 3), **fields)))
                 if corpus == "bad":
                     return ["bad"] * 3
@@ -450,7 +449,7 @@ class TestFuzz:
 
 
 def write_mds(folder: Path, columns: dict[str, str], rows: list[dict[str, Any]]) -> Path:
-    """With the library's own writer, as foreign sets are made."""
+    """With the library's own writer, as other tools do."""
     from streaming import MDSWriter
 
     with MDSWriter(out=str(folder), columns=columns, hashes=["sha256"]) as writer:
@@ -485,10 +484,10 @@ class TestMds:
         shard = corpus.raw(0)[0]
         assert shard is not None
         assert "bad" in shard.fields(0)
-        with pytest.raises(BadData, match=r"column 'bad' of shard .* is of encoding 'pkl', which is not read"):
+        with pytest.raises(BadData, match=r"column 'bad' of shard .* has the encoding 'pkl', which is not supported"):
             shard.read(0, "bad")
         for fields in ({"captions": {"bad": 1.0}}, {"captions": {"json.x": 1.0, "bad": 1.0}}, {"image": ("bad",)}):
-            with pytest.raises(BadData, match="'pkl', which is not read"):
+            with pytest.raises(BadData, match="'pkl', which is not supported"):
                 Corpus(recipe(folder, format="mds", **fields)).record(0)
 
     def test_a_pickle_under_another_encoding(self, tmp_path: Path, bomb: bytes) -> None:
@@ -499,14 +498,14 @@ class TestMds:
             Corpus(recipe(folder, format="mds")).record(0)
 
     @pytest.mark.parametrize("name", ["../x.mds", "/etc/passwd", "a/../../x.mds", "s3://bucket/x.mds", "..\\x.mds", ""])
-    def test_a_name_that_leads_out(self, mds: Path, name: str) -> None:
+    def test_a_path_outside_the_folder(self, mds: Path, name: str) -> None:
         (mds.parent / "cache").mkdir()
         edit_index(mds, lambda shard: shard["raw_data"].update(basename=name))
         with pytest.raises(UserError, match=r"index\.json names a shard outside its folder"):
             Corpus(recipe(mds, format="mds"))
 
     @pytest.mark.parametrize("name", ["../cache/x.zstd", "a/../../cache/x.zstd"])
-    def test_a_name_of_a_packed_shard_that_leads_out(self, tmp_path: Path, name: str) -> None:
+    def test_a_path_of_a_compressed_shard_outside_the_folder(self, tmp_path: Path, name: str) -> None:
         with MdsWriter(tmp_path / "data", ["image", "txt"], Manifest(), compression="zstd") as writer:
             writer.write("0", {"image": jpeg(), "txt": b"x"}, None)
         (tmp_path / "cache").mkdir()
@@ -516,7 +515,7 @@ class TestMds:
         with pytest.raises(UserError, match=r"names a shard outside its folder"):
             Corpus(recipe(tmp_path / "data", format="mds")).record(0)
 
-    def test_a_packed_shard_of_an_unknown_algorithm(self, mds: Path) -> None:
+    def test_a_compressed_shard_of_an_unknown_algorithm(self, mds: Path) -> None:
         packed = {"basename": "shard.00000.mds", "bytes": (mds / "shard.00000.mds").stat().st_size, "hashes": {}}
         edit_index(mds, lambda shard: shard.update(compression="rot13", zip_data=packed))
         with pytest.raises(BadData, match="cannot be decompressed"):
@@ -526,7 +525,7 @@ class TestMds:
     def test_fuzz(self, mds: Path, seed: int) -> None:
         generator, good, found = random.Random(seed), (mds / "shard.00000.mds").read_bytes(), set()
         for number in range(80):
-            # Half of them in the table of offsets, at the front.
+            # Half of them in the table of offsets at the beginning.
             content = mutate(good, generator, 64)
             if number % 2:
                 content = good[:4] + mutate(good[4:20], generator, 4)[:16].ljust(16, b"\0") + good[20:]
@@ -546,7 +545,7 @@ class TestMds:
         with pytest.raises(BadData, match=r"shard\.00000\.mds"):
             Corpus(recipe(mds, format="mds")).record(999)
 
-    def test_an_index_of_odd_values(self, mds: Path) -> None:
+    def test_an_index_with_odd_values(self, mds: Path) -> None:
         good = json.loads((mds / "index.json").read_text())
         failed = []
         for key in [*good["shards"][0], "raw_data.basename", "raw_data.bytes", "raw_data.hashes"]:
@@ -595,7 +594,7 @@ class TestManifest:
             "..",
         ],
     )
-    def test_a_name_that_leads_out(self, folder: Path, name: str) -> None:
+    def test_a_path_outside_the_folder(self, folder: Path, name: str) -> None:
         (folder.parent / "cache").mkdir()
         (folder.parent / "cache" / "x.tar").write_bytes((folder / "x.tar").read_bytes())
         manifest = json.loads((folder / MANIFEST).read_text())
@@ -604,7 +603,7 @@ class TestManifest:
         with pytest.raises(UserError, match=r"manifest\.json names a shard outside its folder"):
             Corpus(recipe(folder))
 
-    @pytest.mark.parametrize("bad", [0.0, 0.5], ids=["none is borne", "some are borne"])
+    @pytest.mark.parametrize("bad", [0.0, 0.5], ids=["none tolerated", "some tolerated"])
     def test_odd_values(self, folder: Path, bad: float) -> None:
         good = json.loads((folder / MANIFEST).read_text())
         (folder / "sub").mkdir()
@@ -634,7 +633,7 @@ class TestImages:
         return Corpus(recipe(write_dataset(folder / "data", shard, 1))).record(0)
 
     @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP"])
-    def test_what_is_read(self, tmp_path: Path, kind: str) -> None:
+    def test_supported_formats(self, tmp_path: Path, kind: str) -> None:
         image = self.read(tmp_path, jpeg(kind=kind)).image
         assert image is not None
         assert image.shape == (3, 16, 24)
@@ -653,7 +652,7 @@ class TestImages:
                 self.read(tmp_path, content)
 
     @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-    def test_cut_ones(self, tmp_path: Path, kind: str) -> None:
+    def test_truncated_ones(self, tmp_path: Path, kind: str) -> None:
         content = jpeg(kind=kind, size=(64, 64))
         for share in (0.1, 0.5, 0.9):
             with pytest.raises(BadData, match="is not a readable image"):
@@ -661,7 +660,7 @@ class TestImages:
 
     @pytest.mark.parametrize("side", [20_000, 60_000])
     def test_a_decompression_bomb(self, tmp_path: Path, side: int) -> None:
-        """A kilobyte that says it has hundreds of millions of pixels."""
+        """A kilobyte that claims hundreds of millions of pixels."""
 
         def chunk(kind: bytes, data: bytes) -> bytes:
             return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -683,7 +682,7 @@ class TestCaptions:
     @pytest.mark.parametrize(
         "caption", ["$(touch canary)", "`touch canary`", "; touch canary", "{a}%s\x1b[2J", "../canary"]
     )
-    def test_are_text_and_nothing_else(self, tmp_path: Path, caption: str) -> None:
+    def test_are_only_text(self, tmp_path: Path, caption: str) -> None:
         shard = tar_of(
             ("0000.jpg", jpeg()), ("0000.txt", caption.encode()), ("0000.json", json.dumps({"c": caption}).encode())
         )
@@ -695,7 +694,7 @@ class TestCaptions:
         "content",
         [b"\xff\xfe", b'{"c": 5}', b'{"c": ["x"]}', b"[]", b"5", b"{", b"[" * 100_000, b'{"c":' * 100_000, b""],
     )
-    def test_json_that_holds_none(self, tmp_path: Path, content: bytes) -> None:
+    def test_json_without_a_caption(self, tmp_path: Path, content: bytes) -> None:
         shard = tar_of(("0000.jpg", jpeg()), ("0000.json", content))
         with pytest.raises(BadData, match=r"'0000' of shard .*x\.tar"):
             Corpus(recipe(write_dataset(tmp_path / "data", shard, 1), captions={"json.c": 1.0})).record(0)
@@ -746,7 +745,7 @@ class TestCachedSamples:
                 self.read(tmp_path, content, save({"text": torch.ones(4, 3)}))
 
     @pytest.mark.parametrize("padding", [b"no tensors", save({"other": torch.zeros(1)})])
-    def test_a_padding_that_is_none(self, tmp_path: Path, padding: bytes) -> None:
+    def test_an_invalid_padding(self, tmp_path: Path, padding: bytes) -> None:
         with pytest.raises(UserError, match=r"padding\.safetensors"):
             self.read(tmp_path, cached(1)["safetensors"], padding)
 
@@ -757,7 +756,7 @@ def test_no_secret_of_the_environment_in_any_error(
     capfd: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Errors of every kind from this layer, with their tracebacks, and what was printed and logged meanwhile."""
+    """All kinds of errors of this layer, with their tracebacks, and everything that is printed and logged."""
     caplog.set_level("INFO")
     for name, value in CANARIES.items():
         monkeypatch.setenv(name, value)

@@ -1,4 +1,4 @@
-"""`scfm data index`: shards of the real foreign writers, and every fault that they may arrive with."""
+"""`scfm data index`: shards of the writers of other tools, and all faults that they may have."""
 
 import hashlib
 import io
@@ -35,7 +35,7 @@ def picture(height: int, width: int, kind: str = "PNG", **options: Any) -> bytes
 
 
 def write_tars(folder: Path, shards: int = 3) -> Path:
-    """Tars by webdataset's own writer, `SIZES` in each; the last image is a JPEG turned by its EXIF tag."""
+    """Tars of webdataset's own writer, with images of `SIZES` in each; an EXIF tag rotates the last one, a JPEG."""
     import webdataset
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,7 @@ def write_tars(folder: Path, shards: int = 3) -> Path:
 
 
 def write_mds(folder: Path, **options: Any) -> Path:
-    """By mosaicml-streaming's own writer; several shards."""
+    """Several shards of mosaicml-streaming's own writer."""
     from streaming import MDSWriter
 
     with MDSWriter(out=str(folder), columns={"png": "bytes", "txt": "str"}, size_limit=700, **options) as writer:
@@ -68,7 +68,7 @@ def source(uri: object, **more: Any) -> SourceConfig:
 
 
 def corpus(of: SourceConfig, cache: Path) -> Corpus:
-    """With sizes, which needs a manifest that has measured the samples."""
+    """With buckets, which need the sizes in the manifest."""
     return Corpus(
         DataConfig(
             sources=(of,),
@@ -94,7 +94,7 @@ def s3() -> Iterator[S3Server]:
 
 
 class TestWhatIsWritten:
-    def test_foreign_tars_are_counted_measured_and_hashed(self, tmp_path):
+    def test_tars_of_webdataset_are_counted_measured_and_hashed(self, tmp_path):
         folder = write_tars(tmp_path / "tars")
         with pytest.raises(UserError, match="scfm data index"):
             open_source(source(folder), None, 1)
@@ -110,7 +110,7 @@ class TestWhatIsWritten:
         check_every_sample(corpus(source(folder), tmp_path / "cache"), 3)
         assert default_output(source(folder)) == folder / MANIFEST
 
-    def test_braces_over_folders_keep_the_base_of_open_source(self, tmp_path):
+    def test_braces_over_folders_use_the_base_of_open_source(self, tmp_path):
         for name in ("a", "b"):
             write_tars(tmp_path / "sets" / name, shards=2)
         of = source(tmp_path / "sets" / "{a,b}" / "{000..001}.tar")
@@ -135,14 +135,14 @@ class TestWhatIsWritten:
         with pytest.raises(UserError, match="split is a subfolder"):
             index(source(one.uri, split="train"), tmp_path, timeout=5)
 
-    def test_a_cache_gets_its_own_manifest_again(self, tiny, tmp_path):
+    def test_a_cache_gets_the_same_manifest_again(self, tiny, tmp_path):
         before = (tiny / "cache" / MANIFEST).read_text()
         manifest = index(source(tiny / "cache"), tmp_path / "again.json", timeout=5)
         assert (tmp_path / "again.json").read_text() == before
         assert manifest.encoder is not None
         assert manifest.text_length == 8
 
-    def test_the_image_field_is_the_source_s(self, tmp_path):
+    def test_the_image_field_comes_from_the_source(self, tmp_path):
         folder = tmp_path / "tars"
         folder.mkdir()
         with TarWriter(folder / "0.tar") as tar:
@@ -150,7 +150,7 @@ class TestWhatIsWritten:
         manifest = index(source(folder, image=("right.png",)), folder, timeout=5)
         assert manifest.shards[0].sizes == ((10, 11, 1),)
 
-    def test_the_order_is_the_names_not_the_readers(self, tmp_path, monkeypatch):
+    def test_the_order_is_that_of_the_names_not_of_the_threads(self, tmp_path, monkeypatch):
         folder = write_tars(tmp_path / "tars", shards=6)
         seen: list[int] = []
 
@@ -169,7 +169,7 @@ class TestMds:
     def test_sizes_and_missing_hashes_are_added(self, tmp_path, options):
         folder = write_mds(tmp_path / "mds", **options)
         of = source(folder, format="mds")
-        with pytest.raises(UserError, match="nobody has measured"):
+        with pytest.raises(UserError, match="does not have the sizes of the images"):
             corpus(of, tmp_path / "cache")
         manifest = index(of, folder, timeout=5)
         assert len(manifest.shards) > 2
@@ -183,7 +183,7 @@ class TestMds:
             for entry in manifest.shards:
                 assert entry.sha256 == hashlib.sha256((folder / entry.name).read_bytes()).hexdigest()
 
-    def test_a_damaged_shard_is_left_out_by_braces(self, tmp_path):
+    def test_a_damaged_shard_is_excluded_by_braces(self, tmp_path):
         folder = write_mds(tmp_path / "mds")
         path = folder / "shard.00001.mds"
         path.write_bytes(path.read_bytes()[:-9])
@@ -197,7 +197,7 @@ class TestMds:
         listed = open_source(source(chosen.uri, format="mds", manifest=str(tmp_path / "m.json")), None, 1)
         assert [entry.name for entry in listed.manifest.shards] == ["shard.00000.mds", "shard.00002.mds"]
 
-    def test_what_is_no_mds_is_refused(self, tmp_path):
+    def test_folders_without_mds_are_refused(self, tmp_path):
         write_tars(tmp_path / "tars")
         with pytest.raises(UserError, match=r"no .*index\.json"):
             index(source(tmp_path / "tars", format="mds"), tmp_path, timeout=5)
@@ -228,14 +228,14 @@ class TestRemote:
             left.extend(path.name for path in scratch.rglob("*") if path.is_file())
 
         manifest = index(source(uri), output, timeout=20, threads=2, progress=progress)
-        assert left == []  # each copy is deleted as soon as it was read
+        assert left == []  # each copy is deleted after it was read
         assert list(scratch.iterdir()) == []
         assert manifest == index(source(tmp_path / "tars"), tmp_path, timeout=5)
         check_every_sample(corpus(source(uri, manifest=str(output)), tmp_path / "cache"), 3)
         s3.upload_bytes(output.read_bytes(), bucket, f"deep/set/{MANIFEST}")
         check_every_sample(corpus(source(uri), tmp_path / "cache"), 3)
 
-    def test_absent_and_damaged_shards_are_all_named(self, s3, tmp_path, monkeypatch):
+    def test_missing_and_damaged_shards_are_all_named(self, s3, tmp_path, monkeypatch):
         for name, value in s3.environment.items():
             monkeypatch.setenv(name, value)
         folder = write_tars(tmp_path / "tars")
@@ -249,12 +249,12 @@ class TestRemote:
         assert "there is no s3://damaged/003.tar" in text
         assert "there is no s3://damaged/004.tar" in text
         assert not (tmp_path / "m.json").exists()
-        with pytest.raises(UserError, match=r"holds no \.tar|there is no s3"):
+        with pytest.raises(UserError, match=r"has no \.tar|there is no s3"):
             index(source("s3://damaged/nothing"), tmp_path / "m.json", timeout=20)
 
     def test_http_needs_braces(self, tmp_path):
         with FileServer(write_tars(tmp_path / "tars")) as server:
-            with pytest.raises(UserError, match=r"cannot be listed.*by braces"):
+            with pytest.raises(UserError, match=r"cannot be listed.*with braces"):
                 index(source(server.endpoint), tmp_path / "m.json", timeout=5)
             with pytest.raises(UserError, match="name of the bucket or host"):
                 index(source("http://{a,b}/0.tar"), tmp_path / "m.json", timeout=5)
@@ -262,7 +262,7 @@ class TestRemote:
             manifest = index(source(uri), tmp_path / "m.json", timeout=20)
             assert manifest.samples == 15
 
-    def test_a_dead_server_ends_it_before_every_shard_has_waited(self, tmp_path, monkeypatch):
+    def test_gives_up_early_if_the_server_is_dead(self, tmp_path, monkeypatch):
         tried: list[str] = []
         fetch = module.fetch
 
@@ -271,7 +271,7 @@ class TestRemote:
             fetch(uri, *rest)
 
         monkeypatch.setattr(module, "fetch", counted)
-        with pytest.raises(UserError, match="None of the first 8 shards could be had"):
+        with pytest.raises(UserError, match="The first 8 shards were all unavailable"):
             index(source("http://127.0.0.1:9/{000..199}.tar"), tmp_path / "m.json", timeout=0.5, threads=4)
         assert len(tried) < 40
 
@@ -286,7 +286,7 @@ class TestRemote:
 
 class TestFaults:
     def write_bad(self, folder: Path, count: int = 1) -> None:
-        """Samples whose size nobody can read."""
+        """Samples without a valid size."""
         with TarWriter(folder / "bad.tar") as tar:
             tar.write("good", {"png": picture(8, 8), "txt": b"x"}, (8, 8))
             for number in range(count):
@@ -300,7 +300,7 @@ class TestFaults:
         (folder / MANIFEST).write_text("the old one")
         for name, damage in {"000": lambda c: c[:1500], "001": lambda c: b"\1" + c[1:], "002": lambda c: b""}.items():
             (folder / f"{name}.tar").write_bytes(damage((folder / f"{name}.tar").read_bytes()))
-        os.mkfifo(folder / "pipe.tar")  # no file: not listed
+        os.mkfifo(folder / "pipe.tar")  # not a regular file: not listed
         self.write_bad(folder)
         with pytest.raises(UserError) as raised:
             index(source(folder), folder, timeout=5)
@@ -308,9 +308,9 @@ class TestFaults:
         assert "7 shards or samples" in text
         assert "braces" in text
         for part in (
-            "000.tar is no ",
-            "001.tar is no intact tar",
-            "002.tar is no tar",
+            "000.tar is not a",
+            "001.tar is not an intact tar",
+            "002.tar is not a tar",
             "'empty0' of shard",
             "'text' of shard",
             "'gif' of shard",
@@ -327,7 +327,7 @@ class TestFaults:
         assert (folder / MANIFEST).read_text() == rest.dumps()
 
     @pytest.mark.parametrize("where", ["data", "padding", "header", "blocks"])
-    def test_a_cut_anywhere_is_seen(self, tmp_path, where):
+    def test_a_truncation_anywhere_is_found(self, tmp_path, where):
         write_tars(tmp_path, shards=1)
         with tarfile.open(tmp_path / "000.tar") as tar:
             third = tar.getmembers()[2]
@@ -340,10 +340,11 @@ class TestFaults:
         content = (tmp_path / "000.tar").read_bytes()
         (tmp_path / "000.tar").write_bytes(content[:size])
         with pytest.raises(
-            UserError, match=r"000\.tar (is cut|has no end mark: it is cut|is no intact tar \(unexpected end of data\))"
+            UserError,
+            match=r"000\.tar (is truncated|has no end mark: it is truncated|is not an intact tar \(unexpected end of data\))",
         ):
             index(source(tmp_path), tmp_path, timeout=5)
-        # What a crash leaves of a file that had its size already.
+        # After a crash a file may have its full size, but zeros at its end.
         (tmp_path / "000.tar").write_bytes(content[: third.offset] + bytes(2 << 20))
         with pytest.raises(UserError, match=rf"ends at byte {third.offset} of"):
             index(source(tmp_path), tmp_path, timeout=5)
@@ -351,8 +352,8 @@ class TestFaults:
         with pytest.raises(UserError, match=rf"ends at byte {third.offset} of"):
             index(source(tmp_path), tmp_path, timeout=5)
 
-    def test_a_share_of_unreadable_images_is_borne(self, tmp_path):
-        """They count as of the size of the one before, and are met in training."""
+    def test_a_share_of_unreadable_images_is_tolerated(self, tmp_path):
+        """They get the size of the sample before, and training finds them."""
         folder = write_tars(tmp_path / "tars")
         with tarfile.open(folder / "000.tar") as tar:
             place = tar.getmember("00002.png").offset_data
@@ -366,7 +367,7 @@ class TestFaults:
         assert manifest.shards[0].sizes == ((16, 24, 3), (16, 16, 1), (16, 24, 1))
         assert manifest.shards[1].sizes == ((16, 24, 2), (24, 16, 1), (16, 16, 1), (16, 24, 1))
 
-    def test_many_are_counted_and_twenty_shown(self, tmp_path):
+    def test_all_are_counted_and_twenty_are_listed(self, tmp_path):
         self.write_bad(tmp_path, count=40)
         with pytest.raises(UserError) as raised:
             index(source(tmp_path), tmp_path, timeout=5)
@@ -374,7 +375,7 @@ class TestFaults:
         assert str(raised.value).count("of shard") == 20
         assert "... and 23 more" in str(raised.value)
 
-    def test_damaged_ones_are_not_taken_for_a_dead_storage(self, tmp_path):
+    def test_damaged_shards_are_not_taken_for_a_dead_server(self, tmp_path):
         for number in range(12):
             (tmp_path / f"{number:02d}.tar").write_bytes(b"no tar")
         with pytest.raises(UserError, match="12 shards or samples"):
@@ -390,7 +391,7 @@ class TestFaults:
         (tmp_path / "LICENSE").write_text("x")
         with tarfile.open(tmp_path / "0.tar", "w") as tar:
             tar.add(tmp_path / "LICENSE", "LICENSE")
-        with pytest.raises(UserError, match=r"0\.tar holds no sample"):
+        with pytest.raises(UserError, match=r"0\.tar has no samples"):
             index(source(tmp_path), tmp_path, timeout=5)
 
     def test_a_hostile_member_is_refused(self, tmp_path):
@@ -412,7 +413,7 @@ class TestFaults:
         fields = {"safetensors": save({"latents": torch.zeros(1, 2, 2)}), "txt": b"x"}
         with TarWriter(tmp_path / "0.tar") as tar:
             tar.write("a", fields | ({} if detail is None else {"json": detail}), (8, 8))
-        with pytest.raises(UserError, match=r"'a' of shard .* json does not hold height and width"):
+        with pytest.raises(UserError, match=r"'a' of shard .* json does not have height and width"):
             index(source(tmp_path), tmp_path, timeout=5)
 
 
@@ -424,30 +425,30 @@ class TestRefusals:
             index(source(tmp_path), tmp_path, timeout=5)
         of_images = Manifest.parse((tiny / "cache" / MANIFEST).read_bytes(), "it")
         Manifest(shards=of_images.shards).write(tmp_path / MANIFEST)
-        with pytest.raises(UserError, match=r"which encoder .* nor is it in"):
+        with pytest.raises(UserError, match=r"which encoder .* it is not in"):
             index(source(tmp_path), tmp_path, timeout=5)
         borrowed = source(tmp_path, manifest=str(tiny / "cache" / MANIFEST))
         assert index(borrowed, tmp_path, timeout=5) == of_images
 
-    def test_a_mixture(self, tiny, tmp_path):
+    def test_a_mixture_of_cached_samples_and_images(self, tiny, tmp_path):
         for path in (tiny / "cache").iterdir():
             (tmp_path / path.name).symlink_to(path)
         write_tars(tmp_path, shards=1)
         with pytest.raises(UserError, match="mix cached samples and images"):
             index(source(tmp_path), tmp_path / "m.json", timeout=5)
 
-    def test_places_that_are_none(self, tmp_path):
+    def test_sources_without_shards(self, tmp_path):
         folder = write_tars(tmp_path / "tars", shards=1)
         with pytest.raises(UserError, match=r"no folder .*nowhere.* for m\.json"):
             index(source(folder), tmp_path / "nowhere" / "m.json", timeout=5)
         with pytest.raises(UserError, match="there is no folder"):
             index(source(tmp_path / "nothing"), tmp_path, timeout=5)
-        with pytest.raises(UserError, match="If they lie in subfolders"):
+        with pytest.raises(UserError, match="If they are in subfolders"):
             index(source(tmp_path), tmp_path, timeout=5)
-        with pytest.raises(UserError, match="needs no manifest"):
+        with pytest.raises(UserError, match="does not need a manifest"):
             index(source(folder, format="folder"), tmp_path, timeout=5)
         with pytest.raises(UserError, match=r"mmm cannot be written \(File name too long\)"):
-            index(source(folder), tmp_path / ("m" * 252), timeout=5)  # it is written aside, under a longer name
+            index(source(folder), tmp_path / ("m" * 252), timeout=5)  # the temporary file has a longer name
 
 
 def test_the_manifest_is_plain_json(tmp_path):

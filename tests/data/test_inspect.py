@@ -1,4 +1,4 @@
-"""`scfm data inspect`: numbers that are right, and a page on which a stranger's captions are text and nothing else."""
+"""`scfm data inspect`: correct statistics, and a page on which untrusted captions are only text."""
 
 import base64
 import hashlib
@@ -35,7 +35,7 @@ def picture(number: int, height: int, width: int) -> bytes:
 
 
 def write_images(folder: Path, captions: list[str], *, per_shard: int = 4, size: tuple[int, int] | None = None) -> Path:
-    """Shards of images of all `SIZES` in turn, or of one."""
+    """Shards of images of all `SIZES` in turn, or of one size."""
     folder.mkdir(parents=True)
     entries = []
     for at in range(0, len(captions), per_shard):
@@ -50,7 +50,7 @@ def write_images(folder: Path, captions: list[str], *, per_shard: int = 4, size:
 
 
 def write_cache(folder: Path, count: int = 6) -> Path:
-    """Latents [2, 8, 8]; texts of 1, 2, ... tokens, the rest trimmed."""
+    """Latents [2, 8, 8]; texts of 1, 2, ... tokens, with trimmed padding."""
     folder.mkdir(parents=True)
     padding = save({"text": torch.zeros(12, 3)})
     (folder / PADDING).write_bytes(padding)
@@ -79,7 +79,7 @@ def open_(*folders: Path, weights: tuple[float | None, ...] = (), sizes: Any = S
 
 
 class Page(HTMLParser):
-    """What a browser would make of it."""
+    """The page as a browser parses it."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class Page(HTMLParser):
 
 
 def pixels(image: torch.Tensor | None) -> np.ndarray:
-    """uint8 [H, W, 3] of [3, H, W] in [-1, 1]."""
+    """[3, H, W] in [-1, 1] -> uint8 [H, W, 3]."""
     assert image is not None
     return ((image + 1) / 2 * 255).round().byte().permute(1, 2, 0).numpy()
 
@@ -155,7 +155,8 @@ class TestNumbers:
         assert (found.count, found.empty, found.repeated) == (8, 3, 1)
         assert (found.shortest, found.median, found.longest) == (0, 2, 100)
         assert found.percentile_95 == round(float(np.percentile([5, 2, 0, 0, 0, 2, 3, 100], 95)), 1)
-        assert found.words == (("cat", 3),)  # a caption counts once, and words used once are left out
+        # A word counts once for each caption; words in only one caption are left out.
+        assert found.words == (("cat", 3),)
         assert "empty captions: 3 of 8" in " ".join(summarise(open_(tmp_path / "i")).warnings)
         rare = summarise(open_(write_images(tmp_path / "j", ["Élan d\u2019été", "the"]))).captions
         assert rare.words == (("d\u2019été", 1), ("élan", 1))
@@ -170,7 +171,7 @@ class TestNumbers:
         assert (stored.count, stored.tokens, stored.text_length) == (6, 3.5, 12)
         assert summarise(open_(write_images(tmp_path / "i", ["x"]))).stored is None
 
-    def test_stored_padding_is_told_apart(self, tiny):
+    def test_stored_and_trimmed_padding(self, tiny):
         corpus = Corpus(DataConfig(path=str(tiny / "cache"), resolution=(16, 16)))
         assert summarise(corpus).sources[0].padding == "stored"
 
@@ -193,8 +194,8 @@ class TestSampling:
     @pytest.mark.parametrize("remote", [False, True])
     def test_opens_few_shards_of_many(self, tmp_path, monkeypatch, remote):
         corpus = open_(write_images(tmp_path / "i", ["x"] * 40))
-        monkeypatch.setattr(module, "_MOST_SHARDS", 5)
-        monkeypatch.setattr(module, "_MOST_DOWNLOADS", 2)
+        monkeypatch.setattr(module, "_MAX_SHARDS", 5)
+        monkeypatch.setattr(module, "_MAX_DOWNLOADS", 2)
         monkeypatch.setattr(module, "is_remote", lambda uri: remote)
         [sampled] = summarise(corpus, sample=30).sampled
         shards = {corpus.shard_of(item) for item in sampled}
@@ -203,13 +204,13 @@ class TestSampling:
         assert min(shards) <= 4
         assert max(shards) >= 5
 
-    def test_every_source_is_looked_at(self, tmp_path):
+    def test_every_source_is_sampled(self, tmp_path):
         big, small = write_images(tmp_path / "big", ["x"] * 40), write_images(tmp_path / "small", ["y"])
         summary = summarise(open_(big, small), sample=10)
         assert [len(items) for items in summary.sampled] == [10, 1]
         assert summary.sampled[1] == (40,)
 
-    def test_the_unreadable_is_counted(self, tmp_path):
+    def test_unreadable_samples_are_counted(self, tmp_path):
         folder = write_images(tmp_path / "i", ["x"] * 12)
         (folder / "001.tar").unlink()
         summary = summarise(open_(folder))
@@ -219,7 +220,7 @@ class TestSampling:
 
 
 class TestText:
-    def test_holds_the_numbers(self, tmp_path):
+    def test_has_the_numbers(self, tmp_path):
         corpus = open_(write_images(tmp_path / "photos", ["a tabby cat"] * 20))
         text = format_summary(summarise(corpus, global_batch_size=4))
         assert re.search(r"^photos +images \(webdataset\) +\S+/photos +5 +20 .* 100\.0%$", text, re.MULTILINE)
@@ -232,7 +233,7 @@ class TestText:
         assert "cache abcdefabcdef (webdataset), 12 tokens, padding trimmed" in text
         assert "T5 tokens, median  3.5 of 12" in text
 
-    def test_a_stranger_s_words_do_not_steer_the_terminal(self, tmp_path):
+    def test_untrusted_text_does_not_control_the_terminal(self, tmp_path):
         folder = write_images(tmp_path / "i", ["x"] * 3)
         shard = (folder / "000.tar").read_bytes()
         (folder / "000.tar").write_bytes(shard[:-1])
@@ -254,7 +255,7 @@ HOSTILE = [
 
 
 class TestContactSheet:
-    def test_hostile_captions_are_text(self, tmp_path):
+    def test_hostile_captions_are_only_text(self, tmp_path):
         corpus = open_(write_images(tmp_path / "i", HOSTILE))
         page = Page(write_contact_sheet(corpus, summarise(corpus), tmp_path / "x.html", decode=None))
         names = [tag for tag, _ in page.tags]
@@ -270,7 +271,7 @@ class TestContactSheet:
         assert "default-src 'none'" in str(policy)
         assert len(page.images()) == len(HOSTILE)
 
-    def test_hostile_words_keys_and_errors_are_text(self, tmp_path, monkeypatch):
+    def test_hostile_words_keys_and_errors_are_only_text(self, tmp_path, monkeypatch):
         folder = tmp_path / "i"
         folder.mkdir()
         writer = TarWriter(folder / "0.tar")
@@ -289,7 +290,7 @@ class TestContactSheet:
         assert "not a readable image" in broken
         assert len(page.images()) == 1
 
-    def test_images_are_the_crops_that_training_sees(self, tmp_path):
+    def test_images_are_cropped_as_in_training(self, tmp_path):
         corpus = open_(write_images(tmp_path / "i", ["x"] * 6), sizes=((16, 16), (16, 24)))
         page = Page(write_contact_sheet(corpus, summarise(corpus), tmp_path / "x.html", decode=None))
         expected = [pixels(corpus.record(int(i)).image) for size in corpus.sizes for i in corpus.items_of(size)]
@@ -340,7 +341,7 @@ class TestContactSheet:
         assert page.text().count("c, first latent channel") == 6
         assert "not images" in page.text()
 
-    def test_is_taken_in_turn_from_sources_and_sizes(self, tmp_path):
+    def test_samples_are_taken_in_turn_from_sources_and_sizes(self, tmp_path):
         big, small = (
             write_images(tmp_path / "big", ["x"] * 60),
             write_images(tmp_path / "small", ["y"] * 2, size=(16, 16)),
@@ -357,7 +358,7 @@ class TestContactSheet:
         other = write_contact_sheet(corpus, summarise(corpus), tmp_path / "z.html", decode=None, count=8, seed=1)
         assert other.read_bytes() != again.read_bytes()
 
-    def test_numbers_and_warnings_are_on_it(self, tmp_path):
+    def test_has_numbers_and_warnings(self, tmp_path):
         corpus = open_(write_images(tmp_path / "photos", ["a tabby cat"] * 19 + [""]))
         summary = summarise(corpus, global_batch_size=8)
         page = Page(write_contact_sheet(corpus, summary, tmp_path / "x.html", decode=None))
@@ -377,12 +378,12 @@ class TestContactSheet:
         widths = re.findall(r"class=bar><span style='width:([\d.]+)%'", (tmp_path / "x.html").read_text())
         assert widths == ["100.0", "100.0", "85.7"]
 
-    def test_a_place_that_cannot_be_written(self, tmp_path):
+    def test_a_path_that_cannot_be_written(self, tmp_path):
         corpus = open_(write_images(tmp_path / "i", ["x"]))
         with pytest.raises(UserError, match="cannot be written"):
             write_contact_sheet(corpus, summarise(corpus), tmp_path / "nowhere" / "x.html", decode=None)
 
-    def test_half_a_surrogate_does_not_end_it(self, tmp_path):
+    def test_half_a_surrogate_is_not_an_error(self, tmp_path):
         folder = tmp_path / "i"
         folder.mkdir()
         writer = TarWriter(folder / "0.tar")

@@ -1,4 +1,4 @@
-"""The stream of batches from real shards: the order's, whatever the processes, workers, interruptions and bad samples."""
+"""Batches from real shards have the order of order.py, for any ranks, workers, interruptions and bad samples."""
 
 import gc
 import itertools
@@ -35,7 +35,7 @@ MANY = 10_000
 
 
 def fields(number: int, size: Size = SIZE) -> dict[str, bytes]:
-    """A cached sample of which every part tells its number."""
+    """A cached sample; each of its parts contains its number."""
     shape = (1, size[0] // 8, size[1] // 8)
     tensors = {
         "latents": torch.full(shape, float(number)),
@@ -53,7 +53,7 @@ def write_tars(
     sizes: Sequence[Size] = (SIZE,),
     bad: Sequence[int] = (),
 ) -> Path:
-    """Samples `first`, `first + 1`, ... in shards of so many; their sizes in turn; those of `bad` cannot be decoded."""
+    """Write samples `first`, `first + 1`, ... in shards, with sizes in turn; those in `bad` cannot be decoded."""
     folder.mkdir(parents=True)
     numbers, entries = itertools.count(first), []
     for shard, count in enumerate(counts):
@@ -81,7 +81,7 @@ def open_corpus(path: Path, **changes: Any) -> Corpus:
 
 
 def numbers_of(batch: Batch) -> list[int]:
-    """The samples of a batch, after checking that the parts of each belong together."""
+    """The sample numbers of a batch, after checking that the parts of each sample belong together."""
     numbers = [int(key) for key in batch.keys]
     assert batch.captions == [f"caption {number}" for number in numbers]
     expected = torch.tensor(numbers).float()
@@ -95,7 +95,7 @@ def numbers_of(batch: Batch) -> list[int]:
 def one_rank(
     corpus: Corpus, size: int, start: int, stop: int, *, micro: int, rank: int = 0, world_size: int = 1, end: int
 ) -> Iterator[Batch]:
-    """Global batches `start` to `stop - 1` of a run of `end`, which is then broken off."""
+    """Global batches `start` to `stop - 1` of a run of `end`, which is then interrupted."""
     stream = batches(
         corpus,
         seed=0,
@@ -121,22 +121,22 @@ def read(
     bad: list[str] | None = None,
     **changes: Any,
 ) -> list[int]:
-    """The samples of `end` global batches, in the stream's order.
+    """The samples of `end` global batches, in order.
 
     Args:
         path: of the shards.
         size: of a global batch.
         end: global batches of the run.
-        cuts: global batches before which it is broken off and gone on with.
-        worlds: ranks of each of its parts, in turn.
+        cuts: global batches before which the run is interrupted and resumed.
+        worlds: number of ranks of each part, in turn.
         micro: samples of a micro-batch; 0: a rank's whole share.
-        bad: gets what the batches say of bad samples.
+        bad: gets the `bad` of all batches.
         changes: of the recipe.
     """
     stream: dict[int, int] = {}
     for (start, stop), world_size in zip(itertools.pairwise([0, *cuts, end]), itertools.cycle(worlds), strict=False):
         share = size // world_size
-        corpus = open_corpus(path, **changes)  # as a process that has just been started
+        corpus = open_corpus(path, **changes)  # as in a new process
         for rank in range(world_size):
             ids: list[int] = []
             options = {"micro": micro or share, "rank": rank, "world_size": world_size}
@@ -152,7 +152,7 @@ def read(
 
 
 def expected(path: Path, size: int, end: int, **changes: Any) -> list[int]:
-    """What the order says, without reading a sample."""
+    """The samples by `Order`, without reading any."""
     order = open_corpus(path, **changes).order(size, 0)
     rows: list[list[int]] = []
     for number in itertools.count():
@@ -162,26 +162,26 @@ def expected(path: Path, size: int, end: int, **changes: Any) -> list[int]:
     raise AssertionError
 
 
-def end_workers() -> None:
-    """Kill the workers that are left over: they ignore SIGTERM, so pytest could not end."""
+def kill_workers() -> None:
+    """Kill remaining workers. They ignore SIGTERM, so pytest could not end."""
     if workers := multiprocessing.active_children():
-        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises when a worker is killed
+        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises when a worker is killed
         for worker in workers:
             worker.kill()
             worker.join()
-        gc.collect()  # their loader forgets them, so that no later one complains of their death
+        gc.collect()  # their loader forgets them, so that no later loader reports their death
         signal.signal(signal.SIGCHLD, handler)
 
 
 @pytest.fixture(autouse=True)
 def no_worker_outlives_its_test() -> Iterator[None]:
     yield
-    end_workers()
+    kill_workers()
 
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """10,000 samples in 37 shards of 1 to some 700."""
+    """10,000 samples in 37 shards of 1 to about 700 samples."""
     draw = random.Random(0)
     edges = sorted([*draw.sample(range(2, MANY - 1), 34), 1, MANY - 1])
     counts = [stop - start for start, stop in itertools.pairwise([0, *edges, MANY])]
@@ -201,34 +201,34 @@ def many_mds(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """30 samples in 4 shards; batches of 4 straddle the epochs."""
+    """30 samples in 4 shards; batches of 4 cross the ends of epochs."""
     return write_tars(tmp_path_factory.mktemp("few") / "shards", (11, 1, 12, 6))
 
 
 @pytest.fixture(scope="module")
 def whole(many: Path) -> list[int]:
-    """`many`, read by one process without an interruption."""
+    """`many`, read by one process without interruption."""
     return read_many(many)
 
 
 def read_many(many: Path, **changes: Any) -> list[int]:
-    """41 batches of 240, and one that begins with the last 160 samples of the epoch."""
+    """41 batches of 240, and one more, which begins with the last 160 samples of the epoch."""
     return read(many, 240, 42, shuffle_block=500, **changes)
 
 
 class TestTenThousandSamples:
-    def test_are_the_orders(self, many, whole):
+    def test_are_in_the_order_of_order_py(self, many, whole):
         assert sorted(whole[:MANY]) == list(range(MANY))
         assert whole == expected(many, 240, 42, shuffle_block=500)
         assert whole[:100] != list(range(100))
 
     @pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (3, 0), (2, 2), (4, 2)])
-    def test_come_once_each_in_one_order(self, many, whole, world_size, workers):
+    def test_occur_once_each_in_one_order(self, many, whole, world_size, workers):
         assert read_many(many, worlds=[world_size], num_workers=workers) == whole
 
     @pytest.mark.parametrize(("world_size", "workers"), [(1, 2), (2, 0), (3, 2), (4, 0)])
     def test_with_three_interruptions(self, many, whole, world_size, workers):
-        """The last of them between the epochs."""
+        """The last interruption is between two epochs."""
         cuts = [1, 19, 41]
         assert read_many(many, cuts=cuts, worlds=[world_size], num_workers=workers) == whole
 
@@ -254,30 +254,34 @@ class TestResuming:
     def test_with_two_workers(self, few, start):
         assert read(few, 4, 20, cuts=[start], num_workers=2) == read(few, 4, 20)
 
-    def test_a_worker_does_not_collect_what_it_inherits(self, few, monkeypatch):
-        """Such as a process group, whose end in a process without its threads would be that process's too."""
+    def test_a_worker_does_not_collect_inherited_garbage(self, few, monkeypatch):
+        """For example a process group: its destructor would abort a process that lacks the threads of the group."""
         record, home = Corpus.record, os.getpid()
 
-        class Ends:
+        class Garbage:
             def __del__(self) -> None:
                 if os.getpid() != home:
                     os._exit(1)
 
+        collected: set[int] = set()
+
         def collecting(*arguments: Any, **options: Any) -> Record:
-            gc.collect()
+            if os.getpid() not in collected:  # once in each process: with torch loaded a collection takes long
+                collected.add(os.getpid())
+                gc.collect()
             return record(*arguments, **options)
 
-        garbage: Any = Ends()
+        garbage: Any = Garbage()
         garbage.itself = garbage
         monkeypatch.setattr(Corpus, "record", collecting)
-        gc.disable()  # so that it lives until the fork
+        gc.disable()  # so that the garbage exists until the fork
         try:
             del garbage
             assert read(few, 4, 5, num_workers=2) == read(few, 4, 5)
         finally:
             gc.enable()
 
-    def test_at_the_end_there_is_nothing_left(self, few):
+    def test_at_the_end_no_batch_is_left(self, few):
         assert list(one_rank(open_corpus(few), 4, 20, 20, micro=4, end=20)) == []
         with_workers = open_corpus(few, num_workers=2)
         assert list(one_rank(with_workers, 4, 20, 20, micro=4, end=20)) == []
@@ -288,7 +292,7 @@ class TestStream:
     def test_does_not_depend_on_the_micro_batch(self, few, micro):
         assert read(few, 12, 5, micro=micro) == read(few, 12, 5)
 
-    def test_follows_the_recipes_seed_rather_than_the_runs(self, few):
+    def test_depends_on_the_recipes_seed_if_it_has_one(self, few):
         def stream(of_run: int, of_recipe: int | None = None) -> list[int]:
             options = {"global_batch_size": 6, "micro_batch_size": 6, "start": 0, "stop": 30}
             corpus = open_corpus(few, seed=of_recipe)
@@ -298,7 +302,7 @@ class TestStream:
         assert stream(0, 5) == stream(1, 5) == stream(5)
         assert stream(1, 0) == stream(0)
 
-    def test_of_a_later_run_numbers_its_samples_on(self, few):
+    def test_sample_offset_continues_the_sample_ids(self, few):
         options = {"seed": 0, "global_batch_size": 4, "micro_batch_size": 2, "start": 4, "stop": 12}
         plain = list(batches(open_corpus(few), **options))
         shifted = list(batches(open_corpus(few), **options, sample_offset=1000))
@@ -306,7 +310,7 @@ class TestStream:
         assert [(b.sample_ids - 1000).tolist() for b in shifted] == [b.sample_ids.tolist() for b in plain]
         assert [b.keys for b in shifted] == [b.keys for b in plain]
 
-    def test_of_a_rank_costs_its_own_samples_alone(self, few, monkeypatch):
+    def test_of_a_rank_reads_only_its_own_samples(self, few, monkeypatch):
         asked = []
         record = Corpus.record
 
@@ -319,8 +323,8 @@ class TestStream:
         assert len(asked) == 10
         assert asked == [number for batch in share for number in numbers_of(batch)]
 
-    def test_with_partitions_keeps_each_part_on_its_ranks(self, tmp_path):
-        """Two machines of two ranks: each needs half of the shards in an epoch."""
+    def test_each_partition_stays_on_its_ranks(self, tmp_path):
+        """Two machines with two ranks each: each machine needs half of the shards in an epoch."""
         path = write_tars(tmp_path / "shards", (10,) * 16)
         needed = []
         for ranks in ((0, 1), (2, 3)):
@@ -358,10 +362,10 @@ def write_images(folder: Path, count: int) -> None:
 
 
 class TestSourcesOfEqualNames:
-    """Row 4. Shards of two folders have the same names and, in MDS, the same sizes."""
+    """Shards of two folders have the same names and, with MDS, the same sizes."""
 
     @pytest.mark.parametrize("kind", ["tar", "mds", "compressed mds"])
-    def test_are_both_read_by_their_weights(self, tmp_path, kind):
+    def test_both_are_read_by_their_weights(self, tmp_path, kind):
         sources = []
         for first, weight in ((0, 3.0), (100, 1.0)):
             folder = tmp_path / str(first) / "shards"
@@ -387,7 +391,7 @@ class TestSourcesOfEqualNames:
 
 
 class TestFewShards:
-    """Row 9. Ranks and workers share samples, not shards: there is nothing to run out of."""
+    """Ranks and workers share samples, not shards: there may be fewer shards than workers."""
 
     @pytest.mark.parametrize("counts", [(50,), (1,), (1, 2, 61), (3, 3)], ids=str)
     @pytest.mark.parametrize("workers", [0, 2])
@@ -419,7 +423,7 @@ class TestBuckets:
                 shapes.setdefault(step, set()).add(tuple(batch.latents.shape[2:]))
         assert {len(of_step) for of_step in shapes.values()} == {1}
         count = Counter(shape for of_step in shapes.values() for shape in of_step)
-        assert count == {(1, 1): 15, (1, 3): 15, (3, 1): 15}  # 180 draws of 60 samples, a third of each size
+        assert count == {(1, 1): 15, (1, 3): 15, (3, 1): 15}  # 180 draws from 60 samples, a third of each size
         stream = read(path, 4, 45, worlds=[2], buckets=SHAPES)
         assert Counter(stream) == Counter([*range(60)] * 3)
 
@@ -437,21 +441,21 @@ class TestBuckets:
 
 
 class TestBadSamples:
-    """Row 8, at the loader: who replaces whom is the order's, so that all ranks take the same steps."""
+    """`Order` chooses the substitutes, so that all ranks take the same number of steps."""
 
     BAD = (3, 11, 12, 25, 40, 41, 42)
     SIZE, END = 6, 20
 
     @pytest.fixture
     def path(self, tmp_path) -> Path:
-        """60 samples of two sizes in turn; seven cannot be decoded."""
+        """60 samples, with two sizes in turn; seven cannot be decoded."""
         return write_tars(tmp_path / "shards", (14, 23, 1, 22), sizes=SHAPES[:2], bad=self.BAD)
 
     def read(self, path: Path, bad: list[str], **changes: Any) -> list[int]:
         changes = {"max_bad_fraction": 0.5, "buckets": SHAPES[:2], "bad": bad, **changes}
         return read(path, self.SIZE, self.END, **changes)
 
-    def test_are_replaced_by_others_of_their_size(self, path):
+    def test_are_replaced_by_samples_of_their_size(self, path):
         bad: list[str] = []
         stream = self.read(path, bad)
         planned = expected(path, self.SIZE, self.END, buckets=SHAPES[:2])
@@ -462,7 +466,7 @@ class TestBadSamples:
         places = [at for at, plan in enumerate(planned) if plan in self.BAD]
         assert len(places) == 2 * len(self.BAD)
         order = open_corpus(path, buckets=SHAPES[:2]).order(self.SIZE, 0)
-        for at in places:  # the nearest that is no bad sample itself
+        for at in places:  # the nearest one that is not bad itself
             number, place = order.locate(at // self.SIZE)
             spares = order.spares(order.epoch(number), place, at % self.SIZE)
             assert stream[at] == next(spare for spare in spares if spare not in self.BAD)
@@ -489,8 +493,8 @@ class TestBadSamples:
         assert sorted(second) == sorted(first)
 
     @pytest.mark.parametrize("workers", [0, 2])
-    def test_of_a_whole_shard_are_replaced_from_the_others(self, tmp_path, workers):
-        """A flipped bit: the hash tells. Its samples lie beside one another in the order."""
+    def test_of_a_whole_shard_are_replaced_from_other_shards(self, tmp_path, workers):
+        """The hash shows a flipped bit. The samples of the shard are neighbours in the order."""
         path = write_tars(tmp_path / "good", (20, 20, 20))
         shard = path / "shard-000001.tar"
         content = bytearray(shard.read_bytes())
@@ -501,17 +505,17 @@ class TestBadSamples:
         assert not set(stream) & set(range(20, 40))
         assert len(bad) == 40
         assert all(f"shard {shard} is corrupt: its sha256 is" in reason for reason in bad)
-        assert len(set(stream)) > 30  # not one substitute for all
+        assert len(set(stream)) > 30  # not the same substitute for all
         assert stream == read(path, 6, 20, cuts=[7], worlds=[2, 3], max_bad_fraction=0.9)
 
     @pytest.mark.parametrize("workers", [0, 2])
-    @pytest.mark.parametrize("borne", [0.0, 0.9])
-    def test_stop_the_run_where_none_is_borne_or_none_is_left(self, tmp_path, borne, workers):
-        path = write_tars(tmp_path / "shards", (4, 4), bad=range(8) if borne else (5,))
+    @pytest.mark.parametrize("tolerated", [0.0, 0.9])
+    def test_stop_the_run_if_not_tolerated_or_without_substitute(self, tmp_path, tolerated, workers):
+        path = write_tars(tmp_path / "shards", (4, 4), bad=range(8) if tolerated else (5,))
         with pytest.raises(UserError) as caught:
-            read(path, 4, 4, max_bad_fraction=borne, num_workers=workers)
+            read(path, 4, 4, max_bad_fraction=tolerated, num_workers=workers)
         assert type(caught.value) is UserError
-        name = r"'0000000\d'" if borne else "'00000005'"
+        name = r"'0000000\d'" if tolerated else "'00000005'"
         assert caught.match(rf"^data: sample {name} of shard {path}/shard-00000\d.tar cannot be decoded")
         assert "\n" not in str(caught.value)
         assert multiprocessing.active_children() == []
@@ -529,17 +533,17 @@ class TestErrors:
         assert "\n" not in str(caught.value)
 
     def test_end_the_workers(self, tmp_path):
-        """While somebody holds the error, its traceback holds the loader; the interpreter's exit joins the workers."""
+        """The traceback of the error keeps the loader alive, and the interpreter joins the workers at exit."""
         corpus = open_corpus(write_tars(tmp_path / "shards", (6,), bad=[3]), num_workers=2)
         with pytest.raises(UserError) as caught:
             list(one_rank(corpus, 2, 0, 3, micro=2, end=3))
         left_over = multiprocessing.active_children()
         del caught
-        end_workers()
+        kill_workers()
         assert left_over == []
 
     @pytest.mark.parametrize("workers", [0, 2])
-    def test_come_after_all_that_was_before_them(self, tmp_path, workers):
+    def test_come_after_the_batches_before_them(self, tmp_path, workers):
         path = write_tars(tmp_path / "shards", (20,), bad=[13])
         place = expected(path, 2, 10).index(13)
         assert place >= 2
@@ -559,7 +563,7 @@ class TestErrors:
 
     @pytest.mark.parametrize("workers", [0, 2])
     def test_name_mixed_shapes(self, tmp_path, workers):
-        """A cache that says one size and holds two."""
+        """A cache whose manifest has one size, and whose shards have two."""
         folder = tmp_path / "shards"
         folder.mkdir()
         with TarWriter(folder / "shard-000000.tar") as writer:
@@ -572,12 +576,13 @@ class TestErrors:
 
 
 class TestProcesses:
-    """Two workers, and one process that fetches shards ahead of them."""
+    """Two workers, and the prefetcher."""
 
     def test_survive_the_signals_that_stop_a_run(self, few):
-        """Ctrl-C, SIGTERM and Slurm's SIGUSR2 reach the whole group; the run still has a step to finish."""
+        """Ctrl-C, SIGTERM and Slurm's SIGUSR2 reach the whole process group, but the run must finish its step."""
         stream = one_rank(open_corpus(few, num_workers=2), 4, 0, 200, micro=4, end=200)
-        ids = next(stream).sample_ids.tolist() + next(stream).sample_ids.tolist()  # one of each: both are up
+        # One batch of each worker: both are running.
+        ids = next(stream).sample_ids.tolist() + next(stream).sample_ids.tolist()
         workers = multiprocessing.active_children()
         assert len(workers) >= 2
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
@@ -587,7 +592,7 @@ class TestProcesses:
             ids += batch.sample_ids.tolist()
         assert ids == list(range(800))
 
-    def test_fetching_ahead_survives_them_too(self, many):
+    def test_the_prefetcher_survives_them_too(self, many):
         stream = one_rank(open_corpus(many, num_workers=1, shuffle_block=100), 10, 0, 900, micro=10, end=900)
         next(stream)
         assert len(multiprocessing.active_children()) == 2
@@ -610,9 +615,9 @@ class TestProcesses:
         assert multiprocessing.active_children() == []
 
     def test_end_when_the_run_is_killed(self, many):
-        """kill -9 of the training process: its children notice, and nothing stays in shared memory."""
+        """After kill -9 of the training process its children end, and no file remains in shared memory."""
         script = RUN.format(path=str(many))
-        before = set(Path("/dev/shm").iterdir())  # dead processes of the same numbers may have left names there
+        before = set(Path("/dev/shm").iterdir())  # earlier processes with the same ids may have left names there
         with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             children = [int(number) for number in process.stdout.readline().split()]
@@ -653,39 +658,41 @@ time.sleep(600)
 """
 
 
-def when_at_rest(log: Path) -> list[str]:
-    """Lines of a file that other processes write, when no more come."""
-    seen = -1
-    while seen != log.stat().st_size:
-        seen = log.stat().st_size
-        time.sleep(1)
-    return log.read_text().split()
+def lines_when_idle(log: Path, expected: int = 0) -> list[str]:
+    """The lines of a file that other processes write: waits for `expected` different ones, then until no more come."""
+    seen, deadline = -1, time.monotonic() + 30
+    while True:
+        lines = log.read_text().split()
+        if (len(set(lines)) >= expected and len(lines) == seen) or time.monotonic() > deadline:
+            return lines
+        seen = len(lines)
+        time.sleep(0.3)
 
 
-class TestFetchingAhead:
+class TestPrefetcher:
     @pytest.fixture
-    def fetched(self, tmp_path, monkeypatch):
-        """Numbers of the shards that were made ready, in that process; a function that reads them when it is at rest."""
+    def prefetched(self, tmp_path, monkeypatch):
+        """A function that returns the numbers of the shards that the prefetcher has prefetched, when it is idle."""
         log = tmp_path / "log"
         log.touch()
 
-        def make_ready(corpus: Corpus, shard: int) -> None:
+        def prefetch(corpus: Corpus, shard: int) -> None:
             with log.open("a") as file:
                 file.write(f"{shard}\n")
 
-        monkeypatch.setattr(Corpus, "make_ready", make_ready)
-        return lambda: [int(line) for line in when_at_rest(log)]
+        monkeypatch.setattr(Corpus, "prefetch", prefetch)
+        return lambda expected=0: [int(line) for line in lines_when_idle(log, expected)]
 
     def first_needed(self, corpus: Corpus, size: int) -> dict[int, int]:
-        """Of each shard, the first batch that needs it."""
+        """The first batch that needs each shard."""
         first: dict[int, int] = {}
         for at, row in enumerate(corpus.order(size, 0).epoch(0).items.tolist()):
             for item in row:
                 first.setdefault(corpus.shard_of(item), at)
         return first
 
-    def test_is_two_blocks_ahead_and_no_farther(self, tmp_path, fetched):
-        """Blocks of 80 samples are 20 batches of 4; of the 60 shards of 10 samples 8 or 9 are in use."""
+    def test_is_at_most_two_blocks_ahead(self, tmp_path, prefetched):
+        """Blocks of 80 samples are 20 batches of 4; 8 or 9 of the 60 shards of 10 samples are in use."""
         path = write_tars(tmp_path / "shards", (10,) * 60)
         corpus = open_corpus(path, num_workers=1, shuffle_block=80)
         first = self.first_needed(corpus, 4)
@@ -694,22 +701,22 @@ class TestFetchingAhead:
         for more in (1, 1, 29, 59):
             done += len(list(itertools.islice(stream, more)))
             wanted = {shard for shard, at in first.items() if at <= done + 40}
-            assert set(fetched()) == wanted
+            assert set(prefetched(len(wanted))) == wanted
         assert len(first) == 60
         stream.close()
 
-    def test_comes_back_to_a_shard_in_the_next_epoch(self, tmp_path, fetched):
-        """By then its copy may have been deleted to make room."""
+    def test_prefetches_a_shard_again_in_the_next_epoch(self, tmp_path, prefetched):
+        """Its copy may have been evicted by then."""
         path = write_tars(tmp_path / "shards", (10,) * 60)
         stream = one_rank(open_corpus(path, num_workers=1, shuffle_block=80), 4, 0, 300, micro=4, end=300)
         for _ in range(299):
             next(stream)
-        times = Counter(fetched())
+        times = Counter(prefetched(60))
         assert set(times) == set(range(60))
-        assert sum(times.values()) > 100  # those about the epoch's edge were still held
+        assert sum(times.values()) > 100  # those around the end of the epoch were still in use
         stream.close()
 
-    def test_is_never_more_than_half_of_the_cache_ahead(self, tmp_path, fetched):
+    def test_is_at_most_half_of_the_cache_ahead(self, tmp_path, prefetched):
         path = write_tars(tmp_path / "shards", (10,) * 60)
         one = (path / "shard-000000.tar").stat().st_size
         assert one == (path / "shard-000059.tar").stat().st_size
@@ -718,33 +725,33 @@ class TestFetchingAhead:
             open_corpus(path, num_workers=1, shuffle_block=10_000, cache=cache), 4, 0, 150, micro=4, end=150
         )
         next(stream)
-        assert len(set(fetched())) == 5
+        assert len(set(prefetched(5))) == 5
         stream.close()
 
-    def test_rests_when_there_is_nothing_to_fetch(self, tmp_path):
-        """A data set of one shard, and a long run."""
+    def test_is_idle_when_there_is_nothing_to_prefetch(self, tmp_path):
+        """A data set of one shard, in a long run."""
         corpus = open_corpus(write_tars(tmp_path / "shards", (200,)), num_workers=1)
         stream = one_rank(corpus, 8, 0, 10, micro=8, end=2_000_000)
         next(stream)
         children = multiprocessing.active_children()
         time.sleep(0.5)
         before = [cpu_seconds(child.pid) for child in children]
-        time.sleep(3)
+        time.sleep(1)
         spent = [cpu_seconds(child.pid) - then for child, then in zip(children, before, strict=True)]
         stream.close()
         assert len(spent) == 2
-        assert max(spent) < 0.2
+        assert max(spent) < 0.1
 
-    def test_fetches_what_its_own_rank_needs(self, tmp_path, fetched):
+    def test_prefetches_only_shards_of_its_rank(self, tmp_path, prefetched):
         path = write_tars(tmp_path / "shards", (10,) * 16)
         corpus = open_corpus(path, num_workers=1, partitions=2, shuffle_block=20)
         stream = one_rank(corpus, 8, 0, 20, micro=4, rank=1, world_size=2, end=20)
         needed = {number // 10 for batch in stream for number in numbers_of(batch)}
         assert len(needed) == 8
-        assert set(fetched()) <= needed
+        assert set(prefetched()) <= needed
 
-    def test_spares_the_workers_the_hashing(self, tmp_path, monkeypatch):
-        """What one process has hashed none hashes again; the workers' own prefetching reaches but a few shards."""
+    def test_hashes_instead_of_the_workers(self, tmp_path, monkeypatch):
+        """The prefetcher hashes every shard; a worker's own prefetching would reach only a few."""
         log = tmp_path / "log"
         log.touch()
         mismatch = source.mismatch
@@ -759,14 +766,14 @@ class TestFetchingAhead:
         path = write_tars(tmp_path / "shards", (10,) * 60)
         stream = one_rank(open_corpus(path, num_workers=1, shuffle=False), 4, 0, 300, micro=4, end=300)
         next(stream)
-        hashed = when_at_rest(log)
+        hashed = lines_when_idle(log, 60)
         assert set(hashed) == {f"shard-{number:06d}.tar" for number in range(60)}
         assert len(list(stream)) == 299
-        assert when_at_rest(log) == hashed
+        assert lines_when_idle(log) == hashed
 
 
 class TestCollate:
-    def test_stacks_what_is_there(self):
+    def test_stacks_the_tensors_of_the_records(self):
         images = [Record(key=str(n), caption="", image=torch.full((3, 2, 2), float(n))) for n in range(3)]
         batch = collate([7, 8, 9], images)
         assert isinstance(batch, Batch)
@@ -776,8 +783,8 @@ class TestCollate:
         assert batch.latents is batch.text is batch.pooled is None
         assert batch.bad == []
 
-    def test_texts_travel_without_their_padding(self):
-        """Rows of two sources, one of which stores its texts whole; the other one's are filled up from its own padding."""
+    def test_texts_are_packed_without_padding(self):
+        """Rows of two sources: the first stores full texts, the texts of the second get its padding."""
         own, padding = torch.arange(24.0).view(2, 4, 3).bfloat16(), -torch.arange(12.0).view(4, 3)
         cut = [
             Record(key="a", caption="", text=own[0, :1], padding=1),
@@ -794,13 +801,13 @@ class TestCollate:
         assert torch.equal(padded[2], padding.bfloat16())
         assert torch.equal(padded[3], own[1])
 
-    def test_texts_of_another_width_do_not_go_together(self):
+    def test_texts_of_different_widths_are_refused(self):
         rows = [Record(key=f"key{n}", caption="", text=torch.zeros(1, n + 1), padding=0) for n in range(2)]
         with pytest.raises(UserError, match=r"text of one shape.*key0, key1.*\(1,\), \(2,\)"):
             collate([0, 1], rows)
 
     @pytest.mark.parametrize("name", ["latents", "text", "pooled", "image"])
-    def test_names_what_differs(self, name):
+    def test_an_error_names_what_differs(self, name):
         rows = [Record(key=f"key{n}", caption="", **{name: torch.zeros(n + 1)}) for n in range(2)]
         with pytest.raises(UserError, match=rf"{name} of one shape.*key0, key1.*\(1,\), \(2,\)"):
             collate([0, 1], rows)

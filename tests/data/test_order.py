@@ -1,4 +1,4 @@
-"""The order of samples as arithmetic: no file, no process. The references below are written the slow and plain way."""
+"""The order of samples, without files and processes. The references are slow and simple."""
 
 import random
 from collections import Counter
@@ -15,7 +15,7 @@ from scfm_core.data.order import Epoch, Order, SourceOrder, choose
 
 @dataclass(frozen=True)
 class Case:
-    """A setting; `Order(**case.options())` is its order."""
+    """The arguments of one `Order`."""
 
     number: int
     sources: tuple[SourceOrder, ...]
@@ -40,7 +40,7 @@ class Case:
         return Order(**{**self.options(), **changes})
 
     def draws(self, epoch: int) -> list[int]:
-        """What an epoch takes, before it is cut: batches of one, all of one size, are the draws themselves."""
+        """The draws of an epoch: with batches of one sample and one size they are the batches."""
         plain = self.order(buckets=np.zeros_like(self.buckets), global_batch_size=1, partitions=1)
         return [int(row[0]) for row in plain.epoch(epoch).items]
 
@@ -51,7 +51,7 @@ def random_case(number: int) -> Case:
     for name in ("first", "second", "third")[: draw.choice([1, 2, 3])]:
         shards = tuple(draw.choice([1, 2, 5, 9, 14]) for _ in range(draw.randint(1, 7)))
         samples = sum(shards)
-        # Less than a pass, exactly one, several in an epoch.
+        # An epoch is less than a pass, exactly one pass, or several passes.
         draws = draw.choice([samples, draw.randint(1, samples), samples * 2 + draw.randint(0, samples)])
         sources.append(SourceOrder(name, start, shards, draws))
         start += samples
@@ -75,8 +75,8 @@ CASES = [random_case(number) for number in range(120)]
 EPOCHS = 5
 
 
-def over(cases: list[Case]) -> Callable[[Callable[[Any, Case], None]], Callable[[Any], None]]:
-    """One test of all cases: a thousand dots would tell no more."""
+def for_all(cases: list[Case]) -> Callable[[Callable[[Any, Case], None]], Callable[[Any], None]]:
+    """One test for all cases: a thousand separate tests would not say more."""
 
     def decorate(test: Callable[[Any, Case], None]) -> Callable[[Any], None]:
         def run(self: Any) -> None:
@@ -92,12 +92,12 @@ def over(cases: list[Case]) -> Callable[[Callable[[Any, Case], None]], Callable[
     return decorate
 
 
-anywhere = over(CASES)
-unpartitioned = over([case for case in CASES if case.partitions == 1])
-partitioned = over([case for case in CASES if case.partitions > 1])
+anywhere = for_all(CASES)
+unpartitioned = for_all([case for case in CASES if case.partitions == 1])
+partitioned = for_all([case for case in CASES if case.partitions > 1])
 
 
-def test_the_cases_are_as_different_as_they_should_be():
+def test_the_cases_cover_all_settings():
     assert {len(case.sources) for case in CASES} == {1, 2, 3}
     assert {case.partitions for case in CASES} == {1, 2, 4}
     assert {int(case.buckets.max()) + 1 for case in CASES} >= {1, 2, 4}
@@ -120,7 +120,7 @@ def source_of(case: Case, item: int) -> int:
 
 
 def streams(case: Case, epochs: int = EPOCHS) -> list[list[int]]:
-    """What is drawn from each source, over several epochs."""
+    """The draws from each source, over several epochs."""
     drawn: list[list[int]] = [[] for _ in case.sources]
     for epoch in range(epochs):
         for item in case.draws(epoch):
@@ -130,13 +130,13 @@ def streams(case: Case, epochs: int = EPOCHS) -> list[list[int]]:
 
 class TestDraws:
     @anywhere
-    def test_of_an_epoch_are_as_many_as_every_source_gives(self, case):
+    def test_of_an_epoch_are_as_many_as_the_sources_give(self, case):
         for epoch in range(EPOCHS):
             count = Counter(source_of(case, item) for item in case.draws(epoch))
             assert [count[number] for number in range(len(case.sources))] == [s.draws for s in case.sources]
 
     @anywhere
-    def test_go_through_a_source_pass_by_pass(self, case):
+    def test_go_through_a_source_in_passes(self, case):
         for source, stream in zip(case.sources, streams(case), strict=True):
             everything = list(range(source.start, source.start + source.samples))
             whole = len(stream) // source.samples
@@ -149,14 +149,14 @@ class TestDraws:
                 assert len({tuple(one) for one in passes}) == len(passes)
 
     @anywhere
-    def test_without_shuffling_are_in_the_order_of_the_files(self, case):
+    def test_without_shuffling_are_in_the_order_of_the_manifest(self, case):
         plain = replace(case, shuffle=False)
         for source, stream in zip(plain.sources, streams(plain, 2), strict=True):
             assert stream == [source.start + at % source.samples for at in range(len(stream))]
 
     @anywhere
     def test_stay_in_their_block_of_shards(self, case):
-        """A pass is a row of whole shards, cut every `block` samples; within the pieces alone samples change places."""
+        """A pass is a sequence of whole shards, cut into blocks. Samples are shuffled only within a block."""
         shuffled = replace(case, shuffle=True)
         for source, stream in zip(shuffled.sources, streams(shuffled), strict=True):
             shard_of = np.repeat(np.arange(len(source.shards)), source.shards)
@@ -171,7 +171,7 @@ class TestDraws:
                         mine = [
                             item - source.start for item, owner in zip(block, shards, strict=True) if owner == shard
                         ]
-                        # A shard is used from its start on, and goes on in the next block.
+                        # A shard is used from its start, and may continue in the next block.
                         start = int(first[shard]) + taken[shard]
                         assert mine == list(range(start, start + len(mine)))
                         taken[shard] += len(mine)
@@ -179,8 +179,8 @@ class TestDraws:
                     unfinished = {s for s in set(shards) if taken[s] < source.shards[s]}
                     assert len(unfinished) <= 1
 
-    def test_change_places_within_a_block(self):
-        """With blocks of one sample the shards alone are shuffled; with large ones every sample is."""
+    def test_are_shuffled_within_a_block(self):
+        """With blocks of one sample only the shards are shuffled; with large blocks every sample is."""
         source = SourceOrder("only", 0, (50,) * 8, 400)
         runs = []
         for block in (1, 100, 1000):
@@ -190,7 +190,7 @@ class TestDraws:
         assert max(runs[1:]) < 20
 
     def test_are_shuffled_without_a_bias(self):
-        """Every sample comes everywhere: over 400 passes the mean place of each is the middle."""
+        """Every sample occurs at every place: over 400 passes its mean place is the middle."""
         source = SourceOrder("only", 0, (3, 7, 10), 20)
         order = Order([source], np.zeros(20, np.int16), 20, 0)
         places = np.stack([np.argsort(order.epoch(epoch).items[0]) for epoch in range(400)])
@@ -199,7 +199,7 @@ class TestDraws:
 
     @pytest.mark.parametrize("draws", [(900, 90, 10), (500, 500), (997, 3), (1, 1, 1)])
     def test_of_a_mixture_are_spread_evenly(self, draws):
-        """Any stretch of the epoch has each source's share of it, give or take a draw a source."""
+        """Any part of the epoch has each source's share, up to one draw per source."""
         names = ("a", "b", "c")[: len(draws)]
         sources = [
             SourceOrder(name, 1000 * number, (1000,), count)
@@ -213,7 +213,7 @@ class TestDraws:
                 counts = np.bincount(owners[:end], minlength=len(draws))
                 assert np.abs(counts - np.array(draws) * end / len(owners)).max() <= len(draws)
 
-    def test_of_a_mixture_do_not_alternate_like_a_clock(self):
+    def test_of_a_mixture_do_not_alternate_regularly(self):
         sources = [SourceOrder(name, 1000 * number, (1000,), 500) for number, name in enumerate("ab")]
         order = Order(sources, np.zeros(2000, np.int16), 1, 0)
         first, second = (order.epoch(epoch).items[:, 0] // 1000 for epoch in range(2))
@@ -223,8 +223,8 @@ class TestDraws:
 
 class TestBatches:
     @unpartitioned
-    def test_are_those_of_one_queue_for_every_size(self, case):
-        """The definition itself: draws fall one by one into the queue of their size; a full queue is a batch."""
+    def test_equal_those_of_one_queue_for_each_size(self, case):
+        """The definition: each draw goes into the queue of its size; a full queue is a batch."""
         order = case.order()
         queues: dict[int, list[int]] = {}
         for number in range(EPOCHS):
@@ -241,8 +241,8 @@ class TestBatches:
             assert epoch.buckets.tolist() == kinds
 
     @anywhere
-    def test_drop_and_repeat_nothing(self, case):
-        """Per size and epoch: what was left over and what is drawn = what is in batches and what is left over now."""
+    def test_drop_and_repeat_no_sample(self, case):
+        """For each size and epoch: samples that waited + draws = samples in batches + samples that wait now."""
         order = case.order()
         left: list[list[int]] = [[] for _ in range(int(case.buckets.max()) + 1)]
         for number in range(EPOCHS):
@@ -265,7 +265,7 @@ class TestBatches:
             assert (case.buckets[epoch.items] == epoch.buckets[:, None]).all()
 
     @anywhere
-    def test_before_an_epoch_are_counted_in_closed_form(self, case):
+    def test_counts_before_an_epoch(self, case):
         order, before = case.order(), 0
         counts: Counter[int] = Counter()
         for number in range(EPOCHS):
@@ -275,14 +275,14 @@ class TestBatches:
             counts.update(int(case.buckets[item]) for item in case.draws(number))
 
     @anywhere
-    def test_are_located_where_they_are(self, case):
+    def test_locate_finds_each_batch(self, case):
         order = case.order()
         places = [(number, at) for number in range(EPOCHS) for at in range(len(order.epoch(number).items))]
         fresh = case.order()
         assert [fresh.locate(batch) for batch in range(len(places))] == places
         assert [order.epoch(number).first + at for number, at in places] == list(range(len(places)))
 
-    def test_are_located_far_away_without_walking_there(self):
+    def test_locate_is_fast_for_late_batches(self):
         order = Order([SourceOrder("only", 0, (7, 6), 13)], np.array([0, 1] * 6 + [0], np.int16), 4, 0)
         far = 10**9
         number, place = order.locate(far)
@@ -290,7 +290,7 @@ class TestBatches:
         assert 0 <= place < len(order.epoch(number).items)
 
     @anywhere
-    def test_do_not_depend_on_what_was_asked_before(self, case):
+    def test_do_not_depend_on_earlier_calls(self, case):
         order = case.order()
         walked = [rows(order.epoch(number)) for number in range(EPOCHS)]
         assert [rows(case.order().epoch(number)) for number in range(EPOCHS)] == walked
@@ -300,8 +300,8 @@ class TestBatches:
 
 class TestPartitions:
     @partitioned
-    def test_each_reads_a_stretch_of_its_own(self, case):
-        """Per size: an epoch's queue is cut into as many pieces as there are partitions; batches take from each in turn."""
+    def test_each_reads_a_part_of_its_own(self, case):
+        """For each size, the queue of an epoch is cut into parts; a batch takes equal shares of all parts."""
         order = case.order()
         left: list[list[int]] = [[] for _ in range(int(case.buckets.max()) + 1)]
         share = case.batch_size // case.partitions
@@ -316,8 +316,8 @@ class TestPartitions:
                     assert mine == queue[part * stretch : (part + 1) * stretch]
                 del queue[: len(batches) * case.batch_size]
 
-    def test_touch_few_shards_of_each_other(self):
-        """With blocks of two shards, a quarter of the batch meets a quarter of 40 shards and those at its edges."""
+    def test_share_few_shards(self):
+        """With blocks of two shards, a quarter of the batch uses a quarter of 40 shards and those at its ends."""
         order = Order(
             [SourceOrder("only", 0, (25,) * 40, 1000)], np.zeros(1000, np.int16), 40, 0, block=50, partitions=4
         )
@@ -326,15 +326,15 @@ class TestPartitions:
         assert len(set.union(*parts)) == 40
 
     @partitioned
-    def test_do_not_change_how_often_a_sample_comes(self, case):
+    def test_do_not_change_how_often_a_sample_occurs(self, case):
         one = case.order(partitions=1)
         for number in range(EPOCHS):
             several = case.order()
             assert several.epoch(number).first == one.epoch(number).first
             assert np.array_equal(np.sort(several.epoch(number).items, None), np.sort(one.epoch(number).items, None))
 
-    def test_sizes_alternate_as_without(self):
-        """Batches of two sizes come in turn through the epoch, not first all of one and then of the other."""
+    def test_sizes_alternate_as_without_partitions(self):
+        """Batches of two sizes alternate through the epoch: not first all of one size and then all of the other."""
         buckets = np.arange(4000, dtype=np.int16) % 2
         for partitions in (1, 2, 4):
             order = Order([SourceOrder("only", 0, (100,) * 40, 4000)], buckets, 8, 0, partitions=partitions)
@@ -344,7 +344,7 @@ class TestPartitions:
 
 class TestSpares:
     @anywhere
-    def test_are_of_the_samples_size_and_never_the_sample(self, case):
+    def test_have_the_samples_size_and_are_never_the_sample(self, case):
         order, again = case.order(), case.order()
         for number in range(2):
             epoch = order.epoch(number)
@@ -357,21 +357,21 @@ class TestSpares:
                     assert all(case.buckets[spare] == case.buckets[item] for spare in spares)
                     assert spares == again.spares(again.epoch(number), place, row)
 
-    def test_lie_in_ever_farther_batches(self):
-        """A corrupt shard takes its neighbours with it, in the batches around and, at last, beside the sample."""
+    def test_are_at_growing_distances(self):
+        """In a corrupt shard all neighbours are bad: substitutes come from more and more distant batches, then from the same one."""
         order = Order([SourceOrder("only", 0, (100,) * 10, 1000)], np.zeros(1000, np.int16), 10, 0, shuffle=False)
         epoch = order.epoch(0)
         assert order.spares(epoch, 50, 3) == (493, 483, 463, 423, 343, 183, 863, 504, 505, 506)
         assert len({spare // 100 for spare in order.spares(epoch, 50, 3)}) >= 5
 
     def test_stay_in_the_samples_partition(self):
-        """Those of other batches: its machine has their shards."""
+        """Substitutes of other batches: the machine of the sample has their shards."""
         order = Order([SourceOrder("only", 0, (100,) * 10, 1000)], np.zeros(1000, np.int16), 8, 0, partitions=4)
         epoch = order.epoch(0)
         own = set(epoch.items[:, 2:4].ravel().tolist())
         assert set(order.spares(epoch, 60, 2)[:-3]) <= own
 
-    def test_of_an_only_sample_are_none(self):
+    def test_of_a_single_sample_do_not_exist(self):
         order = Order([SourceOrder("only", 0, (1,), 1)], np.zeros(1, np.int16), 4, 0)
         assert order.spares(order.epoch(3), 0, 0) == ()
 
@@ -383,7 +383,7 @@ class TestRandomness:
         return rows(Order(sources, np.zeros(30, np.int16), 7, seed).epoch(epoch))
 
     def test_is_pinned(self):
-        """A change of these numbers breaks the resuming of every run there is."""
+        """If these numbers change, no existing run can resume."""
         buckets = np.array([0, 0, 1] * 10, np.int16)
         order = Order(self.SOURCES, buckets, 4, seed=0, block=10)
         assert [as_text(order.epoch(number)) for number in (0, 1, 7)] == [
@@ -398,13 +398,13 @@ class TestRandomness:
             "29 2 20 14, 0 24 24 19, 8 20 26 2, 5 8 23 11, 12 4 7 15, 26 23 17 29, 6 21 27 10, 13 16 25 3, 28 9 21 18"
         )
 
-    def test_of_two_seeds_differs(self):
+    def test_two_seeds_give_different_orders(self):
         orders = [self.items(seed=seed, epoch=epoch) for seed in range(4) for epoch in range(4)]
         assert all(one != other for at, one in enumerate(orders) for other in orders[:at])
 
     @pytest.mark.parametrize(("shards", "block"), [((1,) * 40, 1), ((40,), 40)], ids=["of shards", "of samples"])
-    def test_follows_seed_name_and_pass(self, shards, block):
-        """Either shuffle alone: 40 shards of a sample each, or one shard of 40."""
+    def test_depends_on_seed_name_and_pass(self, shards, block):
+        """Each shuffle separately: 40 shards of one sample, or one shard of 40 samples."""
 
         def one_pass(seed: int, name: str, number: int) -> tuple[int, ...]:
             order = Order([SourceOrder(name, 0, shards, 40)], np.zeros(40, np.int16), 40, seed, block=block)
@@ -416,22 +416,22 @@ class TestRandomness:
         assert tuple(range(40)) not in passes
         assert one_pass(1, "a", 2) == one_pass(1, "a", 2)
 
-    def test_follows_the_sources_name(self):
+    def test_depends_on_the_sources_name(self):
         renamed = (replace(self.SOURCES[0], name="c"), self.SOURCES[1])
         assert self.items(renamed) != self.items()
-        # The other source's own stream is none of its business.
+        # The stream of the other source does not change.
         for sources in (self.SOURCES, renamed):
             stream = [item for row in self.items(sources) for item in row if item >= 20]
             assert stream == [item for row in self.items() for item in row if item >= 20]
 
-    def test_of_two_sources_differs(self):
-        """Equal shards under two names: what is drawn as 13th of the one is not of the other."""
+    def test_two_sources_get_different_orders(self):
+        """Equal shards under two names: their orders differ."""
         twins = (SourceOrder("a", 0, (15,), 15), SourceOrder("b", 15, (15,), 15))
         order = Order(twins, np.zeros(30, np.int16), 30, 0)
         items = order.epoch(0).items[0]
         assert [i for i in items if i < 15] != [i - 15 for i in items if i >= 15]
 
-    def test_does_not_hear_of_the_global_state(self):
+    def test_does_not_depend_on_the_global_state(self):
         random.seed(1), np.random.seed(1), torch.manual_seed(1)  # noqa: NPY002
         first = self.items()
         random.seed(2), np.random.seed(2), torch.manual_seed(2)  # noqa: NPY002
@@ -456,7 +456,7 @@ class TestChoose:
         assert row(0, "a") == row(0, "a")
         assert len({tuple(row(*key)) for key in [(0, "a"), (1, "a"), (0, "b"), ("a", 0)]}) == 4
 
-    def test_of_one_is_that_one(self):
+    def test_one_weight_is_always_chosen(self):
         assert choose([2.5], 0) == 0
 
     def test_is_pinned(self):

@@ -1,4 +1,4 @@
-"""The servers and faults of storage.py are what a client really meets: raw sockets and http.client judge, then s3fs."""
+"""The servers of storage.py produce the faults that they claim: checked with raw sockets, http.client and s3fs."""
 
 import http.client
 import multiprocessing
@@ -46,7 +46,7 @@ def get(endpoint: str, path: str = "/x.bin", method: str = "GET") -> tuple[int, 
 
 
 def raw_get(endpoint: str, path: str = "/x.bin") -> tuple[bytes, bytes, str]:
-    """Header, body, and how the connection ended: "closed", "reset" or "silent" for a second."""
+    """Header, body, and the end of the connection: "closed", "reset", or "silent" (for a second)."""
     host, port = endpoint.removeprefix("http://").split(":")
     received, end = b"", "closed"
     with socket.create_connection((host, int(port)), timeout=1) as connection:
@@ -92,7 +92,7 @@ def test_a_refusal(proxy: FaultyProxy, mode: str, code: bytes) -> None:
     assert (status, headers["Connection"], code in body) == (int(mode), "close", True)
 
 
-def test_http_client_tells_short_from_lying_short(proxy: FaultyProxy) -> None:
+def test_http_client_distinguishes_short_from_lying_short(proxy: FaultyProxy) -> None:
     proxy.fail("short")
     proxy.fail("lying_short")
     with pytest.raises(http.client.IncompleteRead):
@@ -101,7 +101,7 @@ def test_http_client_tells_short_from_lying_short(proxy: FaultyProxy) -> None:
     assert get(proxy.endpoint)[2] == BODY
 
 
-def test_slow_takes_its_time_and_the_others_do_not(proxy: FaultyProxy) -> None:
+def test_only_slow_is_slow(proxy: FaultyProxy) -> None:
     proxy.slow_seconds = 0.6
     proxy.fail("slow")
     start = time.monotonic()
@@ -157,7 +157,7 @@ def test_a_connection_is_kept_until_a_fault(proxy: FaultyProxy) -> None:
 
 
 def test_the_proxy_changes_nothing_else() -> None:
-    """A plain socket plays upstream: what arrives there is what the client sent, and back."""
+    """A plain socket is upstream: it gets what the client sent, and the client gets its answer, unchanged."""
     with socket.create_server(("127.0.0.1", 0)) as upstream:
         arrived = b""
 
@@ -230,7 +230,7 @@ def test_closing_does_not_wait_for_a_client(proxy: FaultyProxy, mode: str) -> No
 
 
 def test_a_forked_process_keeps_no_connection_open(proxy: FaultyProxy) -> None:
-    """Else a reset waits for the data worker that was forked meanwhile."""
+    """Otherwise a reset waits for the data worker that was forked meanwhile."""
     with closing(connect(proxy.endpoint)) as connection:
         connection.request("GET", "/x.bin")
         connection.getresponse().read()
@@ -248,7 +248,7 @@ def test_a_forked_process_keeps_no_connection_open(proxy: FaultyProxy) -> None:
 
 
 def filesystem(endpoint: str, monkeypatch: pytest.MonkeyPatch, s3: S3Server) -> fsspec.AbstractFileSystem:
-    """A new s3fs with its own connections, its keys from the environment."""
+    """A new s3fs with its own connections and with keys from the environment."""
     for name, value in s3.environment.items():
         monkeypatch.setenv(name, value)
     options = {"client_kwargs": {"endpoint_url": endpoint}, "skip_instance_cache": True}
@@ -292,7 +292,7 @@ def test_the_s3_server(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_the_s3_server_ends_with_its_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And with checksums, a flipped bit is botocore's to refuse."""
+    """With checksums, botocore refuses a flipped bit."""
     with S3Server(checksums=True) as server, FaultyProxy(server.endpoint) as proxy:
         server.upload_bytes(BODY, "bucket", "key")
         files = filesystem(proxy.endpoint, monkeypatch, server)

@@ -1,4 +1,4 @@
-"""`scfm data validate`: every fault in one list, whatever else is wrong."""
+"""`scfm data validate`: lists every fault, for any combination of faults."""
 
 import dataclasses
 import hashlib
@@ -55,7 +55,7 @@ def cached_fields(number: int, **changes: torch.Tensor) -> Fields:
 
 
 def write(folder: Path, shards: dict[str, list[tuple[str, Fields]]], *, height: int = 16, **draft: Any) -> Path:
-    """Tars of those samples, with a manifest that is right."""
+    """Tars of these samples, with a correct manifest."""
     folder.mkdir(parents=True, exist_ok=True)
     entries: list[ShardEntry] = []
     for name, samples in shards.items():
@@ -69,17 +69,17 @@ def write(folder: Path, shards: dict[str, list[tuple[str, Fields]]], *, height: 
 
 
 def images(folder: Path, changes: dict[str, Fields | None] | None = None, shards: int = 3) -> Path:
-    """Shards of four samples, `00` to `03` in the first; `changes` of their fields by key."""
+    """Shards of four samples, `00` to `03` in the first; `changes` replace their fields, by key."""
     numbered = {f"{number:02d}": image_fields(number) for number in range(4 * shards)}
-    return write(folder, _cut(numbered, changes or {}))
+    return write(folder, _truncate(numbered, changes or {}))
 
 
 def cache(folder: Path, changes: dict[str, Fields | None] | None = None, shards: int = 3) -> Path:
     numbered = {f"{number:02d}": cached_fields(number) for number in range(4 * shards)}
-    return write(folder, _cut(numbered, changes or {}), encoder="e" * 64, text_length=LENGTH)
+    return write(folder, _truncate(numbered, changes or {}), encoder="e" * 64, text_length=LENGTH)
 
 
-def _cut(numbered: dict[str, Fields], changes: dict[str, Any]) -> dict[str, list[tuple[str, Fields]]]:
+def _truncate(numbered: dict[str, Fields], changes: dict[str, Any]) -> dict[str, list[tuple[str, Fields]]]:
     samples = list((numbered | changes).items())
     return {f"{at // 4}.tar": samples[at : at + 4] for at in range(0, len(samples), 4)}
 
@@ -93,7 +93,7 @@ def open_(*folders: Any, **changes: Any) -> Corpus:
 
 
 def found(problems: list[Problem]) -> dict[tuple[str, str | None], str]:
-    """(file, key) -> reason; each at most once."""
+    """(file, key) -> reason; each occurs at most once."""
     listed = {(problem.shard.rpartition("/")[2], problem.key): problem.reason for problem in problems}
     assert len(listed) == len(problems)
     return listed
@@ -111,7 +111,7 @@ def s3() -> Iterator[S3Server]:
         yield server
 
 
-class TestNothingWrong:
+class TestNoProblems:
     def test_images_caches_and_folders(self, tiny, tmp_path):
         assert validate(open_(images(tmp_path / "images"))) == []
         assert validate(open_(cache(tmp_path / "cache"))) == []
@@ -135,18 +135,18 @@ class TestNothingWrong:
         Manifest(encoder="e", text_length=LENGTH, padding=digest, shards=tuple(parts)).write(folder / MANIFEST)
         assert validate(open_(folder, buckets=((16, 16), (32, 16)))) == []
 
-    def test_mds_without_keys_has_no_key_twice(self, tmp_path):
+    def test_mds_without_keys_has_no_duplicate_key(self, tmp_path):
         from streaming import MDSWriter
 
         of = SourceConfig(name="m", uri=str(tmp_path / "mds"), format="mds")
         with MDSWriter(out=of.uri, columns={"png": "bytes", "txt": "str"}, size_limit=3000) as writer:
             for number in range(9):
-                writer.write({"png": picture(number), "txt": "x" if number else ""})  # empty is no fault
+                writer.write({"png": picture(number), "txt": "x" if number else ""})  # an empty caption is valid
         corpus = open_(of, cache=CacheConfig(dir=str(tmp_path / "copies")))
         assert len(list((tmp_path / "mds").glob("*.mds"))) > 1
         assert validate(corpus) == []
 
-    def test_the_caller_s_corpus_and_bar(self, tmp_path):
+    def test_the_callers_corpus_and_progress_bar(self, tmp_path):
         corpus = open_(images(tmp_path / "images"), verify=True)
         seen: list[int] = []
 
@@ -163,7 +163,7 @@ class TestNothingWrong:
 
 class TestShards:
     @pytest.mark.parametrize("processes", [1, 2])
-    def test_all_damaged_ones_and_the_good_ones_samples_still(self, tmp_path, processes):
+    def test_all_damaged_shards_and_bad_samples_of_the_others(self, tmp_path, processes):
         folder = images(tmp_path / "images", {"17": {"txt": b"x"}}, shards=6)
         content = (folder / "0.tar").read_bytes()
         (folder / "0.tar").write_bytes(content[:-5])
@@ -186,7 +186,7 @@ class TestShards:
         assert "holds 4 samples, the manifest says 5" in reasons["5.tar", None]
         assert {problem.source for problem in problems} == {"images"}
 
-    def test_hashes_though_the_recipe_does_not(self, tmp_path):
+    def test_hashes_if_the_recipe_does_not(self, tmp_path):
         folder = images(tmp_path / "images")
         flip(folder / "2.tar", 700)
         assert list(found(validate(open_(folder, verify=False)))) == [("2.tar", None)]
@@ -199,7 +199,7 @@ class TestShards:
         assert validate(corpus) == []
         assert len(hashed) == 3
 
-    def test_hashes_again_what_was_read_before(self, tmp_path):
+    def test_hashes_again_after_reading(self, tmp_path):
         folder = images(tmp_path / "images")
         corpus = open_(folder)
         corpus.record(0)
@@ -237,7 +237,7 @@ class TestShards:
         reasons = found(validate(corpus, processes=processes))
         assert list(reasons) == [("0.tar", "00"), ("1.tar", None), ("2.tar", None)]
         assert "404" in reasons["1.tar", None]
-        assert "downloaded twice" in reasons["2.tar", None]
+        assert "after two downloads" in reasons["2.tar", None]
 
     def test_a_server_that_is_gone(self, tmp_path, monkeypatch):
         monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
@@ -276,14 +276,14 @@ class TestImages:
         lighter = found(validate(open_(folder), decode=False))
         assert sorted(key for _, key in lighter if key) == ["05", "06", "07"]
 
-    def test_every_caption_that_may_be_drawn(self, tmp_path):
+    def test_every_caption_that_may_be_chosen(self, tmp_path):
         good = {"png": picture(1), "txt": b"x", "json": b'{"a": {"b": "y"}}'}
         folder = images(
             tmp_path / "images",
             {
                 "00": good,
                 "01": good | {"json": b"{"},
-                "02": good | {"json": b'{"a": 3}'},  # none there: the other is taken
+                "02": good | {"json": b'{"a": 3}'},  # missing: the other one is used
                 "03": {"png": picture(1), "json": b'{"a": {"b": "y"}}'},
                 "04": {"png": picture(1), "json": b'{"a": 3}'},
             },
@@ -302,13 +302,13 @@ class TestImages:
             ("f", str(tmp_path), f"{number}.png") for number in (0, 2, 4)
         ]
 
-    def test_keys_used_twice(self, tmp_path):
+    def test_duplicate_keys(self, tmp_path):
         samples = [(f"{number}", image_fields(number)) for number in range(6)]
         folder = write(tmp_path / "images", {"0.tar": samples[:4], "1.tar": samples[3:], "2.tar": samples[3:4]})
         reasons = found(validate(open_(folder), processes=2))
         assert list(reasons) == [("1.tar", "3"), ("2.tar", "3")]
         assert all(reason == f"has the key of a sample of {folder}/0.tar" for reason in reasons.values())
-        two = open_(folder, images(tmp_path / "others", {"3": image_fields(3)}))  # "3" here too: another source
+        two = open_(folder, images(tmp_path / "others", {"3": image_fields(3)}))  # also "3", but in another source
         assert {problem.source for problem in validate(two)} == {"images"}
 
 
@@ -350,15 +350,15 @@ class TestCaches:
             },
         )
         assert found(validate(open_(folder))) == {
-            ("0.tar", "00"): "latents is of torch.int32, which is no floating point"
+            ("0.tar", "00"): "latents has the dtype torch.int32, which is not floating point"
         }
 
     @pytest.mark.parametrize("processes", [1, 2])
-    def test_shapes_are_those_of_most(self, tmp_path, processes):
+    def test_shapes_that_differ_from_most(self, tmp_path, processes):
         folder = cache(
             tmp_path / "cache",
             {
-                # All of the first shard differ: within it they are the majority.
+                # All samples of the first shard differ: in that shard they are the majority.
                 **{f"{n:02d}": cached_fields(n, latents=torch.zeros(2, 8, 9)) for n in range(4)},
                 "05": cached_fields(5, text=torch.zeros(LENGTH - 1, 3)),
                 "06": cached_fields(6, text=torch.zeros(LENGTH, 4), pooled=torch.zeros(6)),
@@ -374,7 +374,7 @@ class TestCaches:
         assert "pooled has the shape [6], most of samples have [5]" in reasons["1.tar", "06"]
         assert "latents has the shape [8, 8]" in reasons["1.tar", "07"]
 
-    def test_shapes_that_none_may_have(self, tmp_path):
+    def test_invalid_shapes(self, tmp_path):
         changes = {f"{n:02d}": cached_fields(n, latents=torch.zeros(8, 8), pooled=torch.zeros(1, 5)) for n in range(11)}
         reasons = found(validate(open_(cache(tmp_path / "cache", changes))))
         assert len(reasons) == 11
@@ -383,13 +383,13 @@ class TestCaches:
             "pooled has the shape [1, 5], most of samples have [5]"
         )
 
-    def test_of_two_halves_the_first_is_right_whoever_ends_first(self, tmp_path, monkeypatch):
+    def test_of_two_equal_halves_the_first_is_right(self, tmp_path, monkeypatch):
         changes = {f"{n:02d}": cached_fields(n, pooled=torch.zeros(6)) for n in range(4, 8)}
         corpus = open_(cache(tmp_path / "cache", changes, shards=2))
         monkeypatch.setattr(module, "as_completed", lambda futures: reversed(list(futures)))
         assert {key for _, key in found(validate(corpus, processes=2))} == {"04", "05", "06", "07"}
 
-    def test_the_order_is_the_recipe_s(self, tmp_path):
+    def test_the_order_is_that_of_the_recipe(self, tmp_path):
         changes = {
             "01": cached_fields(1, pooled=torch.zeros(6)),
             "06": cached_fields(6) | {"txt": b"\xff"},
@@ -399,7 +399,7 @@ class TestCaches:
             problems = validate(open_(cache(tmp_path / f"cache{processes}", changes)), processes=processes)
             assert [problem.key for problem in problems] == ["01", "06", "09"]
 
-    def test_a_text_length_that_none_has(self, tmp_path):
+    def test_a_text_length_that_no_sample_has(self, tmp_path):
         folder = cache(tmp_path / "cache")
         path = folder / MANIFEST
         dataclasses.replace(Manifest.parse(path.read_bytes(), "it"), text_length=7).write(path)
@@ -428,7 +428,7 @@ class TestMds:
                 writer.write({"png": picture(number), "txt": "x"})
         path = tmp_path / "mds" / "shard.00000.mds"
         content = bytearray(path.read_bytes())
-        content[12:16] = b"\xff\xff\xff\x7f"  # the second sample's end
+        content[12:16] = b"\xff\xff\xff\x7f"  # the end of the second sample
         path.write_bytes(content)
         corpus = open_(of, cache=CacheConfig(dir=str(tmp_path / "copies")))
         reasons = found(validate(corpus))
@@ -444,7 +444,7 @@ class TestMds:
                 writer.write({"__key__": f"k{number}", "png": picture(number), "txt": "x"})
         path = tmp_path / "mds" / "shard.00000.mds"
         content = bytearray(path.read_bytes())
-        content[4:8] = b"\xff\xff\xff\x7f"  # its begin
+        content[4:8] = b"\xff\xff\xff\x7f"  # its beginning
         path.write_bytes(content)
         corpus = open_(of, cache=CacheConfig(dir=str(tmp_path / "copies")))
         assert list(found(validate(corpus, processes=processes))) == [("shard.00000.mds", "000000")]
@@ -461,8 +461,8 @@ class TestMds:
         assert list(found(validate(corpus))) == [("shard.00000.mds", "k0")]
 
 
-class TestWhatMustNotEndIt:
-    def test_a_decoder_that_raises_what_nobody_expects(self, tmp_path, monkeypatch):
+class TestUnexpectedErrors:
+    def test_a_decoder_that_raises_an_unexpected_error(self, tmp_path, monkeypatch):
         corpus, record = open_(images(tmp_path / "images")), Corpus.record
 
         def odd(self, item, sample_id=0):
@@ -475,14 +475,14 @@ class TestWhatMustNotEndIt:
             (key, "ZeroDivisionError: odd") for key in ("00", "05", "10")
         ]
 
-    def test_a_killed_process_is_an_error_not_a_clean_result(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(module, "_look", lambda *rest: os.kill(os.getpid(), 9))
+    def test_a_killed_process_is_an_error(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(module, "_check_piece", lambda *rest: os.kill(os.getpid(), 9))
         with pytest.raises(UserError, match="was killed"):
             validate(open_(images(tmp_path / "images")), processes=2)
 
 
 class TestText:
-    def test_every_problem_has_its_line(self):
+    def test_every_problem_has_a_line(self):
         problems = [
             Problem("a", "/x/0.tar", None, "is corrupt"),
             Problem("a", "/x/1.tar", "k1", "has no caption"),
@@ -500,7 +500,7 @@ class TestText:
         ]
         assert format_problems([]) == "no problem found"
 
-    def test_a_key_does_not_steer_the_terminal(self, tmp_path):
+    def test_a_key_does_not_control_the_terminal(self, tmp_path):
         folder = tmp_path / "images"
         folder.mkdir()
         with tarfile.open(folder / "0.tar", "w") as tar:
@@ -515,5 +515,5 @@ class TestText:
         assert "\\x1b[2J\\nall is well 猫: has no caption" in text
 
 
-def test_the_fixtures_are_what_they_say():
+def test_the_fixtures_are_valid():
     assert tuple(load(cached_fields(3)["safetensors"])["latents"].shape) == (2, 8, 8)

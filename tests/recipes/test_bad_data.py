@@ -35,17 +35,23 @@ def cache(tiny, **changes):
 
 
 def pipe(recipe, tiny, tmp_path):
-    return with_sources(recipe, cache(tiny, uri=f"pipe:touch {tmp_path / 'run_me'}")), "commands are not run"
+    return with_sources(
+        recipe, cache(tiny, uri=f"pipe:touch {tmp_path / 'run_me'}")
+    ), "commands and chained addresses are not supported"
 
 
 def command_in_a_path(recipe, tiny, tmp_path):
-    return ["train", str(recipe), f"data.path=$(touch {tmp_path / 'run_me'})"], "commands are not run"
+    return [
+        "train",
+        str(recipe),
+        f"data.path=$(touch {tmp_path / 'run_me'})",
+    ], "commands and chained addresses are not supported"
 
 
 def unknown_scheme(recipe, tiny, tmp_path):
     return with_sources(
         recipe, cache(tiny, uri="ftp://host/x.tar")
-    ), "scheme 'ftp' is not known; a path, or one of s3, https"
+    ), "scheme 'ftp' is unknown; give a path, or an address of s3, https"
 
 
 def password(recipe, tiny, tmp_path):
@@ -58,7 +64,7 @@ def signature(recipe, tiny, tmp_path):
 
 
 def path_and_sources(recipe, tiny, tmp_path):
-    return with_sources(recipe, cache(tiny), path="x"), "data needs either path or sources, and not both"
+    return with_sources(recipe, cache(tiny), path="x"), "data needs either path or sources, not both"
 
 
 def neither_path_nor_sources(recipe, tiny, tmp_path):
@@ -76,7 +82,7 @@ def missing_list_member(recipe, tiny, tmp_path):
 
 
 def duplicate_name(recipe, tiny, tmp_path):
-    return with_sources(recipe, cache(tiny), cache(tiny)), "data.sources has two of one name"
+    return with_sources(recipe, cache(tiny), cache(tiny)), "data.sources has two sources of one name"
 
 
 def weight_of_only_one_source(recipe, tiny, tmp_path):
@@ -85,7 +91,9 @@ def weight_of_only_one_source(recipe, tiny, tmp_path):
 
 
 def negative_weight(recipe, tiny, tmp_path):
-    return with_sources(recipe, cache(tiny, weight=-1.0)), "weight must be positive, got -1.0; leave a source out"
+    return with_sources(
+        recipe, cache(tiny, weight=-1.0)
+    ), "weight must be positive, got -1.0; to exclude a source, delete it"
 
 
 def weight_of_less_than_one_sample(recipe, tiny, tmp_path):
@@ -186,7 +194,7 @@ def manifest_of_a_later_version(recipe, tiny, tmp_path):
     tree = json.loads(text) | {"version": 99}
     (tmp_path / "manifest.json").write_text(json.dumps(tree))
     words = with_sources(recipe, cache(tiny, manifest=str(tmp_path / "manifest.json")))
-    return words, "is of another format or version than this release reads"
+    return words, "has another format or version than this release reads"
 
 
 def manifest_with_path_outside(recipe, tiny, tmp_path):
@@ -198,7 +206,7 @@ def manifest_with_path_outside(recipe, tiny, tmp_path):
 
 def encode_a_cache(recipe, tiny, tmp_path):
     words = ["data", "encode", str(tiny / "cache"), "-o", str(tmp_path / "out"), "--model", str(tiny / "flux")]
-    return words, "this is a cache already; encode images"
+    return words, "the source is a cache already; only images can be encoded"
 
 
 def encode_over_a_cache(recipe, tiny, tmp_path):
@@ -236,7 +244,7 @@ def generate_with_invalid_shift(recipe, tiny, tmp_path):
         "--model",
         str(tiny / "flux"),
     ]
-    return [*words, "--shift", "three"], "--shift is a number or dynamic, got 'three'"
+    return [*words, "--shift", "three"], "--shift must be a number or dynamic, got 'three'"
 
 
 def pack_into_existing_folder(recipe, tiny, tmp_path):
@@ -246,7 +254,7 @@ def pack_into_existing_folder(recipe, tiny, tmp_path):
 def index_a_mixture(recipe, tiny, tmp_path):
     path = tmp_path / "data.yaml"
     path.write_text(yaml.safe_dump({"sources": [cache(tiny), cache(tiny, name="b")]}))
-    return ["data", "index", str(path)], "has several sources; index their shards one by one"
+    return ["data", "index", str(path)], "has several sources; index each source separately"
 
 
 CASES = [

@@ -130,7 +130,7 @@ def images_instead_of_cache(recipe, tiny, tmp_path):
 
 def empty_data(recipe, tiny, tmp_path):
     (tmp_path / "empty").mkdir()
-    return train(recipe, "data.format=folder", f"data.path={tmp_path / 'empty'}"), "holds no image (.png"
+    return train(recipe, "data.format=folder", f"data.path={tmp_path / 'empty'}"), "has no images (.png"
 
 
 def image_without_caption(recipe, tiny, tmp_path):

@@ -63,8 +63,8 @@ class TestRecipes:
     @pytest.mark.parametrize(
         ("words", "environment", "message"),
         [
-            (["a", "b"], {}, "2 recipes are for a job array: sbatch --array=0-1"),
-            (["a", "b"], {"SLURM_ARRAY_TASK_ID": "2"}, "task 2: there are 2 recipes"),
+            (["a", "b"], {}, "2 recipes need a job array: sbatch --array=0-1"),
+            (["a", "b"], {"SLURM_ARRAY_TASK_ID": "2"}, "task 2: there are only 2 recipes"),
             (["a", "--resume", "never"], {}, "--resume: only section.key=value may follow the recipe"),
         ],
     )
@@ -125,7 +125,7 @@ class TestSettings:
     def test_interpreter_without_scfm(self):
         result = bash("load_settings slurm", SCFM_PYTHON="/bin/false")
         assert result.returncode == 2
-        assert "'/bin/false' has no scfm" in result.stderr
+        assert "'/bin/false' cannot import scfm" in result.stderr
 
     def test_script_far_from_the_project(self, tmp_path):
         """As in Slurm's spool, submitted from elsewhere."""

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data_tools.encode import EncodeConfig
-from data_tools.generate import FIRST_ID, generate
+from data_tools.generate import FIRST_ID, SamplerConfig, generate
 from recipes.runs import load_trained
 from recipes.tiny import caption
 from scfm_core.data.corpus import Corpus
@@ -347,7 +347,9 @@ def make_paths(tiny, folder, intervals=4):
         folder,
         open_family(str(tiny / "flux")),
         EncodeConfig(text_length=8, keep_padding=True, dtype=torch.float32, samples_per_shard=20),
-        sizes=((16, 16),), per_prompt=4, num_steps=4, shift=3.0, guidance=2.0, seed=5, intervals=intervals,
+        SamplerConfig(
+            sizes=((16, 16),), per_prompt=4, num_steps=4, shift=3.0, guidance=2.0, seed=5, intervals=intervals
+        ),
     )  # fmt: skip
 
 
