@@ -14,9 +14,12 @@ import torch.distributed as dist
 from scfm_core.distributed.world import World
 from scfm_core.errors import PeerLost
 
+PULSE = 1.0
+"""Seconds between two signs of life of a rank."""
+
 
 class Watchdog:
-    """Every rank's pulse lies in the launcher's store: a step counter (`beat`) and a sign of life once a second.
+    """Every rank's pulse lies in the launcher's store: a step counter (`beat`) and a sign of life every `PULSE` seconds.
 
     Args:
         world: the processes.
@@ -54,12 +57,12 @@ class Watchdog:
             self._store.set(f"scfm/at/{self._world.rank}", where)
 
     def blame(self) -> str:
-        """Which ranks are gone, or behind the others. Takes some three seconds."""
+        """Which ranks are gone, or behind the others. Takes three pulses."""
         assert self._store is not None
         try:
             self._store.set(f"scfm/failed/{self._world.rank}", "1")
             before = [self._get("alive", rank) for rank in range(self._world.size)]
-            time.sleep(3)
+            time.sleep(3 * PULSE)
             after = [self._get("alive", rank) for rank in range(self._world.size)]
             # A rank that has noticed the failure and left is not the cause.
             survivors = [rank for rank in range(self._world.size) if self._get("failed", rank) is not None]
@@ -81,7 +84,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         assert self._store is not None
-        while not self._stop.wait(1.0):
+        while not self._stop.wait(PULSE):
             # If the store's holder has gone, the training's own collective says so, or the time runs out below.
             with contextlib.suppress(RuntimeError):
                 self._store.set(f"scfm/alive/{self._world.rank}", str(time.monotonic()))
