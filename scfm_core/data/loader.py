@@ -167,7 +167,8 @@ def batches(
     close_connections()
     with contextlib.ExitStack() as stack:
         ahead = stack.enter_context(_FetchAhead(corpus, picks)) if config.num_workers else None
-        with _inherited():
+        # Without workers nothing is forked, and what this process has frozen before stays frozen.
+        with _inherited() if config.num_workers else contextlib.nullcontext():
             iterator = iter(loader)
         # A traceback may keep the iterator alive to the end of the process, whose exit would then wait for ever for
         # workers that ignore its SIGTERM.
