@@ -122,6 +122,8 @@ class ZeroEngine:
             model=_Networks(networks), optimizer=base, config=settings, dist_init_required=False
         )
         self._engine.checkpoint_engine = _recording(self._engine.checkpoint_engine)
+        # Rank 0 copies DeepSpeed's scripts beside the checkpoint; the others are in the barrier behind it already.
+        self._engine._copy_recovery_script = self._engine.checkpoint_engine.recorded(self._engine._copy_recovery_script)
         if self._stage == 3:
             self._let_go_of_emas()
         self._mesh = init_device_mesh(layout.device.type, (world.size,)) if self._stage == 3 else None
@@ -310,10 +312,16 @@ def _recording(checkpoint_engine: Any) -> Any:
 
     class Recording(type(checkpoint_engine)):  # type: ignore[misc]
         def save(self, state_dict: Any, path: str) -> None:
-            try:
-                torch.save(state_dict, path)
-            except (OSError, RuntimeError) as error:
-                self.errors.append(error)
+            self.recorded(torch.save)(state_dict, path)
+
+        def recorded(self, function: Callable[..., object]) -> Callable[..., None]:
+            def call(*arguments: Any) -> None:
+                try:
+                    function(*arguments)
+                except (OSError, RuntimeError) as error:
+                    self.errors.append(error)
+
+            return call
 
     checkpoint_engine.__class__ = Recording
     checkpoint_engine.errors = []
