@@ -160,7 +160,8 @@ def batches(
     close_connections()
     with contextlib.ExitStack() as stack:
         prefetcher = stack.enter_context(_Prefetcher(corpus, picks)) if config.num_workers else None
-        with _frozen_garbage():
+        # Without workers nothing is forked: leave alone what this process has frozen before.
+        with _frozen_garbage() if config.num_workers else contextlib.nullcontext():
             iterator = iter(loader)
         # A traceback may keep the iterator alive to the end of the process. At its exit the process would then wait
         # forever for its workers, because they ignore its SIGTERM.

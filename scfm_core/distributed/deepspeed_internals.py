@@ -4,7 +4,7 @@ Another version of DeepSpeed may rename them. They are therefore checked when th
 uses them.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
@@ -245,19 +245,27 @@ class ZeroOptimizer:
 
 
 def record_write_errors(engine: Any) -> list[Exception]:
-    """Make DeepSpeed's writer record errors instead of raising them; the returned list receives them.
+    """Make DeepSpeed's writes of a checkpoint record errors instead of raising them; the returned list receives them.
 
     A rank that raised within `save_checkpoint` would leave the others waiting in its barrier.
     """
-    require(engine, "its engine", ["checkpoint_engine"])
+    require(engine, "its engine", ["checkpoint_engine", "_copy_recovery_script"])
     errors: list[Exception] = []
 
-    class RecordingWriter(type(engine.checkpoint_engine)):  # type: ignore[misc]
-        def save(self, state_dict: Mapping[str, Any], path: str) -> None:
+    def recording(function: Callable[..., object]) -> Callable[..., None]:
+        def call(*arguments: Any) -> None:
             try:
-                torch.save(state_dict, path)
+                function(*arguments)
             except (OSError, RuntimeError) as error:
                 errors.append(error)
 
+        return call
+
+    class RecordingWriter(type(engine.checkpoint_engine)):  # type: ignore[misc]
+        def save(self, state_dict: Mapping[str, Any], path: str) -> None:
+            recording(torch.save)(state_dict, path)
+
     engine.checkpoint_engine.__class__ = RecordingWriter
+    # Rank 0 copies DeepSpeed's scripts beside the checkpoint while the others are in the barrier.
+    engine._copy_recovery_script = recording(engine._copy_recovery_script)
     return errors

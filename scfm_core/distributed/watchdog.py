@@ -14,9 +14,12 @@ import torch.distributed as dist
 from scfm_core.distributed.world import World
 from scfm_core.errors import PeerLost
 
+PULSE = 1.0
+"""Seconds between two heartbeats of a rank."""
+
 
 class Watchdog:
-    """Watches the ranks. Each writes its position (`beat`) and, every second, a heartbeat to the launcher's store.
+    """Watches the ranks. Each writes its position (`beat`) and, every `PULSE` seconds, a heartbeat to the launcher's store.
 
     Used as a context manager: within `with`, a thread watches. Without it NCCL would abort the process and would not
     say which rank was missing.
@@ -55,12 +58,12 @@ class Watchdog:
             self._store.set(f"scfm/at/{self._world.rank}", where)
 
     def blame(self) -> str:
-        """A sentence that names the ranks that are gone, or where each rank is. Takes about three seconds."""
+        """A sentence that names the ranks that are gone, or where each rank is. Takes three pulses."""
         assert self._store is not None
         try:
             self._store.set(f"scfm/failed/{self._world.rank}", "1")
             before = [self._get("alive", rank) for rank in range(self._world.size)]
-            time.sleep(3)
+            time.sleep(3 * PULSE)
             after = [self._get("alive", rank) for rank in range(self._world.size)]
             # A rank that noticed the failure and ended is not the cause.
             survivors = [rank for rank in range(self._world.size) if self._get("failed", rank) is not None]
@@ -82,7 +85,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         assert self._store is not None
-        while not self._stop.wait(1.0):
+        while not self._stop.wait(PULSE):
             # If the process with the store is gone, the training's own collective fails, or the timeout below applies.
             with contextlib.suppress(RuntimeError):
                 self._store.set(f"scfm/alive/{self._world.rank}", str(time.monotonic()))

@@ -1,7 +1,7 @@
 """Several real processes for a test: gloo, a time limit, and the failing rank's own traceback.
 
-The processes are forked from one server that has imported torch, diffusers and DeepSpeed already, so starting them takes
-a tenth of a second. It has run nothing, so each test's processes have fresh global state.
+The processes are forked from one server that has imported all that ranks import (torch, diffusers, DeepSpeed, MDS), so
+starting them takes a tenth of a second. It has run nothing, so each test's processes have fresh global state.
 """
 
 import gc
@@ -28,6 +28,10 @@ _PRELOADED = [
     "diffusers.models.transformers",
     "peft",
     "deepspeed",
+    "deepspeed.module_inject.auto_ep_layer",
+    "s3fs",
+    "streaming.base.format.mds",
+    "recipes.cli",
     "recipes.train",
     "recipes.export",
 ]
@@ -117,7 +121,10 @@ def _rank(results: Any, function: Any, arguments: tuple[Any, ...], rank: int, wo
     }
     import torch
 
+    from scfm_core.distributed import watchdog
+
     gc.freeze()  # what the server has imported: a collection would copy all of its pages into this process
+    watchdog.PULSE = 0.2  # who is gone is then known after 0.6 s
     torch.set_num_threads(1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     printed, outcome = io.StringIO(), Outcome()

@@ -1,6 +1,8 @@
 """Small runs on several processes, as functions that a test hands to `run_distributed`."""
 
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,14 @@ ENGINES: dict[str, dict[str, Any]] = {
     "zero3": {"name": "deepspeed", "zero_stage": 3},
 }
 
+# One linear of each kind that Flux and SD3 have: of the sample as a whole, of the last layer, of an attention, of both kinds
+# of blocks. A rank's time grows with the number of sharded tensors, not with their size.
+FEW_TARGETS = (
+    r"time_text_embed\.timestep_embedder\.linear_1|proj_out|transformer_blocks\.0\.(attn\.to_q|ff\.net\.2)|"
+    r"single_transformer_blocks\.0\.proj_mlp"
+)
+ALL_TARGETS = ".*"
+
 
 def make_tree(tiny: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
     """The smallest complete configuration as plain values; `changes` as `section__key=value`."""
@@ -23,7 +33,7 @@ def make_tree(tiny: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
         "model": {"path": str(tiny / "flux"), "text_length": 8},
         "data": {"path": str(tiny / "cache"), "resolution": [16, 16], "num_workers": 0},
         "method": {"self_grids": [16, 8, 4, 2]},
-        "lora": {"rank": 4, "alpha": 4.0},
+        "lora": {"rank": 4, "alpha": 4.0, "targets": FEW_TARGETS},
         "train": {
             "steps": 4,
             "global_batch_size": 8,
@@ -71,9 +81,9 @@ def train_all(tree: dict[str, Any], *save_after: int) -> list[dict[str, Any]]:
         for row in trainer.train_steps():
             rows.append(row)
             if row["step"] in save_after:
-                trainer.save()
-        trainer.save()
-        trainer.writer.wait()
+                trainer.state.save()
+        trainer.state.save()
+        trainer.state.wait()
         return rows
 
 
@@ -106,4 +116,88 @@ def distance(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor], grou
     return float((difference / sum(float(right[key].double().square().sum()) for key in keys)) ** 0.5)
 
 
-__all__ = ["ENGINES", "distance", "joined_trainer", "make_tree", "run_distributed", "tensors", "train_all", "train_cli"]
+def rows_of(run_dir: Path, name: str = "metrics") -> list[dict[str, Any]]:
+    """The rows of a run's `metrics.jsonl` or `incidents.jsonl`; none if there is no such file."""
+    path = run_dir / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+# Faults within a step. All that knows how a step is made is here.
+
+
+def at_student_passes(
+    tree: dict[str, Any], rank: int | None, hook: Callable[[int], Callable[[torch.Tensor], torch.Tensor] | None]
+) -> None:
+    """In a rank: call `hook(attempt)` before each pass of the student, on `rank` alone or (None) on all.
+
+    Attempts at steps are counted from 1, those after a rollback too. What the hook returns, if anything, changes the
+    student's velocity.
+    """
+    from scfm_core.models.student import FullModel, LoRAModel
+
+    if rank not in (None, int(os.environ["RANK"])):
+        return
+    train, passes = tree["train"], 0
+    micro_batches = train["global_batch_size"] // (train["micro_batch_size"] * int(os.environ["WORLD_SIZE"]))
+
+    def wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
+        def student_velocity(*arguments: Any) -> Any:
+            nonlocal passes
+            change = hook(1 + passes // micro_batches)
+            passes += 1
+            velocity = original(*arguments)
+            return velocity if change is None else change(velocity)
+
+        return student_velocity
+
+    for model in (LoRAModel, FullModel):
+        model.student_velocity = wrapped(model.student_velocity)  # type: ignore[method-assign]
+
+
+def scaled(factor: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A change of a velocity: the loss and its gradient change with it."""
+    return lambda velocity: velocity * factor
+
+
+def with_nan_gradient(velocity: torch.Tensor) -> torch.Tensor:
+    """A change of a velocity: the loss stays as it is."""
+    velocity.register_hook(lambda gradient: gradient * float("nan"))
+    return velocity
+
+
+def after_building(hook: Callable[[], None]) -> None:
+    """In a rank: call `hook()` when a trainer has its model and engine, where an error is shared with all ranks."""
+    from scfm_core.train.trainer import Trainer
+
+    build = Trainer._build
+
+    def patched(self: Trainer) -> None:
+        build(self)
+        hook()
+
+    Trainer._build = patched  # type: ignore[method-assign]
+
+
+def as_after_steps(trainer: Any, losses: list[float]) -> None:
+    """In a rank: the guard remembers these losses of applied steps."""
+    trainer.state.guard.load_state_dict({**trainer.state.guard.state_dict(), "recent": losses})
+
+
+__all__ = [
+    "ALL_TARGETS",
+    "ENGINES",
+    "FEW_TARGETS",
+    "after_building",
+    "as_after_steps",
+    "at_student_passes",
+    "distance",
+    "joined_trainer",
+    "make_tree",
+    "rows_of",
+    "run_distributed",
+    "scaled",
+    "tensors",
+    "train_all",
+    "train_cli",
+    "with_nan_gradient",
+]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import ENGINES, joined_trainer, make_tree, run_distributed
+from runs import ALL_TARGETS, ENGINES, joined_trainer, make_tree, run_distributed
 from torch.utils._python_dispatch import TorchDispatchMode
 
 CASES: dict[str, dict[str, Any]] = {"one process": {}, **ENGINES, "hsdp": {"shard": 2}}
@@ -44,7 +44,7 @@ class Collectives(TorchDispatchMode):
 
 
 def count(tree: dict[str, Any]) -> dict[str, dict[str, tuple[int, int]]]:
-    """In a rank: the collectives of the third step, by part of the step."""
+    """In a rank: the collectives of the last step, by part of the step."""
     with joined_trainer(tree) as trainer:
         parts: dict[str, Any] = {}
 
@@ -52,10 +52,9 @@ def count(tree: dict[str, Any]) -> dict[str, dict[str, tuple[int, int]]]:
             def call(*arguments: Any, **options: Any) -> Any:
                 with Collectives() as seen:
                     result = function(*arguments, **options)
-                known = parts.setdefault(name, {})
-                for kind, calls in seen.calls.items():
-                    before = known.get(kind, (0, 0))
-                    known[kind] = (before[0] + calls, before[1] + seen.bytes[kind])
+                known = parts.setdefault(name, Collectives())
+                known.calls += seen.calls
+                known.bytes += seen.bytes
                 return result
 
             return call
@@ -67,15 +66,28 @@ def count(tree: dict[str, Any]) -> dict[str, dict[str, tuple[int, int]]]:
         engine.step = counted("update", engine.step)
         emas.update = counted("ema", emas.update)
         engine.after_ema_update = counted("ema", engine.after_ema_update)
-        trainer._share = counted("metrics", trainer._share)
-        for row in trainer.train_steps():
-            if row["step"] < 3:
-                parts.clear()
-        return parts
+        steps = trainer.train_steps()
+        for _ in range(tree["train"]["steps"] - 1):
+            next(steps)
+        parts.clear()
+        with Collectives() as rest:
+            next(steps)
+        for part in parts.values():
+            rest.calls -= part.calls
+            rest.bytes -= part.bytes
+        parts["metrics"] = rest
+        return {
+            name: {kind: (calls, part.bytes[kind]) for kind, calls in part.calls.items() if calls}
+            for name, part in parts.items()
+        }
 
 
 def measure(name: str, weights: str, tiny: Path, tmp_path: Path) -> tuple[dict[str, Any], int]:
-    """One step's collectives on rank 0, and the trained weights' bytes."""
+    """One step's collectives on rank 0, and the trained weights' bytes.
+
+    It is the second step; under ZeRO-3, which records the order of the modules in the first and plans with it in the second,
+    the third.
+    """
     from scfm_core.models.families import open_family
     from scfm_core.train.estimate import estimate
     from scfm_core.train.parse import parse_config
@@ -85,7 +97,10 @@ def measure(name: str, weights: str, tiny: Path, tmp_path: Path) -> tuple[dict[s
     # DeepSpeed keeps weights below 100,000 elements gathered, which is all of them here and next to none of Flux.
     settings.write_text('{"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}')
     engine = {**CASES[name], "deepspeed_config": str(settings)} if name == "zero3" else CASES[name]
-    tree = make_tree(tiny, tmp_path / f"{name}_{weights}", engine=engine, train__steps=3, train__weights=weights)
+    tree = make_tree(
+        tiny, tmp_path / f"{name}_{weights}", engine=engine, lora__targets=ALL_TARGETS, train__weights=weights,
+        train__steps=3 if name == "zero3" else 2, train__micro_batch_size=2,
+    )  # fmt: skip
     trained = estimate(parse_config(tree, "test"), open_family(str(tiny / "flux"))).trained_parameters
     return run_distributed(count, world_size, tree)[0], 4 * trained
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import ENGINES, distance, joined_trainer, make_tree, run_distributed, tensors, train_all
+from runs import ALL_TARGETS, ENGINES, distance, joined_trainer, make_tree, run_distributed, tensors, train_all
 
 from recipes.checkpoint import convert, inspect
 from recipes.export import export
@@ -18,7 +18,7 @@ from scfm_core.train.checkpoint import checkpoint_path, find_checkpoint, load_ch
 GROUPS = ("student", "ema_fast", "ema_slow", "exp_avg", "exp_avg_sq")
 
 
-def rows_of(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+def curves(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
     return [(row["step"], row["loss"], row["grad_norm"], row["lr"], row["samples"]) for row in rows]
 
 
@@ -36,17 +36,18 @@ def test_interrupted_equals_uninterrupted(name, weights, tiny, tmp_path):
         train__weights=weights,
         train__warmup_steps=3,
         train__micro_batch_size=4,
-        train__steps=6,
+        train__steps=4,
         checkpoint__asynchronous=name.endswith("async"),
-        ema={"restart_every": 4},
+        ema={"restart_every": 3},
     )
-    [whole, _] = run_distributed(train_all, 2, tree, 3)
-    # All that a run which ended after step 3 leaves.
-    shutil.copytree(checkpoint_path(tmp_path / "a", 3), checkpoint_path(tmp_path / "b", 3))
+    [whole, _] = run_distributed(train_all, 2, tree, 2)
+    # All that a run that ended after step 2 leaves.
+    shutil.copytree(checkpoint_path(tmp_path / "a", 2), checkpoint_path(tmp_path / "b", 2))
     tree["run"]["dir"] = str(tmp_path / "b")
     [second, _] = run_distributed(train_all, 2, tree)
-    assert [row["step"] for row in second] == [4, 5, 6]
-    assert rows_of(second) == rows_of(whole)[3:]
+    assert [row["step"] for row in second] == [3, 4]
+    assert curves(second) == curves(whole)[2:]
+    assert "ema_restart" in second[0]
     left, right = tensors(tmp_path / "a"), tensors(tmp_path / "b")
     assert left.keys() == right.keys()
     assert all(torch.equal(left[key], right[key]) for key in left)
@@ -60,15 +61,15 @@ CHAIN = [(2, "zero2"), (1, "zero3"), (4, "fsdp2"), (2, "zero1"), (1, "fsdp2"), (
 def test_a_run_moves_between_engines_and_world_sizes(weights, chain, tiny, tmp_path):
     """2 -> 1 -> 4 processes, ZeRO-2 -> ZeRO-3 -> FSDP2 and on: the losses are those of a run that never moved."""
     tree = make_tree(
-        tiny, tmp_path / "still", train__weights=weights, train__steps=2 * len(chain), train__micro_batch_size=8
+        tiny, tmp_path / "still", train__weights=weights, train__steps=len(chain), train__micro_batch_size=8
     )
     [still] = run_distributed(train_all, 1, tree)
     moved: list[dict[str, Any]] = []
     for leg, (world_size, name) in enumerate(chain, 1):
         tree = make_tree(tiny, tmp_path / "moved", train__weights=weights, engine=ENGINES[name])
-        tree["train"] |= {"steps": 2 * leg, "micro_batch_size": 8 // world_size}
+        tree["train"] |= {"steps": leg, "micro_batch_size": 8 // world_size}
         moved += run_distributed(train_all, world_size, tree)[0]
-    assert [row["step"] for row in moved] == list(range(1, 2 * len(chain) + 1))
+    assert [row["step"] for row in moved] == list(range(1, len(chain) + 1))
     for key in ("loss", "grad_norm"):
         assert [row[key] for row in moved] == pytest.approx([row[key] for row in still], rel=1e-5)
     left, right = tensors(tmp_path / "moved"), tensors(tmp_path / "still")
@@ -79,7 +80,7 @@ def save_and_tell(tree: dict[str, Any]) -> dict[str, torch.Tensor]:
     """In a rank: train, save, and return the live student as the network has it, gathered by the engine itself."""
     with joined_trainer(tree) as trainer:
         list(trainer.train_steps())
-        trainer.save()
+        trainer.state.save()
         live = {}
         for name, parameter in trainer.model.parameters("student").items():
             if hasattr(parameter, "ds_id"):
@@ -97,10 +98,17 @@ def save_and_tell(tree: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_the_exported_adapter_is_the_live_one(name, tiny, tmp_path):
-    """And the frozen base is in no file of the checkpoint."""
+    """All linears are adapted. And the frozen base is in no file of the checkpoint."""
     from safetensors.torch import load_file
 
-    tree = make_tree(tiny, tmp_path / "run", engine=ENGINES[name], train__micro_batch_size=4)
+    tree = make_tree(
+        tiny,
+        tmp_path / "run",
+        engine=ENGINES[name],
+        lora__targets=ALL_TARGETS,
+        train__micro_batch_size=4,
+        train__steps=2,
+    )
     live, other = run_distributed(save_and_tell, 2, tree)
     assert all((live[key] == other[key]).all() for key in live)
     (tmp_path / "run").mkdir(exist_ok=True)
@@ -132,7 +140,7 @@ def test_deepspeeds_own_tool_reads_the_checkpoint(tiny, tmp_path):
     run_dirs = [tmp_path / name for name in ("zero1", "zero2", "zero3")]
     for run_dir in run_dirs:
         engine = ENGINES[run_dir.name]
-        tree = make_tree(tiny, run_dir, engine=engine, train__weights="full", train__micro_batch_size=4)
+        tree = make_tree(tiny, run_dir, engine=engine, train__weights="full", train__micro_batch_size=4, train__steps=1)
         run_distributed(train_all, 2, tree)
     # One process for all: it takes longest to import.
     program = """if True:
@@ -155,7 +163,11 @@ def test_deepspeeds_own_tool_reads_the_checkpoint(tiny, tmp_path):
 @pytest.mark.parametrize(("kind", "stage", "ranks"), [("dcp", 2, 1), ("zero", 1, 3), ("zero", 3, 4)])
 def test_convert_keeps_every_bit(source, kind, stage, ranks, tiny, tmp_path_factory, tmp_path):
     tree = make_tree(
-        tiny, source_run(source, tiny, tmp_path_factory), engine=ENGINES[source], train__micro_batch_size=4
+        tiny,
+        source_run(source, tiny, tmp_path_factory),
+        engine=ENGINES[source],
+        train__micro_batch_size=4,
+        train__steps=2,
     )
     run_dir = Path(tree["run"]["dir"])
     made = convert(run_dir, tmp_path / "new", kind, stage, ranks)
@@ -163,11 +175,11 @@ def test_convert_keeps_every_bit(source, kind, stage, ranks, tiny, tmp_path_fact
     left, right = tensors(tmp_path / "new"), tensors(run_dir)
     assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
     assert f"{'ZeRO-' + str(stage) if kind == 'zero' else 'fsdp2'} on {ranks}" in inspect(tmp_path / "new")
-    # And a run goes on from it, on yet another engine.
+    # And a run resumes from it, on yet another engine.
     tree |= {"run": {**tree["run"], "dir": str(tmp_path / "new")}, "engine": {}}
-    tree["train"] |= {"steps": 5, "micro_batch_size": 8}
+    tree["train"] |= {"steps": 3, "micro_batch_size": 8}
     [rows] = run_distributed(train_all, 1, tree)
-    assert [row["step"] for row in rows] == [5]
+    assert [row["step"] for row in rows] == [3]
 
 
 _SOURCES: dict[str, Path] = {}
@@ -177,7 +189,8 @@ def source_run(name: str, tiny: Path, factory: pytest.TempPathFactory) -> Path:
     """A finished run on two processes, one for all tests."""
     if name not in _SOURCES:
         run_dir = factory.mktemp("source") / "run"
-        run_distributed(train_all, 2, make_tree(tiny, run_dir, engine=ENGINES[name], train__micro_batch_size=4))
+        tree = make_tree(tiny, run_dir, engine=ENGINES[name], train__micro_batch_size=4, train__steps=2)
+        run_distributed(train_all, 2, tree)
         _SOURCES[name] = run_dir
     return _SOURCES[name]
 

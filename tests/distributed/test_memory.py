@@ -70,7 +70,7 @@ def held(tree: dict[str, Any]) -> dict[str, int]:
 def test_the_estimate_is_within_a_tenth(name, weights, dtype, tiny, tmp_path):
     world_size, engine = CASES[name]
     tree = make_tree(
-        tiny, tmp_path / "run", engine=engine, train__steps=2, train__weights=weights, train__compute_dtype=dtype,
+        tiny, tmp_path / "run", engine=engine, train__steps=1, train__weights=weights, train__compute_dtype=dtype,
         train__micro_batch_size=4 // world_size,
     )  # fmt: skip
     expected = estimate(parse_config(tree, "test"), open_family(str(tiny / "flux")), world_size).memory

@@ -1,6 +1,7 @@
 """One run on every engine: the same losses, gradient norms and EMAs as one process, from the same global batches.
 
-`SCFM_SHOW_PARITY=1 pytest -s tests/distributed/test_parity.py` runs every combination and prints the measured table.
+`SCFM_SHOW_PARITY=1 pytest -s tests/distributed/test_parity.py` runs every combination for 20 steps with all linears adapted
+and prints the measured table. Otherwise a run has 4 steps; with adapters all linears are trained in fp32, a few in bf16.
 """
 
 import os
@@ -8,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from runs import ENGINES, distance, make_tree, run_distributed, tensors, train_all
+from runs import ALL_TARGETS, ENGINES, FEW_TARGETS, distance, make_tree, run_distributed, tensors, train_all
 
-STEPS = 20
+SHOW = bool(os.environ.get("SCFM_SHOW_PARITY"))
+STEPS = 20 if SHOW else 4
 CASES = {
     "replicas on 2": (2, ENGINES["replicas"]),
     "FSDP2 on 2": (2, ENGINES["fsdp2"]),
@@ -28,14 +30,23 @@ CASES = {
 LIMITS = {"float32": (1e-5, 1e-5), "bfloat16": (5e-2, 0.5)}
 
 
-def common(weights: str) -> dict[str, Any]:
+def common(weights: str, dtype: str) -> dict[str, Any]:
     """Adapters have strengths of each sample; the averages' lag is looked at once, after the last step."""
     return {
         "train__steps": STEPS,
         "train__weights": weights,
+        "train__compute_dtype": dtype,
         "ema": {"restart_every": "auto"},
         "method__step_gain": {"gamma": 0.5} if weights == "lora" else None,
-    }
+    } | ({"lora__targets": ALL_TARGETS} if SHOW or dtype == "float32" else {})
+
+
+def train_to_the_lag(tree: dict[str, Any]) -> list[dict[str, Any]]:
+    """In a rank: `train_all`, whose last step looks at the averages' lag."""
+    from scfm_core.scfm import restart
+
+    restart.CHECK_EVERY = tree["train"]["steps"]
+    return train_all(tree)
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +57,11 @@ def reference(tiny, tmp_path_factory):
     def get(weights: str, dtype: str):
         if (weights, dtype) not in known:
             folder = tmp_path_factory.mktemp("one")
-            changes = {**common(weights), "train__compute_dtype": dtype}
-            start = make_tree(tiny, folder / "start", **changes, train__lr=1e-12)
+            start = make_tree(tiny, folder / "start", **common(weights, dtype), train__lr=1e-12)
             start["train"]["steps"] = 1
             run_distributed(train_all, 1, start)
-            tree = make_tree(tiny, folder / "run", **changes, train__micro_batch_size=4)
-            [rows] = run_distributed(train_all, 1, tree)
+            tree = make_tree(tiny, folder / "run", **common(weights, dtype), train__micro_batch_size=4)
+            [rows] = run_distributed(train_to_the_lag, 1, tree)
             known[weights, dtype] = rows, tensors(folder / "run"), tensors(folder / "start")
         return known[weights, dtype]
 
@@ -63,7 +73,7 @@ def combinations() -> list[tuple[str, str, str]]:
     rounded = [name for name, (world_size, engine) in CASES.items() if world_size == 2 and "cpu_offload" not in engine]
     every = [(name, "float32") for name in CASES] + [(name, "bfloat16") for name in rounded]
     found = [(name, weights, dtype) for name, dtype in every for weights in ("lora", "full")]
-    if os.environ.get("SCFM_SHOW_PARITY"):
+    if SHOW:
         return found
     seldom = {"offloaded": "lora", "HSDP": "lora", "replicas": "full", "ZeRO-1": "lora"}
     return [
@@ -78,9 +88,10 @@ def combinations() -> list[tuple[str, str, str]]:
 def test_every_engine_trains_as_one_process(name, weights, dtype, tiny, tmp_path, reference):
     world_size, engine = CASES[name]
     rows, expected, start = reference(weights, dtype)
-    changes = {**common(weights), "train__compute_dtype": dtype, "engine": engine}
-    tree = make_tree(tiny, tmp_path / "run", **changes, train__micro_batch_size=8 // world_size)
-    by_rank = run_distributed(train_all, world_size, tree)
+    tree = make_tree(
+        tiny, tmp_path / "run", **common(weights, dtype), engine=engine, train__micro_batch_size=8 // world_size
+    )
+    by_rank = run_distributed(train_to_the_lag, world_size, tree)
     timeless = [
         [{k: v for k, v in row.items() if "seconds" not in k and "second" not in k} for row in r] for r in by_rank
     ]
@@ -96,7 +107,7 @@ def test_every_engine_trains_as_one_process(name, weights, dtype, tiny, tmp_path
     if dtype == "bfloat16":
         moved = {group: distance(start, expected, group) for group in apart}
         apart = {group: apart[group] / moved[group] for group in apart}
-    if os.environ.get("SCFM_SHOW_PARITY"):
+    if SHOW:
         print(
             f"\n| {name} | {weights} | {dtype} | {loss:.1e} | {norm:.1e} | "
             + " | ".join(f"{a:.1e}" for a in apart.values())
@@ -124,7 +135,8 @@ def test_paths_taken_within_the_training(name, weights, tiny, tmp_path):
     """A process without such rows enters the sharded teacher as often as the others; the losses are those of one process."""
     world_size, engine = CASES[name]
     method = {"trajectory_fraction": 0.1, "trajectory_steps": 4, "trajectory_grids": [1, 2, 4]}
-    changes = {f"method__{key}": value for key, value in method.items()} | common(weights) | {"train__steps": 4}
+    changes = {f"method__{key}": value for key, value in method.items()} | common(weights, "float32")
+    changes |= {"lora__targets": FEW_TARGETS, "train__steps": 3}
     [one] = run_distributed(train_all, 1, make_tree(tiny, tmp_path / "one", **changes, train__micro_batch_size=2))
     tree = make_tree(tiny, tmp_path / "two", **changes, train__micro_batch_size=2, engine=engine)
     two = run_distributed(train_all, world_size, tree)[0]

@@ -19,21 +19,34 @@ import pytest
 import torch
 import yaml
 from launch import RankFailed
-from runs import ENGINES, make_tree, run_distributed, tensors, train_all, train_cli
+from runs import (
+    ENGINES,
+    after_building,
+    at_student_passes,
+    make_tree,
+    run_distributed,
+    tensors,
+    train_all,
+    train_cli,
+)
 
+from recipes.cli import main
 from scfm_core.errors import UserError
 from scfm_core.train.checkpoint import find_checkpoint
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT = 10.0
-# Beyond engine.timeout: the watchdog looks once a second, `blame` takes three, and a busy machine needs its time.
-MARGIN = 15.0
+# `engine.timeout` where it must run out: no step of a healthy rank takes as long, on a busy machine neither.
+HANG_TIMEOUT = 8.0
+# Elsewhere it must not run out: a rank whose peer is gone notices the lost connection, and ends long before.
+TIMEOUT = 300.0
+# How long a test waits for the end of all ranks before it fails; no more than an upper limit.
+LIMIT = 100.0
 LOST = 70
 
 
-def make_run(tiny: Path, run_dir: Path, name: str, **changes: Any) -> dict[str, Any]:
+def make_run(tiny: Path, run_dir: Path, name: str, timeout: float = TIMEOUT, **changes: Any) -> dict[str, Any]:
     tree = make_tree(tiny, run_dir, engine=ENGINES[name], train__micro_batch_size=4, **changes)
-    tree["engine"]["timeout"] = TIMEOUT
+    tree["engine"]["timeout"] = timeout
     return tree
 
 
@@ -63,18 +76,18 @@ class Job:
             [str(word) for word in command], env={**environment, "OMP_NUM_THREADS": "1"}, cwd=ROOT, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
-        self.lines: list[tuple[float, str]] = []
+        self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def _read(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            self.lines.append((time.monotonic(), line))
+            self.lines.append(line)
 
     def text(self) -> str:
         """All that was printed so far."""
-        return "".join(line for _, line in self.lines)
+        return "".join(self.lines)
 
     def wait_for_steps(self, steps: int, seconds: float = 150) -> None:
         metrics, deadline = self.run_dir / "metrics.jsonl", time.monotonic() + seconds
@@ -95,13 +108,13 @@ class Job:
                         found[int(values[b"RANK"])] = int(status.parent.name)
         return found
 
-    def wait_for_error(self, seconds: float) -> tuple[float, str]:
-        """The first `scfm: error`, and when it came."""
+    def wait_for_error(self, seconds: float) -> str:
+        """The first `scfm: error`."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            for at, line in list(self.lines):
+            for line in list(self.lines):
                 if "scfm: error" in line:
-                    return at, line
+                    return line
             time.sleep(0.05)
         raise AssertionError(f"no rank said what happened within {seconds} s:\n{self.text()}")
 
@@ -143,17 +156,17 @@ def is_running(pid: int) -> bool:
     [("fsdp2", 1, "SIGKILL"), ("zero2", 0, "SIGSTOP")],
 )
 def test_a_rank_that_is_killed_or_stopped_in_a_step_under_torchrun(name, victim, number, tiny, tmp_path, start):
-    job = start(make_run(tiny, tmp_path / "run", name, train__steps=100_000, checkpoint__every=100_000))
-    job.wait_for_steps(3)
+    timeout = HANG_TIMEOUT if number == "SIGSTOP" else TIMEOUT
+    job = start(make_run(tiny, tmp_path / "run", name, timeout, train__steps=100_000, checkpoint__every=100_000))
+    job.wait_for_steps(2)
     ranks = job.ranks()
     assert sorted(ranks) == [0, 1]
     survivor = ranks[1 - victim]
     struck = time.monotonic()
     os.kill(ranks[victim], getattr(signal, number))
-    at, message = job.wait_for_error(TIMEOUT + MARGIN)
-    assert at - struck < TIMEOUT + MARGIN
+    message = job.wait_for_error(LIMIT)
     while is_running(survivor):  # its message is not its end: threads and groups must let it go
-        assert time.monotonic() - struck < TIMEOUT + MARGIN, f"the other rank does not end:\n{job.text()}"
+        assert time.monotonic() - struck < LIMIT, f"the other rank does not end:\n{job.text()}"
         time.sleep(0.05)
     if number == "SIGSTOP":
         with contextlib.suppress(ProcessLookupError):  # torchrun would wait another 30 s for it
@@ -168,33 +181,27 @@ def test_a_rank_that_is_killed_or_stopped_in_a_step_under_torchrun(name, victim,
 
 def train_with_a_fault(tree: dict[str, Any], victim: int, how: str) -> int:
     """In a rank: `scfm train`, in which the victim sleeps, is killed or raises in step 3; stderr goes to a file."""
-    from scfm_core.train.trainer import Trainer
 
-    micro_step = Trainer.micro_step
+    def fail(attempt: int) -> None:
+        if attempt < 3:
+            return
+        if how == "sleeps":
+            time.sleep(3600)
+        if how == "is killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise IndexError("a defect of ours")
 
-    def faulty(self: Trainer, *arguments: Any) -> Any:
-        if self.world.rank == victim and self.progress.step == 2:
-            if how == "sleeps":
-                time.sleep(3600)
-            if how == "is killed":
-                os.kill(os.getpid(), signal.SIGKILL)
-            raise IndexError("a defect of ours")
-        return micro_step(self, *arguments)
-
-    Trainer.micro_step = faulty  # type: ignore[method-assign]
+    at_student_passes(tree, victim, fail)
     path = Path(f"{tree['run']['dir']}.rank{os.environ['RANK']}.stderr")
     with path.open("w") as stream, contextlib.redirect_stderr(stream):  # the watchdog ends the process at once
         return train_cli(tree)
 
 
-def train_until_the_fault(
-    tree: dict[str, Any], victim: int, how: str, limit: float
-) -> tuple[list[Any], list[str], float]:
-    began = time.monotonic()
-    outcomes = run_distributed(train_with_a_fault, 2, tree, victim, how, timeout=limit, expect_failure=True)
+def train_until_the_fault(tree: dict[str, Any], victim: int, how: str) -> tuple[list[Any], list[str]]:
+    outcomes = run_distributed(train_with_a_fault, 2, tree, victim, how, timeout=LIMIT, expect_failure=True)
     said = [Path(f"{tree['run']['dir']}.rank{rank}.stderr").read_text() for rank in range(2)]
-    assert all(outcomes), f"a rank did not end within {limit} s: {said}"
-    return outcomes, said, time.monotonic() - began
+    assert all(outcomes), f"a rank did not end within {LIMIT} s: {said}"
+    return outcomes, said
 
 
 def code_of(outcome: Any) -> int:
@@ -205,10 +212,12 @@ def code_of(outcome: Any) -> int:
 @pytest.mark.parametrize(("name", "victim"), [("fsdp2", 0), ("zero2", 1)])
 def test_a_rank_that_sleeps_in_a_step(name, victim, tiny, tmp_path):
     """It is alive and stands still: both ends come from the timeout, its own and that of the rank that waits for it."""
-    tree = make_run(tiny, tmp_path / "run", name)
-    outcomes, said, _ = train_until_the_fault(tree, victim, "sleeps", 20 + TIMEOUT + MARGIN)
+    tree = make_run(tiny, tmp_path / "run", name, HANG_TIMEOUT)
+    outcomes, said = train_until_the_fault(tree, victim, "sleeps")
     assert [code_of(outcome) for outcome in outcomes] == [LOST, LOST], said
-    assert f"scfm: error: rank {victim} has been at step 3 for more than engine.timeout=10 s" in said[victim]
+    assert (
+        f"scfm: error: rank {victim} has been at step 3 for more than engine.timeout={HANG_TIMEOUT:g} s" in said[victim]
+    )
     if os.environ.get("SCFM_SHOW_MESSAGES"):
         print(f"\nasleep: {said[victim]}\nwaiting: {said[1 - victim]}")
     assert f"rank {victim}" in said[1 - victim].partition("scfm: error: ")[2]
@@ -218,7 +227,7 @@ def test_a_rank_that_sleeps_in_a_step(name, victim, tiny, tmp_path):
 @pytest.mark.parametrize(("name", "victim"), [("fsdp2", 1), ("zero3", 0)])
 def test_a_rank_that_is_killed_in_a_step(name, victim, tiny, tmp_path):
     tree = make_run(tiny, tmp_path / "run", name)
-    outcomes, said, _ = train_until_the_fault(tree, victim, "is killed", 40 + TIMEOUT + MARGIN)
+    outcomes, said = train_until_the_fault(tree, victim, "is killed")
     assert outcomes[victim].exit_code == -signal.SIGKILL
     assert code_of(outcomes[1 - victim]) == LOST, said
     assert re.search(rf"scfm: error: rank {1 - victim}: rank {victim}\b.* gone", said[1 - victim])
@@ -227,9 +236,7 @@ def test_a_rank_that_is_killed_in_a_step(name, victim, tiny, tmp_path):
 
 def test_a_defect_on_one_rank_keeps_its_traceback(tiny, tmp_path):
     """And ends the others, who do not take the blame."""
-    outcomes, said, _ = train_until_the_fault(
-        make_run(tiny, tmp_path / "run", "fsdp2"), 1, "raises", 30 + TIMEOUT + MARGIN
-    )
+    outcomes, said = train_until_the_fault(make_run(tiny, tmp_path / "run", "fsdp2"), 1, "raises")
     assert "IndexError: a defect of ours" in outcomes[1].traceback
     assert code_of(outcomes[0]) == LOST, said
     assert "scfm: error: " in said[0] and "rank 1" in said[0].partition("scfm: error: ")[2].partition("rank 0")[2]
@@ -273,16 +280,12 @@ def test_together(case, world_size, message):
 
 def refused(tree: dict[str, Any], victim: int) -> int:
     """In a rank: `scfm train`, in which one rank's network cannot be loaded."""
-    from scfm_core.train.trainer import Trainer
 
-    build = Trainer._build
-
-    def broken(self: Trainer) -> None:
-        build(self)
-        if self.world.rank == victim:
+    def fail() -> None:
+        if int(os.environ["RANK"]) == victim:
             raise UserError("its copy of the model is damaged")
 
-    Trainer._build = broken  # type: ignore[method-assign]
+    after_building(fail)
     return train_cli(tree)
 
 
@@ -304,7 +307,7 @@ def cli(arguments: list[str]) -> int:
 
 @pytest.mark.parametrize("what", ["model", "batch", "recipe", "typo"])
 def test_an_error_on_all_ranks_is_said_once(what, tiny, tmp_path):
-    tree = make_run(tiny, tmp_path / "run", "fsdp2")
+    tree = make_run(tiny, tmp_path / "run", "fsdp2", train__steps=1)
     if what == "recipe":  # of the run that is resumed
         run_distributed(train_all, 2, tree)
         tree["run"]["seed"] = 7
@@ -326,18 +329,14 @@ def test_an_error_on_all_ranks_is_said_once(what, tiny, tmp_path):
 
 def signalled(tree: dict[str, Any], victim: int, number: int) -> tuple[int, int]:
     """In a rank: `scfm train`; one rank gets the signal in step 2. Exit code, and the step that this rank got to."""
-    from scfm_core.train.trainer import Trainer
-
-    micro_step = Trainer.micro_step
     reached = []
 
-    def asked(self: Trainer, *arguments: Any) -> Any:
-        reached.append(self.progress.step + 1)
-        if self.world.rank == victim and self.progress.step == 1:
+    def ask(attempt: int) -> None:
+        reached.append(attempt)
+        if attempt == 2 and int(os.environ["RANK"]) == victim:
             os.kill(os.getpid(), number)
-        return micro_step(self, *arguments)
 
-    Trainer.micro_step = asked  # type: ignore[method-assign]
+    at_student_passes(tree, None, ask)
     return train_cli(tree), max(reached)
 
 
@@ -357,6 +356,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(name, victim, number, t
             tiny,
             tmp_path / folder,
             name.removesuffix(" async"),
+            train__steps=3,
             checkpoint__every=1000,
             checkpoint__asynchronous=asynchronous,
         )
@@ -372,7 +372,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(name, victim, number, t
     folder = tmp_path / "run" / "checkpoints"
     assert [path.name for path in folder.glob("*step_*")] == ["step_00000002"]
     rows = run_distributed(train_all, 2, run)
-    assert [[row["step"] for row in each] for each in rows] == [[3, 4]] * 2
+    assert [[row["step"] for row in each] for each in rows] == [[3]] * 2
     left, right = tensors(tmp_path / "run"), tensors(tmp_path / "whole")
     assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
 
@@ -380,23 +380,23 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(name, victim, number, t
 # The launchers.
 
 
-def test_the_deepspeed_launchers_option_is_accepted(tiny, tmp_path):
+def test_the_deepspeed_launchers_option_is_accepted(tiny, tmp_path, capsys):
     """`deepspeed` puts --local_rank before our own words; without GPUs it starts nothing itself."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(make_run(tiny, tmp_path / "run", "zero2")))
-    command = [sys.executable, "-m", "recipes.cli", "--local_rank=1", "train", str(recipe), "--dry-run", "--gpus", "2"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    assert main(["--local_rank=1", "train", str(recipe), "--dry-run", "--gpus", "2"]) == 0
+    assert "ZeRO-2" in capsys.readouterr().out
 
 
-def test_an_incomplete_environment_is_named(tiny, tmp_path):
+def test_an_incomplete_environment_is_named(tiny, tmp_path, monkeypatch, capsys):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(make_run(tiny, tmp_path / "run", "fsdp2")))
-    environment = {**os.environ, "WORLD_SIZE": "2", "RANK": "0"}
-    command = [sys.executable, "-m", "recipes.cli", "train", str(recipe)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2
-    assert "WORLD_SIZE is 2, but LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set" in done.stderr
+    for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert main(["train", str(recipe)]) == 2
+    assert "WORLD_SIZE is 2, but LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set" in capsys.readouterr().err
 
 
 # The helper.
@@ -429,10 +429,8 @@ class TestHelper:
             run_distributed(helper_case, 2, "raises")
 
     def test_a_hanging_rank_ends_at_the_timeout(self):
-        began = time.monotonic()
         with pytest.raises(RankFailed, match=r"ranks \[1\] did not end within 3 s"):
             run_distributed(helper_case, 2, "hangs", timeout=3)
-        assert time.monotonic() - began < 20
         outcomes = run_distributed(helper_case, 2, "hangs", timeout=3, expect_failure=True)
         assert outcomes[0].value == 0 and outcomes[1] is None
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from launch import run_distributed
 from PIL import Image
-from runs import make_tree, train_all, train_cli
+from runs import make_tree, rows_of, train_all, train_cli
 from storage import FaultyProxy, S3Server
 
 from data_tools.encode import EncodeConfig, encode
@@ -88,17 +88,12 @@ def losses(rows):
     return [row["loss"] for row in rows]
 
 
-def rows_of(run_dir: Path, name: str = "metrics"):
-    path = run_dir / f"{name}.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-
-
 @pytest.mark.parametrize("kind", ["webdataset", "mds", "mixture"])
 def test_the_tiny_distillation_trains_from_s3_on_two_processes(kind, tiny, shards, bucket, tmp_path):
-    tree = make_tree(tiny, tmp_path / "run", train__steps=6, data=recipe(kind, tmp_path / "cache", num_workers=2))
+    tree = make_tree(tiny, tmp_path / "run", train__steps=4, data=recipe(kind, tmp_path / "cache", num_workers=2))
     assert run_distributed(cli_with, 2, tree, bucket.environment) == [0, 0]
     rows = rows_of(tmp_path / "run")
-    assert [row["samples"] for row in rows] == [8 * step for step in range(1, 7)]
+    assert [row["samples"] for row in rows] == [8, 16, 24, 32]
     assert (tmp_path / "run" / "adapter").is_dir()
     copies = [path.name for path in (tmp_path / "cache").iterdir()]
     assert not any(name.endswith(".part") for name in copies)
@@ -106,7 +101,7 @@ def test_the_tiny_distillation_trains_from_s3_on_two_processes(kind, tiny, shard
     assert any(".mds" in name for name in copies) == (kind != "webdataset")
     # The same shards on this machine's disk, one process, no worker.
     data = recipe(kind, tmp_path / "unpacked", base=str(shards), num_workers=0)
-    [local] = run_distributed(train_all, 1, make_tree(tiny, tmp_path / "local", train__steps=6, data=data))
+    [local] = run_distributed(train_all, 1, make_tree(tiny, tmp_path / "local", train__steps=4, data=data))
     assert losses(rows) == pytest.approx(losses(local), rel=1e-5)
 
 
@@ -115,23 +110,23 @@ def test_losses_do_not_depend_on_the_number_of_processes(tiny, shards, tmp_path)
     data = recipe("mixture", tmp_path / "cache", base=str(shards), partitions=4, num_workers=0)
     runs = {}
     for world_size in (1, 2, 4):
-        tree = make_tree(tiny, tmp_path / f"on{world_size}", train__steps=9, data=data)
+        tree = make_tree(tiny, tmp_path / f"on{world_size}", train__steps=6, data=data)
         runs[world_size] = losses(run_distributed(train_all, world_size, tree)[0])
     assert runs[2] == pytest.approx(runs[1], rel=1e-5)
     assert runs[4] == pytest.approx(runs[1], rel=1e-5)
     corpus = Corpus(parse_config(tree, "test").data)
-    assert len(set(corpus.order(8, 0).epoch(0).buckets[:9].tolist())) == 3
+    assert len(set(corpus.order(8, 0).epoch(0).buckets[:6].tolist())) == 3
 
 
 def test_a_run_goes_on_at_another_world_size_with_the_next_sample(tiny, shards, tmp_path):
     data = recipe("mixture", tmp_path / "cache", base=str(shards), num_workers=0)
-    [whole] = run_distributed(train_all, 1, make_tree(tiny, tmp_path / "whole", train__steps=9, data=data))
+    [whole] = run_distributed(train_all, 1, make_tree(tiny, tmp_path / "whole", train__steps=6, data=data))
     parts = []
-    for world_size, steps in ((2, 3), (4, 6), (1, 9)):
+    for world_size, steps in ((2, 2), (4, 4), (1, 6)):
         tree = make_tree(tiny, tmp_path / "parts", train__steps=steps, data=data)
         parts += run_distributed(train_all, world_size, tree)[0]
     assert losses(parts) == pytest.approx(losses(whole), rel=1e-5)
-    tree = make_tree(tiny, tmp_path / "parts", train__steps=12, train__global_batch_size=4, data=data)
+    tree = make_tree(tiny, tmp_path / "parts", train__steps=7, train__global_batch_size=4, data=data)
     outcomes = run_distributed(cli_with, 2, tree, {}, expect_failure=True)
     assert [outcome.value for outcome in outcomes] == [2, 2]
     assert "train.global_batch_size: 8 in the checkpoint, 4 now" in outcomes[0].output
@@ -143,16 +138,16 @@ def test_missing_data_on_one_rank_end_every_rank_with_a_checkpoint(tiny, shards,
     tree = make_tree(
         tiny,
         tmp_path / "run",
-        train__steps=9,
+        train__steps=6,
         checkpoint__every=100,
         data=recipe("webdataset", tmp_path / "cache", base="s3://partly", num_workers=0)
         | {"cache": {"timeout": 20.0, "dir": str(tmp_path / "cache")}},
     )
     s3.upload(shards / "tars", "partly", "tars")
     local = recipe("webdataset", tmp_path / "cache", base=str(shards), num_workers=0)
-    [whole] = run_distributed(train_all, 1, make_tree(tiny, tmp_path / "whole", train__steps=9, data=local))
+    [whole] = run_distributed(train_all, 1, make_tree(tiny, tmp_path / "whole", train__steps=6, data=local))
     corpus = Corpus(parse_config(make_tree(tiny, tmp_path, data=local), "test").data)
-    used = [{corpus.shard_of(item) for item in batch} for batch in corpus.order(8, 0).epoch(0).items[:9].tolist()]
+    used = [{corpus.shard_of(item) for item in batch} for batch in corpus.order(8, 0).epoch(0).items[:6].tolist()]
     first = {
         shard: min(step for step, shards_of_it in enumerate(used) if shard in shards_of_it)
         for shard in set.union(*used)
@@ -193,7 +188,7 @@ def test_bad_samples_are_replaced_alike_on_every_number_of_processes(tiny, partl
     runs, told = {}, {}
     for world_size, workers in ((1, 0), (2, 2), (4, 0)):
         data = recipe("webdataset", tmp_path, base=str(partly_bad), num_workers=workers, max_bad_fraction=0.005)
-        tree = make_tree(tiny, tmp_path / f"on{world_size}", train__steps=6, data=data)
+        tree = make_tree(tiny, tmp_path / f"on{world_size}", train__steps=4, data=data)
         assert run_distributed(cli_with, world_size, tree, {}) == [0] * world_size
         runs[world_size] = rows_of(tmp_path / f"on{world_size}")
         incidents = rows_of(tmp_path / f"on{world_size}", "incidents")
@@ -206,7 +201,7 @@ def test_bad_samples_are_replaced_alike_on_every_number_of_processes(tiny, partl
         incident["event"] == "bad_samples" and "cannot be decoded" in incident["samples"][0] for incident in told[1]
     )
     assert [row.get("bad_samples", 0) for row in runs[1]] == [
-        sum(len(incident["samples"]) for incident in told[1] if incident["step"] == step) for step in range(1, 7)
+        sum(len(incident["samples"]) for incident in told[1] if incident["step"] == step) for step in range(1, 5)
     ]
 
 
@@ -232,9 +227,9 @@ def test_too_many_bad_samples_stop_every_rank_at_the_same_step(tiny, partly_bad,
 
 def test_an_edited_data_recipe_is_refused_unless_told_and_then_logged(tiny, shards, tmp_path):
     before = recipe("webdataset", tmp_path, base=str(shards), num_workers=0)
-    assert run_distributed(cli_with, 2, make_tree(tiny, tmp_path / "run", train__steps=3, data=before), {}) == [0, 0]
+    assert run_distributed(cli_with, 2, make_tree(tiny, tmp_path / "run", train__steps=2, data=before), {}) == [0, 0]
     after = recipe("mixture", tmp_path / "cache", base=str(shards), num_workers=0)
-    tree = make_tree(tiny, tmp_path / "run", train__steps=6, data=after)
+    tree = make_tree(tiny, tmp_path / "run", train__steps=4, data=after)
     outcomes = run_distributed(cli_with, 2, tree, {}, expect_failure=True)
     assert [outcome.value for outcome in outcomes] == [2, 2]
     for line in (
@@ -245,14 +240,14 @@ def test_an_edited_data_recipe_is_refused_unless_told_and_then_logged(tiny, shar
         assert line in outcomes[0].output
     assert run_distributed(cli_with, 2, tree, {}, "--allow-data-change") == [0, 0]
     [incident] = rows_of(tmp_path / "run", "incidents")
-    assert (incident["event"], incident["step"], incident["samples"]) == ("data_changed", 3, 24)
+    assert (incident["event"], incident["step"], incident["samples"]) == ("data_changed", 2, 16)
     assert "data.sources.0.weight: None in the checkpoint, 0.7 now" in incident["changes"]
     # Its order began at its start, and a further start needs no leave and goes on in it.
-    state = json.loads((tmp_path / "run" / "checkpoints" / "step_00000006" / "state.json").read_text())
-    assert (state["data_start"], state["samples"]) == (24, 48)
-    tree = make_tree(tiny, tmp_path / "run", train__steps=7, data=after)
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step_00000004" / "state.json").read_text())
+    assert (state["data_start"], state["samples"]) == (16, 32)
+    tree = make_tree(tiny, tmp_path / "run", train__steps=5, data=after)
     assert run_distributed(cli_with, 2, tree, {}) == [0, 0]
-    assert len(rows_of(tmp_path / "run")) == 7
+    assert len(rows_of(tmp_path / "run")) == 5
 
 
 def test_shards_may_move_and_their_content_may_not(tiny, shards, tmp_path):
@@ -271,12 +266,12 @@ def test_shards_may_move_and_their_content_may_not(tiny, shards, tmp_path):
 
 def test_a_storage_that_stumbles_changes_nothing(tiny, shards, bucket, tmp_path):
     local = recipe("mixture", tmp_path / "local", base=str(shards), num_workers=0)
-    [whole] = run_distributed(train_all, 1, make_tree(tiny, tmp_path / "whole", train__steps=6, data=local))
+    [whole] = run_distributed(train_all, 1, make_tree(tiny, tmp_path / "whole", train__steps=4, data=local))
     with FaultyProxy(bucket.endpoint) as proxy:
         for mode in ("503", "reset", "short", "lying_short", "flip"):
             proxy.fail(mode, times=2, path_contains="shard")
         tree = make_tree(
-            tiny, tmp_path / "run", train__steps=6, data=recipe("mixture", tmp_path / "cache", num_workers=1)
+            tiny, tmp_path / "run", train__steps=4, data=recipe("mixture", tmp_path / "cache", num_workers=1)
         )
         environment = bucket.environment | {"AWS_ENDPOINT_URL": proxy.endpoint}
         rows = run_distributed(train_with, 2, tree, environment)[0]
@@ -290,7 +285,7 @@ def test_secrets_of_the_environment_are_written_nowhere(tiny, bucket, tmp_path):
     names = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "WANDB_API_KEY", "HF_TOKEN", "MY_PASSWORD")
     environment = bucket.environment | {name: f"{canary}-{number}" for number, name in enumerate(names)}
     tree = make_tree(
-        tiny, tmp_path / "run", train__steps=3, wandb__mode="offline", data=recipe("mixture", tmp_path / "cache")
+        tiny, tmp_path / "run", train__steps=2, wandb__mode="offline", data=recipe("mixture", tmp_path / "cache")
     )
     outcomes = run_distributed(cli_with, 2, tree, environment, expect_failure=True)
     assert [outcome.value for outcome in outcomes] == [0, 0]
