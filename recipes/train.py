@@ -140,6 +140,7 @@ def _claimed(config: RunConfig, world: World) -> Iterator[None]:
 def _only_one(run_dir: Path) -> Iterator[None]:
     """Two runs in one folder would write over each other. The lock ends with the process, however it ends."""
     with (run_dir / ".lock").open("w") as lock:
+        os.register_at_fork(after_in_child=lock.close)  # a loader's worker outlives a killed rank by some seconds
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
