@@ -457,6 +457,7 @@ class TestTarsAsWebdatasetReadsThem:
         write_tar(tmp_path / "a.tar", {name: b"0", "a.jpg": b"1", "a.txt": b"2"}, tarfile.GNU_FORMAT)
         assert by_us(tmp_path / "a.tar") == by_webdataset(tmp_path / "a.tar")
 
+    @pytest.mark.processes
     def test_by_the_system_s_tar(self, tmp_path):
         for name in ("1.jpg", "1.txt", "sub/2.jpg", "sub/2.txt"):
             (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -1250,6 +1251,7 @@ class TestOpenShards:
         """A soft limit of 1024 files is common; several corpora and workers' pipes must fit."""
         assert corpus_module._MOST_OPEN <= 128
 
+    @pytest.mark.processes
     def test_are_safe_to_share_with_forked_processes(self, cache):
         """Reading does not move a common file offset."""
         corpus = open_corpus(cache)
@@ -1268,6 +1270,7 @@ class TestOpenShards:
         for process in processes:
             process.join()
 
+    @pytest.mark.processes
     def test_are_hashed_once_by_all_processes(self, cache, monkeypatch):
         checks: list[bool] = []
         original = Source.open

@@ -232,10 +232,12 @@ class TestTenThousandSamples:
         cuts = [1, 19, 41]
         assert read_many(many, cuts=cuts, worlds=[world_size], num_workers=workers) == whole
 
+    @pytest.mark.processes
     @pytest.mark.parametrize("worlds", [(2, 4, 1), (1, 3, 2)])
     def test_on_another_number_of_processes_after_each(self, many, whole, worlds):
         assert read_many(many, cuts=[10, 41], worlds=worlds, micro=20, num_workers=1) == whole
 
+    @pytest.mark.processes
     def test_of_mds(self, many_mds):
         stream = read(many_mds, 48, 42, format="mds")
         assert sorted(stream[:2000]) == list(range(2000))
@@ -250,10 +252,12 @@ class TestResuming:
         for start in range(20):
             assert read(few, 4, 20, cuts=[start]) == whole
 
+    @pytest.mark.processes
     @pytest.mark.parametrize("start", [1, 7, 8, 15, 19])
     def test_with_two_workers(self, few, start):
         assert read(few, 4, 20, cuts=[start], num_workers=2) == read(few, 4, 20)
 
+    @pytest.mark.processes
     def test_a_worker_does_not_collect_what_it_inherits(self, few, monkeypatch):
         """Such as a process group, whose end in a process without its threads would be that process's too."""
         record, home = Corpus.record, os.getpid()
@@ -334,6 +338,7 @@ class TestStream:
         assert needed[0].isdisjoint(needed[1])
         assert read(path, 8, 40, worlds=[4, 1], cuts=[13], partitions=2) == read(path, 8, 40, partitions=2)
 
+    @pytest.mark.processes
     def test_of_a_folder_is_the_same_with_workers(self, tmp_path):
         write_images(tmp_path / "images", 10)
 
@@ -360,6 +365,7 @@ def write_images(folder: Path, count: int) -> None:
 class TestSourcesOfEqualNames:
     """Row 4. Shards of two folders have the same names and, in MDS, the same sizes."""
 
+    @pytest.mark.processes
     @pytest.mark.parametrize("kind", ["tar", "mds", "compressed mds"])
     def test_are_both_read_by_their_weights(self, tmp_path, kind):
         sources = []
@@ -409,6 +415,7 @@ SHAPES = ((8, 8), (8, 24), (24, 8))
 
 
 class TestBuckets:
+    @pytest.mark.processes
     def test_batches_are_of_one_shape_on_all_ranks(self, tmp_path):
         path = write_tars(tmp_path / "shards", (30, 7, 23), sizes=SHAPES)
         shapes: dict[int, set[tuple[int, ...]]] = {}
@@ -528,6 +535,7 @@ class TestErrors:
             list(one_rank(corpus, 2, 0, 3, micro=2, end=3))
         assert "\n" not in str(caught.value)
 
+    @pytest.mark.processes
     def test_end_the_workers(self, tmp_path):
         """While somebody holds the error, its traceback holds the loader; the interpreter's exit joins the workers."""
         corpus = open_corpus(write_tars(tmp_path / "shards", (6,), bad=[3]), num_workers=2)
@@ -574,6 +582,7 @@ class TestErrors:
 class TestProcesses:
     """Two workers, and one process that fetches shards ahead of them."""
 
+    @pytest.mark.processes
     def test_survive_the_signals_that_stop_a_run(self, few):
         """Ctrl-C, SIGTERM and Slurm's SIGUSR2 reach the whole group; the run still has a step to finish."""
         stream = one_rank(open_corpus(few, num_workers=2), 4, 0, 200, micro=4, end=200)
@@ -587,6 +596,7 @@ class TestProcesses:
             ids += batch.sample_ids.tolist()
         assert ids == list(range(800))
 
+    @pytest.mark.processes
     def test_fetching_ahead_survives_them_too(self, many):
         stream = one_rank(open_corpus(many, num_workers=1, shuffle_block=100), 10, 0, 900, micro=10, end=900)
         next(stream)
@@ -598,6 +608,7 @@ class TestProcesses:
         assert len(multiprocessing.active_children()) == 2
         stream.close()
 
+    @pytest.mark.processes
     def test_end_when_the_run_stops_early(self, many):
         stream = one_rank(open_corpus(many, num_workers=2, shuffle_block=100), 4, 0, 2000, micro=4, end=2000)
         next(stream)
@@ -605,10 +616,12 @@ class TestProcesses:
         stream.close()
         assert multiprocessing.active_children() == []
 
+    @pytest.mark.processes
     def test_end_with_the_stream(self, few):
         list(one_rank(open_corpus(few, num_workers=2), 4, 0, 10, micro=4, end=10))
         assert multiprocessing.active_children() == []
 
+    @pytest.mark.processes
     def test_end_when_the_run_is_killed(self, many):
         """kill -9 of the training process: its children notice, and nothing stays in shared memory."""
         script = RUN.format(path=str(many))
@@ -684,6 +697,7 @@ class TestFetchingAhead:
                 first.setdefault(corpus.shard_of(item), at)
         return first
 
+    @pytest.mark.processes
     def test_is_two_blocks_ahead_and_no_farther(self, tmp_path, fetched):
         """Blocks of 80 samples are 20 batches of 4; of the 60 shards of 10 samples 8 or 9 are in use."""
         path = write_tars(tmp_path / "shards", (10,) * 60)
@@ -698,6 +712,7 @@ class TestFetchingAhead:
         assert len(first) == 60
         stream.close()
 
+    @pytest.mark.processes
     def test_comes_back_to_a_shard_in_the_next_epoch(self, tmp_path, fetched):
         """By then its copy may have been deleted to make room."""
         path = write_tars(tmp_path / "shards", (10,) * 60)
@@ -709,6 +724,7 @@ class TestFetchingAhead:
         assert sum(times.values()) > 100  # those about the epoch's edge were still held
         stream.close()
 
+    @pytest.mark.processes
     def test_is_never_more_than_half_of_the_cache_ahead(self, tmp_path, fetched):
         path = write_tars(tmp_path / "shards", (10,) * 60)
         one = (path / "shard-000000.tar").stat().st_size
@@ -721,6 +737,7 @@ class TestFetchingAhead:
         assert len(set(fetched())) == 5
         stream.close()
 
+    @pytest.mark.processes
     def test_rests_when_there_is_nothing_to_fetch(self, tmp_path):
         """A data set of one shard, and a long run."""
         corpus = open_corpus(write_tars(tmp_path / "shards", (200,)), num_workers=1)
@@ -735,6 +752,7 @@ class TestFetchingAhead:
         assert len(spent) == 2
         assert max(spent) < 0.2
 
+    @pytest.mark.processes
     def test_fetches_what_its_own_rank_needs(self, tmp_path, fetched):
         path = write_tars(tmp_path / "shards", (10,) * 16)
         corpus = open_corpus(path, num_workers=1, partitions=2, shuffle_block=20)
@@ -743,6 +761,7 @@ class TestFetchingAhead:
         assert len(needed) == 8
         assert set(fetched()) <= needed
 
+    @pytest.mark.processes
     def test_spares_the_workers_the_hashing(self, tmp_path, monkeypatch):
         """What one process has hashed none hashes again; the workers' own prefetching reaches but a few shards."""
         log = tmp_path / "log"
