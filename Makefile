@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+CORES := $(shell nproc)
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test test-fast coverage lint bench clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -18,9 +19,22 @@ $(STAMP): requirements.lock pyproject.toml
 demo: setup
 	$(BIN)/python -m recipes.demo
 
-# Two workers, of which one has what must not run side by side: tests/conftest.py.
+# Everything. As many workers as cores, and lanes for what mostly waits: tests/conftest.py.
 test: setup
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n auto --dist loadgroup
+
+# What starts no other process; before a commit.
+test-fast: setup
+	$(BIN)/python -m pytest -n $(CORES) --dist worksteal -m "not processes"
+
+# Lines and branches that `make test` runs, in its processes too; the HTML is runs/coverage/html/index.html.
+coverage: setup
+	rm -rf runs/coverage && mkdir -p runs/coverage
+	-$(BIN)/python -m coverage run -m pytest -n auto --dist loadgroup
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage html --quiet --directory runs/coverage/html
+	@for package in $$(dirname scfm_core/*/__init__.py) recipes data_tools; do \
+	    printf '%-24s' $$package; $(BIN)/python -m coverage report --include="$$package/*" | tail -n 1; done
 
 lint: setup
 	$(BIN)/ruff check .

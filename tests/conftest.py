@@ -4,13 +4,16 @@ import json
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: threads cost more than they bring
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test needs the network
 
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is imported
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -27,23 +30,83 @@ from scfm_core.train.parse import parse_config
 torch.set_num_threads(1)
 
 
-# Of these, each on its own takes two cores, and waits for what must happen within a time: never two of them at once.
-TIMED = tuple(
-    f"tests/{name}"
-    for name in ("slurm/", "distributed/test_faults", "distributed/test_processes", "distributed/test_streaming")
-)
+CORES = len(os.sched_getaffinity(0))
+LANES = max(1, CORES // 4)
+"""Groups of `timed` tests: those of one group never run at the same time."""
+_STARTS = {
+    "subprocess.Popen",
+    "os.fork",
+    "os.forkpty",
+    "os.posix_spawn",
+    "os.spawn",
+    "os.system",
+    "multiprocessing.Process.start",
+}
+_STARTING_FIXTURES = {"s3", "tiny_disk", "full_disk"}
+"""A storage server of its own, a mounted file system."""
+_fast_test: str | None = None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    """Marks, groups and order; `make test-fast` leaves out `processes`.
+
+    Tests of several processes come first, since they are the longest: short ones fill the gaps at the end. Each `timed` test
+    waits for what must happen within a time, and takes two cores by itself. All of them are in `LANES` groups, which begin at once.
+    """
+    for item in items:
+        distributed = item.path.parent.name == "distributed" and hasattr(item.module, "run_distributed")
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        several = parameters.get("workers", 0) > 0 or parameters.get("processes", 1) > 1
+        if distributed or several or _STARTING_FIXTURES.intersection(item.fixturenames):
+            item.add_marker("processes")
+    items.sort(key=lambda item: "processes" not in item.keywords)
+    modules = list(dict.fromkeys(item.path for item in items if "timed" in item.keywords))
+    for item in items:
+        if "timed" in item.keywords:
+            item.add_marker(pytest.mark.xdist_group(f"timed{modules.index(item.path) % LANES}"))
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """For `pytest -n 2`: one worker begins with all tests of `TIMED`, the other with the rest, which both then share."""
-    from xdist.scheduler import LoadScopeScheduling
+def pytest_xdist_auto_num_workers() -> int:
+    """For `-n auto`: a worker a core, and those in the lanes of `timed`, which wait most of their time."""
+    return CORES + LANES
 
-    class OneLaneForTimed(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            return "timed" if nodeid.startswith(TIMED) else nodeid
 
-    return OneLaneForTimed(config, log)
+def _refuse_processes(event: str, arguments: Any) -> None:
+    if _fast_test is not None and event in _STARTS and not _is_importing():
+        pytest.fail(
+            f"{_fast_test} starts a process ({event} {str(arguments)[:200]}): mark it with @pytest.mark.processes"
+        )
+
+
+def _is_importing() -> bool:
+    """Some libraries look at the machine with `file`, `df` or `ld` when they are imported."""
+    frame = sys._getframe()
+    while (frame := frame.f_back) is not None:  # type: ignore[assignment]
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+    return False
+
+
+def _audited_start(process: BaseProcess) -> None:
+    sys.audit("multiprocessing.Process.start", process)  # a forkserver's child is forked elsewhere
+    _start(process)
+
+
+sys.addaudithook(_refuse_processes)
+_start, BaseProcess.start = BaseProcess.start, _audited_start  # type: ignore[method-assign]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """A test that is not marked `processes` starts none, and so do its fixtures; `pytest.fail` is no Exception that code catches."""
+    global _fast_test
+    _fast_test = None if "processes" in item.keywords else item.nodeid
+    try:
+        return (yield)
+    finally:
+        _fast_test = None
 
 
 @pytest.fixture(scope="session")

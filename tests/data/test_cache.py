@@ -336,6 +336,7 @@ class TestWarmCache:
         assert gets(proxy, "00003.tar") == 3
         assert not copy.exists()
 
+    @pytest.mark.processes
     def test_processes_that_find_a_flipped_bit_at_the_same_time(self, proxy: FaultyProxy, folder: Path) -> None:
         copy = self.warm(folder)["00003.tar"]
         flip(copy)
@@ -378,6 +379,7 @@ class TestKeys:
             ShardCache(tmp_path / "file" / "cache", None, LONG)
 
 
+@pytest.mark.processes
 class TestProcesses:
     def test_one_downloads_for_all(self, proxy: FaultyProxy, folder: Path, manifest: Manifest) -> None:
         proxy.fail("slow", 1, path_contains=".tar")
@@ -418,6 +420,7 @@ class TestProcesses:
         assert copy.stat().st_ino == written  # renamed atomically
 
 
+@pytest.mark.processes
 class TestKilled:
     @pytest.fixture(autouse=True)
     def few_bytes_at_a_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -558,6 +561,7 @@ class TestLimit:
         assert is_right(Corpus(recipe(folder, "s3://bucket/a")), 0, 0)
         assert gets(proxy) == 4
 
+    @pytest.mark.processes
     def test_processes_with_less_space_than_their_shards(
         self, proxy: FaultyProxy, folder: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -570,6 +574,7 @@ class TestLimit:
         Cache(folder, manifest, limit).ask(0)
         assert sum(files(folder).values()) <= limit
 
+    @pytest.mark.processes
     def test_concurrent_downloads_may_exceed_it_for_a_while(
         self, proxy: FaultyProxy, folder: Path, manifest: Manifest
     ) -> None:
@@ -588,6 +593,7 @@ class TestLimit:
         assert all(cache.is_right(number) for number in range(4))
         assert sum(files(folder).values()) <= cache.limit
 
+    @pytest.mark.processes
     def test_two_jobs_with_different_limits(
         self, proxy: FaultyProxy, folder: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -723,6 +729,7 @@ class TestCompressedMds:
         assert gets(proxy, ".zstd") == (len(files(folder)) if uri.startswith("s3") else 0)
         assert {path: path.read_bytes() for path in mds.iterdir()} == before
 
+    @pytest.mark.processes
     def test_concurrent_processes(self, proxy: FaultyProxy, folder: Path, uri: str, mds: Path) -> None:
         config = recipe(folder, uri, format="mds")
         children = [Child(lambda: Corpus(config).record(0).caption) for _ in range(4)]
@@ -798,6 +805,7 @@ class TestCompressedMds:
             assert sum(files(folder).values()) <= 900_000
 
 
+@pytest.mark.processes
 def test_a_forked_process_does_not_use_its_parents_client(proxy: FaultyProxy, folder: Path, manifest: Manifest) -> None:
     """The client's thread does not survive a fork: a process that used the client would wait forever."""
     cache = Cache(folder, manifest)

@@ -457,6 +457,7 @@ class TestTarsReadAsByWebdataset:
         write_tar(tmp_path / "a.tar", {name: b"0", "a.jpg": b"1", "a.txt": b"2"}, tarfile.GNU_FORMAT)
         assert by_tar_shard(tmp_path / "a.tar") == by_webdataset(tmp_path / "a.tar")
 
+    @pytest.mark.processes
     def test_written_by_the_tar_command(self, tmp_path):
         for name in ("1.jpg", "1.txt", "sub/2.jpg", "sub/2.txt"):
             (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -1255,6 +1256,7 @@ class TestOpenShards:
         """A soft limit of 1024 open files is common. It must suffice for several corpora and the pipes of workers."""
         assert open_shards._MAX_OPEN <= 128
 
+    @pytest.mark.processes
     def test_are_safe_to_share_with_forked_processes(self, cache):
         """Reading does not move the file offset, which processes share."""
         corpus = open_corpus(cache)
@@ -1273,6 +1275,7 @@ class TestOpenShards:
         for process in processes:
             process.join()
 
+    @pytest.mark.processes
     def test_are_hashed_by_one_process_only(self, cache, monkeypatch):
         checks: list[bool] = []
         original = Source.open

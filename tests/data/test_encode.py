@@ -377,6 +377,7 @@ def small_shards(digits: Path, family: ModelFamily, tmp_path_factory: pytest.Tem
 
 
 class TestInterrupted:
+    @pytest.mark.processes
     def test_resumes_after_kill_9(self, digits, small_shards, tmp_path, family):
         """Killed twice, in the third and in the sixth shard; every finished shard is kept."""
         output = tmp_path / "cache"
@@ -452,6 +453,7 @@ class TestInterrupted:
 
 
 class TestSeveralProcesses:
+    @pytest.mark.processes
     @pytest.mark.parametrize("world_size", [2, 3])
     def test_share_the_shards(self, digits, small_shards, tmp_path, family, world_size):
         output = tmp_path / "cache"
@@ -462,6 +464,7 @@ class TestSeveralProcesses:
         assert any(done for _, done in ends)
         assert contents(output) == contents(small_shards)
 
+    @pytest.mark.processes
     def test_of_a_slurm_array_one_of_which_is_killed(self, digits, small_shards, tmp_path, family):
         output = tmp_path / "cache"
         task = {"SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_MAX": "2", "SLURM_ARRAY_TASK_COUNT": "2"}
@@ -549,6 +552,7 @@ class TestJob:
         assert [entry.samples for entry in ends[2].shards] == [2, 2, 2, 1]
         assert not (tmp_path / ".job").exists()
 
+    @pytest.mark.processes
     @pytest.mark.parametrize(
         ("name", "file"),
         [

@@ -257,6 +257,7 @@ class TestProcesses:
         assert {path: path.stat().st_ino for path in kept} == kept  # not written again
         assert files(tmp_path / "new") == files(whole)
 
+    @pytest.mark.processes
     def test_kill_nine_in_the_middle_of_a_shard(self, family, whole, tmp_path):
         class Deadly(Flux):
             calls = 0

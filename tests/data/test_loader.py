@@ -232,10 +232,12 @@ class TestTenThousandSamples:
         cuts = [1, 19, 41]
         assert read_many(many, cuts=cuts, worlds=[world_size], num_workers=workers) == whole
 
+    @pytest.mark.processes
     @pytest.mark.parametrize("worlds", [(2, 4, 1), (1, 3, 2)])
     def test_on_another_number_of_processes_after_each(self, many, whole, worlds):
         assert read_many(many, cuts=[10, 41], worlds=worlds, micro=20, num_workers=1) == whole
 
+    @pytest.mark.processes
     def test_of_mds(self, many_mds):
         stream = read(many_mds, 48, 42, format="mds")
         assert sorted(stream[:2000]) == list(range(2000))
@@ -250,10 +252,12 @@ class TestResuming:
         for start in range(20):
             assert read(few, 4, 20, cuts=[start]) == whole
 
+    @pytest.mark.processes
     @pytest.mark.parametrize("start", [1, 7, 8, 15, 19])
     def test_with_two_workers(self, few, start):
         assert read(few, 4, 20, cuts=[start], num_workers=2) == read(few, 4, 20)
 
+    @pytest.mark.processes
     def test_a_worker_does_not_collect_inherited_garbage(self, few, monkeypatch):
         """For example a process group: its destructor would abort a process that lacks the threads of the group."""
         record, home = Corpus.record, os.getpid()
@@ -338,6 +342,7 @@ class TestStream:
         assert needed[0].isdisjoint(needed[1])
         assert read(path, 8, 40, worlds=[4, 1], cuts=[13], partitions=2) == read(path, 8, 40, partitions=2)
 
+    @pytest.mark.processes
     def test_of_a_folder_is_the_same_with_workers(self, tmp_path):
         write_images(tmp_path / "images", 10)
 
@@ -364,6 +369,7 @@ def write_images(folder: Path, count: int) -> None:
 class TestSourcesOfEqualNames:
     """Shards of two folders have the same names and, with MDS, the same sizes."""
 
+    @pytest.mark.processes
     @pytest.mark.parametrize("kind", ["tar", "mds", "compressed mds"])
     def test_both_are_read_by_their_weights(self, tmp_path, kind):
         sources = []
@@ -413,6 +419,7 @@ SHAPES = ((8, 8), (8, 24), (24, 8))
 
 
 class TestBuckets:
+    @pytest.mark.processes
     def test_batches_are_of_one_shape_on_all_ranks(self, tmp_path):
         path = write_tars(tmp_path / "shards", (30, 7, 23), sizes=SHAPES)
         shapes: dict[int, set[tuple[int, ...]]] = {}
@@ -532,6 +539,7 @@ class TestErrors:
             list(one_rank(corpus, 2, 0, 3, micro=2, end=3))
         assert "\n" not in str(caught.value)
 
+    @pytest.mark.processes
     def test_end_the_workers(self, tmp_path):
         """The traceback of the error keeps the loader alive, and the interpreter joins the workers at exit."""
         corpus = open_corpus(write_tars(tmp_path / "shards", (6,), bad=[3]), num_workers=2)
@@ -578,6 +586,7 @@ class TestErrors:
 class TestProcesses:
     """Two workers, and the prefetcher."""
 
+    @pytest.mark.processes
     def test_survive_the_signals_that_stop_a_run(self, few):
         """Ctrl-C, SIGTERM and Slurm's SIGUSR2 reach the whole process group, but the run must finish its step."""
         stream = one_rank(open_corpus(few, num_workers=2), 4, 0, 200, micro=4, end=200)
@@ -592,6 +601,7 @@ class TestProcesses:
             ids += batch.sample_ids.tolist()
         assert ids == list(range(800))
 
+    @pytest.mark.processes
     def test_the_prefetcher_survives_them_too(self, many):
         stream = one_rank(open_corpus(many, num_workers=1, shuffle_block=100), 10, 0, 900, micro=10, end=900)
         next(stream)
@@ -603,6 +613,7 @@ class TestProcesses:
         assert len(multiprocessing.active_children()) == 2
         stream.close()
 
+    @pytest.mark.processes
     def test_end_when_the_run_stops_early(self, many):
         stream = one_rank(open_corpus(many, num_workers=2, shuffle_block=100), 4, 0, 2000, micro=4, end=2000)
         next(stream)
@@ -610,10 +621,12 @@ class TestProcesses:
         stream.close()
         assert multiprocessing.active_children() == []
 
+    @pytest.mark.processes
     def test_end_with_the_stream(self, few):
         list(one_rank(open_corpus(few, num_workers=2), 4, 0, 10, micro=4, end=10))
         assert multiprocessing.active_children() == []
 
+    @pytest.mark.processes
     def test_end_when_the_run_is_killed(self, many):
         """After kill -9 of the training process its children end, and no file remains in shared memory."""
         script = RUN.format(path=str(many))
@@ -691,6 +704,7 @@ class TestPrefetcher:
                 first.setdefault(corpus.shard_of(item), at)
         return first
 
+    @pytest.mark.processes
     def test_is_at_most_two_blocks_ahead(self, tmp_path, prefetched):
         """Blocks of 80 samples are 20 batches of 4; 8 or 9 of the 60 shards of 10 samples are in use."""
         path = write_tars(tmp_path / "shards", (10,) * 60)
@@ -705,6 +719,7 @@ class TestPrefetcher:
         assert len(first) == 60
         stream.close()
 
+    @pytest.mark.processes
     def test_prefetches_a_shard_again_in_the_next_epoch(self, tmp_path, prefetched):
         """Its copy may have been evicted by then."""
         path = write_tars(tmp_path / "shards", (10,) * 60)
@@ -716,6 +731,7 @@ class TestPrefetcher:
         assert sum(times.values()) > 100  # those around the end of the epoch were still in use
         stream.close()
 
+    @pytest.mark.processes
     def test_is_at_most_half_of_the_cache_ahead(self, tmp_path, prefetched):
         path = write_tars(tmp_path / "shards", (10,) * 60)
         one = (path / "shard-000000.tar").stat().st_size
@@ -728,6 +744,7 @@ class TestPrefetcher:
         assert len(set(prefetched(5))) == 5
         stream.close()
 
+    @pytest.mark.processes
     def test_is_idle_when_there_is_nothing_to_prefetch(self, tmp_path):
         """A data set of one shard, in a long run."""
         corpus = open_corpus(write_tars(tmp_path / "shards", (200,)), num_workers=1)
@@ -742,6 +759,7 @@ class TestPrefetcher:
         assert len(spent) == 2
         assert max(spent) < 0.1
 
+    @pytest.mark.processes
     def test_prefetches_only_shards_of_its_rank(self, tmp_path, prefetched):
         path = write_tars(tmp_path / "shards", (10,) * 16)
         corpus = open_corpus(path, num_workers=1, partitions=2, shuffle_block=20)
@@ -750,6 +768,7 @@ class TestPrefetcher:
         assert len(needed) == 8
         assert set(prefetched()) <= needed
 
+    @pytest.mark.processes
     def test_hashes_instead_of_the_workers(self, tmp_path, monkeypatch):
         """The prefetcher hashes every shard; a worker's own prefetching would reach only a few."""
         log = tmp_path / "log"

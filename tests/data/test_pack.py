@@ -408,6 +408,7 @@ class TestInterruption:
             pack(open_corpus(tiny / "cache"), tmp_path / "new", to=to, samples_per_shard=8, progress=progress)
         assert left(tmp_path) == []
 
+    @pytest.mark.processes
     @pytest.mark.parametrize("to", ["webdataset", "mds"])
     def test_kill_nine(self, tiny, open_corpus, tmp_path, to):
         def killing(samples: Iterable[Any], total: int) -> Iterator[Any]:

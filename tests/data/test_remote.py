@@ -108,7 +108,7 @@ def http_place(http_proxy: FaultyProxy) -> Place:
     return Place(http_proxy, http_proxy.endpoint)
 
 
-@pytest.fixture(params=["s3", "http"])
+@pytest.fixture(params=[pytest.param("s3", marks=pytest.mark.processes), "http"])
 def place(request: pytest.FixtureRequest) -> Place:
     found: Place = request.getfixturevalue(f"{request.param}_place")
     return found

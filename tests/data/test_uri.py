@@ -252,6 +252,7 @@ class TestExpand:
     def test_a_million_is_allowed(self) -> None:
         assert len(expand("{000000..999999}.tar", "here")) == 1_000_000
 
+    @pytest.mark.processes
     def test_billions_cost_no_memory(self) -> None:
         """In a process that may use only one more gigabyte."""
         process = multiprocessing.get_context("fork").Process(

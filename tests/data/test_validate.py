@@ -112,6 +112,7 @@ def s3() -> Iterator[S3Server]:
 
 
 class TestNoProblems:
+    @pytest.mark.processes
     def test_images_caches_and_folders(self, tiny, tmp_path):
         assert validate(open_(images(tmp_path / "images"))) == []
         assert validate(open_(cache(tmp_path / "cache"))) == []
@@ -146,6 +147,7 @@ class TestNoProblems:
         assert len(list((tmp_path / "mds").glob("*.mds"))) > 1
         assert validate(corpus) == []
 
+    @pytest.mark.processes
     def test_the_callers_corpus_and_progress_bar(self, tmp_path):
         corpus = open_(images(tmp_path / "images"), verify=True)
         seen: list[int] = []
@@ -212,6 +214,7 @@ class TestShards:
         problems = validate(open_(one, two))
         assert [(problem.source, problem.key) for problem in problems] == [("one", None), ("two", "01")]
 
+    @pytest.mark.processes
     def test_of_a_folder_between_shards(self, tmp_path):
         one, two = images(tmp_path / "one"), images(tmp_path / "two", {"05": {"png": b"", "txt": b"x"}})
         (tmp_path / "loose").mkdir()
@@ -222,6 +225,7 @@ class TestShards:
         problems = validate(open_(one, loose, two), processes=2)
         assert [(problem.source, problem.key) for problem in problems] == [("loose", "0.png"), ("two", "05")]
 
+    @pytest.mark.processes
     @pytest.mark.parametrize("processes", [1, 2])
     def test_remote_ones(self, s3, tmp_path, monkeypatch, processes):
         for name, value in s3.environment.items():
@@ -302,6 +306,7 @@ class TestImages:
             ("f", str(tmp_path), f"{number}.png") for number in (0, 2, 4)
         ]
 
+    @pytest.mark.processes
     def test_duplicate_keys(self, tmp_path):
         samples = [(f"{number}", image_fields(number)) for number in range(6)]
         folder = write(tmp_path / "images", {"0.tar": samples[:4], "1.tar": samples[3:], "2.tar": samples[3:4]})
@@ -383,12 +388,14 @@ class TestCaches:
             "pooled has the shape [1, 5], most of samples have [5]"
         )
 
+    @pytest.mark.processes
     def test_of_two_equal_halves_the_first_is_right(self, tmp_path, monkeypatch):
         changes = {f"{n:02d}": cached_fields(n, pooled=torch.zeros(6)) for n in range(4, 8)}
         corpus = open_(cache(tmp_path / "cache", changes, shards=2))
         monkeypatch.setattr(module, "as_completed", lambda futures: reversed(list(futures)))
         assert {key for _, key in found(validate(corpus, processes=2))} == {"04", "05", "06", "07"}
 
+    @pytest.mark.processes
     def test_the_order_is_that_of_the_recipe(self, tmp_path):
         changes = {
             "01": cached_fields(1, pooled=torch.zeros(6)),
@@ -475,6 +482,7 @@ class TestUnexpectedErrors:
             (key, "ZeroDivisionError: odd") for key in ("00", "05", "10")
         ]
 
+    @pytest.mark.processes
     def test_a_killed_process_is_an_error(self, tmp_path, monkeypatch):
         monkeypatch.setattr(module, "_check_piece", lambda *rest: os.kill(os.getpid(), 9))
         with pytest.raises(UserError, match="was killed"):

@@ -24,6 +24,7 @@ def launches():
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
+@pytest.mark.processes
 def test_every_kernel_compiles_for_both_gpus(launches):
     kernels = {row["kernel"] for row in launches}
     sources = Path(__file__).parents[2].joinpath("scfm_core/kernels").glob("*.py")

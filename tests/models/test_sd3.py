@@ -149,7 +149,7 @@ def test_distilled_resumed_sampled_evaluated_exported(make_sd3, folder, tmp_path
         assert "StableDiffusion3Pipeline.from_pretrained" in card and "guidance_scale between 3.5 and 5" in card
         assert "sigmas=[1 - k / 3 for k in range(3)]" in card  # this pipeline's own grid is another
         pipe = StableDiffusion3Pipeline.from_pretrained(folder)
-        pipe.load_lora_weights(run_dir / "adapter", adapter_name="scfm")
+        pipe.load_lora_weights(run_dir / "adapter", weight_name="pytorch_lora_weights.safetensors", adapter_name="scfm")
         pipe.set_adapters("scfm", 3**-0.5)
     else:
         assert main(["export", str(run_dir), "--merged", str(tmp_path / "merged")]) == 0
@@ -284,7 +284,8 @@ def test_a_one_pass_model_is_shortened(make_sd3, folder, tmp_path):
     (tmp_path / "path" / "config.yaml").write_text(dump_config(config))
     assert main(["export", str(tmp_path / "path")]) == 0
     pipe = StableDiffusion3Pipeline.from_pretrained(merged)
-    pipe.load_lora_weights(tmp_path / "path" / "adapter", adapter_name="scfm")
+    adapter = tmp_path / "path" / "adapter"
+    pipe.load_lora_weights(adapter, weight_name="pytorch_lora_weights.safetensors", adapter_name="scfm")
     pipe.set_adapters("scfm", 3**-0.5)
     assert worst(sampled(tmp_path / "path", tmp_path / "b"), images_of(pipe, 1.0)) <= 2
     assert "guidance_scale=1.0" in (tmp_path / "path" / "adapter" / "README.md").read_text()

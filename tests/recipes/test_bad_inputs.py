@@ -443,8 +443,8 @@ CASES = [
     unknown_key, unknown_section, wrong_type, wrong_choice, zero_steps, uneven_batch, override_without_value,
     missing_recipe, broken_yaml, missing_model, hub_without_network, wrong_model_folder, wrong_pipeline,
     interrupted_download, missing_weights, missing_data, images_instead_of_cache, empty_data, image_without_caption,
-    corrupt_image, corrupt_image_in_a_worker, cut_shard, flipped_bit, cache_of_another_model,
-    cache_of_another_text_length, resolution_not_divisible, no_permission, unknown_prompt_file,
+    corrupt_image, pytest.param(corrupt_image_in_a_worker, marks=pytest.mark.processes), cut_shard, flipped_bit,
+    cache_of_another_model, cache_of_another_text_length, resolution_not_divisible, no_permission, unknown_prompt_file,
     prompts_of_another_json,
     checkpoint_of_another_recipe, unknown_checkpoint, lora_without_targets, no_gpu, not_a_run, sample_without_prompt,
     inception_without_weights, prompt_given_as_file, grids_without_prompts, missing_section_file, number_for_a_section,
@@ -497,6 +497,7 @@ def test_incomplete_launcher_variables(recipe, capsys, monkeypatch, number):
     assert "Start several processes with torchrun" in error
 
 
+@pytest.mark.processes
 def test_disk_full(make_config, tmp_path):
     """A real full disk: a tmpfs of four megabytes, with room for a few checkpoints."""
     disk = tmp_path / "disk"

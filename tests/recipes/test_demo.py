@@ -1,27 +1,32 @@
 """`make demo` from end to end with few steps: every command and every file; a second start does nothing."""
 
 import json
-import subprocess
 import sys
-from pathlib import Path
 
-REPOSITORY = Path(__file__).parents[2]
+import pytest
+
+from recipes.demo import main
+
 SMALL = (
     "--vae-steps", "5", "--paths-per-prompt", "2", "train.steps=4", "train.warmup_steps=0", "train.global_batch_size=8", "train.micro_batch_size=8",
     "checkpoint.every=2", "sample.every=2", "sample.steps=[2]", "evaluate.samples=20", "evaluate.teacher_steps=3",
 )  # fmt: skip
 
 
-def demo(root):
-    command = [sys.executable, "-m", "recipes.demo", "--dir", str(root), *SMALL]
-    finished = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
-    assert finished.returncode == 0, finished.stdout + finished.stderr
-    return finished.stdout
+@pytest.fixture
+def demo(tmp_path, monkeypatch, capsys):
+    """`python -m recipes.demo` without a new interpreter: what it prints."""
+
+    def run():
+        monkeypatch.setattr(sys, "argv", ["demo", "--dir", str(tmp_path / "a demo"), *SMALL])
+        main()
+        return capsys.readouterr().out
+
+    return run
 
 
-def test_demo(tmp_path):
-    root = tmp_path / "a demo"
-    output = demo(root)
+def test_demo(demo, tmp_path):
+    root, output = tmp_path / "a demo", demo()
     assert "step-scaled" in output and "stored paths" in output
     for name in ("trajectories", "distill", "paper_recipe"):
         result = json.loads((root / name / "evaluation.json").read_text())
@@ -33,5 +38,5 @@ def test_demo(tmp_path):
     assert "paper_recipe" in page and "distill" in page
 
     before = (root / "trajectories" / "metrics.jsonl").read_bytes()
-    assert demo(root).count("nothing to do") == 4
+    assert demo().count("nothing to do") == 4
     assert (root / "trajectories" / "metrics.jsonl").read_bytes() == before

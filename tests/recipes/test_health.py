@@ -1,5 +1,7 @@
 """`scfm health` names every node that cannot run; with real processes."""
 
+import contextlib
+import io
 import os
 import shutil
 import socket
@@ -12,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
+from launch import run_distributed
 
 from recipes import health
 from recipes.cli import main
@@ -109,45 +112,51 @@ class TestOneProcess:
             time_all_reduce(World(0, 2), torch.device("cpu"), size=4096)
 
 
+@pytest.mark.processes
 def launch(recipe, *overrides, nodes=({}, {})):
     """Start a torchrun for each node, like slurm/node.sh, with these variables; returns outputs and exit codes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = []
-    for rank, variables in enumerate(nodes):
+    for node in range(2):
         command = [
-            sys.executable, "-m", "torch.distributed.run", f"--nnodes={len(nodes)}", f"--node-rank={rank}",
-            "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={port}",
-            "-m", "recipes.cli", "health", str(recipe), *overrides,
+            sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={node}", "--nproc-per-node=1",
+            "--master-addr=127.0.0.1", f"--master-port={port}", "-m", "recipes.cli", "health", str(recipe),
         ]  # fmt: skip
-        environment = os.environ | {"SLURMD_NODENAME": f"n{rank}", "OMP_NUM_THREADS": "1"} | variables
+        environment = os.environ | {"SLURMD_NODENAME": f"n{node}"}
         processes.append(
             subprocess.Popen(
                 command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
             )
         )
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    return "".join(outputs), [process.returncode for process in processes]
+    output = "".join(process.communicate(timeout=120)[0] for process in processes)
+    assert [process.returncode for process in processes] == [0, 0], output
+    assert "health: 2 nodes fit, 2 processes on cpu" in output
+    assert "n0: 1 processes" in output
+    assert "n1: 1 processes" in output
+    assert "all-reduce of 64 MiB" in output
 
 
-class TestTwoNodes:
-    def test_no_problem(self, recipe):
-        output, codes = launch(recipe)
-        assert codes == [0, 0], output
-        assert "health: 2 nodes fit, 2 processes on cpu" in output
-        assert "n0: 1 processes" in output
-        assert "n1: 1 processes" in output
-        assert "all-reduce of 64 MiB" in output
+def health_of_a_node(recipe, homes):
+    """In a rank, which is a node: `scfm health` with this home; its exit code and what it printed."""
+    rank = int(os.environ["RANK"])
+    os.environ |= {"SLURMD_NODENAME": f"n{rank}", "LOCAL_RANK": "0", "HOME": homes[rank]}
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
+        code = main(["health", str(recipe), "data.cache.dir=~/cache"])
+    return code, printed.getvalue()
 
-    def test_the_bad_node_is_named(self, recipe, tmp_path):
-        """Its home, which has the cache of shards, cannot be written."""
-        (tmp_path / "run").mkdir()
-        output, codes = launch(recipe, "data.cache.dir=~/cache", nodes=({}, {"HOME": "/proc"}))
-        assert 0 not in codes
-        assert output.count("n1: data.cache.dir: /proc/cache has 0.0 GB free") == 1
-        assert "n0:" not in output
-        assert read_history(tmp_path / "run")[0]["how"] == "failed"  # on other nodes it may work
+
+@pytest.mark.processes
+def test_the_bad_node_is_named(recipe, tmp_path):
+    """Its home, which has the cache of shards, cannot be written."""
+    (tmp_path / "run").mkdir()
+    (first, said), (second, silent) = run_distributed(health_of_a_node, 2, recipe, [str(tmp_path), "/proc"])
+    assert (first, second) == (2, 2)
+    assert said.count("n1: data.cache.dir: /proc/cache has 0.0 GB free") == 1
+    assert "n0:" not in said
+    assert silent == ""  # rank 0 prints for all
+    assert read_history(tmp_path / "run")[0]["how"] == "failed"  # on other nodes it may work
 
 
 def test_missing_ranks_are_named(monkeypatch):
@@ -156,8 +165,8 @@ def test_missing_ranks_are_named(monkeypatch):
     variables = {"RANK": 0, "WORLD_SIZE": 4, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
     for name, value in (variables | {"TORCHELASTIC_USE_AGENT_STORE": True}).items():
         monkeypatch.setenv(name, str(value))
-    with pytest.raises(UserError, match=r"ranks 1, 3 of 4 did not start within 1 s; the ranks on n0, n1 did"):
-        wait_for_ranks("n0", timeout=1.0)
+    with pytest.raises(UserError, match=r"ranks 1, 3 of 4 did not start within 0\.2 s; the ranks on n0, n1 did"):
+        wait_for_ranks("n0", timeout=0.2)
 
 
 def test_an_unreachable_address_is_named(monkeypatch):

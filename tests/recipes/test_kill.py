@@ -1,22 +1,33 @@
-"""After kill -9 at random moments, SIGTERM or SIGINT the same command resumes, and the result is bitwise the same."""
+"""After kill -9 at random moments, SIGTERM or SIGINT the same command resumes, and the result is bitwise the same.
+
+The trainings are forked from the server that tests/distributed/launch.py preloads. They start in a tenth of a second and share
+no state with this process. The last start is a new interpreter.
+"""
 
 import json
+import multiprocessing
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import launch
 import pytest
 from safetensors.torch import load_file
 
+from recipes.cli import command
 from scfm_core.distributed.engine import GROUPS
 from scfm_core.train.checkpoint import find_checkpoint, load_checkpoint
 from scfm_core.train.parse import dump_config
 
-STEPS = 36
+pytestmark = pytest.mark.processes
+assert launch.run_distributed  # imported for the server's preloaded modules
+CONTEXT = multiprocessing.get_context("forkserver")
+STEPS = 12
 
 
 @pytest.fixture
@@ -26,39 +37,54 @@ def recipe(make_config, tmp_path):
         "train.micro_batch_size": 4,
         "checkpoint.every": 4,
         "method.step_gain": {"gamma": 0.5},
-        "ema.restart_every": 15,
+        "ema.restart_every": 5,
         "data.num_workers": 1,
+        "lora.targets": r".*attn\.to_[qv]",
     }
     path = tmp_path / "recipe.yaml"
     path.write_text(dump_config(make_config(changes)))
     return path
 
 
-def start(recipe, run_dir):
-    command = [sys.executable, "-m", "recipes.cli", "train", str(recipe), f"run.dir={run_dir}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, env=environment, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )  # fmt: skip
+def scfm_train(recipe, run_dir, output, number, steps, seconds):
+    """In a process: `scfm train`, and a signal to itself, `seconds` after so many steps are logged."""
+    with output.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+
+    def signal_in_time():
+        while steps_logged(run_dir) < steps:
+            time.sleep(0.001)
+        time.sleep(seconds)
+        os.kill(os.getpid(), number)
+
+    if number is not None:
+        threading.Thread(target=signal_in_time, daemon=True).start()
+    sys.argv = ["scfm", "train", str(recipe), f"run.dir={run_dir}"]
+    command()
 
 
-def finish(process):
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
+def train(recipe, run_dir, number=None, steps=0, seconds=0.0):
+    """A start of the run: its exit code and its output."""
+    output = run_dir.with_suffix(".out")
+    process = CONTEXT.Process(target=scfm_train, args=(recipe, run_dir, output, number, steps, seconds), daemon=False)
+    process.start()
+    process.join(300)
+    if process.is_alive():
+        process.kill()
+        process.join()
+    return process.exitcode, output.read_text()
+
+
+def finish(recipe, run_dir):
+    code, output = train(recipe, run_dir)
+    assert code == 0, output
     return output
 
 
 def steps_logged(run_dir):
     path = run_dir / "metrics.jsonl"
     return path.read_bytes().count(b"\n") if path.is_file() else 0
-
-
-def wait_for_steps(process, run_dir, steps):
-    deadline = time.monotonic() + 200
-    while steps_logged(run_dir) < steps:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, "the run makes no progress"
-        time.sleep(0.02)
 
 
 def assert_same_end(left, right):
@@ -79,34 +105,35 @@ def assert_same_end(left, right):
     assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]
 
 
-def test_killed_and_stopped_runs_end_like_an_uninterrupted_one(recipe, tmp_path):
-    whole, killed, stopped = (tmp_path / name for name in ("whole", "killed", "stopped"))
-    finish(start(recipe, whole))
-
+def test_kill_nine_three_times(recipe, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finish(recipe, whole)
     moments = random.Random(20261121)
     for count in range(3):
-        process = start(recipe, killed)
-        wait_for_steps(process, killed, 8 * (count + 1) + moments.randrange(5))
-        time.sleep(moments.uniform(0, 0.3))
-        process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
-    assert "resuming from" in finish(start(recipe, killed))
+        steps, seconds = 3 * count + 1 + moments.randrange(3), moments.uniform(0, 0.05)
+        code, output = train(recipe, killed, signal.SIGKILL, steps, seconds)
+        assert code == -signal.SIGKILL, output
+    assert "resuming from" in finish(recipe, killed)
     assert_same_end(whole, killed)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        process = start(recipe, stopped)
-        wait_for_steps(process, stopped, steps_logged(stopped) + 6)
-        process.send_signal(number)
-        output, _ = process.communicate(timeout=60)
-        assert process.returncode == 128 + number, output
-        last = steps_logged(stopped)
-        assert f"stopped by {number.name} after step {last}" in output
-        assert find_checkpoint(stopped).name == f"step_{last:08d}"
-    finish(start(recipe, stopped))
-    assert_same_end(whole, stopped)
 
-    # As if killed between the last checkpoint and the export: the adapter is missing.
-    (stopped / "adapter" / "pytorch_lora_weights.safetensors").unlink()
-    assert "nothing to do" in finish(start(recipe, stopped))
-    assert_same_end(whole, stopped)
+def test_polite_signals(recipe, tmp_path):
+    whole, asked = tmp_path / "whole", tmp_path / "asked"
+    finish(recipe, whole)
+    for number, steps in ((signal.SIGTERM, 3), (signal.SIGINT, 7)):
+        code, output = train(recipe, asked, number, steps)
+        assert code == 128 + number, output
+        stopped = steps_logged(asked)
+        assert steps <= stopped < STEPS
+        assert f"stopped by {number.name} after step {stopped}" in output
+        assert find_checkpoint(asked).name == f"step_{stopped:08d}"
+    finish(recipe, asked)
+    assert_same_end(whole, asked)
+
+    # Killed between the last checkpoint and the export: the adapter is still to come.
+    (asked / "adapter" / "pytorch_lora_weights.safetensors").unlink()
+    words = [sys.executable, "-m", "recipes.cli", "train", str(recipe), f"run.dir={asked}"]
+    done = subprocess.run(words, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "nothing to do" in done.stdout
+    assert_same_end(whole, asked)

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -43,12 +44,17 @@ class Cluster:
         nodes: how many.
         user_signal: `preempt_send_user_signal`.
         grace: seconds.
+        first_job: number of the first job; slurm/lib.sh derives a port from it, so two clusters need different ones.
     """
 
-    def __init__(self, folder: Path, nodes: int = 4, *, user_signal: bool = True, grace: int = 30) -> None:
+    def __init__(
+        self, folder: Path, nodes: int = 4, *, user_signal: bool = True, grace: int = 30, first_job: int = 1
+    ) -> None:
         self.folder, self.nodes = folder, nodes
+        self.given_up = False
+        """Set: whoever waits for a job, in any thread, ends with an error."""
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._user_signal, self._grace = user_signal, grace
+        self._user_signal, self._grace, self._first_job = user_signal, grace, first_job
 
     def __enter__(self) -> "Cluster":
         for name in ("munge", "state", "spool", "log"):
@@ -64,7 +70,7 @@ class Cluster:
             self._start("slurmctld", "-D", "-i")
             for number in range(1, self.nodes + 1):
                 self.start_node(f"n{number}")
-            self._wait_for(lambda: self._states() == {"idle": self.nodes}, 60)
+            self.wait_for(lambda: self._states() == {"idle": self.nodes}, 60)
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -104,41 +110,58 @@ class Cluster:
         shown = self.run("scontrol", "--oneliner", "show", "job", number)
         return dict(word.split("=", 1) for word in shown.split() if "=" in word)
 
+    def hosts(self, number: str) -> list[str]:
+        """The nodes of a job."""
+        return self.run("scontrol", "show", "hostnames", self.job(number)["NodeList"]).split()
+
     def wait(self, number: str, states: tuple[str, ...], seconds: float = 180) -> str:
         """Wait until the job is in one of the states; its state then."""
         state = ""
 
-        def there() -> bool:
+        def is_there() -> bool:
             nonlocal state
             state = self.job(number)["JobState"]
             return state in states
 
-        self._wait_for(there, seconds, lambda: f"job {number} is {state}")
+        self.wait_for(is_there, seconds, lambda: f"job {number} is {state}", interval=1.0)
         return state
+
+    def wait_for(
+        self, condition: Callable[[], bool], seconds: float, say: Callable[[], str] = lambda: "", interval: float = 0.1
+    ) -> None:
+        """Ask every `interval` seconds. A command of Slurm costs 20 ms of a core: ask for a file where there is one."""
+        end = time.monotonic() + seconds
+        while not condition():
+            died = [process.args[4] for process in self._processes if process.poll() is not None]  # type: ignore[index]
+            if died:
+                logs = "\n".join(f"{path}:\n{path.read_text()[-1500:]}" for path in (self.folder / "log").glob("*.out"))
+                raise AssertionError(f"{died} have ended\n{logs}")
+            if self.given_up:
+                raise AssertionError("the tests end")
+            if time.monotonic() > end:
+                raise AssertionError(f"after {seconds:g} s: {say()}; nodes: {self._states()}")
+            time.sleep(interval)
 
     def start_node(self, name: str) -> subprocess.Popen[bytes]:
         """A node's daemon."""
         return self._start("slurmd", "-D", "-N", name)
 
     def lose_node(self, name: str) -> None:
-        """Its daemon and everything that runs there, at once."""
+        """Its daemon and everything that runs there end at once."""
+        self._processes = [process for process in self._processes if list(process.args)[-1] != name]  # type: ignore[arg-type]
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
-                if process.environ().get("SLURMD_NODENAME") == name:
+                environment = process.environ()
+                if environment.get("SLURM_CONF") != self.environment["SLURM_CONF"]:
+                    continue  # another cluster has a node of this name
+                if environment.get("SLURMD_NODENAME") == name:
                     parent = process.parent()
                     if parent is not None and parent.name() == "slurmstepd":
                         parent.kill()
                     process.kill()
                 elif process.cmdline()[-2:] == ["-N", name]:
                     process.kill()
-        self._processes = [process for process in self._processes if list(process.args)[-1] != name]  # type: ignore[arg-type]
         self.run("scontrol", "update", f"nodename={name}", "state=down", "reason=lost")
-
-    def bring_back(self, name: str) -> None:
-        """Start its daemon again."""
-        self.start_node(name)
-        self.run("scontrol", "update", f"nodename={name}", "state=resume")
-        self._wait_for(lambda: self._states() == {"idle": self.nodes}, 60)
 
     def _states(self) -> dict[str, int]:
         lines = subprocess.run(
@@ -163,7 +186,7 @@ class Cluster:
             "munged", "--foreground", "--force", f"--key-file={munge / 'key'}", f"--socket={munge / 'socket'}",
             f"--pid-file={munge / 'pid'}", f"--log-file={munge / 'log'}", f"--seed-file={munge / 'seed'}",
         )  # fmt: skip
-        self._wait_for((munge / "socket").exists, 20)
+        self.wait_for((munge / "socket").exists, 20)
 
     def _configure(self) -> None:
         controller, *ports = free_ports(self.nodes + 1)
@@ -203,10 +226,11 @@ SlurmdParameters=config_overrides
 SchedulerParameters=batch_sched_delay=1,bf_interval=2,sched_interval=2
 ReturnToService=2
 SlurmdTimeout=20
-KillWait=30
+KillWait=90
 InactiveLimit=0
 JobRequeue=1
 MinJobAge=3600
+FirstJobId={self._first_job}
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 {nodes}
@@ -214,14 +238,3 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 PartitionName=spot Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime={self._grace}
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """)
-
-    def _wait_for(self, condition, seconds: float, said=lambda: "") -> None:  # type: ignore[no-untyped-def]
-        end = time.monotonic() + seconds
-        while not condition():
-            died = [process.args[4] for process in self._processes if process.poll() is not None]  # type: ignore[index]
-            if died:
-                logs = "\n".join(f"{path}:\n{path.read_text()[-1500:]}" for path in (self.folder / "log").glob("*.out"))
-                raise AssertionError(f"{died} have ended\n{logs}")
-            if time.monotonic() > end:
-                raise AssertionError(f"after {seconds:g} s: {said()}; nodes: {self._states()}")
-            time.sleep(0.2)

@@ -9,8 +9,10 @@ import pytest
 import yaml
 from runs import make_tree
 
+from recipes.cli import main
 from scfm_core.train.history import read_history
 
+pytestmark = pytest.mark.processes
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "slurm").glob("*_flux.sh"))
 
@@ -41,11 +43,7 @@ def test_defaults_are_recipes_that_work():
     for script, nodes in zip(SCRIPTS, (2, 4), strict=True):
         (line,) = [line for line in script.read_text().splitlines() if line.startswith("main ")]
         words = line.removeprefix("main ").removesuffix(' -- "$@"').split()
-        result = subprocess.run(
-            [sys.executable, "-m", "recipes.cli", "train", *words, "--dry-run", f"--gpus={8 * nodes}"],
-            cwd=ROOT, capture_output=True, text=True, timeout=120, env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        )  # fmt: skip
-        assert result.returncode == 0, result.stderr
+        assert main(["train", *words, "--dry-run", f"--gpus={8 * nodes}"]) == 0
 
 
 class TestRecipes:

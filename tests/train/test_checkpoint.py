@@ -505,6 +505,7 @@ class TestEveryMoment:
 
         return run
 
+    @pytest.mark.processes
     @pytest.mark.parametrize("then", [killed, broken], ids=["killed", "failing"])
     @pytest.mark.parametrize("action", [next_step, before_an_abandoned_one])
     def test_saving_a_new_step(self, moments, action, then):
@@ -529,6 +530,7 @@ class TestEveryMoment:
         assert {2 if action is next_step else 100, 3} <= ends
         assert codes == ({-signal.SIGKILL} if then is killed else {SAVED, REFUSED})
 
+    @pytest.mark.processes
     @pytest.mark.parametrize("then", [killed, broken], ids=["killed", "failing"])
     def test_saving_an_existing_step(self, moments, then):
         """There is always a good checkpoint. `latest` may be missing, but never names a bad one."""
@@ -681,6 +683,7 @@ class TestFailedWrites:
         assert "room" not in str(caught.value)
         assert "full" not in str(caught.value)
 
+    @pytest.mark.processes
     def test_read_only_file_system(self, tmp_path):
         for disk in mounted(tmp_path / "disk", "ro"):
             with pytest.raises(UserError, match=r"step_00000001 could not be written to .*Read-only file system"):

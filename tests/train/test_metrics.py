@@ -250,6 +250,7 @@ class TestRealWandb:
         yield wandb
         wandb.teardown()
 
+    @pytest.mark.processes
     def test_offline_run_stays_in_its_folder(self, no_keys, proxy, service, monkeypatch, tmp_path):
         secret = "5ec12e70" * 5
         monkeypatch.setenv("WANDB_API_KEY", secret)
@@ -269,6 +270,7 @@ class TestRealWandb:
         assert not [file for file in files if secret.encode() in file.read_bytes()]
         assert sorted(file.name for file in run_dir.iterdir()) == ["wandb", "wandb_id"]
 
+    @pytest.mark.processes
     def test_online_without_a_network_suggests_offline(self, no_keys, service, monkeypatch, tmp_path):
         monkeypatch.setenv("WANDB_API_KEY", "5ec12e70" * 5)
         monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")

@@ -783,6 +783,7 @@ def test_another_recipe_is_an_error(make_config, tiny, changes, message):
         Trainer(make_config(changes), find_checkpoint(trainer.run_dir))
 
 
+@pytest.mark.processes
 def test_settings_without_effect_on_the_result_may_change_on_resuming(make_config):
     trainer, _ = run(make_config({"train.steps": 2}))
     changes = {"train.steps": 3, "train.micro_batch_size": 2, "checkpoint.every": 7, "data.num_workers": 1}

@@ -1,0 +1,31 @@
+"""On the PYTHONPATH of a job: rank 0 of a training waits after the step that the file $SCFM_HOLD names.
+
+The test interferes meanwhile. The rank goes on when the file is gone, or when a signal comes that the training handles. So what
+happens at which step depends on no machine's speed.
+"""
+
+import os
+
+if os.environ.get("RANK") == "0" and "SCFM_HOLD" in os.environ:
+    import select
+    import signal
+    import socket
+    from pathlib import Path
+
+    from scfm_core.train.metrics import MetricsFile
+
+    hold = Path(os.environ["SCFM_HOLD"])
+    signals, sender = socket.socketpair()
+    sender.setblocking(False)
+    write = MetricsFile.write
+
+    def write_and_wait(self, row):  # type: ignore[no-untyped-def]
+        write(self, row)
+        if not hold.exists() or row["step"] < int(hold.read_text()):
+            return
+        signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+        hold.with_suffix(".reached").touch()
+        while hold.exists() and not select.select([signals], [], [], 0.05)[0]:
+            pass
+
+    MetricsFile.write = write_and_wait  # type: ignore[method-assign]

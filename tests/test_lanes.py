@@ -1,0 +1,33 @@
+"""What tests/conftest.py promises of the tests that `make test-fast` runs."""
+
+import multiprocessing
+import os
+import subprocess
+import time
+
+import pytest
+from huggingface_hub import HfApi
+from huggingface_hub.constants import HF_HUB_OFFLINE
+from huggingface_hub.errors import OfflineModeIsEnabled
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        lambda: subprocess.run(["true"]),
+        lambda: os.system("true"),
+        os.fork,
+        lambda: multiprocessing.get_context("fork").Process(target=time.time).start(),
+        lambda: multiprocessing.get_context("forkserver").Process(target=time.time).start(),
+    ],
+    ids=["subprocess", "system", "fork", "multiprocessing fork", "multiprocessing forkserver"],
+)
+def test_a_fast_test_starts_no_process(start):
+    with pytest.raises(pytest.fail.Exception, match=r"starts a process .* mark it with @pytest\.mark\.processes"):
+        start()
+
+
+def test_no_test_asks_the_hub():
+    assert HF_HUB_OFFLINE
+    with pytest.raises(OfflineModeIsEnabled):
+        HfApi().model_info("black-forest-labs/FLUX.1-dev")
