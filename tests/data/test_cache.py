@@ -137,7 +137,7 @@ def gets(proxy: FaultyProxy, part: str = ".tar") -> int:
 
 
 PART = "00000.tar.81920.part"
-"""Of a download under way: with the bytes that it will have."""
+"""Of an unfinished download, with its final size."""
 
 
 def files(folder: Path) -> dict[str, int]:
