@@ -9,7 +9,10 @@ import pytest
 import torch
 
 SMALLEST = {"bench_loader": ["--samples", "48", "--width", "128", "--workers", "1", "--s3"]}
-SCRIPTS = sorted((Path(__file__).parent / "benchmarks").glob("bench_*.py"))
+SCRIPTS = [
+    pytest.param(path, marks=[pytest.mark.processes] if path.stem == "bench_loader" else [])
+    for path in sorted((Path(__file__).parent / "benchmarks").glob("bench_*.py"))
+]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs them at their full size: make bench")
