@@ -118,6 +118,7 @@ def test_figures_ratios_and_inputs(path, tmp_path, capsys, monkeypatch):
             assert read < first if path.stem == "bench_fsdp" else read == first, read ^ first
 
 
+@pytest.mark.processes
 def test_loaders_deliver_the_same_tensors(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("os.environ", os.environ.copy())  # of a storage that ends with the benchmark
     module, epochs = load(LOADER), []

@@ -151,6 +151,7 @@ def is_running(pid: int) -> bool:
         return False
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize(
     ("name", "victim", "number"),
     [("fsdp2", 1, "SIGKILL"), ("zero2", 0, "SIGSTOP")],
@@ -209,6 +210,7 @@ def code_of(outcome: Any) -> int:
     return outcome.value if outcome.value is not None else outcome.exit_code
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize(("name", "victim"), [("fsdp2", 0), ("zero2", 1)])
 def test_a_rank_that_sleeps_in_a_step(name, victim, tiny, tmp_path):
     """It is alive and stands still: both ends come from the timeout, its own and that of the rank that waits for it."""
