@@ -144,7 +144,7 @@ def _locked_run_dir(config: RunConfig, world: World) -> Iterator[None]:
 def _lock(run_dir: Path) -> Iterator[None]:
     """Lock the folder, because two runs would overwrite each other's files. The lock ends with the process in any case."""
     with (run_dir / ".lock").open("w") as lock:
-        os.register_at_fork(after_in_child=lock.close)  # a loader's worker outlives a killed rank by some seconds
+        os.register_at_fork(after_in_child=lock.close)  # a data worker runs some seconds longer than a killed rank
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -15,7 +15,7 @@ SMALL = (
 
 @pytest.fixture
 def demo(tmp_path, monkeypatch, capsys):
-    """`python -m recipes.demo` without a new interpreter: what it prints."""
+    """Run `python -m recipes.demo` without a new interpreter; returns its output."""
 
     def run():
         monkeypatch.setattr(sys, "argv", ["demo", "--dir", str(tmp_path / "a demo"), *SMALL])

@@ -139,7 +139,7 @@ def launch(recipe, *overrides, nodes=({}, {})):
 
 
 def health_of_a_node(recipe, homes):
-    """In a rank, which is a node: `scfm health` with this home; its exit code and what it printed."""
+    """In a rank, which acts as a node: run `scfm health` with this home; returns its exit code and its output."""
     rank = int(os.environ["RANK"])
     os.environ |= {"SLURMD_NODENAME": f"n{rank}", "LOCAL_RANK": "0", "HOME": homes[rank]}
     with contextlib.redirect_stderr(io.StringIO()) as printed:
@@ -155,7 +155,7 @@ def test_the_bad_node_is_named(recipe, tmp_path):
     assert (first, second) == (2, 2)
     assert said.count("n1: data.cache.dir: /proc/cache has 0.0 GB free") == 1
     assert "n0:" not in said
-    assert silent == ""  # rank 0 prints for all
+    assert silent == ""  # only rank 0 prints
     assert read_history(tmp_path / "run")[0]["how"] == "failed"  # on other nodes it may work
 
 

@@ -47,25 +47,25 @@ def recipe(make_config, tmp_path):
 
 
 def scfm_train(recipe, run_dir, output, number, steps, seconds):
-    """In a process: `scfm train`, and a signal to itself, `seconds` after so many steps are logged."""
+    """In a process: run `scfm train`, and send a signal to itself `seconds` after `steps` steps are logged."""
     with output.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
 
-    def signal_in_time():
+    def send_signal():
         while steps_logged(run_dir) < steps:
             time.sleep(0.001)
         time.sleep(seconds)
         os.kill(os.getpid(), number)
 
     if number is not None:
-        threading.Thread(target=signal_in_time, daemon=True).start()
+        threading.Thread(target=send_signal, daemon=True).start()
     sys.argv = ["scfm", "train", str(recipe), f"run.dir={run_dir}"]
     command()
 
 
 def train(recipe, run_dir, number=None, steps=0, seconds=0.0):
-    """A start of the run: its exit code and its output."""
+    """Start the run; returns its exit code and its output."""
     output = run_dir.with_suffix(".out")
     process = CONTEXT.Process(target=scfm_train, args=(recipe, run_dir, output, number, steps, seconds), daemon=False)
     process.start()
@@ -105,7 +105,7 @@ def assert_same_end(left, right):
     assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]
 
 
-def test_kill_nine_three_times(recipe, tmp_path):
+def test_a_run_killed_three_times(recipe, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     finish(recipe, whole)
     moments = random.Random(20261121)
@@ -117,23 +117,23 @@ def test_kill_nine_three_times(recipe, tmp_path):
     assert_same_end(whole, killed)
 
 
-def test_polite_signals(recipe, tmp_path):
-    whole, asked = tmp_path / "whole", tmp_path / "asked"
+def test_a_run_stopped_by_signals(recipe, tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     finish(recipe, whole)
     for number, steps in ((signal.SIGTERM, 3), (signal.SIGINT, 7)):
-        code, output = train(recipe, asked, number, steps)
+        code, output = train(recipe, stopped, number, steps)
         assert code == 128 + number, output
-        stopped = steps_logged(asked)
-        assert steps <= stopped < STEPS
-        assert f"stopped by {number.name} after step {stopped}" in output
-        assert find_checkpoint(asked).name == f"step_{stopped:08d}"
-    finish(recipe, asked)
-    assert_same_end(whole, asked)
+        last = steps_logged(stopped)
+        assert steps <= last < STEPS
+        assert f"stopped by {number.name} after step {last}" in output
+        assert find_checkpoint(stopped).name == f"step_{last:08d}"
+    finish(recipe, stopped)
+    assert_same_end(whole, stopped)
 
-    # Killed between the last checkpoint and the export: the adapter is still to come.
-    (asked / "adapter" / "pytorch_lora_weights.safetensors").unlink()
-    words = [sys.executable, "-m", "recipes.cli", "train", str(recipe), f"run.dir={asked}"]
+    # As if killed between the last checkpoint and the export: the adapter is missing.
+    (stopped / "adapter" / "pytorch_lora_weights.safetensors").unlink()
+    words = [sys.executable, "-m", "recipes.cli", "train", str(recipe), f"run.dir={stopped}"]
     done = subprocess.run(words, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "nothing to do" in done.stdout
-    assert_same_end(whole, asked)
+    assert_same_end(whole, stopped)
