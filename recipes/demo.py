@@ -29,9 +29,11 @@ from recipes.cli import main as scfm
 from recipes.tiny import DIGITS, SIZE, caption, write_classifier, write_digits, write_pipeline
 
 _LANES = 3
-"""Parts at a time at most: a tiny model is faster in one thread of each core than in all threads of one process."""
-_TEACHER = ("train.steps=1000", "train.lr=4e-3", "sample.weights=student")
-"""A third of the recipe's steps at twice its rate. The slow average of so short a run would be far behind its student."""
+"""Parts at a time, at most. Three trainings side by side use their cores better than one training with as many threads."""
+_THREADS = 4
+"""Of a part, at most: the tensors are too small for more."""
+_TEACHER = ("train.steps=1500", "train.lr=4e-3", "sample.weights=student")
+"""Half of the steps of the recipe, at twice its rate. The slow average of so short a run would be far behind its student."""
 _STUDENT = ("train.steps=600",)
 """Two thirds of the recipes' steps."""
 _PAIRS = ("train.lr=2e-3",)
@@ -63,8 +65,8 @@ def main() -> None:
     parser.add_argument(
         "--only",
         choices=("assets", "teacher"),
-        help="make only digits, tiny pipeline and caches, or these and the teacher of the studies, trained for all steps of "
-        "its recipe (the demo's own teacher is trained for half of them)",
+        help="make digits, tiny pipeline and caches alone, or these and the teacher of the studies: all steps of its recipe, "
+        "where the demo's own teacher has half of them",
     )
     parser.add_argument("--vae-steps", type=int, default=300)
     parser.add_argument("--paths-per-prompt", type=int, default=720, help="stored paths of the teacher (default 720)")
@@ -77,8 +79,9 @@ def main() -> None:
         "overrides", nargs="*", metavar="section.key=value", help="for all trainings, e.g. train.steps=20"
     )
     arguments = parser.parse_args()
-    began, root, cores = time.perf_counter(), arguments.dir, torch.get_num_threads()
-    lanes = min(_LANES, cores)
+    began, root = time.perf_counter(), arguments.dir
+    threads = min(_THREADS, torch.get_num_threads())
+    lanes = min(_LANES, threads)
     size = 8 if arguments.pixels else SIZE
     parts = [
         Part(
@@ -86,14 +89,16 @@ def main() -> None:
             about="digits, a tiny Flux pipeline of the real classes, a digit classifier",
             call=make_assets,
             arguments=(root, None if arguments.pixels else arguments.vae_steps, size),
-            threads=cores,
+            threads=threads,
         )
     ]
     if arguments.only == "teacher":
-        parts += teacher_parts(root, "pretrain", "teacher", size, cores, arguments.overrides)
+        parts += teacher_parts(root, "pretrain", "teacher", size, threads, arguments.overrides)
     elif arguments.only is None:
-        parts += teacher_parts(root, "short_pretrain", "short_teacher", size, cores, [*_TEACHER, *arguments.overrides])
-        parts += student_parts(root, size, arguments.paths_per_prompt, cores // lanes, arguments.overrides)
+        parts += teacher_parts(
+            root, "short_pretrain", "short_teacher", size, threads, [*_TEACHER, *arguments.overrides]
+        )
+        parts += student_parts(root, size, arguments.paths_per_prompt, threads // lanes, arguments.overrides)
     code = run_parts(parts, root / "logs", lanes)
     if code:
         raise SystemExit(code)
