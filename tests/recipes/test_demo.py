@@ -25,6 +25,7 @@ def demo(tmp_path, monkeypatch, capsys):
     return run
 
 
+@pytest.mark.processes
 def test_demo(demo, tmp_path):
     root, output = tmp_path / "a demo", demo()
     assert "step-scaled" in output and "stored paths" in output
@@ -37,6 +38,11 @@ def test_demo(demo, tmp_path):
     page = (root / "trajectories" / "report.html").read_text()
     assert "paper_recipe" in page and "distill" in page
 
-    before = (root / "trajectories" / "metrics.jsonl").read_bytes()
-    assert demo().count("nothing to do") == 4
-    assert (root / "trajectories" / "metrics.jsonl").read_bytes() == before
+    results = [
+        root / run / name for run in ("trajectories", "distill") for name in ("metrics.jsonl", "evaluation.json")
+    ]
+    results.append(root / "trajectories" / "samples" / "4_steps" / "0009.png")
+    before = [path.stat().st_mtime_ns for path in results]
+    demo()
+    assert "".join(path.read_text() for path in (root / "logs").glob("*.log")).count("nothing to do") == 4
+    assert [path.stat().st_mtime_ns for path in results] == before
