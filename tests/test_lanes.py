@@ -27,6 +27,12 @@ def test_a_fast_test_starts_no_process(start):
         start()
 
 
+@pytest.mark.timed
+def test_timed_tests_are_grouped(request):
+    """Under `--dist loadgroup` the name of the group is part of the node's id; else there are no groups."""
+    assert ("@timed" in request.node.nodeid) == getattr(request.config.option, "loadgroup", False)
+
+
 def test_no_test_asks_the_hub():
     assert HF_HUB_OFFLINE
     with pytest.raises(OfflineModeIsEnabled):
