@@ -229,6 +229,7 @@ def test_closing_does_not_wait_for_a_client(proxy: FaultyProxy, mode: str) -> No
         assert time.monotonic() - start < 2
 
 
+@pytest.mark.processes
 def test_a_forked_process_keeps_no_connection_open(proxy: FaultyProxy) -> None:
     """Otherwise a reset waits for the data worker that was forked meanwhile."""
     with closing(connect(proxy.endpoint)) as connection:
@@ -291,6 +292,7 @@ def test_the_s3_server(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyP
     }
 
 
+@pytest.mark.processes
 def test_the_s3_server_ends_with_its_block(monkeypatch: pytest.MonkeyPatch) -> None:
     """With checksums, botocore refuses a flipped bit."""
     with S3Server(checksums=True) as server, FaultyProxy(server.endpoint) as proxy:

@@ -214,7 +214,7 @@ def test_too_many_bad_samples_stop_every_rank_at_the_same_step(tiny, partly_bad,
     assert sum(counts) > 2 >= sum(counts[:-1])
     last = rows_of(tmp_path / "run")[-1]["step"]
     assert (
-        f"data: {sum(counts)} of {8 * last} samples could not be used, more than data.max_bad_fraction=0.002"
+        f"data: {sum(counts)} of {8 * last} samples were invalid, more than data.max_bad_fraction=0.002"
         in outcomes[0].output
     )
     assert (tmp_path / "run" / "checkpoints" / f"step_{last:08d}").is_dir()

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 import recipes.cli as cli
 from scfm_core.distributed.world import join_world
-from scfm_core.train.build import resolve_device
+from scfm_core.train.device import resolve_device
 
 
 @pytest.fixture

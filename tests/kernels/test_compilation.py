@@ -15,6 +15,9 @@ import pytest
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # of a block, CUDA programming guide, table of compute capabilities
 
 
+pytestmark = pytest.mark.processes
+
+
 @pytest.fixture(scope="module")
 def launches():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -24,7 +27,6 @@ def launches():
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
-@pytest.mark.processes
 def test_every_kernel_compiles_for_both_gpus(launches):
     kernels = {row["kernel"] for row in launches}
     sources = Path(__file__).parents[2].joinpath("scfm_core/kernels").glob("*.py")
