@@ -33,7 +33,7 @@ OTHER_PROGRAMS = {
     "cd", "cp", "echo", "export", "git", "hf", "ls", "pgrep", "pip", "py-spy", "source", "tail", "torchfrtrace",
 }  # fmt: skip
 OWN_FOLDERS = ("scfm_core", "recipes", "data_tools", "slurm", "tests", "docs")
-# A reader's own recipe; a shipped one stands in for it.
+# A reader's own recipe; a shipped one replaces it.
 STAND_INS = {"data=my_data.yaml": "data=self_generated.yaml", "mine.yaml": "digits", "a.yaml": "flux_dev_lora.yaml"}
 
 
@@ -184,7 +184,7 @@ def exists(path: str) -> bool:
 
 
 def code_complaint(code: str) -> str | None:
-    """`scfm_core/flow/path.py`, `scfm/target.py`, `data/source.py: Shard`: the file exists, and the name stands in it."""
+    """`scfm_core/flow/path.py`, `scfm/target.py`, `data/source.py: Shard`: the file exists and contains the name."""
     match = re.fullmatch(
         r"(?P<path>[\w*.-]+(/[\w*.-]+)+\.(py|yaml|sh|env|md|json)|[a-z_]+/)(: (?P<name>[\w.]+))?", code
     )
@@ -279,10 +279,10 @@ def test_environment_variables_are_documented_and_exist():
     files = [path for folder in OWN_FOLDERS[:5] for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".sh")]
     used = {path: set(variables.findall(path.read_text(encoding="utf-8"))) for path in files if path != Path(__file__)}
     for_users = set().union(*(names for path, names in used.items() if "tests" not in path.parts))
-    told = set().union(*(variables.findall(page.read_text(encoding="utf-8")) for page in GUIDES))
+    documented = set().union(*(variables.findall(page.read_text(encoding="utf-8")) for page in GUIDES))
     # `SCFM_RENDEZVOUS_HOST`, `_PORT`; and what the job scripts tell each other.
-    assert for_users - told == {"SCFM_RENDEZVOUS_PORT", "SCFM_LOGS"}
-    assert told <= set().union(*used.values())
+    assert for_users - documented == {"SCFM_RENDEZVOUS_PORT", "SCFM_LOGS"}
+    assert documented <= set().union(*used.values())
 
 
 def test_one_version():

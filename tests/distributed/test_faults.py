@@ -609,7 +609,7 @@ def test_a_damaged_run_goes_on_from_the_one_before(name, tiny, two_checkpoints, 
 
 
 def test_nothing_is_intact(tiny, two_checkpoints, tmp_path):
-    """Then the run is not begun anew without being told."""
+    """Then the run does not start over unless asked to."""
     run_dir = tmp_path / "run"
     shutil.copytree(two_checkpoints("fsdp2"), run_dir)
     (checkpoint_path(run_dir, 1) / "dcp" / "__1_0.distcp").unlink()

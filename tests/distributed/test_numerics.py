@@ -86,7 +86,7 @@ def roll_back_run(tree: dict[str, Any]) -> Any:
 
 @pytest.mark.parametrize("name", ["fsdp2", "zero2", "zero3"])
 def test_too_many_skips_roll_back_to_before_the_fault(name, tiny, tmp_path):
-    """Samples 16..31 are bad: steps 3 and 4 are skipped, the run returns to step 2 and goes on with sample 32."""
+    """Samples 16..31 are bad: steps 3 and 4 are skipped, the run returns to step 2 and continues with sample 32."""
     run_dir = tmp_path / "run"
     tree = make_tree(tiny, run_dir, engine=ENGINES[name], train__steps=4, train__max_skips=1)
     assert run_distributed(roll_back_run, 2, tree) == [0, 0]

@@ -213,7 +213,7 @@ def code_of(outcome: Any) -> int:
 @pytest.mark.timed
 @pytest.mark.parametrize(("name", "victim"), [("fsdp2", 0), ("zero2", 1)])
 def test_a_rank_that_sleeps_in_a_step(name, victim, tiny, tmp_path):
-    """It is alive and stands still: both ends come from the timeout, its own and that of the rank that waits for it."""
+    """It is alive but makes no progress: both ends come from the timeout, its own and that of the rank that waits for it."""
     tree = make_run(tiny, tmp_path / "run", name, HANG_TIMEOUT)
     outcomes, said = train_until_the_fault(tree, victim, "sleeps")
     assert [code_of(outcome) for outcome in outcomes] == [LOST, LOST], said

@@ -1,4 +1,4 @@
-"""Any range of any tensor comes back, whoever wrote it; and no file that is read can make us run anything."""
+"""Any range of any tensor is read back from every engine's checkpoint, and no file that is read can execute code."""
 
 import itertools
 import os

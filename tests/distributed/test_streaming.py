@@ -185,23 +185,23 @@ def partly_bad(shards, tmp_path_factory) -> Path:
 
 
 def test_bad_samples_are_replaced_alike_on_every_number_of_processes(tiny, partly_bad, tmp_path):
-    runs, told = {}, {}
+    runs, reported = {}, {}
     for world_size, workers in ((1, 0), (2, 2), (4, 0)):
         data = recipe("webdataset", tmp_path, base=str(partly_bad), num_workers=workers, max_bad_fraction=0.005)
         tree = make_tree(tiny, tmp_path / f"on{world_size}", train__steps=4, data=data)
         assert run_distributed(cli_with, world_size, tree, {}) == [0] * world_size
         runs[world_size] = rows_of(tmp_path / f"on{world_size}")
         incidents = rows_of(tmp_path / f"on{world_size}", "incidents")
-        told[world_size] = [{key: row[key] for key in ("event", "step", "samples")} for row in incidents]
+        reported[world_size] = [{key: row[key] for key in ("event", "step", "samples")} for row in incidents]
     for world_size in (2, 4):
         assert losses(runs[world_size]) == pytest.approx(losses(runs[1]), rel=1e-5)
-        assert told[world_size] == told[1]
-    assert 1 <= sum(len(incident["samples"]) for incident in told[1]) <= 5
+        assert reported[world_size] == reported[1]
+    assert 1 <= sum(len(incident["samples"]) for incident in reported[1]) <= 5
     assert all(
-        incident["event"] == "bad_samples" and "cannot be decoded" in incident["samples"][0] for incident in told[1]
+        incident["event"] == "bad_samples" and "cannot be decoded" in incident["samples"][0] for incident in reported[1]
     )
     assert [row.get("bad_samples", 0) for row in runs[1]] == [
-        sum(len(incident["samples"]) for incident in told[1] if incident["step"] == step) for step in range(1, 5)
+        sum(len(incident["samples"]) for incident in reported[1] if incident["step"] == step) for step in range(1, 5)
     ]
 
 
@@ -242,7 +242,7 @@ def test_an_edited_data_recipe_is_refused_unless_told_and_then_logged(tiny, shar
     [incident] = rows_of(tmp_path / "run", "incidents")
     assert (incident["event"], incident["step"], incident["samples"]) == ("data_changed", 2, 16)
     assert "data.sources.0.weight: None in the checkpoint, 0.7 now" in incident["changes"]
-    # Its order began at its start, and a further start needs no leave and goes on in it.
+    # The new data began at the start of their order. Another start continues there and needs no option.
     state = json.loads((tmp_path / "run" / "checkpoints" / "step_00000004" / "state.json").read_text())
     assert (state["data_start"], state["samples"]) == (16, 32)
     tree = make_tree(tiny, tmp_path / "run", train__steps=5, data=after)

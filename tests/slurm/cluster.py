@@ -52,7 +52,7 @@ class Cluster:
     ) -> None:
         self.folder, self.nodes = folder, nodes
         self.given_up = False
-        """Set: whoever waits for a job, in any thread, ends with an error."""
+        """Once set, every thread that waits for a job ends with an error."""
         self._processes: list[subprocess.Popen[bytes]] = []
         self._user_signal, self._grace, self._first_job = user_signal, grace, first_job
 

@@ -1,4 +1,4 @@
-"""`sbatch slurm/distill_flux.sh` on a real Slurm: whatever ends a job, the run goes on and ends with the same model.
+"""`sbatch slurm/distill_flux.sh` on a real Slurm: whatever ends a job, the run resumes and ends with the same model.
 
 Rows 20 to 22 and 24 of RELIABILITY.md. Signals, kills and lost nodes are real; the GPUs are pretended, the network is tiny.
 
@@ -64,7 +64,7 @@ class Run:
         self._hold = folder / "hold"
 
     def submit(self, *options: str, overrides: tuple[str, ...] = (), **environment: str) -> str:
-        """The number of a job of two nodes with a process each, unless told otherwise; without the health check."""
+        """The number of a job of two nodes with a process each, by default, without the health check."""
         environment = {
             "SCFM_PROCESSES": "1",
             "SCFM_HEALTH": "0",
@@ -244,7 +244,7 @@ def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], **toler
 
 @scenario
 def test_time_limit(bench):
-    """Warned before it, the job saves, is requeued, and goes on."""
+    """Slurm warns the job before its limit: it saves, is requeued, and resumes."""
     run = bench.start()
     with run.held():
         run.submit("--time=20", "--signal=USR2@300")
@@ -312,7 +312,7 @@ def preempted(run: Run, by_signal: str) -> None:
 
 @scenario
 def test_hung_rank(bench):
-    """The others end within engine.timeout, and the job goes on from the last checkpoint."""
+    """The others end within engine.timeout, and the job resumes from the last checkpoint."""
     lost_rank(bench, signal.SIGSTOP, "fsdp2")
 
 

@@ -1,6 +1,6 @@
 """On the PYTHONPATH of a job: rank 0 of a training waits after the step that the file $SCFM_HOLD names.
 
-The test interferes meanwhile. The rank goes on when the file is gone, or when a signal comes that the training handles. So what
+The test interferes meanwhile. The rank continues when the file is gone, or when a signal comes that the training handles. So what
 happens at which step depends on no machine's speed.
 """
 
