@@ -1,7 +1,7 @@
 """Going on: on the same engine exactly, on any other engine and number of processes with the same weights and optimizer."""
 
+import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -135,6 +135,13 @@ def write_config(tree: dict[str, Any], run_dir: Path) -> None:
     (run_dir / "config.yaml").write_text(yaml.safe_dump(tree))
 
 
+def run_deepspeeds_own_tool(folders: list[str]) -> None:
+    """In a process of its own, which has imported DeepSpeed: the script in each folder, as its user starts it."""
+    for folder in folders:
+        sys.argv = ["zero_to_fp32.py", folder, f"{folder}/../out"]
+        runpy.run_path(f"{folder}/zero_to_fp32.py", run_name="__main__")
+
+
 def test_deepspeeds_own_tool_reads_the_checkpoint(tiny, tmp_path):
     """zero_to_fp32.py as DeepSpeed left it beside the checkpoints, by its pointer, without our code."""
     run_dirs = [tmp_path / name for name in ("zero1", "zero2", "zero3")]
@@ -142,16 +149,7 @@ def test_deepspeeds_own_tool_reads_the_checkpoint(tiny, tmp_path):
         engine = ENGINES[run_dir.name]
         tree = make_tree(tiny, run_dir, engine=engine, train__weights="full", train__micro_batch_size=4, train__steps=1)
         run_distributed(train_all, 2, tree)
-    # One process for all: it takes longest to import.
-    program = """if True:
-        import runpy, sys
-        for folder in sys.argv[1:]:
-            sys.argv = ["zero_to_fp32.py", folder, folder + "/../out"]
-            runpy.run_path(folder + "/zero_to_fp32.py", run_name="__main__")
-    """
-    folders = [str(run_dir / "checkpoints") for run_dir in run_dirs]
-    done = subprocess.run([sys.executable, "-c", program, *folders], capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    run_distributed(run_deepspeeds_own_tool, 1, [str(run_dir / "checkpoints") for run_dir in run_dirs])
     for run_dir in run_dirs:
         state = torch.load(run_dir / "out" / "pytorch_model.bin", weights_only=True)
         ours = {key.removeprefix("student."): t for key, t in tensors(run_dir).items() if key.startswith("student.")}
