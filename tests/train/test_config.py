@@ -421,6 +421,7 @@ INVALID = [
     ("engine.timeout=.nan", "engine.timeout must be positive, got nan"),
     ("engine.deepspeed_config=x.json", "engine.deepspeed_config needs engine.name=deepspeed; set that"),
     ("engine.zero_stage=0", "engine.zero_stage"),
+    ("engine.zero_stage=4", "engine.zero_stage"),
     ("engine.name=fsdp", "engine.name"),
     ("checkpoint.every=0", "checkpoint.every and checkpoint.keep must be at least 1, got 0, 2"),
     ("checkpoint.keep=0", "checkpoint.every and checkpoint.keep must be at least 1, got 250, 0"),
