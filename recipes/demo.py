@@ -306,6 +306,7 @@ def run_parts(parts: list[Part], logs: Path, lanes: int) -> int:
     waiting, complete = list(parts), set[str]()
     workers: list[_Worker] = []
     running: dict[_Worker, Part] = {}
+    interrupt = signal.getsignal(signal.SIGINT)
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     print(f"{len(parts)} parts, at most {lanes} at a time; their output is in {logs}", flush=True)
     try:
@@ -331,11 +332,14 @@ def run_parts(parts: list[Part], logs: Path, lanes: int) -> int:
                     return code
                 complete.add(part.name)
     except KeyboardInterrupt:
+        # The workers get a second Ctrl-C too, and stop at once; this process waits for them.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         print("\nstopping; the same command continues from here", file=sys.stderr)
         return 128 + signal.SIGINT
     finally:
         for worker in workers:
             worker.end(is_busy=worker in running)
+        signal.signal(signal.SIGINT, interrupt)
         signal.signal(signal.SIGTERM, previous)
     return 0
 
