@@ -26,7 +26,7 @@ from scfm_core.train.history import HISTORY, Start
 from scfm_core.train.kernels import choose_kernels
 from scfm_core.train.parse import dump_config, load_config, with_absolute_paths
 from scfm_core.train.prompts import validation_prompts
-from scfm_core.train.rules import check_shards
+from scfm_core.train.rules import check_shards, describe_micro_batches
 from scfm_core.train.trainer import Trainer
 
 # Files of an attempt at a run; `--resume never` moves them to another folder.
@@ -102,6 +102,7 @@ def _run(config: RunConfig, resume: str, world: World, data_may_change: bool, st
                 _make_newest(run_dir, checkpoint)
             (run_dir / "config.yaml").write_text(dump_config(config))
             print(f"kernels: {trainer.kernels}")
+            print(f"micro-batch: {describe_micro_batches(config, world.size)}")
             if checkpoint is not None:
                 print(f"resuming from {checkpoint} at step {trainer.progress.step}")
         start.begin(trainer.progress.step, config.train.steps, world.size)

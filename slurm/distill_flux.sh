@@ -29,5 +29,4 @@ fi
 # shellcheck source=slurm/lib.sh
 source "$root/slurm/lib.sh"
 
-# 16 GPUs share the global batch of 16.
-main flux_dev_lora.yaml train.micro_batch_size=1 -- "$@"
+main flux_dev_lora.yaml -- "$@"

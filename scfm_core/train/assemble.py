@@ -48,13 +48,13 @@ def build_layout(config: RunConfig, world: World, device: torch.device) -> Layou
 
 def optimizer_config(config: RunConfig, processes: int) -> OptimizerConfig:
     """The settings of `config.train` that an engine needs."""
-    train = config.train
+    train, micro = config.train, micro_batches(config, processes)
     return OptimizerConfig(
         betas=train.betas,
         weight_decay=train.weight_decay,
         clip_norm=train.clip_norm,
-        accumulation=micro_batches(config, processes),
-        micro_batch_size=train.micro_batch_size,
+        accumulation=micro.number,
+        micro_batch_size=micro.size,
         lr=train.lr,
         compute_dtype=train.compute_dtype,
     )

@@ -60,7 +60,8 @@ class TrainConfig:
     global_batch_size: int = 16
     """Samples of an optimizer step, over all processes."""
     micro_batch_size: int = 8
-    """Samples of one forward pass. It divides the global batch; gradients accumulate over the micro-batches."""
+    """At most this many samples in one forward pass. A process takes the largest number up to it that divides its share of the
+    global batch; gradients accumulate over the micro-batches."""
     lr: float = 2e-5
     """AdamW's learning rate."""
     lr_schedule: Literal["constant", "cosine"] = "constant"
@@ -91,11 +92,6 @@ class TrainConfig:
         for name in ("steps", "global_batch_size", "micro_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} must be at least 1, got {getattr(self, name)}")
-        if self.global_batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"train.global_batch_size {self.global_batch_size} is not a multiple of train.micro_batch_size "
-                f"{self.micro_batch_size}"
-            )
         if not (self.lr > 0 and self.clip_norm > 0):
             raise ValueError(f"train.lr and train.clip_norm must be positive, got {self.lr} and {self.clip_norm}")
         if not 0 <= self.warmup_steps <= self.steps:

@@ -7,6 +7,7 @@ from scfm_core.models.adapters import LoRABank
 from scfm_core.models.protocol import ModelFamily
 from scfm_core.train.config import RunConfig
 from scfm_core.train.memory import estimate_memory, has_folder, shares
+from scfm_core.train.rules import describe_micro_batches
 
 A100_PEAK = 312e12  # bf16 FLOP/s, dense (NVIDIA A100 data sheet)
 ASSUMED_UTILISATION = 0.5
@@ -131,7 +132,8 @@ def format_estimate(result: Estimate, config: RunConfig, kernels: str) -> str:
         f"{train.steps * train.global_batch_size / per_day * 24:,.1f} A100-hours",
         f"engine      {_engine(config, result.world)}",
         f"kernels     {kernels}",
-        f"memory of one GPU, micro-batch {train.micro_batch_size}",
+        f"micro-batch {describe_micro_batches(config, result.world)}",
+        "memory of one GPU",
         *_table(result.memory),
     ]
     if result.encoders_if_images:

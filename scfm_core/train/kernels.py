@@ -5,13 +5,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from scfm_core.distributed.world import launched_size
 from scfm_core.errors import UserError
 from scfm_core.kernels.attention import AttentionChoice, AttentionShape, choose_attention
 from scfm_core.kernels.launch import why_no_triton
 from scfm_core.models.fused import fuse
 from scfm_core.models.protocol import ModelFamily
 from scfm_core.train.config import KernelConfig, RunConfig
-from scfm_core.train.rules import check_kernels
+from scfm_core.train.rules import check_kernels, micro_batches
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def _shape(config: RunConfig, family: ModelFamily, device: torch.device) -> Atte
     arch = family.network_config
     dtype = torch.bfloat16 if config.train.compute_dtype == "bfloat16" else torch.float32
     return AttentionShape(
-        batch=config.train.micro_batch_size,
+        batch=micro_batches(config, launched_size()).size,
         tokens=rows * columns // 4 + config.model.text_length,
         heads=arch["num_attention_heads"],
         head_dim=arch["attention_head_dim"],

@@ -8,6 +8,7 @@ from scfm_core.models.adapters import is_for_fp8
 from scfm_core.models.protocol import ModelFamily
 from scfm_core.train.config import RunConfig
 from scfm_core.train.network import transformer_blocks
+from scfm_core.train.rules import micro_batches
 
 REDUCE_BUCKET = 500_000_000  # elements; DeepSpeed's default
 LIVE_PARAMETERS = 1_000_000_000  # elements that ZeRO-3 gathers at most at a time; DeepSpeed's default
@@ -85,7 +86,7 @@ def estimate_memory(
         "encoders (on the fly)": float(family.encoder_bytes * has_folder(config)),
         "gathered weights (a guess)": _gathered(config, network, share, width),
         "reduce bucket (fp32)": 4 * min(REDUCE_BUCKET, trained) * zero,
-        "activations (a guess)": _activations(config, family, tokens, width),
+        "activations (a guess)": micro_batches(config, world).size * _activations(config, family, tokens, width),
     }
     if not engine.cpu_offload:
         return Memory({**weights, **optimizer, **working}, {})
@@ -106,6 +107,7 @@ def _gathered(config: RunConfig, network: nn.Module, share: Shares, width: int) 
 
 
 def _activations(config: RunConfig, family: ModelFamily, tokens: int, width: int) -> float:
+    """Bytes that one sample saves for the backward pass."""
     arch = family.network_config
     dim = arch["num_attention_heads"] * arch["attention_head_dim"]
     blocks = arch["num_layers"] + arch.get("num_single_layers", 0)
@@ -113,4 +115,4 @@ def _activations(config: RunConfig, family: ModelFamily, tokens: int, width: int
     # attention's output, the feed-forward's hidden activations and the gated residuals; without compilation.
     mode = config.train.activation_checkpointing
     saved = {"none": 34, "selective": 16, "full": 1}[mode] * blocks + (34 if mode == "full" else 0)
-    return float(config.train.micro_batch_size * tokens * dim * saved * width)
+    return float(tokens * dim * saved * width)

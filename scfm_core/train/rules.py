@@ -4,6 +4,7 @@ Rules of a single section are in its `__post_init__`; rules for resuming from a 
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
@@ -109,20 +110,43 @@ def _why_no_graphs(config: RunConfig, device: torch.device) -> str | None:
     return None
 
 
-def micro_batches(config: RunConfig, processes: int) -> int:
-    """Number of micro-batches of each process in a step.
+@dataclass(frozen=True)
+class MicroBatches:
+    """How each process splits its share of the global batch."""
+
+    size: int
+    """Samples of one forward pass."""
+    number: int
+    """Forward passes of a step, over which gradients accumulate."""
+
+
+def micro_batches(config: RunConfig, processes: int) -> MicroBatches:
+    """The largest micro-batches up to `train.micro_batch_size` that divide a process's share of the global batch.
 
     Raises:
-        UserError: if the global batch is not a multiple of the micro-batches of all processes.
+        UserError: if the processes cannot share the global batch equally.
     """
-    train = config.train
-    together = train.micro_batch_size * processes
-    if train.global_batch_size % together:
+    total = config.train.global_batch_size
+    if total % processes:
+        below, above = total // processes * processes, (total // processes + 1) * processes
+        choice = f"{below} or {above}" if below else str(above)
         raise UserError(
-            f"train.global_batch_size {train.global_batch_size} is not a multiple of train.micro_batch_size "
-            f"{train.micro_batch_size} x {processes} processes. Change the micro-batch or the number of processes"
+            f"train.global_batch_size {total} is not a multiple of the {processes} processes, which share it equally. Set it "
+            f"to {choice}, or change the number of processes"
         )
-    return train.global_batch_size // together
+    share = total // processes
+    size = max(size for size in range(1, min(share, config.train.micro_batch_size) + 1) if share % size == 0)
+    return MicroBatches(size, share // size)
+
+
+def describe_micro_batches(config: RunConfig, processes: int) -> str:
+    """The micro-batches in words; why they are smaller than `train.micro_batch_size`, if they are."""
+    found, maximum = micro_batches(config, processes), config.train.micro_batch_size
+    words = f"{found.size} sample{'s' * (found.size > 1)} x {found.number} a step on each of {processes} process{'es' * (processes > 1)}"
+    if found.size == maximum:
+        return words
+    share = config.train.global_batch_size // processes
+    return f"{words} (train.micro_batch_size allows {maximum}; the share of a process is {share})"
 
 
 def check_shards(config: RunConfig, processes: int) -> None:

@@ -122,7 +122,7 @@ class Trainer:
             self.corpus,
             seed=self.config.run.seed,
             global_batch_size=train.global_batch_size,
-            micro_batch_size=train.micro_batch_size,
+            micro_batch_size=micro_batches(self.config, world.size).size,
             start=progress.samples - progress.data_start,
             stop=progress.samples - progress.data_start + left * train.global_batch_size,
             rank=world.rank,
@@ -152,7 +152,7 @@ class Trainer:
         if not steps_left:
             return []
         try:
-            return [next(stream) for _ in range(micro_batches(self.config, self.world.size))]
+            return [next(stream) for _ in range(micro_batches(self.config, self.world.size).number)]
         except UserError as error:
             return error
 

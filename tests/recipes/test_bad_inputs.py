@@ -63,10 +63,6 @@ def zero_steps(recipe, tiny, tmp_path):
     return train(recipe, "train.steps=0"), "train.steps must be at least 1, got 0"
 
 
-def uneven_batch(recipe, tiny, tmp_path):
-    return train(recipe, "train.micro_batch_size=3"), "train.global_batch_size 8 is not a multiple"
-
-
 def override_without_value(recipe, tiny, tmp_path):
     return train(recipe, "train.steps"), "override 'train.steps' is not of the form section.key=value"
 
@@ -440,7 +436,7 @@ def missing_json(recipe, tiny, tmp_path):
 
 
 CASES = [
-    unknown_key, unknown_section, wrong_type, wrong_choice, zero_steps, uneven_batch, override_without_value,
+    unknown_key, unknown_section, wrong_type, wrong_choice, zero_steps, override_without_value,
     missing_recipe, broken_yaml, missing_model, hub_without_network, wrong_model_folder, wrong_pipeline,
     interrupted_download, missing_weights, missing_data, images_instead_of_cache, empty_data, image_without_caption,
     corrupt_image, pytest.param(corrupt_image_in_a_worker, marks=pytest.mark.processes), cut_shard, flipped_bit,

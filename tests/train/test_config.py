@@ -23,6 +23,7 @@ from scfm_core.train.config import (
     WandbConfig,
 )
 from scfm_core.train.parse import dump_config, find_recipe, load_config, parse_config
+from scfm_core.train.rules import MicroBatches, describe_micro_batches, micro_batches
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "configs"
 SHIPPED = sorted(path.name for path in RECIPES.glob("*.yaml"))
@@ -404,8 +405,6 @@ INVALID = [
     ("train.steps=0", "train.steps must be at least 1, got 0"),
     ("train.global_batch_size=0", "train.global_batch_size must be at least 1, got 0"),
     ("train.micro_batch_size=-8", "train.micro_batch_size must be at least 1, got -8"),
-    ("train.micro_batch_size=3", "train.global_batch_size 16 is not a multiple of train.micro_batch_size 3"),
-    ("train.micro_batch_size=32", "train.global_batch_size 16 is not a multiple of train.micro_batch_size 32"),
     ("train.lr=0", "train.lr and train.clip_norm must be positive, got 0.0 and 10.0"),
     ("train.lr=.nan", "train.lr and train.clip_norm must be positive, got nan and 10.0"),
     ("train.clip_norm=-1", "train.lr and train.clip_norm must be positive, got 2e-05 and -1.0"),
@@ -457,6 +456,8 @@ class TestValidation:
             "method.step_gain.gamma=4",
             "ema.slow=0.99",
             "train.micro_batch_size=16",
+            "train.micro_batch_size=32",
+            "train.micro_batch_size=3",
             "train.warmup_steps=3000",
             "train.spike_factor=1.01",
             "train.spike_factor=none",
@@ -540,3 +541,28 @@ def test_a_stored_configuration_of_an_earlier_version_is_valid(recipe):
     recipe.write_text(recipe.read_text().replace("path: some/model", "path: some/model, family: flux"))
     assert "unknown key model.family" in refusal(recipe)
     assert load_config(recipe, stored=True).model.path == "some/model"
+
+
+@pytest.mark.parametrize(
+    ("batch", "maximum", "processes", "size", "number"),
+    [(16, 4, 1, 4, 4), (16, 4, 16, 1, 1), (16, 32, 2, 8, 1), (16, 3, 1, 2, 8), (30, 4, 2, 3, 5), (7, 4, 1, 1, 7)],
+)
+def test_the_micro_batch_is_the_largest_that_divides_a_processs_share(batch, maximum, processes, size, number):
+    config = load_config(
+        "flux_dev_lora.yaml", [f"train.global_batch_size={batch}", f"train.micro_batch_size={maximum}"]
+    )
+    assert micro_batches(config, processes) == MicroBatches(size, number)
+    words = describe_micro_batches(config, processes)
+    assert (f"train.micro_batch_size allows {maximum}" in words) == (size < maximum)
+
+
+def test_processes_share_the_global_batch_equally():
+    config = load_config("flux_dev_lora.yaml")
+    with pytest.raises(
+        UserError, match="16 is not a multiple of the 3 processes, which share it equally. Set it to 15 or 18"
+    ):
+        micro_batches(config, 3)
+    with pytest.raises(
+        UserError, match="16 is not a multiple of the 64 processes, which share it equally. Set it to 64,"
+    ):
+        micro_batches(config, 64)
