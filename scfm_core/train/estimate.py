@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from scfm_core.errors import UserError
 from scfm_core.models.adapters import LoRABank
 from scfm_core.models.protocol import ModelFamily
+from scfm_core.train.cards import GIB, SIZES_GIB, USABLE, Fit, fits, gpus_needed
 from scfm_core.train.config import RunConfig
-from scfm_core.train.memory import estimate_memory, has_folder, shares
+from scfm_core.train.memory import Memory, estimate_memory, has_folder, shares
 from scfm_core.train.rules import describe_micro_batches
 
 A100_PEAK = 312e12  # bf16 FLOP/s, dense (NVIDIA A100 data sheet)
 ASSUMED_UTILISATION = 0.5
-GIB = 2**30
+_SMALL_FORWARD = 1e10  # FLOPs; below it a pass takes as long as its kernels take to launch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,10 @@ class Estimate:
     `memory` includes them."""
     world: int
     """Number of processes."""
+    cards: list[Fit]
+    """On which sizes of a GPU the run fits."""
+    gpus_needed: int | None
+    """A number of GPUs on which it fits, if it fits none of the sizes now."""
 
     @property
     def samples_per_day(self) -> float:
@@ -66,7 +71,15 @@ def estimate(config: RunConfig, family: ModelFamily, world: int = 1) -> Estimate
         adapted, trained = len(bank.layers), sum(p.numel() for p in factors.values())
         lora = 2.0 * sum(p.numel() * _tokens_through(name, image_tokens, tokens) for name, p in factors.items())
     step = _step_flops(config, linear, attention, lora, family.passes)
-    memory = estimate_memory(config, family, network, base, trained, tokens, world)
+
+    def memory_of(variant: RunConfig, processes: int = world) -> Memory:
+        return estimate_memory(variant, family, network, base, trained, tokens, processes)
+
+    def gpu_bytes(variant: RunConfig, processes: int = world) -> float:
+        return sum(memory_of(variant, processes).gpu.values())
+
+    memory, cards = memory_of(config), fits(config, world, gpu_bytes)
+    fitting = any(card.fits for card in cards)
     return Estimate(
         base_parameters=base,
         trained_parameters=trained,
@@ -79,6 +92,8 @@ def estimate(config: RunConfig, family: ModelFamily, world: int = 1) -> Estimate
         host_memory=memory.host,
         encoders_if_images=0.0 if has_folder(config) else float(family.encoder_bytes),
         world=world,
+        cards=cards,
+        gpus_needed=None if fitting else gpus_needed(config, world, lambda number: gpu_bytes(config, number)),
     )
 
 
@@ -110,26 +125,15 @@ def _step_flops(config: RunConfig, linear: float, attention: float, lora: float,
 
 def format_estimate(result: Estimate, config: RunConfig, kernels: str) -> str:
     """The output of a dry run; `kernels` describes the kernels of the blocks."""
-    train = config.train
-    per_day = result.samples_per_day
-    trained = (
-        f"{result.adapted_linears} adapted linears, {result.trained_parameters / 1e6:,.0f} M adapter parameters "
-        f"(rank {config.lora.rank}), three adapters"
-        if train.weights == "lora"
-        else f"all {_count(result.trained_parameters)} parameters (full weights)"
-    )
     lines = [
         f"model       {config.model.path}",
         f"base        {_count(result.base_parameters)} parameters",
-        f"trained     {trained}",
+        f"trained     {_trained(result, config)}",
         f"sample      {config.data.resolution[0]} x {config.data.resolution[1]} pixels, {result.tokens} tokens "
         f"({result.text_tokens} of text)",
         f"compute     {_flops(result.forward_flops)} a forward, {_flops(result.step_flops)} a sample "
-        f"in a step (checkpointing: {train.activation_checkpointing})",
-        f"A100-day    {per_day:,.0f} samples, {per_day / train.global_batch_size:,.0f} steps of batch "
-        f"{train.global_batch_size}, at {ASSUMED_UTILISATION:.0%} of {A100_PEAK / 1e12:.0f} TFLOP/s (assumed); encoders not counted",
-        f"this run    {train.steps:,} steps, {train.steps * train.global_batch_size:,} samples, "
-        f"{train.steps * train.global_batch_size / per_day * 24:,.1f} A100-hours",
+        f"in a step (checkpointing: {config.train.activation_checkpointing})",
+        *_time(result, config),
         f"engine      {_engine(config, result.world)}",
         f"kernels     {kernels}",
         f"micro-batch {describe_micro_batches(config, result.world)}",
@@ -138,9 +142,47 @@ def format_estimate(result: Estimate, config: RunConfig, kernels: str) -> str:
     ]
     if result.encoders_if_images:
         lines.append(f"  {'and if shards hold images':<28} {_gib(result.encoders_if_images)} of encoders")
+    elif has_folder(config):
+        lines.append("  a cache of `scfm data encode` saves the encoders' part")
     if result.host_memory:
         lines += ["host memory of one process", *_table(result.host_memory)]
+    if sum(result.memory.values()) > GIB:  # a smaller run fits anywhere
+        lines += [
+            f"fits, if {USABLE:.0%} of a GPU's memory is usable (assumed)",
+            *(f"  {card}" for card in result.cards),
+        ]
+    if result.gpus_needed:
+        lines.append(f"  {max(SIZES_GIB)} GB: fits on {result.gpus_needed} GPUs (--gpus {result.gpus_needed})")
     return "\n".join(lines)
+
+
+def _trained(result: Estimate, config: RunConfig) -> str:
+    if config.train.weights == "full":
+        return f"all {_count(result.trained_parameters)} parameters (full weights)"
+    return (
+        f"{result.adapted_linears} adapted linears, {_count(result.trained_parameters)} adapter parameters "
+        f"(rank {config.lora.rank}), three adapters"
+    )
+
+
+def _time(result: Estimate, config: RunConfig) -> list[str]:
+    """The duration on A100s; for a network so small that its FLOPs do not decide the duration, only the number of samples."""
+    train, per_day = config.train, result.samples_per_day
+    samples = train.steps * train.global_batch_size
+    run = f"this run    {train.steps:,} steps, {samples:,} samples"
+    if result.forward_flops < _SMALL_FORWARD:
+        return [run]
+    hours = samples / per_day * 24
+    several = (
+        f"; {hours / result.world:,.1f} hours on {result.world} A100s, without communication"
+        if result.world > 1
+        else ""
+    )
+    return [
+        f"A100-day    {per_day:,.0f} samples, {per_day / train.global_batch_size:,.0f} steps of batch "
+        f"{train.global_batch_size}, at {ASSUMED_UTILISATION:.0%} of {A100_PEAK / 1e12:.0f} TFLOP/s (assumed); encoders not counted",
+        f"{run}, {hours:,.1f} A100-hours{several}",
+    ]
 
 
 def _engine(config: RunConfig, world: int) -> str:
@@ -170,4 +212,6 @@ def _flops(number: float) -> str:
 
 
 def _count(number: int) -> str:
-    return f"{number / 1e9:.1f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"
+    if number >= 1e9:
+        return f"{number / 1e9:.1f} B"
+    return f"{number / 1e6:.0f} M" if number >= 1e8 else f"{number / 1e6:.2f} M"

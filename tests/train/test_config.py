@@ -559,10 +559,10 @@ def test_the_micro_batch_is_the_largest_that_divides_a_processs_share(batch, max
 def test_processes_share_the_global_batch_equally():
     config = load_config("flux_dev_lora.yaml")
     with pytest.raises(
-        UserError, match="16 is not a multiple of the 3 processes, which share it equally. Set it to 15 or 18"
+        UserError, match=r"16 is not a multiple of the 3 processes, which share it equally. Set it to 15 or 18"
     ):
         micro_batches(config, 3)
     with pytest.raises(
-        UserError, match="16 is not a multiple of the 64 processes, which share it equally. Set it to 64,"
+        UserError, match=r"16 is not a multiple of the 64 processes, which share it equally. Set it to 64,"
     ):
         micro_batches(config, 64)

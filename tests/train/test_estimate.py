@@ -98,3 +98,26 @@ def test_encoders_beside_the_network(recipe, words):
     page = describe(load_config(recipe))
     assert f"{words:<28}     9.26 GiB" in page
     assert ("and if shards hold images" in page) != ("on the fly" in page)
+
+
+def test_a_dry_run_says_on_which_cards_the_run_fits(flux):
+    result = estimate(load_config("flux_dev_lora.yaml"), flux, 8)
+    assert [card.size for card in result.cards] == [80, 48, 40, 24]
+    assert [card.fits for card in result.cards] == [True] * 4
+    assert [card.settings for card in result.cards[:3]] == [(), (), ("train.activation_checkpointing=full",)]
+    for card in result.cards:  # the settings do what they promise
+        again = estimate(load_config("flux_dev_lora.yaml", list(card.settings)), flux, 8)
+        assert sum(again.memory.values()) == card.memory <= 0.92 * card.size * 2**30
+    assert "40 GB: fits with train.activation_checkpointing=full" in describe(load_config("flux_dev_lora.yaml"), 8)
+
+
+def test_a_dry_run_says_how_many_gpus_a_large_run_needs(flux):
+    alone = estimate(load_config("flux_dev_full.yaml"), flux)
+    assert not any(card.fits for card in alone.cards)
+    assert alone.gpus_needed == 8
+    assert any(card.fits for card in estimate(load_config("flux_dev_full.yaml"), flux, 8).cards)
+
+
+def test_a_dry_run_of_a_tiny_run_promises_no_duration(make_config):
+    page = describe(make_config())
+    assert "A100" not in page and "fits" not in page and "this run" in page
