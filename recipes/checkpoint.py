@@ -9,6 +9,7 @@ from scfm_core.distributed.engine import GROUPS
 from scfm_core.distributed.reader import DCP_FOLDER, module_name
 from scfm_core.distributed.world import World
 from scfm_core.errors import UserError
+from scfm_core.text import count
 from scfm_core.train.checkpoint import (
     Checkpoint,
     CheckpointWriter,
@@ -31,10 +32,10 @@ def inspect(path: Path) -> str:
     files = read_manifest(checkpoint.path)
     lines = [
         f"checkpoint  {checkpoint.path}",
-        f"written by  {state['engine']} on {_count(state['world_size'], 'process', 'processes')}",
+        f"written by  {state['engine']} on {count(state['world_size'], 'process', 'processes')}",
         f"run         {state['config']['run']['dir']}, step {state['step']:,} of {state['config']['train']['steps']:,}",
         f"progress    {state['updates']:,} updates applied, {state['step'] - state['updates']:,} steps skipped, "
-        f"{_count(state['rollbacks'], 'rollback', 'rollbacks')}, {state['samples']:,} samples, {state['seconds'] / 3600:,.2f} hours",
+        f"{count(state['rollbacks'], 'rollback')}, {state['samples']:,} samples, {state['seconds'] / 3600:,.2f} hours",
         f"weights     {state['config']['train']['weights']}, {len(state['shapes']):,} tensors of "
         f"{state['config']['model']['path']}",
         f"base        {state['base_fingerprint'][:12]}   data {state['data_fingerprint'][:12]}",
@@ -124,7 +125,3 @@ def _open(path: Path, *, verify: bool) -> Checkpoint:
             raise UserError(f"{path} has no complete checkpoint yet; train first")
         return load_checkpoint(found, verify=False)
     return load_checkpoint(path, verify=verify)
-
-
-def _count(number: int, one: str, many: str) -> str:
-    return f"{number:,} {one if number == 1 else many}"

@@ -27,6 +27,7 @@ import torch
 
 from recipes.cli import main as scfm
 from recipes.tiny import DIGITS, SIZE, caption, write_classifier, write_digits, write_pipeline
+from scfm_core.text import number
 
 _LANES = 3
 """Parts at a time, at most. Three trainings side by side use their cores better than one training with as many threads."""
@@ -231,8 +232,9 @@ def _evaluate(run_dir: Path, *overrides: str) -> int:
 
 
 def _samples(run_dir: Path) -> int:
-    last = {steps: run_dir / "samples" / f"{steps}_steps" / f"{len(DIGITS) - 1:04}.png" for steps in (1, 2, 3, 4)}
-    codes = (_scfm_unless(path, "sample", run_dir, "--steps", steps) for steps, path in last.items())
+    folders = {steps: run_dir / "samples" / f"{steps}_steps" for steps in (1, 2, 3, 4)}
+    missing = [steps for steps, folder in folders.items() if len(list(folder.glob("*.png"))) < len(DIGITS)]
+    codes = (_scfm("sample", run_dir, "--steps", steps) for steps in missing)
     return next((code for code in codes if code), 0)
 
 
@@ -357,7 +359,7 @@ def _summary(root: Path) -> None:
     print("\nFrechet distance to the teacher's own 32-step samples")
     print(f"{'steps':>8}" + "".join(f"{title:>16}" for title in ("undistilled", *_RUNS.values())))
     for steps in values[0]:
-        print(f"{steps:>8}" + "".join(f"{rows[steps]['fid_teacher']:16.3f}" for rows in values))
+        print(f"{steps:>8}" + "".join(f"{number(rows[steps]['fid_teacher']):>16}" for rows in values))
     best = root / "trajectories"
     print(f"\nlook at:\n  {best / 'report.html'}\n  {best / 'samples' / 'evaluation.png'}")
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from scfm_core.models.encoders import Autoencoder, TextEncoders
 from scfm_core.models.protocol import Conditioning
 from scfm_core.models.student import FullModel
 from scfm_core.models.weights import encoder_fingerprint, network_fingerprint
+from scfm_core.text import count, number
 from scfm_core.train.config import RunConfig
 from scfm_core.train.device import compute_dtype, resolve_device
 from scfm_core.train.features import extract, frechet_distance, load_features
@@ -35,6 +37,10 @@ from scfm_core.train.sampling import to_uint8
 
 Result = dict[str, dict[str, dict[str, float]]]
 GRID_COLUMNS = 10
+SINGULAR = (
+    "there are no more samples than features, so the covariance is singular: these Frechet distances can be compared with each "
+    "other, not with published ones"
+)
 _PARTS = 64
 """Number of contiguous parts of the data from which samples are taken."""
 
@@ -49,7 +55,8 @@ def evaluate(run_dir: Path, overrides: list[str]) -> Result:
     Returns:
         `{"student": {"3": {...}}, "base": {...}, "teacher": {"32": {...}}}`, each with `fid_teacher` and
         `mse_teacher` (not for the teacher), `fid_data`, `seconds_per_image` (with decoding), with `evaluate.clip_path`
-        `clip_score`, and with `evaluate.noise_floor` the teacher's `fid_floor`.
+        `clip_score`, and with `evaluate.noise_floor` the teacher's `fid_floor`. `samples`, `data_samples` and `features` are the
+        numbers of images, of the data's images, and of features of an image.
     """
     config = open_run(run_dir, overrides)
     settings = config.evaluate
@@ -58,10 +65,14 @@ def evaluate(run_dir: Path, overrides: list[str]) -> Result:
     jobs = [(kind, steps) for steps in settings.steps for kind in kinds]
     if evaluator.has_teacher:
         jobs.insert(0, ("teacher", settings.teacher_steps))
+    floors = int(evaluator.has_teacher and settings.noise_floor)
     result: Result = {kind: {} for kind in (*kinds, *(["teacher"] if evaluator.has_teacher else []))}
     grids: dict[str, Tensor] = {}
-    with progress_bar("evaluate", len(jobs), unit="figure") as bar:
+    print(evaluator.plan([*(steps for _, steps in jobs), *([settings.teacher_steps] * floors)]))
+    with progress_bar("evaluate", evaluator.count * (len(jobs) + floors), unit="image") as bar:
+        evaluator.advance = bar.update
         for kind, steps in jobs:
+            bar.set_postfix_str(f"{kind}, {count(steps, 'step')}")
             role = config.sample.weights if kind == "student" else "teacher"
             result[kind][str(steps)] = evaluator.measure(role, steps)
             grids[f"{kind} {steps}"] = evaluator.images[:GRID_COLUMNS] / 255
@@ -69,7 +80,6 @@ def evaluate(run_dir: Path, overrides: list[str]) -> Result:
                 evaluator.set_reference()
                 if settings.noise_floor:
                     result[kind][str(steps)]["fid_floor"] = evaluator.noise_floor(steps)
-            bar.update()
     order = sorted(grids, key=lambda name: list(result).index(name.split()[0]))
     save_grid(
         run_dir / "samples" / "evaluation.png",
@@ -115,16 +125,41 @@ class Evaluator:
         row_of = {prompt: row for row, prompt in enumerate(distinct)}
         self.rows = torch.tensor([row_of[prompt] for prompt in self.prompts])
         self.real = self._real_features(corpus, items)
-        if len(self.real) <= self.real.shape[1]:
+        if len(self.real) < self.count:
             print(
-                f"note: {len(self.real)} samples for {self.real.shape[1]} features give a singular covariance: these "
-                f"Frechet distances are comparable with each other, not with published ones. Raise evaluate.samples"
+                f"note: fid_data compares {self.count} images with {len(self.real)}: the data have no more of this size"
             )
+        if is_singular(len(self.real), self.real.shape[1]):
+            print(f"note: {SINGULAR}. Raise evaluate.samples above {self.real.shape[1]}")
         self.images = torch.empty(0, dtype=torch.uint8)
         """The images of the last `measure`, uint8 [N, 3, H, W]."""
         self._last_features = torch.empty(0)
         self._reference: tuple[Tensor, Tensor] | None = None
+        self.advance: Callable[[int], Any] = lambda images: None
+        """Called with the number of images after each batch."""
         self._generate(config.sample.weights, 1, 0)  # warm-up: the first call on a device is slow
+
+    @property
+    def count(self) -> int:
+        """Number of images of each set."""
+        return len(self.prompts)
+
+    def plan(self, sets: list[int]) -> str:
+        """What will be made, and about how long it takes. It times a batch at one step and at three.
+
+        Args:
+            sets: the step count of each set of images. Those that `evaluate.keep` may have are counted too.
+        """
+        seconds = []
+        for steps in (1, 3):
+            began = time.perf_counter()
+            self._generate(self.config.sample.weights, steps, 0)
+            seconds.append(time.perf_counter() - began)
+        a_step = max(0.0, seconds[1] - seconds[0]) / 2
+        batches = math.ceil(self.count / self.size)
+        minutes = batches * sum(seconds[0] + (steps - 1) * a_step for steps in sets) / 60
+        about = f"about {number(minutes)} minutes" if minutes >= 1 else "less than a minute"
+        return f"evaluate: {count(len(sets), 'set')} of {count(self.count, 'image')}, {about} on {self.device}"
 
     def measure(self, role: str, steps: int) -> dict[str, float]:
         """Measure one row of the table; its images are in `images` until the next call."""
@@ -137,6 +172,9 @@ class Evaluator:
         row = {
             "fid_data": frechet_distance(self._last_features, self.real),
             "seconds_per_image": seconds / len(self.images),
+            "samples": len(self.images),
+            "data_samples": len(self.real),
+            "features": self.real.shape[1],
         }
         if self._reference is not None:
             reference_images, reference_found = self._reference
@@ -171,9 +209,11 @@ class Evaluator:
     def _make(self, role: str, steps: int, first: int = 0) -> tuple[Tensor, float]:
         """Images of `role` for all prompts, from the noise of the seeds from `first` on; and the time in seconds."""
         began = time.perf_counter()
-        starts = range(0, len(self.prompts), self.size)
-        images = torch.cat([to_uint8(self._generate(role, steps, at, first)) for at in starts])
-        return images, time.perf_counter() - began
+        parts = []
+        for at in range(0, self.count, self.size):
+            parts.append(to_uint8(self._generate(role, steps, at, first)))
+            self.advance(len(parts[-1]))
+        return torch.cat(parts), time.perf_counter() - began
 
     def _load_or_make(self, folder: Path, steps: int, first: int = 0) -> tuple[Tensor, float]:
         """The frozen model's images, made once for all runs with the same model, prompts and settings; and their time."""
@@ -181,7 +221,9 @@ class Evaluator:
         if path.is_file():
             try:
                 with safe_open(path, "pt") as file:
-                    return file.get_tensor("images"), float(file.metadata()["seconds"])
+                    images, seconds = file.get_tensor("images"), float(file.metadata()["seconds"])
+                self.advance(len(images))
+                return images, seconds
             except (SafetensorError, KeyError, TypeError, ValueError) as error:
                 raise UserError(
                     f"evaluate.keep: {path} is damaged ({error}). Delete it; it will be made again"
@@ -235,6 +277,11 @@ class Evaluator:
         return torch.cat(found)
 
 
+def is_singular(samples: int, features: int) -> bool:
+    """Whether the covariance of so many samples is singular."""
+    return samples <= features
+
+
 def spread(items: list[int], count: int) -> list[int]:
     """Select `count` items from evenly spaced runs of consecutive items.
 
@@ -249,11 +296,16 @@ def spread(items: list[int], count: int) -> list[int]:
 
 def _prompts(config: RunConfig, corpus: Corpus, items: list[int]) -> list[str]:
     """`evaluate.samples` prompts, from the file or else the data's captions, repeated if there are too few."""
-    count = config.evaluate.samples
+    wanted = config.evaluate.samples
     if config.evaluate.prompts is not None:
         given = read_prompts(config.evaluate.prompts, "evaluate.prompts")
-        return [given[i % len(given)] for i in range(count)]
-    return [corpus.caption(items[i % len(items)]) for i in range(count)]
+        origin = f"evaluate.prompts has {count(len(given), 'prompt')}"
+    else:
+        given = [corpus.caption(item) for item in items[:wanted]]
+        origin = f"the data have {count(len(given), 'caption')}"
+    if len(given) < wanted:
+        print(f"note: {origin}; they are repeated for evaluate.samples={wanted}")
+    return [given[i % len(given)] for i in range(wanted)]
 
 
 def _clip_score(path: str | None, device: torch.device) -> Callable[[Tensor, list[str]], Tensor] | None:
@@ -287,6 +339,6 @@ def format_evaluation(result: Result) -> str:
     lines = [f"{'':16}" + "".join(f"{title:>16}" for _, title in present)]
     for kind, rows in result.items():
         for steps, row in rows.items():
-            cells = "".join(f"{row[key]:16.4f}" if key in row else f"{'-':>16}" for key, _ in present)
+            cells = "".join(f"{number(row[key]) if key in row else '-':>16}" for key, _ in present)
             lines.append(f"{kind + ' ' + steps:16}{cells}")
     return "\n".join(lines)

@@ -50,7 +50,7 @@ def quality_plot(
         if floor is not None:
             axes.axhline(floor, color="black", ls="--", lw=0.8, label="two sets of the teacher's samples")
         ticks = sorted({n for rows in lines.values() for n in rows})
-        axes.set(xscale="log", yscale="log", xlabel="steps", ylabel=title)
+        axes.set(xscale="log", yscale="log", xlabel="steps of the sampler", ylabel=title)
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.minorticks_off()
         axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -6,8 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import yaml
+from pydantic import TypeAdapter
+
+from recipes.evaluate import SINGULAR, is_singular
 from recipes.plots import figure_style, quality_plot, to_png
 from scfm_core.errors import UserError
+from scfm_core.scfm.ema import EMAConfig
+from scfm_core.scfm.restart import threshold
+from scfm_core.text import count, number
 from scfm_core.train.metrics import read_metrics
 
 _STYLE = """
@@ -17,15 +24,15 @@ table { border-collapse: collapse; margin: 1rem 0 } th, td { padding: .25rem .9r
 th:first-child, td:first-child { text-align: left } img { max-width: 100% } pre { background: #f6f6f6; padding: 1rem; overflow-x: auto }
 .note { color: #555 }
 """
-_COLUMNS = (
-    ("fid_teacher", "Fréchet distance to teacher", "{:.3f}"),
-    ("mse_teacher", "MSE to teacher", "{:.5f}"),
-    ("fid_data", "Fréchet distance to data", "{:.3f}"),
-    ("fid_floor", "noise floor", "{:.3f}"),
-    ("clip_score", "CLIP score", "{:.2f}"),
-    ("seconds_per_image", "seconds an image", "{:.4f}"),
-)
-_COLUMN_TITLES = [(key, title) for key, title, _ in _COLUMNS]
+_COLUMNS = {
+    "fid_teacher": "Fréchet distance to teacher",
+    "mse_teacher": "MSE to teacher",
+    "fid_data": "Fréchet distance to data",
+    "fid_floor": "noise floor",
+    "clip_score": "CLIP score",
+    "seconds_per_image": "seconds an image",
+    "samples": "images",
+}
 
 
 class _Run:
@@ -56,15 +63,12 @@ def report(run_dir: Path, compare: list[Path]) -> Path:
     for each in runs:
         if sum(other.folder.name == each.folder.name for other in runs) > 1:  # seeds of different arms of a study
             each.name = f"{each.folder.absolute().parent.name}/{each.folder.name}"
-    last = run.metrics[-1]
+    last, skipped = run.metrics[-1], sum("skipped" in row for row in run.metrics)
     body = [
         f"<h1>{html.escape(run.name)}</h1>",
-        f"<p class=note>{last['step']:,} steps, {last['samples']:,} samples, {last['seconds'] / 60:.1f} minutes of training"
-        + (
-            f", {skipped} steps skipped (incidents.jsonl)"
-            if (skipped := sum("skipped" in r for r in run.metrics))
-            else ""
-        )
+        f"<p class=note>{count(last['step'], 'step')}, {count(last['samples'], 'sample')}, "
+        f"{count(round(last['seconds'] / 60), 'minute')} of training"
+        + (f", {count(skipped, 'skipped step')} (incidents.jsonl)" if skipped else "")
         + (f"; compared with: {html.escape(', '.join(other.name for other in others))}" if others else "")
         + "</p>",
     ]
@@ -77,11 +81,22 @@ def report(run_dir: Path, compare: list[Path]) -> Path:
                 " <b>base</b> is the undistilled model at few steps; <b>teacher</b>, the reference, is the same model at many steps."
             )
         body.append("</p>")
+    else:
+        body.append(
+            f"<p class=note>Not evaluated yet: <code>scfm evaluate {html.escape(str(run_dir))}</code> compares student, undistilled "
+            f"model and teacher; then write the report again.</p>"
+        )
     for each in runs:
         evaluated = each.folder / "samples" / "evaluation.png"
         if evaluated.is_file():
             body.append(f"<h2>Samples: {html.escape(each.name)}</h2>" + _image(evaluated.read_bytes()))
     body.append("<h2>Training</h2>" + _image(_training_plot(runs)))
+    if any("ema_lag_ratio" in row for each in runs for row in each.metrics):
+        body.append(
+            "<h2>Averages</h2><p class=note>Distance of the student from its fast average, divided by its distance from the slow one. "
+            "Below the dashed line the slow average only lags behind: both averages restart from the student (a dot).</p>"
+            + _image(_averages_plot(runs))
+        )
     if any(path.with_suffix(".json").is_file() for each in runs for path in each.grids):
         body.append(
             "<h2>Distance to the teacher on the grid's prompts</h2>"
@@ -107,15 +122,22 @@ def _image(png: bytes) -> str:
 
 def _evaluation_table(run: _Run) -> str:
     rows = [(kind, steps, row) for kind, table in run.evaluation.items() for steps, row in table.items()]
-    present = [column for column in _COLUMNS if any(column[0] in row for _, _, row in rows)]
-    head = "".join(f"<th>{title}</th>" for _, title, _ in present)
+    present = [key for key in _COLUMNS if any(key in row for _, _, row in rows)]
+    head = "".join(f"<th>{_COLUMNS[key]}</th>" for key in present)
     lines = []
     for kind, steps, row in rows:
-        cells = "".join(
-            f"<td>{number_format.format(row[key]) if key in row else '-'}</td>" for key, _, number_format in present
+        cells = "".join(f"<td>{number(row[key]) if key in row else '-'}</td>" for key in present)
+        lines.append(f"<tr><td>{kind}, {count(int(steps), 'step')}</td>{cells}</tr>")
+    first = rows[0][2]
+    note = ""
+    if "samples" in first:
+        note = (
+            f"<p class=note>{count(first['samples'], 'image')} in each set; {count(first['data_samples'], 'image')} of the data; "
+            f"{count(first['features'], 'feature')} of an image"
         )
-        lines.append(f"<tr><td>{kind}, {steps} step{'s' if steps != '1' else ''}</td>{cells}</tr>")
-    return f"<h3>{html.escape(run.name)}</h3><table><tr><th></th>{head}</tr>{''.join(lines)}</table>"
+        few = min(first["samples"], first["data_samples"])
+        note += f". <b>Note</b>: {SINGULAR}.</p>" if is_singular(few, first["features"]) else ".</p>"
+    return f"<h3>{html.escape(run.name)}</h3><table><tr><th></th>{head}</tr>{''.join(lines)}</table>{note}"
 
 
 def _quality_over_steps(runs: list[_Run]) -> bytes:
@@ -127,7 +149,7 @@ def _quality_over_steps(runs: list[_Run]) -> bytes:
         name: {int(steps): [row[metric]] for steps, row in rows.items() if metric in row}
         for name, rows in named.items()
     }
-    return quality_plot({name: rows for name, rows in lines.items() if rows}, dict(_COLUMN_TITLES)[metric])
+    return quality_plot({name: rows for name, rows in lines.items() if rows}, _COLUMNS[metric])
 
 
 def _training_plot(runs: list[_Run]) -> bytes:
@@ -147,9 +169,33 @@ def _training_plot(runs: list[_Run]) -> bytes:
                 left.plot(
                     [s for s, _ in rows], _smooth([v for _, v in rows]), label=f"{runs[0].name}: {name} slice", lw=0.8
                 )
-        left.set(xlabel="step", ylabel="loss (smoothed)", yscale="log")
-        right.set(xlabel="step", ylabel="gradient norm (smoothed)", yscale="log")
+        left.set(xlabel="step of the training", ylabel="loss (smoothed)", yscale="log")
+        right.set(xlabel="step of the training", ylabel="gradient norm (smoothed)", yscale="log")
         left.legend(frameon=False, fontsize=8)
+        return to_png(plt, figure)
+
+
+def _averages_plot(runs: list[_Run]) -> bytes:
+    plt, style = figure_style()
+    with style:
+        figure, axes = plt.subplots(figsize=(8, 3))
+        for run in runs:
+            rows = [row for row in run.metrics if row.get("ema_lag_ratio") is not None]
+            if not rows:
+                continue
+            [line] = axes.plot([row["step"] for row in rows], [row["ema_lag_ratio"] for row in rows], label=run.name)
+            restarts = [row for row in rows if row.get("ema_restart")]
+            axes.plot(
+                [r["step"] for r in restarts], [r["ema_lag_ratio"] for r in restarts], "o", ms=4, color=line.get_color()
+            )
+        axes.axhline(
+            threshold(TypeAdapter(EMAConfig).validate_python(yaml.safe_load(runs[0].config)["ema"])),
+            color="black",
+            ls="--",
+            lw=0.8,
+        )
+        axes.set(xlabel="step of the training", ylabel="distance to fast / to slow")
+        axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
         return to_png(plt, figure)
 
 
@@ -160,9 +206,11 @@ def _validation_plot(runs: list[_Run]) -> bytes:
         for run in runs:
             files = [path.with_suffix(".json") for path in run.grids]
             found = {int(f.stem.split("_")[1]): json.loads(f.read_text())["mse_teacher"] for f in files if f.is_file()}
-            for count in next(iter(found.values()), {}):
-                known = {step: distances[count] for step, distances in found.items() if count in distances}
-                axes.plot(known.keys(), known.values(), marker="o", ms=3, label=f"{run.name}: {count} steps")
+            for steps in next(iter(found.values()), {}):
+                known = {step: distances[steps] for step, distances in found.items() if steps in distances}
+                axes.plot(
+                    known.keys(), known.values(), marker="o", ms=3, label=f"{run.name}: {count(int(steps), 'step')}"
+                )
         axes.set(xlabel="step of the training", ylabel="mean squared distance", yscale="log")
         axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
         return to_png(plt, figure)

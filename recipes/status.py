@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from scfm_core.errors import UserError
+from scfm_core.text import number
 from scfm_core.train.checkpoint import newest_complete
 from scfm_core.train.history import read_history
 from scfm_core.train.metrics import read_metrics
@@ -35,7 +36,7 @@ def status(run_dir: Path) -> str:
         if steps and done < steps:
             lines.append(f"  left        {_duration(seconds * (steps - done))} of training")
     if rows and rows[-1].get("loss") is not None:
-        lines.append(f"  loss        {rows[-1]['loss']:.4f}")
+        lines.append(f"  loss        {number(rows[-1]['loss'])}")
     checkpoint = newest_complete(run_dir)
     if checkpoint is None:
         lines.append("  checkpoint  none yet")

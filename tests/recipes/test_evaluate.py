@@ -7,11 +7,14 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 
 from recipes import evaluate as evaluate_module
 from recipes.cli import main
 from recipes.evaluate import Evaluator, evaluate, spread
+from recipes.sample import read_settings
 from scfm_core.errors import UserError
+from scfm_core.text import number
 from scfm_core.train.fit import fit
 from scfm_core.train.parse import dump_config
 from scfm_core.train.prompts import read_prompts
@@ -55,7 +58,7 @@ def test_evaluate_and_report_write_their_files(run_dir, capsys):
     page = (run_dir / "report.html").read_text()
     assert page.count("data:image/png;base64,") >= 4
     assert "http" not in re.sub(r"base64,[^\"]*", "", page).replace("https://github.com", "")  # self-contained
-    assert f"{result['student']['3']['fid_teacher']:.3f}" in page
+    assert number(result["student"]["3"]["fid_teacher"]) in page
 
 
 def test_report_names_arm_and_seed_of_runs_with_equal_names(run_dir, tmp_path):
@@ -103,7 +106,9 @@ def test_the_step_size_reaches_the_network(make_config, tmp_path):
         (trainer.run_dir / "config.yaml").write_text(dump_config(changed))
         words = ["--prompt", "a handwritten digit two", "--steps", "2", "--output", str(tmp_path / name)]
         assert main(["sample", str(trainer.run_dir), *words]) == 0
-        return (tmp_path / name / "0000.png").read_bytes()
+        [path] = (tmp_path / name).iterdir()
+        with Image.open(path) as image:
+            return image.tobytes()  # the settings in the file differ
 
     with_step_size = images("with step size", **{"method.step_embedding": True})
     assert with_step_size == images("other guidance", **{"method.step_embedding": True, "sample.guidance": 7.0})
@@ -126,7 +131,7 @@ def test_the_teachers_samples_are_kept_for_other_runs(run_dir, tmp_path, monkeyp
 
     monkeypatch.setattr(evaluate_module, "generate", recorded)
     assert figures(evaluate(run_dir, keep)) == figures(plain)
-    assert roles == ["student"] * 3  # the warm-up, and one batch each at 1 and 3 steps
+    assert roles == ["student"] * 5  # the warm-up, two timed batches, and one batch each at 1 and 3 steps
     assert files == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "kept").iterdir()}
     evaluate(run_dir, [*keep, "sample.seed=5"])
     assert len(list((tmp_path / "kept").iterdir())) == 6
@@ -228,3 +233,38 @@ def test_spread_samples_are_distinct_and_from_few_parts(total, count):
     assert chosen == sorted(chosen)
     assert sum(b - a > 1 for a, b in itertools.pairwise(chosen)) < 64
     assert total < 2 * count or chosen[-1] >= total * (1 - 2 / min(64, count))
+
+
+def test_images_keep_their_settings_and_are_never_overwritten(run_dir, tmp_path):
+    def names(*words):
+        assert main(["sample", str(run_dir), "--output", str(tmp_path / "images"), "--steps", "2", *words]) == 0
+        return sorted(path.name for path in (tmp_path / "images").iterdir())
+
+    two = "a digit: two / zweite Ü"
+    assert names("--prompt", two) == ["a-digit-two-zweite-Ü_seed1234.png"]
+    before = (tmp_path / "images" / "a-digit-two-zweite-Ü_seed1234.png").read_bytes()
+    assert names("--prompt", two) == ["a-digit-two-zweite-Ü_seed1234.png"]  # the same image
+    assert len(names("--prompt", two, "--seed", "5")) == 2
+    assert names("--prompt", two, "sample.guidance=7")[1:] == [
+        "a-digit-two-zweite-Ü_seed1234_2.png",
+        "a-digit-two-zweite-Ü_seed5.png",
+    ]
+    first = tmp_path / "images" / "a-digit-two-zweite-Ü_seed1234.png"
+    assert first.read_bytes() == before
+    settings = read_settings(first)
+    assert (settings["prompt"], settings["seed"], settings["steps"], settings["guidance"]) == (two, 1234, 2, 3.5)
+    assert settings["checkpoint"].startswith("step_") and settings["run"] == run_dir.name
+    with Image.open(first) as image:
+        assert image.info["parameters"].startswith(f"{two}\nSteps: 2, Sampler: Euler, CFG scale: 3.5, Seed: 1234")
+
+
+def test_evaluate_says_what_it_will_do_and_where_samples_are_few(run_dir, capsys):
+    assert (
+        main(["evaluate", str(run_dir), "evaluate.samples=70", "evaluate.steps=[1]", "evaluate.noise_floor=true"]) == 0
+    )
+    text = capsys.readouterr().out
+    assert "evaluate: 4 sets of 70 images, " in text
+    assert "they are repeated for evaluate.samples=70" in text
+    assert "note: fid_data compares 70 images with " in text
+    row = json.loads((run_dir / "evaluation.json").read_text())["student"]["1"]
+    assert row["samples"] == 70 and row["data_samples"] < 70 and row["features"] > 1
