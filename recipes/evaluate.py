@@ -24,7 +24,7 @@ from scfm_core.models.encoders import Autoencoder, TextEncoders
 from scfm_core.models.protocol import Conditioning
 from scfm_core.models.student import FullModel
 from scfm_core.models.weights import encoder_fingerprint, network_fingerprint
-from scfm_core.text import count, number
+from scfm_core.text import count, duration, number
 from scfm_core.train.config import RunConfig
 from scfm_core.train.device import compute_dtype, resolve_device
 from scfm_core.train.features import extract, frechet_distance, load_features
@@ -157,9 +157,8 @@ class Evaluator:
             seconds.append(time.perf_counter() - began)
         a_step = max(0.0, seconds[1] - seconds[0]) / 2
         batches = math.ceil(self.count / self.size)
-        minutes = batches * sum(seconds[0] + (steps - 1) * a_step for steps in sets) / 60
-        about = f"about {number(minutes)} minutes" if minutes >= 1 else "less than a minute"
-        return f"evaluate: {count(len(sets), 'set')} of {count(self.count, 'image')}, {about} on {self.device}"
+        total = batches * sum(seconds[0] + (steps - 1) * a_step for steps in sets)
+        return f"evaluate: {count(len(sets), 'set')} of {count(self.count, 'image')}, about {duration(total)} on {self.device}"
 
     def measure(self, role: str, steps: int) -> dict[str, float]:
         """Measure one row of the table; its images are in `images` until the next call."""

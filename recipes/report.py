@@ -14,14 +14,14 @@ from recipes.plots import figure_style, quality_plot, to_png
 from scfm_core.errors import UserError
 from scfm_core.scfm.ema import EMAConfig
 from scfm_core.scfm.restart import threshold
-from scfm_core.text import count, number
+from scfm_core.text import count, duration, number
 from scfm_core.train.metrics import read_metrics
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2rem auto; padding: 0 1rem; color: #1c1c1c }
 h1 { margin-bottom: 0 } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ddd }
 table { border-collapse: collapse; margin: 1rem 0 } th, td { padding: .25rem .9rem; text-align: right; border-bottom: 1px solid #eee }
-th:first-child, td:first-child { text-align: left } img { max-width: 100% } pre { background: #f6f6f6; padding: 1rem; overflow-x: auto }
+th:first-child, td:first-child { text-align: left; white-space: nowrap } img { max-width: 100% } pre { background: #f6f6f6; padding: 1rem; overflow-x: auto }
 .note { color: #555 }
 """
 _COLUMNS = {
@@ -67,7 +67,7 @@ def report(run_dir: Path, compare: list[Path]) -> Path:
     body = [
         f"<h1>{html.escape(run.name)}</h1>",
         f"<p class=note>{count(last['step'], 'step')}, {count(last['samples'], 'sample')}, "
-        f"{count(round(last['seconds'] / 60), 'minute')} of training"
+        f"{duration(last['seconds'])} of training"
         + (f", {count(skipped, 'skipped step')} (incidents.jsonl)" if skipped else "")
         + (f"; compared with: {html.escape(', '.join(other.name for other in others))}" if others else "")
         + "</p>",
@@ -105,7 +105,7 @@ def report(run_dir: Path, compare: list[Path]) -> Path:
         )
     if run.grids:
         shown = [run.grids[i] for i in sorted({0, len(run.grids) // 2, len(run.grids) - 1})]
-        body += [f"<h3>{html.escape(path.stem.replace('_', ' '))}</h3>" + _image(path.read_bytes()) for path in shown]
+        body += [f"<h3>step {int(path.stem.split('_')[1]):,}</h3>" + _image(path.read_bytes()) for path in shown]
     body.append(f"<h2>Configuration</h2><pre>{html.escape(run.config)}</pre>")
     page = (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(run.name)} · scfm</title>"
@@ -172,6 +172,7 @@ def _training_plot(runs: list[_Run]) -> bytes:
         left.set(xlabel="step of the training", ylabel="loss (smoothed)", yscale="log")
         right.set(xlabel="step of the training", ylabel="gradient norm (smoothed)", yscale="log")
         left.legend(frameon=False, fontsize=8)
+        figure.tight_layout(w_pad=2)
         return to_png(plt, figure)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from scfm_core.errors import UserError
-from scfm_core.text import number
+from scfm_core.text import duration, number
 from scfm_core.train.checkpoint import newest_complete
 from scfm_core.train.history import read_history
 from scfm_core.train.metrics import read_metrics
@@ -34,14 +34,14 @@ def status(run_dir: Path) -> str:
         samples = (recent[-1]["samples"] - recent[0]["samples"]) / (recent[-1]["seconds"] - recent[0]["seconds"])
         lines.append(f"  rate        {samples:,.1f} samples/s, {seconds:,.2f} s a step")
         if steps and done < steps:
-            lines.append(f"  left        {_duration(seconds * (steps - done))} of training")
+            lines.append(f"  left        {duration(seconds * (steps - done))} of training")
     if rows and rows[-1].get("loss") is not None:
         lines.append(f"  loss        {number(rows[-1]['loss'])}")
     checkpoint = newest_complete(run_dir)
     if checkpoint is None:
         lines.append("  checkpoint  none yet")
     else:
-        lines.append(f"  checkpoint  {checkpoint.name}, {_duration(time.time() - checkpoint.stat().st_mtime)} old")
+        lines.append(f"  checkpoint  {checkpoint.name}, {duration(time.time() - checkpoint.stat().st_mtime)} old")
     lines.append(f"  starts      {len(starts)}")
     lines += [f"    {_line(start)}" for start in starts[-10:]]
     return "\n".join(lines)
@@ -87,9 +87,3 @@ def _line(start: dict[str, Any]) -> str:
         reason = f": {str(start['reason']).splitlines()[0]}" if start.get("reason") else ""
         end = f"{start['how']}{at} {start['ended']}{reason}"
     return f"{start['time']}  {job}{where}; {end}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"

@@ -268,3 +268,18 @@ def test_evaluate_says_what_it_will_do_and_where_samples_are_few(run_dir, capsys
     assert "note: fid_data compares 70 images with " in text
     row = json.loads((run_dir / "evaluation.json").read_text())["student"]["1"]
     assert row["samples"] == 70 and row["data_samples"] < 70 and row["features"] > 1
+
+
+def test_the_report_says_what_is_missing_and_shows_restarts(run_dir):
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert main(["report", str(run_dir)]) == 0
+    page = (run_dir / "report.html").read_text()
+    assert "Not evaluated yet" in page and "<h3>step 2</h3>" in page and "<h2>Averages</h2>" not in page
+    rows[1] |= {"ema_lag_ratio": 0.4, "ema_restart": True}
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["evaluate", str(run_dir), "evaluate.steps=[1]"]) == 0
+    assert main(["report", str(run_dir)]) == 0
+    page = (run_dir / "report.html").read_text()
+    assert "Not evaluated yet" not in page and "<h2>Averages</h2>" in page
+    assert "student, 1 step<" in page and "16 images in each set; 16 images of the data" in page
+    assert "covariance is singular" in page
