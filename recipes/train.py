@@ -8,14 +8,17 @@ import shutil
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 
 from recipes.export import export
 from scfm_core.distributed.deepspeed_config import deepspeed_config
 from scfm_core.distributed.world import World, join_world, launched_size
 from scfm_core.errors import UserError
 from scfm_core.models.protocol import ModelFamily
+from scfm_core.text import count
 from scfm_core.train.assemble import build_family, optimizer_config
 from scfm_core.train.checkpoint import find_checkpoint, set_latest, verify_checkpoint
 from scfm_core.train.config import RunConfig
@@ -24,8 +27,9 @@ from scfm_core.train.estimate import estimate, format_estimate
 from scfm_core.train.fit import fit
 from scfm_core.train.history import HISTORY, Start
 from scfm_core.train.kernels import choose_kernels
-from scfm_core.train.parse import dump_config, load_config, with_absolute_paths
+from scfm_core.train.parse import dump_config, load_config, to_plain, with_absolute_paths
 from scfm_core.train.prompts import validation_prompts
+from scfm_core.train.resume import changed_keys
 from scfm_core.train.rules import check_shards, describe_micro_batches
 from scfm_core.train.trainer import Trainer
 
@@ -94,19 +98,21 @@ def _run(config: RunConfig, resume: str, world: World, data_may_change: bool, st
     checkpoint = _find_start(run_dir, resume, world)
     # It raises errors of the configuration, before any file of an earlier attempt is moved.
     trainer = Trainer(config, checkpoint, world, data_may_change=data_may_change)
+    is_done = trainer.progress.step >= config.train.steps
+    changed: dict[str, tuple[Any, Any]] = {}
     with world.together():
         if world.is_main:
             if resume == "never":
                 _move_aside(run_dir, _ATTEMPT_FILES)
             elif resume != "auto" and checkpoint is not None:
                 _make_newest(run_dir, checkpoint)
-            (run_dir / "config.yaml").write_text(dump_config(config))
+            changed = _record_config(run_dir, config, may_replace=not is_done)
             print(f"kernels: {trainer.kernels}")
             print(f"micro-batch: {describe_micro_batches(config, world.size)}")
             if checkpoint is not None:
                 print(f"resuming from {checkpoint} at step {trainer.progress.step}")
-        start.begin(trainer.progress.step, config.train.steps, world.size)
-    if trainer.progress.step < config.train.steps:
+        start.begin(trainer.progress.step, config.train.steps, world.size, {} if is_done else changed)
+    if not is_done:
         stopped_by = fit(trainer)
         if stopped_by is not None:
             name = signal.Signals(stopped_by).name
@@ -115,12 +121,34 @@ def _run(config: RunConfig, resume: str, world: World, data_may_change: bool, st
                 print(f"stopped by {name} after step {trainer.progress.step}; the same command resumes there")
             return 128 + stopped_by
     elif world.is_main:
-        print(f"nothing to do: {run_dir} has all {config.train.steps} steps")
+        print(_nothing_to_do(run_dir, trainer.progress.step, changed))
     with world.together():
         if config.train.weights == "lora" and world.is_main:
             print(f"adapter: {export(run_dir, [], merged=None, num_steps=None)}")
     start.end("finished", trainer.progress.step)
     return 0
+
+
+def _record_config(run_dir: Path, config: RunConfig, *, may_replace: bool) -> dict[str, tuple[Any, Any]]:
+    """Write `config.yaml`, and return what differs from the one before. That of a run that has all its steps is kept."""
+    path = run_dir / "config.yaml"
+    before = yaml.safe_load(path.read_text()) if path.is_file() else None
+    if before is None or may_replace:
+        path.write_text(dump_config(config))
+    return changed_keys(before, to_plain(config)) if isinstance(before, dict) else {}
+
+
+def _nothing_to_do(run_dir: Path, step: int, changed: dict[str, tuple[Any, Any]]) -> str:
+    """That a run has all its steps, and that settings which differ from those of the run have no effect."""
+    message = f"nothing to do: {run_dir} has its {count(step, 'step')}"
+    changed = {key: values for key, values in changed.items() if key not in ("train.steps", "run.dir")}
+    if not changed:
+        return message
+    lines = "".join(f"\n  {key}: {before} in the run, {now} now" for key, (before, now) in changed.items())
+    return (
+        f"{message}. Settings that differ have no effect:{lines}\nTo train with them, set another run.dir; to train longer, raise "
+        f"train.steps"
+    )
 
 
 @contextlib.contextmanager

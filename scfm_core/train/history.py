@@ -48,12 +48,13 @@ class Start:
         self._run_dir = run_dir
         self._training = False
 
-    def begin(self, step: int, steps: int, processes: int) -> None:
-        """Record that training begins."""
+    def begin(self, step: int, steps: int, processes: int, changed: dict[str, Any] | None = None) -> None:
+        """Record that training begins, and which keys of the configuration have changed since the last start."""
         self._training = True
         if self._run_dir is not None:
             host = socket.gethostname()
-            write_event(self._run_dir, "start", step=step, steps=steps, processes=processes, host=host)
+            changes = {"changed": changed} if changed else {}
+            write_event(self._run_dir, "start", step=step, steps=steps, processes=processes, host=host, **changes)
 
     def end(self, how: End, step: int | None = None, reason: str | None = None) -> None:
         """Record the end."""

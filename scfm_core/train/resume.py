@@ -61,13 +61,13 @@ def check_same_recipe(
     Raises:
         UserError: it lists every difference that is not accepted.
     """
-    left, right = _flat(json.loads(json.dumps(saved))), _flat(json.loads(json.dumps(current)))
+    left, right = _flat_json(saved), _flat_json(current)
     if left.get("train.lr_schedule") == "cosine" and left.get("train.steps") != right.get("train.steps"):
         raise UserError(
             f"the learning rate of checkpoint {where} decays over train.steps={left['train.steps']}; with "
             f"train.steps={right['train.steps']} it would jump. Keep train.steps, or start over with --resume never"
         )
-    keys = [key for key in sorted({*left, *right}) if left.get(key) != right.get(key)]
+    keys = list(changed_keys(saved, current))
     changed = [key for key in keys if not _is_free(key)]
     lines = {key: f"{key}: {left.get(key)} in the checkpoint, {right.get(key)} now" for key in changed}
     data = [key for key in changed if key.startswith("data.")]
@@ -90,6 +90,16 @@ def check_same_recipe(
         if key in keys and not quiet:
             print(f"{key} changes from {left.get(key)} to {right.get(key)}")
     return [lines[key] for key in data]
+
+
+def changed_keys(saved: dict[str, Any], current: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> value in `saved` and in `current`, for each value that differs; None where a configuration lacks the key."""
+    left, right = _flat_json(saved), _flat_json(current)
+    return {key: (left.get(key), right.get(key)) for key in sorted({*left, *right}) if left.get(key) != right.get(key)}
+
+
+def _flat_json(config: dict[str, Any]) -> dict[str, Any]:
+    return _flat(json.loads(json.dumps(config)))
 
 
 def _is_free(key: str) -> bool:

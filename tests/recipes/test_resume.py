@@ -11,6 +11,7 @@ from conftest import adapter_metadata
 
 from recipes.cli import main
 from scfm_core.train.checkpoint import find_checkpoint, load_checkpoint
+from scfm_core.train.history import read_history
 from scfm_core.train.parse import dump_config
 
 
@@ -170,8 +171,8 @@ def test_every_start_exports_the_adapter_again(recipe, run_dir):
     final = path.read_bytes()
     path.write_bytes(b"stale")
     assert main(["train", str(recipe), "sample.guidance=2.0"]) == 0
-    assert len(path.read_bytes()) >= len(final) - 8
-    assert adapter_metadata(path)["guidance"] == 2.0
+    assert path.read_bytes() == final  # of the run's own settings; those of this command have no effect
+    assert adapter_metadata(path)["guidance"] == 3.5
 
 
 def test_a_missing_last_grid_is_made(recipe, run_dir):
@@ -179,3 +180,21 @@ def test_a_missing_last_grid_is_made(recipe, run_dir):
     assert main(["train", str(recipe), *words, "train.steps=8"]) == 0
     grids = sorted(path.name for path in (run_dir / "samples").glob("step_*.png"))
     assert grids == ["step_00000006.png", "step_00000008.png"]
+
+
+def test_the_record_of_a_finished_run_is_kept(recipe, run_dir, capsys):
+    before = (run_dir / "config.yaml").read_text()
+    assert main(["train", str(recipe), "train.lr=5e-2"]) == 0
+    text = capsys.readouterr().out
+    assert "nothing to do" in text and "train.lr: 0.001 in the run, 0.05 now" in text
+    assert (run_dir / "config.yaml").read_text() == before
+    assert main(["train", str(recipe), "train.steps=3"]) == 0
+    assert "has its 6 steps\n" in capsys.readouterr().out
+
+
+def test_the_history_names_settings_that_change_when_a_run_resumes(recipe, run_dir):
+    assert main(["train", str(recipe), "train.lr=5e-2", "train.steps=7"]) == 0
+    starts = [row for row in read_history(run_dir) if row["event"] == "start"]
+    assert "changed" not in starts[0]
+    assert starts[1]["changed"] == {"train.lr": [0.001, 0.05], "train.steps": [6, 7]}
+    assert "lr: 0.05" in (run_dir / "config.yaml").read_text()
