@@ -12,6 +12,7 @@ from scfm_core.distributed.world import launched_size
 from scfm_core.errors import UserError
 from scfm_core.kernels.fp8 import why_no_fp8
 from scfm_core.models.protocol import ModelFamily
+from scfm_core.text import count
 from scfm_core.train.config import RunConfig
 
 
@@ -142,7 +143,8 @@ def micro_batches(config: RunConfig, processes: int) -> MicroBatches:
 def describe_micro_batches(config: RunConfig, processes: int) -> str:
     """The micro-batches in words; why they are smaller than `train.micro_batch_size`, if they are."""
     found, maximum = micro_batches(config, processes), config.train.micro_batch_size
-    words = f"{found.size} sample{'s' * (found.size > 1)} x {found.number} a step on each of {processes} process{'es' * (processes > 1)}"
+    words = f"{count(found.size, 'sample')} x {found.number} a step"
+    words += f" on each of {processes} processes" if processes > 1 else ""
     if found.size == maximum:
         return words
     share = config.train.global_batch_size // processes

@@ -150,7 +150,11 @@ class RunState:
         # parse_config sets the defaults of keys that an earlier version did not have.
         saved = to_plain(parse_config(without_removed_keys(state["config"]), str(path)))
         changes = check_same_recipe(
-            saved, to_plain(self._config), path, data_may_change=data_may_change, quiet=not self._world.is_main
+            saved,
+            to_plain(self._config),
+            path,
+            data_may_change=data_may_change,
+            quiet=not self._world.is_main or state["step"] >= self._config.train.steps,
         )
         if state["base_fingerprint"] != network_fingerprint(self._model.family.folder):
             raise UserError(

@@ -68,6 +68,7 @@ class Trainer:
         self.data_error: UserError | None = None
         """Why there are no data for the next step; the same on every rank at the same step."""
         with self.world.together():
+            self._open_data()  # before the model is downloaded, which may take an hour
             self.family = build_family(config)
             kernels = choose_kernels(config, self.family, self.device)
         self.kernels: Kernels = self.world.from_main(kernels)  # rank 0 decides: measured times differ between GPUs
@@ -85,17 +86,18 @@ class Trainer:
                 checkpoint = load_checkpoint(resume, verify=False)
                 self.data_change = self.state.restore(checkpoint, data_may_change=data_may_change)
 
-    def _build(self) -> None:
+    def _open_data(self) -> None:
         config = self.config
-        prompts = validation_prompts(config.sample)
+        self._prompts = validation_prompts(config.sample)
         micro_batches(config, self.world.size)  # an error comes here, before the data are opened
         self.corpus = Corpus(config.data, with_paths=config.method.has_stored_paths)
-        self.corpus.order(
-            config.train.global_batch_size, config.run.seed
-        )  # an error if partitions do not divide the batch
+        self.corpus.order(config.train.global_batch_size, config.run.seed)  # checks that partitions divide the batch
+
+    def _build(self) -> None:
+        config = self.config
         if config.method.has_stored_paths:
             check_paths(config, self.family, self.corpus)
-        self.encoder = BatchEncoder(config, self.family, self.corpus, self.device, prompts)
+        self.encoder = BatchEncoder(config, self.family, self.corpus, self.device, self._prompts)
         layout = build_layout(config, self.world, self.device)
         self.model = build_model(config, self.family, self.device, kernels=self.kernels, layout=layout)
         self.engine = build_engine(config, self.model, layout, self.world)

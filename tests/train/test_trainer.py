@@ -836,3 +836,12 @@ def test_the_distance_to_the_teacher_is_stored_beside_the_grid(make_config, vari
 def test_a_run_from_scratch_has_no_teacher_to_compare_with(make_config):
     with pytest.raises(UserError, match=r"sample\.teacher_steps needs a teacher"):
         make_config({**VARIANTS["pretrain"], "sample.teacher_steps": 4})
+
+
+def test_missing_data_are_found_before_the_model_is_downloaded(make_config, monkeypatch):
+    def download(config):
+        raise AssertionError("the model was opened")
+
+    monkeypatch.setattr("scfm_core.train.trainer.build_family", download)
+    with pytest.raises(UserError, match="nowhere"):
+        Trainer(make_config({"data.path": "nowhere"}))
