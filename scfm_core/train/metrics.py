@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from scfm_core.distributed.world import World
 from scfm_core.errors import UserError
+from scfm_core.text import number
 from scfm_core.train.config import RunConfig, WandbConfig
 from scfm_core.train.parse import to_plain
 
@@ -203,9 +204,7 @@ class RunLog:
             row = {**row, "bad_samples": len(bad)}
         self._metrics.write(row)
         self._wandb.log(row)
-        self._bar.set_postfix(
-            loss=f"{row['loss']:.4f}", samples_per_s=f"{row['samples_per_second']:.1f}", refresh=False
-        )
+        self._bar.set_postfix(loss=number(row["loss"]), samples_per_s=number(row["samples_per_second"]), refresh=False)
         self._bar.update()
 
     def incident(self, incident: dict[str, Any]) -> None:
