@@ -6,7 +6,7 @@ import os
 import selectors
 import socket
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -112,11 +112,11 @@ class TestIncidentsFile:
         assert [(incident["event"], incident["step"]) for incident in incidents] == [("skip", n) for n in range(3)]
 
     def test_has_the_time(self, tmp_path):
-        before = datetime.now(timezone.utc).replace(microsecond=0)
+        before = datetime.now(UTC).replace(microsecond=0)
         IncidentsFile(tmp_path / "incidents.jsonl").write({"event": "rollback"})
         incident = json.loads((tmp_path / "incidents.jsonl").read_text())
         when = datetime.strptime(incident["time"], "%Y-%m-%dT%H:%M:%S%z")
-        assert before <= when <= datetime.now(timezone.utc)
+        assert before <= when <= datetime.now(UTC)
 
     def test_numbers_that_are_not_finite_are_null(self, tmp_path):
         IncidentsFile(tmp_path / "incidents.jsonl").write({"event": "skip", "loss": math.nan})
