@@ -5,11 +5,15 @@ Each file of `recipes/data/*.yaml` has one; `data=PATH` selects it.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
-from scfm_core.data.schema import Size
-from scfm_core.data.uri import refuse_uri
+from scfm_core.data.mds import INDEX
+from scfm_core.data.schema import MANIFEST, Size
+from scfm_core.data.uri import is_remote, join, refuse_uri
+
+Format = Literal["webdataset", "mds", "folder"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,8 +24,9 @@ class SourceConfig:
     """A unique name, for logs. It is part of the random key of the order: another name changes the order."""
     uri: str
     """Folder, `s3://bucket/prefix`, `https://...`; or the shards, with braces: `s3://bucket/{00000..00127}.tar`."""
-    format: Literal["webdataset", "mds", "folder"] = "webdataset"
-    """Tars in webdataset's layout, shards of mosaicml-streaming, or a folder of images with captions."""
+    format: Literal["auto"] | Format = "auto"
+    """Tars in webdataset's layout, shards of mosaicml-streaming, or a folder of images with captions. `auto`: what the folder
+    contains; tars, if it is an address."""
     manifest: str | None = None
     """Path or address of `manifest.json`, if it is not beside the shards (`scfm data index` makes one)."""
     split: str | None = None
@@ -51,6 +56,21 @@ class SourceConfig:
         if not self.image:
             raise ValueError(f"{where}: image needs the name of at least one field, for example [jpg]")
 
+    def with_format(self) -> "SourceConfig":
+        """The source, with its format in place of `auto`. It looks at the folder, but asks no network."""
+        if self.format != "auto":
+            return self
+        place = self.uri if self.split is None else join(self.uri, self.split)
+        return replace(self, format="webdataset" if is_remote(place) else format_of(Path(place).expanduser()))
+
+
+def format_of(path: Path) -> Format:
+    """Format of a data set on this machine: `mds` with an `index.json`, `folder` for a folder without tars and manifest."""
+    if (path / INDEX).is_file():
+        return "mds"
+    has_shards = (path / MANIFEST).is_file() or any(path.glob("*.tar"))
+    return "folder" if path.is_dir() and not has_shards else "webdataset"
+
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig:
@@ -76,8 +96,8 @@ class DataConfig:
 
     path: str | None = None
     """Folder of shards with `manifest.json`, or of images with captions."""
-    format: Literal["webdataset", "mds", "folder"] = "webdataset"
-    """Of `path`. `webdataset` and `mds` are shards; `folder` is a folder of images."""
+    format: Literal["auto"] | Format = "auto"
+    """Of `path`. `webdataset` and `mds` are shards; `folder` is a folder of images; `auto`: what the folder contains."""
     sources: tuple[SourceConfig, ...] = ()
     """The mixture."""
     resolution: tuple[int, int] = (512, 512)
@@ -145,10 +165,10 @@ class DataConfig:
             raise ValueError("data.sources: give every source a weight, or none of them")
 
     def mixture(self) -> tuple[SourceConfig, ...]:
-        """The sources; `path` becomes one."""
+        """The sources, each with its format; `path` becomes one."""
         if self.path is None:
-            return self.sources
-        return (SourceConfig(name="data", uri=self.path, format=self.format),)
+            return tuple(source.with_format() for source in self.sources)
+        return (SourceConfig(name="data", uri=self.path, format=self.format).with_format(),)
 
     def sizes(self) -> tuple[Size, ...]:
         """Every size that a batch may have: height and width in pixels."""

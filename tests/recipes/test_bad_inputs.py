@@ -121,25 +121,25 @@ def missing_data(recipe, tiny, tmp_path):
 
 
 def images_instead_of_cache(recipe, tiny, tmp_path):
-    return train(recipe, f"data.path={tiny / 'digits'}"), "For a folder of plain images set data.format=folder"
+    return train(recipe, "data.format=webdataset", f"data.path={tiny / 'digits'}"), "there is no manifest.json in"
 
 
 def empty_data(recipe, tiny, tmp_path):
     (tmp_path / "empty").mkdir()
-    return train(recipe, "data.format=folder", f"data.path={tmp_path / 'empty'}"), "has no images (.png"
+    return train(recipe, f"data.path={tmp_path / 'empty'}"), "has no images (.png"
 
 
 def image_without_caption(recipe, tiny, tmp_path):
     folder = copy(tiny, tmp_path, "digits")
     shutil.copy(folder / "0000.png", folder / "extra.png")
-    return train(recipe, "data.format=folder", f"data.path={folder}"), "Put the caption into 'extra.txt'"
+    return train(recipe, f"data.path={folder}"), "Put the caption into 'extra.txt'"
 
 
 def corrupt_image(recipe, tiny, tmp_path):
     folder = copy(tiny, tmp_path, "digits")
     for path in folder.glob("*.png"):
         path.write_bytes(b"not a picture")
-    return train(recipe, "data.format=folder", f"data.path={folder}"), ".png is not a readable image"
+    return train(recipe, f"data.path={folder}"), ".png is not a readable image"
 
 
 def corrupt_image_in_a_worker(recipe, tiny, tmp_path):

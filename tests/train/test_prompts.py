@@ -29,7 +29,9 @@ def test_an_existing_file_is_read(name, tmp_path, monkeypatch):
 )
 def test_a_missing_file_is_no_prompt(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="sample.prompts: the prompt file .* cannot be read .*one prompt on each line"):
+    with pytest.raises(
+        UserError, match=r"sample\.prompts: the prompt file .* cannot be read .*one prompt on each line"
+    ):
         read_prompts(name, "sample.prompts")
 
 
