@@ -172,11 +172,19 @@ class TestWandb:
         log.close()
         assert list(tmp_path.iterdir()) == []
 
-    @pytest.mark.parametrize("mode", ["auto", "online", "offline"])
+    @pytest.mark.parametrize("mode", ["online", "offline"])
     def test_not_installed(self, tmp_path, monkeypatch, mode):
         monkeypatch.setitem(sys.modules, "wandb", None)
-        with pytest.raises(UserError, match=r"`pip install wandb`, or set wandb\.mode=disabled"):
+        with pytest.raises(
+            UserError, match=rf"^wandb\.mode={mode} .*pip install 'scfm\[wandb\]', or set wandb\.mode=disabled"
+        ):
             WandbLog(WandbConfig(mode=mode), tmp_path, {})
+
+    def test_auto_needs_no_wandb(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.setitem(sys.modules, "wandb", None)
+        WandbLog(WandbConfig(mode="auto"), tmp_path, {}).log(row(1))
+        assert capsys.readouterr().out.startswith("nothing is logged to W&B: ")
+        assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.parametrize("mode", ["online", "offline"])
     def test_mode_is_what_the_configuration_says(self, wandb, tmp_path, monkeypatch, mode):
