@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from scfm_core.data.folder import image_size
 from scfm_core.data.mds import INDEX, MdsIndex, MdsShard
@@ -152,7 +152,8 @@ class _Reader:
             raise UserError(
                 f"data: {source.uri} is a folder of images, which does not need a manifest; only shards have one"
             )
-        self.source, self.timeout, self.format = source, timeout, source.format
+        self.source, self.timeout = source, timeout
+        self.format: Literal["webdataset", "mds"] = "mds" if source.format == "mds" else "webdataset"
         self.base, wanted = _base(source)
         self.mds: MdsIndex | None = None
         if source.format == "mds":

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from scfm_core.errors import missing_extra
 from scfm_core.models.protocol import zero_modulation
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -28,9 +29,8 @@ def caption(digit: int) -> str:
 def write_digits(folder: Path, count: int | None = None, size: int = SIZE) -> None:
     """The digits as PNG files of `size` pixels with `metadata.jsonl`; 8 is that of the scans."""
     from PIL import Image
-    from sklearn.datasets import load_digits
 
-    digits = load_digits()
+    digits = _load_digits()
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for number, (pixels, label) in enumerate(zip(digits.images[:count], digits.target[:count], strict=True)):
@@ -43,12 +43,18 @@ def write_digits(folder: Path, count: int | None = None, size: int = SIZE) -> No
 
 def load_digit_images() -> tuple[Tensor, Tensor]:
     """All digits as the VAE sees them, fp32 [1797, 3, SIZE, SIZE] in [-1, 1], and their labels, int64 [1797]."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
+    digits = _load_digits()
     images = torch.from_numpy(digits.images).float()[:, None] / 8 - 1
     images = F.interpolate(images, size=(SIZE, SIZE), mode="bicubic", align_corners=False).clamp(-1, 1)
     return images.expand(-1, 3, -1, -1).contiguous(), torch.from_numpy(digits.target).long()
+
+
+def _load_digits() -> Any:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise missing_extra("the handwritten digits", "demo", error) from error
+    return load_digits()
 
 
 def write_pipeline(folder: Path, *, vae_steps: int | None, seed: int = 0) -> None:

@@ -12,6 +12,21 @@ class UserError(ValueError):
     """Whether every process of the run raises this same message: then rank 0 alone prints it."""
 
 
+def missing_extra(purpose: str, extra: str, error: ImportError, otherwise: str = "") -> UserError:
+    """The error of an optional package that cannot be imported.
+
+    Args:
+        purpose: what needs the package.
+        extra: the extra of scfm, in pyproject.toml, that installs it.
+        error: of the import.
+        otherwise: how to do without, as `set wandb.mode=disabled`.
+    """
+    choice = f", or {otherwise}" if otherwise else ""
+    return UserError(
+        f"{purpose} needs a package that cannot be imported ({error}): pip install 'scfm[{extra}]'{choice}"
+    )
+
+
 def agreed_error(message: str) -> UserError:
     """An error that every process of the run raises with the same message."""
     error = UserError(message)

@@ -5,6 +5,7 @@ only HTML or the web; none checks commands.
 """
 
 import contextlib
+import dataclasses
 import functools
 import importlib.util
 import io
@@ -18,7 +19,7 @@ from typing import NamedTuple
 import pytest
 import yaml
 
-from recipes import cli
+from recipes import cli, config_docs
 from scfm_core import __version__
 from scfm_core.errors import UserError
 from scfm_core.train.parse import find_recipe, load_config
@@ -266,6 +267,22 @@ def test_every_shipped_recipe_is_on_the_page_of_recipes():
     code = set(inline_code(read(ROOT / "docs" / "recipes.md").prose))
     shipped = {path.stem for folder in ("configs", "data") for path in (ROOT / "recipes" / folder).rglob("*.yaml")}
     assert shipped <= code
+
+
+def test_the_page_of_settings_is_made_from_their_docstrings():
+    assert config_docs.PAGE.read_text(encoding="utf-8") == config_docs.page(), "run `python -m recipes.config_docs`"
+
+
+def test_a_setting_without_a_docstring_is_an_error():
+    with pytest.raises(ValueError, match=r"Documented\.undocumented has no docstring"):
+        config_docs.key_texts(Documented)
+
+
+@dataclasses.dataclass
+class Documented:
+    documented: int
+    """A text."""
+    undocumented: int
 
 
 def test_the_tour_names_files_that_exist():

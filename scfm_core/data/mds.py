@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from scfm_core.data.schema import BadData, Manifest, ShardEntry, Size, refuse_outside, runs_of
-from scfm_core.errors import UserError
+from scfm_core.errors import UserError, missing_extra
 
 INDEX = "index.json"
 _KEY = "__key__"
@@ -27,7 +27,7 @@ def _library() -> Any:
         from streaming.base import compression
         from streaming.base.format.mds import reader, writer
     except ImportError as error:
-        raise UserError("MDS needs mosaicml-streaming: pip install 'scfm[mds]'") from error
+        raise missing_extra("data: the format MDS", "mds", error) from error
     return reader.MDSReader, writer.MDSWriter, compression.decompress
 
 

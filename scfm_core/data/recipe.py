@@ -5,11 +5,15 @@ Each file of `recipes/data/*.yaml` has one; `data=PATH` selects it.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
-from scfm_core.data.schema import Size
-from scfm_core.data.uri import refuse_uri
+from scfm_core.data.mds import INDEX
+from scfm_core.data.schema import MANIFEST, Size
+from scfm_core.data.uri import is_remote, join, refuse_uri
+
+Format = Literal["webdataset", "mds", "folder"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,14 +24,15 @@ class SourceConfig:
     """A unique name, for logs. It is part of the random key of the order: another name changes the order."""
     uri: str
     """Folder, `s3://bucket/prefix`, `https://...`; or the shards, with braces: `s3://bucket/{00000..00127}.tar`."""
-    format: Literal["webdataset", "mds", "folder"] = "webdataset"
-    """Tars in webdataset's layout, shards of mosaicml-streaming, or a folder of images with captions."""
+    format: Literal["auto", "webdataset", "mds", "folder"] = "auto"
+    """Tars in webdataset's layout, shards of mosaicml-streaming, or a folder of images with captions. `auto`: what the folder
+    contains; tars, if it is an address."""
     manifest: str | None = None
     """Path or address of `manifest.json`, if it is not beside the shards (`scfm data index` makes one)."""
     split: str | None = None
     """Subfolder of `uri`."""
     weight: float | None = None
-    """Share of the mixture, relative to the weights of the other sources. None: in proportion to the number of
+    """Share of the mixture, relative to the weights of the other sources. none: in proportion to the number of
     samples."""
     image: tuple[str, ...] = ("jpg", "jpeg", "png", "webp", "bmp", "image")
     """Of images: names of the field that has the image. The first one that a sample has is used."""
@@ -51,6 +56,21 @@ class SourceConfig:
         if not self.image:
             raise ValueError(f"{where}: image needs the name of at least one field, for example [jpg]")
 
+    def with_format(self) -> "SourceConfig":
+        """The source, with its format in place of `auto`. It looks at the folder, but asks no network."""
+        if self.format != "auto":
+            return self
+        place = self.uri if self.split is None else join(self.uri, self.split)
+        return replace(self, format="webdataset" if is_remote(place) else format_of(Path(place).expanduser()))
+
+
+def format_of(path: Path) -> Format:
+    """Format of a data set on this machine: `mds` with an `index.json`, `folder` for a folder without tars and manifest."""
+    if (path / INDEX).is_file():
+        return "mds"
+    has_shards = (path / MANIFEST).is_file() or any(path.glob("*.tar"))
+    return "folder" if path.is_dir() and not has_shards else "webdataset"
+
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig:
@@ -59,7 +79,7 @@ class CacheConfig:
     dir: str = "~/.cache/scfm/shards"
     """A folder on a local disk."""
     limit_gb: float | None = None
-    """Size in 10^9 bytes. Above it the least recently used copies are deleted. None: no limit."""
+    """Size of the cache in 10^9 bytes. Above it the least recently used copies are deleted. none: no limit."""
     timeout: float = 300.0
     """Seconds for the download of one shard, with all retries and the pauses between them."""
 
@@ -76,10 +96,10 @@ class DataConfig:
 
     path: str | None = None
     """Folder of shards with `manifest.json`, or of images with captions."""
-    format: Literal["webdataset", "mds", "folder"] = "webdataset"
-    """Of `path`. `webdataset` and `mds` are shards; `folder` is a folder of images."""
+    format: Literal["auto", "webdataset", "mds", "folder"] = "auto"
+    """Format of `path`: `webdataset` and `mds` are shards; `folder` is a folder of images; `auto`: what the folder contains."""
     sources: tuple[SourceConfig, ...] = ()
-    """The mixture."""
+    """Several data sets, mixed by weight."""
     resolution: tuple[int, int] = (512, 512)
     """Height and width in pixels. With aspect-ratio buckets: the one whose area no other exceeds."""
     buckets: Literal["none", "auto"] | tuple[tuple[int, int], ...] = "none"
@@ -87,9 +107,9 @@ class DataConfig:
     are multiples of `bucket_step`, at most 2:1), or a list such as [[512, 512], [448, 576]]. A global batch has one
     size."""
     bucket_step: int = 64
-    """With `buckets: auto`, in pixels."""
+    """With `buckets: auto`: the sides of all sizes are multiples of it, in pixels."""
     shuffle: bool = True
-    """A new order in every epoch. False: always the order of the shards."""
+    """A new order in every epoch. false: always the order of the shards."""
     shuffle_block: int = 20_000
     """Number of samples that are shuffled together, after the shards were shuffled. A larger block reads more shards at
     a time."""
@@ -97,9 +117,9 @@ class DataConfig:
     """Parts of an epoch, each with its own shards. Every global batch takes equal shares of all parts. Set it to the number
     of machines or a multiple of it: each machine then downloads only its share. It must divide the global batch."""
     epoch_size: int | None = None
-    """Samples of an epoch. None: the number of samples of all sources."""
+    """Samples of an epoch. none: the number of samples of all sources."""
     seed: int | None = None
-    """Of the order. None: `run.seed`."""
+    """Seed of the order. none: `run.seed`."""
     max_bad_fraction: float = 0.0
     """Tolerated share of invalid samples. Each is replaced by another sample and logged. A larger share stops the
     run."""
@@ -109,6 +129,7 @@ class DataConfig:
     verify: bool = True
     """Hash every shard when it is first opened, and compare with the manifest (about 1 GB/s)."""
     cache: CacheConfig = field(default_factory=CacheConfig)
+    """Local copies of remote shards."""
 
     def __post_init__(self) -> None:
         self._check_sources()
@@ -145,10 +166,10 @@ class DataConfig:
             raise ValueError("data.sources: give every source a weight, or none of them")
 
     def mixture(self) -> tuple[SourceConfig, ...]:
-        """The sources; `path` becomes one."""
+        """The sources, each with its format; `path` becomes one."""
         if self.path is None:
-            return self.sources
-        return (SourceConfig(name="data", uri=self.path, format=self.format),)
+            return tuple(source.with_format() for source in self.sources)
+        return (SourceConfig(name="data", uri=self.path, format=self.format).with_format(),)
 
     def sizes(self) -> tuple[Size, ...]:
         """Every size that a batch may have: height and width in pixels."""

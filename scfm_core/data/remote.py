@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from scfm_core.data.uri import SCHEMES
-from scfm_core.errors import UserError
+from scfm_core.errors import UserError, missing_extra
 from scfm_core.secrets import scrub
 
 # Timeouts of one attempt, far below any deadline. Without a byte for _STALL_SECONDS the connection counts as dead.
@@ -93,7 +93,7 @@ def _filesystem(uri: str, left: float) -> tuple[Any, str]:
             options = {"client_kwargs": {"timeout": timeout}}
         filesystem, path = fsspec.core.url_to_fs(uri, **options)
     except ImportError as error:
-        raise UserError(f"data: {uri} needs another package: {SCHEMES[scheme]}") from error
+        raise missing_extra(f"data: {uri}", SCHEMES[scheme], error) from error
     if scheme == "s3":
         filesystem.retries = 1  # `_retry` does the retries; without this both would
     return filesystem, str(path)

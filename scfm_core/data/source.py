@@ -4,7 +4,7 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from safetensors import SafetensorError
 from safetensors.torch import load
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from scfm_core.data.cache import ShardCache
 from scfm_core.data.mds import INDEX, MdsIndex, MdsShard
-from scfm_core.data.recipe import SourceConfig
+from scfm_core.data.recipe import Format, SourceConfig, format_of
 from scfm_core.data.remote import read
 from scfm_core.data.schema import MANIFEST, BadData, Manifest, ShardEntry
 from scfm_core.data.uri import expand, is_remote, join, parent
@@ -168,6 +168,7 @@ def open_source(config: SourceConfig, cache: ShardCache | None, timeout: float) 
     Raises:
         UserError: if the manifest is missing or damaged, or does not list the shards that `uri` names.
     """
+    config = config.with_format()
     uri = config.uri if is_remote(config.uri) else str(Path(config.uri).expanduser())
     names_shards = "{" in uri or uri.endswith(".tar")
     if names_shards and config.split is not None:
@@ -241,7 +242,7 @@ def _read_required(where: str, config: SourceConfig, timeout: float) -> bytes:
         name = where.rpartition("/")[2]
         advice = (
             f"If `scfm data encode` made the shards, it did not finish: run it again. For tars of other tools run `scfm data "
-            f"index {config.uri!r}`. For a folder of plain images set data.format=folder"
+            f"index {config.uri!r}`. A folder of plain images must contain no tars"
         )
         raise UserError(
             f"data: there is no {name} in {folder}. "
@@ -280,16 +281,11 @@ def _read_padding(where: str, sha256: str, timeout: float) -> Tensor:
     return tensor
 
 
-def guess_format(uri: str) -> Literal["webdataset", "mds", "folder"]:
-    """Format of a data set: `mds` with an `index.json`, `webdataset` with tars or a manifest, else `folder`."""
-    if uri.endswith(".tar"):
-        return "webdataset"
-    if is_remote(uri):
+def guess_format(uri: str) -> Format:
+    """Format of a data set, for an address too, whose `index.json` is asked for."""
+    if is_remote(uri) and not uri.endswith(".tar"):
         return "mds" if read_optional(join(uri, INDEX), 60.0) is not None else "webdataset"
-    folder = Path(uri).expanduser()
-    if (folder / INDEX).is_file():
-        return "mds"
-    return "webdataset" if (folder / MANIFEST).is_file() or any(folder.glob("*.tar")) else "folder"
+    return "webdataset" if uri.endswith(".tar") else format_of(Path(uri).expanduser())
 
 
 def json_value(content: bytes, path: list[str]) -> Any:

@@ -6,15 +6,8 @@ from urllib.parse import urlsplit
 
 from scfm_core.errors import UserError
 
-# scheme -> the package that fsspec needs for it
-SCHEMES = {
-    "s3": "pip install 'scfm[s3]'",
-    "https": "pip install aiohttp",
-    "http": "pip install aiohttp",
-    "gs": "pip install gcsfs",
-    "abfs": "pip install adlfs",
-    "az": "pip install adlfs",
-}
+# scheme -> the extra with the package that fsspec needs for it
+SCHEMES = {"s3": "s3", "https": "http", "http": "http", "gs": "gcs", "abfs": "azure", "az": "azure"}
 _MAX_SHARDS, _MAX_BRACES = 1_000_000, 16
 
 

@@ -29,7 +29,7 @@ from scfm_core.distributed.deepspeed_internals import (
 from scfm_core.distributed.engine import Engine, Layout, OptimizerConfig, Parameters, Slot
 from scfm_core.distributed.reader import DCP_FOLDER
 from scfm_core.distributed.world import World
-from scfm_core.errors import UserError
+from scfm_core.errors import missing_extra
 
 
 def import_deepspeed(device: torch.device) -> ModuleType:
@@ -42,10 +42,7 @@ def import_deepspeed(device: torch.device) -> ModuleType:
     try:
         import deepspeed
     except ImportError as error:
-        raise UserError(
-            f"engine.name=deepspeed needs DeepSpeed, which cannot be imported ({error}). "
-            f"Install it with: pip install 'scfm[deepspeed]', or set engine.name=fsdp2"
-        ) from error
+        raise missing_extra("engine.name=deepspeed", "deepspeed", error, "set engine.name=fsdp2") from error
     deepspeed.utils.logger.setLevel(logging.WARNING)
     disable_shared_memory_op(deepspeed)
     return deepspeed  # type: ignore[no-any-return]

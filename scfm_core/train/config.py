@@ -147,7 +147,7 @@ class SampleConfig:
     every: int = 250
     """Steps between validation grids; 0: none."""
     prompts: str | tuple[str, ...] = ()
-    """Prompts of the grid: a list, or a text file with one prompt on each line."""
+    """Prompts of the grid: a list, a text file with one prompt on each line, or one prompt."""
     steps: tuple[int, ...] = (1, 2, 3, 4, 8)
     """Step counts; the grid has one row for each."""
     seed: int = 1234
@@ -183,7 +183,7 @@ class EvaluateConfig:
     """Number of images for each measurement. Their prompts are captions of the data; from local data they are taken at 64
     evenly spaced positions."""
     prompts: str | None = None
-    """Text file with one prompt on each line, in place of the data's captions."""
+    """Text file with one prompt on each line, or captions in COCO's JSON format, in place of the data's captions."""
     batch_size: int = 8
     """Images of one forward pass."""
     keep: str | None = None
@@ -210,7 +210,7 @@ class WandbConfig:
     """Weights & Biases."""
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """`auto`: online with a key in WANDB_API_KEY or ~/.netrc, else offline."""
+    """`auto`: online with a key in WANDB_API_KEY or ~/.netrc, else offline; disabled if wandb is not installed."""
     project: str = "scfm"
     """Name of the project."""
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scfm_core.errors import UserError
+from scfm_core.errors import UserError, missing_extra
 from scfm_core.train.config import EvaluateConfig
 
 Features = Callable[[Tensor], Tensor]
@@ -71,11 +71,10 @@ def load_features(config: EvaluateConfig, device: torch.device) -> Features:
 
 
 def _inception(path: Path | None, device: torch.device) -> Features:
-    missing = "evaluate.features=inception needs torchmetrics and torch-fidelity: pip install 'scfm[evaluate]'"
     try:
         from torchmetrics.image.fid import NoTrainInceptionV3
     except ImportError as error:
-        raise UserError(missing) from error
+        raise missing_extra("evaluate.features=inception", "evaluate", error) from error
     if path is None or not path.is_file():
         raise UserError(
             "evaluate.features_path must name Inception's weights, https://github.com/toshas/torch-fidelity/releases/"
@@ -93,7 +92,7 @@ def _inception(path: Path | None, device: torch.device) -> Features:
             name="inception-v3-compat", features_list=["2048"], feature_extractor_weights_path=str(path)
         )
     except ImportError as error:
-        raise UserError(missing) from error
+        raise missing_extra("evaluate.features=inception", "evaluate", error) from error
     except (RuntimeError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"evaluate.features_path: {path} does not hold Inception's weights ({error})") from error
     network = network.to(device).eval()

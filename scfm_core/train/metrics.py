@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from scfm_core.distributed.world import World
-from scfm_core.errors import UserError
+from scfm_core.errors import UserError, missing_extra
 from scfm_core.text import number
 from scfm_core.train.config import RunConfig, WandbConfig
 from scfm_core.train.parse import to_plain
@@ -76,7 +76,11 @@ class WandbLog:
         try:
             import wandb
         except ImportError as error:
-            raise UserError("wandb is not installed: `pip install wandb`, or set wandb.mode=disabled") from error
+            problem = missing_extra(f"wandb.mode={config.mode}", "wandb", error, "set wandb.mode=disabled")
+            if config.mode != "auto":
+                raise problem from error
+            print(f"nothing is logged to W&B: {problem}")
+            return
         identifier = run_dir / "wandb_id"
         if not identifier.is_file():
             identifier.write_text(uuid.uuid4().hex)

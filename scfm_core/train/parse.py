@@ -1,11 +1,12 @@
-"""Configurations from YAML and overrides, and back to YAML; unknown keys are errors."""
+"""Configurations from YAML and overrides, and back to YAML. All mistakes are reported at once."""
 
 import dataclasses
 import difflib
+import functools
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from scfm_core.data.source import guess_format
 from scfm_core.data.uri import is_remote
 from scfm_core.errors import UserError
 from scfm_core.train.config import RunConfig
+from scfm_core.train.draft import COMMAND_LINE, Draft, Keys
+from scfm_core.train.keys import all_keys, dataclass_in, hints_of, nearest_keys
 from scfm_core.train.rules import broken_rules
 
 _REMOVED_KEYS = (("model", "family"),)
@@ -33,15 +36,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, stored: bool
         stored: the file is the stored configuration of a run, maybe of an earlier version.
 
     Raises:
-        UserError: it names the key, what is wrong, and the nearest existing key.
+        UserError: it lists every mistake, with the file and line, or that it is on the command line, and the nearest existing key.
     """
-    tree = _read_section_files(_read_yaml(find_recipe(path)))
+    return check_run(read_draft(path, overrides, stored=stored))
+
+
+def read_draft(path: str | Path, overrides: Sequence[str] = (), *, stored: bool = False) -> Draft:
+    """The plain values of a recipe with overrides, and where each came from; arguments and errors as `load_config`."""
+    draft = Draft.read(find_recipe(path))
     if stored:
-        tree = without_removed_keys(tree)
+        draft.tree = without_removed_keys(draft.tree)
     for override in overrides:
-        _apply_override(tree, override)
-        _read_section_files(tree)
-    return parse_config(tree, source=str(path))
+        draft.override(override)
+    return draft
 
 
 def without_removed_keys(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,22 +73,25 @@ def load_data_config(source: str, overrides: Sequence[str], changes: Mapping[str
         UserError: as in `load_config`.
     """
     if source.endswith((".yaml", ".yml")):
-        tree = _read_section_files({"data": source})
+        draft = Draft({"data": source}, COMMAND_LINE)
+        draft.read_section_file("data")
+        draft.place = f"in {source}"
     else:
         name = Path(source.rstrip("/")).name.partition(".")[0]
         known = {"name": re.sub(r"[^\w.-]", "_", name) or "data", "uri": source, "format": guess_format(source)}
-        tree = {"data": {"sources": [known], "num_workers": 0}}
-    tree["data"] |= changes
+        draft = Draft({"data": {"sources": [known], "num_workers": 0}}, COMMAND_LINE)
+    draft.tree.get("data", {}).update(changes)
     for override in overrides:
-        if not override.startswith("data."):
-            raise UserError(f"override {override!r} is not of the form data.key=value")
-        _apply_override(tree, override)
-    _check_keys(_DataOnly, tree, "", source)
-    try:
-        return TypeAdapter(_DataOnly).validate_python(_translate_none(_DataOnly, tree)).data
-    except ValidationError as error:
-        lines = dict.fromkeys(_explain_error(item) for item in error.errors())
-        raise UserError(f"{source} is not a valid data recipe:\n" + "\n".join(lines)) from None
+        key = override.partition("=")[0]
+        if key.startswith("data."):
+            draft.override(override)
+        else:
+            meant = f"; did you mean data.{override}?" if f"data.{key}" in all_keys() else ""
+            draft.mistakes.append(f"{COMMAND_LINE}: override {override!r} is not of the form data.key=value{meant}")
+    found = _build(_DataOnly, draft)
+    raise_mistakes(draft.mistakes)
+    assert found is not None
+    return found.data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,55 +99,128 @@ class _DataOnly:
     data: DataConfig
 
 
-def _read_section_files(tree: dict[str, Any]) -> dict[str, Any]:
-    """Read sections that are given as the name of a file: `data: recipes/data/digits.yaml`."""
-    shipped = Path(__file__).parents[2] / "recipes" / "data"
-    for section, value in tree.items():
-        if isinstance(value, str) and value.endswith((".yaml", ".yml")):
-            path = next((p for p in (Path(value), shipped / value) if p.is_file()), None)
-            if path is None:
-                known = f". Shipped data recipes: {', '.join(sorted(p.name for p in shipped.glob('*.yaml')))}"
-                raise UserError(f"{section}: there is no file {value!r}{known if section == 'data' else ''}")
-            tree[section] = _read_yaml(path)
-    return tree
-
-
 def parse_config(tree: Mapping[str, Any], source: str) -> RunConfig:
     """Build the typed configuration from plain values; UserError as in `load_config`."""
-    _check_keys(RunConfig, tree, "", source)
-    try:
-        config = TypeAdapter(RunConfig).validate_python(_translate_none(RunConfig, tree))
-        lines = [f"  {rule}" for rule in broken_rules(config)]
-    except ValidationError as error:
-        lines = list(dict.fromkeys(_explain_error(item) for item in error.errors()))
-    if lines:  # not raised in `except`: pydantic's error prints the input, where an address may contain a password
-        raise UserError(f"{source} is not a valid configuration:\n" + "\n".join(lines))
+    return check_run(Draft(tree, f"in {source}"))
+
+
+def check_run(draft: Draft) -> RunConfig:
+    """The typed configuration of a draft, checked with all rules; UserError as in `load_config`."""
+    config = _build(RunConfig, draft)
+    if config is not None:
+        for rule in broken_rules(config):
+            keys = _keys_in(rule)
+            if not any(_related(each, draft.refused) for each in keys):
+                draft.mistakes.append(f"{_place_of(keys, draft)}: {rule}")
+    raise_mistakes(draft.mistakes)
+    assert config is not None
     return config
 
 
-def _explain_error(item: Any) -> str:
-    """One of pydantic's errors as a line: the key, the expected value, the given value."""
+def _build(cls: Any, draft: Draft) -> Any:
+    """The typed values of a draft; None if that is impossible. Adds every mistake to the draft.
+
+    The check of a section ends at its first mistake. So a wrong value is removed from the draft, and the rest is checked
+    again. What the removal itself causes is not reported.
+    """
+    draft.tree = _known_keys_of(cls, draft.tree, (), draft)
+    while True:
+        try:
+            return _adapter(cls).validate_python(_translate(cls, draft.tree))
+        except ValidationError as error:
+            # Not the error itself: it prints the input, where an address may contain a password.
+            found = _merge([_explain_error(item) for item in error.errors()])
+        found = [(keys, message) for keys, message in found if not any(_related(key, draft.refused) for key in keys)]
+        for keys, message in found:
+            draft.mistakes.append(f"{_place_of(keys, draft)}: {message}")
+        for keys, _ in found:
+            for key in keys:
+                draft.drop(key)
+        if not found and not _fill_required(cls, draft):
+            return None
+
+
+def _fill_required(cls: Any, draft: Draft) -> bool:
+    """Give required keys that are missing or were wrong any value, so that the rest can be checked; whether there were some."""
+    filled = False
+    for section, key in (("run", "dir"), ("model", "path"), ("data", "path")):
+        keys = draft.tree.setdefault(section, {}) if section in hints_of(cls) else None
+        if isinstance(keys, dict) and key not in keys and "sources" not in keys:
+            keys[key] = "."
+            filled = True
+    return filled
+
+
+def _merge(errors: Sequence[tuple[tuple[Keys, ...], str]]) -> list[tuple[tuple[Keys, ...], str]]:
+    """Make one error of those for the members of a union: `must be a valid number or 'dynamic' (got 'x')`."""
+    merged: dict[tuple[Keys, ...], str] = {}
+    for keys, message in dict.fromkeys(errors):
+        earlier, _, got = merged.get(keys, "").partition(" (got")
+        if ": must be " in earlier and ": must be " in message:
+            merged[keys] = f"{earlier} or {message.partition(': must be ')[2].partition(' (got')[0]} (got{got}"
+        else:
+            merged[keys] = message
+    containers = {keys[0][:length] for keys in merged for length in range(2, len(keys[0]))}
+    return [(keys, message) for keys, message in merged.items() if keys[0] not in containers]
+
+
+def raise_mistakes(mistakes: Sequence[str]) -> None:
+    """Raise all mistakes as one UserError, if there are any."""
+    lines = list(dict.fromkeys(mistakes))
+    if len(lines) == 1:
+        raise UserError(lines[0])
+    if lines:
+        raise UserError(f"{len(lines)} mistakes in the configuration:\n  " + "\n  ".join(lines))
+
+
+def _related(keys: Keys, others: Collection[Keys]) -> bool:
+    """Whether a value is one of the others, contains one, or is in one."""
+    return any(keys[: len(other)] == other[: len(keys)] for other in others)
+
+
+def _place_of(keys: Sequence[Keys], draft: Draft) -> str:
+    """Where to mend a mistake that these values make together: the command line, else a file."""
+    places = [place for each in keys if (place := draft.where(each))]
+    return next((place for place in places if place == COMMAND_LINE), places[0] if places else draft.place)
+
+
+def _explain_error(item: Any) -> tuple[tuple[Keys, ...], str]:
+    """One of pydantic's errors: the values that it is about, and a message with key, expected value and given value."""
     # Some parts of pydantic's location, such as members of a union, are not keys.
     parts = [
         str(part) for part in item["loc"] if not str(part).endswith("]") and str(part) not in ("float", "int", "str")
     ]
-    message, got = item["msg"].removeprefix("Value error, "), f" (got {item['input']!r})"
+    message, given = item["msg"].removeprefix("Value error, "), item["input"]
+    got = (
+        "" if any(sign in str(given) for sign in ("://", "@")) else f" (got {given!r})"
+    )  # an address may contain a password
     if item["type"] == "missing" and parts[-1] in ("0", "1"):
         parts.pop()
-        message = "needs a list of two, such as [512, 512]"
+        message = "needs two values, such as [512,512]"
     elif item["type"] == "tuple_type":
-        message = "needs a list in brackets, such as [1, 2]"
+        message = "needs a list, such as [1,2]"
     elif item["type"] == "dataclass_type":
         section = ".".join(parts)
-        message = f"is a section: set its keys, such as {section}.{_keys_of(section)[0]}=..."
-    elif item["type"] in ("missing", "value_error"):
+        first, *others = _keys_of(section)
+        value = given if got and (not others or section in ("run", "model", "data")) else "..."
+        message = f"is a section: set its keys, such as {section}.{first}={value}"
+    elif item["type"] == "missing":
+        message, got = "is required", ""
+    elif item["type"] == "value_error":
         got = ""
-    if "://" in got or "@" in got:
-        got = ""  # an address, which may contain a password
-    where = ".".join(parts)
+    message = message.partition(", unable to parse")[0].replace("Input should be", "must be")
+    where, keys = ".".join(parts), _keys_in(message)
+    if not keys or any(part.isdigit() for part in parts):
+        keys = (tuple(parts), *keys)
     if not where or message.startswith(f"{parts[0]}."):  # messages of our own checks begin with the key
-        return f"  {message}{got}"
-    return f"  {where}: {message}{got}"
+        return keys, f"{message}{got}"
+    return keys, f"{where}: {message}{got}"
+
+
+def _keys_in(message: str) -> tuple[Keys, ...]:
+    """The keys that a message names."""
+    found = re.findall(r"\b[a-z_]+(?:\.[a-z_]+)+", message)
+    return tuple(dict.fromkeys(tuple(name.split(".")) for name in found if name in all_keys()))
 
 
 def _keys_of(section: str) -> list[str]:
@@ -145,8 +228,8 @@ def _keys_of(section: str) -> list[str]:
     cls: Any = RunConfig
     for part in section.split("."):
         if not part.isdigit():
-            cls = _dataclass_in(typing.get_type_hints(cls)[part])
-    return list(typing.get_type_hints(cls))
+            cls = dataclass_in(hints_of(cls)[part])
+    return list(hints_of(cls))
 
 
 def to_plain(config: Any) -> dict[str, Any]:
@@ -216,90 +299,56 @@ def find_recipe(path: str | Path, folder: str = "") -> Path:
     raise UserError(f"there is no configuration file {str(path)!r}. Shipped recipes: {', '.join(near)}")
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} must hold sections of keys, but holds {type(tree).__name__}")
-    return tree
+@functools.cache
+def _adapter(cls: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(cls)
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"override {override!r} is not of the form section.key=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"the value of override {override!r} is not valid YAML: {error}") from error
-    *parents, last = key.split(".")
-    node: Any = tree
-    for parent in parents:
-        if isinstance(node, list):
-            node = _list_member(node, parent, override)
-            continue
-        child = node.setdefault(parent, {})
-        if child is None:
-            child = node[parent] = {}
-        if not isinstance(child, (dict, list)):
-            raise UserError(f"override {override!r}: {parent} is not a section")
-        node = child
-    if isinstance(node, list):
-        _list_member(node, last, override)
-        node[int(last)] = value
-    else:
-        node[last] = value
+def _known_keys_of(cls: Any, tree: Any, keys: Keys, draft: Draft) -> Any:
+    """The tree without unknown keys and misplaced booleans, which are mistakes."""
+    if not isinstance(tree, Mapping):
+        return tree  # a wrong type is reported by the type check
+    hints, known = hints_of(cls), {}
+    for name, value in tree.items():
+        here = (*keys, str(name))
+        if name not in hints:
+            draft.add_mistake(_explain_unknown(here, list(hints)), here)
+        elif isinstance(value, bool) and bool not in (hints[name], *typing.get_args(hints[name])):
+            draft.add_mistake(f"{'.'.join(here)} must not be true or false (got {value})", here)
+            draft.refused.add(here)
+        elif (nested := dataclass_in(hints[name])) is None:
+            known[name] = value
+        elif isinstance(value, list):
+            known[name] = [_known_keys_of(nested, item, (*here, str(i)), draft) for i, item in enumerate(value)]
+        else:
+            known[name] = _known_keys_of(nested, value, here, draft)
+    return known
 
 
-def _list_member(items: list[Any], place: str, override: str) -> Any:
-    """The member of a list with the number `place`, as in `data.sources.0`."""
-    if not place.isdigit() or int(place) >= len(items):
-        raise UserError(f"override {override!r}: a list of {len(items)} has no member {place!r}; the first is 0")
-    return items[int(place)]
+def _explain_unknown(keys: Keys, siblings: list[str]) -> str:
+    *section, name = keys
+    meant = nearest_keys("".join(f"{part}." for part in section), name, siblings)
+    hint = f"did you mean {' or '.join(meant)}?" if meant else f"known here: {', '.join(siblings)}"
+    return f"unknown key {'.'.join(keys)}; {hint}"
 
 
-def _translate_none(cls: Any, tree: Any) -> Any:
-    """Translate `none` to None where the field may be None; YAML itself only knows `null`."""
+def _translate(cls: Any, tree: Any) -> Any:
+    """Values as pydantic needs them: `none` becomes None where the field may be None (YAML itself only knows `null`), and a
+    single value, or values between commas, become a list where the field is a list."""
     if not isinstance(tree, Mapping):
         return tree
-    hints = typing.get_type_hints(cls)
-    translated = {}
+    translated: dict[str, Any] = {}
     for key, value in tree.items():
-        if value == "none" and types.NoneType in typing.get_args(hints[key]):
-            value = None
-        nested = _dataclass_in(hints[key])
-        if nested is None:
-            translated[key] = value
-        elif isinstance(value, list):
-            translated[key] = [_translate_none(nested, item) for item in value]
-        else:
-            translated[key] = _translate_none(nested, value)
-    return translated
-
-
-def _dataclass_in(annotation: Any) -> Any:
-    """The dataclass in `X`, `X | None` or `tuple[X, ...]`, or None."""
-    several = isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is tuple
-    options = typing.get_args(annotation) if several else (annotation,)
-    return next((option for option in options if dataclasses.is_dataclass(option)), None)
-
-
-def _check_keys(cls: Any, tree: Any, prefix: str, source: str) -> None:
-    if not isinstance(tree, Mapping):
-        return  # a wrong type is reported by the type check
-    hints = typing.get_type_hints(cls)
-    for key, value in tree.items():
-        if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(hints)}"
-            raise UserError(f"{source}: unknown key {prefix}{key}; {hint}")
-        if isinstance(value, bool) and bool not in (hints[key], *typing.get_args(hints[key])):
-            raise UserError(f"{source}: {prefix}{key} must not be true or false (got {value})")
-        nested = _dataclass_in(hints[key])
-        if nested is not None and isinstance(value, list):
-            for number, item in enumerate(value):
-                _check_keys(nested, item, f"{prefix}{key}.{number}.", source)
+        hint = hints_of(cls)[key]
+        nested = dataclass_in(hint)
+        if value == "none" and types.NoneType in typing.get_args(hint):
+            translated[key] = None
         elif nested is not None:
-            _check_keys(nested, value, f"{prefix}{key}.", source)
+            items = isinstance(value, list)
+            translated[key] = [_translate(nested, item) for item in value] if items else _translate(nested, value)
+        elif typing.get_origin(hint) is tuple and isinstance(value, (str, int, float)):
+            parts = [yaml.safe_load(part) for part in value.split(",")] if isinstance(value, str) else [value]
+            translated[key] = parts
+        else:
+            translated[key] = value
+    return translated

@@ -1,6 +1,7 @@
 """Prompts from the configuration, a text file, or captions in COCO's format."""
 
 import json
+import re
 from pathlib import Path
 
 from scfm_core.errors import UserError
@@ -26,7 +27,7 @@ def read_prompts(source: str | tuple[str, ...], where: str) -> list[str]:
     (https://cocodataset.org/#format-data).
 
     Args:
-        source: the prompts themselves, or a file's path.
+        source: the prompts; or a string, which is a file's path, or one prompt if it does not look like a path.
         where: the setting or option that has `source`, for messages.
 
     Raises:
@@ -35,6 +36,8 @@ def read_prompts(source: str | tuple[str, ...], where: str) -> list[str]:
     if not isinstance(source, str):
         return list(source)
     path = Path(source).expanduser()
+    if not _is_path(source):
+        return [source.strip()]
     try:
         content = path.read_text(encoding="utf-8")
         lines = _coco_captions(content) if path.suffix == ".json" else content.splitlines()
@@ -45,12 +48,22 @@ def read_prompts(source: str | tuple[str, ...], where: str) -> list[str]:
         raise UserError(f"{where}: the prompt file {source!r} is not {expected} ({error})") from error
     except OSError as error:
         raise UserError(
-            f"{where}: the prompt file {source!r} cannot be read ({error.strerror}). To give a prompt itself, put it in brackets: "
-            f"[{source}]"
+            f"{where}: the prompt file {source!r} cannot be read ({error.strerror}). Give a text file with one prompt on each "
+            f"line. A prompt itself has no file ending"
         ) from error
     if not prompts:
         raise UserError(f"{where}: the prompt file {source!r} has no prompt; put one on each line")
     return prompts
+
+
+def _is_path(source: str) -> bool:
+    """Whether a string names a file: one that exists, or that has the ending of a text file, or one word with a dot or slash."""
+    if not source.strip() or re.search(r"\.(txt|jsonl?|csv|tsv|md|ya?ml)$", source):
+        return True
+    try:
+        return Path(source).expanduser().exists() or (" " not in source and bool(re.search(r"[./]", source)))
+    except OSError:  # a prompt may be longer than the name of a file can be
+        return False
 
 
 def _coco_captions(content: str) -> list[str]:

@@ -11,8 +11,9 @@ from scfm_core.errors import UserError
 _FREE_KEYS = (
     "run.dir",
     "run.device",
-    "model.path",  # for these two the fingerprints of the content are compared
+    "model.path",  # for this and the data the fingerprints of the content are compared
     "data.path",
+    "data.format",
     "data.num_workers",
     "data.verify",
     "data.cache",
@@ -35,8 +36,8 @@ _FREE_KEYS = (
 )
 
 
-# Location of a source; the fingerprint shows whether its content is the same.
-_FREE_SOURCE_KEY = re.compile(r"data\.sources\.\d+\.(uri|manifest|split)")
+# Location and format of a source; the fingerprint shows whether its content is the same.
+_FREE_SOURCE_KEY = re.compile(r"data\.sources\.\d+\.(uri|manifest|split|format)")
 
 
 def check_same_recipe(

@@ -362,7 +362,7 @@ class TestOpening:
         (cache / MANIFEST).unlink()
         with pytest.raises(UserError, match=rf"no {MANIFEST} in {cache}\.") as caught:
             open_one(cache)
-        for advice in ("did not finish", f"scfm data index {str(cache)!r}", "data.format=folder"):
+        for advice in ("did not finish", f"scfm data index {str(cache)!r}", "must contain no tars"):
             assert advice in str(caught.value)
 
     def test_no_index(self, cache):
@@ -392,6 +392,25 @@ class TestOpening:
             "folder",
         ]
         assert guess_format("s3://bucket/{0..9}.tar") == "webdataset"
+
+    def test_a_recipe_needs_no_format(self, cache, tmp_path):
+        """`auto` is the default. It asks no network for an address, and a missing folder counts as shards."""
+        write_mds(tmp_path / "sets" / "mds", cached_samples(), CACHED)
+        (tmp_path / "images").mkdir()
+        sources = [
+            {"uri": str(cache)},
+            {"uri": str(tmp_path / "sets"), "split": "mds"},
+            {"uri": str(tmp_path / "images")},
+            {"uri": f"{cache}/{{a..c}}.tar"},
+            {"uri": "s3://bucket/photos"},
+            {"uri": str(tmp_path / "gone")},
+        ]
+        mixture = DataConfig(
+            sources=tuple(SourceConfig(name=f"{i}", **each) for i, each in enumerate(sources))
+        ).mixture()
+        expected = ["webdataset", "mds", "folder", "webdataset", "webdataset", "webdataset"]
+        assert [source.format for source in mixture] == expected
+        assert [source.format for source in DataConfig(path=str(tmp_path / "images")).mixture()] == ["folder"]
 
 
 def write_tar(path: Path, members: Mapping[str, bytes], style: int, folders: Sequence[str] = ()) -> None:

@@ -6,7 +6,7 @@ import os
 import selectors
 import socket
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -112,11 +112,11 @@ class TestIncidentsFile:
         assert [(incident["event"], incident["step"]) for incident in incidents] == [("skip", n) for n in range(3)]
 
     def test_has_the_time(self, tmp_path):
-        before = datetime.now(timezone.utc).replace(microsecond=0)
+        before = datetime.now(UTC).replace(microsecond=0)
         IncidentsFile(tmp_path / "incidents.jsonl").write({"event": "rollback"})
         incident = json.loads((tmp_path / "incidents.jsonl").read_text())
         when = datetime.strptime(incident["time"], "%Y-%m-%dT%H:%M:%S%z")
-        assert before <= when <= datetime.now(timezone.utc)
+        assert before <= when <= datetime.now(UTC)
 
     def test_numbers_that_are_not_finite_are_null(self, tmp_path):
         IncidentsFile(tmp_path / "incidents.jsonl").write({"event": "skip", "loss": math.nan})
@@ -172,11 +172,19 @@ class TestWandb:
         log.close()
         assert list(tmp_path.iterdir()) == []
 
-    @pytest.mark.parametrize("mode", ["auto", "online", "offline"])
+    @pytest.mark.parametrize("mode", ["online", "offline"])
     def test_not_installed(self, tmp_path, monkeypatch, mode):
         monkeypatch.setitem(sys.modules, "wandb", None)
-        with pytest.raises(UserError, match=r"`pip install wandb`, or set wandb\.mode=disabled"):
+        with pytest.raises(
+            UserError, match=rf"^wandb\.mode={mode} .*pip install 'scfm\[wandb\]', or set wandb\.mode=disabled"
+        ):
             WandbLog(WandbConfig(mode=mode), tmp_path, {})
+
+    def test_auto_needs_no_wandb(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.setitem(sys.modules, "wandb", None)
+        WandbLog(WandbConfig(mode="auto"), tmp_path, {}).log(row(1))
+        assert capsys.readouterr().out.startswith("nothing is logged to W&B: ")
+        assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.parametrize("mode", ["online", "offline"])
     def test_mode_is_what_the_configuration_says(self, wandb, tmp_path, monkeypatch, mode):
