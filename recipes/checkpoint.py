@@ -12,12 +12,12 @@ from scfm_core.errors import UserError
 from scfm_core.train.checkpoint import (
     Checkpoint,
     CheckpointWriter,
-    checkpoint_path,
     find_checkpoint,
     load_checkpoint,
     read_manifest,
     verify_checkpoint,
 )
+from scfm_core.train.run_dir import checkpoint_folders, checkpoint_path
 
 
 def inspect(path: Path) -> str:
@@ -55,7 +55,7 @@ def verify(path: Path) -> str:
     Raises:
         UserError: if any is damaged; it lists the state of each.
     """
-    folders = sorted((path / "checkpoints").glob("step_*")) if (path / "checkpoints").is_dir() else [path]
+    folders = checkpoint_folders(path) if (path / "checkpoints").is_dir() else [path]
     if not folders:
         raise UserError(f"{path} has no checkpoint")
     lines, damaged = [], 0

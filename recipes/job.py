@@ -3,27 +3,22 @@
 from pathlib import Path
 from typing import Literal
 
-from scfm_core.errors import UserError
-from scfm_core.train.checkpoint import newest_complete
 from scfm_core.train.history import read_history, write_event
-from scfm_core.train.parse import load_config
+from scfm_core.train.run_dir import make_run_dir, newest_complete
 
 Verdict = Literal["finished", "requeue", "cancelled", "failed"]
 
 
-def make_run_dir(config_path: str, overrides: list[str]) -> Path:
+def prepare_run_dir(config_path: str, overrides: list[str]) -> Path:
     """Check a run's configuration and create its folder; returns the folder's absolute path.
 
     Raises:
         UserError: if the configuration is invalid, or the folder cannot be created.
     """
+    from scfm_core.train.parse import load_config  # it imports torch, which the verdict does not need
+
     folder = Path(load_config(config_path, overrides).run.dir).absolute()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"run.dir: {folder} cannot be created ({error.strerror}). Choose another with run.dir=PATH"
-        ) from error
+    make_run_dir(folder)
     return folder
 
 

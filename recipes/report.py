@@ -8,7 +8,7 @@ from typing import Any
 
 from recipes.plots import figure_style, quality_plot, to_png
 from scfm_core.errors import UserError
-from scfm_core.train.metrics import read_metrics
+from scfm_core.train.history import read_metrics
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2rem auto; padding: 0 1rem; color: #1c1c1c }

@@ -1,9 +1,20 @@
-"""Files as bytes: hashes, comparison with a manifest, and fsync."""
+"""Files as bytes: hashes, comparison with a manifest, fsync; locks; folders that can be written."""
 
+import contextlib
+import errno
+import fcntl
 import hashlib
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Any, BinaryIO
+
+from scfm_core.errors import UserError
+
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
+"""flock on Lustre without `flock`, on NFS without a lock daemon, on some FUSE file systems."""
+_PROBE_BYTES = 64 << 10
 
 
 def file_sha256(path: Path) -> str:
@@ -49,3 +60,98 @@ def fsync_path(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def lock_file(file: IO[Any], *, wait: bool = False, shared: bool = False) -> bool | None:
+    """Lock an open file (flock). The lock ends when the file is closed, or with the process.
+
+    Args:
+        file: the open file.
+        wait: wait until another process gives the lock back.
+        shared: a lock that several processes may hold at the same time.
+
+    Returns:
+        whether the lock was taken; None if the file system has no locks, which is said once.
+    """
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        _warn_no_locks(Path(str(file.name)).parent, error)
+        return None
+    return True
+
+
+_warned: set[str] = set()
+
+
+def _warn_no_locks(folder: Path, error: OSError) -> None:
+    if "locks" not in _warned:
+        _warned.add("locks")
+        print(
+            f"scfm: warning: the file system of {folder} has no file locks ({error.strerror}). Nothing prevents two "
+            f"processes from writing the same files there: start each run only once",
+            file=sys.stderr,
+        )
+
+
+def why_not_written(error: OSError) -> str:
+    """Why a file could not be written, as part of a sentence."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk is full"
+    if error.errno == errno.EROFS:
+        return "the file system is read-only"
+    return error.strerror or str(error)
+
+
+def check_writable(folder: Path, what: str, advice: str) -> None:
+    """Make a folder if it is missing, and write some bytes there: bad disks are found before the work and not after it.
+
+    Args:
+        folder: where a command will write.
+        what: the option or key that names the folder, for the message.
+        advice: the sentence that ends the message.
+
+    Raises:
+        UserError: if the disk is full or read-only, or the folder cannot be made.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    probe = folder / f".probe.{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            probe.write_bytes(bytes(_PROBE_BYTES))
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        for path in made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        reason = "it is a file" if folder.is_file() else why_not_written(error)
+        raise UserError(f"{what}: {folder} cannot be written ({reason}). {advice}") from error
+
+
+@contextlib.contextmanager
+def written_whole(path: Path, what: str, advice: str) -> Iterator[Path]:
+    """Within `with`, write the path that this gives; at the end it is renamed to `path`.
+
+    Args:
+        path: a file.
+        what, advice: for the message, as in `check_writable`.
+
+    Raises:
+        UserError: if it cannot be written; no part of it is left, and an earlier file remains.
+    """
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")  # libraries look at the suffix
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"{what}: {path} cannot be written ({why_not_written(error)}). {advice}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)

@@ -15,17 +15,8 @@ from tqdm import tqdm
 from scfm_core.distributed.world import World
 from scfm_core.errors import UserError
 from scfm_core.train.config import RunConfig, WandbConfig
+from scfm_core.train.history import read_metrics
 from scfm_core.train.parse import to_plain
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a `metrics.jsonl`. Invalid lines, such as a last one that a kill cut off, are ignored."""
-    rows = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict) and "step" in row]
 
 
 class MetricsFile:

@@ -14,7 +14,8 @@ import pytest
 
 from scfm_core.errors import UserError
 from scfm_core.train.config import WandbConfig
-from scfm_core.train.metrics import IncidentsFile, MetricsFile, WandbLog, read_metrics
+from scfm_core.train.history import read_metrics
+from scfm_core.train.metrics import IncidentsFile, MetricsFile, WandbLog
 
 
 def row(step: int) -> dict[str, float]:
