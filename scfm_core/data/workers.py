@@ -8,6 +8,7 @@ import mmap
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Generator
 from multiprocessing.process import BaseProcess
 from multiprocessing.queues import Queue
@@ -15,12 +16,14 @@ from typing import Any
 
 from torch import Tensor
 from torch.utils.data import DataLoader
+from torch.utils.data._utils import signal_handling
 
 from scfm_core.data.schema import Batch
 from scfm_core.errors import UserError
 
 POLL = 1.0
 """Seconds between two looks at the workers and at the stop request, while there is no batch."""
+_TRIES = 50
 _SHARED = "/dev/shm"
 _NO_ROOM = 75
 """Exit code of a worker that could not pass on a batch."""
@@ -149,15 +152,16 @@ def batches_of_workers(
             try:
                 batch = next(iterator, None)
             except (RuntimeError, OSError, EOFError) as error:
-                if dead := [worker for worker in iterator._workers if worker.exitcode]:
-                    raise group.why_ended(dead[0]) from error
+                has_timed_out = str(error).startswith("DataLoader timed out")
+                if not has_timed_out and (ended := _ended(iterator._workers)):
+                    raise group.why_ended(ended[0]) from error
                 if (
                     getattr(error, "errno", None) == errno.EMFILE
                     or "open files" in str(error)
                     or "ancdata" in str(error)
                 ):
                     raise UserError(f"data: {_LIMIT_OF_FILES}") from error
-                if not str(error).startswith("DataLoader timed out"):
+                if not has_timed_out:
                     raise
                 if is_stopping():
                     raise Stopped from None
@@ -169,14 +173,31 @@ def batches_of_workers(
         _end_workers(iterator)
 
 
+def _ended(workers: list[BaseProcess]) -> list[BaseProcess]:
+    """The workers that have ended with an error. The connection to one may break before the system reports its end."""
+    for _ in range(_TRIES):
+        if ended := [worker for worker in workers if worker.exitcode]:
+            return ended
+        time.sleep(0.02)
+    return []
+
+
 def _end_workers(iterator: Any) -> None:
-    """End the workers for certain. At its exit the process would wait forever for them: they ignore its SIGTERM."""
-    if all(worker.is_alive() for worker in iterator._workers):
-        iterator._shutdown_workers()
-    iterator._shutdown = True  # a worker that was killed may hold a lock, for which torch's shutdown would wait forever
+    """End the workers for certain: they ignore SIGTERM, so torch's own shutdown may wait for them forever.
+
+    It also waits for locks that a killed worker holds. Nothing is lost: workers only read.
+    """
+    if iterator._worker_pids_set:
+        signal_handling._remove_worker_pids(id(iterator))
+        iterator._worker_pids_set = False
+    iterator._shutdown = True
     for worker in iterator._workers:
         worker.kill()
+    for worker in iterator._workers:
         worker.join()
+    for queue in iterator._index_queues:
+        queue.cancel_join_thread()
+        queue.close()
 
 
 @contextlib.contextmanager
