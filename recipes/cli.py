@@ -12,7 +12,10 @@ from typing import NoReturn
 from recipes.data_commands import add_commands
 from scfm_core import __version__
 from scfm_core.errors import PeerLost, UserError
+from scfm_core.output import surviving_output
 from scfm_core.train.stop import remember_early
+
+_LONG = ("_train", "_evaluate", "_sample", "_export", "_study", "_encode", "_generate", "_pack", "_index")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,8 +27,11 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         arguments.overrides += rest
+    # These commands work for long: the end of the reader of their messages does not end them.
+    names = ("stdout", "stderr") if arguments.run.__name__ in _LONG else ("stderr",)
     try:
-        return int(arguments.run(arguments) or 0)
+        with surviving_output(*names):
+            return int(arguments.run(arguments) or 0)
     except UserError as error:
         if os.environ.get("SCFM_TRACEBACK"):
             raise

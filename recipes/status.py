@@ -36,7 +36,7 @@ def status(run_dir: Path) -> str:
         if steps and done < steps:
             lines.append(f"  left        {_duration(seconds * (steps - done))} of training")
     if rows and rows[-1].get("loss") is not None:
-        lines.append(f"  loss        {rows[-1]['loss']:.4f}")
+        lines.append(f"  loss        {rows[-1]['loss']:.3g}")
     checkpoint = newest_complete(run_dir)
     if checkpoint is None:
         lines.append("  checkpoint  none yet")

@@ -161,7 +161,7 @@ class TestStatus:
         assert "30 of 100 (30.0%)" in text
         assert "4.0 samples/s, 2.00 s a step" in text
         assert "2 min 20 s of training" in text
-        assert "0.5000" in text
+        assert "loss        0.5\n" in text
         assert re.search(r"step_00000020, \d+ s old", text)
         assert "16 processes on n1, from step 0" in text
 
