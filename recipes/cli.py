@@ -12,6 +12,8 @@ from typing import NoReturn
 from recipes.data_commands import add_commands
 from scfm_core import __version__
 from scfm_core.errors import PeerLost, UserError
+from scfm_core.files import is_disk_failure
+from scfm_core.launched import launched_rank, launched_size
 from scfm_core.output import surviving_output
 from scfm_core.train.stop import remember_early
 
@@ -35,17 +37,16 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         if os.environ.get("SCFM_TRACEBACK"):
             raise
-        rank = os.environ.get("RANK", "0")
         if not error.agreed:
-            print(f"scfm: error: {_rank_prefix(rank)}{error}", file=sys.stderr)
-        elif rank == "0":
+            print(f"scfm: error: {_rank_prefix()}{error}", file=sys.stderr)
+        elif not _has_peers() or launched_rank() == 0:
             print(f"scfm: error: {error}", file=sys.stderr)
         else:
             time.sleep(1)  # the launcher stops all ranks when one ends: let rank 0 print first
         _clear_frames(error)
         return 2
     except PeerLost as error:
-        print(f"scfm: error: {_rank_prefix(os.environ.get('RANK', '0'))}{error}. Start the job again", file=sys.stderr)
+        print(f"scfm: error: {_rank_prefix()}{error}. Start the job again", file=sys.stderr)
         _clear_frames(error)
         return error.exit_code
     except BrokenPipeError:  # `scfm ... | head`: the reader has closed the pipe
@@ -54,6 +55,14 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("scfm: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        if not is_disk_failure(error) or os.environ.get("SCFM_TRACEBACK"):
+            raise
+        print(
+            f"scfm: error: {_rank_prefix()}{error}. Make room, or choose another folder, and run again", file=sys.stderr
+        )
+        _clear_frames(error)
+        return 2
 
 
 def command() -> NoReturn:
@@ -74,11 +83,14 @@ def command() -> NoReturn:
 
 
 def _has_peers() -> bool:
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    try:
+        return launched_size() > 1 and launched_rank() >= 0
+    except UserError:  # invalid variables, which the command reports
+        return False
 
 
-def _rank_prefix(rank: str) -> str:
-    return f"rank {rank}: " if _has_peers() else ""
+def _rank_prefix() -> str:
+    return f"rank {launched_rank()}: " if _has_peers() else ""
 
 
 def _clear_frames(error: BaseException | None) -> None:

@@ -61,13 +61,16 @@ def verdict(run_dir: Path, *, exit_code: int, cancelled: bool, retries: int) -> 
             found = "failed", f"it failed {failures + 1} times in a row without a new checkpoint: {why}"
         else:
             found = "requeue", f"it failed ({failures + 1} of at most {retries + 1} times in a row): {why}"
-    write_event(
-        run_dir,
-        "job",
-        verdict=found[0],
-        reason=found[1],
-        exit_code=exit_code,
-        checkpoint=checkpoint,
-        broke_off=found[0] in ("requeue", "failed") and how not in ("stopped", "refused"),
-    )
+    try:
+        write_event(
+            run_dir,
+            "job",
+            verdict=found[0],
+            reason=found[1],
+            exit_code=exit_code,
+            checkpoint=checkpoint,
+            broke_off=found[0] in ("requeue", "failed") and how not in ("stopped", "refused"),
+        )
+    except OSError as error:  # the verdict stands; only the count of failures is not kept
+        found = found[0], f"{found[1]} (it could not be recorded: {error})"
     return found

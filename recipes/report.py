@@ -8,6 +8,7 @@ from typing import Any
 
 from recipes.plots import figure_style, quality_plot, to_png
 from scfm_core.errors import UserError
+from scfm_core.files import check_writable, written_whole
 from scfm_core.train.history import read_metrics
 
 _STYLE = """
@@ -42,7 +43,7 @@ class _Run:
             raise UserError(f"{folder} has no metrics yet; train first")
         path = folder / "evaluation.json"
         self.evaluation: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-        self.grids = sorted((folder / "samples").glob("step_*.png"))
+        self.grids = sorted((folder / "samples").glob(f"step_{'[0-9]' * 8}.png"))
 
 
 def report(run_dir: Path, compare: list[Path]) -> Path:
@@ -51,6 +52,8 @@ def report(run_dir: Path, compare: list[Path]) -> Path:
     Raises:
         UserError: if a folder is not a run or has no metrics.
     """
+    advice = "Make room there, or report on a copy of the run in another folder"
+    check_writable(run_dir, "scfm report", advice) if run_dir.is_dir() else None
     run, others = _Run(run_dir), [_Run(folder) for folder in compare]
     runs = [run, *others]
     for each in runs:
@@ -97,7 +100,8 @@ def report(run_dir: Path, compare: list[Path]) -> Path:
         f"<style>{_STYLE}</style><body>{''.join(body)}</body></html>"
     )
     path = run_dir / "report.html"
-    path.write_text(page, encoding="utf-8")
+    with written_whole(path, "scfm report", advice) as partial:
+        partial.write_text(page, encoding="utf-8")
     return path
 
 

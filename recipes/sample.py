@@ -9,6 +9,7 @@ from torch import Tensor
 
 from recipes.runs import load_trained, open_run
 from scfm_core.errors import UserError
+from scfm_core.files import check_writable, written_whole
 from scfm_core.models.encoders import Autoencoder, TextEncoders
 from scfm_core.models.protocol import Conditioning
 from scfm_core.models.student import ShortcutModel
@@ -50,17 +51,18 @@ def sample(
     prompts = prompts or read_prompts(prompt_file or config.sample.prompts, "--prompts")
     if not prompts:
         raise UserError("there is no prompt: give --prompt TEXT or --prompts FILE, or set sample.prompts")
+    folder, advice = output or run_dir / "samples" / f"{num_steps}_steps", "Choose another folder with --output"
+    check_writable(folder, "scfm sample", advice)
     model = load_trained(run_dir, config, with_teacher=False)
     device, dtype = resolve_device(config.run.device), compute_dtype(config)
     cond = TextEncoders(model.family, config.model.text_length, dtype, device).encode(prompts, config.sample.guidance)
     vae = Autoencoder(model.family, dtype, device)
     seeds = [config.sample.seed + i for i in range(len(prompts))]
     images = generate(config, model, config.sample.weights, vae, cond, seeds, num_steps, strength)
-    folder = output or run_dir / "samples" / f"{num_steps}_steps"
-    folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{number:04d}.png" for number in range(len(prompts))]
     for path, image in zip(paths, to_uint8(images), strict=True):
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+        with written_whole(path, "scfm sample", advice) as partial:
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(partial)
     return paths
 
 

@@ -25,9 +25,9 @@ from recipes.runs import check_same_model
 from recipes.train import train
 from scfm_core.data.corpus import Corpus
 from scfm_core.data.source import json_value
-from scfm_core.distributed.world import launched_size
 from scfm_core.errors import UserError
 from scfm_core.files import lock_file
+from scfm_core.launched import launched_size
 from scfm_core.models.families import open_family
 from scfm_core.train.assemble import build_family
 from scfm_core.train.checkpoint import load_checkpoint

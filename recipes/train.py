@@ -2,7 +2,6 @@
 
 import contextlib
 import gc
-import os
 import shutil
 import signal
 from collections.abc import Iterator, Sequence
@@ -12,8 +11,9 @@ import torch
 
 from recipes.export import export
 from scfm_core.distributed.deepspeed_config import deepspeed_config
-from scfm_core.distributed.world import World, join_world, launched_size
+from scfm_core.distributed.world import World, join_world
 from scfm_core.errors import UserError
+from scfm_core.launched import launched_rank, launched_size, local_rank
 from scfm_core.models.protocol import ModelFamily
 from scfm_core.train.assemble import build_family, optimizer_config
 from scfm_core.train.checkpoint import find_checkpoint, load_checkpoint, set_latest, verify_checkpoint
@@ -60,11 +60,11 @@ def train(
         config = load_config(config_path, overrides)
     except UserError as error:
         # All processes of a machine raise this error. One of them prints it: local rank 0, or rank 0 without its number.
-        error.agreed = os.environ.get("RANK", "0") == "0" or os.environ.get("LOCAL_RANK", "0") != "0"
+        error.agreed = launched_rank() == 0 or local_rank() != 0
         raise
     if dry_run:
         page = describe(config, processes or launched_size())
-        if os.environ.get("RANK", "0") == "0":
+        if launched_rank() == 0:
             print(page)
         return 0
     config = with_absolute_paths(config)

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,11 @@ from scfm_core.errors import UserError
 
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 """flock on Lustre without `flock`, on NFS without a lock daemon, on some FUSE file systems."""
+_DISK = {
+    errno.ENOSPC: ("No space left on device", "the disk is full"),
+    errno.EDQUOT: ("Disk quota exceeded", "the quota of the disk is used up"),
+    errno.EROFS: ("Read-only file system", "the file system is read-only"),
+}
 _PROBE_BYTES = 64 << 10
 
 
@@ -98,13 +104,18 @@ def _warn_no_locks(folder: Path, error: OSError) -> None:
         )
 
 
-def why_not_written(error: OSError) -> str:
-    """Why a file could not be written, as part of a sentence."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "the disk is full"
-    if error.errno == errno.EROFS:
-        return "the file system is read-only"
-    return error.strerror or str(error)
+def disk_problem(error: BaseException) -> str | None:
+    """The failure of a disk behind an error, as part of a sentence; None if it is another error."""
+    text = str(error)
+    for number, (mark, reason) in _DISK.items():  # libraries in C++ and Rust report only the text
+        if getattr(error, "errno", None) == number or mark in text:
+            return reason
+    return error.strerror or text if isinstance(error, OSError) else None
+
+
+def is_disk_failure(error: BaseException) -> bool:
+    """Whether a full or read-only disk is behind an error."""
+    return disk_problem(error) in {reason for _, reason in _DISK.values()}
 
 
 def check_writable(folder: Path, what: str, advice: str) -> None:
@@ -130,28 +141,42 @@ def check_writable(folder: Path, what: str, advice: str) -> None:
         for path in made:
             with contextlib.suppress(OSError):
                 path.rmdir()
-        reason = "it is a file" if folder.is_file() else why_not_written(error)
+        reason = "it is a file" if folder.is_file() else disk_problem(error)
         raise UserError(f"{what}: {folder} cannot be written ({reason}). {advice}") from error
 
 
 @contextlib.contextmanager
-def written_whole(path: Path, what: str, advice: str) -> Iterator[Path]:
-    """Within `with`, write the path that this gives; at the end it is renamed to `path`.
+def saving(target: Path, what: str, advice: str, *partial: Path) -> Iterator[None]:
+    """Within `with`, `target` is written. If the disk fails, `partial` is removed.
 
     Args:
-        path: a file.
-        what, advice: for the message, as in `check_writable`.
+        target: for the message.
+        what, advice: as in `check_writable`.
+        partial: files and folders that are incomplete if the block fails.
 
     Raises:
-        UserError: if it cannot be written; no part of it is left, and an earlier file remains.
+        UserError: if the disk fails; every other error remains as it is.
+    """
+    try:
+        yield
+    except Exception as error:
+        for path in partial:
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        if isinstance(error, UserError) or (reason := disk_problem(error)) is None:
+            raise
+        raise UserError(f"{what}: {target} cannot be written ({reason}). {advice}") from error
+
+
+@contextlib.contextmanager
+def written_whole(path: Path, what: str, advice: str) -> Iterator[Path]:
+    """Within `with`, write the path that this gives; at the end it is renamed to `path`. Errors as in `saving`.
+
+    Args:
+        path: a file; its folder is made.
+        what, advice: as in `check_writable`.
     """
     partial = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")  # libraries look at the suffix
-    try:
+    with saving(path, what, advice, partial):
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         partial.replace(path)
-    except OSError as error:
-        raise UserError(f"{what}: {path} cannot be written ({why_not_written(error)}). {advice}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)

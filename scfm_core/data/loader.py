@@ -20,6 +20,7 @@ from scfm_core.data.remote import close_connections
 from scfm_core.data.schema import BadData, Batch, Record, collate
 from scfm_core.data.workers import POLL, WorkerGroup, batches_of_workers, frozen_garbage, ignore_signals
 from scfm_core.errors import UserError
+from scfm_core.launched import local_size
 
 _DOWNLOAD_THREADS = 4
 """Concurrent downloads of one rank."""
@@ -180,7 +181,7 @@ def _read(corpus: Corpus, picks: Picks, is_stopping: Callable[[], bool]) -> Gene
     """The micro-batches, read by `data.num_workers` processes."""
     workers = corpus.config.num_workers
     prefetch = max(2, -(-4 * picks.per_step // workers))
-    waiting = workers * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # the workers of all processes of this machine
+    waiting = workers * local_size()  # the workers of all processes of this machine
     group = WorkerGroup(queued=prefetch * waiting, least=2 * waiting)
 
     def collate_shared(rows: list[tuple[Pick, Record | UserError, list[str]]]) -> Batch | UserError:

@@ -20,6 +20,7 @@ from torch.utils.data._utils import signal_handling
 
 from scfm_core.data.schema import Batch
 from scfm_core.errors import UserError
+from scfm_core.launched import local_rank
 
 POLL = 1.0
 """Seconds between two looks at the workers and at the stop request, while there is no batch."""
@@ -80,7 +81,7 @@ class WorkerGroup:
         size, free, total = _bytes(batch), status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize
         if size > free or size * self._least > total:
             return UserError(self._too_small(size, total))
-        if self._is_first and size * self._queued > total and int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        if self._is_first and size * self._queued > total and local_rank() == 0:
             print(f"warning: {self._too_small(size, total)}", flush=True)
         self._is_first = False
         return None

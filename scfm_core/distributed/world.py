@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from scfm_core.errors import UserError
+from scfm_core.launched import launched_size
 
 _LAUNCHER = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -113,11 +114,6 @@ def quiet_gloo() -> Iterator[None]:
             os.dup2(null, 1)
             stack.callback(os.dup2, output, 1)
         yield
-
-
-def launched_size() -> int:
-    """Number of processes that the launcher started (torchrun, deepspeed, or srun with torchrun's variables)."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @contextlib.contextmanager

@@ -39,6 +39,9 @@ from scfm_core.train.run_dir import (
 FORMAT = 3
 _FAILURES = (OSError, RuntimeError, CheckpointException)
 
+_said: set[tuple[Path | str, ...]] = set()
+"""Which copies of checkpoints were named already."""
+
 Write = Callable[[Path, World], Callable[[], object]]
 """Starts to write tensors into a folder, on every rank. It returns a function that waits until they are written."""
 
@@ -204,8 +207,9 @@ def find_checkpoint(run_dir: Path, warn: Callable[[str], None] = print, world: W
     """
     world = world or World()
     folders, others = world.from_main((checkpoint_folders(run_dir), [path.name for path in copies(run_dir)]))
-    if others and world.is_main:
-        warn(f"{', '.join(others)}: copies of checkpoints, which are neither resumed from nor deleted")
+    if others and world.is_main and (said := (run_dir.absolute(), *others)) not in _said:
+        _said.add(said)
+        warn(f"not used: {', '.join(others)} (copies of checkpoints: runs neither resume from them nor delete them)")
     for path in reversed(folders):
         try:
             verify_checkpoint(path, world)

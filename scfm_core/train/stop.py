@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from scfm_core.launched import launched_rank
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 _early: list[int] = []
 
@@ -45,7 +47,7 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if self.signal is None and os.environ.get("RANK", "0") == "0":
+        if self.signal is None and launched_rank() == 0:
             again = "; press again to stop now" if number == signal.SIGINT else ""
             with contextlib.suppress(OSError):  # the terminal may be gone; a handler must not use Python's buffers
                 os.write(2, f"\n{signal.Signals(number).name}: stopping after this step, saving{again}\n".encode())

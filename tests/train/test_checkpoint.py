@@ -385,7 +385,7 @@ class TestCopies:
         assert find_checkpoint(copied, said.append) == newest_complete(copied) == checkpoint_path(copied, 2)
         assert newest_complete(copied, before=2) == checkpoint_path(copied, 1)
         assert said == [
-            f"{', '.join(sorted(self.NAMES))}: copies of checkpoints, which are neither resumed from nor deleted"
+            f"not used: {', '.join(sorted(self.NAMES))} (copies of checkpoints: runs neither resume from them nor delete them)"
         ]
 
     def test_are_not_deleted_and_do_not_count(self, copied):
