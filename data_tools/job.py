@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 from scfm_core.data.schema import MANIFEST, Manifest, ShardEntry
 from scfm_core.data.webdataset import TarWriter
 from scfm_core.errors import UserError
+from scfm_core.launched import launched_rank, launched_size
 
 _JOB, _PARAMETERS, _DONE = ".job", "parameters.json", "job.json"
 
@@ -37,9 +39,10 @@ def plan_shards(groups: Iterable[Sequence[int]], samples_per_shard: int) -> list
 
 
 def processes() -> tuple[int, int]:
-    """Rank and world size: RANK and WORLD_SIZE of a launcher, or those of a Slurm array; else 0 and 1."""
-    if "RANK" in os.environ:
-        return int(os.environ["RANK"]), int(os.environ.get("WORLD_SIZE", "1"))
+    """Rank and world size: RANK and WORLD_SIZE of a launcher, or those of a Slurm array; else 0 and 1. A share is said."""
+    if launched_size() > 1:
+        _say_share("launch", launched_rank(), launched_size(), "RANK -u WORLD_SIZE")
+        return launched_rank(), launched_size()
     if "SLURM_ARRAY_TASK_ID" in os.environ:
         task, first, last, step, count = (
             int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", default))
@@ -49,8 +52,18 @@ def processes() -> tuple[int, int]:
             raise UserError(
                 "the tasks of a Slurm array share the shards only if the array is a range, for example --array=0-15"
             )
+        if count > 1:
+            _say_share("Slurm array", (task - first) // step, count, "SLURM_ARRAY_TASK_ID")
         return (task - first) // step, count
     return 0, 1
+
+
+def _say_share(what: str, rank: int, count: int, variables: str) -> None:
+    print(
+        f"process {rank + 1} of {count} of a {what}: it makes 1/{count} of the shards, and all {count} need the same "
+        f"arguments and output folder. To make everything in this process: env -u {variables} scfm ...",
+        file=sys.stderr,
+    )
 
 
 class Job:

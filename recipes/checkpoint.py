@@ -9,16 +9,17 @@ from scfm_core.distributed.engine import GROUPS
 from scfm_core.distributed.reader import DCP_FOLDER, module_name
 from scfm_core.distributed.world import World
 from scfm_core.errors import UserError
+from scfm_core.files import check_writable, saving
 from scfm_core.text import count
 from scfm_core.train.checkpoint import (
     Checkpoint,
     CheckpointWriter,
-    checkpoint_path,
     find_checkpoint,
     load_checkpoint,
     read_manifest,
     verify_checkpoint,
 )
+from scfm_core.train.run_dir import checkpoint_folders, checkpoint_path
 
 
 def inspect(path: Path) -> str:
@@ -56,7 +57,7 @@ def verify(path: Path) -> str:
     Raises:
         UserError: if any is damaged; it lists the state of each.
     """
-    folders = sorted((path / "checkpoints").glob("step_*")) if (path / "checkpoints").is_dir() else [path]
+    folders = checkpoint_folders(path) if (path / "checkpoints").is_dir() else [path]
     if not folders:
         raise UserError(f"{path} has no checkpoint")
     lines, damaged = [], 0
@@ -91,11 +92,13 @@ def convert(source: Path, target: Path, kind: str, stage: int, ranks: int) -> Pa
     Raises:
         UserError: if the source is damaged or the target exists.
     """
-    checkpoint = _open(source, verify=True)
     if target.exists():
         raise UserError(f"{target} exists already; choose another folder, or delete it")
     if ranks < 1:
         raise UserError(f"--ranks must be at least 1, got {ranks}")
+    advice = "Choose another folder"
+    check_writable(target.absolute().parent, "scfm checkpoint convert", advice)
+    checkpoint = _open(source, verify=True)
     reader, state = checkpoint.reader, dict(checkpoint.state)
     shapes = {name: tuple(shape) for name, shape in state["shapes"].items()}
 
@@ -108,11 +111,12 @@ def convert(source: Path, target: Path, kind: str, stage: int, ranks: int) -> Pa
 
     state |= {"kind": kind, "engine": f"ZeRO-{stage}" if kind == "zero" else "fsdp2"}
     state["world_size"] = ranks if kind == "zero" else 1
-    CheckpointWriter(target, keep=1).save(state["step"], write, state)
-    for name in ("config.yaml", "metrics.jsonl", "incidents.jsonl"):
-        file = checkpoint.path.parents[1] / name
-        if file.is_file():
-            shutil.copy(file, target / name)
+    with saving(target, "scfm checkpoint convert", advice, target):
+        CheckpointWriter(target, keep=1).save(state["step"], write, state)
+        for name in ("config.yaml", "metrics.jsonl", "incidents.jsonl"):
+            file = checkpoint.path.parents[1] / name
+            if file.is_file():
+                shutil.copy(file, target / name)
     return checkpoint_path(target, state["step"])
 
 

@@ -15,7 +15,12 @@ from recipes.run_commands import add_commands as add_run_commands
 from recipes.usage import Parser, add_command, add_overrides
 from scfm_core import __version__
 from scfm_core.errors import PeerLost, UserError
+from scfm_core.files import is_disk_failure
+from scfm_core.launched import launched_rank, launched_size
+from scfm_core.output import surviving_output
 from scfm_core.train.stop import remember_early
+
+_LONG = ("_train", "_evaluate", "_sample", "_export", "_study", "_encode", "_generate", "_pack", "_index")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,22 +33,24 @@ def main(argv: list[str] | None = None) -> int:
         arguments.parser.refuse_words(rest[rest.index(unknown[0]) :], takes_overrides=takes_overrides)
     if rest:
         arguments.overrides = [*arguments.overrides, *rest]
+    # These commands work for long: the end of the reader of their messages does not end them.
+    names = ("stdout", "stderr") if arguments.run.__name__ in _LONG else ("stderr",)
     try:
-        return int(arguments.run(arguments) or 0)
+        with surviving_output(*names):
+            return int(arguments.run(arguments) or 0)
     except UserError as error:
         if os.environ.get("SCFM_TRACEBACK"):
             raise
-        rank = os.environ.get("RANK", "0")
         if not error.agreed:
-            print(f"scfm: error: {_rank_prefix(rank)}{error}", file=sys.stderr)
-        elif rank == "0":
+            print(f"scfm: error: {_rank_prefix()}{error}", file=sys.stderr)
+        elif not _has_peers() or launched_rank() == 0:
             print(f"scfm: error: {error}", file=sys.stderr)
         else:
             time.sleep(1)  # the launcher stops all ranks when one ends: let rank 0 print first
         _clear_frames(error)
         return 2
     except PeerLost as error:
-        print(f"scfm: error: {_rank_prefix(os.environ.get('RANK', '0'))}{error}. Start the job again", file=sys.stderr)
+        print(f"scfm: error: {_rank_prefix()}{error}. Start the job again", file=sys.stderr)
         _clear_frames(error)
         return error.exit_code
     except BrokenPipeError:  # `scfm ... | head`: the reader has closed the pipe
@@ -52,6 +59,14 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("scfm: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        if not is_disk_failure(error) or os.environ.get("SCFM_TRACEBACK"):
+            raise
+        print(
+            f"scfm: error: {_rank_prefix()}{error}. Make room, or choose another folder, and run again", file=sys.stderr
+        )
+        _clear_frames(error)
+        return 2
 
 
 def command() -> NoReturn:
@@ -72,11 +87,14 @@ def command() -> NoReturn:
 
 
 def _has_peers() -> bool:
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    try:
+        return launched_size() > 1 and launched_rank() >= 0
+    except UserError:  # invalid variables, which the command reports
+        return False
 
 
-def _rank_prefix(rank: str) -> str:
-    return f"rank {rank}: " if _has_peers() else ""
+def _rank_prefix() -> str:
+    return f"rank {launched_rank()}: " if _has_peers() else ""
 
 
 def _clear_frames(error: BaseException | None) -> None:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from scfm_core.data.corpus import Corpus
 from scfm_core.data.schema import collate
 from scfm_core.data.uri import is_remote
 from scfm_core.errors import UserError
+from scfm_core.files import check_writable, saving, written_whole
 from scfm_core.models.encoders import Autoencoder, TextEncoders
 from scfm_core.models.protocol import Conditioning
 from scfm_core.models.student import FullModel
@@ -41,6 +41,7 @@ SINGULAR = (
     "there are no more samples than features, so the covariance is singular: these Frechet distances can be compared with each "
     "other, not with published ones"
 )
+_ADVICE = "Make room there, or evaluate a copy of the run in another folder"
 _PARTS = 64
 """Number of contiguous parts of the data from which samples are taken."""
 
@@ -60,6 +61,9 @@ def evaluate(run_dir: Path, overrides: list[str]) -> Result:
     """
     config = open_run(run_dir, overrides)
     settings = config.evaluate
+    check_writable(run_dir, "scfm evaluate", _ADVICE)
+    if settings.keep is not None:
+        check_writable(Path(settings.keep).expanduser(), "evaluate.keep", "Choose another folder")
     evaluator = Evaluator(run_dir, config)
     kinds = ("student", "base") if evaluator.has_teacher else ("student",)
     jobs = [(kind, steps) for steps in settings.steps for kind in kinds]
@@ -81,19 +85,26 @@ def evaluate(run_dir: Path, overrides: list[str]) -> Result:
                 if settings.noise_floor:
                     result[kind][str(steps)]["fid_floor"] = evaluator.noise_floor(steps)
     order = sorted(grids, key=lambda name: list(result).index(name.split()[0]))
-    save_grid(
-        run_dir / "samples" / "evaluation.png",
-        [(name, grids[name]) for name in order],
-        evaluator.prompts[:GRID_COLUMNS],
-    )
+    try:
+        with saving(run_dir / "evaluation.json", "scfm evaluate", _ADVICE):
+            _write(run_dir, config, result, [(name, grids[name]) for name in order], evaluator.prompts)
+    except UserError:
+        print(format_evaluation(result))  # hours of work must not be lost
+        raise
+    return result
+
+
+def _write(
+    run_dir: Path, config: RunConfig, result: Result, rows: list[tuple[str, Tensor]], prompts: list[str]
+) -> None:
+    with written_whole(run_dir / "samples" / "evaluation.png", "scfm evaluate", _ADVICE) as path:
+        save_grid(path, rows, prompts[:GRID_COLUMNS])
     for name, text in (
         ("evaluation.yaml", dump_config(with_absolute_paths(config))),
         ("evaluation.json", json.dumps(result, indent=2) + "\n"),
     ):
-        temporary = run_dir / f".{name}.tmp"
-        temporary.write_text(text)
-        temporary.replace(run_dir / name)
-    return result
+        with written_whole(run_dir / name, "scfm evaluate", _ADVICE) as path:
+            path.write_text(text)
 
 
 class Evaluator:
@@ -228,10 +239,8 @@ class Evaluator:
                     f"evaluate.keep: {path} is damaged ({error}). Delete it; it will be made again"
                 ) from error
         images, seconds = self._make("teacher", steps, first)
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}")
-        save_file({"images": images.contiguous()}, temporary, {"seconds": repr(seconds)})
-        temporary.replace(path)
+        with written_whole(path, "evaluate.keep", "Make room, or choose another folder") as partial:
+            save_file({"images": images.contiguous()}, partial, {"seconds": repr(seconds)})
         return images, seconds
 
     def _images_key(self, first: int) -> str:

@@ -8,14 +8,16 @@ from torch import Tensor
 
 from recipes.runs import open_run, open_trained
 from scfm_core.errors import UserError
+from scfm_core.files import check_writable, saving
 from scfm_core.models.adapters import merge
 from scfm_core.models.protocol import ModelFamily
-from scfm_core.models.weights import read_weights, save_adapter, save_pipeline
+from scfm_core.models.weights import ADAPTER_FILE, read_weights, save_adapter, save_pipeline
 from scfm_core.scfm.method import sampling_strength
 from scfm_core.train.checkpoint import Checkpoint
 from scfm_core.train.config import RunConfig
 from scfm_core.train.device import compute_dtype
 
+_ADVICE = "Make room there, or export a copy of the run; with --merged, choose another folder"
 _CARD_STEPS = (1, 2, 3, 4, 6, 8, 16)
 
 
@@ -44,13 +46,18 @@ def export(run_dir: Path, overrides: list[str], *, merged: Path | None, num_step
         )
     if num_steps is not None and num_steps < 1:
         raise UserError(f"--steps must be at least 1, got {num_steps}")
+    target = run_dir / "adapter" if merged is None else merged
+    if merged is not None and merged.exists():
+        raise UserError(f"{merged} exists already; choose another folder, or delete it")
+    check_writable(target if merged is None else target.absolute().parent, "scfm export", _ADVICE)
     checkpoint, family = open_trained(run_dir, config)
     if merged is None:
         return _export_adapter(run_dir, config, checkpoint, family)
     shift = None if config.sample.shift == "dynamic" else float(config.sample.shift)
     weights = _merged_weights(config, checkpoint, family, sampling_strength(config.method.step_gain, num_steps or 1))
     learned = config.method.distil_guidance
-    save_pipeline(family.folder, merged, weights, compute_dtype(config), shift, has_learned_guidance=learned)
+    with saving(merged, "scfm export", _ADVICE, merged.with_name(f".{merged.name}.tmp")):
+        save_pipeline(family.folder, merged, weights, compute_dtype(config), shift, has_learned_guidance=learned)
     return merged
 
 
@@ -58,8 +65,10 @@ def _export_adapter(run_dir: Path, config: RunConfig, checkpoint: Checkpoint, fa
     """Write `RUN_DIR/adapter`: safetensors for `load_lora_weights`, and a README that explains their use."""
     folder = run_dir / "adapter"
     scale = config.lora.alpha / config.lora.rank
-    save_adapter(folder, checkpoint.reader.group(config.sample.weights), scale, adapter_metadata(config, family))
-    (folder / "README.md").write_text(adapter_card(config, family))
+    partial = (folder / ADAPTER_FILE).with_suffix(".tmp")
+    with saving(folder, "scfm export", _ADVICE, partial, *([] if any(folder.iterdir()) else [folder])):
+        save_adapter(folder, checkpoint.reader.group(config.sample.weights), scale, adapter_metadata(config, family))
+        (folder / "README.md").write_text(adapter_card(config, family))
     return folder
 
 

@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 
 from scfm_core.data.corpus import Corpus
-from scfm_core.distributed.world import World, join_world, launched_size
+from scfm_core.distributed.world import World, join_world
 from scfm_core.errors import UserError
+from scfm_core.launched import launched_rank, launched_size, local_rank, local_size
 from scfm_core.secrets import scrub
 from scfm_core.train.assemble import build_family
 from scfm_core.train.config import RunConfig
@@ -95,7 +96,7 @@ def wait_for_ranks(node: str, timeout: float = _TIMEOUT) -> None:
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return  # without torchrun there is no store at this address
-    rank, size = int(os.environ["RANK"]), launched_size()
+    rank, size = launched_rank(), launched_size()
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
         store = dist.TCPStore(address, port, size, is_master=False, timeout=timedelta(seconds=timeout))
@@ -130,8 +131,8 @@ def _inspect(config: RunConfig, node: str, device: torch.device) -> Report:
             report.problems.append(
                 f"GPU {device.index or 0} has {free / 1e9:.0f} of {total / 1e9:.0f} GB free: another process uses it"
             )
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # once for each node
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if local_rank() == 0:  # once for each node
+        local = local_size()
         if device.type == "cuda" and report.gpus < local:
             report.problems.append(f"{report.gpus} GPUs are visible, {local} processes were started")
         for what, folder in (

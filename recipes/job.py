@@ -3,27 +3,22 @@
 from pathlib import Path
 from typing import Literal
 
-from scfm_core.errors import UserError
-from scfm_core.train.checkpoint import newest_complete
 from scfm_core.train.history import read_history, write_event
-from scfm_core.train.parse import load_config
+from scfm_core.train.run_dir import make_run_dir, newest_complete
 
 Verdict = Literal["finished", "requeue", "cancelled", "failed"]
 
 
-def make_run_dir(config_path: str, overrides: list[str]) -> Path:
+def prepare_run_dir(config_path: str, overrides: list[str]) -> Path:
     """Check a run's configuration and create its folder; returns the folder's absolute path.
 
     Raises:
         UserError: if the configuration is invalid, or the folder cannot be created.
     """
+    from scfm_core.train.parse import load_config  # it imports torch, which the verdict does not need
+
     folder = Path(load_config(config_path, overrides).run.dir).absolute()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"run.dir: {folder} cannot be created ({error.strerror}). Choose another with run.dir=PATH"
-        ) from error
+    make_run_dir(folder)
     return folder
 
 
@@ -66,13 +61,16 @@ def verdict(run_dir: Path, *, exit_code: int, cancelled: bool, retries: int) -> 
             found = "failed", f"it failed {failures + 1} times in a row without a new checkpoint: {why}"
         else:
             found = "requeue", f"it failed ({failures + 1} of at most {retries + 1} times in a row): {why}"
-    write_event(
-        run_dir,
-        "job",
-        verdict=found[0],
-        reason=found[1],
-        exit_code=exit_code,
-        checkpoint=checkpoint,
-        broke_off=found[0] in ("requeue", "failed") and how not in ("stopped", "refused"),
-    )
+    try:
+        write_event(
+            run_dir,
+            "job",
+            verdict=found[0],
+            reason=found[1],
+            exit_code=exit_code,
+            checkpoint=checkpoint,
+            broke_off=found[0] in ("requeue", "failed") and how not in ("stopped", "refused"),
+        )
+    except OSError as error:  # the verdict stands; only the count of failures is not kept
+        found = found[0], f"{found[1]} (it could not be recorded: {error})"
     return found

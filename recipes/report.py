@@ -12,10 +12,11 @@ from pydantic import TypeAdapter
 from recipes.evaluate import SINGULAR, is_singular
 from recipes.plots import figure_style, quality_plot, to_png
 from scfm_core.errors import UserError
+from scfm_core.files import check_writable, written_whole
 from scfm_core.scfm.ema import EMAConfig
 from scfm_core.scfm.restart import threshold
 from scfm_core.text import count, duration, number
-from scfm_core.train.metrics import read_metrics
+from scfm_core.train.history import read_metrics
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2rem auto; padding: 0 1rem; color: #1c1c1c }
@@ -49,7 +50,7 @@ class _Run:
             raise UserError(f"{folder} has no metrics yet; train first")
         path = folder / "evaluation.json"
         self.evaluation: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-        self.grids = sorted((folder / "samples").glob("step_*.png"))
+        self.grids = sorted((folder / "samples").glob(f"step_{'[0-9]' * 8}.png"))
 
 
 def report(run_dir: Path, compare: list[Path]) -> Path:
@@ -58,6 +59,8 @@ def report(run_dir: Path, compare: list[Path]) -> Path:
     Raises:
         UserError: if a folder is not a run or has no metrics.
     """
+    advice = "Make room there, or report on a copy of the run in another folder"
+    check_writable(run_dir, "scfm report", advice) if run_dir.is_dir() else None
     run, others = _Run(run_dir), [_Run(folder) for folder in compare]
     runs = [run, *others]
     for each in runs:
@@ -112,7 +115,8 @@ def report(run_dir: Path, compare: list[Path]) -> Path:
         f"<style>{_STYLE}</style><body>{''.join(body)}</body></html>"
     )
     path = run_dir / "report.html"
-    path.write_text(page, encoding="utf-8")
+    with written_whole(path, "scfm report", advice) as partial:
+        partial.write_text(page, encoding="utf-8")
     return path
 
 

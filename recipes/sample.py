@@ -13,18 +13,19 @@ from torch import Tensor
 
 from recipes.runs import load_trained, open_run
 from scfm_core.errors import UserError
+from scfm_core.files import check_writable, written_whole
 from scfm_core.models.encoders import Autoencoder, TextEncoders
 from scfm_core.models.protocol import Conditioning, ModelFamily
 from scfm_core.models.student import ShortcutModel
 from scfm_core.scfm.method import sampling_strength
-from scfm_core.train.checkpoint import newest_complete
 from scfm_core.train.config import RunConfig
 from scfm_core.train.device import compute_dtype, resolve_device
 from scfm_core.train.prompts import read_prompts
+from scfm_core.train.run_dir import newest_complete
 from scfm_core.train.sampling import decode, initial_noise, sample_latents, sampling_shift, to_uint8
 
-_NAME_LENGTH = 60
-"""Characters of the prompt in a file's name."""
+_NAME_BYTES = 60
+"""Bytes of the prompt in a file's name, of which most file systems allow 255."""
 
 
 def sample(
@@ -60,19 +61,24 @@ def sample(
     prompts = prompts or read_prompts(prompt_file or config.sample.prompts, "--prompts")
     if not prompts:
         raise UserError("there is no prompt: give --prompt TEXT or --prompts FILE, or set sample.prompts")
-    folder = output or run_dir / "samples" / f"{num_steps}_steps"
+    folder, advice = output or run_dir / "samples" / f"{num_steps}_steps", "Choose another folder with --output"
+    check_writable(folder, "scfm sample", advice)
     model = load_trained(run_dir, config, with_teacher=False)
     device, dtype = resolve_device(config.run.device), compute_dtype(config)
     cond = TextEncoders(model.family, config.model.text_length, dtype, device).encode(prompts, config.sample.guidance)
     vae = Autoencoder(model.family, dtype, device)
     seeds = [config.sample.seed + i for i in range(len(prompts))]
     images = generate(config, model, config.sample.weights, vae, cond, seeds, num_steps, strength)
-    folder.mkdir(parents=True, exist_ok=True)
     if strength is None:
         strength = sampling_strength(config.method.step_gain, num_steps)
     settings = _settings(run_dir, config, model.family, num_steps, strength)
-    rows = zip(prompts, seeds, to_uint8(images), strict=True)
-    return [_save(folder, image, settings | {"prompt": prompt, "seed": seed}) for prompt, seed, image in rows]
+    paths = []
+    for prompt, seed, image in zip(prompts, seeds, to_uint8(images), strict=True):
+        own = settings | {"prompt": prompt, "seed": seed}
+        paths.append(_free_path(folder, own))
+        with written_whole(paths[-1], "scfm sample", advice) as partial:
+            _save(partial, image, own)
+    return paths
 
 
 def _settings(run_dir: Path, config: RunConfig, family: ModelFamily, num_steps: int, strength: float) -> dict[str, Any]:
@@ -94,20 +100,25 @@ def _settings(run_dir: Path, config: RunConfig, family: ModelFamily, num_steps: 
     }
 
 
-def _save(folder: Path, image: Tensor, settings: dict[str, Any]) -> Path:
-    """Write an image [3, H, W] (uint8) with its settings; a name that is taken by an image of other settings gets a number."""
-    words = re.sub(r"[^\w]+", "-", settings["prompt"]).strip("-")[:_NAME_LENGTH].strip("-") or "image"
+def _free_path(folder: Path, settings: dict[str, Any]) -> Path:
+    """A file's name from prompt and seed; one that is taken by an image of other settings gets a number."""
+    words = re.sub(r"[^\w]+", "-", settings["prompt"]).strip("-").encode()[:_NAME_BYTES].decode(errors="ignore").strip("-")
+    words = words or "image"
     name, number = f"{words}_seed{settings['seed']}", 1
     path = folder / f"{name}.png"
     while path.exists() and read_settings(path) != settings:
         number += 1
         path = folder / f"{name}_{number}.png"
+    return path
+
+
+def _save(path: Path, image: Tensor, settings: dict[str, Any]) -> None:
+    """Write an image [3, H, W] (uint8) with its settings."""
     info = PngInfo()
     # The first is for programs. The second has the form that viewers of generated images show (Stable Diffusion web UI).
     info.add_itxt("scfm", json.dumps(settings, ensure_ascii=False))
     info.add_itxt("parameters", _readable(settings))
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(path, pnginfo=info)
-    return path
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(path, format="png", pnginfo=info)
 
 
 def _readable(settings: dict[str, Any]) -> str:

@@ -1,14 +1,14 @@
-"""`scfm status`: the progress of a run, and its starts."""
+"""`scfm status`: the progress of a run, and its starts. It imports no torch, and so answers at once."""
 
+import socket
 import time
 from pathlib import Path
 from typing import Any
 
 from scfm_core.errors import UserError
 from scfm_core.text import duration, number
-from scfm_core.train.checkpoint import newest_complete
-from scfm_core.train.history import read_history
-from scfm_core.train.metrics import read_metrics
+from scfm_core.train.history import read_history, read_metrics
+from scfm_core.train.run_dir import is_locked, newest_complete
 
 _RECENT = 50
 """Number of last steps whose rate gives the remaining time."""
@@ -24,9 +24,10 @@ def status(run_dir: Path) -> str:
     if not history:
         raise UserError(f"{run_dir} is not a run: it has no history.jsonl. Give the run.dir of a `scfm train`")
     starts = _starts(history)
+    unfinished = _unfinished(starts[-1], is_locked(run_dir))
     done = rows[-1]["step"] if rows else 0
     steps = next((int(start["steps"]) for start in reversed(starts) if "steps" in start), None)
-    lines = [f"{run_dir}: {_state(starts)}"]
+    lines = [f"{run_dir}: {_state(starts[-1], unfinished)}"]
     lines.append(f"  step        {done:,}" + (f" of {steps:,} ({done / steps:.1%})" if steps else ""))
     recent = rows[-_RECENT:]
     if len(recent) > 1 and recent[-1]["seconds"] > recent[0]["seconds"]:
@@ -43,7 +44,8 @@ def status(run_dir: Path) -> str:
     else:
         lines.append(f"  checkpoint  {checkpoint.name}, {duration(time.time() - checkpoint.stat().st_mtime)} old")
     lines.append(f"  starts      {len(starts)}")
-    lines += [f"    {_line(start)}" for start in starts[-10:]]
+    ends = ["killed without a message"] * (len(starts) - 1) + [unfinished]
+    lines += [f"    {_line(start, end)}" for start, end in list(zip(starts, ends, strict=True))[-10:]]
     return "\n".join(lines)
 
 
@@ -57,31 +59,46 @@ def _starts(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
             if not starts or "how" in starts[-1] or row["how"] == "refused":
                 starts.append({"time": row["time"], "job": row.get("job")})
             starts[-1] |= {"how": row["how"], "reason": row.get("reason"), "ended": row["time"], "at": row.get("step")}
-        elif starts and row["event"] == "job" and "how" not in starts[-1]:
+        elif row["event"] == "job" and (not starts or "how" not in starts[-1]):
+            if not starts:  # its processes did not come as far as a start
+                starts.append({"time": row["time"], "job": row.get("job")})
             starts[-1] |= {"how": "lost", "reason": row["reason"], "ended": row["time"]}
     return starts
 
 
-def _state(starts: list[dict[str, Any]]) -> str:
-    how = starts[-1].get("how")
-    if how is None:
-        return "running, or killed without a message"
+def _unfinished(last: dict[str, Any], is_locked: bool | None) -> str:
+    """What a last start without an end does now. A running `scfm train` holds the folder's lock."""
+    if is_locked:
+        return "running"
+    host = last.get("host")
+    if is_locked is None:
+        return f"running, or killed without a message: {host}'s processes can tell"
+    if host == socket.gethostname():
+        return "killed without a message"
+    return f"killed without a message, or running on {host}: some file systems do not show locks to other machines"
+
+
+def _state(last: dict[str, Any], unfinished: str) -> str:
+    if "how" not in last:
+        return unfinished
+    if unfinished == "running":
+        return "starting"
     return {
         "finished": "finished",
         "stopped": "stopped, to be resumed",
         "refused": "refused",
         "lost": "lost: it ended without a message",
-    }.get(how, "failed")
+    }.get(last["how"], "failed")
 
 
-def _line(start: dict[str, Any]) -> str:
+def _line(start: dict[str, Any], unfinished: str) -> str:
     job = f"job {start['job']}, " if start.get("job") else ""
     where = (
         f"{start['processes']} processes on {start['host']}, from step {start['step']:,}"
         if "step" in start
-        else "refused"
+        else "did not start"
     )
-    end = "still running, or killed without a message"
+    end = unfinished
     if "how" in start:
         at = f" at step {start['at']:,}" if start.get("at") is not None else ""
         reason = f": {str(start['reason']).splitlines()[0]}" if start.get("reason") else ""

@@ -5,7 +5,6 @@ run in STUDY_DIR/ARM/seed-K. The same command runs what is missing; several proc
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import shlex
@@ -26,13 +25,15 @@ from recipes.runs import check_same_model
 from recipes.train import train
 from scfm_core.data.corpus import Corpus
 from scfm_core.data.source import json_value
-from scfm_core.distributed.world import launched_size
 from scfm_core.errors import UserError
+from scfm_core.files import lock_file
+from scfm_core.launched import launched_size
 from scfm_core.models.families import open_family
 from scfm_core.train.assemble import build_family
-from scfm_core.train.checkpoint import load_checkpoint, newest_complete
+from scfm_core.train.checkpoint import load_checkpoint
 from scfm_core.train.config import RunConfig
 from scfm_core.train.parse import find_recipe, load_config, to_plain, with_absolute_paths
+from scfm_core.train.run_dir import newest_complete
 
 _BASE = "undistilled"
 _RESERVED = ("run.seed", "run.dir")
@@ -245,12 +246,7 @@ def _outside_array() -> Iterator[None]:
 def _locked(path: Path, *, wait: bool) -> Iterator[bool]:
     """Lock a file; yields False if another process has the lock and `wait` is False."""
     with path.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        yield True
+        yield lock_file(lock, wait=wait) is not False
 
 
 def write_summary(study: Study, runs: list[Run], root: Path) -> str:

@@ -1,9 +1,7 @@
 """`scfm train`: read the configuration, build the run, train."""
 
 import contextlib
-import fcntl
 import gc
-import os
 import shutil
 import signal
 from collections.abc import Iterator, Sequence
@@ -15,12 +13,13 @@ import yaml
 
 from recipes.export import export
 from scfm_core.distributed.deepspeed_config import deepspeed_config
-from scfm_core.distributed.world import World, join_world, launched_size
+from scfm_core.distributed.world import World, join_world
 from scfm_core.errors import UserError
+from scfm_core.launched import launched_rank, launched_size, local_rank
 from scfm_core.models.protocol import ModelFamily
 from scfm_core.text import count
 from scfm_core.train.assemble import build_family, optimizer_config
-from scfm_core.train.checkpoint import find_checkpoint, set_latest, verify_checkpoint
+from scfm_core.train.checkpoint import find_checkpoint, load_checkpoint, set_latest, verify_checkpoint
 from scfm_core.train.config import RunConfig
 from scfm_core.train.device import resolve_device
 from scfm_core.train.estimate import estimate, format_estimate
@@ -31,6 +30,7 @@ from scfm_core.train.parse import dump_config, load_config, to_plain, with_absol
 from scfm_core.train.prompts import validation_prompts
 from scfm_core.train.resume import changed_keys
 from scfm_core.train.rules import check_shards, describe_micro_batches
+from scfm_core.train.run_dir import checkpoint_folders, checkpoint_path, locked, make_run_dir, step_of
 from scfm_core.train.trainer import Trainer
 
 # Files of an attempt at a run; `--resume never` moves them to another folder.
@@ -64,11 +64,11 @@ def train(
         config = load_config(config_path, overrides)
     except UserError as error:
         # All processes of a machine raise this error. One of them prints it: local rank 0, or rank 0 without its number.
-        error.agreed = os.environ.get("RANK", "0") == "0" or os.environ.get("LOCAL_RANK", "0") != "0"
+        error.agreed = launched_rank() == 0 or local_rank() != 0
         raise
     if dry_run:
         page = describe(config, processes or launched_size())
-        if os.environ.get("RANK", "0") == "0":
+        if launched_rank() == 0:
             print(page)
         return 0
     config = with_absolute_paths(config)
@@ -158,28 +158,8 @@ def _locked_run_dir(config: RunConfig, world: World) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         with world.together():
             if world.is_main:
-                try:
-                    run_dir.mkdir(parents=True, exist_ok=True)
-                except OSError as error:
-                    reason = "it is a file" if run_dir.is_file() else error.strerror
-                    raise UserError(
-                        f"run.dir: {run_dir} cannot be written ({reason}). Choose another with run.dir=PATH"
-                    ) from error
-                stack.enter_context(_lock(run_dir))
-        yield
-
-
-@contextlib.contextmanager
-def _lock(run_dir: Path) -> Iterator[None]:
-    """Lock the folder, because two runs would overwrite each other's files. The lock ends with the process in any case."""
-    with (run_dir / ".lock").open("w") as lock:
-        os.register_at_fork(after_in_child=lock.close)  # a data worker runs some seconds longer than a killed rank
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"another scfm train is running in {run_dir}. Wait for it, or use another run.dir"
-            ) from error
+                make_run_dir(run_dir)
+                stack.enter_context(locked(run_dir))
         yield
 
 
@@ -227,20 +207,24 @@ def _find_start(run_dir: Path, resume: str, world: World) -> Path | None:
 
 def _make_newest(run_dir: Path, start: Path) -> None:
     """Make `start` the newest checkpoint of this run, so that a later start with `auto` resumes from it too."""
-    own = run_dir / "checkpoints"
+    own, step = run_dir / "checkpoints", load_checkpoint(start, verify=False).state["step"]
+    newest = checkpoint_path(run_dir, step)
     if start.resolve().parent == own.resolve():
-        _move_aside(own, [path.name for path in own.glob("step_*") if path.name > start.name], into=run_dir)
-        set_latest(start)
-        return
-    _move_aside(run_dir, _ATTEMPT_FILES)
-    metrics = start.parents[1] / "metrics.jsonl"
-    if metrics.is_file():
-        shutil.copy(metrics, run_dir / "metrics.jsonl")
-    own.mkdir()
-    temporary = own / f".{start.name}.tmp"
-    shutil.copytree(start, temporary)
-    temporary.rename(own / start.name)
-    set_latest(own / start.name)
+        replaced = [newest.name] if start.name != newest.name else []  # by a copy of it that has another name
+        later = [path.name for path in checkpoint_folders(run_dir) if step_of(path) > step]
+        _move_aside(own, replaced + later, into=run_dir)
+    else:
+        _move_aside(run_dir, _ATTEMPT_FILES)
+        metrics = start.parents[1] / "metrics.jsonl"
+        if metrics.is_file():
+            shutil.copy(metrics, run_dir / "metrics.jsonl")
+        own.mkdir()
+    if start.resolve() != newest.resolve():
+        temporary = newest.with_name(f".{newest.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)  # from a save that was killed
+        shutil.copytree(start, temporary)
+        temporary.rename(newest)
+    set_latest(newest)
 
 
 def _move_aside(folder: Path, names: Sequence[str], into: Path | None = None) -> None:

@@ -1,9 +1,26 @@
-"""Files as bytes: hashes, comparison with a manifest, and fsync."""
+"""Files as bytes: hashes, comparison with a manifest, fsync; locks; folders that can be written."""
 
+import contextlib
+import errno
+import fcntl
 import hashlib
 import os
+import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Any, BinaryIO
+
+from scfm_core.errors import UserError
+
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
+"""flock on Lustre without `flock`, on NFS without a lock daemon, on some FUSE file systems."""
+_DISK = {
+    errno.ENOSPC: ("No space left on device", "the disk is full"),
+    errno.EDQUOT: ("Disk quota exceeded", "the quota of the disk is used up"),
+    errno.EROFS: ("Read-only file system", "the file system is read-only"),
+}
+_PROBE_BYTES = 64 << 10
 
 
 def file_sha256(path: Path) -> str:
@@ -49,3 +66,117 @@ def fsync_path(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def lock_file(file: IO[Any], *, wait: bool = False, shared: bool = False) -> bool | None:
+    """Lock an open file (flock). The lock ends when the file is closed, or with the process.
+
+    Args:
+        file: the open file.
+        wait: wait until another process gives the lock back.
+        shared: a lock that several processes may hold at the same time.
+
+    Returns:
+        whether the lock was taken; None if the file system has no locks, which is said once.
+    """
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        _warn_no_locks(Path(str(file.name)).parent, error)
+        return None
+    return True
+
+
+_warned: set[str] = set()
+
+
+def _warn_no_locks(folder: Path, error: OSError) -> None:
+    if "locks" not in _warned:
+        _warned.add("locks")
+        print(
+            f"scfm: warning: the file system of {folder} has no file locks ({error.strerror}). Nothing prevents two "
+            f"processes from writing the same files there: start each run only once",
+            file=sys.stderr,
+        )
+
+
+def disk_problem(error: BaseException) -> str | None:
+    """The failure of a disk behind an error, as part of a sentence; None if it is another error."""
+    text = str(error)
+    for number, (mark, reason) in _DISK.items():  # libraries in C++ and Rust report only the text
+        if getattr(error, "errno", None) == number or mark in text:
+            return reason
+    return error.strerror or text if isinstance(error, OSError) else None
+
+
+def is_disk_failure(error: BaseException) -> bool:
+    """Whether a full or read-only disk is behind an error."""
+    return disk_problem(error) in {reason for _, reason in _DISK.values()}
+
+
+def check_writable(folder: Path, what: str, advice: str) -> None:
+    """Make a folder if it is missing, and write some bytes there: bad disks are found before the work and not after it.
+
+    Args:
+        folder: where a command will write.
+        what: the option or key that names the folder, for the message.
+        advice: the sentence that ends the message.
+
+    Raises:
+        UserError: if the disk is full or read-only, or the folder cannot be made.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    probe = folder / f".probe.{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            probe.write_bytes(bytes(_PROBE_BYTES))
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        for path in made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        reason = "it is a file" if folder.is_file() else disk_problem(error)
+        raise UserError(f"{what}: {folder} cannot be written ({reason}). {advice}") from error
+
+
+@contextlib.contextmanager
+def saving(target: Path, what: str, advice: str, *partial: Path) -> Iterator[None]:
+    """Within `with`, `target` is written. If the disk fails, `partial` is removed.
+
+    Args:
+        target: for the message.
+        what, advice: as in `check_writable`.
+        partial: files and folders that are incomplete if the block fails.
+
+    Raises:
+        UserError: if the disk fails; every other error remains as it is.
+    """
+    try:
+        yield
+    except Exception as error:
+        for path in partial:
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        if isinstance(error, UserError) or (reason := disk_problem(error)) is None:
+            raise
+        raise UserError(f"{what}: {target} cannot be written ({reason}). {advice}") from error
+
+
+@contextlib.contextmanager
+def written_whole(path: Path, what: str, advice: str) -> Iterator[Path]:
+    """Within `with`, write the path that this gives; at the end it is renamed to `path`. Errors as in `saving`.
+
+    Args:
+        path: a file; its folder is made.
+        what, advice: as in `check_writable`.
+    """
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")  # libraries look at the suffix
+    with saving(path, what, advice, partial):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        partial.replace(path)

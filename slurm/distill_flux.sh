@@ -21,7 +21,9 @@
 set -euo pipefail
 
 # sbatch runs a copy of this file, so scfm's folder is the one from which the job was submitted.
-root="${SCFM_ROOT:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}"
+root="$(dirname "$0")/.."
+if [[ ! -f "$root/slurm/lib.sh" ]]; then root="${SLURM_SUBMIT_DIR:-$root}"; fi
+root="${SCFM_ROOT:-$root}"
 if [[ ! -f "$root/slurm/lib.sh" ]]; then
     echo "slurm: there is no slurm/lib.sh in '$root'. Submit from scfm's folder, or set SCFM_ROOT to it" >&2
     exit 2

@@ -24,11 +24,21 @@ main() {
     if ((${#arguments[@]} == 0)) || [[ "${arguments[0]}" == *=* ]]; then arguments=("${defaults[@]}" "${arguments[@]}"); fi
     local run_dir
     run_dir="$("${python[@]}" -m recipes.cli job run-dir "${arguments[@]}")"
-    if [[ -z "${SLURM_JOB_ID:-}" ]]; then
-        run_here
-    else
+    if is_own_job; then
         run_job "$here" "$run_dir"
+    else
+        if [[ -n "${SLURM_JOB_ID:-}" ]]; then
+            echo "slurm: this is not the batch script of job $SLURM_JOB_ID: training on this machine only, without restarts." \
+                "For a job of its own use sbatch; from a batch script, \`exec bash $0\`" >&2
+        fi
+        run_here
     fi
+}
+
+# Whether this shell is the batch script of the Slurm job, which may be requeued. The shells of salloc and of a notebook's
+# job have the variables of a job too. Slurm runs a copy of the script with this name; SLURM_TASK_PID is its process.
+is_own_job() {
+    [[ -n "${SLURM_JOB_ID:-}" ]] && [[ "${0##*/}" == slurm_script || "${SLURM_TASK_PID:-}" == "$$" ]]
 }
 
 # Sets interpreter, site and secrets. The site's file may set `launcher`, the command that runs the interpreter on a
@@ -102,7 +112,7 @@ run_here() {
     if [[ -z "$processes" ]]; then
         processes="$("${python[@]}" -c "import torch; print(max(1, torch.cuda.device_count()))")"
     fi
-    exec "${python[@]}" -m torch.distributed.run --standalone --nproc-per-node="$processes" \
+    exec "${python[@]}" -m recipes.launch --standalone --nproc-per-node="$processes" \
         -m recipes.cli train "${arguments[@]}"
 }
 

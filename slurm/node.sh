@@ -13,7 +13,7 @@ mkdir -p "$logs"
 # must ignore them: it would kill the training after 30 seconds. `--tee` writes one log file per rank; rank 0 of the
 # node is also printed.
 trap '' TERM USR2
-exec "${python[@]}" -m torch.distributed.run \
+exec "${python[@]}" -m recipes.launch \
     --nnodes="${SLURM_JOB_NUM_NODES:-1}" --node-rank="$SLURM_NODEID" --nproc-per-node="$SCFM_PROCESSES" \
     --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" --signals-to-handle=SIGINT \
     --log-dir="$logs" --tee=3 --local-ranks-filter=0 \

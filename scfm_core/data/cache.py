@@ -8,7 +8,6 @@ download. It is safe to delete a copy while another process reads it: the open f
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import os
 import re
@@ -20,7 +19,7 @@ from typing import IO
 from scfm_core.data.remote import fetch
 from scfm_core.data.schema import BadData
 from scfm_core.errors import UserError
-from scfm_core.files import mismatch
+from scfm_core.files import lock_file, mismatch
 
 _PART = ".part"
 _COPY_NAME = re.compile(r"[0-9a-f]{24}-")
@@ -30,7 +29,7 @@ class ShardCache:
     """A folder of copies.
 
     Args:
-        folder: made if missing. It must be on a local disk, for flock.
+        folder: made if missing. On a file system without flock, several processes may download the same shard.
         limit: bytes. Above it the least recently used copies are deleted (evicted). None: no limit.
         timeout: seconds for one download, with all retries and the pauses between them.
 
@@ -105,7 +104,7 @@ class ShardCache:
         """Delete the partial downloads of killed processes."""
         for part in self.folder.glob(f"*{_PART}"):
             with contextlib.suppress(OSError), part.open("rb") as file:
-                if _try_lock(file) and _is_same_file(file, part):
+                if lock_file(file) and _is_same_file(file, part):
                     part.unlink()
 
     def _mark_used(self, copy: Path) -> bool:
@@ -125,13 +124,21 @@ class ShardCache:
         while True:
             self.folder.mkdir(parents=True, exist_ok=True)  # it may have been deleted meanwhile
             with part.open("ab") as file:
-                while not _try_lock(file):
+                while (is_locked := lock_file(file)) is False:
                     if time.monotonic() > end:
                         raise UserError(
                             f"data: {uri} was not available within {self.timeout:.0f} s, while another process tried to "
                             f"download it. If the storage is slow, raise data.cache.timeout"
                         )
                     time.sleep(0.02)
+                if is_locked is None:  # no locks: each process downloads into a file of its own
+                    part.unlink(missing_ok=True)
+                    own = copy.with_name(f"{copy.name}.{os.uname().nodename}-{os.getpid()}.{space}{_PART}")
+                    try:
+                        yield own
+                    finally:
+                        own.unlink(missing_ok=True)
+                    return
                 # The last owner of the lock may have renamed or deleted the file. Then this lock is on another file.
                 if _is_same_file(file, part):
                     file.truncate(0)
@@ -162,7 +169,7 @@ class ShardCache:
                 f"Raise the limit"
             )
         with (self.folder / ".room").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            lock_file(lock, wait=True)
             copies, total = [], size
             for path in self.folder.iterdir():
                 if not _COPY_NAME.match(path.name) or path == own:
@@ -196,12 +203,3 @@ def _is_same_file(file: IO[bytes], path: Path) -> bool:
         return os.fstat(file.fileno()).st_ino == path.stat().st_ino
     except FileNotFoundError:
         return False
-
-
-def _try_lock(file: IO[bytes]) -> bool:
-    """Lock a file without waiting; False if another process holds the lock."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

@@ -1,15 +1,13 @@
 """The data loader: batches in an exact order. A run can resume at any step, with any number of ranks and workers."""
 
 import contextlib
-import gc
 import mmap
 import multiprocessing
 import os
-import signal
 import struct
 import time
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -20,7 +18,9 @@ from scfm_core.data.corpus import Corpus
 from scfm_core.data.order import Order
 from scfm_core.data.remote import close_connections
 from scfm_core.data.schema import BadData, Batch, Record, collate
+from scfm_core.data.workers import POLL, WorkerGroup, batches_of_workers, frozen_garbage, ignore_signals
 from scfm_core.errors import UserError
+from scfm_core.launched import local_size
 
 _DOWNLOAD_THREADS = 4
 """Concurrent downloads of one rank."""
@@ -125,6 +125,7 @@ def batches(
     rank: int = 0,
     world_size: int = 1,
     sample_offset: int = 0,
+    is_stopping: Callable[[], bool] = lambda: False,
 ) -> Generator[Batch]:
     """One rank's micro-batches of the samples `start` to `stop - 1` of the stream, in order.
 
@@ -138,10 +139,12 @@ def batches(
         stop: the first sample of the stream that is not read, a multiple of the global batch.
         rank, world_size: of this process.
         sample_offset: added to the places in the stream, to get global sample indices.
+        is_stopping: whether the run was asked to stop; it is called while the next batch is not there yet.
 
     Raises:
         UserError: if a shard is unavailable, or a sample is invalid and the recipe tolerates none; the message names
-            it.
+            it. If a worker was killed, or shared memory is too small.
+        Stopped: in place of a batch that is not there yet, if `is_stopping` is true.
     """
     assert start % global_batch_size == stop % global_batch_size == 0
     assert global_batch_size % (micro_batch_size * world_size) == 0
@@ -156,37 +159,47 @@ def batches(
         sample_offset,
         config.max_bad_fraction > 0,
     )
-    loader = _make_loader(corpus, picks)
     close_connections()
-    with contextlib.ExitStack() as stack:
-        prefetcher = stack.enter_context(_Prefetcher(corpus, picks)) if config.num_workers else None
-        # Without workers nothing is forked: leave alone what this process has frozen before.
-        with _frozen_garbage() if config.num_workers else contextlib.nullcontext():
-            iterator = iter(loader)
-        # A traceback may keep the iterator alive to the end of the process. At its exit the process would then wait
-        # forever for its workers, because they ignore its SIGTERM.
-        if config.num_workers:
-            stack.callback(iterator._shutdown_workers)  # type: ignore[attr-defined]
-        for batch in iterator:
-            if isinstance(batch, UserError):
-                raise batch
-            if prefetcher is not None:
-                prefetcher.count_micro_batch()
-            yield batch
+    if not config.num_workers:
+        samples = _Samples(corpus)
+        for rows in picks:
+            yield _checked(_collate([samples[pick] for pick in rows]))
+        return
+    with _Prefetcher(corpus, picks) as prefetcher, contextlib.closing(_read(corpus, picks, is_stopping)) as read:
+        for batch in read:
+            prefetcher.count_micro_batch()
+            yield _checked(batch)
 
 
-def _make_loader(corpus: Corpus, picks: Picks) -> "DataLoader[Batch | UserError]":
+def _checked(batch: Batch | UserError) -> Batch:
+    if isinstance(batch, UserError):
+        raise batch
+    return batch
+
+
+def _read(corpus: Corpus, picks: Picks, is_stopping: Callable[[], bool]) -> Generator[Batch | UserError]:
+    """The micro-batches, read by `data.num_workers` processes."""
     workers = corpus.config.num_workers
-    return DataLoader(
+    prefetch = max(2, -(-4 * picks.per_step // workers))
+    waiting = workers * local_size()  # the workers of all processes of this machine
+    group = WorkerGroup(queued=prefetch * waiting, least=2 * waiting)
+
+    def collate_shared(rows: list[tuple[Pick, Record | UserError, list[str]]]) -> Batch | UserError:
+        batch = _collate(rows)
+        return batch if isinstance(batch, UserError) else group.has_room(batch) or batch
+
+    loader = DataLoader(
         _Samples(corpus),
         batch_sampler=picks,  # type: ignore[arg-type]
         num_workers=workers,
-        collate_fn=_collate,
-        prefetch_factor=max(2, -(-4 * picks.per_step // workers)) if workers else None,
-        worker_init_fn=_ignore_signals if workers else None,
+        collate_fn=collate_shared,
+        prefetch_factor=prefetch,
+        worker_init_fn=group.start,
+        timeout=POLL,
         # Forked, so that the workers share the table of verified shards.
-        multiprocessing_context="fork" if workers else None,
+        multiprocessing_context="fork",
     )
+    return batches_of_workers(loader, group, is_stopping)
 
 
 class _Prefetcher:
@@ -203,7 +216,7 @@ class _Prefetcher:
         self._process = multiprocessing.get_context("fork").Process(target=self._run, daemon=True)
 
     def __enter__(self) -> "_Prefetcher":
-        with _frozen_garbage():
+        with frozen_garbage():
             self._process.start()
         return self
 
@@ -220,7 +233,7 @@ class _Prefetcher:
         return int(struct.unpack("<q", self._counter[:])[0])
 
     def _run(self) -> None:
-        _ignore_signals(0)
+        ignore_signals()
         corpus, limit = self.corpus, self.corpus.config.cache.limit_gb
         max_bytes = float("inf") if limit is None else limit * 1e9 / 2
         block = corpus.config.shuffle_block // self.picks.world_size
@@ -255,28 +268,6 @@ class _Prefetcher:
         # The worker that needs the shard will get the same error, and report it.
         with contextlib.suppress(UserError, OSError):
             self.corpus.prefetch(shard)
-
-
-@contextlib.contextmanager
-def _frozen_garbage() -> Generator[None]:
-    """Keep processes that are forked in this context from collecting garbage that they inherit.
-
-    This garbage may contain a process group (FSDP's modules hold one in a reference cycle). Its destructor joins
-    threads, which do not exist in a forked process, so that process would be aborted. Another benefit: the pages to
-    which a collection writes are not copied.
-    """
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-
-
-def _ignore_signals(_: int) -> None:
-    # Ctrl-C and Slurm's signals reach every process of the job. The training process decides when to stop; its workers
-    # must live until then.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def _collate(rows: list[tuple[Pick, Record | UserError, list[str]]]) -> Batch | UserError:

@@ -28,7 +28,7 @@ from scfm_core.distributed.deepspeed_internals import (
 )
 from scfm_core.distributed.engine import Engine, Layout, OptimizerConfig, Parameters, Slot
 from scfm_core.distributed.reader import DCP_FOLDER
-from scfm_core.distributed.world import World
+from scfm_core.distributed.world import World, quiet_gloo
 from scfm_core.errors import missing_extra
 
 
@@ -131,7 +131,8 @@ class ZeroEngine(Engine):
         """Of stage 3: slices by role and name."""
         self._mesh: DeviceMesh | None = None
         if self._stage == 3:
-            self._mesh = init_device_mesh(layout.device.type, (world.size,))
+            with quiet_gloo():
+                self._mesh = init_device_mesh(layout.device.type, (world.size,))
             for role in ("student", "ema_fast", "ema_slow"):
                 self._partitions[role] = {name: Partition(value) for name, value in parameters(role).items()}
             # ZeRO-3 keeps small weights gathered, and gathers them again after every update. For EMAs this is in vain:

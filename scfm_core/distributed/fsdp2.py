@@ -16,7 +16,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from scfm_core.distributed.dcp import save_dcp
 from scfm_core.distributed.engine import MOMENTS, Engine, EngineConfig, Layout, OptimizerConfig, Parameters, Slot
 from scfm_core.distributed.reader import DCP_FOLDER
-from scfm_core.distributed.world import World
+from scfm_core.distributed.world import World, quiet_gloo
 
 
 class Fsdp2Layout(Layout):
@@ -36,7 +36,8 @@ class Fsdp2Layout(Layout):
         if shard > 1:
             replicas = world.size // shard
             shape, names = ((shard,), ("shard",)) if replicas == 1 else ((replicas, shard), ("replicate", "shard"))
-            self.mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+            with quiet_gloo():
+                self.mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
         self._policy = MixedPrecisionPolicy(
             param_dtype=None if compute_dtype == torch.float32 else compute_dtype,
             reduce_dtype=torch.float32,

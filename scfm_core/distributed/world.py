@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from scfm_core.errors import UserError
+from scfm_core.launched import launched_size
 
 _LAUNCHER = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -57,7 +59,8 @@ class World:
         """The same processes with a separate group, for a thread that communicates at the same time as the training."""
         if self.group is None:
             return self
-        return replace(self, group=dist.new_group(backend="gloo", timeout=self.timeout))
+        with quiet_gloo():
+            return replace(self, group=dist.new_group(backend="gloo", timeout=self.timeout))
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -99,9 +102,18 @@ def _ranks(ranks: list[int]) -> str:
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
 
 
-def launched_size() -> int:
-    """Number of processes that the launcher started (torchrun, deepspeed, or srun with torchrun's variables)."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+@contextlib.contextmanager
+def quiet_gloo() -> Iterator[None]:
+    """Drop the lines that gloo prints about each group that it connects ("[Gloo] Rank 0 is connected to ...")."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError, ValueError):  # there may be no standard output
+            sys.stdout.flush()
+            output, null = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+            stack.callback(os.close, null)
+            stack.callback(os.close, output)
+            os.dup2(null, 1)
+            stack.callback(os.dup2, output, 1)
+        yield
 
 
 @contextlib.contextmanager
@@ -133,7 +145,8 @@ def join_world(device: torch.device, timeout: float, *, always: bool = False) ->
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **options)
+        with quiet_gloo():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **options)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         raise UserError(
             f"{size} processes should meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}, but not all joined within "
@@ -142,7 +155,8 @@ def join_world(device: torch.device, timeout: float, *, always: bool = False) ->
         ) from error
     failed = True
     try:
-        group = dist.new_group(backend="gloo", timeout=wait_limit) if device.type == "cuda" else dist.group.WORLD
+        with quiet_gloo():
+            group = dist.new_group(backend="gloo", timeout=wait_limit) if device.type == "cuda" else dist.group.WORLD
         yield World(dist.get_rank(), size, group, wait_limit)
         failed = False
     finally:

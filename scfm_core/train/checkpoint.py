@@ -25,11 +25,22 @@ from scfm_core.distributed.reader import Reader, open_reader
 from scfm_core.distributed.world import World
 from scfm_core.errors import UserError, agreed_error
 from scfm_core.files import file_sha256, fsync_path
+from scfm_core.train.run_dir import (
+    LATEST,
+    MANIFEST,
+    checkpoint_folders,
+    checkpoint_path,
+    copies,
+    leftovers,
+    saved_step,
+    step_of,
+)
 
-MANIFEST = "manifest.json"
-LATEST = "latest"
 FORMAT = 3
 _FAILURES = (OSError, RuntimeError, CheckpointException)
+
+_said: set[tuple[Path | str, ...]] = set()
+"""Which copies of checkpoints were named already."""
 
 Write = Callable[[Path, World], Callable[[], object]]
 """Starts to write tensors into a folder, on every rank. It returns a function that waits until they are written."""
@@ -46,11 +57,6 @@ class Checkpoint:
     def reader(self) -> Reader:
         """Reads any range of any tensor from disk; UserError if a file is invalid."""
         return open_reader(self.path, self.state["kind"], self.state["shapes"])
-
-
-def checkpoint_path(run_dir: Path, step: int) -> Path:
-    """Folder of the checkpoint after `step` steps."""
-    return run_dir / "checkpoints" / f"step_{step:08d}"
 
 
 class CheckpointWriter:
@@ -84,7 +90,7 @@ class CheckpointWriter:
         partial = final.with_name(f".{final.name}.tmp")
         with self._failing_together(partial):
             if self._world.is_main:
-                for leftover in final.parent.glob(".step_*.tmp"):  # from a save that was killed
+                for leftover in leftovers(self._run_dir):
                     shutil.rmtree(leftover, ignore_errors=True)
                 partial.mkdir(parents=True)
         try:
@@ -131,7 +137,10 @@ class CheckpointWriter:
         replaced = final.with_name(f".{final.name}.old.tmp")
         if final.exists():  # damaged and skipped at resuming, or later than the step that the run went back to
             final.with_name(LATEST).unlink(missing_ok=True)
-            final.rename(replaced)
+            if saved_step(final) in (None, step_of(final)):
+                final.rename(replaced)
+            else:  # somebody's copy of another step
+                final.rename(_free_name(final))
         partial.rename(final)
         set_latest(final)
         shutil.rmtree(replaced, ignore_errors=True)
@@ -194,10 +203,13 @@ def find_checkpoint(run_dir: Path, warn: Callable[[str], None] = print, world: W
         its folder, the same on every rank; None if the run has no checkpoint.
 
     Raises:
-        UserError: if there are checkpoints, but all are damaged.
+        UserError: if there are checkpoints, but all are damaged, or only copies under other names.
     """
     world = world or World()
-    folders: list[Path] = world.from_main(_folders(run_dir))
+    folders, others = world.from_main((checkpoint_folders(run_dir), [path.name for path in copies(run_dir)]))
+    if others and world.is_main and (said := (run_dir.absolute(), *others)) not in _said:
+        _said.add(said)
+        warn(f"not used: {', '.join(others)} (copies of checkpoints: runs neither resume from them nor delete them)")
     for path in reversed(folders):
         try:
             verify_checkpoint(path, world)
@@ -210,6 +222,11 @@ def find_checkpoint(run_dir: Path, warn: Callable[[str], None] = print, world: W
         raise agreed_error(
             f"none of the {len(folders)} checkpoints in {run_dir / 'checkpoints'} is intact. Restore one from a backup, "
             f"or start over with --resume never"
+        )
+    if others:
+        raise agreed_error(
+            f"{run_dir / 'checkpoints'} has only copies of checkpoints ({', '.join(others)}), none named step_XXXXXXXX as its "
+            f"manifest says. Choose one with --resume PATH, or start over with --resume never"
         )
     return None
 
@@ -273,12 +290,6 @@ def load_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
     return Checkpoint(path, json.loads((path / "state.json").read_text(encoding="utf-8")))
 
 
-def newest_complete(run_dir: Path, before: int | None = None) -> Path | None:
-    """The newest folder with a manifest, not verified; with `before`, the newest of an earlier step than this."""
-    complete = [path for path in _folders(run_dir) if (path / MANIFEST).is_file()]
-    return next((path for path in reversed(complete) if before is None or path.name < f"step_{before:08d}"), None)
-
-
 def set_latest(checkpoint: Path) -> None:
     """Write the name of this complete checkpoint to `checkpoints/latest`."""
     pointer = checkpoint.with_name(f".{LATEST}.tmp")
@@ -298,8 +309,12 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def _folders(run_dir: Path) -> list[Path]:
-    return sorted(path for path in (run_dir / "checkpoints").glob("step_*") if path.is_dir())
+def _free_name(path: Path) -> Path:
+    """A name beside `path` that no file has."""
+    number = 1
+    while (free := path.with_name(f"{path.name}_copy{number}")).exists():
+        number += 1
+    return free
 
 
 def _delete_superseded(run_dir: Path, newest: Path, keep: int) -> None:
@@ -307,7 +322,7 @@ def _delete_superseded(run_dir: Path, newest: Path, keep: int) -> None:
 
     Checkpoints of later steps are from before the run went back to an earlier step. Folders without a manifest do not count.
     """
-    complete = [path for path in _folders(run_dir) if (path / MANIFEST).is_file()]
-    later = [path for path in _folders(run_dir) if path.name > newest.name]
+    complete = [path for path in checkpoint_folders(run_dir) if (path / MANIFEST).is_file()]
+    later = [path for path in checkpoint_folders(run_dir) if step_of(path) > step_of(newest)]
     for path in [*later, *[path for path in complete if path not in later][:-keep]]:
         shutil.rmtree(path, ignore_errors=True)

@@ -1,11 +1,9 @@
 """The device of this process, and the dtype that it computes in."""
 
-import os
-
 import torch
 
-from scfm_core.distributed.world import launched_size
 from scfm_core.errors import UserError
+from scfm_core.launched import launched_size, local_rank
 from scfm_core.train.config import RunConfig
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -33,13 +31,13 @@ def resolve_device(name: str) -> torch.device:
         raise UserError(
             f"run.device={name} names one GPU, but the launcher started {launched_size()} processes. Set it to auto"
         )
-    local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if local_rank >= count:
+    own, count = local_rank(), torch.cuda.device_count()
+    if own >= count:
         raise UserError(
-            f"the launcher started a process of local rank {local_rank}, but this machine has {count} GPUs. "
+            f"the launcher started a process of local rank {own}, but this machine has {count} GPUs. "
             f"Start at most {count} processes on it"
         )
-    return torch.device("cuda", local_rank)
+    return torch.device("cuda", own)
 
 
 def compute_dtype(config: RunConfig) -> torch.dtype:

@@ -50,5 +50,5 @@ def _run_steps(trainer: Trainer, validation: Validation | None, log: RunLog, wat
             log.picture(validation.save_grid(step), step)
             watchdog.beat(f"step {step + 1}")
         if stopping is not None and step < total:
-            return stopping
-    return None
+            break
+    return trainer.stopping if trainer.progress.step < total else None

@@ -1,4 +1,4 @@
-"""`history.jsonl`: the starts of a run and how each ended, for `scfm status` and batch jobs."""
+"""What a run wrote: `history.jsonl`, its starts and how each ended, for `scfm status` and batch jobs; and its metrics."""
 
 import contextlib
 import json
@@ -35,6 +35,16 @@ def read_history(run_dir: Path) -> list[dict[str, Any]]:
             with contextlib.suppress(json.JSONDecodeError):
                 rows.append(json.loads(line))
     return [row for row in rows if isinstance(row, dict) and "event" in row]
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a `metrics.jsonl`. Invalid lines, such as a last one that a kill cut off, are ignored."""
+    rows = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict) and "step" in row]
 
 
 class Start:

@@ -3,30 +3,19 @@
 import contextlib
 import json
 import math
-import os
 import sys
 import time
-import uuid
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from scfm_core.distributed.world import World
-from scfm_core.errors import UserError, missing_extra
 from scfm_core.text import number
-from scfm_core.train.config import RunConfig, WandbConfig
+from scfm_core.train.config import RunConfig
+from scfm_core.train.history import read_metrics
 from scfm_core.train.parse import to_plain
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a `metrics.jsonl`. Invalid lines, such as a last one that a kill cut off, are ignored."""
-    rows = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict) and "step" in row]
+from scfm_core.train.wandb_log import WandbLog
 
 
 class MetricsFile:
@@ -63,68 +52,6 @@ class IncidentsFile:
 def _finite(row: dict[str, Any]) -> dict[str, Any]:
     """JSON has no NaN and no infinity."""
     return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
-
-
-class WandbLog:
-    """The run in W&B, unless it is disabled. The id is stored in the run's folder, so a resumed run continues the same one."""
-
-    def __init__(self, config: WandbConfig, run_dir: Path, settings: dict[str, Any]) -> None:
-        self._run: Any = None
-        mode = _wandb_mode(config)
-        if mode == "disabled":
-            return
-        try:
-            import wandb
-        except ImportError as error:
-            problem = missing_extra(f"wandb.mode={config.mode}", "wandb", error, "set wandb.mode=disabled")
-            if config.mode != "auto":
-                raise problem from error
-            print(f"nothing is logged to W&B: {problem}")
-            return
-        identifier = run_dir / "wandb_id"
-        if not identifier.is_file():
-            identifier.write_text(uuid.uuid4().hex)
-        self._wandb = wandb
-        try:
-            self._run = wandb.init(
-                project=config.project,
-                name=run_dir.name,
-                id=identifier.read_text(),
-                resume="allow",
-                dir=str(run_dir),
-                config=settings,
-                mode=mode,  # type: ignore[arg-type]
-                settings=wandb.Settings(silent=True, console="off"),
-            )
-        except wandb.errors.Error as error:
-            raise UserError(
-                f"W&B is unreachable or rejects the key ({error}). Set wandb.mode=offline and run `wandb sync` later"
-            ) from error
-
-    def log(self, row: dict[str, Any]) -> None:
-        """Send one step's numbers."""
-        if self._run is not None:
-            self._run.log({key: value for key, value in row.items() if key != "step"}, step=row["step"])
-
-    def image(self, name: str, path: Path, step: int) -> None:
-        """Send a picture."""
-        if self._run is not None:
-            self._run.log({name: self._wandb.Image(str(path))}, step=step)
-
-    def close(self) -> None:
-        """Finish the run."""
-        if self._run is not None:
-            self._run.finish()
-
-
-def _wandb_mode(config: WandbConfig) -> str:
-    if config.mode != "auto":
-        return config.mode
-    if os.environ.get("WANDB_MODE"):
-        return os.environ["WANDB_MODE"]
-    netrc = Path("~/.netrc").expanduser()
-    has_key = bool(os.environ.get("WANDB_API_KEY")) or (netrc.is_file() and "api.wandb.ai" in netrc.read_text())
-    return "online" if has_key else "offline"
 
 
 class _Lines(tqdm):  # type: ignore[type-arg]

@@ -12,11 +12,12 @@ from scfm_core.distributed.world import World
 from scfm_core.errors import UserError, agreed_error
 from scfm_core.models.student import ShortcutModel
 from scfm_core.models.weights import network_fingerprint
-from scfm_core.train.checkpoint import Checkpoint, CheckpointWriter, load_checkpoint, newest_complete, verify_checkpoint
+from scfm_core.train.checkpoint import Checkpoint, CheckpointWriter, load_checkpoint, verify_checkpoint
 from scfm_core.train.config import RunConfig
 from scfm_core.train.guard import Guard
 from scfm_core.train.parse import parse_config, to_plain, without_removed_keys
 from scfm_core.train.resume import check_same_recipe
+from scfm_core.train.run_dir import newest_complete, step_of
 
 
 @dataclass
@@ -189,4 +190,4 @@ class RunState:
                 verify_checkpoint(path, self._world)
                 return path
             except UserError:
-                step = int(path.name.removeprefix("step_"))
+                step = step_of(path)

@@ -1,11 +1,15 @@
 """Signals that ask a run to stop."""
 
+import contextlib
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+from scfm_core.launched import launched_rank
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 _early: list[int] = []
 
 
@@ -21,15 +25,16 @@ def remember_early() -> None:
 
 
 class StopRequest:
-    """SIGTERM, SIGINT and USR2 request a stop after the current step; a second SIGINT stops immediately."""
+    """A signal of `SIGNALS` requests a stop after the current step; a second SIGINT stops immediately."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
 
     @contextmanager
     def listening(self) -> Iterator["StopRequest"]:
-        """Install the handlers, and restore the previous ones at the end."""
-        previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        """Install the handlers, and restore the previous ones at the end. `nohup` ignores SIGHUP, and it stays ignored."""
+        ignored = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else []
+        previous = {number: signal.signal(number, self._handle) for number in SIGNALS if number not in ignored}
         if _early:
             self.signal = _early[0]
             _early.clear()
@@ -42,4 +47,8 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if self.signal is None and launched_rank() == 0:
+            again = "; press again to stop now" if number == signal.SIGINT else ""
+            with contextlib.suppress(OSError):  # the terminal may be gone; a handler must not use Python's buffers
+                os.write(2, f"\n{signal.Signals(number).name}: stopping after this step, saving{again}\n".encode())
         self.signal = number

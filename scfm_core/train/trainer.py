@@ -12,6 +12,7 @@ import torch
 from scfm_core.data.corpus import Corpus
 from scfm_core.data.loader import batches
 from scfm_core.data.schema import Batch
+from scfm_core.data.workers import Stopped
 from scfm_core.distributed.world import World
 from scfm_core.errors import UserError, agreed_error
 from scfm_core.scfm.ema import DualEMA
@@ -130,12 +131,17 @@ class Trainer:
             rank=world.rank,
             world_size=world.size,
             sample_offset=progress.data_start,
+            is_stopping=lambda: self.stop.signal is not None,
         )
         with contextlib.closing(stream):
             with world.together():
                 upcoming = self._next_micro_batches(stream, left)
                 if isinstance(upcoming, UserError):
                     raise upcoming
+            stopped = world.gather(self.stop.signal if left and not upcoming else None)
+            self.stopping = next((number for number in stopped if number is not None), None)
+            if self.stopping is not None:
+                return
             for number in range(left):
                 assert not isinstance(upcoming, UserError)
                 began, data = time.perf_counter(), upcoming
@@ -150,13 +156,15 @@ class Trainer:
                     raise SkippedTooOften
 
     def _next_micro_batches(self, stream: Iterator[Batch], steps_left: int) -> list[Batch] | UserError:
-        """The micro-batches of the next step; or the error, if there are none."""
+        """The micro-batches of the next step; or the error, if there are none. If the run stops, no data are waited for."""
         if not steps_left:
             return []
         try:
             return [next(stream) for _ in range(micro_batches(self.config, self.world.size).number)]
         except UserError as error:
             return error
+        except Stopped:
+            return []
 
     def _backward(self, data: list[Batch]) -> LossMeter:
         """Accumulate the gradients of a step's micro-batches; returns their losses."""

@@ -100,7 +100,8 @@ def train_cli(tree: dict[str, Any], *arguments: str) -> int:
 
 def tensors(run_dir: Path, step: int | None = None) -> dict[str, torch.Tensor]:
     """Everything that the newest (or a given) checkpoint of a run holds."""
-    from scfm_core.train.checkpoint import checkpoint_path, find_checkpoint, load_checkpoint
+    from scfm_core.train.checkpoint import find_checkpoint, load_checkpoint
+    from scfm_core.train.run_dir import checkpoint_path
 
     path = checkpoint_path(run_dir, step) if step is not None else find_checkpoint(run_dir)
     assert path is not None

@@ -13,7 +13,8 @@ from runs import ALL_TARGETS, ENGINES, distance, joined_trainer, make_tree, run_
 from recipes.checkpoint import convert, inspect
 from recipes.export import export
 from scfm_core.distributed.reader import module_name
-from scfm_core.train.checkpoint import checkpoint_path, find_checkpoint, load_checkpoint
+from scfm_core.train.checkpoint import find_checkpoint, load_checkpoint
+from scfm_core.train.run_dir import checkpoint_path
 
 GROUPS = ("student", "ema_fast", "ema_slow", "exp_avg", "exp_avg_sq")
 

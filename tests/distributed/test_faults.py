@@ -19,16 +19,8 @@ from runs import ENGINES, at_student_passes, make_tree, run_distributed, tensors
 
 from recipes.cli import main
 from scfm_core.errors import UserError
-from scfm_core.train.checkpoint import (
-    LATEST,
-    MANIFEST,
-    checkpoint_path,
-    find_checkpoint,
-    load_checkpoint,
-    newest_complete,
-    read_manifest,
-    verify_checkpoint,
-)
+from scfm_core.train.checkpoint import find_checkpoint, load_checkpoint, read_manifest, verify_checkpoint
+from scfm_core.train.run_dir import LATEST, MANIFEST, checkpoint_path, newest_complete
 
 STEPS, HIT = 3, 2
 # `engine.timeout` must not run out: a rank whose peer is gone notices the lost connection. The limit is how long a test waits
@@ -624,6 +616,14 @@ def test_nothing_is_intact(tiny, two_checkpoints, tmp_path):
 # Row 19: retention beside what a kill, a copy or a failing disk leaves.
 
 
+def copy_as_step(good: Path, step: int) -> None:
+    """Put the checkpoint of an abandoned attempt beside `good`: of a later step, by its name and its manifest."""
+    target = good.with_name(f"step_{step:08d}")
+    shutil.copytree(good, target)
+    manifest = json.loads((target / MANIFEST).read_text())
+    (target / MANIFEST).write_text(json.dumps(manifest | {"step": step}))
+
+
 def leave_partial_folders(run_dir: Path) -> None:
     """Folders that a killed save left: of the step that comes next, of later ones, and of one before."""
     folder, good = run_dir / "checkpoints", checkpoint_path(run_dir, 1)
@@ -633,7 +633,7 @@ def leave_partial_folders(run_dir: Path) -> None:
     (folder / "step_00000000" / MANIFEST).unlink()
     shutil.copytree(good, folder / "step_00000002", ignore=shutil.ignore_patterns(MANIFEST, "*.distcp"))
     (folder / "step_00000003").mkdir()
-    shutil.copytree(good, folder / "step_00000007")  # a later one, damaged; it has a manifest
+    copy_as_step(good, 7)  # a later one, damaged; it has a manifest
     flip(folder / "step_00000007" / "state.json", 0.5)
     (folder / f".{LATEST}.tmp").write_text("step_0000")
     (folder / LATEST).write_text("step_00000007")
@@ -704,8 +704,8 @@ def test_a_failed_save_deletes_nothing_and_calls_no_damaged_one_intact(tiny, dis
     tree = make_run(tiny, disk / "run", "fsdp2")
     size = first_step(tree, "fsdp2")
     later, without = checkpoint_path(disk / "run", 7), checkpoint_path(disk / "run", 8)
-    for path in (later, without):
-        shutil.copytree(checkpoint_path(disk / "run", 1), path)
+    for step in (7, 8):
+        copy_as_step(checkpoint_path(disk / "run", 1), step)
     flip(later / "dcp" / "__0_0.distcp", 0.5)
     (without / MANIFEST).unlink()
     fill(disk, size // 2)

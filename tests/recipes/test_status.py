@@ -2,6 +2,10 @@
 
 import json
 import re
+import shutil
+import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -11,6 +15,7 @@ from recipes.status import status
 from scfm_core.errors import UserError
 from scfm_core.train.history import HISTORY, Start, read_history, write_event
 from scfm_core.train.metrics import MetricsFile
+from scfm_core.train.run_dir import locked
 
 
 def make_checkpoint(run_dir, step):
@@ -149,14 +154,48 @@ class TestStatus:
         write_event(tmp_path, "start", step=0, steps=100, processes=16, host="n1")
         self.rows(tmp_path, 30)
         make_checkpoint(tmp_path, 20)
-        text = status(tmp_path)
-        assert "running, or killed without a message" in text
+        with locked(tmp_path):
+            text = status(tmp_path)
+        assert text.startswith(f"{tmp_path}: running\n")
+        assert text.endswith("from step 0; running")
         assert "30 of 100 (30.0%)" in text
         assert "4.0 samples/s, 2.00 s a step" in text
         assert "2 min 20 s of training" in text
-        assert "0.5000" in text
+        assert "loss        0.5\n" in text
         assert re.search(r"step_00000020, \d+ s old", text)
         assert "16 processes on n1, from step 0" in text
+
+    @pytest.mark.parametrize(
+        ("host", "expected"),
+        [
+            (socket.gethostname(), "killed without a message"),
+            ("n1", "killed without a message, or running on n1: some file systems do not show locks to other machines"),
+        ],
+    )
+    def test_without_a_lock_it_does_not_run(self, tmp_path, host, expected):
+        write_event(tmp_path, "start", step=0, steps=9, processes=1, host=host)
+        with locked(tmp_path):
+            pass
+        lines = status(tmp_path).splitlines()
+        assert lines[0] == f"{tmp_path}: {expected}"
+        assert lines[-1].endswith(f"from step 0; {expected}")
+
+    def test_a_locked_run_that_has_ended_before_is_starting(self, tmp_path):
+        write_event(tmp_path, "start", step=0, steps=9, processes=1, host="a")
+        write_event(tmp_path, "end", how="stopped", step=4, reason="SIGTERM")
+        with locked(tmp_path):
+            assert status(tmp_path).startswith(f"{tmp_path}: starting\n")
+
+    def test_a_job_whose_processes_never_started(self, tmp_path):
+        verdict(tmp_path, exit_code=1, cancelled=False, retries=2)
+        assert "did not start; lost" in status(tmp_path)
+
+    def test_copies_of_checkpoints_do_not_count(self, tmp_path):
+        write_event(tmp_path, "start", step=0, steps=9, processes=1, host="a")
+        make_checkpoint(tmp_path, 4)
+        for name in ("step_best", "step_00000008 (copy)"):
+            shutil.copytree(tmp_path / "checkpoints" / "step_00000004", tmp_path / "checkpoints" / name)
+        assert "checkpoint  step_00000004" in status(tmp_path)
 
     def test_lists_every_start_and_its_end(self, tmp_path, monkeypatch):
         monkeypatch.setenv("SLURM_JOB_ID", "12")
@@ -216,3 +255,28 @@ def test_history_is_json_lines(tmp_path):
     write_event(tmp_path, "end", how="failed", step=None, reason='a "quoted"\nreason')
     (line,) = (tmp_path / HISTORY).read_text().splitlines()
     assert json.loads(line)["reason"] == 'a "quoted"\nreason'
+
+
+WITHOUT_TORCH = """
+import sys
+class Refused:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "torch":
+            raise ImportError("torch is not for this command")
+sys.meta_path.insert(0, Refused())
+from recipes.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("command", [["status"], ["job", "verdict", "--exit-code", "1"]], ids=["status", "verdict"])
+def test_works_without_torch(tmp_path, command):
+    write_event(tmp_path, "start", step=0, steps=9, processes=1, host="a")
+    make_checkpoint(tmp_path, 4)
+    MetricsFile(tmp_path / "metrics.jsonl", 0).close()
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, *command, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout

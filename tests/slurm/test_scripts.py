@@ -136,10 +136,36 @@ class TestSettings:
         assert "there is no configuration file 'a.yaml'" in result.stderr
 
 
+class TestOwnJob:
+    """Only the batch script itself may requeue the job: a notebook's shell has the variables of a job too."""
+
+    show = "if is_own_job; then echo own; else echo other; fi"
+
+    def test_by_the_process(self):
+        assert bash(self.show).stdout == "other\n"
+        assert bash(self.show, SLURM_JOB_ID="77").stdout == "other\n"
+        assert bash(self.show, SLURM_JOB_ID="77", SLURM_TASK_PID="1").stdout == "other\n"
+        assert bash(f"export SLURM_TASK_PID=$$; {self.show}", SLURM_JOB_ID="77").stdout == "own\n"
+
+    def test_by_the_name_of_slurms_copy(self, tmp_path):
+        (tmp_path / "slurm_script").write_text(f"source slurm/lib.sh; {self.show}")
+        assert bash([str(tmp_path / "slurm_script")], SLURM_JOB_ID="77").stdout == "own\n"
+
+
 def test_runs_on_this_machine(tiny, tmp_path):
+    """Also in the shell of somebody's job, which has Slurm's variables."""
     tree = make_tree(tiny, tmp_path / "run", train__steps=2, train__micro_batch_size=4)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
-    result = bash([str(SCRIPTS[0])], str(tmp_path / "recipe.yaml"), "train.steps=3", SCFM_PROCESSES="2")
+    result = bash(
+        [str(SCRIPTS[0])],
+        str(tmp_path / "recipe.yaml"),
+        "train.steps=3",
+        SCFM_PROCESSES="2",
+        SLURM_JOB_ID="77",
+        SLURM_SUBMIT_DIR="/",
+    )
     assert result.returncode == 0, result.stderr
+    assert "this is not the batch script of job 77: training on this machine only" in result.stderr
+    assert "Traceback" not in result.stderr
     start, end = read_history(tmp_path / "run")
     assert (start["processes"], end["how"], end["step"]) == (2, "finished", 3)

@@ -27,16 +27,13 @@ from scfm_core.distributed.world import World
 from scfm_core.errors import UserError
 from scfm_core.train import checkpoint as module
 from scfm_core.train.checkpoint import (
-    LATEST,
-    MANIFEST,
     CheckpointWriter,
-    checkpoint_path,
     find_checkpoint,
     load_checkpoint,
-    newest_complete,
     read_manifest,
     verify_checkpoint,
 )
+from scfm_core.train.run_dir import LATEST, MANIFEST, checkpoint_path, newest_complete, saved_step, step_of
 
 Tensors = dict[str, torch.Tensor]
 
@@ -302,7 +299,7 @@ def first_format(folder: Path) -> None:
     save_file({"w": torch.zeros(2)}, folder / "student.safetensors")
     (folder / "state.json").write_text('{"step": 2}')
     files = {file.name: {"bytes": file.stat().st_size, "sha256": module.file_sha256(file)} for file in folder.iterdir()}
-    (folder / MANIFEST).write_text(json.dumps({"step": 2, "files": files}))
+    (folder / MANIFEST).write_text(json.dumps({"step": step_of(folder), "files": files}))
 
 
 class TestOtherFormats:
@@ -367,6 +364,51 @@ class TestLeftovers:
         self.leave(run_dir, 3)
         save(run_dir, 4)
         assert saved_steps(run_dir) == [1, 2, 4]
+
+
+class TestCopies:
+    """People keep checkpoints under names of their own, beside the run's."""
+
+    NAMES = ("step_00000002_best", "step_00000009 (copy)", "step_best", "backup_00000009", "step_00000099", "step_9")
+
+    @pytest.fixture
+    def copied(self, run_dir):
+        for name in self.NAMES:
+            shutil.copytree(checkpoint_path(run_dir, 1), run_dir / "checkpoints" / name)
+        return run_dir
+
+    def names(self, run_dir):
+        return {path.name for path in (run_dir / "checkpoints").iterdir()} - {LATEST}
+
+    def test_are_not_resumed_from(self, copied):
+        said = []
+        assert find_checkpoint(copied, said.append) == newest_complete(copied) == checkpoint_path(copied, 2)
+        assert newest_complete(copied, before=2) == checkpoint_path(copied, 1)
+        assert said == [
+            f"not used: {', '.join(sorted(self.NAMES))} (copies of checkpoints: runs neither resume from them nor delete them)"
+        ]
+
+    def test_are_not_deleted_and_do_not_count(self, copied):
+        save(copied, 3, keep=2)
+        assert self.names(copied) == {*self.NAMES, "step_00000002", "step_00000003"}
+
+    def test_under_the_name_of_the_next_step_are_renamed(self, copied):
+        save(copied, 99)
+        assert_holds(copied, 99)
+        assert "step_00000099_copy1" in self.names(copied)
+        assert saved_step(copied / "checkpoints" / "step_00000099_copy1") == 1
+
+    def test_alone_are_no_start_and_no_reason_to_start_over(self, copied):
+        for step in (1, 2):
+            shutil.rmtree(checkpoint_path(copied, step))
+        with pytest.raises(UserError, match=r"only copies of checkpoints \(backup_00000009, .*--resume PATH"):
+            find_checkpoint(copied, lambda _: None)
+
+    def test_unfinished_saves_of_others_are_left_alone(self, run_dir):
+        for name in (".step_mine.tmp", ".step_00000007.tmp", ".step_00000007.old.tmp"):
+            (run_dir / "checkpoints" / name).mkdir()
+        save(run_dir, 3)
+        assert self.names(run_dir) == {".step_mine.tmp", *(f"step_{step:08d}" for step in (1, 2, 3))}
 
 
 class TestRetention:
@@ -487,6 +529,7 @@ class TestEveryMoment:
                 save(template, step)
             if action is before_an_abandoned_one:
                 shutil.copytree(checkpoint_path(template, 2), checkpoint_path(template, 100))
+                rewrite_manifest(checkpoint_path(template, 100), lambda manifest: manifest.update(step=100))
                 (template / "checkpoints" / LATEST).write_text("step_00000100")
             (template / "checkpoints" / ".step_00000001.tmp" / DCP_FOLDER).mkdir(parents=True)
 

@@ -14,7 +14,9 @@ import pytest
 
 from scfm_core.errors import UserError
 from scfm_core.train.config import WandbConfig
-from scfm_core.train.metrics import IncidentsFile, MetricsFile, WandbLog, read_metrics
+from scfm_core.train.history import read_metrics
+from scfm_core.train.metrics import IncidentsFile, MetricsFile
+from scfm_core.train.wandb_log import WandbLog
 
 
 def row(step: int) -> dict[str, float]:
@@ -143,14 +145,27 @@ class FakeWandb(SimpleNamespace):
     """Records all calls."""
 
     def __init__(self) -> None:
-        super().__init__(inits=[], rows=[], finished=0, Settings=dict, Image=lambda path: f"image of {path}")
+        super().__init__(
+            inits=[],
+            rows=[],
+            metrics=[],
+            finished=0,
+            broken=False,
+            Settings=dict,
+            Image=lambda path: f"image of {path}",
+        )
 
     def init(self, **options: object) -> "FakeWandb":
         self.inits.append(options)
         return self
 
-    def log(self, values: dict[str, object], step: int) -> None:
-        self.rows.append((step, values))
+    def define_metric(self, name: str, step_metric: str | None = None) -> None:
+        self.metrics.append((name, step_metric))
+
+    def log(self, values: dict[str, object]) -> None:
+        if self.broken:
+            raise ConnectionResetError(104, "Connection reset by peer")
+        self.rows.append(values)
 
     def finish(self) -> None:
         self.finished += 1
@@ -232,8 +247,86 @@ class TestWandb:
         options = wandb.inits[0]
         assert (options["project"], options["name"], options["dir"]) == ("mine", tmp_path.name, str(tmp_path))
         assert options["config"] == {"train": {"lr": 1}}
-        assert wandb.rows == [(7, {"loss": 1 / 8, "lr": 2e-5}), (7, {"samples": "image of grid.png"})]
+        assert wandb.rows == [row(7), {"samples": "image of grid.png", "step": 7}]
+        assert wandb.metrics == [("step", None), ("*", "step")], "rows of a step that comes again would be dropped"
         assert wandb.finished == 1
+
+    @pytest.mark.parametrize(
+        ("variable", "value", "mode"),
+        [
+            ("WANDB_MODE", "dryrun", "offline"),
+            ("WANDB_MODE", "run", "online"),
+            ("WANDB_MODE", "DISABLED", None),
+            ("WANDB_DISABLED", "true", None),
+        ],
+    )
+    def test_other_names_of_the_modes(self, wandb, tmp_path, monkeypatch, variable, value, mode):
+        monkeypatch.setenv(variable, value)
+        WandbLog(WandbConfig(), tmp_path, {})
+        assert [options["mode"] for options in wandb.inits] == ([] if mode is None else [mode])
+
+    @pytest.mark.parametrize("value", ["true", "foo"])
+    def test_an_unknown_mode_is_refused(self, wandb, tmp_path, monkeypatch, value):
+        monkeypatch.setenv("WANDB_MODE", value)
+        with pytest.raises(
+            UserError, match=f"WANDB_MODE={value} is not a mode of W&B: use online, offline or disabled"
+        ):
+            WandbLog(WandbConfig(), tmp_path, {})
+
+    @pytest.mark.parametrize(
+        "content", [b"machine api.example.org login x password caf\xe9\n", b"\xff machine api.wandb.ai"]
+    )
+    def test_a_netrc_that_is_not_utf8(self, wandb, no_keys, tmp_path, content):
+        (no_keys / ".netrc").write_bytes(content)
+        WandbLog(WandbConfig(), tmp_path, {})
+        assert wandb.inits[0]["mode"] == ("online" if b"wandb" in content else "offline")
+
+    def test_a_user_without_a_home(self, wandb, tmp_path, monkeypatch):
+        def unknown(path: Path) -> Path:
+            raise RuntimeError("Could not determine home directory.")
+
+        monkeypatch.setattr(Path, "expanduser", unknown)
+        WandbLog(WandbConfig(), tmp_path, {})
+        assert wandb.inits[0]["mode"] == "offline"
+
+    def test_its_service_ends(self, wandb, tmp_path, capsys):
+        """One warning; the run goes on."""
+        log = WandbLog(WandbConfig(), tmp_path, {})
+        wandb.broken = True
+        for step in (1, 2):
+            log.log(row(step))
+        log.close()
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "the run goes on without W&B" in line and "Connection reset by peer" in line
+        assert wandb.finished == 0
+
+    @pytest.mark.parametrize(
+        "error", [OSError(28, "No space left on device"), KeyError("getpwuid(): uid not found: 54321")]
+    )
+    def test_a_failed_start_is_a_warning_offline_and_an_error_online(self, wandb, tmp_path, monkeypatch, capsys, error):
+        def fail(**options: object) -> None:
+            raise error
+
+        monkeypatch.setattr(wandb, "init", fail)
+        WandbLog(WandbConfig(mode="offline"), tmp_path, {}).log(row(1))
+        assert "the run goes on without W&B. It could not start" in capsys.readouterr().err
+        with pytest.raises(UserError, match=r"unreachable or rejects the key .*wandb\.mode=offline"):
+            WandbLog(WandbConfig(mode="online"), tmp_path, {})
+
+    def test_the_environment_of_a_sweep(self, wandb, tmp_path, monkeypatch, capsys):
+        """W&B does not see the id; a new run in a sweep takes it, another one says that it does not."""
+        seen = []
+        monkeypatch.setattr(wandb, "define_metric", lambda *_, **__: seen.append("WANDB_RUN_ID" in os.environ))
+        monkeypatch.setenv("WANDB_RUN_ID", "other")
+        monkeypatch.setenv("WANDB_RESUME", "must")
+        for name in ("alone", "swept"):
+            (tmp_path / name).mkdir()
+        WandbLog(WandbConfig(), tmp_path / "alone", {})
+        assert "WANDB_RUN_ID=other is ignored" in capsys.readouterr().err
+        monkeypatch.setenv("WANDB_SWEEP_ID", "s")
+        WandbLog(WandbConfig(), tmp_path / "swept", {})
+        assert [options["id"] == "other" for options in wandb.inits] == [False, True]
+        assert not any(seen) and os.environ["WANDB_RUN_ID"] == "other"
 
 
 class TestRealWandb:

@@ -1,8 +1,11 @@
 """The training step and the loop, on a real tiny Flux."""
 
+import itertools
 import json
 import math
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ from recipes.runs import load_trained
 from recipes.tiny import caption
 from scfm_core.data.corpus import Corpus
 from scfm_core.data.loader import batches
+from scfm_core.data.workers import Stopped
 from scfm_core.distributed.engine import GROUPS
 from scfm_core.errors import UserError
 from scfm_core.kernels import fp8
@@ -24,10 +28,12 @@ from scfm_core.models.families import open_family
 from scfm_core.scfm import restart
 from scfm_core.scfm.loss import LossMeter
 from scfm_core.train import step as step_module
-from scfm_core.train.checkpoint import checkpoint_path, find_checkpoint, load_checkpoint, verify_checkpoint
+from scfm_core.train import trainer as trainer_module
+from scfm_core.train.checkpoint import find_checkpoint, load_checkpoint, verify_checkpoint
 from scfm_core.train.fit import fit
 from scfm_core.train.grid import Validation
 from scfm_core.train.network import transformer_blocks
+from scfm_core.train.run_dir import checkpoint_path
 from scfm_core.train.trainer import SkippedTooOften, Trainer, learning_rate
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_losses.json"
@@ -53,6 +59,25 @@ def run(config, resume=None, poisoned=()):
     poison(trainer, poisoned)
     assert fit(trainer) is None
     return trainer, rows_of(trainer, "metrics.jsonl")
+
+
+@pytest.mark.parametrize(("micro_batches", "steps"), [(5, 2), (1, 0)], ids=["later", "at the start"])
+def test_a_stop_while_waiting_for_data(make_config, monkeypatch, micro_batches, steps):
+    """Nothing waits for the data of a step that will not be taken: the run saves what it has, and ends."""
+    trainer = Trainer(make_config({"train.micro_batch_size": 4, "train.steps": 9, "checkpoint.every": 100}))
+    real = trainer_module.batches
+
+    def stalling(*arguments, is_stopping, **options):
+        stream = real(*arguments, **options)
+        yield from itertools.islice(stream, micro_batches)
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert is_stopping()
+        raise Stopped
+
+    monkeypatch.setattr(trainer_module, "batches", stalling)
+    assert fit(trainer) == signal.SIGHUP
+    assert trainer.progress.step == steps
+    assert find_checkpoint(trainer.run_dir) == (checkpoint_path(trainer.run_dir, steps) if steps else None)
 
 
 def rows_of(trainer, name):

@@ -1,0 +1,57 @@
+"""Output that may be lost: a closed pipe, a terminal that is gone, a log on a full disk end no run."""
+
+import contextlib
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+_GONE = (errno.EPIPE, errno.EIO, errno.ENXIO, errno.ESTALE)
+
+
+class _Surviving:
+    """A text stream whose writes never fail. After the reader is gone, everything goes to /dev/null."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return int(self._stream.write(text))
+        except OSError as error:
+            self._lost(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._lost(error)
+
+    def _lost(self, error: OSError) -> None:
+        if error.errno not in _GONE:
+            return  # a log on a full disk: there may be room later
+        with contextlib.suppress(OSError, ValueError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self._stream.fileno())  # also for what is in the buffer, and for libraries
+            os.close(null)
+
+
+@contextlib.contextmanager
+def surviving_output(*names: str) -> Iterator[None]:
+    """Within `with`, writes to these streams (`stdout`, `stderr`) raise no OSError."""
+    before = {name: getattr(sys, name) for name in names}
+    for name, stream in before.items():
+        if stream is not None and not isinstance(stream, _Surviving):
+            setattr(sys, name, _Surviving(stream))
+    try:
+        yield
+    finally:
+        for name, stream in before.items():
+            if (wrapped := getattr(sys, name)) is not None:
+                wrapped.flush()
+            setattr(sys, name, stream)
