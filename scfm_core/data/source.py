@@ -292,7 +292,7 @@ def guess_format(uri: str) -> Literal["webdataset", "mds", "folder"]:
     return "webdataset" if (folder / MANIFEST).is_file() or any(folder.glob("*.tar")) else "folder"
 
 
-def json_value(content: bytes, path: list[str]) -> Any:
+def json_value(content: str | bytes, path: list[str]) -> Any:
     """The value at the keys `path` of a JSON text; None if a key is missing. ValueError if it is not JSON."""
     value = json.loads(content)
     for key in path:
