@@ -1,8 +1,10 @@
 """`scfm data inspect --html`: samples and statistics of a data set in one HTML file without external resources."""
 
 import base64
+import contextlib
 import html
 import io
+import json
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_tools.inspect import Summary, bucket_rows, bytes_text, caption_rows, source_rows, stored_rows
+from data_tools.inspect import Summary
+from data_tools.tables import bucket_rows, bytes_text, caption_rows, source_rows, stored_rows
 from scfm_core.data.corpus import Corpus
 from scfm_core.data.schema import Record, Size
 from scfm_core.errors import UserError
@@ -144,7 +147,23 @@ def _card(corpus: Corpus, source: str, item: int, decode: Callable[[Tensor], Ten
     small = max(picture.shape[:2]) < _MAX_SIDE // 2
     if record.image is None and decode is None:
         source += ", first latent channel"
-    return _figure(_thumbnail(picture, small), record.caption, source, (height, width), record.key, small)
+    return _figure(
+        _thumbnail(picture, small),
+        record.caption,
+        source,
+        (height, width),
+        _source_name(corpus, item) or record.key,
+        small,
+    )
+
+
+def _source_name(corpus: Corpus, item: int) -> str | None:
+    """The name of the image of which a cached sample was made; None if it is not stored."""
+    with contextlib.suppress(Exception):  # the json of other tools may have anything
+        shard, at, _ = corpus.raw(item)
+        name = json.loads((shard and shard.read(at, "json")) or b"{}").get("source")
+        return name if isinstance(name, str) else None
+    return None
 
 
 def _figure(content: str, caption: str, source: str, size: Size, key: str, small: bool = False) -> str:

@@ -1,27 +1,42 @@
 """`scfm data encode`: images with captions -> shards of cached latents and text embeddings."""
 
-import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from data_tools.job import Job, PlannedShard, plan_shards
+from data_tools.job import Job, Made, Progress, plan_shards
 from scfm_core.data.corpus import Corpus
-from scfm_core.data.schema import BadData, Manifest, Record, Size
+from scfm_core.data.schema import BadData, Manifest, Record
 from scfm_core.data.source import PADDING
-from scfm_core.data.webdataset import TarWriter
 from scfm_core.errors import UserError
 from scfm_core.models.encoders import Autoencoder, TextEncoders
+from scfm_core.models.fingerprint import encoder_fingerprint
 from scfm_core.models.protocol import ModelFamily
-from scfm_core.models.weights import encoder_fingerprint
+
+CUT = "captions longer than the text length, cut"
+_PADDING_WAIT = 10.0
+"""Seconds to wait for the process that writes the padding, before it is taken for killed."""
+
+
+class Encoded(NamedTuple):
+    """The result of a job."""
+
+    manifest: Manifest | None
+    """None while other processes are working."""
+    padding_error: float | None
+    """`CacheWriter.padding_error`; None if the job was finished before."""
+    counts: Mapping[str, int]
+    """What was changed in the samples, in words, and how often; empty while other processes are working."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,18 +106,22 @@ class CacheWriter:
     def _shared_padding(self, path: Path) -> bytes:
         """Content of the padding's file. One process writes it for all, because another GPU may round differently."""
         padding = self.text.encode([""]).text[0].to(self.config.dtype).cpu().contiguous()
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        content = save({"text": padding})
         try:
-            temporary.write_bytes(save({"text": padding}))
-            with contextlib.suppress(FileExistsError):
-                os.link(temporary, path)
-            return path.read_bytes()
+            # "x" creates the file in one process only. A hard link would do the same with a complete file, but exFAT,
+            # SMB shares and mounted buckets have no hard links. So the others wait until it is complete.
+            with path.open("xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        except FileExistsError:
+            _wait_until_complete(path, content)
         except OSError as error:
+            path.unlink(missing_ok=True)
             raise UserError(
                 f"the cache could not be written to {path.parent}: {error.strerror}. Fix this and run again"
             ) from error
-        finally:
-            temporary.unlink(missing_ok=True)
+        return path.read_bytes()
 
     def fields(
         self,
@@ -110,8 +129,8 @@ class CacheWriter:
         captions: list[str],
         details: list[dict[str, object]],
         path: Mapping[str, Tensor] | None = None,
-    ) -> Iterator[dict[str, bytes]]:
-        """The stored fields of each sample.
+    ) -> Iterator[tuple[dict[str, bytes], list[str], bool]]:
+        """Each sample: its stored fields, the names of its tensors that are not finite, and whether its caption was cut.
 
         Args:
             latents: [B, C, h, w].
@@ -120,25 +139,39 @@ class CacheWriter:
             path: the teacher's path, stored unchanged: tensors of B rows by name.
         """
         cond = self.text.encode(captions)
-        lengths = self.text.lengths(captions) if self.padding is not None else [None] * len(captions)
-        for row, (caption, length, detail) in enumerate(zip(captions, lengths, details, strict=True)):
-            text = cond.text[row].to(self.config.dtype).cpu()
+        tokens = self.text.token_counts(captions)
+        for row, (caption, count, detail) in enumerate(zip(captions, tokens, details, strict=True)):
+            text, length = cond.text[row].to(self.config.dtype).cpu(), None
             if self.padding is not None:
+                length = self.text.kept(count)
                 self._error[0] += float((text[length:].float() - self.padding[length:].float()).square().sum())
                 self._error[1] += float(text[length:].float().square().sum())
             tensors = {"latents": latents[row], "text": text[:length], "pooled": cond.pooled[row]}
             stored = {name: tensor.to(self.config.dtype) for name, tensor in tensors.items()}
             stored |= {name: tensor[row] for name, tensor in (path or {}).items()}
-            yield {
+            fields = {
                 "safetensors": save({name: tensor.cpu().contiguous() for name, tensor in stored.items()}),
                 "txt": caption.encode(),
                 "json": json.dumps(detail).encode(),
             }
+            not_finite = [name for name, tensor in stored.items() if not bool(tensor.isfinite().all())]
+            yield fields, not_finite, count > self.config.text_length
 
     @property
     def padding_error(self) -> float | None:
         """||T5's padding - shared padding|| / ||T5's padding||, over all samples so far; None: the padding is stored."""
         return (self._error[0] / self._error[1]) ** 0.5 if self._error[1] else None
+
+
+def _wait_until_complete(path: Path, content: bytes) -> None:
+    """Wait for another process that writes a file of as many bytes as `content`; if it was killed, write `content`."""
+    end = time.monotonic() + _PADDING_WAIT
+    while path.stat().st_size != len(content):
+        if time.monotonic() > end:
+            temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+            temporary.write_bytes(content)
+            temporary.replace(path)
+        time.sleep(0.05)
 
 
 def encode(
@@ -149,8 +182,8 @@ def encode(
     *,
     rank: int = 0,
     world_size: int = 1,
-    progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda items, total: items,
-) -> tuple[Manifest | None, float | None]:
+    progress: Progress = lambda items, total: items,
+) -> Encoded:
     """Encode every image and caption once; each shard has one size.
 
     Args:
@@ -159,10 +192,7 @@ def encode(
         family: the model whose VAE, CLIP and T5 are used.
         config: of the cache.
         rank, world_size: of this process; the processes share the shards.
-        progress: shows a progress bar; called with (shards, their number), it returns the shards.
-
-    Returns:
-        the manifest (None while other processes are working), and `CacheWriter.padding_error`.
+        progress: shows a progress bar; called with (images, their number), it returns the images.
 
     Raises:
         UserError: if an image, caption or size cannot be encoded, or the output cannot be written or has other data.
@@ -172,52 +202,65 @@ def encode(
     if corpus.is_cached:
         raise UserError("data: the source is a cache already; only images can be encoded")
     parameters = {
-        "data": corpus.fingerprint,
         "fields": [[config.image, dict(config.captions)] for config in corpus.configs],
         "sizes": corpus.sizes,
+        "background": corpus.config.background,
         **config.parameters(family),
     }
-    job = Job(output, parameters)  # before loading the encoders, which takes minutes
+    job = Job(output, parameters, corpus.fingerprint)  # before loading the encoders, which takes minutes
     if job.finished is not None:
-        return job.finished, None
+        return Encoded(job.finished, None, job.counts)
     writer = CacheWriter(output, family, config)
     vae = Autoencoder(family, config.dtype, config.device)
 
-    def write(shard: PlannedShard, tar: TarWriter) -> list[str]:
-        return _write_shard(shard.items, tar, corpus, vae, writer)
+    def make(items: Sequence[int]) -> Made:
+        return _make_batch(items, corpus, vae, writer)
 
-    shards = plan_shards([corpus.items_of(size).tolist() for size in corpus.sizes], config.samples_per_shard)
-    manifest = job.run(shards, write, writer.draft, rank=rank, world_size=world_size, progress=progress)
-    return manifest, writer.padding_error
-
-
-def _write_shard(
-    items: Sequence[int], tar: TarWriter, corpus: Corpus, vae: Autoencoder, writer: CacheWriter
-) -> list[str]:
-    """Write the samples of one shard, which have one size; returns what is wrong with those left out."""
-    size, left_out = corpus.sizes[corpus.buckets[items[0]]], []
-    for start in range(0, len(items), writer.config.batch_size):
-        valid, records = [], []
-        for item in items[start : start + writer.config.batch_size]:
-            try:
-                records.append(corpus.record(item, item))
-                valid.append(item)
-            except BadData as error:
-                if corpus.config.max_bad_fraction == 0:
-                    raise
-                left_out.append(str(error))
-        if records:
-            _write_batch(tar, valid, records, size, vae, writer)
-    return left_out
+    manifest = job.run(
+        plan_shards([corpus.items_of(size).tolist() for size in corpus.sizes], config.samples_per_shard),
+        make,
+        replace(writer.draft, background=corpus.config.background),
+        batch_size=config.batch_size,
+        mark=corpus.mark,
+        max_left_out=corpus.config.max_bad_fraction,
+        rank=rank,
+        world_size=world_size,
+        progress=progress,
+    )
+    return Encoded(manifest, writer.padding_error, job.counts)
 
 
-def _write_batch(
-    tar: TarWriter, items: list[int], records: list[Record], size: Size, vae: Autoencoder, writer: CacheWriter
-) -> None:
-    latents = vae.encode(torch.stack([record.image for record in records if record.image is not None]))
+def _make_batch(items: Sequence[int], corpus: Corpus, vae: Autoencoder, writer: CacheWriter) -> Made:
+    """Encode samples of one size."""
+    size, made = corpus.sizes[corpus.buckets[items[0]]], Made()
+
+    def leave_out(error: BadData) -> None:
+        if corpus.config.max_bad_fraction == 0:
+            raise error
+        made.left_out.append(str(error))
+
+    records: dict[int, Record] = {}
+    for item in items:
+        try:
+            records[item] = corpus.record(item, item)
+        except BadData as error:
+            leave_out(error)
+    if not records:
+        return made
+    latents = vae.encode(torch.stack([record.image for record in records.values() if record.image is not None]))
     details: list[dict[str, object]] = [
-        {"height": size[0], "width": size[1], "source": record.key} for record in records
+        {"height": size[0], "width": size[1], "source": record.key} for record in records.values()
     ]
-    samples = writer.fields(latents, [record.caption for record in records], details)
-    for item, fields in zip(items, samples, strict=True):
-        tar.write(f"{item:08d}", fields, size)  # not the file's name, which may have a dot or a slash
+    samples = writer.fields(latents, [record.caption for record in records.values()], details)
+    for (item, record), (fields, not_finite, is_cut) in zip(records.items(), samples, strict=True):
+        if not_finite:
+            leave_out(
+                BadData(
+                    f"data: the {' and '.join(not_finite)} of {record.key!r} are not finite in {writer.config.dtype}. Look at the image "
+                    f"and the caption; if many are so, check the model's weights, or encode with --dtype float32"
+                )
+            )
+            continue
+        made.samples.append((f"{item:08d}", fields, size))  # not the file's name, which may have a dot or a slash
+        made.counts += Counter([*record.notes, *[CUT] * is_cut])
+    return made

@@ -3,25 +3,24 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from data_tools.encode import CacheWriter, EncodeConfig
-from data_tools.job import Job, PlannedShard, plan_shards
-from scfm_core.data.schema import Manifest, Size
-from scfm_core.data.webdataset import TarWriter
+from data_tools.encode import CUT, CacheWriter, EncodeConfig, Encoded
+from data_tools.job import Job, Made, Progress, plan_shards
+from scfm_core.data.schema import Size
 from scfm_core.errors import UserError
 from scfm_core.flow.random import sample_noise
 from scfm_core.flow.sampler import euler_sample, roll_out
 from scfm_core.flow.schedule import dynamic_shift, sigma_grid
 from scfm_core.models.encoders import TextEncoders
+from scfm_core.models.fingerprint import network_fingerprint
 from scfm_core.models.protocol import ModelFamily
-from scfm_core.models.weights import network_fingerprint
 
 # Larger than all sample ids of a run: a run with the same seed must not draw the noise from which its latents were
 # sampled.
@@ -85,8 +84,8 @@ def generate(
     *,
     rank: int = 0,
     world_size: int = 1,
-    progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda items, total: items,
-) -> tuple[Manifest | None, float | None]:
+    progress: Progress = lambda items, total: items,
+) -> Encoded:
     """Sample the teacher, and store the latents without decoding them.
 
     Sample i is of prompt i // per_prompt and of size i % len(sizes). Its noise is a function of the seed, i and the
@@ -100,10 +99,7 @@ def generate(
         config: of the cache. Network and encoders use its dtype, device and batch size.
         sampler: which samples are made, and how.
         rank, world_size: of this process; the processes share the shards.
-        progress: shows a progress bar; called with (shards, their number), it returns the shards.
-
-    Returns:
-        the manifest (None while other processes are working), and `CacheWriter.padding_error`.
+        progress: shows a progress bar; called with (samples, their number), it returns the samples.
 
     Raises:
         UserError: if there are no prompts, a sample is not finite, or the output cannot be written or has other data.
@@ -120,22 +116,28 @@ def generate(
     }
     job = Job(output, parameters)  # before loading the weights, which takes minutes
     if job.finished is not None:
-        return job.finished, None
+        return Encoded(job.finished, None, job.counts)
     writer = CacheWriter(output, family, config)
     network = family.load_network(config.dtype, config.device)
     teacher = _Teacher(family, network, writer.text, sampler)
 
-    def write(shard: PlannedShard, tar: TarWriter) -> list[str]:
-        _write_shard(shard.items, prompts, teacher, tar, writer)
-        return []
+    def make(items: Sequence[int]) -> Made:
+        return _make_batch(items, prompts, teacher, writer)
 
     total, sizes = len(prompts) * sampler.per_prompt, len(sampler.sizes)
-    shards = plan_shards([range(first, total, sizes) for first in range(sizes)], config.samples_per_shard)
     draft = writer.draft
     if sampler.intervals is not None:
         draft = replace(draft, network=str(parameters["network"]))
-    manifest = job.run(shards, write, draft, rank=rank, world_size=world_size, progress=progress)
-    return manifest, writer.padding_error
+    manifest = job.run(
+        plan_shards([range(first, total, sizes) for first in range(sizes)], config.samples_per_shard),
+        make,
+        draft,
+        batch_size=config.batch_size,
+        rank=rank,
+        world_size=world_size,
+        progress=progress,
+    )
+    return Encoded(manifest, writer.padding_error, job.counts)
 
 
 @dataclass(frozen=True)
@@ -178,24 +180,26 @@ class _Teacher:
         return sample | {"steps": config.num_steps, "solver": solver, "guidance": config.guidance}
 
 
-def _write_shard(
-    items: Sequence[int], prompts: list[str], teacher: _Teacher, tar: TarWriter, writer: CacheWriter
-) -> None:
-    """Sample and write the samples of one shard, which have one size."""
-    config = teacher.config
+def _make_batch(items: Sequence[int], prompts: list[str], teacher: _Teacher, writer: CacheWriter) -> Made:
+    """Sample a batch of one size."""
+    config, made = teacher.config, Made()
     size = config.sizes[items[0] % len(config.sizes)]
-    for start in range(0, len(items), writer.config.batch_size):
-        batch = items[start : start + writer.config.batch_size]
-        numbers = [item // config.per_prompt for item in batch]
-        texts = [prompts[number] for number in numbers]
-        latents, path = teacher.sample(batch, texts, size)
-        latents = latents.to(writer.config.dtype)
-        _check_finite(latents, batch, texts)
-        details = [
-            teacher.details(item, size) | {"prompt": number} for item, number in zip(batch, numbers, strict=True)
-        ]
-        for item, fields in zip(batch, writer.fields(latents, texts, details, path), strict=True):
-            tar.write(f"{item:08d}", fields, size)
+    numbers = [item // config.per_prompt for item in items]
+    texts = [prompts[number] for number in numbers]
+    latents, path = teacher.sample(items, texts, size)
+    latents = latents.to(writer.config.dtype)
+    _check_finite(latents, items, texts)
+    details = [teacher.details(item, size) | {"prompt": number} for item, number in zip(items, numbers, strict=True)]
+    samples = writer.fields(latents, texts, details, path)
+    for item, text, (fields, not_finite, is_cut) in zip(items, texts, samples, strict=True):
+        if not_finite:
+            raise UserError(
+                f"the {' and '.join(not_finite)} of sample {item}, of the prompt {text!r}, are not finite in {writer.config.dtype}. "
+                f"Check the model's weights, or use another dtype and another folder"
+            )
+        made.samples.append((f"{item:08d}", fields, size))
+        made.counts[CUT] += is_cut
+    return made
 
 
 def _check_finite(latents: Tensor, items: Sequence[int], texts: list[str]) -> None:

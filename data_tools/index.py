@@ -15,7 +15,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
-from scfm_core.data.folder import image_size
+from scfm_core.data.image import image_size
 from scfm_core.data.mds import INDEX, MdsIndex, MdsShard
 from scfm_core.data.recipe import SourceConfig
 from scfm_core.data.remote import fetch, names_below

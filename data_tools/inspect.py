@@ -1,4 +1,4 @@
-"""`scfm data inspect`: statistics of a data set. `contact_sheet.py` shows it as a page."""
+"""`scfm data inspect`: statistics of a data set. `tables.py` shows them as text, `contact_sheet.py` as a page."""
 
 import itertools
 import json
@@ -6,12 +6,12 @@ import re
 import statistics
 import struct
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from data_tools.validate import printable
 from scfm_core.data.corpus import Corpus
 from scfm_core.data.folder import ImageFolder
 from scfm_core.data.schema import Size
@@ -78,6 +78,9 @@ class CaptionSummary:
     empty: int
     repeated: int
     """Number of captions that an earlier sample has too, without empty ones."""
+    cut: int | None
+    """Number of captions of more T5 tokens than `text_length`; None: not counted."""
+    text_length: int
     words: tuple[tuple[str, int], ...]
     """The most frequent words, and the number of captions that have them; without articles, prepositions and so on."""
 
@@ -91,6 +94,8 @@ class StoredSummary:
     """Name and mean bytes of each tensor."""
     tokens: float
     """Median number of stored T5 tokens."""
+    full: int
+    """Number of texts that fill all tokens: longer captions were cut."""
     text_length: int
 
 
@@ -111,6 +116,10 @@ class Summary:
     """The numbers of the selected samples of each source."""
     unreadable: tuple[str, ...]
     """One line for each selected sample that could not be read."""
+    pictures: tuple[tuple[str, int], ...]
+    """Of images: what training changes in the selected ones beside scale and crop, and in how many."""
+    left_out: tuple[str, ...]
+    """What was left out of folders of images, one line for each kind."""
 
     @property
     def samples(self) -> int:
@@ -138,12 +147,29 @@ class Summary:
         ]
         if self.captions.empty:
             lines.append(f"empty captions: {self.captions.empty} of {self.captions.count} that were read")
+        lines += [
+            f"{what}: {count} of the {self.captions.count} images that were read" for what, count in self.pictures
+        ]
+        if self.captions.cut:
+            lines.append(
+                f"captions of more than {self.captions.text_length} tokens, which are cut: {self.captions.cut} of "
+                f"{self.captions.count} that were read"
+            )
+        lines += [f"left out: {line}" for line in self.left_out]
         if self.unreadable:
             lines.append(f"unreadable samples: {len(self.unreadable)}, the first: {self.unreadable[0]}")
         return lines
 
 
-def summarise(corpus: Corpus, *, sample: int = 2000, seed: int = 0, global_batch_size: int = 16) -> Summary:
+def summarise(
+    corpus: Corpus,
+    *,
+    sample: int = 2000,
+    seed: int = 0,
+    global_batch_size: int = 16,
+    count_tokens: Callable[[Sequence[str]], list[int]] | None = None,
+    text_length: int = 256,
+) -> Summary:
     """Statistics of a data set; captions and stored bytes from selected samples.
 
     Args:
@@ -152,6 +178,8 @@ def summarise(corpus: Corpus, *, sample: int = 2000, seed: int = 0, global_batch
             source are opened, at most 16 if they are remote.
         seed: of the selection.
         global_batch_size: of the planned run.
+        count_tokens: gives the T5 tokens of each caption; None: they are not counted.
+        text_length: more tokens are cut.
 
     Raises:
         UserError: if `data.partitions` does not divide the batch.
@@ -179,129 +207,33 @@ def summarise(corpus: Corpus, *, sample: int = 2000, seed: int = 0, global_batch
         )
         for number, part in enumerate(order.sources)
     )
-    captions, unreadable = _captions(corpus, [item for items in sampled for item in items])
+    items = [item for items in sampled for item in items]
+    texts, unreadable = _read(items, corpus.caption)
+    pictures: Counter[str] = Counter()
+    if not corpus.is_cached:
+        notes, invalid = _read(items, corpus.picture_notes)
+        pictures.update(note for of_image in notes for note in of_image)
+        unreadable += invalid
+    captions = _captions(texts, count_tokens, text_length)
     return Summary(
         sources=sources,
         buckets=buckets,
         unused_sizes=len(corpus.sizes) - len(buckets),
         global_batch_size=global_batch_size,
         captions=captions,
-        stored=_stored(corpus, [item for items in sampled for item in items]) if corpus.is_cached else None,
+        stored=_stored(corpus, items) if corpus.is_cached else None,
         sampled=sampled,
-        unreadable=unreadable,
+        unreadable=tuple(unreadable),
+        pictures=tuple(pictures.items()),
+        left_out=tuple(corpus.notes),
     )
-
-
-def format_summary(summary: Summary) -> str:
-    """The summary as text for a terminal."""
-    parts = [
-        f"{summary.samples:,} samples, {bytes_text(summary.bytes)}, {summary.epoch:,} per epoch",
-        _table(source_rows(summary)),
-        _table(bucket_rows(summary)),
-    ]
-    if summary.unused_sizes:
-        parts[-1] += f"\nsizes without a sample: {summary.unused_sizes}"
-    parts.append(_table(caption_rows(summary)))
-    if summary.captions.words:
-        parts[-1] += "\nmost frequent: " + ", ".join(f"{word} {count}" for word, count in summary.captions.words)
-    if summary.stored:
-        parts.append(_table(stored_rows(summary.stored)))
-    parts += [f"warning: {line}" for line in summary.warnings]
-    return "\n".join(printable(line) for line in "\n\n".join(parts).split("\n"))
-
-
-def source_rows(summary: Summary) -> list[list[str]]:
-    """The table of sources; its first row is the header."""
-    rows = [["source", "content", "address", "shards", "samples", "bytes", "per sample", "share of epoch"]]
-    for source in summary.sources:
-        content = f"images ({source.format})"
-        if source.encoder is not None:
-            content = (
-                f"cache {source.encoder[:12]} ({source.format}), {source.text_length} tokens, padding {source.padding}"
-            )
-        rows.append(
-            [
-                source.name,
-                content,
-                source.address,
-                "-" if source.shards is None else f"{source.shards:,}",
-                f"{source.samples:,}",
-                bytes_text(source.bytes),
-                bytes_text(source.bytes / max(1, source.samples)),
-                f"{source.draws / summary.epoch:.1%}",
-            ]
-        )
-    return rows
-
-
-def bucket_rows(summary: Summary) -> list[list[str]]:
-    """The table of sizes; its first row is the header."""
-    rows = [["height x width", "samples", "share of epoch", f"batches of {summary.global_batch_size}", "carried over"]]
-    rows += [
-        [
-            f"{bucket.size[0]} x {bucket.size[1]}",
-            f"{bucket.samples:,}",
-            f"{bucket.draws / summary.epoch:.1%}",
-            f"{bucket.batches:,}",
-            f"{bucket.waiting:,}",
-        ]
-        for bucket in summary.buckets
-    ]
-    return rows
-
-
-def caption_rows(summary: Summary) -> list[list[str]]:
-    """The table of captions; its first row is the header."""
-    captions = summary.captions
-    seen = max(1, captions.count)
-    return [
-        ["captions", f"{captions.count:,} of {summary.samples:,}"],
-        ["words, shortest", f"{captions.shortest}"],
-        ["words, median", f"{captions.median:g}"],
-        ["words, 95 % have at most", f"{captions.percentile_95:g}"],
-        ["words, longest", f"{captions.longest}"],
-        ["empty", f"{captions.empty:,} ({captions.empty / seen:.1%})"],
-        ["repeat an earlier one", f"{captions.repeated:,} ({captions.repeated / seen:.1%})"],
-    ]
-
-
-def stored_rows(stored: StoredSummary) -> list[list[str]]:
-    """The table of stored tensors; its first row is the header."""
-    rows = [["stored per sample", f"mean of {stored.count:,}"]]
-    rows += [[name, bytes_text(size)] for name, size in stored.bytes]
-    rows.append(["T5 tokens, median", f"{stored.tokens:g} of {stored.text_length}"])
-    return rows
-
-
-def bytes_text(count: float) -> str:
-    """A number of bytes as text, such as `1.2 MB`, with powers of 1000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 999.5:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.3g} TB" if count < 1000 else f"{count:,.0f} TB"
-
-
-def _table(rows: list[list[str]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    words = [
-        column for column in range(len(rows[0])) if rows[0][column] in ("source", "content", "address") or column == 0
-    ]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(w) if c in words else cell.rjust(w) for c, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
 
 
 def _source(corpus: Corpus, number: int, draws: int) -> SourceSummary:
     source, config = corpus.sources[number], corpus.configs[number]
     address = config.uri if config.split is None else f"{config.uri.rstrip('/')}/{config.split}"
     if isinstance(source, ImageFolder):
-        size = sum(path.stat().st_size for path in source.paths)
+        size = sum(path.stat().st_size for path in source.paths if path.exists())
         return SourceSummary(
             name=config.name,
             format="folder",
@@ -350,19 +282,29 @@ def _choose(source: Source | ImageFolder, count: int, random: np.random.Generato
     return [int(places[at]) for at in _spread(len(places), count, random)]
 
 
-def _captions(corpus: Corpus, items: list[int]) -> tuple[CaptionSummary, tuple[str, ...]]:
-    captions, unreadable = [], []
+def _read(items: list[int], read: Callable[[int], Any]) -> tuple[list[Any], list[str]]:
+    """What `read` returns for each sample, and a line for each sample for which it fails."""
+    values, unreadable = [], []
     for item in items:
         try:
-            captions.append(corpus.caption(item))
+            values.append(read(item))
         except Exception as error:  # any: `validate` is the tool that judges
             unreadable.append(str(error).removeprefix("data: "))
+    return values, unreadable
+
+
+def _captions(
+    captions: list[str], count_tokens: Callable[[Sequence[str]], list[int]] | None, text_length: int
+) -> CaptionSummary:
     lengths = [len(caption.split()) for caption in captions] or [0]
     filled = [caption for caption in captions if caption.strip()]
     excluded = set(_FUNCTION_WORDS.split())
     words = Counter(word for caption in filled for word in {*_WORD.findall(caption.lower())} - excluded)
     words = Counter({word: count for word, count in words.items() if count > 1}) or words
-    summary = CaptionSummary(
+    cut = None
+    if count_tokens is not None:
+        cut = sum(count > text_length for count in count_tokens(captions)) if captions else 0
+    return CaptionSummary(
         count=len(captions),
         shortest=min(lengths),
         median=statistics.median(lengths),
@@ -370,9 +312,10 @@ def _captions(corpus: Corpus, items: list[int]) -> tuple[CaptionSummary, tuple[s
         longest=max(lengths),
         empty=len(captions) - len(filled),
         repeated=len(filled) - len(set(filled)),
+        cut=cut,
+        text_length=text_length,
         words=tuple(sorted(words.items(), key=lambda item: (-item[1], item[0]))[:24]),
     )
-    return summary, tuple(unreadable)
 
 
 def _stored(corpus: Corpus, items: list[int]) -> StoredSummary | None:
@@ -394,5 +337,9 @@ def _stored(corpus: Corpus, items: list[int]) -> StoredSummary | None:
         return None
     means = tuple((name, statistics.fmean(values)) for name, values in sizes.items())
     return StoredSummary(
-        count=len(tokens), bytes=means, tokens=statistics.median(tokens), text_length=corpus.text_length or 0
+        count=len(tokens),
+        bytes=means,
+        tokens=statistics.median(tokens),
+        full=sum(count == corpus.text_length for count in tokens),
+        text_length=corpus.text_length or 0,
     )

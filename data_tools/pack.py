@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
 from itertools import chain, count, islice, repeat
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from scfm_core.data.corpus import Corpus
@@ -156,8 +156,7 @@ def _sizes(source: Source | ImageFolder) -> Iterable[Size | None]:
 def _sample(shard: Shard | None, at: int, source: Source | ImageFolder) -> tuple[str, dict[str, bytes]]:
     """Key and fields of a sample, from the result of `Corpus.raw`."""
     if isinstance(source, ImageFolder):
-        path = source.paths[at]
-        key = path.relative_to(source.folder).with_suffix("").as_posix()
+        path, key = source.paths[at], PurePosixPath(source.key(at)).with_suffix("").as_posix()
         return key, {path.suffix[1:].lower(): path.read_bytes(), "txt": source.caption(at).encode()}
     assert shard is not None
     return shard.key(at), {name: value for name in shard.fields(at) if (value := shard.read(at, name)) is not None}

@@ -17,10 +17,12 @@ import numpy as np
 import torch
 
 from scfm_core.data.corpus import Corpus
+from scfm_core.data.decode import caption_of
 from scfm_core.data.folder import ImageFolder
 from scfm_core.data.mds import MdsShard
 from scfm_core.data.recipe import SourceConfig
-from scfm_core.data.source import Shard, json_value
+from scfm_core.data.source import Shard
+from scfm_core.data.text import decode_text
 from scfm_core.errors import UserError
 
 Progress = Callable[[Iterable[Any], int], Iterable[Any]]
@@ -181,10 +183,12 @@ def _pieces(corpus: Corpus) -> Iterator[_Piece]:
 def _check_piece(corpus: Corpus, piece: _Piece, decode: bool) -> _Finding:
     source, name, finding = corpus.sources[piece.source], corpus.configs[piece.source].name, _Finding(piece)
     items = range(piece.first, piece.first + piece.samples)
-    if isinstance(source, ImageFolder):  # its captions were read when the corpus was opened
-        for item in items if decode else ():
+    if isinstance(source, ImageFolder):
+        for item in items:
             try:
-                corpus.record(item)
+                corpus.caption(item)
+                if decode:
+                    corpus.record(item)
             except Exception as error:
                 finding.problems.append((item, _problem(corpus, item, _reason(error, str(source.folder), None))))
         return finding
@@ -220,7 +224,7 @@ def _check_sample(
     if corpus.is_cached:
         if not {"safetensors", "txt"} <= set(fields):
             raise ValueError(f"needs safetensors and txt, but has {', '.join(fields)}")
-        (shard.read(at, "txt") or b"").decode()
+        decode_text(shard.read(at, "txt") or b"", "its caption")
     else:
         if not any(name in fields for name in config.image):
             raise ValueError(f"has no {' or '.join(config.image)}, but {', '.join(fields)}")
@@ -241,16 +245,8 @@ def _check_sample(
 
 def _check_captions(shard: Shard, at: int, config: SourceConfig) -> None:
     """Check all captions, because training may choose any of them."""
-    found = False
-    for name in config.captions:
-        field_name, *path = name.split(".")
-        content = shard.read(at, field_name)
-        if content is not None:
-            try:
-                found |= isinstance(json_value(content, path) if path else content.decode(), str)
-            except ValueError as error:
-                raise ValueError(f"has a caption ({name}) that cannot be read ({error})") from error
-    if not found:
+    captions = [caption_of(shard, at, name) for name in config.captions]
+    if all(caption is None for caption in captions):
         raise ValueError(f"has no caption in {', '.join(config.captions)}, but {', '.join(shard.fields(at))}")
 
 
@@ -312,8 +308,7 @@ def _problem(corpus: Corpus, item: int, reason: str) -> Problem:
     shard, at, source = corpus.raw(item)
     name = next(config.name for config, opened in zip(corpus.configs, corpus.sources, strict=True) if opened is source)
     if isinstance(source, ImageFolder):
-        key = source.paths[at].relative_to(source.folder).as_posix()
-        return Problem(name, str(source.folder), key, reason)
+        return Problem(name, str(source.folder), source.key(at), reason)
     assert shard is not None
     return Problem(name, shard.name, shard.key(at), reason)
 
@@ -321,6 +316,7 @@ def _problem(corpus: Corpus, item: int, reason: str) -> Problem:
 def _reason(error: Exception, where: str, key: str | None) -> str:
     """The message of an error, without the names that `Problem` has in other fields."""
     text = str(error) if isinstance(error, UserError | ValueError) else f"{type(error).__name__}: {error}"
+    text = text.replace(f" of sample {key!r} of shard {where}", "")
     text = text.removeprefix("data: ").removeprefix(f"sample {key!r} of ").removeprefix(f"shard {where} ")
     return text or type(error).__name__
 

@@ -2,7 +2,7 @@
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from scfm_core.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from data_tools.encode import EncodeConfig
+    from data_tools.encode import EncodeConfig, Encoded
     from scfm_core.data.corpus import Corpus
 
 Command = Callable[..., argparse.ArgumentParser]
@@ -30,7 +30,7 @@ def add_commands(group: Any, command: Command) -> None:
 def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
-        help="folder of images (captions in .txt files of the same names, or in metadata.jsonl) or of shards; addresses of "
+        help="folder of images (captions in .txt files of the same names, in metadata.jsonl or metadata.csv) or of shards; addresses of "
         "shards ('s3://bucket/{000..127}.tar'); or a data recipe (.yaml)",
     )
     parser.add_argument(
@@ -55,13 +55,24 @@ def _add_cache_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="auto", help="auto, cuda, cpu")
     parser.add_argument("--batch-size", type=int, default=16, help="images in a forward pass (default 16)")
-    parser.add_argument("--samples-per-shard", type=int, default=1000, help="default %(default)s")
+    parser.add_argument("--samples-per-shard", type=int, help="at most; default 1000, fewer for less than 8000 samples")
+    _add_resolution(parser)
+
+
+def _add_resolution(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resolution", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="pixels (default 512 512, or the recipe's)"
     )
 
 
-def _cache_config(arguments: argparse.Namespace) -> "EncodeConfig":
+def _add_buckets(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--buckets", choices=("none", "auto"), help="aspect-ratio buckets (default: the recipe's, or none)"
+    )
+
+
+def _cache_config(arguments: argparse.Namespace, samples: int) -> "EncodeConfig":
+    """The options; `samples` is the number of samples of the job."""
     import torch
 
     from data_tools.encode import EncodeConfig
@@ -73,7 +84,8 @@ def _cache_config(arguments: argparse.Namespace) -> "EncodeConfig":
         dtype=getattr(torch, arguments.dtype),
         device=resolve_device(arguments.device),
         batch_size=arguments.batch_size,
-        samples_per_shard=arguments.samples_per_shard,
+        # At least eight shards, so that several processes can share a small data set.
+        samples_per_shard=arguments.samples_per_shard or min(1000, max(arguments.batch_size, -(-samples // 8))),
     )
 
 
@@ -94,7 +106,9 @@ def open_corpus(source: str, overrides: list[str], **changes: Any) -> "Corpus":
 
     changes = {key: value for key, value in changes.items() if value is not None}
     config = load_data_config(source, overrides, changes)
-    has_sizes = any(word.startswith(("data.resolution=", "data.buckets=")) for word in overrides)
+    has_sizes = any(word.startswith(("data.resolution=", "data.buckets=")) for word in overrides) or bool(
+        {"resolution", "buckets"} & changes.keys()
+    )
     [first, *_] = config.mixture()
     if not source.endswith((".yaml", ".yml")) and not has_sizes and first.format != "folder":
         manifest = open_source(first, None, config.cache.timeout).manifest
@@ -120,8 +134,6 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompts", help="text file with one prompt per line")
     parser.add_argument("--output", "-o", type=Path, required=True, help="folder of the shards")
     _add_cache_options(parser)
-    # Small, because a kill loses an unfinished shard, and a sample takes seconds.
-    parser.set_defaults(samples_per_shard=100)
     parser.add_argument("--buckets", choices=("none", "auto"), default="none", help="auto: all aspect ratios in turn")
     parser.add_argument("--per-prompt", type=int, default=1, help="number of samples of each prompt (default 1)")
     parser.add_argument(
@@ -160,11 +172,12 @@ def _generate(arguments: argparse.Namespace) -> None:
             raise UserError(f"--{name} is for stored paths: add --trajectories, or remove --{name}")
     steps = arguments.steps if arguments.steps is not None else 24 if arguments.trajectories else 32
     intervals = arguments.intervals if arguments.intervals is not None else steps
-    manifest, padding_error = generate(
-        read_prompts(arguments.prompts, "prompts"),
+    prompts = read_prompts(arguments.prompts, "prompts")
+    result = generate(
+        prompts,
         arguments.output,
         open_family(arguments.model),
-        _cache_config(arguments),
+        _cache_config(arguments, len(prompts) * arguments.per_prompt),
         SamplerConfig(
             sizes=sizes,
             per_prompt=arguments.per_prompt,
@@ -177,9 +190,9 @@ def _generate(arguments: argparse.Namespace) -> None:
         ),
         rank=rank,
         world_size=world_size,
-        progress=_bar("generate"),
+        progress=_bar("generate", unit="sample"),
     )
-    _report(manifest, padding_error, arguments.output)
+    _report(result, arguments.output)
 
 
 def _add_pack(parser: argparse.ArgumentParser) -> None:
@@ -194,10 +207,12 @@ def _add_pack(parser: argparse.ArgumentParser) -> None:
 
 
 def _pack(arguments: argparse.Namespace) -> None:
+    from data_tools.encode import Encoded
     from data_tools.pack import pack
 
+    corpus = open_corpus(arguments.source, arguments.overrides)
     manifest = pack(
-        open_corpus(arguments.source, arguments.overrides),
+        corpus,
         arguments.output,
         to=arguments.to,
         samples_per_shard=arguments.samples_per_shard,
@@ -205,7 +220,7 @@ def _pack(arguments: argparse.Namespace) -> None:
         compression=arguments.compression,
         progress=_bar("pack", unit="sample"),
     )
-    _report(manifest, None, arguments.output)
+    _report(Encoded(manifest, None, {}), arguments.output, corpus.notes)
 
 
 def _add_index(parser: argparse.ArgumentParser) -> None:
@@ -244,8 +259,13 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
     _add_source(parser)
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write a contact sheet")
     parser.add_argument(
-        "--model", help="for a cache: hub id or local folder whose VAE decodes the latents for the contact sheet"
+        "--model",
+        help="hub id or local folder: of images, its tokenizer counts the captions that will be cut; of a cache, its VAE decodes the "
+        "latents for the contact sheet",
     )
+    parser.add_argument("--text-length", type=int, default=256, help="of images: number of T5 tokens (default 256)")
+    _add_resolution(parser)
+    _add_buckets(parser)
     parser.add_argument("--device", default="auto", help="of the VAE: auto, cuda, cpu")
     parser.add_argument("--samples", type=int, default=2000, help="number of captions to read (default 2000)")
     parser.add_argument("--count", type=int, default=48, help="number of samples on the contact sheet (default 48)")
@@ -254,14 +274,37 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
 
 def _inspect(arguments: argparse.Namespace) -> None:
     from data_tools.contact_sheet import write_contact_sheet
-    from data_tools.inspect import format_summary, summarise
+    from data_tools.inspect import summarise
+    from data_tools.tables import format_summary
 
-    corpus = open_corpus(arguments.source, arguments.overrides)
-    summary = summarise(corpus, sample=arguments.samples, global_batch_size=arguments.batch_size)
+    # Above 0: unusable samples are what it tells.
+    corpus = open_corpus(
+        arguments.source,
+        arguments.overrides,
+        resolution=arguments.resolution,
+        buckets=arguments.buckets,
+        max_bad_fraction=0.5,
+    )
+    is_counted = arguments.model and not corpus.is_cached
+    summary = summarise(
+        corpus,
+        sample=arguments.samples,
+        global_batch_size=arguments.batch_size,
+        count_tokens=_token_counter(arguments.model) if is_counted else None,
+        text_length=arguments.text_length,
+    )
     print(format_summary(summary))
     if arguments.html is not None:
-        decode = _decoder(arguments.model, arguments.device) if arguments.model else None
+        decode = _decoder(arguments.model, arguments.device) if arguments.model and corpus.is_cached else None
         print(write_contact_sheet(corpus, summary, arguments.html, decode=decode, count=arguments.count))
+
+
+def _token_counter(model: str) -> "Callable[[Sequence[str]], list[int]]":
+    from scfm_core.models.encoders import count_tokens, load_tokenizer
+    from scfm_core.models.families import open_family
+
+    tokenizer = load_tokenizer(open_family(model))
+    return lambda captions: count_tokens(tokenizer, captions)
 
 
 def _decoder(model: str, device: str) -> "Callable[[Tensor], Tensor]":
@@ -300,9 +343,7 @@ def _add_encode(parser: argparse.ArgumentParser) -> None:
     _add_source(parser)
     parser.add_argument("--output", "-o", type=Path, required=True, help="folder of the shards")
     _add_cache_options(parser)
-    parser.add_argument(
-        "--buckets", choices=("none", "auto"), help="aspect-ratio buckets (default: the recipe's, or none)"
-    )
+    _add_buckets(parser)
 
 
 def _encode(arguments: argparse.Namespace) -> None:
@@ -314,33 +355,40 @@ def _encode(arguments: argparse.Namespace) -> None:
     corpus = open_corpus(
         arguments.source, arguments.overrides, resolution=arguments.resolution, buckets=arguments.buckets
     )
-    manifest, padding_error = encode(
+    result = encode(
         corpus,
         arguments.output,
         open_family(arguments.model),
-        _cache_config(arguments),
+        _cache_config(arguments, len(corpus)),
         rank=rank,
         world_size=world_size,
-        progress=_bar("encode"),
+        progress=_bar("encode", unit="image"),
     )
-    _report(manifest, padding_error, arguments.output)
+    _report(result, arguments.output, corpus.notes)
 
 
-def _report(manifest: Any, padding_error: float | None, output: Path) -> None:
-    if padding_error is not None:
+def _report(result: "Encoded", output: Path, notes: Sequence[str] = ()) -> None:
+    """Print what a job has written, and what it left out or changed."""
+    from data_tools.job import LEFT_OUT
+    from data_tools.validate import printable
+
+    manifest = result.manifest
+    if result.padding_error is not None:
         print(
-            f"text padding is trimmed; the padding in its place differs from T5's by {padding_error:.1%} (--keep-padding "
+            f"text padding is trimmed; the padding in its place differs from T5's by {result.padding_error:.1%} (--keep-padding "
             f"stores T5's)"
         )
     if manifest is None:
         print(f"this process is done; the last process writes the manifest of {output}")
         return
+    for note in notes:
+        print(printable(f"left out: {note}"))
+    for what, count in result.counts.items():
+        print(f"{what}: {count} of {manifest.samples}")
     total = sum(shard.bytes for shard in manifest.shards)
     print(
         f"{manifest.samples} samples in {len(manifest.shards)} shards, {total / 1e6:,.1f} MB ({total / manifest.samples / 1e3:,.1f} "
         f"kB per sample), in {output}"
     )
-    if (output / "left_out.txt").is_file():
-        print(
-            f"left out: {len((output / 'left_out.txt').read_text().splitlines())} samples, see {output / 'left_out.txt'}"
-        )
+    if (output / LEFT_OUT).is_file():
+        print(f"left out: {len((output / LEFT_OUT).read_text().splitlines())} samples, see {output / LEFT_OUT}")

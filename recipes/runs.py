@@ -4,9 +4,9 @@ from pathlib import Path
 
 from scfm_core.distributed.engine import Slot
 from scfm_core.errors import UserError
+from scfm_core.models.fingerprint import different_network
 from scfm_core.models.protocol import ModelFamily
 from scfm_core.models.student import ShortcutModel
-from scfm_core.models.weights import network_fingerprint
 from scfm_core.train.assemble import build_family, build_model
 from scfm_core.train.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
 from scfm_core.train.config import RunConfig
@@ -42,8 +42,11 @@ def open_trained(run_dir: Path, config: RunConfig) -> tuple[Checkpoint, ModelFam
 
 def check_same_model(checkpoint: Checkpoint, family: ModelFamily, run_dir: Path) -> None:
     """UserError unless the checkpoint was trained on this model."""
-    if checkpoint.state["base_fingerprint"] != network_fingerprint(family.folder):
-        raise UserError(f"{family.folder} is not the model that {run_dir} was trained on. Set model.path to that model")
+    difference = different_network(checkpoint.state["base_fingerprint"], family.folder)
+    if difference is not None:
+        raise UserError(
+            f"{family.folder} is not the model that {run_dir} was trained on: {difference}. Set model.path to that model"
+        )
 
 
 def load_trained(run_dir: Path, config: RunConfig, *, with_teacher: bool) -> ShortcutModel:

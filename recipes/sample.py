@@ -102,7 +102,9 @@ def _settings(run_dir: Path, config: RunConfig, family: ModelFamily, num_steps: 
 
 def _free_path(folder: Path, settings: dict[str, Any]) -> Path:
     """A file's name from prompt and seed; one that is taken by an image of other settings gets a number."""
-    words = re.sub(r"[^\w]+", "-", settings["prompt"]).strip("-").encode()[:_NAME_BYTES].decode(errors="ignore").strip("-")
+    words = (
+        re.sub(r"[^\w]+", "-", settings["prompt"]).strip("-").encode()[:_NAME_BYTES].decode(errors="ignore").strip("-")
+    )
     words = words or "image"
     name, number = f"{words}_seed{settings['seed']}", 1
     path = folder / f"{name}.png"

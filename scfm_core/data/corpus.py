@@ -3,6 +3,7 @@
 import bisect
 import hashlib
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scfm_core.data.cache import ShardCache
-from scfm_core.data.decode import DECODING_ERRORS, cached_record, image_record, pad_text, read_caption
+from scfm_core.data.decode import DECODING_ERRORS, cached_record, image_content, image_record, pad_text, read_caption
 from scfm_core.data.folder import ImageFolder
+from scfm_core.data.image import picture_notes
 from scfm_core.data.open_shards import OpenShards
 from scfm_core.data.order import Order, SourceOrder
 from scfm_core.data.recipe import DataConfig, SourceConfig
@@ -39,7 +41,7 @@ class Corpus:
         self.sources: list[Source | ImageFolder] = []
         for source in self.configs:
             if source.format == "folder":
-                self.sources.append(ImageFolder(_local_folder(source)))
+                self.sources.append(ImageFolder(_local_folder(source), strict=config.max_bad_fraction == 0))
             else:
                 self.sources.append(open_source(source, cache, config.cache.timeout))
         if config.max_bad_fraction == 0:
@@ -110,6 +112,24 @@ class Corpus:
             partitions=config.partitions,
         )
 
+    @property
+    def notes(self) -> list[str]:
+        """What was left out of folders of images, one line for each kind, with its number."""
+        return [note for source in self.sources if isinstance(source, ImageFolder) for note in source.notes]
+
+    def picture_notes(self, item: int) -> Sequence[str]:
+        """What is changed in an image beside scale and crop, as in `Picture.notes`; it is decoded only if it has an alpha channel.
+
+        Raises:
+            BadData, UserError: as `record`.
+        """
+        number, shard_number, at = self._locate(item)
+        source, size = self.sources[number], self.sizes[self.buckets[item]]
+        if isinstance(source, ImageFolder):
+            return source.picture_notes(at, size)
+        shard = self._open(shard_number)
+        return picture_notes(image_content(shard, at, source.config), size, shard.key(at))
+
     def first_items(self) -> dict[str, int]:
         """The first sample of each source, by the source's name."""
         shards = zip(self._shard_source, self._shard_place, self._shard_start, strict=True)
@@ -158,13 +178,15 @@ class Corpus:
         source = self.sources[number]
         size = self.sizes[self.buckets[item]]
         if isinstance(source, ImageFolder):
-            return source.load(at, size)
+            return source.load(at, size, self.config.background)
         shard = self._open(shard_number)
         try:
             if self.is_cached:
                 record = cached_record(shard, at, number, source.padding, self.with_paths)
                 return pad_text(record, source.padding) if padded else record
-            return image_record(shard, at, source.config, size, self.config.seed or 0, sample_id)
+            return image_record(
+                shard, at, source.config, size, self.config.seed or 0, sample_id, self.config.background
+            )
         except BadData:
             raise
         except DECODING_ERRORS as error:
@@ -179,6 +201,19 @@ class Corpus:
         if isinstance(source, ImageFolder):
             return source.caption(at)
         return read_caption(self._open(shard_number), at, source.config, self.config.seed or 0, 0)
+
+    def mark(self, items: Iterable[int]) -> str:
+        """Hash of the content of samples: names, captions and images of a folder, else their shards and places."""
+        digest = hashlib.sha256()
+        for item in items:
+            number, shard, at = self._locate(item)
+            source = self.sources[number]
+            if isinstance(source, ImageFolder):
+                digest.update(source.marks[at])
+            else:
+                entry = source.manifest.shards[self._shard_place[shard]]
+                digest.update(f"{entry.name}:{entry.bytes}:{entry.sha256}:{at}\n".encode())
+        return digest.hexdigest()
 
     def raw(self, item: int) -> tuple[Shard | None, int, Source | ImageFolder]:
         """The open shard of a sample (None: a folder of images), the sample's place in it, and its source."""

@@ -7,17 +7,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from scfm_core.data.folder import load_image
+from scfm_core.data.image import load_picture
 from scfm_core.data.order import choose
 from scfm_core.data.recipe import SourceConfig
 from scfm_core.data.schema import PATH, BadData, Record, Size
 from scfm_core.data.source import Shard, json_value
+from scfm_core.data.text import check_text, decode_text
 
 DECODING_ERRORS = (SafetensorError, ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError)
 """What decoders raise for bytes that are not text, JSON or tensors. RecursionError is a RuntimeError."""
 
 
-def image_record(shard: Shard, at: int, config: SourceConfig, size: Size, seed: int, sample_id: int) -> Record:
+def image_record(
+    shard: Shard, at: int, config: SourceConfig, size: Size, seed: int, sample_id: int, background: str
+) -> Record:
     """A sample of images.
 
     Args:
@@ -26,19 +29,30 @@ def image_record(shard: Shard, at: int, config: SourceConfig, size: Size, seed: 
         config: of the source: the names of the fields.
         size: height and width of the result, in pixels.
         seed, sample_id: choose one of several captions.
+        background: behind a transparent image.
 
     Raises:
         BadData: if the image or the caption is missing or cannot be decoded.
     """
+    content = image_content(shard, at, config)
+    picture = load_picture(content, *size, name=_where(shard, at), background=background)
+    caption = read_caption(shard, at, config, seed, sample_id)
+    return Record(key=shard.key(at), caption=caption, image=picture.pixels, notes=picture.notes)
+
+
+def image_content(shard: Shard, at: int, config: SourceConfig) -> bytes:
+    """The image file of a sample; BadData if it has none."""
     content = next((found for name in config.image if (found := shard.read(at, name)) is not None), None)
-    key = shard.key(at)
     if content is None:
         raise BadData(
-            f"data: sample {key!r} of shard {shard.name} has no {' or '.join(config.image)}, but "
-            f"{', '.join(shard.fields(at))}. Name the right field with `image:` of the source"
+            f"data: {_where(shard, at)} has no {' or '.join(config.image)}, but {', '.join(shard.fields(at))}. Name the right field "
+            f"with `image:` of the source"
         )
-    image = load_image(content, *size, name=f"sample {key!r} of shard {shard.name}")
-    return Record(key=key, caption=read_caption(shard, at, config, seed, sample_id), image=image)
+    return content
+
+
+def _where(shard: Shard, at: int) -> str:
+    return f"sample {shard.key(at)!r} of shard {shard.name}"
 
 
 def read_caption(shard: Shard, at: int, config: SourceConfig, seed: int, sample_id: int) -> str:
@@ -52,22 +66,33 @@ def read_caption(shard: Shard, at: int, config: SourceConfig, seed: int, sample_
         weights = list(config.captions.values())
         names.insert(0, names.pop(choose(weights, seed, config.name, shard.key(at), sample_id)))
     for name in names:  # the chosen one first; the others for a sample that does not have it
-        field, *path = name.split(".")
-        content = shard.read(at, field)
-        if content is None:
-            continue
-        try:
-            value = json_value(content, path) if path else content.decode()
-        except DECODING_ERRORS as error:
-            raise BadData(
-                f"data: sample {shard.key(at)!r} of shard {shard.name} has a {field} that cannot be decoded ({error!r})"
-            ) from error
-        if isinstance(value, str):
-            return value
+        caption = caption_of(shard, at, name)
+        if caption is not None:
+            return caption
     raise BadData(
-        f"data: sample {shard.key(at)!r} of shard {shard.name} has no caption in {', '.join(names)}, but the fields "
-        f"{', '.join(shard.fields(at))}. Name the right one with `captions:` of the source"
+        f"data: {_where(shard, at)} has no caption in {', '.join(names)}, but the fields {', '.join(shard.fields(at))}. Name the "
+        f"right one with `captions:` of the source"
     )
+
+
+def caption_of(shard: Shard, at: int, name: str) -> str | None:
+    """The caption `name` of a sample: a field, or `FIELD.KEY` of a JSON field; None if the sample has no such text.
+
+    Raises:
+        BadData: if it cannot be decoded.
+    """
+    field, *path = name.split(".")
+    content, where = shard.read(at, field), f"the caption {name} of {_where(shard, at)}"
+    if content is None:
+        return None
+    text = decode_text(content, where)
+    if not path:
+        return text
+    try:
+        value = json_value(text, path)
+    except DECODING_ERRORS as error:
+        raise BadData(f"data: {where} is not in JSON ({error!r})") from error
+    return check_text(value, where) if isinstance(value, str) else None
 
 
 def cached_record(shard: Shard, at: int, source: int, padding: Tensor | None, with_path: bool) -> Record:
@@ -101,7 +126,7 @@ def cached_record(shard: Shard, at: int, source: int, padding: Tensor | None, wi
         )
     return Record(
         key=key,
-        caption=caption.decode(),
+        caption=decode_text(caption, f"the caption of sample {key!r} of shard {shard.name}"),
         path={name: tensors[name] for name in PATH} if with_path else None,
         latents=tensors["latents"],
         text=text,

@@ -128,11 +128,18 @@ class DataConfig:
     process does both itself."""
     verify: bool = True
     """Hash every shard when it is first opened, and compare with the manifest (about 1 GB/s)."""
+    background: str = "white"
+    """Of images: the colour behind transparent ones, `white`, `black` or six hexadecimal digits such as '#808080' (in YAML with
+    quotes)."""
     cache: CacheConfig = field(default_factory=CacheConfig)
     """Local copies of remote shards."""
 
     def __post_init__(self) -> None:
         self._check_sources()
+        if not re.fullmatch(r"white|black|#[0-9a-fA-F]{6}", self.background):
+            raise ValueError(
+                f"data.background must be white, black or a colour such as '#808080', got {self.background!r}"
+            )
         if min(self.resolution) < 1:
             raise ValueError(f"data.resolution must be positive, got {self.resolution}")
         if self.num_workers < 0:

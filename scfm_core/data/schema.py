@@ -52,6 +52,8 @@ class Record:
     """Number of the padding of `text` among the corpus's paddings; None if `text` has the full length."""
     image: Tensor | None = None
     """fp32 [3, H, W] in [-1, 1]."""
+    notes: tuple[str, ...] = ()
+    """Of an image: what was changed beside scale and crop, as in `Picture.notes`."""
     path: dict[str, Tensor] | None = None
     """The teacher's path to `latents`, if it is stored and requested: `velocities` [K, C, h, w], the mean velocities of
     its intervals; `sigmas` fp32 [K + 1], of its nodes; `guidance` fp32 []."""
@@ -231,6 +233,8 @@ class Manifest:
     network: str | None = None
     """Of stored paths: fingerprint of the network that made them. It must be the teacher of the student that learns
     them."""
+    background: str | None = None
+    """Of a cache of images: the colour behind transparent images, `data.background`."""
     shards: tuple[ShardEntry, ...] = ()
 
     @property
@@ -279,9 +283,10 @@ class Manifest:
             if manifest.format not in ("webdataset", "mds") or type(manifest.text_length) not in (int, type(None)):
                 raise ValueError(f"format {manifest.format!r}, text_length {manifest.text_length!r}")
             if any(
-                type(value) not in (str, type(None)) for value in (manifest.encoder, manifest.padding, manifest.network)
+                type(value) not in (str, type(None))
+                for value in (manifest.encoder, manifest.padding, manifest.network, manifest.background)
             ):
-                raise TypeError("encoder, padding and network must be strings")
+                raise TypeError("encoder, padding, network and background must be strings")
         except UserError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:  # not JSON, not UTF-8, or other keys

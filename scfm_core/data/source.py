@@ -288,7 +288,7 @@ def guess_format(uri: str) -> Format:
     return "webdataset" if uri.endswith(".tar") else format_of(Path(uri).expanduser())
 
 
-def json_value(content: bytes, path: list[str]) -> Any:
+def json_value(content: str | bytes, path: list[str]) -> Any:
     """The value at the keys `path` of a JSON text; None if a key is missing. ValueError if it is not JSON."""
     value = json.loads(content)
     for key in path:

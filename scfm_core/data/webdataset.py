@@ -1,17 +1,18 @@
 """Tar shards in webdataset's layout. The library writes them; a table of offsets gives random access to samples."""
 
 import contextlib
+import hashlib
 import os
 import re
 import struct
 import tarfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
 from scfm_core.data.schema import BadData, ShardEntry, Size, runs_of
-from scfm_core.files import sha256_of
 
 _BLOCK = 512
 # Suffixes of members that other loaders would unpickle or import. They are never run here, but in a data set they are a
@@ -148,54 +149,106 @@ def _members_by_tarfile(file: BinaryIO, name: str) -> list[tuple[str, int, int]]
     return found
 
 
+@dataclass(frozen=True)
+class TarProgress:
+    """How far a shard is written: what a killed process needs to continue it."""
+
+    bytes: int
+    sha256: str
+    """Of these bytes, in hex: after a power failure the file may have other ones."""
+    sizes: tuple[tuple[int, int, int], ...]
+    """Runs of (height, width, samples), in pixels."""
+
+
 class TarWriter:
     """Writes one shard to a temporary file, which is renamed when it is complete.
 
-    On leaving the context without an error, `entry` is the shard's entry for the manifest.
+    On leaving the context without an error, `entry` is the shard's entry for the manifest. After an error the temporary
+    file is deleted, unless `progress` was called.
 
     Args:
         path: `NAME.tar`; the temporary file is `NAME.tar.tmp`.
+        resume: from `progress`, to continue the temporary file of a process that has ended.
     """
 
-    def __init__(self, path: Path) -> None:
+    resumed = False
+    """Whether the temporary file is continued. False: it is missing or damaged, and the shard begins anew."""
+
+    def __init__(self, path: Path, resume: TarProgress | None = None) -> None:
         self.path, self._unfinished = path, path.with_name(f"{path.name}.tmp")
+        self._resume, self._keep, self._hashed = resume, False, 0
         self._sizes: list[Size | None] = []
+        self._digest = hashlib.sha256()
 
     def __enter__(self) -> "TarWriter":
         from webdataset import TarWriter as LibraryWriter
 
-        self._stream = self._unfinished.open("w+b")
+        self._stream = self._continued() or self._unfinished.open("w+b")
         # No time stamps: equal input gives an equal hash.
         self._tar = LibraryWriter(self._stream, mtime=0, encoder=False)
+        # The library's own stream would hold back the last 10 kB.
+        self._tar.tarstream = tarfile.open(fileobj=self._stream, mode="w")
         return self
+
+    def _continued(self) -> BinaryIO | None:
+        """The temporary file up to `resume`; None if it does not have these bytes."""
+        if self._resume is None or not self._unfinished.is_file():
+            return None
+        stream = self._unfinished.open("r+b")
+        self._hash(stream, self._resume.bytes)
+        if self._digest.hexdigest() != self._resume.sha256:
+            stream.close()
+            self._digest, self._hashed = hashlib.sha256(), 0
+            return None
+        stream.truncate(self._resume.bytes)
+        stream.seek(self._resume.bytes)
+        self._sizes += [(height, width) for height, width, count in self._resume.sizes for _ in range(count)]
+        self.resumed = self._keep = True
+        return stream
+
+    def _hash(self, stream: BinaryIO, end: int) -> None:
+        """Hash the bytes up to `end` that are not hashed yet."""
+        while self._hashed < end and (
+            part := os.pread(stream.fileno(), min(1 << 20, end - self._hashed), self._hashed)
+        ):
+            self._digest.update(part)
+            self._hashed += len(part)
 
     def write(self, key: str, fields: Mapping[str, bytes], size: Size | None) -> None:
         """Append a sample; `size` is its height and width in pixels, if known."""
         self._tar.write({"__key__": key, **fields})
         self._sizes.append(size)
 
+    def progress(self) -> TarProgress:
+        """Give the samples so far to the operating system, so that a kill does not lose them. Their sizes must be known."""
+        self._stream.flush()
+        self._hash(self._stream, self._stream.tell())
+        self._keep = True
+        return TarProgress(
+            self._hashed, self._digest.hexdigest(), runs_of([size for size in self._sizes if size is not None])
+        )
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            self._tar.close()
             if kind is None:
+                self._tar.close()
                 self._stream.flush()
                 os.fsync(self._stream.fileno())
-                sha256 = sha256_of(self._stream)
+                size = self._stream.seek(0, os.SEEK_END)
+                self._hash(self._stream, size)
                 known = [size for size in self._sizes if size is not None]
                 self.entry = ShardEntry(
                     name=self.path.name,
                     samples=len(self._sizes),
-                    bytes=self._unfinished.stat().st_size,
-                    sha256=sha256,
+                    bytes=size,
+                    sha256=self._digest.hexdigest(),
                     sizes=runs_of(known) if len(known) == len(self._sizes) else (),
                 )
                 self._unfinished.replace(self.path)
-        except OSError:
-            if kind is None:
-                raise
         finally:
             with contextlib.suppress(OSError):
                 self._stream.close()
-            self._unfinished.unlink(missing_ok=True)
+            if not self._keep:
+                self._unfinished.unlink(missing_ok=True)

@@ -1,6 +1,8 @@
 """The frozen encoders of diffusers' pipelines: T5 and CLIP for captions, the VAE for images."""
 
+import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,16 +44,49 @@ class TextEncoders:
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str], guidance: float | None = None) -> Conditioning:
-        """Encode captions: text [B, L, D] and pooled [B, P]; `guidance` becomes fp32 [B], the same for all rows."""
+        """Encode captions: text [B, L, D] and pooled [B, P]; `guidance` becomes fp32 [B], the same for all rows.
+
+        Raises:
+            UserError: if a caption has a lone surrogate, on which a tokenizer would fail. Bytes of a command line that
+                are not UTF-8 become such.
+        """
+        for caption in captions:
+            if not caption.isascii() and re.search(r"[\ud800-\udfff]", caption):
+                raise UserError(
+                    f"the text {caption[:80]!a} has half of a character. Write the whole character, in UTF-8"
+                )
         text, pooled = self.family.encode_prompt(self._pipeline, captions, self.device, self.text_length)
         rows = None if guidance is None else torch.full((len(captions),), guidance, device=self.device)
         return Conditioning(text=text, pooled=pooled, guidance=rows)
 
-    def lengths(self, captions: Sequence[str]) -> list[int]:
-        """Number of tokens of each caption: CLIP's, and T5's up to its end token; the others are padding."""
-        tokenizer = getattr(self._pipeline, self.family.t5_tokenizer)
-        tokens = tokenizer(list(captions), truncation=True, max_length=self.text_length)
-        return [self.family.clip_tokens + len(row) for row in tokens.input_ids]
+    def token_counts(self, captions: Sequence[str]) -> list[int]:
+        """Number of T5 tokens of each caption with its end token; more than `text_length` are truncated."""
+        return count_tokens(getattr(self._pipeline, self.family.t5_tokenizer), captions)
+
+    def kept(self, tokens: int) -> int:
+        """Number of rows of the text that are not padding: CLIP's tokens, and T5's up to its end token."""
+        return self.family.clip_tokens + min(tokens, self.text_length)
+
+
+def count_tokens(tokenizer: Any, captions: Sequence[str]) -> list[int]:
+    """Number of tokens of each caption with its end token, not truncated."""
+    # Not verbose: it would warn about each long caption.
+    return [len(row) for row in tokenizer(list(captions), truncation=False, verbose=False).input_ids]
+
+
+def load_tokenizer(family: ModelFamily) -> Any:
+    """T5's tokenizer, without the encoder.
+
+    Raises:
+        UserError: if it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    folder = family.folder / family.t5_tokenizer
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path: the tokenizer in {folder} cannot be loaded: {error}") from error
 
 
 class Autoencoder:

@@ -1,10 +1,9 @@
 """Loading and exporting weights, in diffusers' own folder layout, as safetensors."""
 
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,6 @@ from torch import Tensor
 from scfm_core.errors import UserError
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
-_ENCODERS = (
-    "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "text_encoder_3", "tokenizer_3",
-)  # fmt: skip
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 
 GUIDANCE_MARK = "GUIDANCE_IS_DISTILLED.txt"
@@ -94,35 +90,6 @@ def load_component(cls: Any, folder: Path, component: str, dtype: torch.dtype) -
             f"They are damaged or incomplete: download them again"
         ) from error
     return module.eval()
-
-
-def encoder_fingerprint(folder: Path) -> str:
-    """A fingerprint of VAE and text encoders. Two caches are compatible only if theirs are equal."""
-    return _fingerprint(folder, _ENCODERS)
-
-
-def network_fingerprint(folder: Path) -> str:
-    """A fingerprint of the pre-trained network. An adapter is valid only for the network that it was trained on."""
-    return _fingerprint(folder, ("transformer",))
-
-
-def _fingerprint(folder: Path, components: Sequence[str]) -> str:
-    """Hash of each file's name, size, and first and last MiB.
-
-    These contain the safetensors header with every name and shape, and weights that differ between any two trainings.
-    Hashing all of T5-XXL would take a minute at every start.
-    """
-    digest = hashlib.sha256()
-    for component in components:
-        for path in sorted((folder / component).glob("*")):
-            if path.suffix in (".safetensors", ".json", ".txt", ".model"):
-                size = path.stat().st_size
-                digest.update(f"{component}/{path.name}:{size}:".encode())
-                with path.open("rb") as file:
-                    digest.update(file.read(1 << 20))
-                    file.seek(max(0, size - (1 << 20)))
-                    digest.update(file.read())
-    return digest.hexdigest()
 
 
 def save_adapter(folder: Path, parameters: Mapping[str, Tensor], scale: float, metadata: Mapping[str, Any]) -> Path:

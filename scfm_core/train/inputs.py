@@ -13,8 +13,8 @@ from scfm_core.data.schema import BadData, Batch
 from scfm_core.errors import UserError
 from scfm_core.flow.schedule import shift_of_grid, sigma_grid
 from scfm_core.models.encoders import Autoencoder, TextEncoders
+from scfm_core.models.fingerprint import different_encoders, different_network
 from scfm_core.models.protocol import Conditioning, ModelFamily
-from scfm_core.models.weights import encoder_fingerprint, network_fingerprint
 from scfm_core.scfm.method import PlanConfig
 from scfm_core.train.config import RunConfig
 from scfm_core.train.device import compute_dtype
@@ -82,11 +82,11 @@ def check_cache(config: RunConfig, family: ModelFamily, corpus: Corpus) -> None:
     Raises:
         UserError: if the data were encoded by another model, or with another text length.
     """
-    fingerprint = encoder_fingerprint(family.folder)
-    if corpus.encoder != fingerprint:
+    difference = different_encoders(corpus.encoder, family.folder)
+    if difference is not None:
         raise UserError(
-            f"data: the cache was encoded by another model (encoder {str(corpus.encoder)[:12]}) than {family.folder} "
-            f"(encoder {fingerprint[:12]}). Encode it again with this model's encoders"
+            f"data: the cache was encoded by another model (encoder {str(corpus.encoder)[:12]}) than {family.folder}: {difference}. "
+            f"Encode it again with this model's encoders, or set model.path to the model of the cache"
         )
     if corpus.text_length != family.text_tokens(config.model.text_length):
         cached = (corpus.text_length or 0) - family.clip_tokens
@@ -134,12 +134,12 @@ def check_paths(config: RunConfig, family: ModelFamily, corpus: Corpus) -> None:
 
 
 def _check_teacher(family: ModelFamily, corpus: Corpus) -> None:
-    own = network_fingerprint(family.folder)
     for name, network in corpus.networks().items():
-        if network not in (None, own):
+        difference = None if network is None else different_network(network, family.folder)
+        if difference is not None:
             raise UserError(
                 f"data: the stored paths of source {name!r} were sampled from another network ({str(network)[:12]}) than that of "
-                f"{family.folder} ({own[:12]}). Make them with this one: `scfm data generate --trajectories`"
+                f"{family.folder}: {difference}. Make them with this one: `scfm data generate --trajectories`"
             )
 
 

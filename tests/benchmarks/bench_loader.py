@@ -41,7 +41,7 @@ from storage import S3Server
 
 from data_tools.pack import pack
 from scfm_core.data.corpus import Corpus
-from scfm_core.data.folder import load_image
+from scfm_core.data.image import load_image
 from scfm_core.data.loader import batches
 from scfm_core.data.recipe import CacheConfig, DataConfig, SourceConfig
 from scfm_core.data.schema import Batch, Manifest, Record, collate

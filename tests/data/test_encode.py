@@ -6,16 +6,18 @@ import os
 import signal
 import sys
 import tarfile
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
 from data_tools.encode import EncodeConfig, encode
-from data_tools.job import Job, PlannedShard, plan_shards, processes
+from data_tools.job import Job, Made, PlannedShard, plan_shards, processes
 from recipes.tiny import write_digits, write_pipeline
 from scfm_core.data.corpus import Corpus
 from scfm_core.data.folder import ImageFolder
@@ -26,8 +28,8 @@ from scfm_core.data.webdataset import TarWriter
 from scfm_core.errors import UserError
 from scfm_core.models.encoders import Autoencoder, TextEncoders
 from scfm_core.models.families import open_family
+from scfm_core.models.fingerprint import encoder_fingerprint
 from scfm_core.models.protocol import ModelFamily
-from scfm_core.models.weights import encoder_fingerprint
 from scfm_core.train.config import ModelConfig, RunConfig, RunSection
 from scfm_core.train.inputs import BatchEncoder
 
@@ -42,7 +44,7 @@ def images_of(folder: Path, **changes: Any) -> Corpus:
 def run(images: Path | Corpus, output: Path, family: ModelFamily, **changes: Any) -> Manifest:
     """One process encodes everything."""
     corpus = images if isinstance(images, Corpus) else images_of(images)
-    manifest, _ = encode(corpus, output, family, EncodeConfig(**{**OPTIONS, **changes}))
+    manifest = encode(corpus, output, family, EncodeConfig(**{**OPTIONS, **changes})).manifest
     assert manifest is not None
     return manifest
 
@@ -183,16 +185,16 @@ class TestContent:
             assert torch.equal(mine.latents, other.latents)
             assert torch.equal(mine.text, other.text)
 
-    def test_progress_sees_every_shard(self, digits, tmp_path, family):
+    def test_progress_sees_every_image(self, digits, tmp_path, family):
         seen = []
 
-        def progress(shards, total):
-            for shard in shards:
-                seen.append((shard.name, total))
-                yield shard
+        def progress(images, total):
+            for image in images:
+                seen.append(total)
+                yield image
 
         encode(images_of(digits), tmp_path / "cache", family, EncodeConfig(**OPTIONS), progress=progress)
-        assert seen == [(f"shard-{number:06d}.tar", 3) for number in range(3)]
+        assert seen == [COUNT] * COUNT
 
 
 def stored_texts(folder: Path) -> list[torch.Tensor]:
@@ -208,7 +210,8 @@ def stored_texts(folder: Path) -> list[torch.Tensor]:
 class TestPadding:
     def test_is_stored_up_to_the_captions_end(self, cache, family, digits):
         text = TextEncoders(family, LENGTH, torch.bfloat16, "cpu")
-        lengths = text.lengths([ImageFolder(digits).caption(n) for n in range(COUNT)])
+        counts = text.token_counts([ImageFolder(digits).caption(n) for n in range(COUNT)])
+        lengths = [text.kept(count) for count in counts]
         assert lengths == [3 + n % 3 for n in range(COUNT)]  # the words and the end token
         assert [len(row) for row in stored_texts(cache)] == lengths
 
@@ -242,7 +245,8 @@ class TestPadding:
         assert sizes[1] <= sizes[0] / 4
 
     def test_error_is_reported_correctly(self, digits, tmp_path, family):
-        _, error = encode(images_of(digits), tmp_path / "trimmed", family, EncodeConfig(**OPTIONS, dtype=torch.float32))
+        config = EncodeConfig(**OPTIONS, dtype=torch.float32)
+        error = encode(images_of(digits), tmp_path / "trimmed", family, config).padding_error
         run(digits, tmp_path / "exact", family, keep_padding=True, dtype=torch.float32)
         difference = whole = 0.0
         trimmed, exact = open_cache(tmp_path / "trimmed"), open_cache(tmp_path / "exact")
@@ -255,7 +259,7 @@ class TestPadding:
 
     def test_kept_has_no_error(self, digits, tmp_path, family):
         config = EncodeConfig(**OPTIONS, keep_padding=True)
-        assert encode(images_of(digits), tmp_path / "cache", family, config)[1] is None
+        assert encode(images_of(digits), tmp_path / "cache", family, config).padding_error is None
 
     def test_of_a_caption_that_fills_all_tokens_is_empty(self, images, tmp_path, family):
         (images / "metadata.jsonl").unlink()
@@ -354,7 +358,7 @@ class Started:
         corpus.record = counting  # type: ignore[method-assign]
         rank, world_size = processes()
         config = EncodeConfig(text_length=LENGTH, batch_size=2, samples_per_shard=3)
-        manifest, _ = encode(corpus, output, family, config, rank=rank, world_size=world_size)
+        manifest = encode(corpus, output, family, config, rank=rank, world_size=world_size).manifest
         result.send((count, manifest is not None))
 
     def is_killed(self) -> bool:
@@ -379,15 +383,15 @@ def small_shards(digits: Path, family: ModelFamily, tmp_path_factory: pytest.Tem
 class TestInterrupted:
     @pytest.mark.processes
     def test_resumes_after_kill_9(self, digits, small_shards, tmp_path, family):
-        """Killed twice, in the third and in the sixth shard; every finished shard is kept."""
+        """Killed twice, at the ninth image and at the nineteenth; every finished batch is kept."""
         output = tmp_path / "cache"
-        for die_at, complete in ((9, 2), (11, 5)):
+        for die_at, complete in ((9, 2), (11, 6)):
             assert Started(digits, output, family, die_at=die_at).is_killed()
             assert len(list(output.glob("*.tar"))) == complete
             assert not (output / MANIFEST).exists()
             with pytest.raises(UserError, match="did not finish"):
                 open_cache(output)
-        assert Started(digits, output, family).ends() == (5, True)
+        assert Started(digits, output, family).ends() == (2, True)
         assert contents(output) == contents(small_shards)
 
     def test_leaves_no_finished_data_set(self, images, tmp_path, family):
@@ -405,7 +409,7 @@ class TestInterrupted:
     def unfinished(self, images, tmp_path, family) -> Path:
         """One finished shard of two."""
         config = EncodeConfig(**{**OPTIONS, "samples_per_shard": 3})
-        assert encode(images_of(images), tmp_path / "cache", family, config, rank=0, world_size=2)[0] is None
+        assert encode(images_of(images), tmp_path / "cache", family, config, rank=0, world_size=2).manifest is None
         return tmp_path / "cache"
 
     @pytest.mark.parametrize(
@@ -423,15 +427,29 @@ class TestInterrupted:
             run(images, unfinished, family, **{"samples_per_shard": 3, **change})
         assert contents(unfinished) == before
 
-    def test_does_not_resume_with_other_images_sizes_or_models(self, unfinished, images, family, tmp_path):
+    def test_does_not_resume_with_other_sizes_or_models(self, unfinished, images, family, tmp_path):
         write_pipeline(tmp_path / "other", vae_steps=0, seed=1)
-        with pytest.raises(UserError, match=r"encoder: '.*' before, '.*' now"):
+        with pytest.raises(
+            UserError, match=r"another job:\n  encoder: .*text_encoder/model.safetensors \(other content\)"
+        ):
             run(images, unfinished, open_family(str(tmp_path / "other")), samples_per_shard=3)
         with pytest.raises(UserError, match=r"sizes: \[\[16, 16\]\] before, \[\[8, 8\]\] now"):
             run(images_of(images, resolution=(8, 8)), unfinished, family, samples_per_shard=3)
-        (images / "0000.png").unlink()
-        with pytest.raises(UserError, match=r"data: '.*' before, '.*' now"):
-            run(images, unfinished, family, samples_per_shard=3)
+
+    @pytest.mark.parametrize("change", ["pixels", "caption", "removed"])
+    def test_encodes_what_was_changed_since_again(self, unfinished, images, family, tmp_path, change):
+        """Bitmaps of one size: only their content tells that they were edited."""
+        if change == "pixels":
+            inverted = ImageOps.invert(Image.open(images / "0000.png"))
+            inverted.save(images / "0000.png")
+        elif change == "caption":
+            text = (images / "metadata.jsonl").read_text()
+            (images / "metadata.jsonl").write_text(text.replace('"text": "', '"text": "another ', 1))
+        else:
+            (images / "0000.png").unlink()
+        run(images, unfinished, family, samples_per_shard=3)
+        run(images, tmp_path / "fresh", family, samples_per_shard=3)
+        assert contents(unfinished) == contents(tmp_path / "fresh")
 
     @pytest.mark.parametrize("change", [{"captions": {"other": 1.0}}, {"image": ("other",)}], ids=str)
     def test_does_not_resume_with_other_fields(self, tmp_path, images, family, change):
@@ -529,10 +547,13 @@ class TestProcesses:
         assert self.of(monkeypatch, **array, SLURM_ARRAY_TASK_ID="7") == (0, 1)
 
 
-def one_sample(shard: PlannedShard, tar: TarWriter) -> list[str]:
-    for item in shard.items:
-        tar.write(f"{item:08d}", {"txt": b"a"}, (8, 8))
-    return []
+def make(items: Sequence[int]) -> Made:
+    return Made([(f"{item:08d}", {"txt": b"a" * item}, (8, 8)) for item in items])
+
+
+def job(folder: Path, shards: list[PlannedShard], make: Callable[[Sequence[int]], Made] = make, **options: Any) -> Any:
+    """Run a job with batches of two; returns the manifest."""
+    return Job(folder, {"a": 1}).run(shards, make, Manifest(), **{"batch_size": 2, **options})
 
 
 class TestJob:
@@ -545,7 +566,7 @@ class TestJob:
         shards = plan_shards([list(range(7))], 2)
         ends = []
         for rank in (2, 0, 1):
-            ends.append(Job(tmp_path, {"a": 1}).run(shards, one_sample, Manifest(), rank=rank, world_size=3))
+            ends.append(job(tmp_path, shards, rank=rank, world_size=3))
             assert (tmp_path / MANIFEST).exists() == (len(ends) == 3)
         assert ends[:2] == [None, None]
         assert ends[2] == read_manifest(tmp_path)
@@ -556,8 +577,8 @@ class TestJob:
     @pytest.mark.parametrize(
         ("name", "file"),
         [
-            ("read_text", "shard-000001.tar.json"),
-            ("read_text", "parameters.json"),
+            ("read_bytes", "shard-000001.tar.json"),
+            ("read_bytes", "parameters.json"),
             ("write_text", MANIFEST),
             ("replace", MANIFEST),
         ],
@@ -566,18 +587,18 @@ class TestJob:
         """Before one process calls Path.`name` on `file` (or its temporary file), another one finishes the job."""
         shards = plan_shards([list(range(4))], 2)
         first, second = Job(tmp_path, {}), Job(tmp_path, {})
-        first.run(shards, one_sample, Manifest(), rank=0, world_size=2)
+        first.run(shards, make, Manifest(), batch_size=2, rank=0, world_size=2)
         original, others = getattr(Path, name), []
 
         def call(path: Path, *arguments: Any, **options: Any) -> Any:
             if path.name.startswith(file) and not others and (first.notes / "shard-000001.tar.json").exists():
-                others.append(FORK.Process(target=first.run, args=(shards, one_sample, Manifest())))
+                others.append(FORK.Process(target=first.run, args=(shards, make, Manifest()), kwargs={"batch_size": 2}))
                 others[0].start()
                 others[0].join()
             return original(path, *arguments, **options)
 
         monkeypatch.setattr(Path, name, call)
-        manifest = second.run(shards, one_sample, Manifest(), rank=1, world_size=2)
+        manifest = second.run(shards, make, Manifest(), batch_size=2, rank=1, world_size=2)
         assert manifest == read_manifest(tmp_path)
         assert manifest.samples == 4
         assert [other.exitcode for other in others] == [0]
@@ -587,7 +608,7 @@ class TestJob:
         """With three processes for two shards, the third one may start after the others have ended."""
         shards = plan_shards([list(range(4))], 2)
         for rank in range(2):
-            manifest = Job(tmp_path, {"a": 1}).run(shards, one_sample, Manifest(), rank=rank, world_size=3)
+            manifest = job(tmp_path, shards, rank=rank, world_size=3)
         assert Job(tmp_path, {"a": 1}).finished == manifest
         with pytest.raises(UserError, match="already holds a finished cache"):
             Job(tmp_path, {"a": 2})
@@ -600,9 +621,9 @@ class TestJob:
         shards = plan_shards([list(range(4))], 2)
         with monkeypatch.context() as patch, pytest.raises(SystemExit):
             patch.setattr(Manifest, "write", lambda *_: sys.exit("killed"))
-            Job(tmp_path, {"a": 1}).run(shards, one_sample, Manifest())
+            job(tmp_path, shards)
         if parameters == {"a": 1}:
-            assert Job(tmp_path, parameters).run(shards, one_sample, Manifest()).samples == 4
+            assert job(tmp_path, shards).samples == 4
             assert sorted(contents(tmp_path)) == ["job.json", MANIFEST, "shard-000000.tar", "shard-000001.tar"]
         else:
             with pytest.raises(UserError, match="another job"):
@@ -611,39 +632,128 @@ class TestJob:
     @pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_bytes(b"cut")], ids=["deleted", "cut"])
     def test_a_lost_shard_is_written_again(self, tmp_path, spoil):
         shards = plan_shards([list(range(4))], 2)
-        Job(tmp_path, {}).run(shards, one_sample, Manifest(), rank=0, world_size=2)
+        job(tmp_path, shards, rank=0, world_size=2)
         spoil(tmp_path / "shard-000000.tar")
-        manifest = Job(tmp_path, {}).run(shards, one_sample, Manifest())
+        manifest = job(tmp_path, shards)
         assert [(tmp_path / shard.name).stat().st_size for shard in manifest.shards] == [
             shard.bytes for shard in manifest.shards
         ]
 
-    def test_without_a_valid_sample_has_the_reasons(self, tmp_path):
-        job = Job(tmp_path, {})
-        with pytest.raises(UserError, match=r"no sample is valid; .*left_out.txt has the reasons"):
-            job.run(plan_shards([[0, 1]], 2), lambda shard, tar: ["sample 0", "sample 1"], Manifest())
-        assert (tmp_path / "left_out.txt").read_text() == "sample 0\nsample 1\n"
-        assert not (tmp_path / MANIFEST).exists()
+    @pytest.mark.parametrize("world_size", [1, 2])
+    def test_more_invalid_samples_than_tolerated_end_the_job_with_the_reasons(self, tmp_path, world_size):
+        """One of six is tolerated, two are not, also if each process finds one of them."""
+        shards, invalid = plan_shards([list(range(6))], 3), {1}
+
+        def some(items: Sequence[int]) -> Made:
+            valid = [item for item in items if item not in invalid]
+            return Made(make(valid).samples, [f"data: sample {item}" for item in items if item in invalid])
+
+        assert job(tmp_path / "one", shards, some, max_left_out=0.2).samples == 5
+        assert (tmp_path / "one" / "left_out.txt").read_text() == "data: sample 1\n"
+        invalid.add(4)
+        why = "2 of 6 samples are invalid, data.max_bad_fraction tolerates 0.2. .*left_out.txt has the reasons, for example: sample 1"
+        with pytest.raises(UserError, match=why):
+            for rank in range(world_size):
+                job(tmp_path / "two", shards, some, max_left_out=0.2, rank=rank, world_size=world_size)
+        assert (tmp_path / "two" / "left_out.txt").read_text() == "data: sample 1\ndata: sample 4\n"
+        assert not (tmp_path / "two" / MANIFEST).exists()
+        assert job(tmp_path / "two", shards, some, max_left_out=0.4).samples == 4
+
+    def test_goes_on_after_the_last_complete_batch(self, tmp_path):
+        """Ended in the third batch of five: of the shard of eight the first four samples are kept."""
+        shards, made = plan_shards([list(range(9))], 8), []
+
+        def until_five(items: Sequence[int]) -> Made:
+            made.extend(items)
+            if 5 in items:
+                sys.exit("killed")
+            return Made(make(items).samples, counts=Counter(odd=1))
+
+        with pytest.raises(SystemExit):
+            job(tmp_path / "cut", shards, until_five)
+        with pytest.raises(SystemExit):
+            job(tmp_path / "cut", shards, until_five)
+        assert made == [0, 1, 2, 3, 4, 5, 4, 5]
+        again = Job(tmp_path / "cut", {"a": 1})
+        manifest = again.run(shards, make, Manifest(), batch_size=2)
+        assert again.counts == {"odd": 2}
+        job(tmp_path / "whole", shards)
+        for shard in manifest.shards:
+            assert (tmp_path / "cut" / shard.name).read_bytes() == (tmp_path / "whole" / shard.name).read_bytes()
+        assert not list((tmp_path / "cut").glob("*.tmp"))
+
+    @pytest.mark.parametrize("spoil", ["zeros", "cut", "gone", "note"])
+    def test_what_a_power_failure_leaves_is_written_again(self, tmp_path, spoil):
+        """The samples of the unfinished shard were not yet on the disk, or the note was not."""
+        shards, started = plan_shards([list(range(8))], 8), [True]
+
+        def twice(items: Sequence[int]) -> Made:
+            if items[0] == 4 and started:
+                sys.exit("killed")
+            return make(items)
+
+        with pytest.raises(SystemExit):
+            job(tmp_path, shards, twice)
+        started.clear()
+        part, note = tmp_path / "shard-000000.tar.tmp", tmp_path / ".job" / "shard-000000.tar.part"
+        size = part.stat().st_size
+        assert size > 4 * 512
+        if spoil == "note":
+            note.write_bytes(bytes(note.stat().st_size))
+        elif spoil == "gone":
+            part.unlink()
+        else:
+            part.write_bytes(bytes(size) if spoil == "zeros" else part.read_bytes()[: size // 2])
+        assert job(tmp_path, shards, twice).samples == 8
+        job(tmp_path / "whole", shards)
+        assert (tmp_path / "shard-000000.tar").read_bytes() == (tmp_path / "whole" / "shard-000000.tar").read_bytes()
+
+    def test_only_shards_of_changed_data_are_written_again(self, tmp_path):
+        shards, content, made = plan_shards([list(range(6))], 2), dict.fromkeys(range(6), "a"), []
+
+        def until(last: int) -> Callable[[Sequence[int]], Made]:
+            def some(items: Sequence[int]) -> Made:
+                if items[0] > last:
+                    sys.exit("killed")
+                made.extend(items)
+                return make(items)
+
+            return some
+
+        def mark(items: Sequence[int]) -> str:
+            return "".join(content[item] for item in items)
+
+        with pytest.raises(SystemExit):
+            job(tmp_path, shards, until(2), mark=mark)
+        content[1], made[:] = "b", []
+        assert job(tmp_path, shards[:2], until(9), mark=mark).samples == 4  # the data are fewer now, too
+        assert made == [0, 1]
+
+    def test_shards_of_another_tool_are_not_overwritten(self, tmp_path):
+        (tmp_path / "shard-000000.tar").write_bytes(b"precious")
+        with pytest.raises(UserError, match=r"holds shards of another tool, such as shard-000000.tar; choose another"):
+            Job(tmp_path, {})
+        assert [path.name for path in tmp_path.iterdir()] == ["shard-000000.tar"]
 
     def test_on_a_full_disk_keeps_what_is_finished(self, tmp_path):
-        def write(shard: PlannedShard, tar: TarWriter) -> list[str]:
-            if shard.items[0] >= 2:
+        def full(items: Sequence[int]) -> Made:
+            if items[0] >= 2:
                 raise OSError(28, "No space left on device")
-            return one_sample(shard, tar)
+            return make(items)
 
         shards = plan_shards([list(range(4))], 2)
         with pytest.raises(
-            UserError, match=f"could not be written to {tmp_path}: No space left.*finished shards are kept"
+            UserError, match=f"could not be written to {tmp_path}: No space left.*what is finished is kept"
         ):
-            Job(tmp_path, {}).run(shards, write, Manifest())
-        written: list[str] = []
+            job(tmp_path, shards, full)
+        written: list[int] = []
 
-        def log(shard: PlannedShard, tar: TarWriter) -> list[str]:
-            written.append(shard.name)
-            return one_sample(shard, tar)
+        def log(items: Sequence[int]) -> Made:
+            written.extend(items)
+            return make(items)
 
-        manifest = Job(tmp_path, {}).run(shards, log, Manifest())
-        assert written == ["shard-000001.tar"]
+        manifest = job(tmp_path, shards, log)
+        assert written == [2, 3]
         assert manifest is not None
         assert manifest.samples == 4
 
@@ -674,7 +784,7 @@ class TestBadImages:
             images_of(with_bad_images, max_bad_fraction=0.5),
             EncodeConfig(**{**OPTIONS, "samples_per_shard": 2}),
         )
-        ends = [encode(corpus, tmp_path / "cache", family, config, rank=rank, world_size=2)[0] for rank in (1, 0)]
+        ends = [encode(corpus, tmp_path / "cache", family, config, rank=rank, world_size=2).manifest for rank in (1, 0)]
         assert ends[0] is None
         assert ends[1].samples == 4
         lines = (tmp_path / "cache" / "left_out.txt").read_text().splitlines()
@@ -703,12 +813,15 @@ class TestRefusals:
         """The same job returns the existing manifest."""
         before = contents(cache)
         config = EncodeConfig(**OPTIONS)
-        assert encode(images_of(digits), cache, family, config) == (read_manifest(cache), None)
+        assert encode(images_of(digits), cache, family, config) == (read_manifest(cache), None, {})
         assert contents(cache) == before
 
     def test_finished_cache_is_not_changed(self, cache, images, family):
         before = contents(cache)
-        with pytest.raises(UserError, match=f"{cache} already holds a finished cache; choose another folder"):
+        with pytest.raises(
+            UserError,
+            match=f"{cache} already holds a finished cache of other images or captions.*Choose another folder",
+        ):
             run(images, cache, family)
         assert contents(cache) == before
 

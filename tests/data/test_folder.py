@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
-from scfm_core.data.folder import ImageFolder, image_size, load_image
+from scfm_core.data.folder import ImageFolder
+from scfm_core.data.image import ANIMATED, ENLARGED, TRANSPARENT, image_size, load_image, load_picture, picture_notes
 from scfm_core.data.schema import BadData
 from scfm_core.errors import UserError
 
@@ -204,6 +205,31 @@ class TestBadImages:
     def test_not_an_image(self, tmp_path, content, name):
         self.refused(tmp_path, content, name)
 
+    @pytest.mark.parametrize(
+        ("content", "why"),
+        [
+            (b"", "it is empty"),
+            (bytes(5000), "it has only zero bytes, as a power failure leaves a file"),
+            (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "git lfs pull"),
+            (b"\n<!DOCTYPE html><html>404", "it is a page, which a failed download leaves"),
+            (b"\0\0\0\x24ftypheic\0\0\0\0mif1heic", "it is HEIC, whatever its suffix: convert it to JPEG"),
+            (b"\0\x05\x16\x07\0\x02\0\0Mac OS X", "AppleDouble"),
+            (b"PK\x03\x04\x14\0", "it is an archive"),
+            (b"no image at all", "its content is of none of the formats PNG, JPEG, "),
+        ],
+        ids=["empty", "zeros", "lfs", "html", "heic", "appledouble", "zip", "text"],
+    )
+    def test_says_what_it_is_instead(self, tmp_path, content, why):
+        (tmp_path / "a.jpg").write_bytes(content)
+        for source in (tmp_path / "a.jpg", content):
+            with pytest.raises(BadData, match=rf"is not a readable image \(.*{why}"):
+                load_image(source, 8, 8, name="sample")
+
+    def test_grey_without_a_range_is_refused(self, tmp_path):
+        Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)).save(tmp_path / "a.tiff")
+        with pytest.raises(BadData, match="its grey values of float32 have no fixed range; save it with 8 or 16 bits"):
+            load_image(tmp_path / "a.tiff", 8, 8)
+
     @pytest.mark.parametrize("kept", [0.1, 0.5, 0.9])
     @pytest.mark.parametrize("name", ["bad.png", "bad.jpg"])
     def test_truncated(self, tmp_path, name, kept):
@@ -243,11 +269,92 @@ class TestPixels:
         ramp = torch.arange(64, dtype=torch.uint8).view(8, 8)
         assert torch.equal(load_image(write_image(tmp_path / "a.png", ramp), 8, 8), as_image(ramp))
 
-    def test_alpha_is_dropped(self, tmp_path):
-        pixels = torch.full((4, 4, 4), 100, dtype=torch.uint8)
-        pixels[..., 3] = torch.arange(16).view(4, 4) * 17
-        image = load_image(write_image(tmp_path / "a.png", pixels), 4, 4)
-        assert to_pixels(image).unique().tolist() == [100]
+    @pytest.mark.parametrize(
+        ("background", "shown"), [("white", (255, 255, 255)), ("black", (0, 0, 0)), ("#ff8000", (255, 128, 0))]
+    )
+    @pytest.mark.parametrize("kind", ["RGBA", "LA", "P", "P in bytes", "RGB key", "L key", "webp"])
+    def test_transparent_parts_show_the_background(self, tmp_path, kind, background, shown):
+        """The left half is opaque and dark, the right half is transparent with a hidden colour."""
+        pixels = torch.zeros(4, 8, 4, dtype=torch.uint8)
+        pixels[..., :3], pixels[:, :4, 3] = torch.tensor([200, 10, 90]), 255
+        pixels[:, :4, :3] = 51
+        path, image = tmp_path / f"a.{'webp' if kind == 'webp' else 'png'}", Image.fromarray(pixels.numpy())
+        if kind == "webp":
+            image.save(path, lossless=True, exact=True)
+        elif kind.endswith("key"):  # tRNS: one colour is transparent
+            mode = kind.split()[0]
+            plain = image.convert("RGB").convert(mode)
+            plain.save(path, transparency=plain.getpixel((7, 0)))
+        elif kind.startswith("P"):
+            indexed = Image.fromarray(np.repeat(np.array([[0, 1]], np.uint8), [4, 4], axis=1).repeat(4, 0), "P")
+            indexed.putpalette([51, 51, 51, 200, 10, 90])
+            indexed.save(path, transparency=1 if kind == "P" else b"\xff\x00")
+        else:
+            image.convert(kind).save(path)
+        picture = load_picture(path, 4, 8, background=background)
+        assert to_pixels(picture.pixels)[0, 0].tolist() == [51, 51, 51]
+        assert to_pixels(picture.pixels)[0, 7].tolist() == list(shown)
+        assert picture.notes == picture_notes(path, (4, 8), "a") == (TRANSPARENT,)
+
+    def test_opaque_alpha_is_not_transparent(self, tmp_path):
+        path = write_image(tmp_path / "a.png", torch.full((4, 4, 4), 255, dtype=torch.uint8))
+        assert load_picture(path, 4, 4).notes == picture_notes(path, (4, 4), "a") == ()
+
+    @pytest.mark.parametrize("suffix", ["gif", "webp", "png", "tiff", "avif"])
+    def test_of_several_frames_the_first_is_taken(self, tmp_path, suffix):
+        frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+        path = tmp_path / f"a.{suffix}"
+        frames[0].save(path, save_all=True, append_images=frames[1:])
+        picture = load_picture(path, 4, 4)
+        assert picture.notes == picture_notes(path, (4, 4), "a") == (ANIMATED,)
+        torch.testing.assert_close(picture.pixels[:, 0, 0], torch.tensor([1.0, -1, -1]), atol=0.02, rtol=0)
+
+    def test_a_cameras_jpeg_with_previews_is_one_picture(self, tmp_path):
+        """MPO: JPEGs one after the other, under the suffix .jpg."""
+        frames = [Image.new("RGB", size, colour) for size, colour in (((8, 8), "red"), ((4, 4), "blue"))]
+        frames[0].save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=frames[1:])
+        picture = load_picture(tmp_path / "a.jpg", 8, 8)
+        assert picture.notes == ()
+        torch.testing.assert_close(picture.pixels[:, 0, 0], torch.tensor([1.0, -1, -1]), atol=0.02, rtol=0)
+
+    @pytest.mark.parametrize(("stored", "is_small"), [((16, 16), False), ((15, 16), True), ((32, 8), True)])
+    def test_an_image_that_is_enlarged_is_noted(self, tmp_path, stored, is_small):
+        path = write_image(tmp_path / "a.png", torch.zeros(*stored, dtype=torch.uint8))
+        notes = (ENLARGED,) if is_small else ()
+        assert load_picture(path, 16, 16).notes == picture_notes(path, (16, 16), "a") == notes
+
+    def test_colours_of_a_profile_become_srgb(self, tmp_path):
+        """A profile whose red and blue are exchanged, as no real one is: so the conversion cannot be missed."""
+        swapped = ImageCms.createProfile("sRGB")
+        content = bytearray(ImageCms.ImageCmsProfile(swapped).tobytes())
+        at, end = content.index(b"rXYZ"), content.index(b"bXYZ")
+        content[at : at + 4], content[end : end + 4] = b"bXYZ", b"rXYZ"
+        content = (
+            bytes(content).replace(b"sRGB", b"swap").replace("sRGB".encode("utf-16-be"), "swap".encode("utf-16-be"))
+        )
+        Image.new("RGB", (4, 4), "red").save(tmp_path / "a.png", icc_profile=content)
+        torch.testing.assert_close(
+            load_image(tmp_path / "a.png", 4, 4)[:, 0, 0], torch.tensor([-1.0, -1, 1]), atol=0.05, rtol=0
+        )
+
+    @pytest.mark.parametrize("profile", [b"damaged", ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()])
+    @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+    def test_a_profile_that_does_not_fit_is_ignored(self, tmp_path, mode, profile):
+        path = tmp_path / "a.jpg"
+        Image.new("RGB", (8, 8), (255, 255, 255)).convert(mode).save(path, icc_profile=profile)
+        assert torch.equal(load_image(path, 8, 8), torch.ones(3, 8, 8))
+
+    @pytest.mark.parametrize(("suffix", "mode"), [("tiff", "I;16"), ("tiff", "I;16B"), ("tiff", "RGB"), ("jp2", "RGB")])
+    def test_scans_and_archives(self, tmp_path, suffix, mode):
+        ramp = np.arange(64, dtype=np.uint8).reshape(8, 8)
+        if mode == "RGB":
+            Image.fromarray(ramp).convert("RGB").save(tmp_path / f"a.{suffix}")
+        else:
+            dtype = ">u2" if mode.endswith("B") else "<u2"
+            Image.fromarray((ramp.astype(np.uint16) * 257).astype(dtype)).save(tmp_path / f"a.{suffix}")
+        torch.testing.assert_close(
+            load_image(tmp_path / f"a.{suffix}", 8, 8), as_image(torch.from_numpy(ramp)), atol=0.01, rtol=0
+        )
 
     def test_sixteen_bits_keep_their_scale(self, tmp_path):
         ramp = torch.arange(64, dtype=torch.int32).view(8, 8)

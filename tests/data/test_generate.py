@@ -28,9 +28,9 @@ from scfm_core.errors import UserError
 from scfm_core.flow.random import sample_noise
 from scfm_core.flow.schedule import sigma_grid
 from scfm_core.models.families import open_family
+from scfm_core.models.fingerprint import encoder_fingerprint, network_fingerprint
 from scfm_core.models.flux import Flux
 from scfm_core.models.protocol import Conditioning, ModelFamily
-from scfm_core.models.weights import encoder_fingerprint, network_fingerprint
 
 # Seconds faster than a new interpreter with torch, and killed in the same way.
 FORK = multiprocessing.get_context("fork")

@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors.torch import save
 
 from scfm_core.data.corpus import Corpus
-from scfm_core.data.folder import load_image
+from scfm_core.data.image import load_image
 from scfm_core.data.mds import MdsWriter
 from scfm_core.data.recipe import CacheConfig, DataConfig, SourceConfig
 from scfm_core.data.schema import MANIFEST, BadData, Manifest, Record, ShardEntry

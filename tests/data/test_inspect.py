@@ -16,7 +16,8 @@ from safetensors.torch import save
 
 from data_tools import inspect as module
 from data_tools.contact_sheet import write_contact_sheet
-from data_tools.inspect import BucketSummary, bytes_text, format_summary, summarise
+from data_tools.inspect import BucketSummary, summarise
+from data_tools.tables import bytes_text, format_summary
 from scfm_core.data.corpus import Corpus
 from scfm_core.data.recipe import DataConfig, SourceConfig
 from scfm_core.data.schema import MANIFEST, Manifest
