@@ -10,7 +10,6 @@ from scfm_core.distributed.reader import DCP_FOLDER, module_name
 from scfm_core.distributed.world import World
 from scfm_core.errors import UserError
 from scfm_core.files import check_writable, saving
-from scfm_core.text import count
 from scfm_core.train.checkpoint import (
     Checkpoint,
     CheckpointWriter,
@@ -20,6 +19,7 @@ from scfm_core.train.checkpoint import (
     verify_checkpoint,
 )
 from scfm_core.train.run_dir import checkpoint_folders, checkpoint_path
+from scfm_core.wording import count
 
 
 def inspect(path: Path) -> str:

@@ -27,7 +27,7 @@ import torch
 
 from recipes.cli import main as scfm
 from recipes.tiny import DIGITS, SIZE, caption, write_classifier, write_digits, write_pipeline
-from scfm_core.text import number
+from scfm_core.wording import number
 
 _LANES = 3
 """Parts at a time, at most. Three trainings side by side use their cores better than one training with as many threads."""

@@ -24,7 +24,6 @@ from scfm_core.models.encoders import Autoencoder, TextEncoders
 from scfm_core.models.fingerprint import encoder_fingerprint, network_fingerprint
 from scfm_core.models.protocol import Conditioning
 from scfm_core.models.student import FullModel
-from scfm_core.text import count, duration, number
 from scfm_core.train.config import RunConfig
 from scfm_core.train.device import compute_dtype, resolve_device
 from scfm_core.train.features import extract, frechet_distance, load_features
@@ -34,6 +33,7 @@ from scfm_core.train.metrics import progress_bar
 from scfm_core.train.parse import dump_config, with_absolute_paths
 from scfm_core.train.prompts import read_prompts
 from scfm_core.train.sampling import to_uint8
+from scfm_core.wording import count, duration, number
 
 Result = dict[str, dict[str, dict[str, float]]]
 GRID_COLUMNS = 10

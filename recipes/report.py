@@ -15,8 +15,8 @@ from scfm_core.errors import UserError
 from scfm_core.files import check_writable, written_whole
 from scfm_core.scfm.ema import EMAConfig
 from scfm_core.scfm.restart import threshold
-from scfm_core.text import count, duration, number
 from scfm_core.train.history import read_metrics
+from scfm_core.wording import count, duration, number
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2rem auto; padding: 0 1rem; color: #1c1c1c }

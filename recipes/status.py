@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from scfm_core.errors import UserError
-from scfm_core.text import duration, number
 from scfm_core.train.history import read_history, read_metrics
 from scfm_core.train.run_dir import is_locked, newest_complete
+from scfm_core.wording import duration, number
 
 _RECENT = 50
 """Number of last steps whose rate gives the remaining time."""

@@ -17,7 +17,6 @@ from scfm_core.distributed.world import World, join_world
 from scfm_core.errors import UserError
 from scfm_core.launched import launched_rank, launched_size, local_rank
 from scfm_core.models.protocol import ModelFamily
-from scfm_core.text import count
 from scfm_core.train.assemble import build_family, optimizer_config
 from scfm_core.train.checkpoint import find_checkpoint, load_checkpoint, set_latest, verify_checkpoint
 from scfm_core.train.config import RunConfig
@@ -32,6 +31,7 @@ from scfm_core.train.resume import changed_keys
 from scfm_core.train.rules import check_shards, describe_micro_batches
 from scfm_core.train.run_dir import checkpoint_folders, checkpoint_path, locked, make_run_dir, step_of
 from scfm_core.train.trainer import Trainer
+from scfm_core.wording import count
 
 # Files of an attempt at a run; `--resume never` moves them to another folder.
 _ATTEMPT_FILES = (

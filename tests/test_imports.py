@@ -16,7 +16,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # Modules that import only the standard library.
-LEAVES = ("scfm_core.errors", "scfm_core.files", "scfm_core.launched", "scfm_core.output", "scfm_core.secrets")
+LEAVES = ("scfm_core.errors", "scfm_core.files", "scfm_core.launched", "scfm_core.output", "scfm_core.secrets",
+          "scfm_core.wording")  # fmt: skip
 
 # The modules of this repository that each package may import, including its own. A new package needs a line here.
 ALLOWED = {

@@ -11,11 +11,11 @@ from typing import Any
 from tqdm import tqdm
 
 from scfm_core.distributed.world import World
-from scfm_core.text import number
 from scfm_core.train.config import RunConfig
 from scfm_core.train.history import read_metrics
 from scfm_core.train.parse import to_plain
 from scfm_core.train.wandb_log import WandbLog
+from scfm_core.wording import number
 
 
 class MetricsFile:

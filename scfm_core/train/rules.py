@@ -12,8 +12,8 @@ from scfm_core.errors import UserError
 from scfm_core.kernels.fp8 import why_no_fp8
 from scfm_core.launched import launched_size
 from scfm_core.models.protocol import ModelFamily
-from scfm_core.text import count
 from scfm_core.train.config import RunConfig
+from scfm_core.wording import count
 
 
 def broken_rules(config: RunConfig) -> Iterator[str]:

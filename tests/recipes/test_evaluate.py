@@ -14,11 +14,11 @@ from recipes.cli import main
 from recipes.evaluate import Evaluator, evaluate, spread
 from recipes.sample import read_settings
 from scfm_core.errors import UserError
-from scfm_core.text import number
 from scfm_core.train.fit import fit
 from scfm_core.train.parse import dump_config
 from scfm_core.train.prompts import read_prompts
 from scfm_core.train.trainer import Trainer
+from scfm_core.wording import number
 
 
 @pytest.fixture
