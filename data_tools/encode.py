@@ -16,6 +16,7 @@ from torch import Tensor
 
 from data_tools.job import Job, Made, Progress, plan_shards
 from scfm_core.data.corpus import Corpus
+from scfm_core.data.recipe import DataConfig
 from scfm_core.data.schema import BadData, Manifest, Record
 from scfm_core.data.source import PADDING
 from scfm_core.errors import UserError
@@ -100,6 +101,7 @@ class CacheWriter:
             encoder=encoder_fingerprint(family.folder),
             text_length=family.text_tokens(config.text_length),
             padding=digest,
+            settings={"model.text_length": config.text_length},
         )
         self._error = [0.0, 0.0]
 
@@ -219,7 +221,11 @@ def encode(
     manifest = job.run(
         plan_shards([corpus.items_of(size).tolist() for size in corpus.sizes], config.samples_per_shard),
         make,
-        replace(writer.draft, background=corpus.config.background),
+        replace(
+            writer.draft,
+            background=corpus.config.background,
+            settings=writer.draft.settings | size_settings(corpus.config),
+        ),
         batch_size=config.batch_size,
         mark=corpus.mark,
         max_left_out=corpus.config.max_bad_fraction,
@@ -228,6 +234,13 @@ def encode(
         progress=progress,
     )
     return Encoded(manifest, writer.padding_error, job.counts)
+
+
+def size_settings(config: DataConfig) -> dict[str, object]:
+    """The sizes of a cache, for `Manifest.settings`."""
+    buckets = config.buckets if isinstance(config.buckets, str) else [list(size) for size in config.buckets]
+    settings: dict[str, object] = {"data.resolution": list(config.resolution), "data.buckets": buckets}
+    return settings | ({"data.bucket_step": config.bucket_step} if buckets == "auto" else {})
 
 
 def _make_batch(items: Sequence[int], corpus: Corpus, vae: Autoencoder, writer: CacheWriter) -> Made:

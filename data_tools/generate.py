@@ -125,7 +125,7 @@ def generate(
         return _make_batch(items, prompts, teacher, writer)
 
     total, sizes = len(prompts) * sampler.per_prompt, len(sampler.sizes)
-    draft = writer.draft
+    draft = replace(writer.draft, settings=writer.draft.settings | _size_settings(sampler.sizes))
     if sampler.intervals is not None:
         draft = replace(draft, network=str(parameters["network"]))
     manifest = job.run(
@@ -138,6 +138,13 @@ def generate(
         progress=progress,
     )
     return Encoded(manifest, writer.padding_error, job.counts)
+
+
+def _size_settings(sizes: Sequence[Size]) -> dict[str, object]:
+    """The sizes of a cache, for `Manifest.settings`."""
+    largest = max(sizes, key=lambda size: size[0] * size[1])
+    buckets = "none" if len(set(sizes)) == 1 else [list(size) for size in dict.fromkeys(sizes)]
+    return {"data.resolution": list(largest), "data.buckets": buckets}
 
 
 @dataclass(frozen=True)

@@ -102,14 +102,23 @@ def _draft(corpus: Corpus, to: Literal["webdataset", "mds"]) -> tuple[Manifest, 
             "the paths of the sources were made by different networks, or the network of some is unknown: pack each source "
             "separately"
         )
+    backgrounds = {source.manifest.background if isinstance(source, Source) else None for source in corpus.sources}
     draft = Manifest(
         format=to,
         encoder=corpus.encoder,
         text_length=corpus.text_length,
         padding=digest,
         network=networks.pop(),
+        background=next(iter(backgrounds)) if len(backgrounds) == 1 else None,
+        settings=_common_settings(corpus),
     )
     return draft, padding
+
+
+def _common_settings(corpus: Corpus) -> dict[str, Any]:
+    """What all sources agree on."""
+    first, *others = [source.manifest.settings if isinstance(source, Source) else {} for source in corpus.sources]
+    return {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
 
 
 def _padding(corpus: Corpus) -> tuple[str | None, bytes | None]:

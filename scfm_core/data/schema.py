@@ -235,6 +235,9 @@ class Manifest:
     them."""
     background: str | None = None
     """Of a cache of images: the colour behind transparent images, `data.background`."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Of a cache: the values of `data.resolution`, `data.buckets`, `data.bucket_step` and `model.text_length` with which it was made.
+    A run on it has the same, if its recipe does not set them."""
     shards: tuple[ShardEntry, ...] = ()
 
     @property
@@ -287,6 +290,8 @@ class Manifest:
                 for value in (manifest.encoder, manifest.padding, manifest.network, manifest.background)
             ):
                 raise TypeError("encoder, padding, network and background must be strings")
+            if type(manifest.settings) is not dict:
+                raise TypeError(f"settings must be an object, got {manifest.settings!r}")
         except UserError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:  # not JSON, not UTF-8, or other keys

@@ -60,6 +60,20 @@ class Draft:
         below = (place for known, place in self._places.items() if known[: len(keys)] == keys)
         return next(around, None) or next(below, self.place)
 
+    def fill(self, keys: Keys, value: Any, place: str) -> None:
+        """Set a value that nothing has set yet.
+
+        Args:
+            keys: section and key.
+            value: a plain value.
+            place: where it comes from, as part of a sentence.
+        """
+        section, key = keys
+        node = self.tree.setdefault(section, {})
+        if isinstance(node, dict) and key not in node:
+            node[key] = value
+            self._places[keys] = place
+
     def add_mistake(self, message: str, keys: Keys) -> None:
         """Remember a mistake in a value."""
         self.mistakes.append(f"{self.where(keys) or self.place}: {message}")

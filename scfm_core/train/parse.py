@@ -20,6 +20,7 @@ from scfm_core.data.uri import is_remote
 from scfm_core.errors import UserError
 from scfm_core.train.config import RunConfig
 from scfm_core.train.draft import COMMAND_LINE, Draft, Keys
+from scfm_core.train.from_cache import fill_from_caches
 from scfm_core.train.keys import all_keys, dataclass_in, hints_of, nearest_keys
 from scfm_core.train.rules import broken_rules
 
@@ -48,6 +49,7 @@ def read_draft(path: str | Path, overrides: Sequence[str] = (), *, stored: bool 
         draft.tree = without_removed_keys(draft.tree)
     for override in overrides:
         draft.override(override)
+    fill_from_caches(draft)
     return draft
 
 

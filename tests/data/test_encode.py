@@ -100,6 +100,8 @@ class TestContent:
         manifest = read_manifest(cache)
         assert manifest.encoder == encoder_fingerprint(family.folder)
         assert (manifest.text_length, manifest.sizes, manifest.samples) == (LENGTH, {(16, 16)}, COUNT)
+        sizes = {"data.resolution": [16, 16], "data.buckets": "none"}
+        assert manifest.settings == {"model.text_length": LENGTH, **sizes}
         assert [shard.samples for shard in manifest.shards] == [9, 9, 2]
         assert sorted(contents(cache)) == ["job.json", MANIFEST, PADDING, *(f"shard-{n:06d}.tar" for n in range(3))]
 

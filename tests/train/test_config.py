@@ -1,6 +1,8 @@
 """Configurations: typed and validated; the error of a mistake says where it is and suggests the right key."""
 
 import dataclasses
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,7 @@ from scfm_core.train.config import (
 )
 from scfm_core.train.parse import dump_config, find_recipe, load_config, parse_config
 from scfm_core.train.rules import MicroBatches, describe_micro_batches, micro_batches
+from scfm_core.train.show import show_config
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "configs"
 SHIPPED = sorted(path.name for path in RECIPES.glob("*.yaml"))
@@ -114,6 +117,7 @@ class TestDumping:
                 ),
                 resolution=(64, 48), buckets=((64, 48), (32, 96)), bucket_step=16, shuffle=False, shuffle_block=7,
                 partitions=2, epoch_size=5, seed=3, max_bad_fraction=1e-5, num_workers=0, verify=False,
+                background="#010203",
                 cache=CacheConfig(dir="010", limit_gb=0.5, timeout=1e-3),
             ),
             method=PlanConfig(
@@ -648,3 +652,40 @@ def test_processes_share_the_global_batch_equally():
         UserError, match=r"16 is not a multiple of the 64 processes, which share it equally. Set it to 64,"
     ):
         micro_batches(config, 64)
+
+
+class TestSettingsOfACache:
+    """A run takes size and text length from its cache, unless something sets them."""
+
+    def cache(self, folder, **settings):
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text(json.dumps({"settings": settings}))
+        return str(folder)
+
+    def test_they_are_taken_from_the_manifest(self, tmp_path):
+        path = self.cache(
+            tmp_path / "a", **{"data.resolution": [768, 768], "model.text_length": 77, "data.buckets": "auto"}
+        )
+        config = load_config("flux_dev_lora.yaml", [f"data.path={path}"])
+        assert (config.data.resolution, config.data.buckets, config.model.text_length) == ((768, 768), "auto", 77)
+        assert f"77  # {path}/manifest.json" in re.sub(
+            " +#", "  #", show_config("flux_dev_lora.yaml", [f"data.path={path}"])
+        )
+
+    def test_what_is_set_stays(self, tmp_path):
+        path = self.cache(tmp_path / "a", **{"data.resolution": [768, 768], "model.text_length": 77})
+        config = load_config("flux_dev_lora.yaml", [f"data.path={path}", "data.resolution=[256,256]"])
+        assert (config.data.resolution, config.model.text_length) == ((256, 256), 77)
+
+    def test_sources_that_disagree_set_nothing(self, tmp_path):
+        words = []
+        for name, size in (("a", 768), ("b", 640)):
+            path = self.cache(tmp_path / name, **{"data.resolution": [size, size], "model.text_length": 77})
+            words.append({"name": name, "uri": path})
+        config = load_config("flux_dev_lora.yaml", [f"data={json.dumps({'sources': words})}"])
+        assert (config.data.resolution, config.model.text_length) == ((512, 512), 77)
+
+    @pytest.mark.parametrize("text", ["", "[]", '{"settings": 3}', '{"settings": {"data.resolution": null}}', "{"])
+    def test_a_damaged_manifest_is_not_judged_here(self, tmp_path, text):
+        (tmp_path / "manifest.json").write_text(text)
+        assert load_config("flux_dev_lora.yaml", [f"data.path={tmp_path}"]).data.resolution == (512, 512)

@@ -1,0 +1,43 @@
+"""Settings that a run takes from its cache of latents, because they are facts of the cache: size and text length."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from scfm_core.data.schema import MANIFEST
+from scfm_core.data.uri import is_remote
+from scfm_core.train.draft import Draft
+
+KEYS = ("data.resolution", "data.buckets", "data.bucket_step", "model.text_length")
+
+
+def fill_from_caches(draft: Draft) -> None:
+    """Set those of `KEYS` that nothing else has set, if all sources that are caches on this machine agree on the value.
+
+    A manifest in object storage is not read here: a dry run works without a network.
+    """
+    found = [(path, settings) for path in _manifests(draft.tree.get("data")) if (settings := _settings(path))]
+    for key in KEYS:
+        values = [settings.get(key) for _, settings in found]
+        if values and values[0] is not None and all(value == values[0] for value in values):
+            draft.fill(tuple(key.split(".")), values[0], f"in {found[0][0]}")
+
+
+def _manifests(data: Any) -> list[Path]:
+    """The manifests of the local sources of a data section, which may hold any values."""
+    if not isinstance(data, dict):
+        return []
+    sources = data.get("sources") or []
+    members = sources if isinstance(sources, list) else []
+    places = [data.get("path"), *(source.get("uri") for source in members if isinstance(source, dict))]
+    local = [Path(place).expanduser() for place in places if isinstance(place, str) and not is_remote(place)]
+    return [path for folder in local if (path := folder / MANIFEST).is_file()]
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """The settings with which a cache was made; none of other data or a damaged manifest, which is reported later."""
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8")).get("settings")
+    except (OSError, ValueError, AttributeError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
