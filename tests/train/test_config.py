@@ -1,9 +1,15 @@
 """Configurations: typed and validated; the error of a mistake says where it is and suggests the right key."""
 
+import ast
 import dataclasses
+import re
+import types
 from pathlib import Path
+from typing import Any, get_args, get_origin
 
 import pytest
+import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from scfm_core.data.recipe import CacheConfig, DataConfig, SourceConfig
 from scfm_core.distributed.engine import EngineConfig
@@ -22,6 +28,7 @@ from scfm_core.train.config import (
     TrainConfig,
     WandbConfig,
 )
+from scfm_core.train.keys import all_keys, dataclass_in, hints_of
 from scfm_core.train.parse import dump_config, find_recipe, load_config, parse_config
 from scfm_core.train.rules import MicroBatches, describe_micro_batches, micro_batches
 
@@ -648,3 +655,40 @@ def test_processes_share_the_global_batch_equally():
         UserError, match=r"16 is not a multiple of the 64 processes, which share it equally. Set it to 64,"
     ):
         micro_batches(config, 64)
+
+
+def test_messages_and_docs_name_settings_that_exist():
+    """Also with the value that they advise: `set train.weights=lora`."""
+    root = Path(__file__).parents[2]
+    files = [path for folder in ("scfm_core", "recipes", "data_tools") for path in (root / folder).rglob("*.py")]
+    texts = [
+        (path.name, node.value)
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    pages = [*(root / "docs").glob("*.md"), root / "README.md", root / "slurm" / "distill_flux.sh"]
+    texts += [(path.name, path.read_text(encoding="utf-8")) for path in pages]
+    sections = "|".join(key for key in all_keys() if "." not in key)
+    named = {
+        (file, key, value)
+        for file, text in texts
+        for key, value in re.findall(
+            rf"(?<![\w./])((?:{sections})\.[a-z_0-9]+(?:\.[a-z_]+)*)(?:=([\w+-][\w.+-]*))?", text
+        )
+        if file != "configuration.md" and not key.endswith((".py", ".yaml", ".md", ".json", ".tar", ".txt"))
+    }
+    assert len(named) > 150
+    assert sorted({each[1] for each in named} - set(all_keys())) == ["data.key"]  # a placeholder
+    wrong = []
+    for file, key, value in sorted(each for each in named if each[1] != "data.key"):
+        hint: Any = RunConfig
+        for part in key.split("."):
+            hint = hints_of(dataclass_in(hint) or hint)[part]
+        is_plain = not value.isupper() and get_origin(hint) is not tuple and dataclass_in(hint) is None
+        if value and is_plain and not (value == "none" and types.NoneType in get_args(hint)):
+            try:
+                TypeAdapter(hint).validate_python(yaml.safe_load(value.rstrip(".")))
+            except ValidationError:
+                wrong.append((file, key, value))
+    assert wrong == []
