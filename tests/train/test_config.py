@@ -280,7 +280,7 @@ class TestOverrides:
 
     def test_a_pair_needs_no_brackets(self, recipe):
         assert load_config(recipe, ["data.resolution=512,768"]).data.resolution == (512, 768)
-        assert "data.resolution: needs two values, such as [512,512] (got [512])" in refusal(
+        assert "data.resolution: needs two values, such as 512,512 (got [512])" in refusal(
             recipe, "data.resolution=512"
         )
 
@@ -364,11 +364,19 @@ class TestWrongTypes:
             ("model=some/model", "set its keys, such as model.path=some/model"),
             ("data=my_images", "set its keys, such as data.path=my_images"),
             ("method.step_gain=0.5", "set its keys, such as method.step_gain.gamma=0.5"),
+            ("method.shift=3", "needs two values, such as 3,3 (got [3])"),
+            ("data.buckets=512", "needs a list, such as [[512,512],[448,576]]"),
+            (
+                "data.sources=[{name: a, uri: b}]",
+                "data needs either data.path or data.sources, not both: set data.path=none",
+            ),
+            ("data.sources.0.weight=1", "there is no list with a member 0 to change; give the whole list"),
         ],
     )
-    def test_a_value_for_a_section_gives_a_command_that_works(self, recipe, override, advice):
+    def test_the_advice_works(self, recipe, override, advice):
         assert advice in refusal(recipe, override)
-        load_config(recipe, [advice.rpartition(" ")[2]])
+        for advised in re.findall(r"[a-z_.]+=\S+$", advice):
+            load_config(recipe, [*([override] if "none" in advised else []), advised])
 
 
 class TestAllMistakesAtOnce:
