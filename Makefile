@@ -4,17 +4,31 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 CORES := $(shell nproc)
 
-.PHONY: setup demo test test-fast coverage lint bench clean
+.PHONY: setup lock demo test test-fast coverage lint bench clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
 
-# The lock is complete, so no resolver runs (with one, pip backtracks for ten minutes).
+# The lock is complete, so no resolver runs (with one, pip backtracks for ten minutes). pip says nothing while it unpacks, so a
+# loop shows the size. The downloads are in .venv/tmp, because /tmp may be small.
 $(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(not (3, 11) <= v < (3, 14) and \
+	    f"scfm needs Python 3.11 to 3.13, {sys.executable} is {v[0]}.{v[1]}: make setup PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@echo "installing requirements.lock into .venv: 8.5 GB, and for a while the downloads too"
+	@mkdir -p .venv/tmp
+	@while sleep 10 && kill -0 $$$$; do du -sm .venv | awk '{printf "  %.1f GB\n", $$1 / 1000}'; done 2>/dev/null & \
+	trap "kill $$!" EXIT; \
+	TMPDIR=$(CURDIR)/.venv/tmp $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock
+	@rm -rf .venv/tmp
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $(STAMP)
+
+# The newest versions in the ranges of pyproject.toml. It installs nothing.
+lock:
+	mkdir -p runs
+	$(PYTHON) -m pip install --dry-run --ignore-installed --quiet --report runs/lock.json '.[all,dev]'
+	$(PYTHON) .ci/lock.py runs/lock.json requirements.lock
 
 demo: setup
 	$(BIN)/python -m recipes.demo
@@ -41,6 +55,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/shellcheck -x slurm/*.sh slurm/clusters/*.env
+	$(BIN)/hadolint Dockerfile
 	$(BIN)/codespell
 
 bench: setup

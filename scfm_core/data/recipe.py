@@ -158,7 +158,9 @@ class DataConfig:
 
     def _check_sources(self) -> None:
         if (self.path is None) == (not self.sources):
-            raise ValueError("data needs either path or sources, not both")
+            raise ValueError(
+                "data needs either data.path or data.sources" + (", not both: set data.path=none" if self.path else "")
+            )
         if self.path is not None:
             if not self.path:
                 raise ValueError("data.path is empty; name a folder, e.g. data/flux_512")

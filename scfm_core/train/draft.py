@@ -118,6 +118,10 @@ class Draft:
             if isinstance(node, list):
                 node = _list_member(node, parent, text)
                 continue
+            if parent.isdigit():
+                raise UserError(
+                    f"override {text!r}: there is no list with a member {parent} to change; give the whole list"
+                )
             child = node.setdefault(parent, {})
             if child is None:
                 child = node[parent] = {}

@@ -171,6 +171,6 @@ def check_intervals(method: PlanConfig, intervals: int, where: str = "") -> None
         divisors = [grid for grid in method.trajectory_grids if intervals % grid == 0] or [1]
         raise UserError(
             f"data: the stored paths {where}have {intervals} intervals, which is not a multiple of every number in "
-            f"method.trajectory_grids={list(method.trajectory_grids)}. Set method.trajectory_grids={divisors}, or store paths "
+            f"method.trajectory_grids={list(method.trajectory_grids)}. Set method.trajectory_grids={','.join(map(str, divisors))}, or store paths "
             f"with another number of intervals"
         )

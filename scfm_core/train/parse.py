@@ -198,9 +198,9 @@ def _explain_error(item: Any) -> tuple[tuple[Keys, ...], str]:
     )  # an address may contain a password
     if item["type"] == "missing" and parts[-1] in ("0", "1"):
         parts.pop()
-        message = "needs two values, such as [512,512]"
+        message = "needs two values, such as " + ",".join([str(given[0] if given else 512)] * 2)
     elif item["type"] == "tuple_type":
-        message = "needs a list, such as [1,2]"
+        message = "needs a list, such as " + ("[[512,512],[448,576]]" if "buckets" in parts else "[1,2]")
     elif item["type"] == "dataclass_type":
         section = ".".join(parts)
         first, *others = _keys_of(section)
@@ -214,7 +214,9 @@ def _explain_error(item: Any) -> tuple[tuple[Keys, ...], str]:
     where, keys = ".".join(parts), _keys_in(message)
     if not keys or any(part.isdigit() for part in parts):
         keys = (tuple(parts), *keys)
-    if not where or message.startswith(f"{parts[0]}."):  # messages of our own checks begin with the key
+    if not where or message.startswith(
+        (f"{parts[0]}.", f"{parts[0]} ")
+    ):  # messages of our own checks begin with the key
         return keys, f"{message}{got}"
     return keys, f"{where}: {message}{got}"
 

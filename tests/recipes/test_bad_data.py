@@ -64,11 +64,13 @@ def signature(recipe, tiny, tmp_path):
 
 
 def path_and_sources(recipe, tiny, tmp_path):
-    return with_sources(recipe, cache(tiny), path="x"), "data needs either path or sources, not both"
+    return with_sources(
+        recipe, cache(tiny), path="x"
+    ), "data needs either data.path or data.sources, not both: set data.path=none"
 
 
 def neither_path_nor_sources(recipe, tiny, tmp_path):
-    return with_sources(recipe), "data needs either path or sources"
+    return with_sources(recipe), "data needs either data.path or data.sources"
 
 
 def unknown_key_of_a_source(recipe, tiny, tmp_path):

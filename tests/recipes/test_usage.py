@@ -30,7 +30,7 @@ TRAIN = "usage: scfm train config [section.key=value ...] [options]    (--help l
         ("data encode x", "usage: scfm data encode source [data.key=value ...] --output OUTPUT --model MODEL [options]"),
         ("data encode x --model m -o z --resolutoin 8 8", "did you mean --resolution?\n"),
         ("data pack x -o y --to tar", "argument --to: invalid choice: 'tar'; choose from webdataset, mds"),
-        ("checkpoint verfy x", "invalid choice: 'verfy'; did you mean verify?"),
+        ("checkpoint verif x", "invalid choice: 'verif'; did you mean verify?"),
     ],
     ids=lambda value: value if len(value) < 40 else None,
 )  # fmt: skip

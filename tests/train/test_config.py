@@ -1,11 +1,16 @@
 """Configurations: typed and validated; the error of a mistake says where it is and suggests the right key."""
 
+import ast
 import dataclasses
 import json
 import re
+import types
 from pathlib import Path
+from typing import Any, get_args, get_origin
 
 import pytest
+import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from scfm_core.data.recipe import CacheConfig, DataConfig, SourceConfig
 from scfm_core.distributed.engine import EngineConfig
@@ -24,6 +29,7 @@ from scfm_core.train.config import (
     TrainConfig,
     WandbConfig,
 )
+from scfm_core.train.keys import all_keys, dataclass_in, hints_of
 from scfm_core.train.parse import dump_config, find_recipe, load_config, parse_config
 from scfm_core.train.rules import MicroBatches, describe_micro_batches, micro_batches
 from scfm_core.train.show import show_config
@@ -277,7 +283,7 @@ class TestOverrides:
 
     def test_a_pair_needs_no_brackets(self, recipe):
         assert load_config(recipe, ["data.resolution=512,768"]).data.resolution == (512, 768)
-        assert "data.resolution: needs two values, such as [512,512] (got [512])" in refusal(
+        assert "data.resolution: needs two values, such as 512,512 (got [512])" in refusal(
             recipe, "data.resolution=512"
         )
 
@@ -361,11 +367,19 @@ class TestWrongTypes:
             ("model=some/model", "set its keys, such as model.path=some/model"),
             ("data=my_images", "set its keys, such as data.path=my_images"),
             ("method.step_gain=0.5", "set its keys, such as method.step_gain.gamma=0.5"),
+            ("method.shift=3", "needs two values, such as 3,3 (got [3])"),
+            ("data.buckets=512", "needs a list, such as [[512,512],[448,576]]"),
+            (
+                "data.sources=[{name: a, uri: b}]",
+                "data needs either data.path or data.sources, not both: set data.path=none",
+            ),
+            ("data.sources.0.weight=1", "there is no list with a member 0 to change; give the whole list"),
         ],
     )
-    def test_a_value_for_a_section_gives_a_command_that_works(self, recipe, override, advice):
+    def test_the_advice_works(self, recipe, override, advice):
         assert advice in refusal(recipe, override)
-        load_config(recipe, [advice.rpartition(" ")[2]])
+        for advised in re.findall(r"[a-z_.]+=\S+$", advice):
+            load_config(recipe, [*([override] if "none" in advised else []), advised])
 
 
 class TestAllMistakesAtOnce:
@@ -689,3 +703,40 @@ class TestSettingsOfACache:
     def test_a_damaged_manifest_is_not_judged_here(self, tmp_path, text):
         (tmp_path / "manifest.json").write_text(text)
         assert load_config("flux_dev_lora.yaml", [f"data.path={tmp_path}"]).data.resolution == (512, 512)
+
+
+def test_messages_and_docs_name_settings_that_exist():
+    """Also with the value that they advise: `set train.weights=lora`."""
+    root = Path(__file__).parents[2]
+    files = [path for folder in ("scfm_core", "recipes", "data_tools") for path in (root / folder).rglob("*.py")]
+    texts = [
+        (path.name, node.value)
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    pages = [*(root / "docs").glob("*.md"), root / "README.md", root / "slurm" / "distill_flux.sh"]
+    texts += [(path.name, path.read_text(encoding="utf-8")) for path in pages]
+    sections = "|".join(key for key in all_keys() if "." not in key)
+    named = {
+        (file, key, value)
+        for file, text in texts
+        for key, value in re.findall(
+            rf"(?<![\w./])((?:{sections})\.[a-z_0-9]+(?:\.[a-z_]+)*)(?:=([\w+-][\w.+-]*))?", text
+        )
+        if file != "configuration.md" and not key.endswith((".py", ".yaml", ".md", ".json", ".tar", ".txt"))
+    }
+    assert len(named) > 150
+    assert sorted({each[1] for each in named} - set(all_keys())) == ["data.key"]  # a placeholder
+    wrong = []
+    for file, key, value in sorted(each for each in named if each[1] != "data.key"):
+        hint: Any = RunConfig
+        for part in key.split("."):
+            hint = hints_of(dataclass_in(hint) or hint)[part]
+        is_plain = not value.isupper() and get_origin(hint) is not tuple and dataclass_in(hint) is None
+        if value and is_plain and not (value == "none" and types.NoneType in get_args(hint)):
+            try:
+                TypeAdapter(hint).validate_python(yaml.safe_load(value.rstrip(".")))
+            except ValidationError:
+                wrong.append((file, key, value))
+    assert wrong == []
