@@ -1,30 +1,24 @@
 """The `scfm` command: one function a subcommand."""
 
 import argparse
-import os
 import shlex
-import signal
-import sys
-import time
-import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
 from recipes.data_commands import add_commands as add_data_commands
+from recipes.ending import end_process, ended
 from recipes.run_commands import add_commands as add_run_commands
 from recipes.usage import Parser, add_command, add_overrides
 from scfm_core import __version__
-from scfm_core.errors import PeerLost, UserError
-from scfm_core.files import is_disk_failure
-from scfm_core.launched import launched_rank, launched_size
-from scfm_core.output import surviving_output
+from scfm_core.errors import UserError
 from scfm_core.train.stop import remember_early
 
+# These commands work for long: the end of the reader of their messages does not end them.
 _LONG = ("_train", "_evaluate", "_sample", "_export", "_study", "_encode", "_generate", "_pack", "_index")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse and run; a UserError becomes one message and exit code 2, any other exception keeps its traceback."""
+    """Parse and run; returns the exit code."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     # argparse accepts no positional after an option: in `scfm train R.yaml --dry-run train.steps=3` it ends up in `rest`.
@@ -33,75 +27,12 @@ def main(argv: list[str] | None = None) -> int:
         arguments.parser.refuse_words(rest[rest.index(unknown[0]) :], takes_overrides=takes_overrides)
     if rest:
         arguments.overrides = [*arguments.overrides, *rest]
-    # These commands work for long: the end of the reader of their messages does not end them.
-    names = ("stdout", "stderr") if arguments.run.__name__ in _LONG else ("stderr",)
-    try:
-        with surviving_output(*names):
-            return int(arguments.run(arguments) or 0)
-    except UserError as error:
-        if os.environ.get("SCFM_TRACEBACK"):
-            raise
-        if not error.agreed:
-            print(f"scfm: error: {_rank_prefix()}{error}", file=sys.stderr)
-        elif not _has_peers() or launched_rank() == 0:
-            print(f"scfm: error: {error}", file=sys.stderr)
-        else:
-            time.sleep(1)  # the launcher stops all ranks when one ends: let rank 0 print first
-        _clear_frames(error)
-        return 2
-    except PeerLost as error:
-        print(f"scfm: error: {_rank_prefix()}{error}. Start the job again", file=sys.stderr)
-        _clear_frames(error)
-        return error.exit_code
-    except BrokenPipeError:  # `scfm ... | head`: the reader has closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
-    except KeyboardInterrupt:
-        print("scfm: interrupted", file=sys.stderr)
-        return 130
-    except Exception as error:
-        if not is_disk_failure(error) or os.environ.get("SCFM_TRACEBACK"):
-            raise
-        print(
-            f"scfm: error: {_rank_prefix()}{error}. Make room, or choose another folder, and run again", file=sys.stderr
-        )
-        _clear_frames(error)
-        return 2
+    return ended(lambda: arguments.run(arguments), is_long=arguments.run.__name__ in _LONG)
 
 
 def command() -> NoReturn:
     """The `scfm` command as a process: run `main` and exit."""
-    try:
-        code = main()
-    except Exception:
-        if not _has_peers():
-            raise
-        traceback.print_exc()
-        code = 1
-    if code == PeerLost.exit_code or (_has_peers() and 0 < code < 128):
-        # Nothing is left to save, and the normal exit of the interpreter or of NCCL may wait for the other processes.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
-
-
-def _has_peers() -> bool:
-    try:
-        return launched_size() > 1 and launched_rank() >= 0
-    except UserError:  # invalid variables, which the command reports
-        return False
-
-
-def _rank_prefix() -> str:
-    return f"rank {launched_rank()}: " if _has_peers() else ""
-
-
-def _clear_frames(error: BaseException | None) -> None:
-    """Free the objects in the traceback's frames: a process group that exists at the interpreter's exit aborts it."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
+    end_process(main)
 
 
 def _parser() -> argparse.ArgumentParser:

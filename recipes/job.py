@@ -3,13 +3,14 @@
 from pathlib import Path
 from typing import Literal
 
+from scfm_core.train import run_dir as run_folder
 from scfm_core.train.history import read_history, write_event
-from scfm_core.train.run_dir import make_run_dir, newest_complete
+from scfm_core.train.run_dir import newest_complete
 
 Verdict = Literal["finished", "requeue", "cancelled", "failed"]
 
 
-def prepare_run_dir(config_path: str, overrides: list[str]) -> Path:
+def make_run_dir(config_path: str, overrides: list[str]) -> Path:
     """Check a run's configuration and create its folder; returns the folder's absolute path.
 
     Raises:
@@ -18,7 +19,7 @@ def prepare_run_dir(config_path: str, overrides: list[str]) -> Path:
     from scfm_core.train.parse import load_config  # it imports torch, which the verdict does not need
 
     folder = Path(load_config(config_path, overrides).run.dir).absolute()
-    make_run_dir(folder)
+    run_folder.make_run_dir(folder)
     return folder
 
 

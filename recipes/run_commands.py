@@ -67,9 +67,9 @@ def _add_job(commands: Any) -> None:
 
 
 def _job_run_dir(arguments: argparse.Namespace) -> None:
-    from recipes.job import prepare_run_dir
+    from recipes.job import make_run_dir
 
-    print(prepare_run_dir(arguments.config, arguments.overrides))
+    print(make_run_dir(arguments.config, arguments.overrides))
 
 
 def _job_verdict(arguments: argparse.Namespace) -> None:

@@ -114,8 +114,9 @@ def disk_problem(error: BaseException) -> str | None:
 
 
 def is_disk_failure(error: BaseException) -> bool:
-    """Whether a full or read-only disk is behind an error."""
-    return disk_problem(error) in {reason for _, reason in _DISK.values()}
+    """Whether a full, read-only or forbidden place is behind an error, or the lack of any for temporary files."""
+    forbidden = isinstance(error, PermissionError) or "No usable temporary directory" in str(error)
+    return forbidden or disk_problem(error) in {reason for _, reason in _DISK.values()}
 
 
 def check_writable(folder: Path, what: str, advice: str) -> None:

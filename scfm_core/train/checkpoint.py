@@ -35,6 +35,9 @@ from scfm_core.train.run_dir import (
     saved_step,
     step_of,
 )
+from scfm_core.train.run_dir import (
+    newest_complete as newest_complete,
+)
 
 FORMAT = 3
 _FAILURES = (OSError, RuntimeError, CheckpointException)
