@@ -102,12 +102,14 @@ def _draft(corpus: Corpus, to: Literal["webdataset", "mds"]) -> tuple[Manifest, 
             "the paths of the sources were made by different networks, or the network of some is unknown: pack each source "
             "separately"
         )
+    backgrounds = {source.manifest.background for source in corpus.sources if isinstance(source, Source)}
     draft = Manifest(
         format=to,
         encoder=corpus.encoder,
         text_length=corpus.text_length,
         padding=digest,
         network=networks.pop(),
+        background=backgrounds.pop() if len(backgrounds) == 1 else None,
     )
     return draft, padding
 
