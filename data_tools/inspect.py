@@ -211,10 +211,10 @@ def summarise(
     texts, unreadable = _read(items, corpus.caption)
     pictures: Counter[str] = Counter()
     if not corpus.is_cached:
-        notes, invalid = _read(items, corpus.picture_notes)
-        pictures.update(note for of_image in notes for note in of_image)
+        notes, invalid = _read(list(texts), corpus.picture_notes)
+        pictures.update(note for of_image in notes.values() for note in of_image)
         unreadable += invalid
-    captions = _captions(texts, count_tokens, text_length)
+    captions = _captions(list(texts.values()), count_tokens, text_length)
     return Summary(
         sources=sources,
         buckets=buckets,
@@ -282,12 +282,12 @@ def _choose(source: Source | ImageFolder, count: int, random: np.random.Generato
     return [int(places[at]) for at in _spread(len(places), count, random)]
 
 
-def _read(items: list[int], read: Callable[[int], Any]) -> tuple[list[Any], list[str]]:
+def _read(items: list[int], read: Callable[[int], Any]) -> tuple[dict[int, Any], list[str]]:
     """What `read` returns for each sample, and a line for each sample for which it fails."""
-    values, unreadable = [], []
+    values, unreadable = {}, []
     for item in items:
         try:
-            values.append(read(item))
+            values[item] = read(item)
         except Exception as error:  # any: `validate` is the tool that judges
             unreadable.append(str(error).removeprefix("data: "))
     return values, unreadable

@@ -102,14 +102,14 @@ def _draft(corpus: Corpus, to: Literal["webdataset", "mds"]) -> tuple[Manifest, 
             "the paths of the sources were made by different networks, or the network of some is unknown: pack each source "
             "separately"
         )
-    backgrounds = {source.manifest.background if isinstance(source, Source) else None for source in corpus.sources}
+    backgrounds = {source.manifest.background for source in corpus.sources if isinstance(source, Source)}
     draft = Manifest(
         format=to,
         encoder=corpus.encoder,
         text_length=corpus.text_length,
         padding=digest,
         network=networks.pop(),
-        background=next(iter(backgrounds)) if len(backgrounds) == 1 else None,
+        background=backgrounds.pop() if len(backgrounds) == 1 else None,
         settings=_common_settings(corpus),
     )
     return draft, padding

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load
 
 from scfm_core.data.corpus import Corpus
 from scfm_core.data.decode import caption_of
@@ -233,7 +234,8 @@ def _check_sample(
         return
     record = corpus.record(item)
     if record.latents is not None and record.text is not None and record.pooled is not None:
-        for name, tensor in (("latents", record.latents), ("text", record.text), ("pooled", record.pooled)):
+        tensors = load(shard.read(at, "safetensors") or b"")  # with the teacher's path, if there is one
+        for name, tensor in tensors.items():
             if not tensor.is_floating_point():
                 raise ValueError(f"{name} has the dtype {tensor.dtype}, which is not floating point")
             bad = int((~tensor.float().isfinite()).sum())

@@ -4,6 +4,8 @@ import json
 import re
 from pathlib import Path
 
+from scfm_core.data.schema import BadData
+from scfm_core.data.text import check_text, decode_text
 from scfm_core.errors import UserError
 from scfm_core.train.config import SampleConfig
 
@@ -39,9 +41,12 @@ def read_prompts(source: str | tuple[str, ...], where: str) -> list[str]:
     if not _is_path(source):
         return [source.strip()]
     try:
-        content = path.read_text(encoding="utf-8")
-        lines = _coco_captions(content) if path.suffix == ".json" else content.splitlines()
-        prompts = [line.strip() for line in lines if line.strip()]
+        content = decode_text(path.read_bytes(), f"the prompt file {source!r}")
+        # Only newlines end a prompt: `splitlines` would cut at form feeds and at U+2028 too.
+        lines = _coco_captions(content) if path.suffix == ".json" else content.split("\n")
+        prompts = [check_text(line.strip(), f"a prompt of {source!r}") for line in lines if line.strip()]
+    except BadData as error:
+        raise UserError(f"{where}: {str(error).removeprefix('data: ')}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         kind = 'JSON of COCO\'s format, {"annotations": [{"image_id": ..., "caption": ...}]}'
         expected = kind if path.suffix == ".json" else "a text file in UTF-8"

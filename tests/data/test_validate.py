@@ -265,7 +265,7 @@ class TestImages:
                 "02": {"png": png[: len(png) // 2], "txt": b"x"},
                 "04": {"png": b"no image", "txt": b"x"},
                 "05": {"png": picture(5)},
-                "06": {"png": picture(5), "txt": b"\xff\xfe"},
+                "06": {"png": picture(5), "txt": "B\xe4r".encode("latin-1")},
                 "07": {"tiff": picture(5), "txt": b"x"},
                 "08": {"png": picture(5), "txt": b""},
             },
@@ -275,7 +275,7 @@ class TestImages:
         for key in ("00", "01", "02", "04"):
             assert "not a readable image" in reasons[f"{int(key) // 4}.tar", key]
         assert reasons["1.tar", "05"] == "has no caption in txt, but png"
-        assert reasons["1.tar", "06"].startswith("has a caption (txt) that cannot be read")
+        assert reasons["1.tar", "06"].startswith("the caption txt is not UTF-8 text")
         assert re.fullmatch("has no jpg or .* or image, but tiff, txt", reasons["1.tar", "07"])
         lighter = found(validate(open_(folder), decode=False))
         assert sorted(key for _, key in lighter if key) == ["05", "06", "07"]
@@ -295,7 +295,7 @@ class TestImages:
         of = SourceConfig(name="i", uri=str(folder), captions={"txt": 1.0, "json.a.b": 1.0})
         reasons = found(validate(open_(of)))
         assert [key for _, key in reasons] == ["01", "04"]
-        assert reasons["0.tar", "01"].startswith("has a caption (json.a.b) that cannot be read")
+        assert reasons["0.tar", "01"].startswith("the caption json.a.b is not in JSON")
 
     def test_a_folder(self, tmp_path):
         for number in range(5):
