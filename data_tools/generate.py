@@ -125,13 +125,11 @@ def generate(
         return _make_batch(items, prompts, teacher, writer)
 
     total, sizes = len(prompts) * sampler.per_prompt, len(sampler.sizes)
-    draft = replace(writer.draft, settings=writer.draft.settings | _size_settings(sampler.sizes))
-    if sampler.intervals is not None:
-        draft = replace(draft, network=str(parameters["network"]))
+    network_of_paths = None if sampler.intervals is None else str(parameters["network"])
     manifest = job.run(
         plan_shards([range(first, total, sizes) for first in range(sizes)], config.samples_per_shard),
         make,
-        draft,
+        replace(writer.draft, settings=_settings(writer, sampler.sizes), network=network_of_paths),
         batch_size=config.batch_size,
         rank=rank,
         world_size=world_size,
@@ -140,11 +138,11 @@ def generate(
     return Encoded(manifest, writer.padding_error, job.counts)
 
 
-def _size_settings(sizes: Sequence[Size]) -> dict[str, object]:
-    """The sizes of a cache, for `Manifest.settings`."""
+def _settings(writer: CacheWriter, sizes: Sequence[Size]) -> dict[str, object]:
+    """Text length and sizes of a cache, for `Manifest.settings`."""
     largest = max(sizes, key=lambda size: size[0] * size[1])
     buckets = "none" if len(set(sizes)) == 1 else [list(size) for size in dict.fromkeys(sizes)]
-    return {"data.resolution": list(largest), "data.buckets": buckets}
+    return writer.draft.settings | {"data.resolution": list(largest), "data.buckets": buckets}
 
 
 @dataclass(frozen=True)

@@ -66,15 +66,7 @@ def report(run_dir: Path, compare: list[Path]) -> Path:
     for each in runs:
         if sum(other.folder.name == each.folder.name for other in runs) > 1:  # seeds of different arms of a study
             each.name = f"{each.folder.absolute().parent.name}/{each.folder.name}"
-    last, skipped = run.metrics[-1], sum("skipped" in row for row in run.metrics)
-    body = [
-        f"<h1>{html.escape(run.name)}</h1>",
-        f"<p class=note>{count(last['step'], 'step')}, {count(last['samples'], 'sample')}, "
-        f"{duration(last['seconds'])} of training"
-        + (f", {count(skipped, 'skipped step')} (incidents.jsonl)" if skipped else "")
-        + (f"; compared with: {html.escape(', '.join(other.name for other in others))}" if others else "")
-        + "</p>",
-    ]
+    body = [_title(run, others)]
     if run.evaluation:
         body.append("<h2>Quality over steps</h2>" + _image(_quality_over_steps(runs)))
         body += [_evaluation_table(each) for each in runs if each.evaluation]
@@ -118,6 +110,14 @@ def report(run_dir: Path, compare: list[Path]) -> Path:
     with written_whole(path, "scfm report", advice) as partial:
         partial.write_text(page, encoding="utf-8")
     return path
+
+
+def _title(run: _Run, others: list[_Run]) -> str:
+    last, skipped = run.metrics[-1], sum("skipped" in row for row in run.metrics)
+    facts = [count(last["step"], "step"), count(last["samples"], "sample"), f"{duration(last['seconds'])} of training"]
+    facts += [f"{count(skipped, 'skipped step')} (incidents.jsonl)"] if skipped else []
+    compared = f"; compared with: {', '.join(other.name for other in others)}" if others else ""
+    return f"<h1>{html.escape(run.name)}</h1><p class=note>{html.escape(', '.join(facts) + compared)}</p>"
 
 
 def _image(png: bytes) -> str:

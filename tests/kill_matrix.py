@@ -305,7 +305,7 @@ def main(argv: list[str] | None = None) -> int:
                 "recipes.evaluate",
                 "recipes.export",
                 "recipes.study",
-            ]  # fmt: skip
+            ]
         )
         from conftest import write_tiny
 

@@ -132,7 +132,7 @@ def empty_data(recipe, tiny, tmp_path):
 def image_without_caption(recipe, tiny, tmp_path):
     folder = copy(tiny, tmp_path, "digits")
     shutil.copy(folder / "0000.png", folder / "extra.png")
-    return train(recipe, f"data.path={folder}"), "Put the caption into 'extra.txt'"
+    return train(recipe, f"data.path={folder}"), "Put it into 'extra.txt'"
 
 
 def corrupt_image(recipe, tiny, tmp_path):
@@ -174,7 +174,9 @@ def cache_of_another_text_length(recipe, tiny, tmp_path):
 
 
 def resolution_not_divisible(recipe, tiny, tmp_path):
-    return train(recipe, "data.resolution=[18,16]"), "sides that are multiples of 4; the nearest is 16 x 16"
+    return train(
+        recipe, "data.resolution=[18,16]", f"data.path={tiny / 'digits'}"
+    ), "sides that are multiples of 4; the nearest is 16 x 16"
 
 
 def no_permission(recipe, tiny, tmp_path):
@@ -237,7 +239,7 @@ def missing_section_file(recipe, tiny, tmp_path):
 
 
 def number_for_a_section(recipe, tiny, tmp_path):
-    return train(recipe, "method.step_gain=0.5"), "is a section: set its keys, such as method.step_gain.gamma=..."
+    return train(recipe, "method.step_gain=0.5"), "is a section: set its keys, such as method.step_gain.gamma=0.5"
 
 
 def run_dir_is_a_file(recipe, tiny, tmp_path):
