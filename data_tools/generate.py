@@ -118,8 +118,7 @@ def generate(
     if job.finished is not None:
         return Encoded(job.finished, None, job.counts)
     writer = CacheWriter(output, family, config)
-    network = family.load_network(config.dtype, config.device)
-    teacher = _Teacher(family, network, writer.text, sampler)
+    teacher = _Teacher(family, family.load_network(config.dtype, config.device), writer.text, sampler)
 
     def make(items: Sequence[int]) -> Made:
         return _make_batch(items, prompts, teacher, writer)
