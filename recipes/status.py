@@ -8,7 +8,7 @@ from typing import Any
 from scfm_core.errors import UserError
 from scfm_core.train.history import read_history, read_metrics
 from scfm_core.train.run_dir import is_locked, newest_complete
-from scfm_core.wording import duration, number
+from scfm_core.wording import count, duration, number
 
 _RECENT = 50
 """Number of last steps whose rate gives the remaining time."""
@@ -94,7 +94,7 @@ def _state(last: dict[str, Any], unfinished: str) -> str:
 def _line(start: dict[str, Any], unfinished: str) -> str:
     job = f"job {start['job']}, " if start.get("job") else ""
     where = (
-        f"{start['processes']} processes on {start['host']}, from step {start['step']:,}"
+        f"{count(start['processes'], 'process', 'processes')} on {start['host']}, from step {start['step']:,}"
         if "step" in start
         else "did not start"
     )

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from recipes.export import export
 from scfm_core.distributed.deepspeed_config import deepspeed_config
@@ -132,16 +131,19 @@ def _run(config: RunConfig, resume: str, world: World, data_may_change: bool, st
 def _record_config(run_dir: Path, config: RunConfig, *, may_replace: bool) -> dict[str, tuple[Any, Any]]:
     """Write `config.yaml`, and return what differs from the one before. That of a run that has all its steps is kept."""
     path = run_dir / "config.yaml"
-    before = yaml.safe_load(path.read_text()) if path.is_file() else None
-    if before is None or may_replace:
+    changed: dict[str, tuple[Any, Any]] = {}
+    if path.is_file():
+        with contextlib.suppress(UserError):  # of a version whose keys no longer exist
+            changed = changed_keys(to_plain(load_config(path, stored=True)), to_plain(config))
+    if may_replace or not path.is_file():
         path.write_text(dump_config(config))
-    return changed_keys(before, to_plain(config)) if isinstance(before, dict) else {}
+    return changed
 
 
 def _nothing_to_do(run_dir: Path, step: int, changed: dict[str, tuple[Any, Any]]) -> str:
     """That a run has all its steps, and that settings which differ from those of the run have no effect."""
     message = f"nothing to do: {run_dir} has its {count(step, 'step')}"
-    changed = {key: values for key, values in changed.items() if key not in ("train.steps", "run.dir")}
+    changed = {key: values for key, values in changed.items() if key not in ("train.steps", "run.dir", "data.format")}
     if not changed:
         return message
     lines = "".join(f"\n  {key}: {before} in the run, {now} now" for key, (before, now) in changed.items())
