@@ -45,6 +45,18 @@ def test_a_terminal_that_is_gone_ends_nothing(monkeypatch):
     stream.close()
 
 
+def test_a_terminal_that_does_not_tell_its_size_shows_the_bar(monkeypatch):
+    from scfm_core.train.metrics import progress_bar
+
+    main, terminal = pty.openpty()  # its size is 0 x 0
+    with os.fdopen(terminal, "w") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        with progress_bar("run", 3) as bar:
+            bar.update()
+    assert "run: " in os.read(main, 1000).decode()
+    os.close(main)
+
+
 def test_other_streams_keep_their_errors(monkeypatch):
     """`scfm data inspect | head` ends with the reader."""
     lost = Lost()

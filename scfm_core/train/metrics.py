@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -67,12 +68,15 @@ class _Lines(tqdm):  # type: ignore[type-arg]
 def progress_bar(description: str, total: int, initial: int = 0, unit: str = "step") -> "tqdm[Any]":
     """A tqdm bar; in a log file, one line a minute."""
     if sys.stderr.isatty():
+        has_size = min(os.get_terminal_size(sys.stderr.fileno())) > 0  # serial consoles and some containers say 0
         return tqdm(
             desc=description,
             total=total,
             initial=initial,
             unit=unit,
-            dynamic_ncols=True,
+            dynamic_ncols=has_size,
+            ncols=None if has_size else 80,
+            nrows=None if has_size else 24,
             mininterval=0.2,
             smoothing=0.1,
         )
