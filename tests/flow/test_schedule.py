@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from scfm_core.flow.schedule import dynamic_shift, shift_sigma, sigma_grid
+from scfm_core.flow.schedule import dynamic_shift, shift_of_grid, shift_sigma, sigma_grid
 
 SHIFTS = (0.5, 1.0, 2.5, 3.25, 4.5, 30.0)
 
@@ -67,3 +67,9 @@ def test_a_grid_needs_a_step(num_steps):
 def test_shift_must_be_positive_and_finite(shift):
     with pytest.raises(ValueError, match=f"shift must be positive and finite, got {shift}"):
         sigma_grid(4, shift)
+
+
+@pytest.mark.parametrize("shift", [0.3, 1.0, 3.25])
+@pytest.mark.parametrize("steps", [2, 24])
+def test_the_shift_of_a_grid_is_the_one_that_made_it(shift, steps):
+    assert shift_of_grid(sigma_grid(steps, shift)) == pytest.approx(shift, rel=1e-5)

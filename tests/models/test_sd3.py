@@ -10,6 +10,8 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from recipes.cli import main
 from scfm_core.errors import UserError
@@ -382,3 +384,15 @@ def test_parameters_of_the_real_architectures(size, billions):
     network = family.meta_network()
     assert sum(p.numel() for p in network.parameters()) / 1e9 == pytest.approx(billions, abs=0.005)
     assert network.pos_embed.pos_embed.numel() / 1e9 == pytest.approx({"large": 0.09, "medium": 0.23}[size], abs=0.005)
+
+
+def test_the_formula_counts_the_same_attention_flops_as_torch(folder, family):
+    network = family.load_network(torch.float32, "cpu")
+    text = family.text_tokens(8)
+    # The counter does not know the fused CPU attention.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        family.velocity(network, torch.zeros(2, *family.latent_shape(16, 16)), torch.ones(2), conditions(folder, 3.5))
+    counts = counter.get_flop_counts().items()
+    products = sum(found[torch.ops.aten.bmm] for name, found in counts if name.endswith((".attn", ".attn2")))
+    image = family.image_tokens(torch.zeros(1, *family.latent_shape(16, 16)))
+    assert products == 2 * family.passes * family.products(image, text)[1]
