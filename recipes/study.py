@@ -210,7 +210,7 @@ def _run_missing(study: Study, chosen: list[Run]) -> list[str]:
 
 def _check_run(study: Study, run: Run) -> None:
     """Check that the run's settings are valid, give the study's metric, and match an existing run in its folder."""
-    wanted = load_config(study.recipe, run.overrides)
+    wanted = load_config(study.recipe, run.overrides, place=f"in the settings of arm {run.arm}")
     if study.metric == "fid_teacher" and wanted.train.weights == "full" and not wanted.method.follows_teacher:
         raise UserError(f"arm {run.arm} has no teacher to compare with: set the study's metric to fid_data")
     how = run.folder / ("config.yaml" if run.result is None else "evaluation.yaml")

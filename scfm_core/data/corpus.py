@@ -3,7 +3,7 @@
 import bisect
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -287,7 +287,7 @@ class Corpus:
             raise UserError(
                 f"data.sources ({config.name}): the cache {config.uri} was encoded with data.resolution "
                 f"{' and '.join(map(str, sorted(manifest.sizes)[:4]))}, this run asks for "
-                f"{' and '.join(map(str, self.sizes[:4]))}. Set data.resolution or data.buckets to match, or encode again"
+                f"{' and '.join(map(str, self.sizes[:4]))}. Set {_setting_of(manifest.sizes)}, or encode again"
             )
 
     def _draws(self) -> list[int]:
@@ -333,6 +333,13 @@ def nearest_size(size: Size, sizes: tuple[Size, ...]) -> int:
             abs(float(np.log(sizes[i][0] * sizes[i][1]) - area)),
         ),
     )
+
+
+def _setting_of(sizes: Collection[Size]) -> str:
+    """The setting for these sizes, as on a command line."""
+    if len(sizes) == 1:
+        return "data.resolution=" + ",".join(map(str, *sizes))
+    return "data.buckets=[" + ",".join(f"[{height},{width}]" for height, width in sorted(sizes)) + "]"
 
 
 def _shard_counts(source: Source | ImageFolder) -> list[int]:

@@ -35,6 +35,7 @@ def resolve_folder(path: str) -> Path:
     if not folder.is_dir():
         raise UserError(
             f"model.path: there is no folder {path!r}. Give a local folder in diffusers' format or a hub id"
+            + (". `make demo` makes the models of the demo" if path.startswith("runs/demo/") else "")
         )
     if not index.is_file():
         raise UserError(

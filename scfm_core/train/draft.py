@@ -29,6 +29,8 @@ class Draft:
         self.mistakes: list[str] = []
         self.refused: set[Keys] = set()
         """Values that were wrong; they are removed from the tree, so that the others can be checked."""
+        self.override_place = COMMAND_LINE
+        """Where the overrides are."""
         self._places: dict[Keys, str] = {}
 
     @classmethod
@@ -90,25 +92,24 @@ class Draft:
             node = child
         node.pop(keys[-1], None)
 
-    def override(self, text: str, form: str = "section.key=value") -> None:
+    def override(self, text: str) -> None:
         """Apply an override. One that cannot be applied is one of `mistakes`.
 
         Args:
             text: `section.key=value`, with the value in YAML; `section=FILE.yaml` replaces a whole section.
-            form: the allowed form, for the message.
         """
         key, equals, value = text.partition("=")
         keys = tuple(key.strip().split("."))
         try:
             if not equals or not all(keys) or any(" " in part for part in keys):
-                raise UserError(f"override {text!r} is not of the form {form}, without spaces around '='")
+                raise UserError(f"override {text!r} is not of the form section.key=value, without spaces around '='")
             self._put(keys, _parse_value(text, value), text)
             self._forget(keys)
-            self._places[keys] = COMMAND_LINE
+            self._places[keys] = self.override_place
             if len(keys) == 1:
                 self.read_section_file(key.strip())
         except UserError as error:
-            self.mistakes.append(f"{COMMAND_LINE}: {error}")
+            self.mistakes.append(f"{self.override_place}: {error}")
             self.refused.add(keys)
 
     def _put(self, keys: Keys, value: Any, text: str) -> None:

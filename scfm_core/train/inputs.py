@@ -92,7 +92,7 @@ def check_cache(config: RunConfig, family: ModelFamily, corpus: Corpus) -> None:
         cached = (corpus.text_length or 0) - family.clip_tokens
         raise UserError(
             f"data: the cache was encoded with model.text_length {cached}, this run asks for "
-            f"{config.model.text_length}. Set model.text_length to the cache's, or encode again"
+            f"{config.model.text_length}. Set model.text_length={cached}, or encode again"
         )
 
 

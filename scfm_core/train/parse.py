@@ -28,23 +28,29 @@ _REMOVED_KEYS = (("model", "family"),)
 """Keys of earlier versions; stored configurations may still have them."""
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = (), *, stored: bool = False) -> RunConfig:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), *, stored: bool = False, place: str = COMMAND_LINE
+) -> RunConfig:
     """Read a recipe and apply overrides.
 
     Args:
         path: a YAML file; a bare name is also looked up among the shipped recipes.
         overrides: `section.key=value`, with the value in YAML; `section=FILE.yaml` replaces a whole section.
         stored: the file is the stored configuration of a run, maybe of an earlier version.
+        place: where the overrides are, for messages.
 
     Raises:
         UserError: it lists every mistake, with the file and line, or that it is on the command line, and the nearest existing key.
     """
-    return check_run(read_draft(path, overrides, stored=stored))
+    return check_run(read_draft(path, overrides, stored=stored, place=place))
 
 
-def read_draft(path: str | Path, overrides: Sequence[str] = (), *, stored: bool = False) -> Draft:
+def read_draft(
+    path: str | Path, overrides: Sequence[str] = (), *, stored: bool = False, place: str = COMMAND_LINE
+) -> Draft:
     """The plain values of a recipe with overrides, and where each came from; arguments and errors as `load_config`."""
     draft = Draft.read(find_recipe(path))
+    draft.override_place = place
     if stored:
         draft.tree = without_removed_keys(draft.tree)
     for override in overrides:
@@ -181,9 +187,9 @@ def _related(keys: Keys, others: Collection[Keys]) -> bool:
 
 
 def _place_of(keys: Sequence[Keys], draft: Draft) -> str:
-    """Where to mend a mistake that these values make together: the command line, else a file."""
+    """Where to mend a mistake that these values make together: an override, else a file."""
     places = [place for each in keys if (place := draft.where(each))]
-    return next((place for place in places if place == COMMAND_LINE), places[0] if places else draft.place)
+    return next((place for place in places if place == draft.override_place), places[0] if places else draft.place)
 
 
 def _explain_error(item: Any) -> tuple[tuple[Keys, ...], str]:
@@ -316,7 +322,7 @@ def _known_keys_of(cls: Any, tree: Any, keys: Keys, draft: Draft) -> Any:
     for name, value in tree.items():
         here = (*keys, str(name))
         if name not in hints:
-            draft.add_mistake(_explain_unknown(here, list(hints)), here)
+            draft.add_mistake(_explain_unknown(here, list(hints), draft), here)
         elif isinstance(value, bool) and bool not in (hints[name], *typing.get_args(hints[name])):
             draft.add_mistake(f"{'.'.join(here)} must not be true or false (got {value})", here)
             draft.refused.add(here)
@@ -329,9 +335,11 @@ def _known_keys_of(cls: Any, tree: Any, keys: Keys, draft: Draft) -> Any:
     return known
 
 
-def _explain_unknown(keys: Keys, siblings: list[str]) -> str:
+def _explain_unknown(keys: Keys, siblings: list[str], draft: Draft) -> str:
     *section, name = keys
     meant = nearest_keys("".join(f"{part}." for part in section), name, siblings)
+    # The value was meant for that key: its default may contradict the others, or be missing.
+    draft.refused.update(key for each in meant if draft.where(key := tuple(each.split("."))) is None)
     hint = f"did you mean {' or '.join(meant)}?" if meant else f"known here: {', '.join(siblings)}"
     return f"unknown key {'.'.join(keys)}; {hint}"
 

@@ -24,7 +24,7 @@ from PIL import Image
 from safetensors.torch import save
 
 from scfm_core.data import open_shards
-from scfm_core.data.corpus import Corpus, nearest_size
+from scfm_core.data.corpus import Corpus, _setting_of, nearest_size
 from scfm_core.data.mds import INDEX, MdsWriter
 from scfm_core.data.recipe import CacheConfig, DataConfig, SourceConfig, aspect_buckets
 from scfm_core.data.schema import MANIFEST, BadData, Manifest, Record, ShardEntry, Size, collate, runs_of
@@ -1164,8 +1164,10 @@ class TestRefusals:
     @pytest.mark.parametrize("changes", [{"resolution": (8, 8)}, {"buckets": ((8, 8), (24, 16))}])
     def test_a_cache_of_another_size(self, cache, changes):
         asked = r"\(8, 8\)( and \(24, 16\))?"
-        with pytest.raises(UserError, match=rf"encoded with data.resolution \(16, 24\), this run asks for {asked}"):
+        advice = r"Set data\.resolution=16,24, or encode"
+        with pytest.raises(UserError, match=rf"with data.resolution \(16, 24\), this run asks for {asked}\. {advice}"):
             open_corpus(cache, **changes)
+        assert _setting_of({(8, 16), (8, 8)}) == "data.buckets=[[8,8],[8,16]]"
 
     def test_a_weight_that_gives_no_sample(self, cache, tmp_path):
         other = self.source(write_cache(tmp_path / "other"), "two", weight=1.0)

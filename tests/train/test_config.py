@@ -417,6 +417,19 @@ class TestAllMistakesAtOnce:
         assert "1 mistake" not in (message := refusal(recipe, "train.global_batch_size=x", "train.micro_batch_size=7"))
         assert message.startswith("on the command line: train.global_batch_size: must be a valid integer")
 
+    def test_a_misspelled_key_causes_no_further_mistake(self, recipe):
+        """Neither the default of the key that was meant, nor its absence."""
+        message = refusal(recipe, "method.teacher_fractoin=0", "method.flow_fraction=1")
+        assert message == (
+            "on the command line: unknown key method.teacher_fractoin; did you mean method.teacher_fraction?"
+        )
+        recipe.write_text(recipe.read_text().replace("path: some/model", "pth: some/model"))
+        assert refusal(recipe) == f"in {recipe}, line 2: unknown key model.pth; did you mean model.path?"
+
+    def test_overrides_of_another_place(self, recipe):
+        with pytest.raises(UserError, match=r"^in the settings of arm x: train\.lr and"):
+            load_config(recipe, ["train.lr=0"], place="in the settings of arm x")
+
     def test_a_key_that_is_given_twice(self, recipe):
         recipe.write_text(recipe.read_text() + "train: {steps: 3}\ntrain:\n  lr: 1\n  lr: 2\n")
         assert [line.strip() for line in refusal(recipe).splitlines()[1:]] == [
