@@ -18,6 +18,7 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.
 _DISK = {
     errno.ENOSPC: ("No space left on device", "the disk is full"),
     errno.EDQUOT: ("Disk quota exceeded", "the quota of the disk is used up"),
+    errno.EFBIG: ("File too large", "the file is larger than the system permits (`ulimit -f`)"),
     errno.EROFS: ("Read-only file system", "the file system is read-only"),
 }
 _PROBE_BYTES = 64 << 10

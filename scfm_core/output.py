@@ -22,6 +22,8 @@ class _Surviving:
     def write(self, text: str) -> int:
         try:
             return int(self._stream.write(text))
+        except UnicodeEncodeError:  # a locale without UTF-8
+            return self.write(text.encode("ascii", "backslashreplace").decode())
         except OSError as error:
             self._lost(error)
             return len(text)
@@ -39,6 +41,17 @@ class _Surviving:
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self._stream.fileno())  # also for what is in the buffer, and for libraries
             os.close(null)
+
+
+def open_closed_streams() -> None:
+    """Connect descriptors 0, 1 and 2 to /dev/null where they are closed (`>&-`): else the next file gets their number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)  # the lowest free number
+            assert null == number
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
 
 
 @contextlib.contextmanager
