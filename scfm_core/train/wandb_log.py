@@ -51,7 +51,7 @@ class WandbLog:
         self._wandb = wandb
         identifier = _identifier(run_dir)
         try:
-            with _hidden(_OURS):
+            with _environment(mode):
                 self._run = wandb.init(
                     project=config.project,
                     name=run_dir.name,
@@ -93,6 +93,8 @@ class WandbLog:
 
     def _lost(self, error: Exception, what: str) -> None:
         self._run = None
+        with contextlib.suppress(Exception):  # now, and not at the exit, where it would print a traceback
+            self._wandb.teardown()
         print(
             f"scfm: warning: the run goes on without W&B. {what} ({_first_line(error)}). metrics.jsonl has all rows",
             file=sys.stderr,
@@ -139,9 +141,12 @@ def _has_key() -> bool:
 
 
 @contextlib.contextmanager
-def _hidden(names: tuple[str, ...]) -> Iterator[None]:
-    hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
+def _environment(mode: str) -> Iterator[None]:
+    """W&B's variables as scfm understands them. Without WANDB_MODE=offline W&B would send telemetry of an offline run."""
+    before = {name: os.environ.pop(name) for name in _OURS if name in os.environ}
+    os.environ["WANDB_MODE"] = mode
     try:
         yield
     finally:
-        os.environ.update(hidden)
+        del os.environ["WANDB_MODE"]
+        os.environ.update(before)
