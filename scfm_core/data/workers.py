@@ -79,6 +79,8 @@ class WorkerGroup:
             status = os.statvfs(_SHARED)
         except OSError:
             return None
+        if not status.f_blocks:  # a tmpfs without a limit
+            return None
         size, free, total = _bytes(batch), status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize
         if size > free or size * self._least > total:
             return UserError(self._too_small(size, total))

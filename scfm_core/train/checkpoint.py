@@ -138,12 +138,11 @@ class CheckpointWriter:
         for path in (partial / MANIFEST, *[p for p in partial.rglob("*") if p.is_dir()], partial):
             fsync_path(path)
         replaced = final.with_name(f".{final.name}.old.tmp")
-        if final.exists():  # damaged and skipped at resuming, or later than the step that the run went back to
+        if final.is_symlink() or saved_step(final) not in (None, step_of(final)):  # not of this run
+            final.rename(_free_name(final))
+        elif final.exists():  # damaged and skipped at resuming, or later than the step that the run went back to
             final.with_name(LATEST).unlink(missing_ok=True)
-            if saved_step(final) in (None, step_of(final)):
-                final.rename(replaced)
-            else:  # somebody's copy of another step
-                final.rename(_free_name(final))
+            final.rename(replaced)
         partial.rename(final)
         set_latest(final)
         shutil.rmtree(replaced, ignore_errors=True)
