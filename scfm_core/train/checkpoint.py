@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from scfm_core.distributed.reader import Reader, open_reader
 from scfm_core.distributed.world import World
 from scfm_core.errors import UserError, agreed_error
-from scfm_core.files import file_sha256, fsync_path
+from scfm_core.files import disk_problem, file_sha256, fsync_path, is_disk_failure
 from scfm_core.train.run_dir import (
     LATEST,
     MANIFEST,
@@ -194,7 +194,9 @@ def _explain(error: BaseException, partial: Path) -> UserError:
         getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error) or free < 2**20
     )
     step = partial.name.removeprefix(".").removesuffix(".tmp")
-    reason = f"the disk is full ({text}); make room" if full else text
+    reason = f"{disk_problem(error)} ({text})" if is_disk_failure(error) else text
+    if full:
+        reason = f"the disk is full ({text}); make room"
     return UserError(f"the checkpoint {step} could not be written to {partial.parent}: {reason}")
 
 
