@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -22,8 +23,6 @@ class _Surviving:
     def write(self, text: str) -> int:
         try:
             return int(self._stream.write(text))
-        except UnicodeEncodeError:  # a locale without UTF-8
-            return self.write(text.encode("ascii", "backslashreplace").decode())
         except OSError as error:
             self._lost(error)
             return len(text)
@@ -43,8 +42,12 @@ class _Surviving:
             os.close(null)
 
 
-def open_closed_streams() -> None:
-    """Connect descriptors 0, 1 and 2 to /dev/null where they are closed (`>&-`): else the next file gets their number."""
+def prepare_streams() -> None:
+    """Make the standard streams safe to write to.
+
+    Closed ones (`>&-`) are connected to /dev/null: else the next file that is opened gets their number. In a locale without
+    UTF-8, other characters are written as escapes.
+    """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
@@ -52,6 +55,9 @@ def open_closed_streams() -> None:
             null = os.open(os.devnull, os.O_RDWR)  # the lowest free number
             assert null == number
             setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from scfm_core.output import surviving_output
+from scfm_core.output import prepare_streams, surviving_output
 
 
 class Lost(io.TextIOWrapper):
@@ -71,8 +71,8 @@ def test_other_streams_keep_their_errors(monkeypatch):
 def test_a_locale_without_utf8(monkeypatch):
     ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", ascii_only)
-    with surviving_output("stdout"):
-        print("step 3: caf\xe9 \u2603")
+    prepare_streams()
+    print("step 3: caf\xe9 \u2603", flush=True)
     assert ascii_only.buffer.getvalue() == b"step 3: caf\\xe9 \\u2603\n"
 
 
@@ -80,7 +80,7 @@ def test_a_locale_without_utf8(monkeypatch):
 def test_streams_that_are_closed_are_no_files_of_the_run(tmp_path):
     """`command >&- 2>&-`: without this the next file that is opened is the standard output."""
     script = (
-        "from scfm_core.output import open_closed_streams; open_closed_streams()\n"
+        "from scfm_core.output import prepare_streams; prepare_streams()\n"
         "file = open('file', 'w'); print('lost'); import sys, os; sys.stderr.write('lost'); os.write(1, b'lost')\n"
         "file.write('kept')"
     )
