@@ -245,7 +245,7 @@ def _index(arguments: argparse.Namespace) -> None:
     if others:
         raise UserError(f"{arguments.source} has several sources; index each source separately")
     output = arguments.output or default_output(source)
-    check_writable(output.parent, "scfm data index", "Choose another place with --output FILE")
+    check_writable(output.parent, "the manifest", "Choose another place with --output FILE")
     manifest = index(
         source,
         output,

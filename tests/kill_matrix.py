@@ -99,7 +99,7 @@ COMMANDS = {
     ),
     "pack": Command("data pack TINY/cache -o OUT --to webdataset --samples-per-shard 4", _manifest, _kept_shards),
     "evaluate": Command(
-        "evaluate OUT", _figures, lambda folder: "the figures" if _figures(folder) else "none", needs_run=True
+        "evaluate OUT", _figures, lambda folder: "all figures" if _figures(folder) else f"{len(list(folder.glob('.evaluation/[sb]*')))} figures", needs_run=True
     ),
     "export": Command(
         "export OUT",

@@ -75,8 +75,8 @@ def test_the_figures_of_an_evaluation_are_printed_anyway(run_dir, monkeypatch, c
         has_teacher, prompts, count = False, ["x"], 1
         images = torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
 
-        def __init__(self, *_: object) -> None:
-            pass
+        def __init__(self, folder: Path, _: object) -> None:
+            self.folder, self.key = folder / ".evaluation", "0"
 
         def plan(self, steps: list[int]) -> str:
             return ""
