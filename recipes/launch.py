@@ -26,8 +26,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run(parse_args(argv))
     except ChildFailedError as error:
-        code = error.get_first_failure()[1].exitcode
-        return code if code > 0 else 128 - code
+        rank, failure = error.get_first_failure()
+        if failure.exitcode > 0:
+            return failure.exitcode
+        name = signal.Signals(-failure.exitcode).name  # it could not say anything itself
+        memory = ". Most often the memory is full (`dmesg` tells)" if name == "SIGKILL" else ""
+        print(f"scfm: error: rank {rank} was ended by {name}{memory}. Start it again", file=sys.stderr)
+        return 128 - failure.exitcode
     except api.SignalException as error:
         return 128 + error.sigval
     return 0

@@ -36,7 +36,7 @@ def test_ranks_get_their_time_after_a_signal(closed):
     [((2, -15), 2), ((70, 2), 70), ((-9, -15), 137), ((143, 143), 143)],
     ids=["mistake", "lost rank", "killed", "stopped"],
 )
-def test_exit_code_of_the_first_failure(closed, monkeypatch, codes, expected):
+def test_exit_code_of_the_first_failure(closed, monkeypatch, capsys, codes, expected):
     now = int(time.time())
     failures = {}
     for rank, code in enumerate(codes):
@@ -49,3 +49,4 @@ def test_exit_code_of_the_first_failure(closed, monkeypatch, codes, expected):
     monkeypatch.setattr(launch, "run", run)
     monkeypatch.setattr("logging.disable", lambda level: None)
     assert launch.main(["-m", "recipes.cli"]) == expected
+    assert ("rank 0 was ended by SIGKILL. Most often the memory" in capsys.readouterr().err) == (codes[0] == -9)
