@@ -286,8 +286,12 @@ class TestWandb:
             raise RuntimeError("Could not determine home directory.")
 
         monkeypatch.setattr(Path, "expanduser", unknown)
+        seen = []
+        monkeypatch.setattr(wandb, "define_metric", lambda *_, **__: seen.append(os.environ.get("WANDB_CACHE_DIR")))
         WandbLog(WandbConfig(), tmp_path, {})
         assert wandb.inits[0]["mode"] == "offline"
+        assert set(seen) == {str(tmp_path / "wandb" / "home")}
+        assert "WANDB_CACHE_DIR" not in os.environ
 
     def test_its_service_ends(self, wandb, tmp_path, capsys):
         """One warning; the run goes on."""
