@@ -57,7 +57,8 @@ def prepare_streams() -> None:
             setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            with contextlib.suppress(OSError, ValueError):  # it flushes the stream, whose reader may be gone
+                stream.reconfigure(errors="backslashreplace")
 
 
 @contextlib.contextmanager
