@@ -137,7 +137,10 @@ def test_a_file_is_written_as_a_whole_or_not_at_all(tmp_path):
     path = tmp_path / "new" / "figure.json"
     with written_whole(path, "x", "y") as partial:
         partial.write_text("first")
-    with pytest.raises(KeyError), written_whole(path, "x", "y") as partial:
-        partial.write_text("sec")
-        raise KeyError
+    host = os.uname().nodename
+    (path.parent / f".figure.{host}-{2**22 + 1}.tmp.json").write_text("of a process that was killed")
+    for error in (KeyError, KeyboardInterrupt):
+        with pytest.raises(error), written_whole(path, "x", "y") as partial:
+            partial.write_text("sec")
+            raise error
     assert [file.read_text() for file in path.parent.iterdir()] == ["first"]
