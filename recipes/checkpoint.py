@@ -97,7 +97,7 @@ def convert(source: Path, target: Path, kind: str, stage: int, ranks: int) -> Pa
     if ranks < 1:
         raise UserError(f"--ranks must be at least 1, got {ranks}")
     advice = "Choose another folder"
-    check_writable(target.absolute().parent, "scfm checkpoint convert", advice)
+    check_writable(target.absolute().parent, "the new run", advice)
     checkpoint = _open(source, verify=True)
     reader, state = checkpoint.reader, dict(checkpoint.state)
     shapes = {name: tuple(shape) for name, shape in state["shapes"].items()}
@@ -111,7 +111,7 @@ def convert(source: Path, target: Path, kind: str, stage: int, ranks: int) -> Pa
 
     state |= {"kind": kind, "engine": f"ZeRO-{stage}" if kind == "zero" else "fsdp2"}
     state["world_size"] = ranks if kind == "zero" else 1
-    with saving(target, "scfm checkpoint convert", advice, target):
+    with saving(target, "the new run", advice, target):
         CheckpointWriter(target, keep=1).save(state["step"], write, state)
         for name in ("config.yaml", "metrics.jsonl", "incidents.jsonl"):
             file = checkpoint.path.parents[1] / name

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scfm_core.errors import UserError
+from scfm_core.files import check_writable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -244,6 +245,7 @@ def _index(arguments: argparse.Namespace) -> None:
     if others:
         raise UserError(f"{arguments.source} has several sources; index each source separately")
     output = arguments.output or default_output(source)
+    check_writable(output.parent, "the manifest", "Choose another place with --output FILE")
     manifest = index(
         source,
         output,
@@ -277,6 +279,8 @@ def _inspect(arguments: argparse.Namespace) -> None:
     from data_tools.inspect import summarise
     from data_tools.tables import format_summary
 
+    if arguments.html is not None:
+        check_writable(arguments.html.parent, "--html", "Choose another folder")
     # Above 0: unusable samples are what it tells.
     corpus = open_corpus(
         arguments.source,

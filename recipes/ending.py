@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from scfm_core.errors import PeerLost, UserError
 from scfm_core.files import is_disk_failure
 from scfm_core.launched import launched_rank, launched_size
-from scfm_core.output import surviving_output
+from scfm_core.output import prepare_streams, surviving_output
 from scfm_core.user import provide_user
 
 
@@ -22,6 +22,7 @@ def ended(run: Callable[[], Any], *, is_long: bool) -> int:
         run: returns the exit code, or None for 0.
         is_long: the command goes on if nobody reads its standard output any more.
     """
+    prepare_streams()
     try:
         with surviving_output(*(("stdout", "stderr") if is_long else ("stderr",))):
             provide_user()

@@ -1,5 +1,6 @@
 """`scfm evaluate`: compare student, undistilled base and teacher, from the same noise."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from recipes.runs import load_trained, open_run
 from recipes.sample import generate
+from recipes.unfinished import UnfinishedEvaluation
 from scfm_core.data.corpus import Corpus
 from scfm_core.data.schema import collate
 from scfm_core.data.uri import is_remote
@@ -32,6 +34,7 @@ from scfm_core.train.inputs import check_cache
 from scfm_core.train.metrics import progress_bar
 from scfm_core.train.parse import dump_config, with_absolute_paths
 from scfm_core.train.prompts import read_prompts
+from scfm_core.train.run_dir import MANIFEST, newest_complete
 from scfm_core.train.sampling import to_uint8
 from scfm_core.wording import count, duration, number
 
@@ -61,7 +64,7 @@ def evaluate(run_dir: Path, overrides: list[str]) -> Result:
     """
     config = open_run(run_dir, overrides)
     settings = config.evaluate
-    check_writable(run_dir, "scfm evaluate", _ADVICE)
+    check_writable(run_dir, "RUN_DIR", _ADVICE)
     if settings.keep is not None:
         check_writable(Path(settings.keep).expanduser(), "evaluate.keep", "Choose another folder")
     evaluator = Evaluator(run_dir, config)
@@ -73,37 +76,45 @@ def evaluate(run_dir: Path, overrides: list[str]) -> Result:
     result: Result = {kind: {} for kind in (*kinds, *(["teacher"] if evaluator.has_teacher else []))}
     grids: dict[str, Tensor] = {}
     print(evaluator.plan([*(steps for _, steps in jobs), *([settings.teacher_steps] * floors)]))
+    kept = UnfinishedEvaluation(evaluator.folder, evaluator.key)
     with progress_bar("evaluate", evaluator.count * (len(jobs) + floors), unit="image") as bar:
         evaluator.advance = bar.update
         for kind, steps in jobs:
             bar.set_postfix_str(f"{kind}, {count(steps, 'step')}")
+            name, before = f"{kind} {steps}", kept.load(f"{kind} {steps}")
+            if before is not None and kind != "teacher":  # measured before this command was interrupted
+                result[kind][str(steps)], grids[name] = before
+                bar.update(evaluator.count)
+                continue
             role = config.sample.weights if kind == "student" else "teacher"
-            result[kind][str(steps)] = evaluator.measure(role, steps)
-            grids[f"{kind} {steps}"] = evaluator.images[:GRID_COLUMNS] / 255
+            row = evaluator.measure(role, steps)
             if kind == "teacher":
                 evaluator.set_reference()
                 if settings.noise_floor:
-                    result[kind][str(steps)]["fid_floor"] = evaluator.noise_floor(steps)
+                    row["fid_floor"] = evaluator.noise_floor(steps) if before is None else before[0]["fid_floor"]
+            result[kind][str(steps)], grids[name] = row, evaluator.images[:GRID_COLUMNS] / 255
+            kept.save(name, row, grids[name])
     order = sorted(grids, key=lambda name: list(result).index(name.split()[0]))
     try:
-        with saving(run_dir / "evaluation.json", "scfm evaluate", _ADVICE):
+        with saving(run_dir / "evaluation.json", "RUN_DIR", _ADVICE):
             _write(run_dir, config, result, [(name, grids[name]) for name in order], evaluator.prompts)
     except UserError:
         print(format_evaluation(result))  # hours of work must not be lost
         raise
+    kept.remove()
     return result
 
 
 def _write(
     run_dir: Path, config: RunConfig, result: Result, rows: list[tuple[str, Tensor]], prompts: list[str]
 ) -> None:
-    with written_whole(run_dir / "samples" / "evaluation.png", "scfm evaluate", _ADVICE) as path:
+    with written_whole(run_dir / "samples" / "evaluation.png", "RUN_DIR", _ADVICE) as path:
         save_grid(path, rows, prompts[:GRID_COLUMNS])
     for name, text in (
         ("evaluation.yaml", dump_config(with_absolute_paths(config))),
         ("evaluation.json", json.dumps(result, indent=2) + "\n"),
     ):
-        with written_whole(run_dir / name, "scfm evaluate", _ADVICE) as path:
+        with written_whole(run_dir / name, "RUN_DIR", _ADVICE) as path:
             path.write_text(text)
 
 
@@ -128,6 +139,12 @@ class Evaluator:
         if not any(is_remote(source.uri) for source in config.data.mixture()):  # remote: it would download all shards
             items = spread(items, settings.samples)
         self.prompts = _prompts(config, corpus, items)
+        self.folder = run_dir / ".evaluation"
+        """Of an evaluation that has not ended."""
+        weights = newest_complete(run_dir)
+        known = [dump_config(config), corpus.fingerprint, self.prompts, weights and (weights / MANIFEST).read_text()]
+        self.key = hashlib.sha256(json.dumps(known).encode()).hexdigest()
+        """A hash of everything that the figures depend on."""
         self.vae = Autoencoder(self.model.family, dtype, self.device)
         distinct = sorted(set(self.prompts))
         self.cond = self._encode(
@@ -174,10 +191,12 @@ class Evaluator:
     def measure(self, role: str, steps: int) -> dict[str, float]:
         """Measure one row of the table; its images are in `images` until the next call."""
         kept = self.config.evaluate.keep if role == "teacher" else None
-        if kept is None:
-            self.images, seconds = self._make(role, steps)
-        else:
+        if kept is not None:
             self.images, seconds = self._load_or_make(Path(kept).expanduser(), steps)
+        elif role == "teacher" and self._reference is None:
+            self.images, seconds = self._load_or_make(self.folder, steps)
+        else:
+            self.images, seconds = self._make(role, steps)
         self._last_features = self._features(self.images)
         row = {
             "fid_data": frechet_distance(self._last_features, self.real),
@@ -239,7 +258,11 @@ class Evaluator:
                     f"evaluate.keep: {path} is damaged ({error}). Delete it; it will be made again"
                 ) from error
         images, seconds = self._make("teacher", steps, first)
-        with written_whole(path, "evaluate.keep", "Make room, or choose another folder") as partial:
+        # In the run's own folder they only serve a second start: a full disk is no reason to end.
+        with (
+            contextlib.suppress(UserError) if folder == self.folder else contextlib.nullcontext(),
+            written_whole(path, "evaluate.keep", "Make room, or choose another folder") as partial,
+        ):
             save_file({"images": images.contiguous()}, partial, {"seconds": repr(seconds)})
         return images, seconds
 

@@ -49,14 +49,14 @@ def export(run_dir: Path, overrides: list[str], *, merged: Path | None, num_step
     target = run_dir / "adapter" if merged is None else merged
     if merged is not None and merged.exists():
         raise UserError(f"{merged} exists already; choose another folder, or delete it")
-    check_writable(target if merged is None else target.absolute().parent, "scfm export", _ADVICE)
+    check_writable(target if merged is None else target.absolute().parent, "the export", _ADVICE)
     checkpoint, family = open_trained(run_dir, config)
     if merged is None:
         return _export_adapter(run_dir, config, checkpoint, family)
     shift = None if config.sample.shift == "dynamic" else float(config.sample.shift)
     weights = _merged_weights(config, checkpoint, family, sampling_strength(config.method.step_gain, num_steps or 1))
     learned = config.method.distil_guidance
-    with saving(merged, "scfm export", _ADVICE, merged.with_name(f".{merged.name}.tmp")):
+    with saving(merged, "the export", _ADVICE, merged.with_name(f".{merged.name}.tmp")):
         save_pipeline(family.folder, merged, weights, compute_dtype(config), shift, has_learned_guidance=learned)
     return merged
 
@@ -66,7 +66,7 @@ def _export_adapter(run_dir: Path, config: RunConfig, checkpoint: Checkpoint, fa
     folder = run_dir / "adapter"
     scale = config.lora.alpha / config.lora.rank
     partial = (folder / ADAPTER_FILE).with_suffix(".tmp")
-    with saving(folder, "scfm export", _ADVICE, partial, *([] if any(folder.iterdir()) else [folder])):
+    with saving(folder, "the export", _ADVICE, partial, *([] if any(folder.iterdir()) else [folder])):
         save_adapter(folder, checkpoint.reader.group(config.sample.weights), scale, adapter_metadata(config, family))
         (folder / "README.md").write_text(adapter_card(config, family))
     return folder

@@ -60,7 +60,7 @@ def report(run_dir: Path, compare: list[Path]) -> Path:
         UserError: if a folder is not a run or has no metrics.
     """
     advice = "Make room there, or report on a copy of the run in another folder"
-    check_writable(run_dir, "scfm report", advice) if run_dir.is_dir() else None
+    check_writable(run_dir, "RUN_DIR", advice) if run_dir.is_dir() else None
     run, others = _Run(run_dir), [_Run(folder) for folder in compare]
     runs = [run, *others]
     for each in runs:
@@ -107,7 +107,7 @@ def report(run_dir: Path, compare: list[Path]) -> Path:
         f"<style>{_STYLE}</style><body>{''.join(body)}</body></html>"
     )
     path = run_dir / "report.html"
-    with written_whole(path, "scfm report", advice) as partial:
+    with written_whole(path, "RUN_DIR", advice) as partial:
         partial.write_text(page, encoding="utf-8")
     return path
 

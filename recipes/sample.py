@@ -62,7 +62,7 @@ def sample(
     if not prompts:
         raise UserError("there is no prompt: give --prompt TEXT or --prompts FILE, or set sample.prompts")
     folder, advice = output or run_dir / "samples" / f"{num_steps}_steps", "Choose another folder with --output"
-    check_writable(folder, "scfm sample", advice)
+    check_writable(folder, "the images", advice)
     model = load_trained(run_dir, config, with_teacher=False)
     device, dtype = resolve_device(config.run.device), compute_dtype(config)
     cond = TextEncoders(model.family, config.model.text_length, dtype, device).encode(prompts, config.sample.guidance)
@@ -76,7 +76,7 @@ def sample(
     for prompt, seed, image in zip(prompts, seeds, to_uint8(images), strict=True):
         own = settings | {"prompt": prompt, "seed": seed}
         paths.append(_free_path(folder, own))
-        with written_whole(paths[-1], "scfm sample", advice) as partial:
+        with written_whole(paths[-1], "the images", advice) as partial:
             _save(partial, image, own)
     return paths
 

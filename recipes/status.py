@@ -42,7 +42,9 @@ def status(run_dir: Path) -> str:
     if checkpoint is None:
         lines.append("  checkpoint  none yet")
     else:
-        lines.append(f"  checkpoint  {checkpoint.name}, {duration(time.time() - checkpoint.stat().st_mtime)} old")
+        lines.append(
+            f"  checkpoint  {checkpoint.name}, {duration(max(0.0, time.time() - checkpoint.stat().st_mtime))} old"
+        )
     lines.append(f"  starts      {len(starts)}")
     ends = ["killed without a message"] * (len(starts) - 1) + [unfinished]
     lines += [f"    {_line(start, end)}" for start, end in list(zip(starts, ends, strict=True))[-10:]]

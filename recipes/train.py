@@ -43,6 +43,7 @@ _ATTEMPT_FILES = (
     "adapter",
     "evaluation.json",
     "evaluation.yaml",
+    ".evaluation",
     "report.html",
     "wandb_id",
     "wandb",

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import glob
 import hashlib
 import os
 import shutil
@@ -18,6 +19,7 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.
 _DISK = {
     errno.ENOSPC: ("No space left on device", "the disk is full"),
     errno.EDQUOT: ("Disk quota exceeded", "the quota of the disk is used up"),
+    errno.EFBIG: ("File too large", "the file is larger than the system permits (`ulimit -f`)"),
     errno.EROFS: ("Read-only file system", "the file system is read-only"),
 }
 _PROBE_BYTES = 64 << 10
@@ -160,7 +162,7 @@ def saving(target: Path, what: str, advice: str, *partial: Path) -> Iterator[Non
     """
     try:
         yield
-    except Exception as error:
+    except BaseException as error:
         for path in partial:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         if isinstance(error, UserError) or (reason := disk_problem(error)) is None:
@@ -176,8 +178,23 @@ def written_whole(path: Path, what: str, advice: str) -> Iterator[Path]:
         path: a file; its folder is made.
         what, advice: as in `check_writable`.
     """
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")  # libraries look at the suffix
+    host, name, ending = os.uname().nodename, f".{path.stem}.", f".tmp{path.suffix}"  # libraries look at the suffix
+    partial = path.with_name(f"{name}{host}-{os.getpid()}{ending}")  # other processes may write the same file
     with saving(path, what, advice, partial):
         path.parent.mkdir(parents=True, exist_ok=True)
+        for other in path.parent.glob(f"{glob.escape(name + host)}-*{glob.escape(ending)}"):
+            if not _is_alive(other.name.removeprefix(f"{name}{host}-").removesuffix(ending)):
+                other.unlink(missing_ok=True)  # of a process that was killed
         yield partial
         partial.replace(path)
+
+
+def _is_alive(process: str) -> bool:
+    """Whether a process of this machine exists; True if that is unknown."""
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    except (ValueError, OverflowError, OSError):
+        return True
+    return True

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -39,6 +40,25 @@ class _Surviving:
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self._stream.fileno())  # also for what is in the buffer, and for libraries
             os.close(null)
+
+
+def prepare_streams() -> None:
+    """Make the standard streams safe to write to.
+
+    Closed ones (`>&-`) are connected to /dev/null: else the next file that is opened gets their number. In a locale without
+    UTF-8, other characters are written as escapes.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)  # the lowest free number
+            assert null == number
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            with contextlib.suppress(OSError, ValueError):  # it flushes the stream, whose reader may be gone
+                stream.reconfigure(errors="backslashreplace")
 
 
 @contextlib.contextmanager

@@ -132,7 +132,7 @@ run_job() {
     echo "run $run_dir, logs of all nodes and ranks in $SCFM_LOGS"
 
     # On SIGTERM this shell waits for the processes to end, so that it can requeue the job.
-    trap : TERM USR2
+    trap : TERM USR1 USR2
     local code=0
     if [[ "${SCFM_HEALTH:-1}" != 0 ]]; then step "$here" "$((port + 1))" health "${arguments[@]}" || code=$?; fi
     if ((code == 0)); then step "$here" "$port" train "${arguments[@]}" || code=$?; fi

@@ -12,7 +12,7 @@ mkdir -p "$logs"
 # Slurm signals every process of the job. The training processes handle the signals and decide when to stop. torchrun
 # must ignore them: it would kill the training after 30 seconds. `--tee` writes one log file per rank; rank 0 of the
 # node is also printed.
-trap '' TERM USR2
+trap '' TERM USR1 USR2
 exec "${python[@]}" -m recipes.launch \
     --nnodes="${SLURM_JOB_NUM_NODES:-1}" --node-rank="$SLURM_NODEID" --nproc-per-node="$SCFM_PROCESSES" \
     --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" --signals-to-handle=SIGINT \

@@ -3,11 +3,12 @@
 import io
 import os
 import pty
+import subprocess
 import sys
 
 import pytest
 
-from scfm_core.output import surviving_output
+from scfm_core.output import prepare_streams, surviving_output
 
 
 class Lost(io.TextIOWrapper):
@@ -65,3 +66,25 @@ def test_other_streams_keep_their_errors(monkeypatch):
         print("x" * 10_000)
     os.dup2(os.open(os.devnull, os.O_WRONLY), lost.fileno())
     lost.close()
+
+
+def test_a_locale_without_utf8(monkeypatch):
+    ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", ascii_only)
+    prepare_streams()
+    print("step 3: caf\xe9 \u2603", flush=True)
+    assert ascii_only.buffer.getvalue() == b"step 3: caf\\xe9 \\u2603\n"
+
+
+@pytest.mark.processes
+def test_streams_that_are_closed_are_no_files_of_the_run(tmp_path):
+    """`command >&- 2>&-`: without this the next file that is opened is the standard output."""
+    script = (
+        "from scfm_core.output import prepare_streams; prepare_streams()\n"
+        "file = open('file', 'w'); print('lost'); import sys, os; sys.stderr.write('lost'); os.write(1, b'lost')\n"
+        "file.write('kept')"
+    )
+    code = subprocess.run(
+        f'{sys.executable} -c "{script}" <&- >&- 2>&-', shell=True, cwd=tmp_path, check=False
+    ).returncode
+    assert (code, (tmp_path / "file").read_text()) == (0, "kept")

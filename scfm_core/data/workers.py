@@ -24,6 +24,7 @@ from scfm_core.launched import local_rank
 
 POLL = 1.0
 """Seconds between two looks at the workers and at the stop request, while there is no batch."""
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 _TRIES = 50
 _SHARED = "/dev/shm"
 _NO_ROOM = 75
@@ -43,7 +44,7 @@ def ignore_signals() -> None:
     Ctrl-C, Slurm's signals and the end of a terminal reach every process of the job. The training process decides when to
     stop; its workers must live until then.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2):
+    for number in _STOPPING:
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -77,6 +78,8 @@ class WorkerGroup:
         try:
             status = os.statvfs(_SHARED)
         except OSError:
+            return None
+        if not status.f_blocks:  # a tmpfs without a limit
             return None
         size, free, total = _bytes(batch), status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize
         if size > free or size * self._least > total:

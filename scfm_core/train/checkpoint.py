@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from scfm_core.distributed.reader import Reader, open_reader
 from scfm_core.distributed.world import World
 from scfm_core.errors import UserError, agreed_error
-from scfm_core.files import file_sha256, fsync_path
+from scfm_core.files import disk_problem, file_sha256, fsync_path, is_disk_failure
 from scfm_core.train.run_dir import (
     LATEST,
     MANIFEST,
@@ -138,12 +138,11 @@ class CheckpointWriter:
         for path in (partial / MANIFEST, *[p for p in partial.rglob("*") if p.is_dir()], partial):
             fsync_path(path)
         replaced = final.with_name(f".{final.name}.old.tmp")
-        if final.exists():  # damaged and skipped at resuming, or later than the step that the run went back to
+        if final.is_symlink() or saved_step(final) not in (None, step_of(final)):  # not of this run
+            final.rename(_free_name(final))
+        elif final.exists():  # damaged and skipped at resuming, or later than the step that the run went back to
             final.with_name(LATEST).unlink(missing_ok=True)
-            if saved_step(final) in (None, step_of(final)):
-                final.rename(replaced)
-            else:  # somebody's copy of another step
-                final.rename(_free_name(final))
+            final.rename(replaced)
         partial.rename(final)
         set_latest(final)
         shutil.rmtree(replaced, ignore_errors=True)
@@ -195,7 +194,9 @@ def _explain(error: BaseException, partial: Path) -> UserError:
         getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error) or free < 2**20
     )
     step = partial.name.removeprefix(".").removesuffix(".tmp")
-    reason = f"the disk is full ({text}); make room" if full else text
+    reason = f"{disk_problem(error)} ({text})" if is_disk_failure(error) else text
+    if full:
+        reason = f"the disk is full ({text}); make room"
     return UserError(f"the checkpoint {step} could not be written to {partial.parent}: {reason}")
 
 

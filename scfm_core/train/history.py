@@ -22,7 +22,10 @@ def write_event(run_dir: Path, event: str, **values: Any) -> None:
     """Append one event, with the time and, under Slurm, the job."""
     row = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, **values}
     if job := os.environ.get("SLURM_JOB_ID"):
-        row |= {"job": job, "requeued": int(os.environ.get("SLURM_RESTART_COUNT", "0"))}
+        row |= {
+            "job": job,
+            "requeued": int(count) if (count := os.environ.get("SLURM_RESTART_COUNT", "")).isdigit() else 0,
+        }
     with (run_dir / HISTORY).open("a") as file:
         file.write(json.dumps(row) + "\n")
 

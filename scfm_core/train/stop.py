@@ -9,17 +9,19 @@ from types import FrameType
 
 from scfm_core.launched import launched_rank
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+"""SIGTERM of Kubernetes and Slurm, SIGHUP of a closed terminal, the others of batch systems before a limit."""
+_IGNORED_BY_SCRIPTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _early: list[int] = []
 
 
 def remember_early() -> None:
-    """Remember SIGTERM and USR2 until a run listens, if they are ignored now. Call it at the start of the process.
+    """Remember SIGTERM, USR1 and USR2 until a run listens, if they are ignored now. Call it at the start of the process.
 
     A job script starts the training with these signals ignored, and loading torch and the model takes half a minute, in
     which a signal would be lost. If they are not ignored, nothing changes, and a signal ends the process.
     """
-    for number in (signal.SIGTERM, signal.SIGUSR2):
+    for number in _IGNORED_BY_SCRIPTS:
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, lambda number, frame: _early.append(number))
 

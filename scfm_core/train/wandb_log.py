@@ -17,6 +17,7 @@ _MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "
 """Values of WANDB_MODE, with W&B's older names."""
 _OURS = ("WANDB_MODE", "WANDB_DISABLED", "WANDB_RUN_ID", "WANDB_RESUME")
 """Variables that scfm decides by itself: W&B does not see them."""
+_PLACES = ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR")
 _TRUE = ("1", "true", "yes", "on")
 
 
@@ -51,7 +52,7 @@ class WandbLog:
         self._wandb = wandb
         identifier = _identifier(run_dir)
         try:
-            with _hidden(_OURS):
+            with _environment(mode, run_dir):
                 self._run = wandb.init(
                     project=config.project,
                     name=run_dir.name,
@@ -93,6 +94,8 @@ class WandbLog:
 
     def _lost(self, error: Exception, what: str) -> None:
         self._run = None
+        with contextlib.suppress(Exception):  # now, and not at the exit, where it would print a traceback
+            self._wandb.teardown()
         print(
             f"scfm: warning: the run goes on without W&B. {what} ({_first_line(error)}). metrics.jsonl has all rows",
             file=sys.stderr,
@@ -139,9 +142,26 @@ def _has_key() -> bool:
 
 
 @contextlib.contextmanager
-def _hidden(names: tuple[str, ...]) -> Iterator[None]:
-    hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
+def _environment(mode: str, run_dir: Path) -> Iterator[None]:
+    """W&B's variables as scfm understands them. Without WANDB_MODE=offline W&B would send telemetry of an offline run.
+
+    Its cache and log are in the home folder; if that cannot be written, they are in the run's folder.
+    """
+    before = {name: os.environ.pop(name) for name in _OURS if name in os.environ}
+    changes = {"WANDB_MODE": mode}
+    if not _has_home():
+        place = str((run_dir / "wandb" / "home").absolute())
+        changes |= {name: place for name in _PLACES if name not in os.environ}
+    os.environ.update(changes)
     try:
         yield
     finally:
-        os.environ.update(hidden)
+        for name in changes:
+            del os.environ[name]
+        os.environ.update(before)
+
+
+def _has_home() -> bool:
+    with contextlib.suppress(RuntimeError):
+        return os.access(Path.home(), os.W_OK)
+    return False

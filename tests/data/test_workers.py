@@ -111,8 +111,9 @@ class TestSharedMemory:
     def group(self) -> WorkerGroup:
         return WorkerGroup(queued=8, least=4)
 
-    def test_large_enough(self, shared, capsys):
-        shared(8000, 8000)
+    @pytest.mark.parametrize("size", [8000, 0], ids=["just so", "without a limit"])
+    def test_large_enough(self, shared, capsys, size):
+        shared(size, size)
         assert self.group().has_room(make_batch(0)) is None
         assert not capsys.readouterr().out
 

@@ -31,6 +31,7 @@ _PRELOADED = [
     "deepspeed.module_inject.auto_ep_layer",
     "s3fs",
     "streaming.base.format.mds",
+    "data_tools.pack",
     "recipes.cli",
     "recipes.train",
     "recipes.export",

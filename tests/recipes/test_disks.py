@@ -72,10 +72,14 @@ def test_is_found_before_the_work(run_dir, bad_disk, command, capsys):
 
 def test_the_figures_of_an_evaluation_are_printed_anyway(run_dir, monkeypatch, capsys):
     class Fake:
-        has_teacher, prompts, images = False, ["x"], torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
+        has_teacher, prompts, count = False, ["x"], 1
+        images = torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
 
-        def __init__(self, *_: object) -> None:
-            pass
+        def __init__(self, folder: Path, _: object) -> None:
+            self.folder, self.key = folder / ".evaluation", "0"
+
+        def plan(self, steps: list[int]) -> str:
+            return ""
 
         def measure(self, role: str, steps: int) -> dict[str, float]:
             return {"fid_data": 12.5 + steps}
@@ -88,7 +92,9 @@ def test_the_figures_of_an_evaluation_are_printed_anyway(run_dir, monkeypatch, c
     monkeypatch.setattr(evaluate_module, "save_grid", full)
     assert main(["evaluate", str(run_dir)]) == 2
     printed = capsys.readouterr()
-    assert "13.5000" in printed.out and "15.5000" in printed.out
+    assert printed.out.splitlines()[-2:] == [
+        f"{name:16}{figure:>16}" for name, figure in (("student 1", "13.5"), ("student 3", "15.5"))
+    ]
     assert "evaluation.png cannot be written (the disk is full)" in printed.err
     assert not list((run_dir / "samples").iterdir())
 
@@ -131,7 +137,10 @@ def test_a_file_is_written_as_a_whole_or_not_at_all(tmp_path):
     path = tmp_path / "new" / "figure.json"
     with written_whole(path, "x", "y") as partial:
         partial.write_text("first")
-    with pytest.raises(KeyError), written_whole(path, "x", "y") as partial:
-        partial.write_text("sec")
-        raise KeyError
+    host = os.uname().nodename
+    (path.parent / f".figure.{host}-{2**22 + 1}.tmp.json").write_text("of a process that was killed")
+    for error in (KeyError, KeyboardInterrupt):
+        with pytest.raises(error), written_whole(path, "x", "y") as partial:
+            partial.write_text("sec")
+            raise error
     assert [file.read_text() for file in path.parent.iterdir()] == ["first"]

@@ -151,6 +151,46 @@ def figures(result):
     }
 
 
+def test_an_interrupted_evaluation_goes_on_after_its_last_figure(run_dir, monkeypatch):
+    """The rows and the teacher's images are kept until the end; another setting starts over."""
+
+    def without_times(result):
+        return {k: {n: {f: v for f, v in row.items() if f != "seconds_per_image"} for n, row in rows.items()} for k, rows in result.items()}  # fmt: skip
+
+    settings = ["evaluate.noise_floor=true"]
+    whole = evaluate(run_dir, settings)
+    assert not (run_dir / ".evaluation").exists()
+    measure, make, measured, made = Evaluator.measure, Evaluator._make, [], []
+
+    def interrupted(self, role, steps):
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        measured.append((role, steps))
+        return measure(self, role, steps)
+
+    def counting(self, role, *arguments):
+        made.append(role)
+        return make(self, role, *arguments)
+
+    monkeypatch.setattr(Evaluator, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(run_dir, settings)
+    assert measured == [("teacher", 4), ("student", 1), ("teacher", 1)]
+    monkeypatch.setattr(Evaluator, "_make", counting)
+    monkeypatch.setattr(Evaluator, "measure", measure)
+    assert without_times(evaluate(run_dir, settings)) == without_times(whole)
+    assert made == ["student", "teacher"], "it made again what it had"
+    assert not (run_dir / ".evaluation").exists()
+    monkeypatch.setattr(Evaluator, "measure", interrupted)
+    measured.clear()
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(run_dir, settings)
+    monkeypatch.setattr(Evaluator, "measure", measure)
+    made.clear()
+    evaluate(run_dir, [*settings, "sample.seed=5"])
+    assert len(made) == 6, "figures of another seed were taken"
+
+
 def test_the_noise_floor_is_the_distance_between_two_sets_of_the_teacher(run_dir):
     result = evaluate(run_dir, ["evaluate.noise_floor=true"])
     other = evaluate(run_dir, ["sample.seed=1250"])  # the default 1234, and 16 samples on

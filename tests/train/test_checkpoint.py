@@ -398,6 +398,15 @@ class TestCopies:
         assert "step_00000099_copy1" in self.names(copied)
         assert saved_step(copied / "checkpoints" / "step_00000099_copy1") == 1
 
+    def test_a_link_under_the_name_of_the_next_step_is_renamed(self, run_dir, tmp_path):
+        """Also one that leads nowhere."""
+        for step in (3, 4):
+            checkpoint_path(run_dir, step).symlink_to(tmp_path / "gone" if step == 3 else checkpoint_path(run_dir, 1))
+            save(run_dir, step)
+            assert_holds(run_dir, step)
+            assert (run_dir / "checkpoints" / f"step_{step:08d}_copy1").is_symlink()
+        assert checkpoint_path(run_dir, 1).is_dir()
+
     def test_alone_are_no_start_and_no_reason_to_start_over(self, copied):
         for step in (1, 2):
             shutil.rmtree(checkpoint_path(copied, step))

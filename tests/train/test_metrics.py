@@ -286,8 +286,12 @@ class TestWandb:
             raise RuntimeError("Could not determine home directory.")
 
         monkeypatch.setattr(Path, "expanduser", unknown)
+        seen = []
+        monkeypatch.setattr(wandb, "define_metric", lambda *_, **__: seen.append(os.environ.get("WANDB_CACHE_DIR")))
         WandbLog(WandbConfig(), tmp_path, {})
         assert wandb.inits[0]["mode"] == "offline"
+        assert set(seen) == {str(tmp_path / "wandb" / "home")}
+        assert "WANDB_CACHE_DIR" not in os.environ
 
     def test_its_service_ends(self, wandb, tmp_path, capsys):
         """One warning; the run goes on."""
@@ -316,7 +320,7 @@ class TestWandb:
     def test_the_environment_of_a_sweep(self, wandb, tmp_path, monkeypatch, capsys):
         """W&B does not see the id; a new run in a sweep takes it, another one says that it does not."""
         seen = []
-        monkeypatch.setattr(wandb, "define_metric", lambda *_, **__: seen.append("WANDB_RUN_ID" in os.environ))
+        monkeypatch.setattr(wandb, "define_metric", lambda *_, **__: seen.append(dict(os.environ)))
         monkeypatch.setenv("WANDB_RUN_ID", "other")
         monkeypatch.setenv("WANDB_RESUME", "must")
         for name in ("alone", "swept"):
@@ -326,7 +330,8 @@ class TestWandb:
         monkeypatch.setenv("WANDB_SWEEP_ID", "s")
         WandbLog(WandbConfig(), tmp_path / "swept", {})
         assert [options["id"] == "other" for options in wandb.inits] == [False, True]
-        assert not any(seen) and os.environ["WANDB_RUN_ID"] == "other"
+        assert all("WANDB_RUN_ID" not in each for each in seen) and os.environ["WANDB_RUN_ID"] == "other"
+        assert all(each["WANDB_MODE"] == "offline" for each in seen), "it would send telemetry of an offline run"
 
 
 class TestRealWandb:
