@@ -56,7 +56,7 @@ class ImageFolder:
         if missing:
             rows = "".join(f". Among the {note}" for note in self.notes if note.startswith("rows of metadata without"))
             raise UserError(
-                f"data: {len(missing)} of {len(self.paths)} images in {self.folder} have no caption. The first: "
+                f"data: {len(missing)} of {len(self.paths)} images have no caption. The first: "
                 f"{str(missing[0]).removeprefix('data: ')}{rows}"
             )
         if invalid:
