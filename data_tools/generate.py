@@ -128,15 +128,9 @@ def generate(
     draft = writer.draft
     if sampler.intervals is not None:
         draft = replace(draft, network=str(parameters["network"]))
-    manifest = job.run(
-        plan_shards([range(first, total, sizes) for first in range(sizes)], config.samples_per_shard),
-        make,
-        draft,
-        batch_size=config.batch_size,
-        rank=rank,
-        world_size=world_size,
-        progress=progress,
-    )
+    shards = plan_shards([range(first, total, sizes) for first in range(sizes)], config.samples_per_shard)
+    size = config.batch_size
+    manifest = job.run(shards, make, draft, batch_size=size, rank=rank, world_size=world_size, progress=progress)
     return Encoded(manifest, writer.padding_error, job.counts)
 
 

@@ -1,9 +1,11 @@
 """What people's own folders hold: names, links, captions and metadata as their tools and systems write them."""
 
 import codecs
+import io
 import json
 import os
 import shutil
+import tarfile
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from data_tools.index import index
 from data_tools.pack import pack
 from data_tools.validate import validate
 from scfm_core.data.corpus import Corpus
 from scfm_core.data.folder import ImageFolder
-from scfm_core.data.recipe import DataConfig
+from scfm_core.data.recipe import DataConfig, SourceConfig
 from scfm_core.data.schema import BadData
 from scfm_core.data.text import check_text, decode_text
 from scfm_core.errors import UserError
@@ -109,6 +112,9 @@ class TestText:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=rf"^sample.prompts: .*{name}' (is not UTF-8|has half of a character)"):
             read_prompts(str(tmp_path / name), "sample.prompts")
+
+    def test_a_byte_order_mark_that_was_taken_for_text_is_dropped(self):
+        assert decode_text(codecs.BOM_UTF8 * 2 + b"a cat", "x") == check_text("\ufeffa cat", "x") == "a cat"
 
 
 class TestCaptionFiles:
@@ -278,6 +284,86 @@ class TestMetadata:
         assert ImageFolder(tmp_path).notes == [
             "caption files of images that have a row of metadata: 1, for example x.txt"
         ]
+
+    def test_under_another_name_it_is_mentioned(self, tmp_path):
+        image(tmp_path / "images" / "x.png")
+        listed(tmp_path, row("images/x.png"), name="metadata1000.jsonl")
+        with pytest.raises(UserError, match=r"no caption.*Not used: \.jsonl files: 1, for example metadata1000\.jsonl"):
+            ImageFolder(tmp_path)
+
+    def test_its_other_keys_are_mentioned(self, tmp_path):
+        image(tmp_path / "x.png")
+        listed(tmp_path, '{"image": "x.png", "caption": "one"}')
+        with pytest.raises(UserError, match=r"line 1 of .*KeyError\('file_name'\), but has 'image', 'caption'"):
+            ImageFolder(tmp_path)
+
+
+class TestArchives:
+    """Tars as people's tools write them."""
+
+    def records(
+        self, folder: Path, *members: tuple[str, bytes], mode: str = "w", encoding: str = "utf-8"
+    ) -> list[tuple[str, str]]:
+        folder.mkdir()
+        with tarfile.open(folder / "a.tar", mode, format=tarfile.USTAR_FORMAT, encoding=encoding) as tar:
+            for name, content in members:
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+        source = SourceConfig(name="a", uri=str(folder), captions={"txt": 1.0, "json.caption": 1.0})
+        index(source, folder / "manifest.json", timeout=10)
+        corpus = Corpus(DataConfig(sources=(source,), resolution=(8, 8)))
+        records = [corpus.record(number) for number in range(len(corpus))]
+        assert validate(corpus) == []
+        return [(record.key, record.caption) for record in records]
+
+    @pytest.fixture
+    def png(self, tmp_path) -> bytes:
+        return image(tmp_path / "x.png").read_bytes()
+
+    def test_members_of_samples_in_any_order(self, tmp_path, png):
+        members = [("b.txt", b"2"), ("a.png", png), ("b.png", png), ("a.txt", b"1")]
+        assert self.records(tmp_path / "t", *members) == [("b", "2"), ("a", "1")]
+
+    def test_of_macos(self, tmp_path, png):
+        """`./` before each name, AppleDouble files beside each file, and in a folder of their own."""
+        members = [
+            ("./._a.png", b"x"),
+            ("./a.png", png),
+            ("./._a.txt", b"x"),
+            ("./a.txt", b"1"),
+            ("__MACOSX/._a.png", b"x"),
+        ]
+        assert self.records(tmp_path / "t", *members) == [("./a", "1")]
+
+    def test_names_that_are_not_utf8(self, tmp_path, png):
+        members = [("café.png", png), ("café.txt", b"1")]
+        assert self.records(tmp_path / "t", *members, encoding="latin-1") == [(r"caf\xe9", "1")]
+
+    @pytest.mark.parametrize("caption", ["Bär".encode("utf-16"), "Bär".encode("utf-8-sig"), "Bär".encode()])
+    @pytest.mark.parametrize("field", ["txt", "json"])
+    def test_captions_in_any_certain_encoding(self, tmp_path, png, caption, field):
+        if field == "json":
+            encoding = {b"\xff\xfe": "utf-16", b"\xef\xbb": "utf-8-sig"}.get(caption[:2], "utf-8")
+            caption = '{"caption": "Bär"}'.encode(encoding)
+        assert self.records(tmp_path / "t", ("a.png", png), (f"a.{field}", caption)) == [("a", "Bär")]
+
+    @pytest.mark.parametrize(("mode", "program"), [("w:gz", "gunzip"), ("w:bz2", "bunzip2"), ("w:xz", "unxz")])
+    def test_compressed_ones_are_refused_with_the_program(self, tmp_path, png, mode, program):
+        with pytest.raises(UserError, match=f"shard .*a.tar is compressed. Unpack it with `{program}`"):
+            self.records(tmp_path / "t", ("a.png", png), ("a.txt", b"1"), mode=mode)
+
+    def test_a_dot_within_a_name_is_explained(self, tmp_path, png):
+        with pytest.raises(
+            UserError, match=r"sample 'v1' .* no jpg .* but 2 final\.png, .* after the first dot of a file's name"
+        ):
+            self.records(tmp_path / "t", ("v1.2 final.png", png), ("v1.2 final.txt", b"1"))
+
+    def test_a_null_caption_is_refused(self, tmp_path, png):
+        with pytest.raises(
+            BadData, match=r"sample 'a' of shard .* has no caption in (txt, json.caption|json.caption, txt), but"
+        ):
+            self.records(tmp_path / "t", ("a.png", png), ("a.json", b'{"caption": null}'))
 
 
 class TestNames:
