@@ -129,8 +129,8 @@ def generate(
     if sampler.intervals is not None:
         draft = replace(draft, network=str(parameters["network"]))
     shards = plan_shards([range(first, total, sizes) for first in range(sizes)], config.samples_per_shard)
-    size = config.batch_size
-    manifest = job.run(shards, make, draft, batch_size=size, rank=rank, world_size=world_size, progress=progress)
+    batch = config.batch_size
+    manifest = job.run(shards, make, draft, batch_size=batch, rank=rank, world_size=world_size, progress=progress)
     return Encoded(manifest, writer.padding_error, job.counts)
 
 
