@@ -20,6 +20,8 @@ from scfm_core.data.webdataset import TarShard
 from scfm_core.errors import UserError
 from scfm_core.files import mismatch
 
+JOB = ".job"
+"""Folder in a data set that `scfm data encode` or `generate` has not finished."""
 PADDING = "padding.safetensors"
 """File of a data set with trimmed texts: `text` [text_length, D], the T5 output for an empty caption."""
 
@@ -281,7 +283,7 @@ def _read_padding(where: str, sha256: str, timeout: float) -> Tensor:
 
 
 def guess_format(uri: str) -> Literal["webdataset", "mds", "folder"]:
-    """Format of a data set: `mds` with an `index.json`, `webdataset` with tars or a manifest, else `folder`."""
+    """Format of a data set: `mds` with an `index.json`, `webdataset` with tars, a manifest or an unfinished job, else `folder`."""
     if uri.endswith(".tar"):
         return "webdataset"
     if is_remote(uri):
@@ -289,7 +291,8 @@ def guess_format(uri: str) -> Literal["webdataset", "mds", "folder"]:
     folder = Path(uri).expanduser()
     if (folder / INDEX).is_file():
         return "mds"
-    return "webdataset" if (folder / MANIFEST).is_file() or any(folder.glob("*.tar")) else "folder"
+    has_shards = (folder / MANIFEST).is_file() or (folder / JOB).is_dir() or any(folder.glob("*.tar"))
+    return "webdataset" if has_shards else "folder"
 
 
 def json_value(content: str | bytes, path: list[str]) -> Any:

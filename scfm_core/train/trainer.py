@@ -90,6 +90,9 @@ class Trainer:
         prompts = validation_prompts(config.sample)
         micro_batches(config, self.world.size)  # an error comes here, before the data are opened
         self.corpus = Corpus(config.data, with_paths=config.method.has_stored_paths)
+        if self.world.is_main:
+            for note in self.corpus.notes:
+                print(f"data, left out: {note}", flush=True)
         self.corpus.order(
             config.train.global_batch_size, config.run.seed
         )  # an error if partitions do not divide the batch

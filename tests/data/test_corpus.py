@@ -393,6 +393,10 @@ class TestOpening:
         ]
         assert guess_format("s3://bucket/{0..9}.tar") == "webdataset"
 
+    def test_of_an_unfinished_job(self, tmp_path):
+        (tmp_path / ".job").mkdir()
+        assert guess_format(str(tmp_path)) == "webdataset"
+
 
 def write_tar(path: Path, members: Mapping[str, bytes], style: int, folders: Sequence[str] = ()) -> None:
     with tarfile.open(path, "w", format=style) as tar:
