@@ -249,7 +249,9 @@ def _make_batch(items: Sequence[int], corpus: Corpus, vae: Autoencoder, writer: 
 
     def leave_out(error: BadData) -> None:
         if corpus.config.max_bad_fraction == 0:
-            raise error
+            raise BadData(
+                f"{error}. Or leave such samples out, with data.max_bad_fraction=0.01; what is encoded is kept"
+            )
         made.left_out.append(str(error))
 
     records: dict[int, Record] = {}

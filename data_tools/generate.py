@@ -125,15 +125,10 @@ def generate(
 
     total, sizes = len(prompts) * sampler.per_prompt, len(sampler.sizes)
     network_of_paths = None if sampler.intervals is None else str(parameters["network"])
-    manifest = job.run(
-        plan_shards([range(first, total, sizes) for first in range(sizes)], config.samples_per_shard),
-        make,
-        replace(writer.draft, settings=_settings(writer, sampler.sizes), network=network_of_paths),
-        batch_size=config.batch_size,
-        rank=rank,
-        world_size=world_size,
-        progress=progress,
-    )
+    draft = replace(writer.draft, settings=_settings(writer, sampler.sizes), network=network_of_paths)
+    shards = plan_shards([range(first, total, sizes) for first in range(sizes)], config.samples_per_shard)
+    batch = config.batch_size
+    manifest = job.run(shards, make, draft, batch_size=batch, rank=rank, world_size=world_size, progress=progress)
     return Encoded(manifest, writer.padding_error, job.counts)
 
 

@@ -15,6 +15,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
+from scfm_core.data.decode import image_content
 from scfm_core.data.image import image_size
 from scfm_core.data.mds import INDEX, MdsIndex, MdsShard
 from scfm_core.data.recipe import SourceConfig
@@ -318,13 +319,7 @@ def _size_of(shard: Shard, at: int, source: SourceConfig) -> tuple[Size, bool]:
                 f"data: {where} is cached, but its json does not have height and width ({error!r})"
             ) from error
         return (height, width), True
-    content = next((found for name in source.image if (found := shard.read(at, name)) is not None), None)
-    if content is None:
-        raise BadData(
-            f"data: {where} has no {' or '.join(source.image)}, but {', '.join(fields)}. Name the right field with `image:` "
-            f"of the source"
-        )
-    return image_size(content, where), False
+    return image_size(image_content(shard, at, source), where), False
 
 
 def _base(source: SourceConfig) -> tuple[str, list[str] | None]:

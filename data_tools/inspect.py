@@ -117,7 +117,7 @@ class Summary:
     unreadable: tuple[str, ...]
     """One line for each selected sample that could not be read."""
     pictures: tuple[tuple[str, int], ...]
-    """Of images: what training changes in the selected ones beside scale and crop, and in how many."""
+    """Of images: what training changes in the selected ones and may surprise, and in how many."""
     left_out: tuple[str, ...]
     """What was left out of folders of images, one line for each kind."""
 
@@ -186,19 +186,7 @@ def summarise(
     """
     order = corpus.order(global_batch_size, seed)
     sources = tuple(_source(corpus, number, part.draws) for number, part in enumerate(order.sources))
-    draws = order.counts_before(1).tolist()
-    samples = np.bincount(corpus.buckets, minlength=len(corpus.sizes)).tolist()
-    buckets = tuple(
-        BucketSummary(
-            size=size,
-            samples=samples[number],
-            draws=draws[number],
-            batches=draws[number] // global_batch_size,
-            waiting=draws[number] % global_batch_size,
-        )
-        for number, size in enumerate(corpus.sizes)
-        if samples[number]
-    )
+    buckets = _buckets(corpus, order.counts_before(1).tolist(), global_batch_size)
     random = np.random.default_rng(seed)
     sampled = tuple(
         tuple(
@@ -226,6 +214,22 @@ def summarise(
         unreadable=tuple(unreadable),
         pictures=tuple(pictures.items()),
         left_out=tuple(corpus.notes),
+    )
+
+
+def _buckets(corpus: Corpus, draws: list[int], global_batch_size: int) -> tuple[BucketSummary, ...]:
+    """The sizes that samples have; `draws` is the number of samples of each size in the first epoch."""
+    samples = np.bincount(corpus.buckets, minlength=len(corpus.sizes)).tolist()
+    return tuple(
+        BucketSummary(
+            size=size,
+            samples=samples[number],
+            draws=draws[number],
+            batches=draws[number] // global_batch_size,
+            waiting=draws[number] % global_batch_size,
+        )
+        for number, size in enumerate(corpus.sizes)
+        if samples[number]
     )
 
 

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from scfm_core.data.schema import MANIFEST, Manifest, ShardEntry, Size
+from scfm_core.data.schema import JOB, MANIFEST, Manifest, ShardEntry, Size
 from scfm_core.data.webdataset import TarProgress, TarWriter
 from scfm_core.errors import UserError
 from scfm_core.files import fsync_path
@@ -25,7 +25,7 @@ from scfm_core.models.fingerprint import differing_files
 
 Progress = Callable[[Iterable[Any], int], Iterable[Any]]
 
-_JOB, _PARAMETERS, _DONE = ".job", "parameters.json", "job.json"
+_PARAMETERS, _DONE = "parameters.json", "job.json"
 LEFT_OUT = "left_out.txt"
 """Has a line for each image that was left out."""
 
@@ -102,7 +102,7 @@ class Job:
     """The manifest, if this same job is finished already."""
 
     def __init__(self, output: Path, parameters: dict[str, Any], data: str = "") -> None:
-        self.output, self.notes, self.data = output, output / _JOB, data
+        self.output, self.notes, self.data = output, output / JOB, data
         self.counts: Counter[str] = Counter()
         """`Made.counts` of all samples, once the job is finished."""
         plain = json.loads(json.dumps(parameters))

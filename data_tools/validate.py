@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load
 
 from scfm_core.data.corpus import Corpus
-from scfm_core.data.decode import caption_of
+from scfm_core.data.decode import caption_of, no_image
 from scfm_core.data.folder import ImageFolder
 from scfm_core.data.mds import MdsShard
 from scfm_core.data.recipe import SourceConfig
@@ -228,7 +228,7 @@ def _check_sample(
         decode_text(shard.read(at, "txt") or b"", "its caption")
     else:
         if not any(name in fields for name in config.image):
-            raise ValueError(f"has no {' or '.join(config.image)}, but {', '.join(fields)}")
+            raise ValueError(no_image(fields, config))
         _check_captions(shard, at, config)
     if not decode:
         return

@@ -108,10 +108,9 @@ def _no_caption(found: Scan, path: Path, *, with_near: bool) -> NoCaption:
 
 def _near(name: str, others: list[str]) -> str:
     """` (there is 'x')` for the most similar name; empty if none is similar."""
-    stem = same_name(PurePosixPath(name).stem)
-    same = [other for other in others if same_name(PurePosixPath(other).stem) == stem]
-    near = same or difflib.get_close_matches(name, others[:2000], 1, 0.75)
-    return f" (there is {shown_name(near[0])!r})" if near else ""
+    stem, stems = same_name(PurePosixPath(name).stem), [same_name(PurePosixPath(other).stem) for other in others]
+    near = [stem] if stem in stems else difflib.get_close_matches(stem, stems[:2000], 1, 0.75)
+    return f" (there is {shown_name(others[stems.index(near[0])])!r})" if near else ""
 
 
 def _read_metadata(found: Scan) -> dict[Path, str | BadData]:

@@ -118,7 +118,7 @@ class Corpus:
         return [note for source in self.sources if isinstance(source, ImageFolder) for note in source.notes]
 
     def picture_notes(self, item: int) -> Sequence[str]:
-        """What is changed in an image beside scale and crop, as in `Picture.notes`; it is decoded only if it has an alpha channel.
+        """What is changed in an image and may surprise, as in `Picture.notes`; it is decoded only if it has an alpha channel.
 
         Raises:
             BadData, UserError: as `record`.

@@ -44,11 +44,17 @@ def image_content(shard: Shard, at: int, config: SourceConfig) -> bytes:
     """The image file of a sample; BadData if it has none."""
     content = next((found for name in config.image if (found := shard.read(at, name)) is not None), None)
     if content is None:
-        raise BadData(
-            f"data: {_where(shard, at)} has no {' or '.join(config.image)}, but {', '.join(shard.fields(at))}. Name the right field "
-            f"with `image:` of the source"
-        )
+        raise BadData(f"data: {_where(shard, at)} {no_image(shard.fields(at), config)}")
     return content
+
+
+def no_image(fields: list[str], config: SourceConfig) -> str:
+    """What to say of a sample whose fields have no image, after its name."""
+    dotted = [name for name in fields if name.rpartition(".")[2] in config.image]
+    advice = "Name the right field with `image:` of the source"
+    if dotted:
+        advice = "In tars a field begins after the first dot of a file's name: pack names without other dots"
+    return f"has no {' or '.join(config.image)}, but {', '.join(fields)}. {advice}"
 
 
 def _where(shard: Shard, at: int) -> str:

@@ -54,9 +54,9 @@ class ImageFolder:
         invalid = [caption for caption in self._captions if isinstance(caption, BadData)]
         missing = [caption for caption in invalid if isinstance(caption, NoCaption)]
         if missing:
-            rows = "".join(f". Among the {note}" for note in self.notes if note.startswith("rows of metadata without"))
+            rows = f". Not used: {'; '.join(self.notes)}" if self.notes else ""
             raise UserError(
-                f"data: {len(missing)} of {len(self.paths)} images in {self.folder} have no caption. The first: "
+                f"data: {len(missing)} of {len(self.paths)} images have no caption. The first: "
                 f"{str(missing[0]).removeprefix('data: ')}{rows}"
             )
         if invalid:

@@ -43,6 +43,12 @@ _OTHER_CONTENT = (
     (rb"8BPS", "it is a Photoshop file: export it"),
 )
 
+_MAX_TEXT = 64 << 20
+"""Bytes of text in a PNG, decompressed; more is taken for an attack."""
+_LEAST_KEPT = 0.6
+"""Share of an image that is kept without a word. A photo of 3:2 in a square keeps 0.67."""
+
+CROPPED = "of another shape than their size in training, more than 40 % cut off (aspect-ratio buckets: data.buckets)"
 ENLARGED = "smaller than their size in training, enlarged"
 TRANSPARENT = "transparent, laid on data.background"
 ANIMATED = "of several frames or pages, the first one taken"
@@ -55,7 +61,7 @@ class Picture:
     pixels: Tensor
     """fp32 [3, height, width] in [-1, 1]."""
     notes: tuple[str, ...]
-    """What was changed beside scale and crop: `ENLARGED`, `TRANSPARENT`, `ANIMATED`."""
+    """What may surprise: `CROPPED`, `ENLARGED`, `TRANSPARENT`, `ANIMATED`."""
 
 
 def load_image(
@@ -132,9 +138,12 @@ def picture_notes(source: Path | bytes, size: Size, name: str) -> tuple[str, ...
 
 
 def _header_notes(opened: Any, size: Size) -> list[str]:
-    shown, notes = _shown_size(opened), []
-    if shown[0] < size[0] or shown[1] < size[1]:
+    (height, width), notes = _shown_size(opened), []
+    if height < size[0] or width < size[1]:
         notes.append(ENLARGED)
+    ratio = height * size[1] / (width * size[0])
+    if min(ratio, 1 / ratio) < _LEAST_KEPT:
+        notes.append(CROPPED)
     # MPO is the JPEG of a camera, with previews or a second eye behind the photo.
     if opened.format != "MPO" and getattr(opened, "n_frames", 1) > 1:
         notes.append(ANIMATED)
@@ -214,8 +223,10 @@ def _pil() -> tuple[Any, Any, tuple[type[BaseException], ...]]:
     import struct
     import warnings
 
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
+    # The text and the profile of a PNG, which may be a workflow of ComfyUI: PIL's limit of 1 MiB refuses real images.
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = _MAX_TEXT
     # Above 179 megapixels it is an error. Below, a warning in each process would be noise.
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     of_content = (

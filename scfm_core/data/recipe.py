@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from scfm_core.data.mds import INDEX
-from scfm_core.data.schema import MANIFEST, Size
+from scfm_core.data.schema import JOB, MANIFEST, Size
 from scfm_core.data.uri import is_remote, join, refuse_uri
 
 Format = Literal["webdataset", "mds", "folder"]
@@ -65,10 +65,10 @@ class SourceConfig:
 
 
 def format_of(path: Path) -> Format:
-    """Format of a data set on this machine: `mds` with an `index.json`, `folder` for a folder without tars and manifest."""
+    """Format of a data set on this machine: `mds` with an `index.json`, `folder` for one without tars, manifest and unfinished job."""
     if (path / INDEX).is_file():
         return "mds"
-    has_shards = (path / MANIFEST).is_file() or any(path.glob("*.tar"))
+    has_shards = (path / MANIFEST).is_file() or (path / JOB).is_dir() or any(path.glob("*.tar"))
     return "folder" if path.is_dir() and not has_shards else "webdataset"
 
 

@@ -21,6 +21,8 @@ from torch import Tensor
 from scfm_core.errors import UserError
 
 MANIFEST = "manifest.json"
+JOB = ".job"
+"""Folder in a data set that `scfm data encode` or `generate` has not finished."""
 MANIFEST_FORMAT = "scfm-manifest"
 MANIFEST_VERSION = 2
 
@@ -53,7 +55,7 @@ class Record:
     image: Tensor | None = None
     """fp32 [3, H, W] in [-1, 1]."""
     notes: tuple[str, ...] = ()
-    """Of an image: what was changed beside scale and crop, as in `Picture.notes`."""
+    """Of an image: what was changed and may surprise, as in `Picture.notes`."""
     path: dict[str, Tensor] | None = None
     """The teacher's path to `latents`, if it is stored and requested: `velocities` [K, C, h, w], the mean velocities of
     its intervals; `sigmas` fp32 [K + 1], of its nodes; `guidance` fp32 []."""

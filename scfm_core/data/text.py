@@ -41,7 +41,8 @@ def decode_text(content: bytes, where: str) -> str:
 def check_text(text: str, where: str) -> str:
     r"""`text` itself, if a tokenizer can take it.
 
-    JSON can hold half of an emoji: `"\ud83d"` is a lone surrogate, which is not a character and has no UTF-8.
+    JSON can hold half of an emoji: `"\ud83d"` is a lone surrogate, which is not a character and has no UTF-8. A byte order
+    mark that a tool took for text is removed.
 
     Args:
         text: decoded.
@@ -67,7 +68,7 @@ def check_text(text: str, where: str) -> str:
             f"data: {where} has half of a character, {text[error.start]!a}, at {error.start}: it was probably cut in the middle "
             f"of an emoji. Remove it, or write the whole character"
         ) from error
-    return text
+    return text.lstrip("\ufeff")
 
 
 def shown_name(name: str) -> str:

@@ -13,8 +13,11 @@ from types import TracebackType
 from typing import BinaryIO
 
 from scfm_core.data.schema import BadData, ShardEntry, Size, runs_of
+from scfm_core.data.text import shown_name
 
 _BLOCK = 512
+_COMPRESSIONS = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zX": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
+"""First bytes of a compressed tar, and the program that decompresses it."""
 # Suffixes of members that other loaders would unpickle or import. They are never run here, but in a data set they are a
 # sign of an attack.
 _HOSTILE_SUFFIXES = frozenset({"pyd", "pickle", "pkl", "pth", "pt", "ckpt", "py", "sh", "so", "dill", "joblib"})
@@ -89,6 +92,11 @@ def _members(file: BinaryIO, name: str) -> list[tuple[str, int, int]]:
     """
     descriptor = file.fileno()
     end, at, found = os.fstat(descriptor).st_size, 0, []
+    for magic, program in _COMPRESSIONS.items():
+        if os.pread(descriptor, len(magic), 0) == magic:
+            raise BadData(
+                f"data: shard {name} is compressed. Unpack it with `{program}`, because samples are read by offset"
+            )
     while at + _BLOCK <= end:
         header = os.pread(descriptor, _BLOCK, at)
         if not header.strip(b"\0"):
@@ -102,8 +110,8 @@ def _members(file: BinaryIO, name: str) -> list[tuple[str, int, int]]:
             if int(header[148:156].strip(b"\0 "), 8) != sum(header) - sum(header[148:156]) + 8 * ord(" "):
                 raise ValueError("a header's checksum is wrong")
             count = int(size.strip(b"\0 ") or b"0", 8)
-            member = header[:100].partition(b"\0")[0].decode()
-        except ValueError as error:  # UnicodeDecodeError is one
+            member = shown_name(header[:100].partition(b"\0")[0].decode(errors="surrogateescape"))
+        except ValueError as error:
             raise BadData(f"data: shard {name} is not an intact tar: at byte {at}, {error}") from error
         if at + _BLOCK + count > end:
             raise BadData(f"data: shard {name} is truncated: member {member!r} ends after the end of the file")
@@ -141,7 +149,7 @@ def _members_by_tarfile(file: BinaryIO, name: str) -> list[tuple[str, int, int]]
                         f"data: shard {name} is truncated: member {member.name!r} ends after the end of the file"
                     )
                 if member.isfile():
-                    found.append((member.name, member.offset_data, member.size))
+                    found.append((shown_name(member.name), member.offset_data, member.size))
     except BadData:
         raise
     except (tarfile.TarError, ValueError, OverflowError, RecursionError, OSError, struct.error) as error:

@@ -66,7 +66,7 @@ def differing_files(recorded: str | None, current: str | None) -> str:
     """The files in which two fingerprints differ, and how."""
     before, now = _files(recorded or ""), _files(current or "")
     if not before:
-        return "its record does not name the files"
+        return "the record is of version 0.1, which counted every file of the folder and did not name them"
     differing = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
     words = {True: "missing now", False: "other content"}
     return ", ".join(f"{name} ({words[name not in now] if name in before else 'new'})" for name in differing)

@@ -43,7 +43,7 @@ def read_prompts(source: str | tuple[str, ...], where: str) -> list[str]:
     try:
         content = decode_text(path.read_bytes(), f"the prompt file {source!r}")
         # Only newlines end a prompt: `splitlines` would cut at form feeds and at U+2028 too.
-        lines = _coco_captions(content) if path.suffix == ".json" else content.split("\n")
+        lines = _coco_captions(content) if path.suffix == ".json" else content.replace("\r", "\n").split("\n")
         prompts = [check_text(line.strip(), f"a prompt of {source!r}") for line in lines if line.strip()]
     except BadData as error:
         raise UserError(f"{where}: {str(error).removeprefix('data: ')}") from error

@@ -92,6 +92,9 @@ class Trainer:
         self._prompts = validation_prompts(config.sample)
         micro_batches(config, self.world.size)  # an error comes here, before the data are opened
         self.corpus = Corpus(config.data, with_paths=config.method.has_stored_paths)
+        if self.world.is_main:
+            for note in self.corpus.notes:
+                print(f"data, left out: {note}", flush=True)
         self.corpus.order(config.train.global_batch_size, config.run.seed)  # checks that partitions divide the batch
 
     def _build(self) -> None:

@@ -412,6 +412,10 @@ class TestOpening:
         assert [source.format for source in mixture] == expected
         assert [source.format for source in DataConfig(path=str(tmp_path / "images")).mixture()] == ["folder"]
 
+    def test_of_an_unfinished_job(self, tmp_path):
+        (tmp_path / ".job").mkdir()
+        assert guess_format(str(tmp_path)) == "webdataset"
+
 
 def write_tar(path: Path, members: Mapping[str, bytes], style: int, folders: Sequence[str] = ()) -> None:
     with tarfile.open(path, "w", format=style) as tar:

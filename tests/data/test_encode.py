@@ -1,5 +1,6 @@
 """`encode`: the cache has the output of the pipeline's own encoders, for any number of processes and restarts."""
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -14,13 +15,18 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image, ImageOps
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
-from data_tools.encode import EncodeConfig, encode
+from data_tools import encode as encode_module
+from data_tools.contact_sheet import write_contact_sheet
+from data_tools.encode import CUT, EncodeConfig, encode
+from data_tools.inspect import summarise
 from data_tools.job import Job, Made, PlannedShard, plan_shards, processes
+from recipes.cli import main
 from recipes.tiny import write_digits, write_pipeline
 from scfm_core.data.corpus import Corpus
 from scfm_core.data.folder import ImageFolder
+from scfm_core.data.image import ANIMATED, ENLARGED, TRANSPARENT
 from scfm_core.data.recipe import DataConfig, SourceConfig
 from scfm_core.data.schema import MANIFEST, Manifest, Record, collate
 from scfm_core.data.source import PADDING
@@ -854,3 +860,185 @@ class TestRefusals:
     def test_invalid_numbers(self, change):
         with pytest.raises(UserError, match=r"at least 1 and the text length in 1\.\.512"):
             EncodeConfig(**change)
+
+
+class TestNotFinite:
+    @pytest.fixture
+    def broken(self, images, monkeypatch) -> str:
+        """The VAE's latents of one image have an infinite value."""
+        encode_images = Autoencoder.encode
+        target = images_of(images).record(4).image
+
+        def encode(self: Autoencoder, batch: torch.Tensor) -> torch.Tensor:
+            latents = encode_images(self, batch)
+            for row, image in enumerate(batch):
+                if torch.equal(image, target):
+                    latents[row, 0, 1, 1] = float("inf")
+            return latents
+
+        monkeypatch.setattr(Autoencoder, "encode", encode)
+        return "0004.png"
+
+    def test_latents_stop_the_job_and_name_the_image(self, broken, images, tmp_path, family):
+        with pytest.raises(
+            UserError, match=rf"the latents of '{broken}' are not finite in torch.bfloat16. .*--dtype float32"
+        ):
+            run(images, tmp_path / "cache", family)
+        assert not (tmp_path / "cache" / MANIFEST).exists()
+
+    def test_latents_are_left_out_if_tolerated(self, broken, images, tmp_path, family):
+        manifest = run(images_of(images, max_bad_fraction=0.2), tmp_path / "cache", family)
+        assert manifest.samples == 5
+        assert f"the latents of '{broken}'" in (tmp_path / "cache" / "left_out.txt").read_text()
+        with pytest.raises(UserError, match=r"1 of 6 samples are invalid, data.max_bad_fraction tolerates 0\.1"):
+            run(images_of(images, max_bad_fraction=0.1), tmp_path / "other", family)
+
+    def test_embeddings(self, images, tmp_path, family, monkeypatch):
+        monkeypatch.setattr(TextEncoders, "encode", _with_nan(TextEncoders.encode))
+        with pytest.raises(UserError, match=r"the text and pooled of '0000.png' are not finite"):
+            run(images, tmp_path / "cache", family, keep_padding=True)
+
+
+def _with_nan(encode: Callable[..., Any]) -> Callable[..., Any]:
+    def changed(self: TextEncoders, captions: Sequence[str], guidance: float | None = None) -> Any:
+        cond = encode(self, captions, guidance)
+        cond.text[0, 0, 0] = cond.pooled[0, 0] = float("nan")
+        return cond
+
+    return changed
+
+
+class TestWithoutHardLinks:
+    """exFAT, SMB and mounted buckets have none."""
+
+    @pytest.fixture(autouse=True)
+    def none(self, monkeypatch) -> None:
+        def refuse(*_: Any, **__: Any) -> None:
+            raise PermissionError(1, "Operation not permitted")
+
+        monkeypatch.setattr(os, "link", refuse)
+        monkeypatch.setattr(os, "symlink", refuse)
+
+    def test_the_cache_is_the_same(self, digits, cache, tmp_path, family):
+        run(digits, tmp_path / "cache", family)
+        assert contents(tmp_path / "cache") == contents(cache)
+
+    def test_the_padding_of_the_first_process_counts(self, cache, digits, tmp_path, family):
+        """Another GPU may round differently: here the first one wrote zeros."""
+        other = save({"text": torch.zeros_like(load_file(cache / PADDING)["text"])})
+        (tmp_path / "cache").mkdir()
+        (tmp_path / "cache" / PADDING).write_bytes(other)
+        manifest = run(digits, tmp_path / "cache", family)
+        assert manifest.padding == hashlib.sha256(other).hexdigest()
+        assert (tmp_path / "cache" / PADDING).read_bytes() == other
+
+    @pytest.mark.parametrize("left", [b"", b"half"])
+    def test_a_padding_that_a_killed_process_left_is_replaced(self, cache, digits, tmp_path, family, monkeypatch, left):
+        monkeypatch.setattr(encode_module, "_PADDING_WAIT", 0.1)
+        (tmp_path / "cache").mkdir()
+        (tmp_path / "cache" / PADDING).write_bytes(left)
+        run(digits, tmp_path / "cache", family)
+        assert contents(tmp_path / "cache") == contents(cache)
+
+
+EXPECTED = {ENLARGED: 1, TRANSPARENT: 1, ANIMATED: 1, CUT: 1}
+
+
+class TestWhatIsSaid:
+    @pytest.fixture
+    def mixed(self, tmp_path) -> Path:
+        """Four images: a small one, a transparent one, two frames, one in order; and files that are left out."""
+        folder = tmp_path / "mixed"
+        folder.mkdir()
+        colours = [Image.new("RGB", (16, 16), colour) for colour in ("red", "green", "blue")]
+        colours[0].resize((15, 16)).save(folder / "small.png")
+        Image.new("RGBA", (16, 16), (255, 0, 0, 0)).save(folder / "clear.png")
+        colours[1].save(folder / "frames.gif", save_all=True, append_images=colours[2:])
+        colours[2].save(folder / "good.png")
+        for name in ("small", "clear", "frames", "good", "orphan"):
+            (folder / f"{name}.txt").write_text("a digit")
+        (folder / "good.txt").write_text("a handwritten digit " * 20)
+        (folder / "._good.png").write_bytes(b"x")
+        (folder / "photo.heic").write_bytes(b"x")
+        return folder
+
+    def test_changes_are_counted(self, mixed, tmp_path, family):
+        config = EncodeConfig(**{**OPTIONS, "batch_size": 1})
+        for _ in range(2):  # a finished job says the same
+            assert dict(encode(images_of(mixed), tmp_path / "cache", family, config).counts) == EXPECTED
+
+    def test_at_the_end_of_the_command(self, mixed, tmp_path, family, capsys):
+        words = [
+            "--model",
+            str(family.folder),
+            "--text-length",
+            str(LENGTH),
+            "--resolution",
+            "16",
+            "16",
+            "--device",
+            "cpu",
+        ]
+        assert main(["data", "encode", str(mixed), "-o", str(tmp_path / "cache"), *words]) == 0
+        said = capsys.readouterr()
+        for what in EXPECTED:
+            assert f"{what}: 1 of 4\n" in said.out
+        assert "left out: hidden names: 1, for example ._good.png\n" in said.out
+        assert "left out: .heic files: 1, for example photo.heic\n" in said.out
+        assert "left out: caption files without an image: 1, for example orphan.txt\n" in said.out
+        assert "4 samples in 1 shards" in said.out
+        assert "image 4/4" in said.err
+
+    def test_before_by_inspect(self, mixed, tmp_path, family, capsys):
+        words = ["--model", str(family.folder), "--text-length", str(LENGTH), "--resolution", "16", "16"]
+        assert main(["data", "inspect", str(mixed), *words]) == 0
+        said = capsys.readouterr().out
+        for what in (ENLARGED, TRANSPARENT, ANIMATED):
+            assert f"warning: {what}: 1 of the 4 images that were read\n" in said
+        assert f"warning: captions of more than {LENGTH} tokens, which are cut: 1 of 4 that were read\n" in said
+        assert "warning: left out: .heic files: 1, for example photo.heic\n" in said
+        assert (
+            main(
+                ["data", "inspect", str(mixed), "--resolution", "64", "32", "--buckets", "auto", "data.bucket_step=16"]
+            )
+            == 0
+        )
+        assert f"{ENLARGED}: 4 of the 4" in capsys.readouterr().out
+
+    def test_names_of_the_images_are_on_the_contact_sheet(self, mixed, tmp_path, family):
+        run(images_of(mixed), tmp_path / "cache", family)
+        corpus = open_cache(tmp_path / "cache")
+        page = write_contact_sheet(corpus, summarise(corpus), tmp_path / "x.html", decode=None).read_text()
+        assert all(f">{name}</p>" in page for name in ("small.png", "clear.png", "frames.gif", "good.png"))
+
+    def test_small_folders_have_several_shards(self, digits, tmp_path, family):
+        words = ["--model", str(family.folder), "--text-length", "8", "--resolution", "16", "16", "--batch-size", "2"]
+        assert main(["data", "encode", str(digits), "-o", str(tmp_path / "cache"), "--device", "cpu", *words]) == 0
+        assert [shard.samples for shard in read_manifest(tmp_path / "cache").shards] == [3] * 6 + [2]
+
+
+class TestBackground:
+    @pytest.fixture
+    def clear(self, tmp_path) -> Path:
+        (tmp_path / "images").mkdir()
+        Image.new("RGBA", (16, 16), (255, 0, 0, 0)).save(tmp_path / "images" / "a.png")
+        (tmp_path / "images" / "a.txt").write_text("a")
+        return tmp_path / "images"
+
+    def test_another_one_is_another_cache(self, clear, tmp_path, family):
+        white = run(clear, tmp_path / "white", family)
+        black = run(images_of(clear, background="#000000"), tmp_path / "black", family)
+        assert (white.background, black.background) == ("white", "#000000")
+        latents = [open_cache(tmp_path / name).record(0).latents for name in ("white", "black")]
+        assert not torch.equal(*latents)
+        with pytest.raises(
+            UserError, match="already holds a finished cache:\n  background: 'white' before, 'black' now"
+        ):
+            run(images_of(clear, background="black"), tmp_path / "white", family)
+
+    @pytest.mark.parametrize("value", ["purple", "#12345", "", "000000 "])
+    def test_an_unknown_one_is_refused(self, clear, value):
+        with pytest.raises(
+            ValueError, match=r"data\.background must be white, black or a colour such as '#808080', got"
+        ):
+            images_of(clear, background=value)

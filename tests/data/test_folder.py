@@ -11,7 +11,16 @@ import torch
 from PIL import Image, ImageCms
 
 from scfm_core.data.folder import ImageFolder
-from scfm_core.data.image import ANIMATED, ENLARGED, TRANSPARENT, image_size, load_image, load_picture, picture_notes
+from scfm_core.data.image import (
+    ANIMATED,
+    CROPPED,
+    ENLARGED,
+    TRANSPARENT,
+    image_size,
+    load_image,
+    load_picture,
+    picture_notes,
+)
 from scfm_core.data.schema import BadData
 from scfm_core.errors import UserError
 
@@ -242,7 +251,7 @@ class TestBadImages:
         [
             pytest.param(png(BLACK, width=20_000, height=20_000), id="DecompressionBombError"),
             pytest.param(png(png_chunk(b"IDAT", b"\x78\x9c"), b"\0\0\0\1????" + bytes(5)), id="SyntaxError"),
-            pytest.param(png(png_chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2 << 20))), BLACK), id="ValueError"),
+            pytest.param(png(png_chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(65 << 20))), BLACK), id="ValueError"),
         ],
     )
     def test_any_error_of_pil(self, tmp_path, content):
@@ -296,6 +305,20 @@ class TestPixels:
         assert to_pixels(picture.pixels)[0, 7].tolist() == list(shown)
         assert picture.notes == picture_notes(path, (4, 8), "a") == (TRANSPARENT,)
 
+    @pytest.mark.parametrize("stored", [(16, 28), (26, 16), (128, 16)])
+    def test_an_image_that_is_mostly_cut_off_is_noted(self, tmp_path, stored):
+        """16 x 26 in a square keeps 0.62 of the image, 16 x 28 only 0.57."""
+        path = write_image(tmp_path / "a.png", torch.zeros(*stored, dtype=torch.uint8))
+        notes = () if stored == (26, 16) else (CROPPED,)
+        assert load_picture(path, 16, 16).notes == picture_notes(path, (16, 16), "a") == notes
+
+    @pytest.mark.parametrize("kind", [b"zTXt", b"iTXt", b"iCCP"])
+    def test_the_workflow_in_a_png_may_be_large(self, kind):
+        """ComfyUI stores its workflow in each image; PIL's own limit is 1 MiB."""
+        head = {b"zTXt": b"workflow\0\0", b"iTXt": b"workflow\0\1\0\0\0", b"iCCP": b"icc\0\0"}[kind]
+        content = png(png_chunk(kind, head + zlib.compress(b"x" * (3 << 20))), BLACK)
+        assert load_image(content, 2, 2, name="x").max() == -1
+
     def test_opaque_alpha_is_not_transparent(self, tmp_path):
         path = write_image(tmp_path / "a.png", torch.full((4, 4, 4), 255, dtype=torch.uint8))
         assert load_picture(path, 4, 4).notes == picture_notes(path, (4, 4), "a") == ()
@@ -317,7 +340,7 @@ class TestPixels:
         assert picture.notes == ()
         torch.testing.assert_close(picture.pixels[:, 0, 0], torch.tensor([1.0, -1, -1]), atol=0.02, rtol=0)
 
-    @pytest.mark.parametrize(("stored", "is_small"), [((16, 16), False), ((15, 16), True), ((32, 8), True)])
+    @pytest.mark.parametrize(("stored", "is_small"), [((16, 16), False), ((15, 16), True), ((16, 12), True)])
     def test_an_image_that_is_enlarged_is_noted(self, tmp_path, stored, is_small):
         path = write_image(tmp_path / "a.png", torch.zeros(*stored, dtype=torch.uint8))
         notes = (ENLARGED,) if is_small else ()

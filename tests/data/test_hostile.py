@@ -295,7 +295,7 @@ class TestTarHeaders:
         out = io.BytesIO()
         with gzip.GzipFile(name, "wb", compresslevel=0, fileobj=out) as file:
             file.write(good_tar() + bytes(20_000))
-        with pytest.raises(BadData, match=r"x\.tar is no"):
+        with pytest.raises(BadData, match=r"x\.tar is compressed. Unpack it with `gunzip`"):
             self.read(tmp_path, out.getvalue())
 
     def test_a_zeroed_header_is_found_by_the_count(self, tmp_path: Path) -> None:

@@ -292,7 +292,7 @@ class TestFaults:
             for number in range(count):
                 tar.write(f"empty{number}", {"png": b"", "txt": b"x"}, (8, 8))
             tar.write("text", {"png": b"no image", "txt": b"x"}, (8, 8))
-            tar.write("gif", {"png": picture(8, 8, "GIF"), "txt": b"x"}, (8, 8))
+            tar.write("ico", {"png": picture(8, 8, "ICO"), "txt": b"x"}, (8, 8))
             tar.write("none", {"tiff": picture(8, 8), "txt": b"x"}, (8, 8))
 
     def test_all_are_listed_and_nothing_is_written(self, tmp_path):
@@ -313,7 +313,7 @@ class TestFaults:
             "002.tar is not a tar",
             "'empty0' of shard",
             "'text' of shard",
-            "'gif' of shard",
+            "'ico' of shard",
             "'none' of shard",
             " or image, but tiff, txt. Name the right field with `image:`",
         ):
