@@ -213,7 +213,12 @@ def encode_a_cache(recipe, tiny, tmp_path):
 
 def encode_over_a_cache(recipe, tiny, tmp_path):
     words = ["data", "encode", str(tiny / "digits"), "-o", str(tiny / "cache"), "--model", str(tiny / "flux")]
-    return [*words, "--resolution", "16", "16"], "cache already holds a finished cache; choose another folder"
+    return [
+        *words,
+        "--resolution",
+        "16",
+        "16",
+    ], "text_length: 8 before, 256 now\nStart with the same arguments, choose another folder"
 
 
 def override_without_data_prefix(recipe, tiny, tmp_path):
