@@ -185,7 +185,7 @@ class Matrix:
         with self._folder(command, on_small_disk=kind == "full disk") as folder:
             code = self._start(command, folder, kind, moment)
             kept = command.kept(folder)
-            again = None if code == 0 and command.result(folder) is not None else self._start(command, folder)
+            again = None if command.result(folder) == expected else self._start(command, folder)
             found = command.result(folder)
             left = ", ".join(
                 sorted(path.name for path in folder.rglob("*") if path.name.endswith(".tmp") or ".tmp." in path.name)
