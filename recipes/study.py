@@ -194,6 +194,8 @@ def _run_missing(study: Study, chosen: list[Run]) -> list[str]:
         print(f"[{number}/{len(chosen)}] {run.arm}, seed {run.seed}", flush=True)
         run.folder.mkdir(parents=True, exist_ok=True)
         with _locked(run.folder / ".study", wait=False) as is_locked:
+            if not is_locked:
+                print("another process works on this run", flush=True)
             if not is_locked or run.result is not None:
                 continue
             try:
@@ -246,6 +248,7 @@ def _outside_array() -> Iterator[None]:
 def _locked(path: Path, *, wait: bool) -> Iterator[bool]:
     """Lock a file; yields False if another process has the lock and `wait` is False."""
     with path.open("w") as lock:
+        os.register_at_fork(after_in_child=lock.close)  # a data worker runs some seconds longer than a killed process
         yield lock_file(lock, wait=wait) is not False
 
 

@@ -22,7 +22,7 @@ _DISK = {
     errno.EFBIG: ("File too large", "the file is larger than the system permits (`ulimit -f`)"),
     errno.EROFS: ("Read-only file system", "the file system is read-only"),
 }
-_PROBE_BYTES = 64 << 10
+_PROBE_BYTES = 4096
 
 
 def file_sha256(path: Path) -> str:

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import recipes.cli as cli
+from recipes import cli, ending
 from scfm_core.distributed.world import join_world
 from scfm_core.train.device import resolve_device
 
@@ -60,7 +60,7 @@ def test_who_leaves_without_the_interpreters_end(size, fails, leaves, monkeypatc
 
     monkeypatch.setenv("WORLD_SIZE", str(size))
     monkeypatch.setattr(cli, "main", lambda: fails)
-    monkeypatch.setattr(cli.os, "_exit", leave)
+    monkeypatch.setattr(ending.os, "_exit", leave)
     with pytest.raises(Left if leaves else SystemExit) as ended:
         cli.command()
     assert ended.value.args == (fails,)
@@ -73,7 +73,7 @@ def test_a_defect_on_one_of_several_ranks_is_printed_before_it_leaves(monkeypatc
     codes = []
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(cli, "main", defect)
-    monkeypatch.setattr(cli.os, "_exit", codes.append)
+    monkeypatch.setattr(ending.os, "_exit", codes.append)
     with pytest.raises(SystemExit):  # where the process would be gone
         cli.command()
     assert codes == [1] and "IndexError: a defect of ours" in capsys.readouterr().err
