@@ -14,6 +14,7 @@ from recipes.export import export
 from scfm_core.distributed.deepspeed_config import deepspeed_config
 from scfm_core.distributed.world import World, join_world
 from scfm_core.errors import UserError
+from scfm_core.files import written_whole
 from scfm_core.launched import launched_rank, launched_size, local_rank
 from scfm_core.models.protocol import ModelFamily
 from scfm_core.train.assemble import build_family, optimizer_config
@@ -137,7 +138,8 @@ def _record_config(run_dir: Path, config: RunConfig, *, may_replace: bool) -> di
         with contextlib.suppress(UserError):  # of a version whose keys no longer exist
             changed = changed_keys(to_plain(load_config(path, stored=True)), to_plain(config))
     if may_replace or not path.is_file():
-        path.write_text(dump_config(config))
+        with written_whole(path, "run.dir", "Make room, and run the same command again") as partial:
+            partial.write_text(dump_config(config))
     return changed
 
 

@@ -106,6 +106,15 @@ def _warn_no_locks(folder: Path, error: OSError) -> None:
         )
 
 
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a text file; also after a line that a killed process or a full disk has cut off."""
+    with path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else f"\n{line}"
+        file.write(f"{line}\n".encode())
+
+
 def disk_problem(error: BaseException) -> str | None:
     """The failure of a disk behind an error, as part of a sentence; None if it is another error."""
     text = str(error)

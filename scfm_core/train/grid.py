@@ -9,6 +9,7 @@ from torch import Tensor
 
 from scfm_core.distributed.engine import Engine
 from scfm_core.distributed.world import World
+from scfm_core.files import written_whole
 from scfm_core.models.encoders import Autoencoder
 from scfm_core.models.student import ShortcutModel
 from scfm_core.train.config import RunConfig
@@ -72,8 +73,8 @@ class Validation:
                 rows.append((f"{num_steps} step{'s' if num_steps > 1 else ''}", images))
         if is_main:
             if distances:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.with_suffix(".json").write_text(json.dumps({"mse_teacher": distances}) + "\n")
+                with written_whole(path.with_suffix(".json"), "run.dir", "Make room") as partial:
+                    partial.write_text(json.dumps({"mse_teacher": distances}) + "\n")
             save_grid(path, rows, self._prompts)
         return path
 
@@ -126,8 +127,8 @@ def save_grid(path: Path, rows: Sequence[tuple[str, Tensor]], columns: Sequence[
         for column, image in enumerate(to_uint8(images)):
             tile = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((cell_w, cell_h), Image.Resampling.BICUBIC)
             canvas.paste(tile, (left + column * (cell_w + gap), y))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.save(path)
+    with written_whole(path, "run.dir", "Make room") as partial:
+        canvas.save(partial)
 
 
 def _distinct_parts(prompts: Sequence[str]) -> list[str]:

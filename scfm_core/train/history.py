@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from scfm_core.errors import UserError
+from scfm_core.files import append_line
 from scfm_core.secrets import scrub
 
 HISTORY = "history.jsonl"
@@ -26,8 +27,7 @@ def write_event(run_dir: Path, event: str, **values: Any) -> None:
             "job": job,
             "requeued": int(count) if (count := os.environ.get("SLURM_RESTART_COUNT", "")).isdigit() else 0,
         }
-    with (run_dir / HISTORY).open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    append_line(run_dir / HISTORY, json.dumps(row))
 
 
 def read_history(run_dir: Path) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from scfm_core.distributed.world import World
+from scfm_core.files import append_line
 from scfm_core.train.config import RunConfig
 from scfm_core.train.history import read_metrics
 from scfm_core.train.parse import to_plain
@@ -46,8 +47,7 @@ class IncidentsFile:
 
     def write(self, incident: dict[str, Any]) -> None:
         """Append one incident, with the time."""
-        with self._path.open("a") as file:
-            file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **_finite(incident)}) + "\n")
+        append_line(self._path, json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **_finite(incident)}))
 
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from scfm_core.errors import UserError, missing_extra
+from scfm_core.files import written_whole
 from scfm_core.secrets import scrub
 from scfm_core.train.config import WandbConfig
 
@@ -113,7 +114,8 @@ def _identifier(run_dir: Path) -> str:
     given = os.environ.get("WANDB_RUN_ID")
     if not file.is_file():
         in_sweep = given and os.environ.get("WANDB_SWEEP_ID") and re.fullmatch(r"[\w-]+", given)
-        file.write_text(given if in_sweep and given else uuid.uuid4().hex)
+        with written_whole(file, "run.dir", "Make room") as partial:
+            partial.write_text(given if in_sweep and given else uuid.uuid4().hex)
     own = file.read_text().strip()
     if given and given != own:
         print(f"scfm: warning: WANDB_RUN_ID={given} is ignored: {file} has this run's id", file=sys.stderr)

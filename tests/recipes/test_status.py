@@ -72,6 +72,8 @@ class TestHistory:
         with (tmp_path / HISTORY).open("a") as file:
             file.write('{"event": "e')
         assert [row["event"] for row in read_history(tmp_path)] == ["start"]
+        write_event(tmp_path, "end", how="finished", step=1, reason=None)
+        assert [row["event"] for row in read_history(tmp_path)] == ["start", "end"], "it was glued to the cut line"
 
 
 class TestVerdict:
