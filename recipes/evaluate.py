@@ -108,8 +108,7 @@ def evaluate(run_dir: Path, overrides: list[str]) -> Result:
 def _write(
     run_dir: Path, config: RunConfig, result: Result, rows: list[tuple[str, Tensor]], prompts: list[str]
 ) -> None:
-    with written_whole(run_dir / "samples" / "evaluation.png", "RUN_DIR", _ADVICE) as path:
-        save_grid(path, rows, prompts[:GRID_COLUMNS])
+    save_grid(run_dir / "samples" / "evaluation.png", rows, prompts[:GRID_COLUMNS])
     for name, text in (
         ("evaluation.yaml", dump_config(with_absolute_paths(config))),
         ("evaluation.json", json.dumps(result, indent=2) + "\n"),

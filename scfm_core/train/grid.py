@@ -73,7 +73,9 @@ class Validation:
                 rows.append((f"{num_steps} step{'s' if num_steps > 1 else ''}", images))
         if is_main:
             if distances:
-                with written_whole(path.with_suffix(".json"), "run.dir", "Make room") as partial:
+                with written_whole(
+                    path.with_suffix(".json"), "the distances", "Make room, or choose another run.dir"
+                ) as partial:
                     partial.write_text(json.dumps({"mse_teacher": distances}) + "\n")
             save_grid(path, rows, self._prompts)
         return path
@@ -127,7 +129,7 @@ def save_grid(path: Path, rows: Sequence[tuple[str, Tensor]], columns: Sequence[
         for column, image in enumerate(to_uint8(images)):
             tile = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((cell_w, cell_h), Image.Resampling.BICUBIC)
             canvas.paste(tile, (left + column * (cell_w + gap), y))
-    with written_whole(path, "run.dir", "Make room") as partial:
+    with written_whole(path, "the picture", "Make room, or choose another run.dir") as partial:
         canvas.save(partial)
 
 

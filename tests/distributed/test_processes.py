@@ -316,7 +316,7 @@ def test_an_error_on_all_ranks_is_said_once(what, tiny, tmp_path):
     elif what == "model":
         tree["model"]["path"] = str(tmp_path / "nowhere")
     elif what == "batch":
-        tree["train"]["micro_batch_size"] = 8
+        tree["train"]["global_batch_size"] = 7
     else:
         tree["train"]["stepz"] = 3
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
