@@ -107,9 +107,8 @@ def open_corpus(source: str, overrides: list[str], **changes: Any) -> "Corpus":
 
     changes = {key: value for key, value in changes.items() if value is not None}
     config = load_data_config(source, overrides, changes)
-    has_sizes = any(word.startswith(("data.resolution=", "data.buckets=")) for word in overrides) or bool(
-        {"resolution", "buckets"} & changes.keys()
-    )
+    named = {word.partition("=")[0].removeprefix("data.") for word in overrides} | changes.keys()
+    has_sizes = bool(named & {"resolution", "buckets"})
     [first, *_] = config.mixture()
     if not source.endswith((".yaml", ".yml")) and not has_sizes and first.format != "folder":
         manifest = open_source(first, None, config.cache.timeout).manifest
@@ -339,6 +338,7 @@ def _validate(arguments: argparse.Namespace) -> int:
     problems = validate(
         corpus, decode=not arguments.no_decode, processes=arguments.processes, progress=_bar("validate")
     )
+    _print_left_out(corpus.notes)
     print(format_problems(problems) if problems else f"all {len(corpus)} samples are valid")
     return 1 if problems else 0
 
@@ -371,10 +371,16 @@ def _encode(arguments: argparse.Namespace) -> None:
     _report(result, arguments.output, corpus.notes)
 
 
+def _print_left_out(notes: Sequence[str]) -> None:
+    from data_tools.validate import printable
+
+    for note in notes:
+        print(printable(f"left out: {note}"))
+
+
 def _report(result: "Encoded", output: Path, notes: Sequence[str] = ()) -> None:
     """Print what a job has written, and what it left out or changed."""
     from data_tools.job import LEFT_OUT
-    from data_tools.validate import printable
 
     manifest = result.manifest
     if result.padding_error is not None:
@@ -385,8 +391,7 @@ def _report(result: "Encoded", output: Path, notes: Sequence[str] = ()) -> None:
     if manifest is None:
         print(f"this process is done; the last process writes the manifest of {output}")
         return
-    for note in notes:
-        print(printable(f"left out: {note}"))
+    _print_left_out(notes)
     for what, count in result.counts.items():
         print(f"{what}: {count} of {manifest.samples}")
     total = sum(shard.bytes for shard in manifest.shards)
@@ -395,4 +400,5 @@ def _report(result: "Encoded", output: Path, notes: Sequence[str] = ()) -> None:
         f"kB per sample), in {output}"
     )
     if (output / LEFT_OUT).is_file():
-        print(f"left out: {len((output / LEFT_OUT).read_text().splitlines())} samples, see {output / LEFT_OUT}")
+        lines = (output / LEFT_OUT).read_text(encoding="utf-8").count("\n")
+        print(f"left out: {lines} of {lines + manifest.samples} samples, see {output / LEFT_OUT}")
