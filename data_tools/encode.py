@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from data_tools.job import Job, Made, Progress, plan_shards
+from data_tools.job import LEFT_OUT, Job, Made, Progress, plan_shards
+from data_tools.validate import printable
 from scfm_core.data.corpus import Corpus
 from scfm_core.data.recipe import DataConfig
 from scfm_core.data.schema import BadData, Manifest, Record
@@ -279,3 +280,32 @@ def _make_batch(items: Sequence[int], corpus: Corpus, vae: Autoencoder, writer: 
         made.samples.append((f"{item:08d}", fields, size))  # not the file's name, which may have a dot or a slash
         made.counts += Counter([*record.notes, *[CUT] * is_cut])
     return made
+
+
+def format_result(result: Encoded, output: Path, notes: Sequence[str] = ()) -> str:
+    """What a job has written, what was changed, and what was left out, as text.
+
+    Args:
+        result: of the job.
+        output: its folder.
+        notes: what was left out of folders of images, one line for each kind.
+    """
+    manifest, lines = result.manifest, []
+    if result.padding_error is not None:
+        lines.append(
+            f"text padding is trimmed; the padding in its place differs from T5's by {result.padding_error:.1%} (--keep-padding "
+            f"stores T5's)"
+        )
+    if manifest is None:
+        return "\n".join([*lines, f"this process is done; the last process writes the manifest of {output}"])
+    lines += [printable(f"left out: {note}") for note in notes]
+    lines += [f"{what}: {count} of {manifest.samples}" for what, count in result.counts.items()]
+    total = sum(shard.bytes for shard in manifest.shards)
+    lines.append(
+        f"{manifest.samples} samples in {len(manifest.shards)} shards, {total / 1e6:,.1f} MB ({total / manifest.samples / 1e3:,.1f} "
+        f"kB per sample), in {output}"
+    )
+    if (output / LEFT_OUT).is_file():
+        left_out = (output / LEFT_OUT).read_text(encoding="utf-8").count("\n")
+        lines.append(f"left out: {left_out} of {left_out + manifest.samples} samples, see {output / LEFT_OUT}")
+    return "\n".join(lines)

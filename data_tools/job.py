@@ -6,12 +6,13 @@ batch. The process that finds all shards finished writes the manifest, and `job.
 the job is finished.
 """
 
+import contextlib
 import json
 import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -166,9 +167,10 @@ class Job:
         try:
             remaining = sum(len(shard.items) - self._started(shard)[1] for shard in mine)
             left_out: list[str] = []
-            for invalid in progress(self._work(mine, make, batch_size), remaining):
-                left_out += invalid
-                self._check_left_out(left_out, max_left_out, total)
+            with contextlib.closing(self._work(mine, make, batch_size)) as work:
+                for invalid in progress(work, remaining):
+                    left_out += invalid
+                    self._check_left_out(left_out, max_left_out, total)
             return self._finish(shards, draft, max_left_out)
         except OSError as error:
             raise UserError(
@@ -178,7 +180,7 @@ class Job:
 
     def _work(
         self, shards: Sequence[PlannedShard], make: Callable[[Sequence[int]], Made], batch_size: int
-    ) -> Iterator[list[str]]:
+    ) -> Generator[list[str]]:
         """Write the shards; yields once for each item: a list of the lines of those of its batch that are left out."""
         for shard in shards:
             before, done, so_far = self._started(shard)
@@ -249,8 +251,7 @@ class Job:
         self.counts = sum((Counter(note["counts"]) for note in notes), Counter())
         left_out = [line for note in notes for line in note["left_out"]]
         self._check_left_out(left_out, max_left_out, sum(len(shard.items) for shard in shards))
-        if left_out:
-            self._list_left_out(left_out)
+        self._list_left_out(left_out)
         manifest = Manifest(**{**draft.__dict__, "shards": tuple(entry for entry in entries if entry.samples)})
         parameters = _read_json(self.notes / _PARAMETERS)
         if parameters is not None:  # else another process has done the following already
@@ -272,6 +273,9 @@ class Job:
             )
 
     def _list_left_out(self, lines: list[str]) -> None:
+        if not lines:
+            (self.output / LEFT_OUT).unlink(missing_ok=True)  # of an earlier start, before the images were mended
+            return
         temporary = self.output / f"{LEFT_OUT}.{os.getpid()}.tmp"
         # The names of files may have bytes that are not UTF-8.
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="backslashreplace")

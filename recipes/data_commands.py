@@ -12,7 +12,7 @@ from scfm_core.files import check_writable
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from data_tools.encode import EncodeConfig, Encoded
+    from data_tools.encode import EncodeConfig
     from scfm_core.data.corpus import Corpus
 
 Command = Callable[..., argparse.ArgumentParser]
@@ -107,9 +107,8 @@ def open_corpus(source: str, overrides: list[str], **changes: Any) -> "Corpus":
 
     changes = {key: value for key, value in changes.items() if value is not None}
     config = load_data_config(source, overrides, changes)
-    has_sizes = any(word.startswith(("data.resolution=", "data.buckets=")) for word in overrides) or bool(
-        {"resolution", "buckets"} & changes.keys()
-    )
+    named = {word.partition("=")[0].removeprefix("data.") for word in overrides} | changes.keys()
+    has_sizes = bool(named & {"resolution", "buckets"})
     [first, *_] = config.mixture()
     if not source.endswith((".yaml", ".yml")) and not has_sizes and first.format != "folder":
         manifest = open_source(first, None, config.cache.timeout).manifest
@@ -155,6 +154,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
+    from data_tools.encode import format_result
     from data_tools.generate import SamplerConfig, generate
     from data_tools.job import processes
     from scfm_core.data.recipe import DataConfig
@@ -193,7 +193,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         world_size=world_size,
         progress=_bar("generate", unit="sample"),
     )
-    _report(result, arguments.output)
+    print(format_result(result, arguments.output))
 
 
 def _add_pack(parser: argparse.ArgumentParser) -> None:
@@ -208,7 +208,7 @@ def _add_pack(parser: argparse.ArgumentParser) -> None:
 
 
 def _pack(arguments: argparse.Namespace) -> None:
-    from data_tools.encode import Encoded
+    from data_tools.encode import Encoded, format_result
     from data_tools.pack import pack
 
     corpus = open_corpus(arguments.source, arguments.overrides)
@@ -221,7 +221,7 @@ def _pack(arguments: argparse.Namespace) -> None:
         compression=arguments.compression,
         progress=_bar("pack", unit="sample"),
     )
-    _report(Encoded(manifest, None, {}), arguments.output, corpus.notes)
+    print(format_result(Encoded(manifest, None, {}), arguments.output, corpus.notes))
 
 
 def _add_index(parser: argparse.ArgumentParser) -> None:
@@ -332,13 +332,15 @@ def _add_validate(parser: argparse.ArgumentParser) -> None:
 
 
 def _validate(arguments: argparse.Namespace) -> int:
-    from data_tools.validate import format_problems, validate
+    from data_tools.validate import format_problems, printable, validate
 
     # With 0 the corpus would not open if a shard is missing or truncated, and finding those is the purpose.
     corpus = open_corpus(arguments.source, arguments.overrides, max_bad_fraction=0.5)
     problems = validate(
         corpus, decode=not arguments.no_decode, processes=arguments.processes, progress=_bar("validate")
     )
+    for note in corpus.notes:
+        print(printable(f"left out: {note}"))
     print(format_problems(problems) if problems else f"all {len(corpus)} samples are valid")
     return 1 if problems else 0
 
@@ -351,7 +353,7 @@ def _add_encode(parser: argparse.ArgumentParser) -> None:
 
 
 def _encode(arguments: argparse.Namespace) -> None:
-    from data_tools.encode import encode
+    from data_tools.encode import encode, format_result
     from data_tools.job import processes
     from scfm_core.models.families import open_family
 
@@ -368,31 +370,4 @@ def _encode(arguments: argparse.Namespace) -> None:
         world_size=world_size,
         progress=_bar("encode", unit="image"),
     )
-    _report(result, arguments.output, corpus.notes)
-
-
-def _report(result: "Encoded", output: Path, notes: Sequence[str] = ()) -> None:
-    """Print what a job has written, and what it left out or changed."""
-    from data_tools.job import LEFT_OUT
-    from data_tools.validate import printable
-
-    manifest = result.manifest
-    if result.padding_error is not None:
-        print(
-            f"text padding is trimmed; the padding in its place differs from T5's by {result.padding_error:.1%} (--keep-padding "
-            f"stores T5's)"
-        )
-    if manifest is None:
-        print(f"this process is done; the last process writes the manifest of {output}")
-        return
-    for note in notes:
-        print(printable(f"left out: {note}"))
-    for what, count in result.counts.items():
-        print(f"{what}: {count} of {manifest.samples}")
-    total = sum(shard.bytes for shard in manifest.shards)
-    print(
-        f"{manifest.samples} samples in {len(manifest.shards)} shards, {total / 1e6:,.1f} MB ({total / manifest.samples / 1e3:,.1f} "
-        f"kB per sample), in {output}"
-    )
-    if (output / LEFT_OUT).is_file():
-        print(f"left out: {len((output / LEFT_OUT).read_text().splitlines())} samples, see {output / LEFT_OUT}")
+    print(format_result(result, arguments.output, corpus.notes))

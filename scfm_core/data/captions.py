@@ -229,7 +229,7 @@ def _json_rows(text: str) -> Iterator[tuple[int, dict[str, object]]]:
         if line.strip():
             try:
                 yield number, json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:  # ValueError also for a number of 5000 digits
                 raise _NotARow(number, repr(error)) from error
 
 

@@ -229,18 +229,9 @@ def _pil() -> tuple[Any, Any, tuple[type[BaseException], ...]]:
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = _MAX_TEXT
     # Above 179 megapixels it is an error. Below, a warning in each process would be noise.
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-    of_content = (
-        OSError,
-        ValueError,
-        SyntaxError,
-        EOFError,
-        KeyError,
-        TypeError,
-        IndexError,
-        OverflowError,
-        struct.error,
-    )
-    return Image, UnidentifiedImageError, (*of_content, Image.DecompressionBombError)
+    # The decoder of AVIF raises RuntimeError.
+    of_file = (OSError, EOFError, SyntaxError, ValueError, OverflowError, struct.error, Image.DecompressionBombError)
+    return Image, UnidentifiedImageError, (*of_file, KeyError, TypeError, IndexError, RuntimeError)
 
 
 def _known_content(source: Path | bytes) -> str | None:

@@ -76,4 +76,8 @@ def shown_name(name: str) -> str:
 
     Linux allows any bytes in a name, and archives from Windows bring Latin-1. Python represents them by lone surrogates.
     """
-    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+    try:
+        content = name.encode(errors="surrogateescape")
+    except UnicodeEncodeError:  # not from the file system, but from JSON
+        content = name.encode(errors="backslashreplace")
+    return content.decode(errors="backslashreplace")

@@ -667,6 +667,19 @@ class TestJob:
         assert not (tmp_path / "two" / MANIFEST).exists()
         assert job(tmp_path / "two", shards, some, max_left_out=0.4).samples == 4
 
+    def test_no_list_remains_once_all_are_mended(self, tmp_path):
+        shards, valid = plan_shards([list(range(4))], 2), [False]
+
+        def some(items: Sequence[int]) -> Made:
+            return make(items) if valid[0] else Made(left_out=["data: invalid"])
+
+        with pytest.raises(UserError, match="samples are invalid"):
+            job(tmp_path, shards, some, mark=lambda items: str(valid))
+        assert (tmp_path / "left_out.txt").exists()
+        valid[0] = True
+        assert job(tmp_path, shards, some, mark=lambda items: str(valid)).samples == 4
+        assert not (tmp_path / "left_out.txt").exists()
+
     def test_goes_on_after_the_last_complete_batch(self, tmp_path):
         """Ended in the third batch of five: of the shard of eight the first four samples are kept."""
         shards, made = plan_shards([list(range(9))], 8), []
@@ -799,7 +812,9 @@ class TestBadImages:
         assert [f"000{number}.png" in line for line, number in zip(lines, (1, 4), strict=True)] == [True, True]
 
     def test_stop_the_job_if_not_tolerated(self, with_bad_images, tmp_path, family):
-        with pytest.raises(UserError, match=r"0001\.png is not a readable image"):
+        with pytest.raises(
+            UserError, match=r"0001\.png is not a readable image.*data\.max_bad_fraction=0\.01; what is encoded is kept"
+        ):
             run(with_bad_images, tmp_path / "cache", family)
 
     def test_no_list_if_all_are_valid(self, cache):

@@ -240,11 +240,21 @@ class TestBadImages:
             load_image(tmp_path / "a.tiff", 8, 8)
 
     @pytest.mark.parametrize("kept", [0.1, 0.5, 0.9])
-    @pytest.mark.parametrize("name", ["bad.png", "bad.jpg"])
+    @pytest.mark.parametrize(
+        "name", ["bad.png", "bad.jpg", "bad.webp", "bad.bmp", "bad.gif", "bad.tiff", "bad.avif", "bad.jp2"]
+    )
     def test_truncated(self, tmp_path, name, kept):
         noise = torch.randint(256, (64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         content = write_image(tmp_path / name, noise).read_bytes()
         self.refused(tmp_path, content[: int(kept * len(content))], name)
+
+    def test_damaged_avif(self, tmp_path):
+        """Its decoder raises RuntimeError."""
+        content = bytearray(write_image(tmp_path / "a.avif", torch.zeros(16, 16, 3, dtype=torch.uint8)).read_bytes())
+        begin = content.index(b"mdat") + 4
+        content[begin : begin + 20] = bytes(20)
+        (tmp_path / "a.avif").unlink()
+        self.refused(tmp_path, bytes(content), "bad.avif")
 
     @pytest.mark.parametrize(
         "content",

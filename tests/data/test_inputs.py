@@ -234,6 +234,14 @@ class TestMetadata:
             == f"rows of metadata without an image: 3, for example '{name}'{near}"
         )
 
+    @pytest.mark.parametrize("name", ["", "/", ".", "..", "half \\ud83d.png", "a\\u0000b", "C:"])
+    def test_a_name_that_is_none_is_a_row_without_an_image(self, tmp_path, name):
+        pair(tmp_path / "x.png")
+        listed(tmp_path, f'{{"file_name": "{name}", "text": "one"}}')
+        [note] = ImageFolder(tmp_path).notes
+        assert note.startswith("rows of metadata without an image: 1, for example ")
+        note.encode()
+
     def test_two_rows_for_one_image(self, tmp_path):
         image(tmp_path / "x.png")
         listed(tmp_path, row("x.png"), row("./x.png"))
@@ -268,6 +276,8 @@ class TestMetadata:
             ("metadata.csv", "file_name,text\nx.png\n", "line 2 of .*metadata.csv is not .*both must be strings"),
             ("metadata.jsonl", '[\n{"file_name": "x.png", "text": "one"}\n]', "line 1 of .*metadata.jsonl is not"),
             ("metadata.jsonl", '{"file_name": "x.png", "text": "on', "line 1 of .*metadata.jsonl is not .*JSONDecodeError"),
+            ("metadata.jsonl", '{"file_name": "x.png", "text": ' + "1" * 5000 + "}", "line 1 of .*metadata.jsonl is not .*ValueError"),
+            ("metadata.jsonl", "[" * 100_000, "line 1 of .*metadata.jsonl is not .*RecursionError"),
             ("metadata.jsonl", "\0" * 50, "metadata.jsonl has only NUL characters"),
         ],
     )  # fmt: skip

@@ -276,7 +276,7 @@ class TestImages:
             assert "not a readable image" in reasons[f"{int(key) // 4}.tar", key]
         assert reasons["1.tar", "05"] == "has no caption in txt, but png"
         assert reasons["1.tar", "06"].startswith("the caption txt is not UTF-8 text")
-        assert re.fullmatch("has no jpg or .* or image, but tiff, txt", reasons["1.tar", "07"])
+        assert re.fullmatch("has no jpg or .* or image, but tiff, txt. Name the right field.*", reasons["1.tar", "07"])
         lighter = found(validate(open_(folder), decode=False))
         assert sorted(key for _, key in lighter if key) == ["05", "06", "07"]
 
