@@ -233,7 +233,7 @@ class Job:
 
     def _write(self, path: Path, content: Any, *, flush: bool = True) -> None:
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(content))
+        temporary.write_text(json.dumps(content), encoding="utf-8")
         if flush:
             fsync_path(temporary)
         temporary.replace(path)

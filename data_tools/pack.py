@@ -71,7 +71,7 @@ def pack(
             _write_mds(samples, unfinished, draft, list(_sample(*corpus.raw(0))[1]), shard_bytes, compression)
         if padding is not None:
             (unfinished / PADDING).write_bytes(padding)
-        manifest = Manifest.parse((unfinished / MANIFEST).read_text(), str(unfinished / MANIFEST))
+        manifest = Manifest.parse((unfinished / MANIFEST).read_text(encoding="utf-8"), str(unfinished / MANIFEST))
         unfinished.rename(output)
     except OSError as error:
         raise UserError(f"packing into {output} failed: {error}. Fix this and run again") from error

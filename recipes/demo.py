@@ -184,11 +184,11 @@ def make_assets(root: Path, vae_steps: int | None, size: int = SIZE) -> int:
             shutil.rmtree(root / name, ignore_errors=True)
         write_digits(root / "digits", size=size)
         write_digits(root / "digits_10", count=10, size=size)
-        (root / "prompts.txt").write_text("".join(f"{caption(digit)}\n" for digit in range(10)))
+        (root / "prompts.txt").write_text("".join(f"{caption(digit)}\n" for digit in range(10)), encoding="utf-8")
         write_pipeline(root / "tiny_flux", vae_steps=vae_steps)
         accuracy = write_classifier(root / "classifier")
         print(f"the classifier reads {accuracy:.1%} of held-out digits")
-        (root / "classifier.json").write_text(json.dumps({"accuracy": accuracy}) + "\n")
+        (root / "classifier.json").write_text(json.dumps({"accuracy": accuracy}) + "\n", encoding="utf-8")
     for name in ("digits", "digits_10"):
         if not (root / f"{name}_cache" / "manifest.json").is_file():
             code = _scfm(
@@ -226,7 +226,9 @@ def _evaluate(run_dir: Path, *overrides: str) -> int:
 
     before = run_dir / "evaluation.yaml"
     is_there = before.is_file() and (run_dir / "evaluation.json").is_file()
-    if is_there and before.read_text() == dump_config(with_absolute_paths(open_run(run_dir, list(overrides)))):
+    if is_there and before.read_text(encoding="utf-8") == dump_config(
+        with_absolute_paths(open_run(run_dir, list(overrides)))
+    ):
         return 0
     return _scfm("evaluate", run_dir, *overrides)
 
@@ -274,7 +276,7 @@ def _work(pipe: Connection) -> None:
     with contextlib.suppress(EOFError, OSError):  # the demo was killed
         while True:
             part, log = pipe.recv()
-            with log.open("a") as file:
+            with log.open("a", encoding="utf-8") as file:
                 os.dup2(file.fileno(), sys.stdout.fileno())
                 os.dup2(file.fileno(), sys.stderr.fileno())
             torch.set_num_threads(part.threads)
@@ -349,12 +351,12 @@ def run_parts(parts: list[Part], logs: Path, lanes: int) -> int:
 def _failure(part: Part, log: Path, code: int) -> str:
     if code > 128:
         return "stopped; the same command continues from here"
-    lines = log.read_text(errors="replace").splitlines()[-15:] if log.is_file() else []
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:] if log.is_file() else []
     return "\n".join([f"this part failed: {part.about}. The end of {log}:", *(f"    {line}" for line in lines)])
 
 
 def _summary(root: Path) -> None:
-    results = [json.loads((root / run / "evaluation.json").read_text()) for run in _RUNS]
+    results = [json.loads((root / run / "evaluation.json").read_text(encoding="utf-8")) for run in _RUNS]
     values = [results[0]["base"], *(result["student"] for result in results)]
     print("\nFrechet distance to the teacher's own 32-step samples")
     print(f"{'steps':>8}" + "".join(f"{title:>16}" for title in ("undistilled", *_RUNS.values())))

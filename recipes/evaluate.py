@@ -114,7 +114,7 @@ def _write(
         ("evaluation.json", json.dumps(result, indent=2) + "\n"),
     ):
         with written_whole(run_dir / name, "RUN_DIR", _ADVICE) as path:
-            path.write_text(text)
+            path.write_text(text, encoding="utf-8")
 
 
 class Evaluator:
@@ -141,7 +141,12 @@ class Evaluator:
         self.folder = run_dir / ".evaluation"
         """Of an evaluation that has not ended."""
         weights = newest_complete(run_dir)
-        known = [dump_config(config), corpus.fingerprint, self.prompts, weights and (weights / MANIFEST).read_text()]
+        known = [
+            dump_config(config),
+            corpus.fingerprint,
+            self.prompts,
+            weights and (weights / MANIFEST).read_text(encoding="utf-8"),
+        ]
         self.key = hashlib.sha256(json.dumps(known).encode()).hexdigest()
         """A hash of everything that the figures depend on."""
         self.vae = Autoencoder(self.model.family, dtype, self.device)

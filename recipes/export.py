@@ -68,7 +68,7 @@ def _export_adapter(run_dir: Path, config: RunConfig, checkpoint: Checkpoint, fa
     partial = (folder / ADAPTER_FILE).with_suffix(".tmp")
     with saving(folder, "the export", _ADVICE, partial, *([] if any(folder.iterdir()) else [folder])):
         save_adapter(folder, checkpoint.reader.group(config.sample.weights), scale, adapter_metadata(config, family))
-        (folder / "README.md").write_text(adapter_card(config, family))
+        (folder / "README.md").write_text(adapter_card(config, family), encoding="utf-8")
     return folder
 
 

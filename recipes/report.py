@@ -44,12 +44,12 @@ class _Run:
             raise UserError(f"{folder} is not a run: it has no config.yaml")
         self.folder = folder
         self.name = folder.name
-        self.config = (folder / "config.yaml").read_text()
+        self.config = (folder / "config.yaml").read_text(encoding="utf-8")
         self.metrics = read_metrics(folder / "metrics.jsonl")
         if not self.metrics:
             raise UserError(f"{folder} has no metrics yet; train first")
         path = folder / "evaluation.json"
-        self.evaluation: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+        self.evaluation: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         self.grids = sorted((folder / "samples").glob(f"step_{'[0-9]' * 8}.png"))
 
 
@@ -210,7 +210,11 @@ def _validation_plot(runs: list[_Run]) -> bytes:
         figure, axes = plt.subplots(figsize=(8, 3.6))
         for run in runs:
             files = [path.with_suffix(".json") for path in run.grids]
-            found = {int(f.stem.split("_")[1]): json.loads(f.read_text())["mse_teacher"] for f in files if f.is_file()}
+            found = {
+                int(f.stem.split("_")[1]): json.loads(f.read_text(encoding="utf-8"))["mse_teacher"]
+                for f in files
+                if f.is_file()
+            }
             for steps in next(iter(found.values()), {}):
                 known = {step: distances[steps] for step, distances in found.items() if steps in distances}
                 axes.plot(

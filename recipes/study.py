@@ -85,7 +85,7 @@ class Run:
     def result(self) -> dict[str, Any] | None:
         """Its evaluation; None until it is done."""
         path = self.folder / "evaluation.json"
-        return json.loads(path.read_text()) if path.is_file() else None
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def load_study(path: str) -> Study:
@@ -247,7 +247,7 @@ def _outside_array() -> Iterator[None]:
 @contextlib.contextmanager
 def _locked(path: Path, *, wait: bool) -> Iterator[bool]:
     """Lock a file; yields False if another process has the lock and `wait` is False."""
-    with path.open("w") as lock:
+    with path.open("w", encoding="utf-8") as lock:
         os.register_at_fork(after_in_child=lock.close)  # a data worker runs some seconds longer than a killed process
         yield lock_file(lock, wait=wait) is not False
 

@@ -38,7 +38,7 @@ def write_digits(folder: Path, count: int | None = None, size: int = SIZE) -> No
         name = f"{number:04d}.png"
         image.resize((size, size), Image.Resampling.BICUBIC).save(folder / name)
         rows.append(json.dumps({"file_name": name, "text": caption(int(label))}))
-    (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n")
+    (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
 def load_digit_images() -> tuple[Tensor, Tensor]:
@@ -153,8 +153,10 @@ def _clip(folder: Path, *, projected: bool = False):  # type: ignore[no-untyped-
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     files = folder / "tokenizer"
     files.mkdir(parents=True, exist_ok=True)
-    (files / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
-    (files / "merges.txt").write_text("#version: 0.2\n")
+    (files / "vocab.json").write_text(
+        json.dumps({token: number for number, token in enumerate(tokens)}), encoding="utf-8"
+    )
+    (files / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
     tokenizer = CLIPTokenizer(str(files / "vocab.json"), str(files / "merges.txt"), model_max_length=77)
     config = CLIPTextConfig(
         vocab_size=len(tokens),

@@ -139,7 +139,7 @@ def _record_config(run_dir: Path, config: RunConfig, *, may_replace: bool) -> di
             changed = changed_keys(to_plain(load_config(path, stored=True)), to_plain(config))
     if may_replace or not path.is_file():
         with written_whole(path, "run.dir", "Make room, and run the same command again") as partial:
-            partial.write_text(dump_config(config))
+            partial.write_text(dump_config(config), encoding="utf-8")
     return changed
 
 

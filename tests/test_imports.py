@@ -259,6 +259,30 @@ def test_too_long_files_and_functions_are_found():
     assert too_long("def f():\n" + "    pass\n" * 59, "a.py") == []
 
 
+def without_encoding(source: str, name: str) -> list[str]:
+    """Text files that are read or written in the encoding of the locale, which on a cluster may be ASCII."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+            continue
+        is_text = node.func.attr in ("read_text", "write_text")
+        if node.func.attr == "open":
+            mode = node.args[0] if node.args else ast.Constant("r")
+            is_text = isinstance(mode, ast.Constant) and mode.value in ("r", "w", "a", "x", "r+", "w+", "a+")
+        if is_text and not any(keyword.arg in ("encoding", "mode") for keyword in node.keywords):
+            found.append(f"{name}:{node.lineno}")
+    return found
+
+
+def test_every_text_file_has_the_encoding_that_the_code_names():
+    paths = sorted(path for package in OURS for path in (ROOT / package).rglob("*.py"))
+    assert [line for path in paths for line in without_encoding(path.read_text(), str(path.relative_to(ROOT)))] == []
+    assert without_encoding("p.open()\np.open('rb')\np.read_text(encoding='utf-8')\np.write_text('x')", "a") == [
+        "a:1",
+        "a:4",
+    ]
+
+
 def test_the_five_files_of_a_step_stay_short():
     text = (ROOT / "CONTRIBUTING.md").read_text().partition("## A step in five files")[2].partition("\n## ")[0]
     files = re.findall(r"^\d\. `(\S+\.py)`", text, flags=re.MULTILINE)

@@ -168,7 +168,7 @@ class ShardCache:
                 f"data.cache.limit_gb: {uri} alone has {size / 1e9:.3g} GB, the limit is {self.limit / 1e9:.3g} GB. "
                 f"Raise the limit"
             )
-        with (self.folder / ".room").open("w") as lock:
+        with (self.folder / ".room").open("w", encoding="utf-8") as lock:
             lock_file(lock, wait=True)
             copies, total = [], size
             for path in self.folder.iterdir():

@@ -96,6 +96,6 @@ class OpenShards:
 def _is_alive(process: int) -> bool:
     try:
         # The third field of `stat`. A killed child is a zombie (Z) until its parent waits for it.
-        return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][:1] != "Z"
+        return Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(") ")[2][:1] != "Z"
     except OSError:
         return False

@@ -202,7 +202,7 @@ def _cache_file() -> Path:
 
 def _read(path: Path) -> dict[str, dict]:
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
         return {key: entry for key, entry in found.items() if entry["backend"] in BACKENDS and entry["milliseconds"]}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}  # a missing or damaged file: measure again
@@ -213,7 +213,7 @@ def _write(path: Path, measured: dict[str, dict]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(measured, indent=1, sort_keys=True) + "\n")
+        temporary.write_text(json.dumps(measured, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         temporary.replace(path)
     except OSError:
         return  # without a cache, every start measures again, which takes a second

@@ -33,7 +33,7 @@ def open_family(path: str, *, offline: bool = False) -> ModelFamily:
         )
     folder = resolve_folder(path)
     try:
-        found = json.loads((folder / "model_index.json").read_text())["_class_name"]
+        found = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"model.path: {folder / 'model_index.json'} is not in diffusers' format ({error}); download it again"

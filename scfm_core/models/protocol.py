@@ -91,7 +91,10 @@ class ModelFamily(ABC):
             self.in_pixels = False
             return
         self.network_config = component_config(folder, "transformer")
-        self.in_pixels = json.loads((folder / "model_index.json").read_text()).get("vae") == [None, None]
+        self.in_pixels = json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("vae") == [
+            None,
+            None,
+        ]
         """Whether the latents are pixels: the pipeline was saved without a VAE."""
         channels = self.network_config["in_channels"] // self.in_channels_per_latent
         pixels = {"block_out_channels": (1,), "latent_channels": channels}

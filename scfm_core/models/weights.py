@@ -67,7 +67,7 @@ def component_config(folder: Path, component: str) -> dict[str, Any]:
     """
     path = folder / component / "config.json"
     try:
-        config: dict[str, Any] = json.loads(path.read_text())
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"model.path: {path} is missing; {folder} is not a complete pipeline") from None
     except json.JSONDecodeError as error:
@@ -172,7 +172,7 @@ def save_pipeline(
         )
     if has_learned_guidance:
         (temporary / GUIDANCE_MARK).write_text(
-            "Guidance was distilled into these weights: sample with guidance_scale=1.\n"
+            "Guidance was distilled into these weights: sample with guidance_scale=1.\n", encoding="utf-8"
         )
     temporary.rename(target)
 
@@ -206,4 +206,4 @@ def _save_sharded(folder: Path, weights: Iterable[tuple[str, Tensor]], shard_byt
         index |= dict.fromkeys(sizes, final)
     total = sum(sum(sizes.values()) for _, sizes in shards)
     listing = {"metadata": {"total_size": total}, "weight_map": index}
-    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(listing, indent=2))
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(listing, indent=2), encoding="utf-8")

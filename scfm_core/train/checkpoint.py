@@ -120,7 +120,7 @@ class CheckpointWriter:
             written()
         with self._failing_together(partial):
             if world.is_main:
-                (partial / "state.json").write_text(json.dumps(state, indent=2))
+                (partial / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
         files: dict[str, dict[str, Any]] = {}
         with self._failing_together(partial):
             for path in _files(partial)[world.rank :: world.size]:
@@ -134,7 +134,7 @@ class CheckpointWriter:
                 self._commit(partial, final, {"format": FORMAT, "step": state["step"], "files": merged})
 
     def _commit(self, partial: Path, final: Path, manifest: Mapping[str, Any]) -> None:
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2))
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
         for path in (partial / MANIFEST, *[p for p in partial.rglob("*") if p.is_dir()], partial):
             fsync_path(path)
         replaced = final.with_name(f".{final.name}.old.tmp")
@@ -297,7 +297,7 @@ def load_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
 def set_latest(checkpoint: Path) -> None:
     """Write the name of this complete checkpoint to `checkpoints/latest`."""
     pointer = checkpoint.with_name(f".{LATEST}.tmp")
-    pointer.write_text(checkpoint.name)
+    pointer.write_text(checkpoint.name, encoding="utf-8")
     fsync_path(pointer)
     pointer.replace(checkpoint.with_name(LATEST))
     fsync_path(checkpoint.parent)

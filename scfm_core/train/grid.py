@@ -76,7 +76,7 @@ class Validation:
                 with written_whole(
                     path.with_suffix(".json"), "the distances", "Make room, or choose another run.dir"
                 ) as partial:
-                    partial.write_text(json.dumps({"mse_teacher": distances}) + "\n")
+                    partial.write_text(json.dumps({"mse_teacher": distances}) + "\n", encoding="utf-8")
             save_grid(path, rows, self._prompts)
         return path
 

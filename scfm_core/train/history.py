@@ -34,7 +34,7 @@ def read_history(run_dir: Path) -> list[dict[str, Any]]:
     """All events, oldest first; an incomplete line, left by a killed process, is ignored."""
     rows = []
     with contextlib.suppress(FileNotFoundError):
-        for line in (run_dir / HISTORY).read_text(errors="replace").splitlines():
+        for line in (run_dir / HISTORY).read_text(errors="replace", encoding="utf-8").splitlines():
             with contextlib.suppress(json.JSONDecodeError):
                 rows.append(json.loads(line))
     return [row for row in rows if isinstance(row, dict) and "event" in row]

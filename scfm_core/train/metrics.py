@@ -26,9 +26,9 @@ class MetricsFile:
     def __init__(self, path: Path, step: int) -> None:
         kept = [row for row in read_metrics(path) if row["step"] <= step]
         temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         temporary.replace(path)
-        self._file = path.open("a", buffering=1)
+        self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, row: dict[str, Any]) -> None:
         """Append `row`; it reaches the operating system before this returns. Numbers that are not finite become null."""
@@ -153,7 +153,7 @@ class RunLog:
         if self._world.is_main:
             self._wandb.image("samples", path, step)
             if (file := path.with_suffix(".json")).is_file():
-                distances = json.loads(file.read_text())["mse_teacher"]
+                distances = json.loads(file.read_text(encoding="utf-8"))["mse_teacher"]
                 self._wandb.log(
                     {"step": step, **{f"validation/mse_teacher_{n}": value for n, value in distances.items()}}
                 )

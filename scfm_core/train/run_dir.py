@@ -90,7 +90,7 @@ def locked(run_dir: Path) -> Iterator[None]:
     Raises:
         UserError: if another process has the lock.
     """
-    with (run_dir / ".lock").open("a") as lock:
+    with (run_dir / ".lock").open("a", encoding="utf-8") as lock:
         os.register_at_fork(after_in_child=lock.close)  # a data worker runs some seconds longer than a killed rank
         for left in reversed(range(_TRIES)):
             if lock_file(lock) is not False:

@@ -115,8 +115,8 @@ def _identifier(run_dir: Path) -> str:
     if not file.is_file():
         in_sweep = given and os.environ.get("WANDB_SWEEP_ID") and re.fullmatch(r"[\w-]+", given)
         with written_whole(file, "run.dir", "Make room") as partial:
-            partial.write_text(given if in_sweep and given else uuid.uuid4().hex)
-    own = file.read_text().strip()
+            partial.write_text(given if in_sweep and given else uuid.uuid4().hex, encoding="utf-8")
+    own = file.read_text(encoding="utf-8").strip()
     if given and given != own:
         print(f"scfm: warning: WANDB_RUN_ID={given} is ignored: {file} has this run's id", file=sys.stderr)
     return own
