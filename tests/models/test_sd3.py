@@ -68,7 +68,10 @@ def images_of(pipe, scale):
 def sampled(run_dir, output):
     words = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
     assert main(["sample", str(run_dir), *words, "--seed", "77", "--steps", "3", "--output", str(output)]) == 0
-    return [np.asarray(Image.open(path), dtype=int) for path in sorted(output.glob("*.png"))]
+    return [
+        np.asarray(Image.open(path), dtype=int)
+        for path in sorted(output.glob("*.png"), key=lambda path: path.stem.rpartition("_seed")[2])
+    ]
 
 
 def worst(left, right):

@@ -148,13 +148,13 @@ def test_a_full_disk_does_not_empty_the_configuration_of_a_run(run_dir, monkeypa
     """It would end every later start: the run could not be resumed."""
     before = (run_dir / "config.yaml").read_text()
 
-    def full(path: Path, text: str, *_: object) -> None:
+    def full(path: Path, text: str, **_: object) -> None:
         path.open("w").close()
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     (run_dir / "metrics.jsonl").unlink()
     (run_dir.parent / "recipe.yaml").write_text(before)
     monkeypatch.setattr(Path, "write_text", full)
-    assert main(["train", str(run_dir.parent / "recipe.yaml")]) == 2
+    assert main(["train", str(run_dir.parent / "recipe.yaml"), "train.steps=9"]) == 2
     assert "the disk is full" in capsys.readouterr().err
     assert (run_dir / "config.yaml").read_text() == before

@@ -37,7 +37,10 @@ def train(config):
 def our_images(run_dir, output, *words):
     prompts = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
     assert main(["sample", str(run_dir), *prompts, "--output", str(output), "--seed", "77", *words]) == 0
-    return [np.asarray(Image.open(path), dtype=int) for path in sorted(output.glob("*.png"))]
+    return [
+        np.asarray(Image.open(path), dtype=int)
+        for path in sorted(output.glob("*.png"), key=lambda path: path.stem.rpartition("_seed")[2])
+    ]
 
 
 def diffusers_images(pipe, steps):
