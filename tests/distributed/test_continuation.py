@@ -174,6 +174,12 @@ def test_convert_keeps_every_bit(source, kind, stage, ranks, tiny, tmp_path_fact
     left, right = tensors(tmp_path / "new"), tensors(run_dir)
     assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
     assert f"{'ZeRO-' + str(stage) if kind == 'zero' else 'fsdp2'} on {ranks}" in inspect(tmp_path / "new")
+    if kind == "zero":  # the names that DeepSpeed looks for
+        whole, parts = (
+            "mp_rank_00_model_states.pt",
+            [f"zero_pp_rank_{r}_mp_rank_00_model_states.pt" for r in range(ranks)],
+        )
+        assert sorted(path.name for path in made.rglob("*_model_states.pt")) == (parts if stage == 3 else [whole])
     # And a run resumes from it, on yet another engine.
     tree |= {"run": {**tree["run"], "dir": str(tmp_path / "new")}, "engine": {}}
     tree["train"] |= {"steps": 3, "micro_batch_size": 8}

@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from recipes import cli, ending
 from scfm_core.distributed.world import join_world
+from scfm_core.errors import UserError
 from scfm_core.train.device import resolve_device
 
 
@@ -89,3 +90,17 @@ def test_a_gpu_has_an_index(name, index, monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     assert resolve_device(name) == torch.device("cuda", index)
     assert chosen == [torch.device("cuda", index)]
+
+
+def test_each_process_of_a_machine_takes_its_own_gpu(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert resolve_device("auto") == torch.device("cuda", 1)
+    with pytest.raises(UserError, match=r"run.device=cuda:1 names one GPU, but the launcher started 2 processes"):
+        resolve_device("cuda:1")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UserError, match="a process of local rank 2, but this machine has 2 GPUs"):
+        resolve_device("auto")
