@@ -227,7 +227,7 @@ class Trainer:
         return ({} if ratio is None else {"ema_lag_ratio": ratio}) | ({"ema_restart": True} if due else {})
 
     def _exchange_status(self, meter: LossMeter, data: list[Batch], upcoming: list[Batch] | UserError) -> list[str]:
-        """Exchange losses, stop requests, invalid samples and missing data in one all-reduce of about 300 bytes.
+        """Exchange losses, stop requests, invalid samples and missing data in one all-reduce of some 300 bytes.
 
         Returns:
             why samples of this step were invalid, of all ranks.

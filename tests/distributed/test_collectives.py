@@ -10,6 +10,8 @@ import torch
 from runs import ALL_TARGETS, ENGINES, joined_trainer, make_tree, run_distributed
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from scfm_core.train.stop import SIGNALS
+
 CASES: dict[str, dict[str, Any]] = {"one process": {}, **ENGINES, "hsdp": {"shard": 2}}
 KINDS = {
     "allreduce": "all-reduce",
@@ -113,7 +115,7 @@ def test_what_a_step_sends(name, weights, tiny, tmp_path):
     if name == "one process":
         assert not any(parts.values())
         return
-    assert parts["metrics"] == {"all-reduce": (1, 8 * (32 + 5))}  # losses; signals, and how the data are
+    assert parts["metrics"] == {"all-reduce": (1, 8 * (32 + len(SIGNALS) + 2))}  # losses; signals, and how the data are
     if name == "replicas":  # one all-reduce of the trained weights' gradients, and nothing else
         assert parts["passes"] == parts["backward"] == parts["update"] == {}
         assert parts["reduce"] == {"all-reduce": (1, trained)}

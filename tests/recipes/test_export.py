@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import adapter_metadata
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline, FluxTransformer2DModel
 from PIL import Image
 from safetensors import safe_open
 
 from recipes.cli import main
 from recipes.runs import load_trained
+from scfm_core.models.weights import save_pipeline
 from scfm_core.train.checkpoint import find_checkpoint, load_checkpoint
 from scfm_core.train.fit import fit
 from scfm_core.train.parse import dump_config
@@ -108,6 +109,20 @@ def test_a_merged_pipeline_needs_no_adapter(make_config, tmp_path, weights):
     assert main(["export", str(run_dir), "--merged", str(tmp_path / "merged"), *steps]) == 0
     ours = our_images(run_dir, tmp_path / "images", "--steps", "4")
     assert largest_difference(ours, diffusers_images(FluxPipeline.from_pretrained(tmp_path / "merged"), 4)) <= 2
+
+
+def test_large_weights_are_written_in_several_files(tiny, tmp_path):
+    """The names and the index are those of diffusers, which loads the same weights."""
+    before = FluxTransformer2DModel.from_pretrained(tiny / "flux" / "transformer").state_dict()
+    save_pipeline(tiny / "flux", tmp_path / "new", before.items(), torch.float32, None, shard_bytes=300_000)
+    names = sorted(path.name for path in (tmp_path / "new" / "transformer").glob("*.safetensors"))
+    assert len(names) > 2 and names[0] == f"diffusion_pytorch_model-00001-of-{len(names):05d}.safetensors"
+    after = FluxTransformer2DModel.from_pretrained(tmp_path / "new" / "transformer").state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    save_pipeline(tiny / "flux", tmp_path / "one", before.items(), torch.float32, None)
+    assert [path.name for path in (tmp_path / "one" / "transformer").glob("*.safetensors")] == [
+        "diffusion_pytorch_model.safetensors"
+    ]
 
 
 def test_sampling_loads_one_copy_of_full_weights(make_config):
