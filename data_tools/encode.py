@@ -24,6 +24,7 @@ from scfm_core.errors import UserError
 from scfm_core.models.encoders import Autoencoder, TextEncoders
 from scfm_core.models.fingerprint import encoder_fingerprint
 from scfm_core.models.protocol import ModelFamily
+from scfm_core.wording import count
 
 CUT = "captions longer than the text length, cut"
 _PADDING_WAIT = 10.0
@@ -143,10 +144,10 @@ class CacheWriter:
         """
         cond = self.text.encode(captions)
         tokens = self.text.token_counts(captions)
-        for row, (caption, count, detail) in enumerate(zip(captions, tokens, details, strict=True)):
+        for row, (caption, used, detail) in enumerate(zip(captions, tokens, details, strict=True)):
             text, length = cond.text[row].to(self.config.dtype).cpu(), None
             if self.padding is not None:
-                length = self.text.kept(count)
+                length = self.text.kept(used)
                 self._error[0] += float((text[length:].float() - self.padding[length:].float()).square().sum())
                 self._error[1] += float(text[length:].float().square().sum())
             tensors = {"latents": latents[row], "text": text[:length], "pooled": cond.pooled[row]}
@@ -158,7 +159,7 @@ class CacheWriter:
                 "json": json.dumps(detail).encode(),
             }
             not_finite = [name for name, tensor in stored.items() if not bool(tensor.isfinite().all())]
-            yield fields, not_finite, count > self.config.text_length
+            yield fields, not_finite, used > self.config.text_length
 
     @property
     def padding_error(self) -> float | None:
@@ -302,7 +303,7 @@ def format_result(result: Encoded, output: Path, notes: Sequence[str] = ()) -> s
     lines += [f"{what}: {count} of {manifest.samples}" for what, count in result.counts.items()]
     total = sum(shard.bytes for shard in manifest.shards)
     lines.append(
-        f"{manifest.samples} samples in {len(manifest.shards)} shards, {total / 1e6:,.1f} MB ({total / manifest.samples / 1e3:,.1f} "
+        f"{count(manifest.samples, 'sample')} in {count(len(manifest.shards), 'shard')}, {total / 1e6:,.1f} MB ({total / manifest.samples / 1e3:,.1f} "
         f"kB per sample), in {output}"
     )
     if (output / LEFT_OUT).is_file():

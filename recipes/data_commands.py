@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from scfm_core.errors import UserError
 from scfm_core.files import check_writable
+from scfm_core.wording import count
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -254,7 +255,8 @@ def _index(arguments: argparse.Namespace) -> None:
         max_bad_fraction=config.max_bad_fraction,
         progress=_bar("index"),
     )
-    print(f"{manifest.samples} samples in {len(manifest.shards)} shards, of {len(manifest.sizes)} sizes: {output}")
+    sizes = count(len(manifest.sizes), "size")
+    print(f"{count(manifest.samples, 'sample')} in {count(len(manifest.shards), 'shard')}, of {sizes}: {output}")
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:

@@ -139,7 +139,7 @@ def join_world(device: torch.device, timeout: float, *, always: bool = False) ->
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it
     elif missing := [name for name in _LAUNCHER if name not in os.environ]:
         raise UserError(
-            f"WORLD_SIZE is {size}, but {', '.join(missing)} is not set. Start several processes with torchrun or the "
+            f"WORLD_SIZE is {size}, but without {', '.join(missing)}. Start several processes with torchrun or the "
             f"deepspeed launcher, or unset WORLD_SIZE"
         )
     if device.type == "cuda":

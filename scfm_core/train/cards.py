@@ -29,8 +29,10 @@ class Fit:
         return self.memory <= USABLE * self.size * GIB
 
     def __str__(self) -> str:
-        settings = f" with {' '.join(self.settings)}" if self.settings else ""
-        return f"{self.size} GB: {'fits' if self.fits else 'does not fit'}{settings} ({self.memory / GIB:.1f} GiB)"
+        settings, memory = " ".join(self.settings), f"({self.memory / GIB:.1f} GiB)"
+        if self.fits:
+            return f"{self.size} GB: fits {f'with {settings} ' * bool(settings)}{memory}"
+        return f"{self.size} GB: does not fit{f', not even with {settings}' * bool(settings)} {memory}"
 
 
 def fits(config: RunConfig, world: int, memory: Callable[[RunConfig], float]) -> list[Fit]:

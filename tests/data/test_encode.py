@@ -1001,7 +1001,7 @@ class TestWhatIsSaid:
         assert "left out: hidden names: 1, for example ._good.png\n" in said.out
         assert "left out: .heic files: 1, for example photo.heic\n" in said.out
         assert "left out: caption files without an image: 1, for example orphan.txt\n" in said.out
-        assert "4 samples in 1 shards" in said.out
+        assert "4 samples in 1 shard," in said.out
         assert "image 4/4" in said.err
 
     def test_before_by_inspect(self, mixed, tmp_path, family, capsys):

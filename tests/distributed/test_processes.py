@@ -398,7 +398,7 @@ def test_an_incomplete_environment_is_named(tiny, tmp_path, monkeypatch, capsys)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     assert main(["train", str(recipe)]) == 2
-    assert "WORLD_SIZE is 2, but LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set" in capsys.readouterr().err
+    assert "WORLD_SIZE is 2, but without LOCAL_RANK, MASTER_ADDR, MASTER_PORT" in capsys.readouterr().err
 
 
 # The helper.

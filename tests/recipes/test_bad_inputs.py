@@ -485,7 +485,7 @@ def test_incomplete_launcher_variables(recipe, capsys, monkeypatch, number):
     monkeypatch.setenv("WORLD_SIZE", number)
     assert main(train(recipe)) == 2
     error = capsys.readouterr().err
-    assert f"WORLD_SIZE is {number}, but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set" in error
+    assert f"WORLD_SIZE is {number}, but without RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT" in error
     assert "Start several processes with torchrun" in error
 
 
