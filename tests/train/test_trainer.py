@@ -75,7 +75,11 @@ def test_a_stop_while_waiting_for_data(make_config, monkeypatch, micro_batches, 
         raise Stopped
 
     monkeypatch.setattr(trainer_module, "batches", stalling)
-    assert fit(trainer) == signal.SIGHUP
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and stays so
+    try:
+        assert fit(trainer) == signal.SIGHUP
+    finally:
+        signal.signal(signal.SIGHUP, before)
     assert trainer.progress.step == steps
     assert find_checkpoint(trainer.run_dir) == (checkpoint_path(trainer.run_dir, steps) if steps else None)
 
