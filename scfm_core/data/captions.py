@@ -32,7 +32,7 @@ class _Row:
 
 
 def read_captions(found: Scan) -> list[str | BadData]:
-    """The caption of each image, or why there is none that is valid.
+    """The caption of each image, or why it has no valid one.
 
     A row of metadata wins over a caption file. Metadata of a folder win over those of the folders above it.
 
