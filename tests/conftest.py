@@ -1,5 +1,6 @@
 """One tiny pipeline for the whole session, and the smallest complete run on it."""
 
+import fcntl
 import json
 import os
 
@@ -12,7 +13,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is imported
 
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -207,3 +210,14 @@ def adapter_metadata(path: Path) -> dict[str, Any]:
     header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
     metadata: dict[str, Any] = json.loads(header["__metadata__"]["scfm"])
     return metadata
+
+
+@contextmanager
+def streaming_alone() -> Iterator[None]:
+    """Keep other tests of this machine from mosaicml-streaming's datasets.
+
+    A dataset takes the first number that no shared memory has: two that look at the same time take the same one and fail.
+    """
+    with (Path(tempfile.gettempdir()) / "scfm_tests_streaming.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

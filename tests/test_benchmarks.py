@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import streaming_alone
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -136,7 +137,8 @@ def test_loaders_deliver_the_same_tensors(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(module, "time_epoch", timed)
     monkeypatch.setattr(module, "to_device", copied)
     # Two batches at least: the rate from the first batch on is of the others.
-    rows = rows_of(module, tmp_path / "out.json", "--samples", "48", "--width", "128", "--workers", "1", "--s3")
+    with streaming_alone():
+        rows = rows_of(module, tmp_path / "out.json", "--samples", "48", "--width", "128", "--workers", "1", "--s3")
     assert "x reference" in capsys.readouterr().out
     assert_figures(rows)
     groups = comparisons(rows)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import streaming_alone
 from PIL import Image
 
 from data_tools.encode import EncodeConfig, encode
@@ -85,8 +86,9 @@ def by_streaming(folder: Path) -> Contents:
     from streaming import StreamingDataset
     from streaming.base.util import clean_stale_shared_memory
 
-    clean_stale_shared_memory()
-    samples = list(StreamingDataset(local=str(folder), batch_size=1, shuffle=False))
+    with streaming_alone():
+        clean_stale_shared_memory()
+        samples = list(StreamingDataset(local=str(folder), batch_size=1, shuffle=False))
     found = []
     for sample in samples:
         key = sample.pop("__key__")
