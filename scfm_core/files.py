@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 from scfm_core.errors import UserError
+from scfm_core.progress import beat
 
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 """flock on Lustre without `flock`, on NFS without a lock daemon, on some FUSE file systems."""
@@ -34,10 +35,11 @@ def file_sha256(path: Path) -> str:
 def sha256_of(file: BinaryIO) -> str:
     """sha256 of an open file's whole content, in hex; moves the file's position."""
     file.seek(0)
-    digest = hashlib.sha256()
+    digest, name = hashlib.sha256(), f"hashing {Path(str(getattr(file, 'name', ''))).name}"
     buffer = memoryview(bytearray(1 << 20))
     while count := file.readinto(buffer):  # type: ignore[attr-defined]
         digest.update(buffer[:count])
+        beat(name)
     return digest.hexdigest()
 
 
