@@ -7,6 +7,7 @@ and on all. Also the helper that the distributed tests stand on.
 import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,6 @@ import yaml
 from launch import RankFailed
 from runs import (
     ENGINES,
-    after_building,
     at_student_passes,
     make_tree,
     run_distributed,
@@ -31,6 +31,7 @@ from runs import (
 )
 
 from recipes.cli import main
+from scfm_core.distributed.watchdog import PULSE
 from scfm_core.errors import UserError
 from scfm_core.train.checkpoint import find_checkpoint
 
@@ -160,6 +161,7 @@ def test_a_rank_that_is_killed_or_stopped_in_a_step_under_torchrun(name, victim,
     timeout = HANG_TIMEOUT if number == "SIGSTOP" else TIMEOUT
     job = start(make_run(tiny, tmp_path / "run", name, timeout, train__steps=100_000, checkpoint__every=100_000))
     job.wait_for_steps(2)
+    time.sleep(1.5 * PULSE)  # a heartbeat from within the steps
     ranks = job.ranks()
     assert sorted(ranks) == [0, 1]
     survivor = ranks[1 - victim]
@@ -280,23 +282,44 @@ def test_together(case, world_size, message):
     assert run_distributed(agree, world_size, case) == [(message, True)] * world_size
 
 
-def refused(tree: dict[str, Any], victim: int) -> int:
-    """In a rank: `scfm train`, in which one rank's network cannot be loaded."""
-
-    def fail() -> None:
-        if int(os.environ["RANK"]) == victim:
-            raise UserError("its copy of the model is damaged")
-
-    after_building(fail)
+def refused(tree: dict[str, Any], victim: int, changes: dict[str, dict[str, Any]]) -> int:
+    """In a rank: `scfm train`; one rank's machine has something else."""
+    if int(os.environ["RANK"]) == victim:
+        tree = {section: values | changes.get(section, {}) for section, values in tree.items()}
     return train_cli(tree)
 
 
-@pytest.mark.parametrize(("name", "victim"), [("fsdp2", 0), ("fsdp2", 1), ("zero3", 1)])
-def test_an_error_on_one_rank_is_every_ranks(name, victim, tiny, tmp_path):
-    outcomes = run_distributed(refused, 2, make_run(tiny, tmp_path / "run", name), victim, expect_failure=True)
-    assert [outcome.value for outcome in outcomes] == [2, 2], [o.traceback or o.output for o in outcomes]
-    assert [outcome.output.count("scfm: error: ") for outcome in outcomes] == [1, 0]
-    assert f"scfm: error: rank {victim}: its copy of the model is damaged" in outcomes[0].output
+@pytest.mark.parametrize(
+    ("name", "victim", "fault"),
+    [
+        ("fsdp2", 0, "no data"),
+        ("zero3", 1, "no data"),
+        ("hsdp", 1, "damaged weights"),
+        ("zero3", 0, "damaged weights"),
+        ("zero3", 1, "no settings"),
+    ],
+)
+def test_an_error_on_one_rank_while_building_is_every_ranks(name, victim, fault, tiny, tmp_path):
+    """The others are in no collective then: all end at once, with one message."""
+    tree = make_run(tiny, tmp_path / "run", "fsdp2" if name == "hsdp" else name, train__weights="full")
+    processes = 2
+    if name == "hsdp":
+        processes, tree["engine"]["shard"] = 4, 2
+    absent, changes = str(tmp_path / "absent.json"), {}
+    if fault == "no data":
+        changes["data"], expected = {"path": absent}, absent
+    elif fault == "no settings":
+        changes["engine"], expected = {"deepspeed_config": absent}, absent
+    else:
+        shutil.copytree(tiny / "flux", tmp_path / "damaged")
+        weights = next((tmp_path / "damaged" / "transformer").glob("*.safetensors"))
+        os.truncate(weights, weights.stat().st_size - 1000)
+        changes["model"], expected = {"path": str(tmp_path / "damaged")}, "damaged"
+    outcomes = run_distributed(refused, processes, tree, victim, changes, timeout=LIMIT, expect_failure=True)
+    assert all(outcomes), "a rank did not end"
+    assert [outcome.value for outcome in outcomes] == [2] * processes, [o.traceback or o.output for o in outcomes]
+    assert [outcome.output.count("scfm: error: ") for outcome in outcomes] == [1] + [0] * (processes - 1)
+    assert f"scfm: error: rank {victim}: " in outcomes[0].output and expected in outcomes[0].output
     assert all("Traceback" not in outcome.output for outcome in outcomes)
 
 

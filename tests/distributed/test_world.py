@@ -1,13 +1,17 @@
 """What a GPU asks of a process's beginning and end, held against a stand-in for NCCL and CUDA."""
 
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from runs import ENGINES, joined_trainer, make_tree, run_distributed
 
 from recipes import cli, ending
-from scfm_core.distributed.world import join_world
+from scfm_core.distributed import world
+from scfm_core.distributed.watchdog import Watchdog
+from scfm_core.distributed.world import PATIENCE, join_world
 from scfm_core.errors import UserError
 from scfm_core.train.device import resolve_device
 
@@ -22,24 +26,39 @@ def calls(monkeypatch):
 
     for name in ("init_process_group", "new_group", "destroy_process_group"):
         monkeypatch.setattr(dist, name, stand_in(name))
-    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(world, "_meet", lambda *_: dist.HashStore())
+    monkeypatch.setattr(world, "Watchdog", lambda *_: Watchdog(None, 1, 2, 30))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(("set_device", device)))
     for name, value in {"WORLD_SIZE": 2, "RANK": 1, "LOCAL_RANK": 1, "MASTER_ADDR": "here", "MASTER_PORT": 1}.items():
         monkeypatch.setenv(name, str(value))
     return calls
 
 
-def test_every_group_waits_as_long_as_the_run_says(calls):
-    with join_world(torch.device("cuda", 1), 30) as world:
-        world.second_group()
-    patience = timedelta(seconds=30)
+def test_collectives_wait_longer_than_the_watchdog(calls):
+    """Whose message names the rank, before NCCL aborts the process."""
+    with join_world(torch.device("cuda", 1), 30):
+        pass
     assert calls == [
         ("set_device", torch.device("cuda", 1)),
-        ("init_process_group", patience),
-        ("new_group", patience),
-        ("new_group", patience),
+        ("init_process_group", PATIENCE),
         ("destroy_process_group", None),
     ]
+    assert timedelta(hours=10) < PATIENCE
+
+
+def timeouts(tree: dict[str, Any]) -> set[timedelta]:
+    """In a rank: of all process groups of a run."""
+    with joined_trainer(tree) as trainer:
+        trainer.world.second_group()
+        groups = dist.distributed_c10d._world.pg_map
+        return {group._get_backend(torch.device("cpu")).options._timeout for group in groups}
+
+
+@pytest.mark.parametrize(("name", "processes"), [("hsdp", 4), ("zero3", 2)])
+def test_every_group_of_a_run_has_the_same_timeout(name, processes, tiny, tmp_path):
+    engine = ENGINES["zero3"] if name == "zero3" else {"shard": 2}
+    tree = make_tree(tiny, tmp_path / "run", engine=engine)
+    assert run_distributed(timeouts, processes, tree) == [{PATIENCE}] * processes
 
 
 def test_a_failed_rank_does_not_wait_for_nccl(calls):
