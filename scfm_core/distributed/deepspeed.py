@@ -23,12 +23,13 @@ from scfm_core.distributed.deepspeed_internals import (
     Partition,
     ZeroOptimizer,
     disable_shared_memory_op,
-    record_write_errors,
+    record_writes,
     whole_numel,
 )
 from scfm_core.distributed.engine import Engine, Layout, OptimizerConfig, Parameters, Slot
 from scfm_core.distributed.reader import DCP_FOLDER
 from scfm_core.distributed.world import World, quiet_gloo
+from scfm_core.distributed.written import Written
 from scfm_core.errors import missing_extra
 
 
@@ -126,7 +127,7 @@ class ZeroEngine(Engine):
             model=_Networks(networks), optimizer=adam, config=settings, dist_init_required=False
         )
         self._zero = ZeroOptimizer(optimizer, self._stage, self._student.values())
-        self._write_errors = record_write_errors(self._engine)
+        self._writes = record_writes(self._engine)
         self._partitions: dict[str, dict[str, Partition]] = {}
         """Of stage 3: slices by role and name."""
         self._mesh: DeviceMesh | None = None
@@ -187,24 +188,28 @@ class ZeroEngine(Engine):
             for partition in self._partitions[role].values():
                 partition.drop_gathered()
 
-    def save(self, folder: Path, world: World, *, on_thread: bool) -> Callable[[], object]:
+    def save(self, folder: Path, world: World, *, on_thread: bool) -> Callable[[], Written]:
         """See `Engine`: DeepSpeed's files, and a DCP of the EMAs."""
         assert not on_thread
-        self._write_errors.clear()
+        writes = self._writes
+        writes.files.clear()
+        writes.errors.clear()
         self._engine.save_checkpoint(
             str(folder.parent), tag=folder.name, save_latest=False, exclude_frozen_parameters=True
         )
-        if any(world.gather(bool(self._write_errors))):  # then no rank enters the collectives of the rest
+        if any(world.gather(bool(writes.errors))):  # then no rank enters the collectives of the rest
 
-            def failed() -> None:
-                if self._write_errors:
-                    raise self._write_errors[0]
+            def failed() -> Written:
+                if writes.errors:
+                    raise writes.errors[0]
+                return {}
 
             return failed
         emas = {
             f"{role}.{name}": tensor for role in ("ema_fast", "ema_slow") for name, tensor in self._whole(role).items()
         }
-        return save_dcp(emas, folder / DCP_FOLDER, world, on_thread=False)
+        written = save_dcp(emas, folder / DCP_FOLDER, world, on_thread=False)
+        return lambda: {**writes.files, **written()}
 
     def _whole(self, role: str) -> dict[str, Tensor]:
         """An EMA's tensors as DCP takes them; under stage 3 flattened, because its slices are not ranges of rows."""

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal, Protocol
 from torch import Tensor, nn
 
 from scfm_core.distributed.world import World
+from scfm_core.distributed.written import Written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,12 +136,12 @@ class Engine(Protocol):
         """Note that the EMAs' tensors have changed: the next forward must use the new values."""
         ...
 
-    def save(self, folder: Path, world: World, *, on_thread: bool) -> Callable[[], object]:
+    def save(self, folder: Path, world: World, *, on_thread: bool) -> Callable[[], Written]:
         """Write student, optimizer and EMAs into `folder`. Every rank calls it; the ranks communicate over `world`.
 
         Returns:
-            a function that waits until the files are written, and raises what the writing raised; with `on_thread` a
-            thread writes them in the background.
+            a function that waits until the files are written, raises what the writing raised, and returns this rank's files;
+            with `on_thread` a thread writes them in the background.
         """
         ...
 

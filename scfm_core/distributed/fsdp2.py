@@ -17,6 +17,7 @@ from scfm_core.distributed.dcp import save_dcp
 from scfm_core.distributed.engine import MOMENTS, Engine, EngineConfig, Layout, OptimizerConfig, Parameters, Slot
 from scfm_core.distributed.reader import DCP_FOLDER
 from scfm_core.distributed.world import World, quiet_gloo
+from scfm_core.distributed.written import Written
 
 
 class Fsdp2Layout(Layout):
@@ -178,7 +179,7 @@ class Fsdp2Engine(Engine):
                 tensors[f"{moment}.{name}"] = _like(self._student[name], self._optimizer.state[local][moment])
         return tensors
 
-    def save(self, folder: Path, world: World, *, on_thread: bool) -> Callable[[], object]:
+    def save(self, folder: Path, world: World, *, on_thread: bool) -> Callable[[], Written]:
         """See `Engine`."""
         return save_dcp(self.state(), folder / DCP_FOLDER, world, on_thread=on_thread)
 

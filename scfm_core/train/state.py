@@ -9,6 +9,7 @@ from typing import Any
 from scfm_core.data.corpus import Corpus
 from scfm_core.distributed.engine import Engine
 from scfm_core.distributed.world import World
+from scfm_core.distributed.written import Written
 from scfm_core.errors import UserError, agreed_error
 from scfm_core.models.fingerprint import different_network, network_fingerprint
 from scfm_core.models.student import ShortcutModel
@@ -128,7 +129,7 @@ class RunState:
             "reason": why,
         }
 
-    def _write(self, folder: Path, world: World) -> Callable[[], object]:
+    def _write(self, folder: Path, world: World) -> Callable[[], Written]:
         return self._engine.save(folder, world, on_thread=self._config.checkpoint.asynchronous)
 
     def _as_json(self) -> dict[str, Any]:
