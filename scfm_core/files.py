@@ -113,6 +113,16 @@ def mismatch(file: BinaryIO, size: int, sha256: str | None) -> str | None:
     return None if digest == sha256 else f"its sha256 is {digest[:12]}..., the manifest says {sha256[:12]}..."
 
 
+def link_or_copy(source: str, target: str) -> str:
+    """Make `target` another name of a file that nobody changes any more, or a copy if the file system has no hard links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+    beat(f"copying {Path(source).name}")
+    return target
+
+
 def fsync_path(path: Path) -> None:
     """Flush a file or a folder to disk, so that it survives a power failure."""
     descriptor = os.open(path, os.O_RDONLY)

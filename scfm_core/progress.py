@@ -19,14 +19,16 @@ def start() -> None:
     beat("start")
 
 
-def beat(where: str) -> None:
-    """Report progress: a file, a shard, a block of weights, a step is done. Cheap, and safe in threads.
+def beat(where: str | None = None) -> None:
+    """Report progress: a file, a shard, a block of weights, a pass, a step is done. Cheap, and safe in threads.
 
     Args:
-        where: what this process does now, as "step 12" or "hashing 00012.tar"; a message shows it if the run hangs.
+        where: what this process does now, as "step 12" or "hashing 00012.tar"; a message shows it if the run hangs. None: the
+            same as before.
     """
     global _where
-    _where = where
+    if where is not None:
+        _where = where
     _TIME.pack_into(_last, 0, time.monotonic())  # one aligned word: a reader never sees half of it
 
 

@@ -141,9 +141,11 @@ class Fsdp2Engine(Engine):
         gradients = [local.grad for local in self._local.values() if local.grad is not None]
         self._norm = nn.utils.get_total_norm(gradients)
         if self._mesh is not None:
+            # Over all ranks, so that all have the same bits: replicas that summed on their own could differ in the last one,
+            # and clipping would let them drift apart.
             squared = self._norm.square()
-            dist.all_reduce(squared, group=self._mesh["shard"].get_group())
-            self._norm = squared.sqrt()
+            dist.all_reduce(squared)
+            self._norm = (squared * self._mesh["shard"].size() / self._world.size).sqrt()
         return self._norm.item()
 
     def step(self, lr: float) -> None:

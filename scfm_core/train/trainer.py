@@ -14,7 +14,8 @@ from scfm_core.data.loader import batches
 from scfm_core.data.schema import Batch
 from scfm_core.data.workers import Stopped
 from scfm_core.distributed.world import World, same_patience
-from scfm_core.errors import agreed_error
+from scfm_core.errors import UserError, agreed_error
+from scfm_core.files import disk_problem
 from scfm_core.progress import beat
 from scfm_core.scfm.ema import DualEMA
 from scfm_core.scfm.loss import LossMeter
@@ -177,6 +178,10 @@ class Trainer:
             return [next(stream) for _ in range(micro_batches(self.config, self.world.size).number)]
         except Stopped:
             return []
+        except OSError as error:
+            problem = UserError(f"data: the samples of the next step cannot be read: {disk_problem(error)}")
+            problem.__cause__ = error
+            return problem
         except Exception as error:
             return error
 
@@ -186,6 +191,7 @@ class Trainer:
         for batch in data:
             loss = self.engine.forward(lambda batch=batch: self.objective.micro_step(batch, meter))  # type: ignore[misc]
             self.engine.backward(loss)
+            beat()
         return meter
 
     def _finish_step(

@@ -5,6 +5,7 @@ and on all. Also the helper that the distributed tests stand on.
 """
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -34,6 +35,7 @@ from recipes.cli import main
 from scfm_core.distributed.watchdog import PULSE
 from scfm_core.errors import UserError
 from scfm_core.train.checkpoint import find_checkpoint
+from scfm_core.train.run_dir import checkpoint_path
 
 ROOT = Path(__file__).parents[2]
 # `engine.timeout` where it must run out: no step of a healthy rank takes as long, on a busy machine neither.
@@ -244,6 +246,36 @@ def test_a_defect_on_one_rank_keeps_its_traceback(tiny, tmp_path):
     assert "IndexError: a defect of ours" in outcomes[1].traceback
     assert code_of(outcomes[0]) == LOST, said
     assert "scfm: error: " in said[0] and "rank 1" in said[0].partition("scfm: error: ")[2].partition("rank 0")[2]
+
+
+def train_with_a_broken_loader(tree: dict[str, Any], error: Exception) -> int:
+    """In a rank: `scfm train`; rank 1 cannot read its samples of the third step."""
+    from scfm_core.data.corpus import Corpus
+
+    record = Corpus.record
+
+    def read(self: Corpus, item: int, sample_id: int = 0, **options: Any) -> Any:
+        if os.environ["RANK"] == "1" and sample_id >= 16:
+            raise error
+        return record(self, item, sample_id, **options)
+
+    Corpus.record = read  # type: ignore[method-assign]
+    return train_cli(tree)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENXIO, "No such device or address"), KeyError("a defect")], ids=repr)
+def test_any_error_of_a_loader_is_agreed_and_saved_before(error, tiny, tmp_path):
+    tree = make_run(tiny, tmp_path / "run", "fsdp2", checkpoint__every=100)
+    outcomes = run_distributed(train_with_a_broken_loader, 2, tree, error, timeout=LIMIT, expect_failure=True)
+    printed = "".join(outcome.output for outcome in outcomes)
+    if isinstance(error, OSError):
+        assert [outcome.value for outcome in outcomes] == [2, 2], printed
+        assert printed.count("scfm: error: ") == 1
+        assert "rank 1: data: the samples of the next step cannot be read: No such device or address" in printed
+    else:
+        assert "KeyError: 'a defect'" in outcomes[1].traceback, "a bug keeps its traceback"
+        assert code_of(outcomes[0]) == LOST and "rank 1: KeyError: 'a defect'" in outcomes[0].output, printed
+    assert find_checkpoint(tmp_path / "run") == checkpoint_path(tmp_path / "run", 2)
 
 
 # Errors of one rank, and of all.
