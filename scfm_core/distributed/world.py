@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -184,23 +185,30 @@ def _meet(rank: int, size: int, timeout: float) -> Any:
     Raises:
         UserError: if the address cannot be reached, or ranks are missing after `timeout` seconds; it names them.
     """
-    place, limit = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", timedelta(seconds=timeout)
+    address, port, limit = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timedelta(seconds=timeout)
     try:
-        store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=limit))
-    except (dist.DistNetworkError, dist.DistStoreError) as error:
-        raise UserError(
-            f"{size} processes should meet at {place}, but this one (rank {rank}) did not reach it within {timeout:g} s "
-            f"({str(error).splitlines()[0]}). Check the log of rank 0, and whether this machine can reach that address"
-        ) from error
-    try:
+        if (
+            os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        ):  # torchrun's, which has a part for each of its restarts
+            store = next(dist.rendezvous("env://", rank, size, timeout=limit))[0]
+        else:  # rank 0 holds it; torch's own rendezvous would wait there for all ranks, and not say which are missing
+            store = dist.TCPStore(address, port, size, rank == 0, limit, wait_for_workers=False, multi_tenant=True)
         store.set(f"scfm/joined/{rank}", "")
         if store.add("scfm/joined", 1) == size:
             store.set("scfm/joined/all", "")
-        store.wait(["scfm/joined/all"], limit)
-    except dist.DistStoreError as error:
-        missing = [other for other in range(size) if not store.check([f"scfm/joined/{other}"])]
+        try:
+            store.wait(["scfm/joined/all"], limit)
+        except dist.DistStoreError as error:
+            missing = [other for other in range(size) if not store.check([f"scfm/joined/{other}"])]
+            if rank == 0:
+                time.sleep(1)  # it may hold the store, in which the others look too
+            raise UserError(
+                f"{size} processes should meet at {address}:{port}, but {ranks_in_words(missing)} did not come within "
+                f"{timeout:g} s. Look at {'its log' if len(missing) == 1 else 'their logs'}"
+            ) from error
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
         raise UserError(
-            f"{size} processes should meet at {place}, but {ranks_in_words(missing)} did not come within {timeout:g} s. Look at "
-            f"{'its log' if len(missing) == 1 else 'their logs'}"
+            f"{size} processes should meet at {address}:{port}, but rank {rank} lost the connection or did not reach it within "
+            f"{timeout:g} s ({str(error).splitlines()[0]}). Look at the log of rank 0, and whether this machine can reach that address"
         ) from error
     return store
