@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Modules that import only the standard library, and the exceptions.
 LEAVES = tuple(
-    f"scfm_core.{name}" for name in ("errors", "files", "launched", "output", "progress", "secrets", "user", "wording")
+    f"scfm_core.{name}"
+    for name in ("errors", "files", "filling", "launched", "output", "progress", "secrets", "user", "wording")
 )
 
 # The modules of this repository that each package may import, including its own. A new package needs a line here.
@@ -39,7 +40,7 @@ ALLOWED = {
 OURS = ("scfm_core", "recipes", "data_tools")
 
 # Third-party packages that these packages may import; the others may import any.
-THIRD_PARTIES = {"scfm_core.flow": {"torch"}, **{leaf: set() for leaf in LEAVES}}
+THIRD_PARTIES = {"scfm_core.flow": {"torch"}, **{leaf: set() for leaf in LEAVES}, "scfm_core.filling": {"torch"}}
 
 # Heavy or optional packages: each is imported in one module, inside the function that needs it.
 LAZY = {"deepspeed", "streaming", "webdataset", "wandb", "xformers"}

@@ -7,7 +7,7 @@ weights compute under DeepSpeed's torch_autocast, which gathers and reduces in b
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, Literal
@@ -31,6 +31,8 @@ from scfm_core.distributed.reader import DCP_FOLDER
 from scfm_core.distributed.world import World, quiet_gloo
 from scfm_core.distributed.written import Written
 from scfm_core.errors import missing_extra
+from scfm_core.filling import Fill, allocate, materialise, stored_tensors
+from scfm_core.progress import beat
 
 
 def import_deepspeed(device: torch.device) -> ModuleType:
@@ -54,11 +56,12 @@ class ZeroLayout(Layout):
 
     Args:
         config: from `deepspeed_config`.
+        world: the processes.
         device: of this process.
     """
 
-    def __init__(self, config: dict[str, Any], device: torch.device) -> None:
-        self.config, self.device = config, device
+    def __init__(self, config: dict[str, Any], world: World, device: torch.device) -> None:
+        self.config, self.device, self._world = config, device, world
         self.deepspeed = import_deepspeed(device)
         self.deepspeed.init_distributed(dist_init_required=False)
 
@@ -67,15 +70,42 @@ class ZeroLayout(Layout):
         """See `Layout`."""
         return bool(self.config["zero_optimization"]["stage"] == 3)
 
-    def prepare(self, network: nn.Module, blocks: list[nn.Module]) -> None:
-        """See `Layout`. Parameters are partitioned one at a time."""
-        if self.is_sharded:
-            self.deepspeed.zero.Init(module=network, config_dict_or_path=self._config_of_init())
-            for buffer in network.buffers():  # such as a table of positions; DeepSpeed moves only parameters
-                buffer.data = buffer.data.to(self.device)
+    def prepare(self, network: nn.Module, blocks: list[nn.Module], fill: Fill) -> None:
+        """See `Layout`. Under stage 3 one unit after the other is allocated, filled, and partitioned.
+
+        DeepSpeed broadcasts every parameter of a unit from rank 0, so rank 0 alone reads them. A rank that raised between two
+        broadcasts would leave the others waiting: the first error is kept until all units are partitioned.
+        """
+        if not self.is_sharded:
+            materialise(network, self.device, fill)
+            return
+        error: Exception | None = None
+        for prefix, unit in _units(network):
+            beat(f"partitioning {prefix}")
+            allocate(unit, self.device)
+            try:
+                if error is None:
+                    self._fill(unit, prefix, fill)
+            except Exception as caught:
+                error = caught
+            self.deepspeed.zero.Init(module=unit, config_dict_or_path=self._config_of_init())
+        self._world.agree(error)
+
+    @torch.no_grad()
+    def _fill(self, unit: nn.Module, prefix: str, fill: Fill) -> None:
+        for name, tensor in stored_tensors(unit).items():
+            if self._world.is_main or not isinstance(tensor, nn.Parameter):
+                fill(f"{prefix}.{name}", tensor.detach().view(-1), 0)
 
     def _config_of_init(self) -> dict[str, Any]:
         return {key: value for key, value in self.config.items() if key != "torch_autocast"}
+
+
+def _units(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that have parameters of their own, by name, in the network's order."""
+    for name, module in network.named_modules():
+        if next(module.parameters(recurse=False), None) is not None:
+            yield name, module
 
 
 class _Networks(nn.Module):

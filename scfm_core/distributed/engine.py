@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from scfm_core.distributed.world import World
 from scfm_core.distributed.written import Written
+from scfm_core.filling import Fill
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,12 +87,14 @@ class Layout(Protocol):
         """Whether each process holds only a part of the weights."""
         ...
 
-    def prepare(self, network: nn.Module, blocks: list[nn.Module]) -> None:
-        """Distribute a network in place; its weights end up on the device.
+    def prepare(self, network: nn.Module, blocks: list[nn.Module], fill: Fill) -> None:
+        """Distribute a network in place, and fill this process's part of it. Every rank calls it for the same networks.
 
         Args:
-            network: just loaded or just built, the same on every rank.
+            network: the same on every rank; its parameters are on the meta device.
             blocks: its transformer blocks, each sharded as one unit.
+            fill: writes the weights. It may raise a UserError on one rank; under an engine that communicates here, every rank
+                raises it afterwards.
         """
         ...
 

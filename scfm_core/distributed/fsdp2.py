@@ -18,6 +18,7 @@ from scfm_core.distributed.engine import MOMENTS, Engine, EngineConfig, Layout, 
 from scfm_core.distributed.reader import DCP_FOLDER
 from scfm_core.distributed.world import World, quiet_gloo
 from scfm_core.distributed.written import Written
+from scfm_core.filling import Fill, allocate, materialise, stored_tensors
 
 
 class Fsdp2Layout(Layout):
@@ -39,6 +40,7 @@ class Fsdp2Layout(Layout):
             shape, names = ((shard,), ("shard",)) if replicas == 1 else ((replicas, shard), ("replicate", "shard"))
             with quiet_gloo():
                 self.mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+        self._device = torch.device("cpu") if config.cpu_offload else device
         self._policy = MixedPrecisionPolicy(
             param_dtype=None if compute_dtype == torch.float32 else compute_dtype,
             reduce_dtype=torch.float32,
@@ -51,9 +53,10 @@ class Fsdp2Layout(Layout):
         """See `Layout`."""
         return self.mesh is not None
 
-    def prepare(self, network: nn.Module, blocks: list[nn.Module]) -> None:
-        """See `Layout`. Each block is a unit and moves to the device; all other parameters form the last unit."""
+    def prepare(self, network: nn.Module, blocks: list[nn.Module], fill: Fill) -> None:
+        """See `Layout`. Each block is a unit; all other parameters form the last unit. Nothing is communicated."""
         if self.mesh is None:
+            materialise(network, self._device, fill)
             return
         options: dict[str, Any] = {
             "mesh": self.mesh,
@@ -66,6 +69,11 @@ class Fsdp2Layout(Layout):
         for block in blocks:
             fully_shard(block, **options)
         fully_shard(network, **options)
+        allocate(network, self._device)
+        with torch.no_grad():
+            for name, tensor in stored_tensors(network).items():
+                slot = _slot(tensor)
+                fill(name, slot.local.view(-1), slot.start)
 
 
 class Fsdp2Engine(Engine):

@@ -83,11 +83,13 @@ class Trainer:
         self.kernels: Kernels = self.world.from_main(kernels)  # rank 0 decides: measured times differ between GPUs
         with self.world.together():
             beat("the text encoders")
-            self.encoder = BatchEncoder(config, self.family, self.corpus, self.device, self._prompts)
+            self.encoder = BatchEncoder(config, self.family, self.corpus, self.device, self._prompts, self.world)
             layout = build_layout(config, self.world, self.device)
         with self.world.together():
             beat("the networks")
-            self.model = build_model(config, self.family, self.device, kernels=self.kernels, layout=layout)
+            self.model = build_model(
+                config, self.family, self.device, kernels=self.kernels, layout=layout, world=self.world
+            )
         with self.world.together():
             beat("the engine")
             self.engine = build_engine(config, self.model, layout, self.world)
