@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from recipes.job import other_job
 from scfm_core.data.corpus import Corpus
 from scfm_core.distributed.world import World, join_world
 from scfm_core.errors import UserError
@@ -75,9 +76,11 @@ def check_health(config_path: str, overrides: list[str]) -> None:
             what = "the run cannot work with these settings" if on_all_nodes else "these nodes cannot run it"
             error = UserError(f"{what}:\n" + "\n".join(f"  {line}" for line in problems))
             error.agreed = True
-            if world.is_main and Path(config.run.dir).is_dir():  # a batch job reads there whether to try again
+            run_dir = Path(config.run.dir)
+            # A batch job reads there whether to try again. A job that was submitted twice must not write there.
+            if world.is_main and run_dir.is_dir() and other_job(run_dir) is None:
                 how = "refused" if on_all_nodes else "failed"
-                write_event(Path(config.run.dir), "end", how=how, step=None, reason=scrub(str(error)))
+                write_event(run_dir, "end", how=how, step=None, reason=scrub(str(error)))
             raise error
         seconds = time_all_reduce(world, device)
         if world.is_main:

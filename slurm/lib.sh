@@ -151,6 +151,7 @@ run_job() {
     echo "job $job: $verdict"
     case "$verdict" in
     finished) exit 0 ;;
+    busy) exit 75 ;; # EX_TEMPFAIL of sysexits.h; `job run-dir` ends with it too
     requeue)
         if scontrol requeue "$job"; then exit 0; fi
         fail "this cluster does not permit a job to requeue itself. The same sbatch command resumes from the last checkpoint"
