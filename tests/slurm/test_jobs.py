@@ -350,9 +350,12 @@ def site(name: str, text: str) -> Iterator[str]:
 def test_as_a_user_submits_it(bench):
     """Two nodes with two processes each, the health check before; secrets of the environment and of a file stay there.
 
-    sbatch is called in an interactive job, whose variables say what CPUs are that job's, with eight tasks a node in mind.
+    sbatch is called in an interactive job, whose variables say what CPUs are that job's, with eight tasks a node in mind. The
+    health check opens the data for longer than engine.timeout, and reports progress.
     """
-    run = bench.start(train__micro_batch_size=4)
+    run = bench.start(train__micro_batch_size=4, engine__timeout=30.0)
+    slow = run.folder / "hold.slow"
+    slow.write_text("34")
     interactive = {
         "SRUN_CPUS_PER_TASK": "1",
         "SLURM_CPU_BIND": "quiet,mask_cpu:0x2",
@@ -368,6 +371,7 @@ def test_as_a_user_submits_it(bench):
             HF_TOKEN="canary-4f7a-hf", SCFM_CLUSTER=name, **interactive,
         )  # fmt: skip
         run.until_held()
+        assert not slow.exists()
         environment = run.ranks()[3].environ()
         assert environment["AWS_SECRET_ACCESS_KEY"] == "canary-4f7a-aws"
         assert (environment["SLURM_CPUS_ON_NODE"], environment["SITE"]) == ("64", "two words")
