@@ -88,7 +88,7 @@ def check_health(config_path: str, overrides: list[str]) -> None:
             raise error
         seconds = None
         if world.watchdog is not None:
-            with world.watchdog.at_most(_NETWORK_TIMEOUT, "the all-reduce"):
+            with world.together(), world.watchdog.at_most(_NETWORK_TIMEOUT, "the all-reduce"):
                 seconds = time_all_reduce(world, device)
         if world.is_main:
             print(_table(reports, seconds), flush=True)
