@@ -38,6 +38,7 @@ class Watchdog:
 
     def __init__(self, store: Any, rank: int, size: int, timeout: float) -> None:
         self._rank, self._size, self._timeout = rank, size, timeout
+        self._limit = f"engine.timeout={timeout:g} s"
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="scfm watchdog")
         # A separate connection: the training's connection may be blocked in a rendezvous.
@@ -55,6 +56,18 @@ class Watchdog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop.set()
+
+    @contextlib.contextmanager
+    def at_most(self, seconds: float, where: str) -> Iterator[None]:
+        """A shorter timeout for work that is known to be short; `where` is reported as progress."""
+        progress.beat(where)
+        usual = self._timeout, self._limit
+        if seconds < self._timeout:
+            self._timeout, self._limit = seconds, f"{seconds:g} s"
+        try:
+            yield
+        finally:
+            self._timeout, self._limit = usual
 
     @contextlib.contextmanager
     def naming_lost_ranks(self) -> Iterator[None]:
@@ -129,8 +142,8 @@ class Watchdog:
                     seen, moved = total, time.monotonic()
             if time.monotonic() - max(last, moved) > self._timeout:
                 print(
-                    f"scfm: error: rank {self._rank} has been at {where} for more than engine.timeout={self._timeout:g} s: "
-                    f"{self.blame()}. The job ends; start it again to resume from the last checkpoint",
+                    f"scfm: error: rank {self._rank} has been at {where} for more than {self._limit}: {self.blame()}. "
+                    f"The job ends; start it again to resume from the last checkpoint",
                     file=sys.stderr,
                     flush=True,
                 )
