@@ -19,10 +19,45 @@ from typing import IO
 from scfm_core.data.remote import fetch
 from scfm_core.data.schema import BadData
 from scfm_core.errors import UserError
+from scfm_core.file_systems import is_memory, is_network, type_of
 from scfm_core.files import lock_file, mismatch
 
+_HOME = "~/.cache/scfm/shards"
+_JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID")
+"""Of Slurm, PBS, LSF and Grid Engine: a process with one of these variables is in a batch job."""
+_DISKS_OF_JOBS = ("SLURM_TMPDIR", "LOCAL_SCRATCH", "TMPDIR")
+"""Variables that name a folder of the job on the machine's disk. Most clusters have one; the scheduler deletes the folder
+at the job's end."""
 _PART = ".part"
 _COPY_NAME = re.compile(r"[0-9a-f]{24}-")
+
+
+def cache_folder(setting: str | None) -> Path:
+    """The folder of the cache on this machine; it may not exist yet.
+
+    Args:
+        setting: `data.cache.dir`. None: a folder of the batch job on a local disk (not in memory, not on a network), if the
+            scheduler names one, else one below the home.
+    """
+    if setting is not None:
+        return Path(setting).expanduser()
+    if any(name in os.environ for name in _JOBS):
+        for place in (Path(os.environ[name]) for name in _DISKS_OF_JOBS if os.environ.get(name)):
+            kind = type_of(place)
+            if os.access(place, os.W_OK) and not is_network(kind) and not is_memory(kind):
+                return place / f"scfm-{os.getuid()}" / "shards"  # /tmp is everybody's
+    return Path(_HOME).expanduser()
+
+
+def warn_of_network(folder: Path) -> None:
+    """Say that the cache is on a network, which most often has a quota, and is slower than a disk."""
+    kind = type_of(folder)
+    if is_network(kind):
+        print(
+            f"warning: data.cache.dir: {folder}, for copies of remote shards, is on a network file system ({kind}). Set "
+            f"data.cache.dir to a folder on a local disk of each machine",
+            flush=True,
+        )
 
 
 class ShardCache:

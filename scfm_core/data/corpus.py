@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from scfm_core.data.cache import ShardCache
+from scfm_core.data.cache import ShardCache, cache_folder, warn_of_network
 from scfm_core.data.decode import DECODING_ERRORS, cached_record, image_content, image_record, pad_text, read_caption
 from scfm_core.data.folder import ImageFolder
 from scfm_core.data.image import picture_notes
@@ -21,6 +21,7 @@ from scfm_core.data.schema import BadData, Manifest, Record, Size
 from scfm_core.data.source import Shard, Source, open_source
 from scfm_core.data.uri import is_remote
 from scfm_core.errors import UserError
+from scfm_core.launched import launched_rank
 
 
 class Corpus:
@@ -240,7 +241,10 @@ class Corpus:
         if not any(is_remote(source.uri) or source.format == "mds" for source in self.configs):
             return None
         limit = None if config.limit_gb is None else int(config.limit_gb * 1e9)
-        cache = ShardCache(Path(config.dir).expanduser(), limit, config.timeout)
+        folder = cache_folder(config.dir)
+        if config.dir is None and launched_rank() == 0:
+            warn_of_network(folder)
+        cache = ShardCache(folder, limit, config.timeout)
         cache.sweep()
         return cache
 

@@ -18,6 +18,10 @@ _CONNECT_SECONDS, _STALL_SECONDS = 10.0, 20.0
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
+class MissingObject(UserError):
+    """There is no object of this address."""
+
+
 def fetch(uri: str, target: Path, deadline: float) -> None:
     """Download one object into a file.
 
@@ -27,7 +31,8 @@ def fetch(uri: str, target: Path, deadline: float) -> None:
         deadline: seconds, with all retries and the pauses between them.
 
     Raises:
-        UserError: if the object is missing, not permitted, or unavailable until the deadline.
+        MissingObject: if there is no such object.
+        UserError: if it is not permitted, or unavailable until the deadline.
         OSError: from the local disk.
     """
 
@@ -110,7 +115,9 @@ def _retry(uri: str, call: Callable[[float], Any], deadline: float) -> Any:
         except FileNotFoundError as error:
             if error.filename is not None:  # of the local disk: the target's folder was deleted
                 raise
-            raise UserError(f"data: there is no {uri} (404): {_summary(error)}") from None  # the cause may hold secrets
+            raise MissingObject(
+                f"data: there is no {uri} (404): {_summary(error)}"
+            ) from None  # the cause may hold secrets
         except PermissionError as error:
             if error.filename is not None:
                 raise

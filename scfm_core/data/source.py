@@ -13,7 +13,7 @@ from torch import Tensor
 from scfm_core.data.cache import ShardCache
 from scfm_core.data.mds import INDEX, MdsIndex, MdsShard
 from scfm_core.data.recipe import Format, SourceConfig, format_of
-from scfm_core.data.remote import read
+from scfm_core.data.remote import MissingObject, read
 from scfm_core.data.schema import MANIFEST, BadData, Manifest, ShardEntry
 from scfm_core.data.uri import expand, is_remote, join, parent
 from scfm_core.data.webdataset import TarShard
@@ -256,10 +256,8 @@ def read_optional(where: str, timeout: float) -> bytes | None:
     if is_remote(where):
         try:
             return read(where, timeout)
-        except UserError as error:
-            if "(404)" in str(error):
-                return None
-            raise
+        except MissingObject:
+            return None
     try:
         return Path(where).read_bytes()
     except FileNotFoundError:

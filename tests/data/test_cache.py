@@ -21,8 +21,8 @@ import torch
 from safetensors.torch import save
 from storage import FaultyProxy, S3Server
 
-from scfm_core.data import open_shards, remote
-from scfm_core.data.cache import ShardCache
+from scfm_core.data import cache, open_shards, remote
+from scfm_core.data.cache import ShardCache, cache_folder, warn_of_network
 from scfm_core.data.corpus import Corpus
 from scfm_core.data.mds import MdsWriter
 from scfm_core.data.recipe import CacheConfig, DataConfig, SourceConfig
@@ -377,6 +377,54 @@ class TestKeys:
         (tmp_path / "file").touch()
         with pytest.raises(UserError, match=r"data\.cache\.dir: .*file/cache cannot be made .*Choose another folder"):
             ShardCache(tmp_path / "file" / "cache", None, LONG)
+
+
+class TestFolder:
+    """The default of `data.cache.dir`."""
+
+    HOME = Path("/home/me/.cache/scfm/shards")
+
+    @pytest.fixture(autouse=True)
+    def machine(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        for name in (*cache._JOBS, *cache._DISKS_OF_JOBS):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("HOME", "/home/me")
+        for kind in ("xfs", "nfs4", "tmpfs"):
+            (tmp_path / kind).mkdir()
+        monkeypatch.setattr(cache, "type_of", lambda path: {"me": "nfs4"}.get(path.parts[2], path.name))
+
+    def test_a_setting_wins(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setenv("SLURM_JOB_ID", "1")
+        monkeypatch.setenv("SLURM_TMPDIR", str(tmp_path / "xfs"))
+        assert cache_folder("~/copies") == Path("/home/me/copies")
+
+    @pytest.mark.parametrize("name", cache._DISKS_OF_JOBS)
+    @pytest.mark.parametrize("job", [*cache._JOBS, None])
+    def test_a_local_disk_of_the_job(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, job: str | None
+    ) -> None:
+        """Without a job the variables may be anything, as TMPDIR of a shell."""
+        monkeypatch.setenv(name, str(tmp_path / "xfs"))
+        if job:
+            monkeypatch.setenv(job, "1")
+        assert cache_folder(None) == (tmp_path / "xfs" / f"scfm-{os.getuid()}" / "shards" if job else self.HOME)
+
+    @pytest.mark.parametrize("kind", ["nfs4", "tmpfs", "gone"])
+    def test_is_no_network_no_memory_and_exists(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
+    ) -> None:
+        monkeypatch.setenv("SLURM_JOB_ID", "1")
+        monkeypatch.setenv("SLURM_TMPDIR", str(tmp_path / kind))
+        assert cache_folder(None) == self.HOME
+        monkeypatch.setenv("TMPDIR", str(tmp_path / "xfs"))
+        assert cache_folder(None).is_relative_to(tmp_path / "xfs")
+
+    def test_on_a_network_is_said(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+        warn_of_network(tmp_path / "xfs")
+        assert capsys.readouterr().out == ""
+        warn_of_network(self.HOME)
+        said = capsys.readouterr().out
+        assert "/home/me/.cache/scfm/shards" in said and "(nfs4). Set data.cache.dir" in said
 
 
 @pytest.mark.processes
