@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
+from scfm_core.data.reading import may_pass
 from scfm_core.data.remote import fetch
 from scfm_core.data.schema import BadData
 from scfm_core.errors import UserError
@@ -113,6 +114,7 @@ class ShardCache:
         Raises:
             BadData: if the object's content differs from the manifest in two downloads.
             UserError: if it cannot be downloaded, or the cache's disk is full.
+            OSError: of the cache's disk, if it may pass.
         """
         copy, end = self.path(uri, sha256), time.monotonic() + self.timeout
         try:
@@ -129,6 +131,8 @@ class ShardCache:
                 part.replace(copy)
                 return copy, unpack is None
         except OSError as error:
+            if may_pass(error):
+                raise
             raise self._user_error(error) from error
 
     def discard(self, uri: str, sha256: str | None) -> None:

@@ -16,6 +16,7 @@ from scfm_core.data.folder import ImageFolder
 from scfm_core.data.image import picture_notes
 from scfm_core.data.open_shards import OpenShards
 from scfm_core.data.order import Order, SourceOrder
+from scfm_core.data.reading import retried
 from scfm_core.data.recipe import DataConfig, SourceConfig
 from scfm_core.data.schema import BadData, Manifest, Record, Size
 from scfm_core.data.source import Shard, Source, open_source
@@ -73,6 +74,7 @@ class Corpus:
                 for source, place in zip(self._shard_source, self._shard_place, strict=True)
             ],
             config.cache.timeout,
+            None if cache is None else cache.limit,
         )
 
     def __len__(self) -> int:
@@ -148,9 +150,9 @@ class Corpus:
         return bisect.bisect_right(self._shard_start, item) - 1
 
     def shard_bytes(self, shard: int) -> int:
-        """Bytes of a shard in the cache; 0 for a folder of images."""
+        """Bytes of a shard's copy in the cache; 0 if it is read in place."""
         source = self.sources[self._shard_source[shard]]
-        return source.manifest.shards[self._shard_place[shard]].bytes if isinstance(source, Source) else 0
+        return source.bytes_of_copy(self._shard_place[shard]) if isinstance(source, Source) else 0
 
     def prefetch(self, shard: int) -> None:
         """Download and hash a shard before it is needed; safe in threads. Raises as `record`."""
@@ -179,7 +181,8 @@ class Corpus:
         source = self.sources[number]
         size = self.sizes[self.buckets[item]]
         if isinstance(source, ImageFolder):
-            return source.load(at, size, self.config.background)
+            folder, seconds = source, self.config.cache.timeout
+            return retried(lambda: folder.load(at, size, self.config.background), folder.key(at), seconds)
         shard = self._open(shard_number)
         try:
             if self.is_cached:
@@ -188,7 +191,7 @@ class Corpus:
             return image_record(
                 shard, at, source.config, size, self.config.seed or 0, sample_id, self.config.background
             )
-        except BadData:
+        except UserError:  # BadData, or the shard is unavailable
             raise
         except DECODING_ERRORS as error:
             raise BadData(
@@ -234,7 +237,7 @@ class Corpus:
         return self._shard_source[shard], shard, item - self._shard_start[shard]
 
     def _open(self, shard: int) -> Shard:
-        return self._open_shards.get(shard, verify=self.config.verify)
+        return self._open_shards.shard(shard, verify=self.config.verify)
 
     def _make_cache(self) -> ShardCache | None:
         config = self.config.cache

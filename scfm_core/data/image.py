@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scfm_core.data.reading import may_pass
 from scfm_core.data.schema import BadData, Size
 from scfm_core.data.text import shown_name
 
@@ -202,12 +203,14 @@ def _orientation(image: Any) -> int:
 
 @contextlib.contextmanager
 def _open_image(source: Path | bytes, name: str | None) -> Iterator[Any]:
-    """Open an image with PIL; the errors of PIL become BadData."""
+    """Open an image with PIL; the errors of PIL become BadData, but not those of the disk that may pass."""
     image, unidentified, errors = _pil()
     try:
         with image.open(source if isinstance(source, Path) else io.BytesIO(source), formats=_FORMATS) as opened:
             yield opened
     except errors as error:
+        if may_pass(error):
+            raise
         where = shown_name(str(source)) if isinstance(source, Path) else name
         reason = _known_content(source) or (
             f"its content is of none of the formats {', '.join(_FORMATS)}"

@@ -585,12 +585,25 @@ class TestLimit:
         assert files(folder) == {}
 
     def test_an_open_copy_stays_readable_after_it_is_deleted(self, proxy: FaultyProxy, folder: Path) -> None:
-        corpus = Corpus(recipe(folder, "s3://bucket/a", limit=400_000))
-        for _ in range(2):
-            for item in range(0, len(corpus), 3):
-                assert is_right(corpus, item, item)
+        corpus = Corpus(recipe(folder, "s3://bucket/a"))
+        assert all(is_right(corpus, item, item) for item in range(0, len(corpus), SAMPLES))
+        for copy in folder.iterdir():  # as another job with a small limit does
+            copy.unlink()
+        assert all(is_right(corpus, item, item) for item in range(len(corpus)))
         assert gets(proxy) == SHARDS
-        assert 0 < len(files(folder)) < SHARDS
+
+    def test_open_copies_have_no_more_bytes_than_the_limit(self, proxy: FaultyProxy, folder: Path) -> None:
+        """A deleted copy keeps its space on the disk while a process has it open."""
+        corpus = Corpus(recipe(folder, "s3://bucket/a", limit=400_000))
+        size = corpus.shard_bytes(0)
+        for item in [*range(0, len(corpus), SAMPLES), 0]:
+            assert is_right(corpus, item, item)
+            copies = [
+                path.stat().st_size  # of the open file, also if it is deleted
+                for path in Path("/proc/self/fd").iterdir()
+                if path.is_symlink() and str(folder) in str(path.readlink())
+            ]
+            assert sum(copies) <= 400_000 < sum(copies) + size or item < 4 * SAMPLES
 
     def test_a_copy_that_is_evicted_before_it_is_opened(
         self, proxy: FaultyProxy, folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -613,7 +626,7 @@ class TestLimit:
     def test_processes_with_less_space_than_their_shards(
         self, proxy: FaultyProxy, folder: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(open_shards, "_MAX_OPEN", 1)
+        monkeypatch.setattr(open_shards, "most_open", lambda: 1)
         limit = int(2.5 * manifest.shards[0].bytes)
         children = [Child(read_all, recipe(folder, "s3://bucket/a", limit=limit), seed, 2) for seed in range(4)]
         assert [child.result() for child in children] == [2 * SHARDS * SAMPLES] * 4
@@ -645,7 +658,7 @@ class TestLimit:
     def test_two_jobs_with_different_limits(
         self, proxy: FaultyProxy, folder: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(open_shards, "_MAX_OPEN", 1)
+        monkeypatch.setattr(open_shards, "most_open", lambda: 1)
         size = manifest.shards[0].bytes
         jobs = []
         for number, shards in enumerate((1.2, 4.2)):
