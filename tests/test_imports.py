@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Modules that import only the standard library, and the exceptions.
 LEAVES = tuple(
-    f"scfm_core.{name}" for name in ("errors", "files", "launched", "output", "progress", "secrets", "user", "wording")
+    f"scfm_core.{name}"
+    for name in ("errors", "file_systems", "files", "launched", "output", "progress", "secrets", "user", "wording")
 )
 
 # The modules of this repository that each package may import, including its own. A new package needs a line here.

@@ -139,6 +139,10 @@ class ShardCache:
         """Delete a corrupt copy; the original is never touched."""
         self.path(uri, sha256).unlink(missing_ok=True)
 
+    def mark_used(self, uri: str, sha256: str | None) -> None:
+        """Mark a copy, if it exists, as the most recently used one."""
+        self._mark_used(self.path(uri, sha256))
+
     def sweep(self) -> None:
         """Delete the partial downloads of killed processes."""
         for part in self.folder.glob(f"*{_PART}"):

@@ -149,10 +149,26 @@ class Corpus:
         """Number of the shard that holds a sample."""
         return bisect.bisect_right(self._shard_start, item) - 1
 
+    def shards_of(self, items: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Numbers of the shards that hold samples."""
+        return np.searchsorted(self._shard_start, items, side="right") - 1
+
+    @property
+    def num_shards(self) -> int:
+        """Number of shards of all sources."""
+        return len(self._shard_start)
+
     def shard_bytes(self, shard: int) -> int:
         """Bytes of a shard's copy in the cache; 0 if it is read in place."""
         source = self.sources[self._shard_source[shard]]
         return source.bytes_of_copy(self._shard_place[shard]) if isinstance(source, Source) else 0
+
+    def mark_used(self, shards: Iterable[int]) -> None:
+        """Mark the copies of these shards in the cache, if there are any, as the most recently used ones."""
+        for shard in shards:
+            source = self.sources[self._shard_source[shard]]
+            if isinstance(source, Source):
+                source.mark_used(self._shard_place[shard])
 
     def prefetch(self, shard: int) -> None:
         """Download and hash a shard before it is needed; safe in threads. Raises as `record`."""

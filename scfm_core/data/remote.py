@@ -11,6 +11,7 @@ from typing import Any
 
 from scfm_core.data.uri import SCHEMES
 from scfm_core.errors import UserError, missing_extra
+from scfm_core.progress import beat
 from scfm_core.secrets import scrub
 
 # Timeouts of one attempt, far below any deadline. Without a byte for _STALL_SECONDS the connection counts as dead.
@@ -37,8 +38,11 @@ def fetch(uri: str, target: Path, deadline: float) -> None:
     """
 
     def get(left: float) -> None:
+        from fsspec.callbacks import Callback
+
         filesystem, path = _filesystem(uri, left)
-        filesystem.get_file(path, str(target), timeout=left)
+        progress = Callback(hooks={"beat": lambda *_: beat(f"downloading {uri}")})
+        filesystem.get_file(path, str(target), timeout=left, callback=progress)
 
     _retry(uri, get, deadline)
 

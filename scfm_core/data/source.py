@@ -115,6 +115,12 @@ class Source:
         compressed = None if self.index is None else self.index.compressed(number)
         return self.manifest.shards[number].bytes if self._uses_cache(compressed) else 0
 
+    def mark_used(self, number: int) -> None:
+        """Mark a shard's copy in the cache, if there is one, as the most recently used one."""
+        stored = (None if self.index is None else self.index.compressed(number)) or self.manifest.shards[number]
+        if self.cache is not None and self.bytes_of_copy(number):
+            self.cache.mark_used(join(self.base, stored.name), stored.sha256)
+
     def _uses_cache(self, compressed: ShardEntry | None) -> bool:
         return compressed is not None or is_remote(self.base)
 

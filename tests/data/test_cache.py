@@ -6,12 +6,14 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,16 @@ import torch
 from safetensors.torch import save
 from storage import FaultyProxy, S3Server
 
-from scfm_core.data import cache, open_shards, remote
+from scfm_core.data import cache, open_shards, prefetch, remote, source
+from scfm_core.data import corpus as corpus_module
 from scfm_core.data.cache import ShardCache, cache_folder, warn_of_network
 from scfm_core.data.corpus import Corpus
+from scfm_core.data.loader import batches
 from scfm_core.data.mds import MdsWriter
+from scfm_core.data.picks import Picks
+from scfm_core.data.prefetch import cache_needed, warn_of_small_cache
 from scfm_core.data.recipe import CacheConfig, DataConfig, SourceConfig
-from scfm_core.data.schema import MANIFEST, BadData, Manifest
+from scfm_core.data.schema import MANIFEST, BadData, Manifest, Record
 from scfm_core.data.webdataset import TarWriter
 from scfm_core.errors import UserError
 
@@ -701,6 +707,94 @@ class TestLimit:
 def read_all_as_a_non_daemonic_job(config: DataConfig, seed: int) -> int:
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     return read_all_as_a_job(config, seed)
+
+
+class TestOfALoader:
+    """How often a run downloads its shards, which are 64 of 10 samples, and what it says of the size of its cache."""
+
+    @pytest.fixture(scope="class")
+    def small(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        folder = tmp_path_factory.mktemp("small") / "shards"
+        folder.mkdir()
+        entries = []
+        for shard in range(64):
+            with TarWriter(folder / f"{shard:05d}.tar") as writer:
+                for number in range(10 * shard, 10 * shard + 10):
+                    writer.write(f"{number:08d}", {"jpg": b"", "txt": b""}, (16, 16))
+            entries.append(writer.entry)
+        Manifest(shards=tuple(entries)).write(folder / MANIFEST)
+        return folder
+
+    @pytest.fixture
+    def downloads(self, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
+        """A remote store without a server: its address is `s3://small`. Returns a function: the downloads so far."""
+        log = tmp_path / "downloads"
+        log.touch()
+
+        def fetch(uri: str, target: Path, deadline: float) -> None:
+            shutil.copyfile(small / uri.rpartition("/")[2], target)
+            with log.open("a") as file:  # of any process
+                file.write(f"{uri}\n")
+
+        monkeypatch.setattr(cache, "fetch", fetch)
+        monkeypatch.setattr(source, "read", lambda uri, deadline: (small / uri.rpartition("/")[2]).read_bytes())
+        monkeypatch.setattr(corpus_module, "image_record", lambda *arguments: Record(key="", caption=""))
+        original = Corpus.record
+
+        def record(corpus: Corpus, item: int, *arguments: Any, **options: Any) -> Record:
+            corpus.raw(item)[0].read(corpus.raw(item)[1], "txt")  # type: ignore[union-attr]
+            return original(corpus, item, *arguments, **options)
+
+        monkeypatch.setattr(Corpus, "record", record)
+        return lambda: log.read_text().split()
+
+    def run(self, folder: Path, limit: float | None, block: int, *, world_size: int = 1, **changes: Any) -> None:
+        """One epoch, with two workers of each rank, one rank after the other."""
+        config = recipe(folder, "s3://small", shuffle_block=block, **changes)
+        config = replace(config, num_workers=2, cache=replace(config.cache, limit_gb=limit))
+        for rank in range(world_size):
+            options = {"seed": 0, "global_batch_size": 8, "micro_batch_size": 2, "start": 0, "stop": 640}
+            for batch in batches(Corpus(config), **options, rank=rank, world_size=world_size):
+                assert len(batch) == 2
+
+    @pytest.mark.processes
+    @pytest.mark.parametrize("partitions", [1, 4])
+    def test_each_shard_once_with_the_size_that_it_asks_for(
+        self, downloads: Callable[[], list[str]], folder: Path, capsys: pytest.CaptureFixture[str], partitions: int
+    ) -> None:
+        self.run(folder, 3e-5, 80, partitions=partitions)
+        (said,) = capsys.readouterr().out.splitlines()
+        assert said.startswith("warning: data.cache.limit_gb=3e-05 is too small")
+        more = len(downloads())
+        assert more > 64, "the warning is true"
+        (needed,) = re.findall(r"Set it to (\S+) or more", said)
+        shutil.rmtree(folder)
+        self.run(folder, float(needed), 80, partitions=partitions)
+        assert capsys.readouterr().out == ""
+        assert len(downloads()) - more == 64
+        assert 0 < len(files(folder)) < 64, "the limit is below the data set"
+
+    def test_says_nothing_without_a_limit_or_of_shards_on_a_disk(
+        self, downloads: Callable[[], list[str]], folder: Path, small: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        for uri, limit in (("s3://small", None), (str(small), 1e-6)):
+            config = recipe(folder, uri)
+            corpus = Corpus(replace(config, cache=replace(config.cache, limit_gb=limit)))
+            warn_of_small_cache(corpus, Picks(corpus.order(8, 0), 0, 80, 2), 4)
+        assert capsys.readouterr().out == ""
+
+    def test_ranks_of_a_machine_share_their_shards(
+        self, downloads: Callable[[], list[str]], folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Eight ranks on two machines: with one partition all need the same shards, with eight each needs its own."""
+        needed = {}
+        for ranks, partitions in ((4, 1), (4, 2), (4, 8), (1, 8)):
+            monkeypatch.setattr(prefetch, "local_size", lambda ranks=ranks: ranks)
+            corpus = Corpus(recipe(folder, "s3://small", shuffle_block=80, partitions=partitions))
+            needed[ranks, partitions] = cache_needed(corpus, Picks(corpus.order(8, 0), 0, 80, 1, 0, 8), 1)
+        assert needed[4, 1] == pytest.approx(needed[4, 2], rel=0.3)
+        assert needed[1, 8] < needed[4, 1] < needed[4, 8]
+        assert needed[4, 8] == pytest.approx(4 * needed[1, 8], rel=0.3)
 
 
 class TestDisk:

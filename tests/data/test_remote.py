@@ -19,6 +19,7 @@ import fsspec
 import pytest
 from storage import FaultyProxy, FileServer, S3Server
 
+from scfm_core import progress
 from scfm_core.data import remote
 from scfm_core.data.remote import fetch, read
 from scfm_core.data.source import read_optional
@@ -162,6 +163,15 @@ class TestTransientFaults:
         full = [min(0.25 * 2**attempt, 10.0) for attempt in range(8)]
         assert all(most / 2 <= asked <= most for asked, most in zip(pauses, full, strict=True))
         assert len({asked / most for asked, most in zip(pauses, full, strict=True)}) == 8
+
+    def test_a_download_reports_its_progress(self, place: Place, tmp_path: Path) -> None:
+        told: list[str] = []
+        progress.listen(told.append)
+        try:
+            fetch(place.uri(), tmp_path / "x.tar", deadline=LONG_PAUSE)
+        finally:
+            progress.listen(None)
+        assert told and set(told) == {f"downloading {place.uri()}"}
 
     def test_a_slow_body_is_not_a_dead_connection(self, place: Place, tmp_path: Path) -> None:
         place.proxy.slow_seconds = 1.2  # four times the tolerated silence
