@@ -26,6 +26,8 @@ _VERIFIED = -1
 """State of a shard. Other states: 0 (not verified), or the id of the process that is downloading or hashing it."""
 _DESCRIPTORS = 1 << 16
 """The soft limit of open files is raised to this number, if the hard limit allows it."""
+_LEAST_COPIES = 64
+"""Open shards of a process whatever the size of the cache: closing them would download them again and again."""
 _TABLE_BYTES = 32 << 20
 """Memory of a process for the tables of tars, those of a million samples. A table is used for the length of a shuffle block."""
 
@@ -40,8 +42,8 @@ class OpenShards:
     Args:
         shards: the source of each shard, and the shard's number in that source. A folder of images cannot be opened.
         timeout: seconds to wait for another process that is downloading or hashing a shard, and for errors that may pass.
-        cache_limit: bytes of open copies in the cache. An open copy that was evicted keeps its space on the disk. None: no
-            limit.
+        cache_limit: bytes of open copies in the cache, if they are more than 64. An open copy that was evicted keeps its
+            space on the disk. None: no limit.
     """
 
     def __init__(
@@ -99,7 +101,7 @@ class OpenShards:
             raise
         self._open[number] = shard
         self._copied_bytes += self._bytes_of_copy(number)
-        while len(self._open) > 1 and (len(self._open) > self._most or self._exceeds_cache()):
+        while len(self._open) > self._most or self._exceeds_cache():
             self.close(next(iter(self._open)))
         return shard
 
@@ -130,7 +132,8 @@ class OpenShards:
                     self.close(number)
 
     def _exceeds_cache(self) -> bool:
-        return self._cache_limit is not None and self._copied_bytes > self._cache_limit
+        limit = self._cache_limit
+        return limit is not None and self._copied_bytes > limit and len(self._open) > _LEAST_COPIES
 
     def _bytes_of_copy(self, number: int) -> int:
         source, place = self._shards[number]

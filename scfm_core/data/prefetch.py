@@ -114,8 +114,8 @@ def warn_of_small_cache(corpus: Corpus, picks: Picks, queued: int) -> None:
     needed = cache_needed(corpus, picks, queued) / 1e9
     if limit < needed:
         print(
-            f"warning: data.cache.limit_gb={limit:.6g} is too small for the shards that a machine uses at the same time: they "
-            f"are downloaded again and again. Set it to {needed * 1.001:.4g} or more, lower data.shuffle_block, or set "
+            f"warning: data.cache.limit_gb={limit:.6g} is less than the shards that a machine uses at the same time: some "
+            f"may be downloaded again and again. Set it to {needed * 1.001:.4g} or more, lower data.shuffle_block, or set "
             f"data.partitions to the number of machines",
             flush=True,
         )

@@ -598,8 +598,11 @@ class TestLimit:
         assert all(is_right(corpus, item, item) for item in range(len(corpus)))
         assert gets(proxy) == SHARDS
 
-    def test_open_copies_have_no_more_bytes_than_the_limit(self, proxy: FaultyProxy, folder: Path) -> None:
+    def test_open_copies_have_no_more_bytes_than_the_limit(
+        self, proxy: FaultyProxy, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """A deleted copy keeps its space on the disk while a process has it open."""
+        monkeypatch.setattr(open_shards, "_LEAST_COPIES", 1)
         corpus = Corpus(recipe(folder, "s3://bucket/a", limit=400_000))
         size = corpus.shard_bytes(0)
         for item in [*range(0, len(corpus), SAMPLES), 0]:
@@ -760,11 +763,17 @@ class TestOfALoader:
     @pytest.mark.processes
     @pytest.mark.parametrize("partitions", [1, 4])
     def test_each_shard_once_with_the_size_that_it_asks_for(
-        self, downloads: Callable[[], list[str]], folder: Path, capsys: pytest.CaptureFixture[str], partitions: int
+        self,
+        downloads: Callable[[], list[str]],
+        folder: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+        partitions: int,
     ) -> None:
+        monkeypatch.setattr(open_shards, "_LEAST_COPIES", 1)
         self.run(folder, 3e-5, 80, partitions=partitions)
         (said,) = capsys.readouterr().out.splitlines()
-        assert said.startswith("warning: data.cache.limit_gb=3e-05 is too small")
+        assert said.startswith("warning: data.cache.limit_gb=3e-05 is less than the shards")
         more = len(downloads())
         assert more > 64, "the warning is true"
         (needed,) = re.findall(r"Set it to (\S+) or more", said)
