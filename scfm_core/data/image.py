@@ -60,16 +60,25 @@ class Picture:
     """An image as training sees it."""
 
     pixels: Tensor
-    """fp32 [3, height, width] in [-1, 1]."""
+    """uint8 [3, height, width]; `unit_range` makes it what networks take."""
     notes: tuple[str, ...]
     """What may surprise: `CROPPED`, `ENLARGED`, `TRANSPARENT`, `ANIMATED`."""
+
+
+def unit_range(pixels: Tensor) -> Tensor:
+    """Pixels uint8 -> fp32 in [-1, 1], bit for bit the same on every device.
+
+    Images are uint8 until they are on the device: a quarter of the bytes to pass and to copy.
+    """
+    # A tensor and not a number: CUDA multiplies by the reciprocal of a number, which differs in the last bit.
+    return pixels.float() / torch.full((), 127.5, device=pixels.device) - 1
 
 
 def load_image(
     source: Path | bytes, height: int, width: int, name: str | None = None, background: str = "white"
 ) -> Tensor:
-    """The pixels of `load_picture`."""
-    return load_picture(source, height, width, name, background).pixels
+    """The pixels of `load_picture`, fp32 in [-1, 1]."""
+    return unit_range(load_picture(source, height, width, name, background).pixels)
 
 
 def load_picture(
@@ -111,8 +120,8 @@ def load_picture(
             image = image.transpose(getattr(Image.Transpose, transposition))
         fitted = ImageOps.fit(image, (width, height), method=Image.Resampling.LANCZOS)
         fitted = _to_srgb(fitted, opened.info.get("icc_profile"))
-    pixels = torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 127.5 - 1
-    return Picture(pixels, tuple(notes))
+    pixels = torch.from_numpy(np.array(fitted)).permute(2, 0, 1)
+    return Picture(pixels.contiguous(), tuple(notes))
 
 
 def image_size(source: Path | bytes, name: str) -> Size:
