@@ -180,15 +180,15 @@ def _figure(content: str, caption: str, source: str, size: Size, key: str, small
 def _picture(record: Record, decode: Callable[[Tensor], Tensor] | None) -> np.ndarray:
     """The sample as an image, uint8 [H, W, 3]."""
     if record.image is not None:
-        image = (record.image + 1) / 2
+        shown: np.ndarray = record.image.permute(1, 2, 0).numpy()
+        return shown
+    assert record.latents is not None
+    if decode is not None:
+        image = decode(record.latents[None])[0].float().cpu()
     else:
-        assert record.latents is not None
-        if decode is not None:
-            image = decode(record.latents[None])[0].float().cpu()
-        else:
-            channel = record.latents[0].float()
-            low, high = (float(torch.quantile(channel, share)) for share in (0.01, 0.99))
-            image = ((channel - low) / max(high - low, 1e-6)).expand(3, -1, -1)
+        channel = record.latents[0].float()
+        low, high = (float(torch.quantile(channel, share)) for share in (0.01, 0.99))
+        image = ((channel - low) / max(high - low, 1e-6)).expand(3, -1, -1)
     pixels: np.ndarray = (image.clamp(0, 1).nan_to_num() * 255).round().byte().permute(1, 2, 0).numpy()
     return pixels
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from data_tools.job import LEFT_OUT, Job, Made, Progress, plan_shards
 from data_tools.validate import printable
 from scfm_core.data.corpus import Corpus
+from scfm_core.data.image import unit_range
 from scfm_core.data.recipe import DataConfig
 from scfm_core.data.schema import BadData, Manifest, Record
 from scfm_core.data.source import PADDING
@@ -264,7 +265,8 @@ def _make_batch(items: Sequence[int], corpus: Corpus, vae: Autoencoder, writer: 
             leave_out(error)
     if not records:
         return made
-    latents = vae.encode(torch.stack([record.image for record in records.values() if record.image is not None]))
+    images = torch.stack([record.image for record in records.values() if record.image is not None])
+    latents = vae.encode(unit_range(images.to(writer.config.device)))
     details: list[dict[str, object]] = [
         {"height": size[0], "width": size[1], "source": record.key} for record in records.values()
     ]

@@ -295,7 +295,7 @@ def _check_end(file: Any, shard: TarShard) -> None:
     descriptor, size = file.fileno(), file.seek(0, os.SEEK_END)
     if os.pread(descriptor, _MIN_END, max(0, size - _MIN_END)).strip(b"\0"):
         raise BadData(f"data: shard {shard.name} has no end mark: it is truncated, or its writer was killed")
-    end = shard.end
+    end = shard.table.end
     is_mark = not os.pread(descriptor, 512, end).strip(b"\0")
     if is_mark and (size - end > _MAX_END or os.pread(descriptor, size - end, end).strip(b"\0")):
         raise BadData(

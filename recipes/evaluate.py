@@ -18,6 +18,7 @@ from recipes.runs import load_trained, open_run
 from recipes.sample import generate
 from recipes.unfinished import UnfinishedEvaluation
 from scfm_core.data.corpus import Corpus
+from scfm_core.data.image import unit_range
 from scfm_core.data.schema import collate
 from scfm_core.data.uri import is_remote
 from scfm_core.errors import UserError
@@ -304,7 +305,7 @@ class Evaluator:
         for at in range(0, len(items), self.size):
             part = collate(items[at : at + self.size], [corpus.record(item) for item in items[at : at + self.size]])
             if part.images is not None:
-                images = part.images / 2 + 0.5
+                images = unit_range(part.images) / 2 + 0.5
             else:
                 assert part.latents is not None
                 images = self.vae.decode(part.latents)

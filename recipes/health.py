@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from recipes.job import other_job
+from scfm_core.data.cache import cache_folder
 from scfm_core.data.corpus import Corpus
 from scfm_core.distributed.world import World, join_world
 from scfm_core.errors import UserError, agreed_error
@@ -148,7 +149,7 @@ def _inspect(config: RunConfig, node: str, device: torch.device) -> Report:
         for what, folder in (
             ("run.dir", config.run.dir),
             ("TMPDIR", tempfile.gettempdir()),
-            ("data.cache.dir", config.data.cache.dir),
+            ("data.cache.dir", cache_folder(config.data.cache.dir)),
         ):
             report.problems += _problem_of_folder(what, Path(folder).expanduser())
         for what, check in (

@@ -18,7 +18,18 @@ ROOT = Path(__file__).resolve().parents[1]
 # Modules that import only the standard library, and the exceptions.
 LEAVES = tuple(
     f"scfm_core.{name}"
-    for name in ("errors", "files", "filling", "launched", "output", "progress", "secrets", "user", "wording")
+    for name in (
+        "errors",
+        "file_systems",
+        "files",
+        "filling",
+        "launched",
+        "output",
+        "progress",
+        "secrets",
+        "user",
+        "wording",
+    )
 )
 
 # The modules of this repository that each package may import, including its own. A new package needs a line here.

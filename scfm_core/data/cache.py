@@ -16,13 +16,49 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
+from scfm_core.data.reading import may_pass
 from scfm_core.data.remote import fetch
 from scfm_core.data.schema import BadData
 from scfm_core.errors import UserError
+from scfm_core.file_systems import is_memory, is_network, type_of
 from scfm_core.files import lock_file, mismatch
 
+_HOME = "~/.cache/scfm/shards"
+_JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID")
+"""Of Slurm, PBS, LSF and Grid Engine: a process with one of these variables is in a batch job."""
+_DISKS_OF_JOBS = ("SLURM_TMPDIR", "LOCAL_SCRATCH", "TMPDIR")
+"""Variables that name a folder of the job on the machine's disk. Most clusters have one; the scheduler deletes the folder
+at the job's end."""
 _PART = ".part"
 _COPY_NAME = re.compile(r"[0-9a-f]{24}-")
+
+
+def cache_folder(setting: str | None) -> Path:
+    """The folder of the cache on this machine; it may not exist yet.
+
+    Args:
+        setting: `data.cache.dir`. None: a folder of the batch job on a local disk (not in memory, not on a network), if the
+            scheduler names one, else one below the home.
+    """
+    if setting is not None:
+        return Path(setting).expanduser()
+    if any(name in os.environ for name in _JOBS):
+        for place in (Path(os.environ[name]) for name in _DISKS_OF_JOBS if os.environ.get(name)):
+            kind = type_of(place)
+            if os.access(place, os.W_OK) and not is_network(kind) and not is_memory(kind):
+                return place / f"scfm-{os.getuid()}" / "shards"  # /tmp is everybody's
+    return Path(_HOME).expanduser()
+
+
+def warn_of_network(folder: Path) -> None:
+    """Say that the cache is on a network, which most often has a quota, and is slower than a disk."""
+    kind = type_of(folder)
+    if is_network(kind):
+        print(
+            f"warning: data.cache.dir: {folder}, for copies of remote shards, is on a network file system ({kind}). Set "
+            f"data.cache.dir to a folder on a local disk of each machine",
+            flush=True,
+        )
 
 
 class ShardCache:
@@ -78,6 +114,7 @@ class ShardCache:
         Raises:
             BadData: if the object's content differs from the manifest in two downloads.
             UserError: if it cannot be downloaded, or the cache's disk is full.
+            OSError: of the cache's disk, if it may pass.
         """
         copy, end = self.path(uri, sha256), time.monotonic() + self.timeout
         try:
@@ -94,11 +131,17 @@ class ShardCache:
                 part.replace(copy)
                 return copy, unpack is None
         except OSError as error:
+            if may_pass(error):
+                raise
             raise self._user_error(error) from error
 
     def discard(self, uri: str, sha256: str | None) -> None:
         """Delete a corrupt copy; the original is never touched."""
         self.path(uri, sha256).unlink(missing_ok=True)
+
+    def mark_used(self, uri: str, sha256: str | None) -> None:
+        """Mark a copy, if it exists, as the most recently used one."""
+        self._mark_used(self.path(uri, sha256))
 
     def sweep(self) -> None:
         """Delete the partial downloads of killed processes."""

@@ -10,17 +10,19 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from scfm_core.data.cache import ShardCache
+from scfm_core.data.cache import ShardCache, cache_folder, warn_of_network
 from scfm_core.data.decode import DECODING_ERRORS, cached_record, image_content, image_record, pad_text, read_caption
 from scfm_core.data.folder import ImageFolder
 from scfm_core.data.image import picture_notes
 from scfm_core.data.open_shards import OpenShards
 from scfm_core.data.order import Order, SourceOrder
+from scfm_core.data.reading import retried
 from scfm_core.data.recipe import DataConfig, SourceConfig
 from scfm_core.data.schema import BadData, Manifest, Record, Size
 from scfm_core.data.source import Shard, Source, open_source
 from scfm_core.data.uri import is_remote
 from scfm_core.errors import UserError
+from scfm_core.launched import launched_rank
 
 
 class Corpus:
@@ -72,6 +74,7 @@ class Corpus:
                 for source, place in zip(self._shard_source, self._shard_place, strict=True)
             ],
             config.cache.timeout,
+            None if cache is None else cache.limit,
         )
 
     def __len__(self) -> int:
@@ -146,10 +149,26 @@ class Corpus:
         """Number of the shard that holds a sample."""
         return bisect.bisect_right(self._shard_start, item) - 1
 
+    def shards_of(self, items: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Numbers of the shards that hold samples."""
+        return np.searchsorted(self._shard_start, items, side="right") - 1
+
+    @property
+    def num_shards(self) -> int:
+        """Number of shards of all sources."""
+        return len(self._shard_start)
+
     def shard_bytes(self, shard: int) -> int:
-        """Bytes of a shard in the cache; 0 for a folder of images."""
+        """Bytes of a shard's copy in the cache; 0 if it is read in place."""
         source = self.sources[self._shard_source[shard]]
-        return source.manifest.shards[self._shard_place[shard]].bytes if isinstance(source, Source) else 0
+        return source.bytes_of_copy(self._shard_place[shard]) if isinstance(source, Source) else 0
+
+    def mark_used(self, shards: Iterable[int]) -> None:
+        """Mark the copies of these shards in the cache, if there are any, as the most recently used ones."""
+        for shard in shards:
+            source = self.sources[self._shard_source[shard]]
+            if isinstance(source, Source):
+                source.mark_used(self._shard_place[shard])
 
     def prefetch(self, shard: int) -> None:
         """Download and hash a shard before it is needed; safe in threads. Raises as `record`."""
@@ -178,7 +197,8 @@ class Corpus:
         source = self.sources[number]
         size = self.sizes[self.buckets[item]]
         if isinstance(source, ImageFolder):
-            return source.load(at, size, self.config.background)
+            folder, seconds = source, self.config.cache.timeout
+            return retried(lambda: folder.load(at, size, self.config.background), folder.key(at), seconds)
         shard = self._open(shard_number)
         try:
             if self.is_cached:
@@ -187,7 +207,7 @@ class Corpus:
             return image_record(
                 shard, at, source.config, size, self.config.seed or 0, sample_id, self.config.background
             )
-        except BadData:
+        except UserError:  # BadData, or the shard is unavailable
             raise
         except DECODING_ERRORS as error:
             raise BadData(
@@ -233,14 +253,17 @@ class Corpus:
         return self._shard_source[shard], shard, item - self._shard_start[shard]
 
     def _open(self, shard: int) -> Shard:
-        return self._open_shards.get(shard, verify=self.config.verify)
+        return self._open_shards.shard(shard, verify=self.config.verify)
 
     def _make_cache(self) -> ShardCache | None:
         config = self.config.cache
         if not any(is_remote(source.uri) or source.format == "mds" for source in self.configs):
             return None
         limit = None if config.limit_gb is None else int(config.limit_gb * 1e9)
-        cache = ShardCache(Path(config.dir).expanduser(), limit, config.timeout)
+        folder = cache_folder(config.dir)
+        if config.dir is None and launched_rank() == 0:
+            warn_of_network(folder)
+        cache = ShardCache(folder, limit, config.timeout)
         cache.sweep()
         return cache
 

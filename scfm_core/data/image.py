@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scfm_core.data.reading import may_pass
 from scfm_core.data.schema import BadData, Size
 from scfm_core.data.text import shown_name
 
@@ -59,16 +60,25 @@ class Picture:
     """An image as training sees it."""
 
     pixels: Tensor
-    """fp32 [3, height, width] in [-1, 1]."""
+    """uint8 [3, height, width]; `unit_range` makes it what networks take."""
     notes: tuple[str, ...]
     """What may surprise: `CROPPED`, `ENLARGED`, `TRANSPARENT`, `ANIMATED`."""
+
+
+def unit_range(pixels: Tensor) -> Tensor:
+    """Pixels uint8 -> fp32 in [-1, 1], bit for bit the same on every device.
+
+    Images are uint8 until they are on the device: a quarter of the bytes to pass and to copy.
+    """
+    # A tensor and not a number: CUDA multiplies by the reciprocal of a number, which differs in the last bit.
+    return pixels.float() / torch.full((), 127.5, device=pixels.device) - 1
 
 
 def load_image(
     source: Path | bytes, height: int, width: int, name: str | None = None, background: str = "white"
 ) -> Tensor:
-    """The pixels of `load_picture`."""
-    return load_picture(source, height, width, name, background).pixels
+    """The pixels of `load_picture`, fp32 in [-1, 1]."""
+    return unit_range(load_picture(source, height, width, name, background).pixels)
 
 
 def load_picture(
@@ -110,8 +120,8 @@ def load_picture(
             image = image.transpose(getattr(Image.Transpose, transposition))
         fitted = ImageOps.fit(image, (width, height), method=Image.Resampling.LANCZOS)
         fitted = _to_srgb(fitted, opened.info.get("icc_profile"))
-    pixels = torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 127.5 - 1
-    return Picture(pixels, tuple(notes))
+    pixels = torch.from_numpy(np.array(fitted)).permute(2, 0, 1)
+    return Picture(pixels.contiguous(), tuple(notes))
 
 
 def image_size(source: Path | bytes, name: str) -> Size:
@@ -202,12 +212,14 @@ def _orientation(image: Any) -> int:
 
 @contextlib.contextmanager
 def _open_image(source: Path | bytes, name: str | None) -> Iterator[Any]:
-    """Open an image with PIL; the errors of PIL become BadData."""
+    """Open an image with PIL; the errors of PIL become BadData, but not those of the disk that may pass."""
     image, unidentified, errors = _pil()
     try:
         with image.open(source if isinstance(source, Path) else io.BytesIO(source), formats=_FORMATS) as opened:
             yield opened
     except errors as error:
+        if may_pass(error):
+            raise
         where = shown_name(str(source)) if isinstance(source, Path) else name
         reason = _known_content(source) or (
             f"its content is of none of the formats {', '.join(_FORMATS)}"

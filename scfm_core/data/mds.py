@@ -5,7 +5,6 @@ The library's decoders are not used. A column is read as bytes: a JPEG, UTF-8 te
 """
 
 import json
-import os
 import shutil
 import struct
 from collections.abc import Callable, Mapping
@@ -13,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
+from scfm_core.data.reading import read_at
 from scfm_core.data.schema import BadData, Manifest, ShardEntry, Size, refuse_outside, runs_of
 from scfm_core.errors import UserError, missing_extra
 
@@ -140,7 +140,7 @@ class MdsShard:
         self._columns = dict(zip(names, encodings, strict=True))
         plain = description | {"column_encodings": ["bytes"] * len(names)}
         self._reader = _library()[0].from_json("", None, plain)
-        header = os.pread(file.fileno(), 4, 0)
+        header = read_at(file.fileno(), 0, 4)
         if len(header) < 4 or struct.unpack("<I", header)[0] != description["samples"]:
             raise BadData(f"data: shard {name} does not have the {description['samples']} samples that its index says")
         self._samples = int(description["samples"])
@@ -178,8 +178,8 @@ class MdsShard:
         if self._last[0] != index:
             descriptor = self._file.fileno()
             try:
-                begin, end = struct.unpack("<II", os.pread(descriptor, 8, 4 * (1 + index)))
-                data = os.pread(descriptor, max(0, end - begin), begin)
+                begin, end = struct.unpack("<II", read_at(descriptor, 4 * (1 + index), 8))
+                data = read_at(descriptor, begin, max(0, end - begin))
                 sample = self._reader.decode_sample(data)
                 if end <= begin or len(data) != end - begin:
                     raise ValueError(f"its bytes should be {begin} to {end}")

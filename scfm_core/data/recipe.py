@@ -76,12 +76,13 @@ def format_of(path: Path) -> Format:
 class CacheConfig:
     """The cache: local copies of remote shards, shared by all processes and jobs of a machine."""
 
-    dir: str = "~/.cache/scfm/shards"
-    """A folder on a local disk."""
+    dir: str | None = None
+    """A folder on a local disk. none: in a batch job the first of SLURM_TMPDIR, LOCAL_SCRATCH and TMPDIR that is on a local disk,
+    else `~/.cache/scfm/shards`."""
     limit_gb: float | None = None
     """Size of the cache in 10^9 bytes. Above it the least recently used copies are deleted. none: no limit."""
     timeout: float = 300.0
-    """Seconds for the download of one shard, with all retries and the pauses between them."""
+    """Seconds for one shard, to download it or to read it again after an error that may pass, with all pauses."""
 
     def __post_init__(self) -> None:
         if self.limit_gb is not None and not self.limit_gb > 0:

@@ -11,11 +11,16 @@ from typing import Any
 
 from scfm_core.data.uri import SCHEMES
 from scfm_core.errors import UserError, missing_extra
+from scfm_core.progress import beat
 from scfm_core.secrets import scrub
 
 # Timeouts of one attempt, far below any deadline. Without a byte for _STALL_SECONDS the connection counts as dead.
 _CONNECT_SECONDS, _STALL_SECONDS = 10.0, 20.0
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+class MissingObject(UserError):
+    """There is no object of this address."""
 
 
 def fetch(uri: str, target: Path, deadline: float) -> None:
@@ -27,13 +32,17 @@ def fetch(uri: str, target: Path, deadline: float) -> None:
         deadline: seconds, with all retries and the pauses between them.
 
     Raises:
-        UserError: if the object is missing, not permitted, or unavailable until the deadline.
+        MissingObject: if there is no such object.
+        UserError: if it is not permitted, or unavailable until the deadline.
         OSError: from the local disk.
     """
 
     def get(left: float) -> None:
+        from fsspec.callbacks import Callback
+
         filesystem, path = _filesystem(uri, left)
-        filesystem.get_file(path, str(target), timeout=left)
+        progress = Callback(hooks={"beat": lambda *_: beat(f"downloading {uri}")})
+        filesystem.get_file(path, str(target), timeout=left, callback=progress)
 
     _retry(uri, get, deadline)
 
@@ -110,7 +119,9 @@ def _retry(uri: str, call: Callable[[float], Any], deadline: float) -> Any:
         except FileNotFoundError as error:
             if error.filename is not None:  # of the local disk: the target's folder was deleted
                 raise
-            raise UserError(f"data: there is no {uri} (404): {_summary(error)}") from None  # the cause may hold secrets
+            raise MissingObject(
+                f"data: there is no {uri} (404): {_summary(error)}"
+            ) from None  # the cause may hold secrets
         except PermissionError as error:
             if error.filename is not None:
                 raise

@@ -53,7 +53,7 @@ class Record:
     padding: int | None = None
     """Number of the padding of `text` among the corpus's paddings; None if `text` has the full length."""
     image: Tensor | None = None
-    """fp32 [3, H, W] in [-1, 1]."""
+    """uint8 [3, H, W]; `image.unit_range` makes it what networks take."""
     notes: tuple[str, ...] = ()
     """Of an image: what was changed and may surprise, as in `Picture.notes`."""
     path: dict[str, Tensor] | None = None
@@ -113,7 +113,7 @@ class Batch:
     pooled: Tensor | None
     """[B, P]."""
     images: Tensor | None
-    """fp32 [B, 3, H, W] in [-1, 1]."""
+    """uint8 [B, 3, H, W]; `image.unit_range` makes it what networks take, on the device."""
     path: dict[str, Tensor] | None = None
     """The stacked paths of the records."""
     bad: list[str] = field(default_factory=list)

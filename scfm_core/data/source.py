@@ -13,8 +13,9 @@ from torch import Tensor
 from scfm_core.data.cache import ShardCache
 from scfm_core.data.mds import INDEX, MdsIndex, MdsShard
 from scfm_core.data.recipe import Format, SourceConfig, format_of
-from scfm_core.data.remote import read
+from scfm_core.data.remote import MissingObject, read
 from scfm_core.data.schema import MANIFEST, BadData, Manifest, ShardEntry
+from scfm_core.data.tar_table import TarTable
 from scfm_core.data.uri import expand, is_remote, join, parent
 from scfm_core.data.webdataset import TarShard
 from scfm_core.errors import UserError
@@ -66,17 +67,18 @@ class Source:
         """Path or URI of a shard."""
         return join(self.base, self.manifest.shards[number].name)
 
-    def open(self, number: int, *, check: bool) -> Shard:
+    def open(self, number: int, *, check: bool, table: TarTable | None = None) -> Shard:
         """Open a shard, after a download if it is remote and not in the cache.
 
         Args:
             number: of the shard in the manifest.
             check: hash it, unless this call has downloaded (and hashed) it.
+            table: of a tar, from an earlier opening; None: it is parsed.
 
         Raises:
-            BadData: if it is missing, not readable, or differs from the manifest. A corrupt copy is downloaded again
-                once.
+            BadData: if it is missing, a folder, or differs from the manifest. A corrupt copy is downloaded again once.
             UserError: if it is unavailable.
+            OSError: if it cannot be read now: an error that may pass, or no descriptors are left.
         """
         entry, name = self.manifest.shards[number], self.address(number)
         compressed = None if self.index is None else self.index.compressed(number)
@@ -89,11 +91,17 @@ class Source:
                 if self._uses_cache(compressed):
                     continue  # evicted since `_path`
                 raise BadData(f"data: shard {name} is listed in the manifest but missing; copy it again") from error
-            except OSError as error:
+            except IsADirectoryError as error:
                 raise BadData(f"data: shard {name} cannot be opened ({error.strerror})") from error
-            difference = None if verified else mismatch(file, entry.bytes, entry.sha256 if check else None)
-            if difference is None:
-                return self._parse(file, number, entry, name)
+            except PermissionError as error:
+                raise UserError(f"data: shard {name} cannot be opened ({error.strerror}). Make it readable") from error
+            try:
+                difference = None if verified else mismatch(file, entry.bytes, entry.sha256 if check else None)
+                if difference is None:
+                    return self._parse(file, number, entry, name, table)
+            except BaseException:
+                file.close()
+                raise
             file.close()
             if not may_retry:
                 raise BadData(f"data: shard {name} is corrupt: {difference}. Copy it again")
@@ -101,6 +109,17 @@ class Source:
             stored = compressed or entry
             self.cache.discard(join(self.base, stored.name), stored.sha256)
             may_retry = False
+
+    def bytes_of_copy(self, number: int) -> int:
+        """Bytes of a shard's copy in the cache; 0 if it is read in place."""
+        compressed = None if self.index is None else self.index.compressed(number)
+        return self.manifest.shards[number].bytes if self._uses_cache(compressed) else 0
+
+    def mark_used(self, number: int) -> None:
+        """Mark a shard's copy in the cache, if there is one, as the most recently used one."""
+        stored = (None if self.index is None else self.index.compressed(number)) or self.manifest.shards[number]
+        if self.cache is not None and self.bytes_of_copy(number):
+            self.cache.mark_used(join(self.base, stored.name), stored.sha256)
 
     def _uses_cache(self, compressed: ShardEntry | None) -> bool:
         return compressed is not None or is_remote(self.base)
@@ -122,19 +141,15 @@ class Source:
             entry.bytes,
         )
 
-    def _parse(self, file: Any, number: int, entry: ShardEntry, name: str) -> Shard:
-        try:
-            index = self.index
-            shard: Shard = TarShard(file, name) if index is None else MdsShard(file, index.shards[number], name)
-            if len(shard) != entry.samples:
-                raise BadData(
-                    f"data: shard {name} holds {len(shard)} samples, the manifest says {entry.samples}: it was truncated or "
-                    f"overwritten. Copy it again"
-                )
-            return shard
-        except BadData:
-            file.close()
-            raise
+    def _parse(self, file: Any, number: int, entry: ShardEntry, name: str, table: TarTable | None) -> Shard:
+        index = self.index
+        shard: Shard = TarShard(file, name, table) if index is None else MdsShard(file, index.shards[number], name)
+        if len(shard) != entry.samples:
+            raise BadData(
+                f"data: shard {name} holds {len(shard)} samples, the manifest says {entry.samples}: it was truncated or "
+                f"overwritten. Copy it again"
+            )
+        return shard
 
     def check_present(self) -> None:
         """Compare the sizes of local shards with the manifest. Remote shards are checked when they are downloaded.
@@ -256,10 +271,8 @@ def read_optional(where: str, timeout: float) -> bytes | None:
     if is_remote(where):
         try:
             return read(where, timeout)
-        except UserError as error:
-            if "(404)" in str(error):
-                return None
-            raise
+        except MissingObject:
+            return None
     try:
         return Path(where).read_bytes()
     except FileNotFoundError:

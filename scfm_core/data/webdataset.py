@@ -3,8 +3,6 @@
 import contextlib
 import hashlib
 import os
-import re
-import struct
 import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,15 +10,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
+from scfm_core.data.reading import read_at
 from scfm_core.data.schema import BadData, ShardEntry, Size, runs_of
-from scfm_core.data.text import shown_name
-
-_BLOCK = 512
-_COMPRESSIONS = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zX": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
-"""First bytes of a compressed tar, and the program that decompresses it."""
-# Suffixes of members that other loaders would unpickle or import. They are never run here, but in a data set they are a
-# sign of an attack.
-_HOSTILE_SUFFIXES = frozenset({"pyd", "pickle", "pkl", "pth", "pt", "ckpt", "py", "sh", "so", "dill", "joblib"})
+from scfm_core.data.tar_table import TarTable, parse_tar
 
 
 class TarShard:
@@ -29,132 +21,46 @@ class TarShard:
     Args:
         file: opened for reading; this object closes it.
         name: of the shard, for messages.
+        table: of the same tar, from an earlier opening. None: it is parsed.
 
     Raises:
-        BadData: if it is not an intact tar, or has a member that data must not have: a link, a path that leaves the
-            folder, a pickle, or a name that occurs twice.
+        BadData, OSError: as `parse_tar`.
     """
 
-    def __init__(self, file: BinaryIO, name: str) -> None:
+    def __init__(self, file: BinaryIO, name: str, table: TarTable | None = None) -> None:
         self._file, self.name = file, name
-        self.keys: list[str] = []
-        self._fields: list[dict[str, tuple[int, int]]] = []
-        places: dict[str, int] = {}
-        for member, offset, size in _members(file, name):
-            folder, _, base = member.rpartition("/")
-            stem, _, field = base.partition(".")
-            field = field.lower()
-            if member.startswith("/") or ".." in member.split("/") or field.rpartition(".")[2] in _HOSTILE_SUFFIXES:
-                raise BadData(f"data: shard {name} has a member {member!r}, which is refused. Do not use this data set")
-            if not stem or not field:
-                continue  # LICENSE, .DS_Store, ._x.jpg: not part of a sample, as in webdataset
-            key = f"{folder}/{stem}" if folder else stem
-            place = places.setdefault(key, len(self.keys))
-            if place == len(self.keys):
-                self.keys.append(key)
-                self._fields.append({})
-            if field in self._fields[place]:
-                raise BadData(f"data: shard {name} has the member {member!r} twice")
-            self._fields[place][field] = (offset, size)
+        self.table = parse_tar(file, name) if table is None else table
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self.table)
 
     def key(self, index: int) -> str:
         """Name of sample `index`: the common part of its members' names."""
-        return self.keys[index]
+        return self.table.key(index)
 
     def fields(self, index: int) -> list[str]:
         """Names of the fields of sample `index`."""
-        return list(self._fields[index])
+        return self.table.fields_of(index)
 
     def read(self, index: int, field: str) -> bytes | None:
-        """One field of one sample, or None if the sample does not have it."""
-        place = self._fields[index].get(field)
-        return None if place is None else os.pread(self._file.fileno(), place[1], place[0])
+        """One field of one sample, or None if the sample does not have it.
 
-    @property
-    def end(self) -> int:
-        """Offset in bytes after the last member, rounded up to a block. The end mark should begin here."""
-        last = max(place + count for fields in self._fields for place, count in fields.values())
-        return -(-last // _BLOCK) * _BLOCK
+        Raises:
+            BadData: if the tar was truncated since it was opened.
+        """
+        place = self.table.place(index, field)
+        if place is None:
+            return None
+        content = read_at(self._file.fileno(), *place)
+        if len(content) < place[1]:
+            raise BadData(
+                f"data: shard {self.name} is truncated: {self.key(index)}.{field} ends after the end of the file"
+            )
+        return content
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
-
-
-def _members(file: BinaryIO, name: str) -> list[tuple[str, int, int]]:
-    """(name, offset, bytes) of every file in a tar.
-
-    This function parses plain headers, about twenty times as fast as tarfile. For a tar with other headers (long names,
-    extended headers) it uses tarfile.
-    """
-    descriptor = file.fileno()
-    end, at, found = os.fstat(descriptor).st_size, 0, []
-    for magic, program in _COMPRESSIONS.items():
-        if os.pread(descriptor, len(magic), 0) == magic:
-            raise BadData(
-                f"data: shard {name} is compressed. Unpack it with `{program}`, because samples are read by offset"
-            )
-    while at + _BLOCK <= end:
-        header = os.pread(descriptor, _BLOCK, at)
-        if not header.strip(b"\0"):
-            break  # the end mark, or an overwritten header: the number of samples in the manifest tells which
-        kind, size = header[156:157], header[124:136]
-        if kind not in (b"0", b"\0", b"5", b"x") or size[:1] >= b"\x80" or header[345:346] != b"\0":
-            return _members_by_tarfile(file, name)
-        try:
-            if not re.fullmatch(rb"[ \0]*[0-7]*[ \0]*", size):  # int() would take a sign
-                raise ValueError(f"a size is {size!r}")
-            if int(header[148:156].strip(b"\0 "), 8) != sum(header) - sum(header[148:156]) + 8 * ord(" "):
-                raise ValueError("a header's checksum is wrong")
-            count = int(size.strip(b"\0 ") or b"0", 8)
-            member = shown_name(header[:100].partition(b"\0")[0].decode(errors="surrogateescape"))
-        except ValueError as error:
-            raise BadData(f"data: shard {name} is not an intact tar: at byte {at}, {error}") from error
-        if at + _BLOCK + count > end:
-            raise BadData(f"data: shard {name} is truncated: member {member!r} ends after the end of the file")
-        if kind == b"x" and not _only_times(os.pread(descriptor, count, at + _BLOCK)):
-            return _members_by_tarfile(file, name)
-        if kind not in (b"5", b"x"):
-            found.append((member, at + _BLOCK, count))
-        at += _BLOCK + -(-count // _BLOCK) * _BLOCK
-    if not found:
-        raise BadData(f"data: shard {name} is not a tar, or is empty")
-    return found
-
-
-def _only_times(records: bytes) -> bool:
-    """Whether an extended header (`LENGTH KEY=VALUE` lines) has only times, which are not needed.
-
-    webdataset's writer stores the time of each member in an extended header.
-    """
-    keys = [line.partition(b" ")[2].partition(b"=")[0] for line in records.split(b"\n") if line]
-    return all(key in (b"mtime", b"atime", b"ctime") for key in keys)
-
-
-def _members_by_tarfile(file: BinaryIO, name: str) -> list[tuple[str, int, int]]:
-    found, end = [], os.fstat(file.fileno()).st_size
-    file.seek(0)
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:  # only uncompressed tars: members are read by offset
-            for member in tar:
-                if member.issym() or member.islnk() or not (member.isfile() or member.isdir()) or member.issparse():
-                    raise BadData(
-                        f"data: shard {name} has a member {member.name!r} that is not a plain file. Do not use this data set"
-                    )
-                if member.size < 0 or member.offset_data + member.size > end:
-                    raise BadData(
-                        f"data: shard {name} is truncated: member {member.name!r} ends after the end of the file"
-                    )
-                if member.isfile():
-                    found.append((shown_name(member.name), member.offset_data, member.size))
-    except BadData:
-        raise
-    except (tarfile.TarError, ValueError, OverflowError, RecursionError, OSError, struct.error) as error:
-        raise BadData(f"data: shard {name} is not an intact tar ({error})") from error
-    return found
 
 
 @dataclass(frozen=True)

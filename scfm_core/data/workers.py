@@ -6,21 +6,25 @@ import gc
 import math
 import mmap
 import os
+import pickle
 import signal
+import struct
 import threading
 import time
+import traceback
 from collections.abc import Callable, Generator
 from multiprocessing.process import BaseProcess
 from multiprocessing.queues import Queue
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data._utils import signal_handling
 
 from scfm_core.data.schema import Batch
 from scfm_core.errors import UserError
 from scfm_core.launched import local_rank
+from scfm_core.progress import beat, listen
 
 POLL = 1.0
 """Seconds between two looks at the workers and at the stop request, while there is no batch."""
@@ -48,6 +52,19 @@ def ignore_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def portable(error: Exception) -> Exception:
+    """An error that can pass from a worker to the training process, where it is raised; a note has its traceback."""
+    if get_worker_info() is None:
+        return error
+    try:
+        copy: Exception = pickle.loads(pickle.dumps(error))
+    except Exception:  # of the error's own constructor, or of what it holds
+        copy = RuntimeError(f"{type(error).__name__}: {error}")
+    if not isinstance(error, UserError):  # whose message says everything
+        copy.add_note("In a data worker:\n" + "".join(traceback.format_exception(error)))
+    return copy
+
+
 class WorkerGroup:
     """What the workers of one loader share with the training process.
 
@@ -60,10 +77,11 @@ class WorkerGroup:
         self._queued, self._least = queued, least
         self._is_first = True
         self._reason = mmap.mmap(-1, 1024)  # anonymous: forked processes share it
+        self._news, self._told = mmap.mmap(-1, 512), bytes(8)
 
     def start(self, worker: int) -> None:
         """In a worker: ignore signals, and end if a batch cannot be passed on. The default only prints, and waits forever."""
-        ignore_signals()
+        self.start_process()
         self._is_first = worker == 0
 
         def end(error: Exception, _: object) -> None:
@@ -72,6 +90,22 @@ class WorkerGroup:
             os._exit(_NO_ROOM)
 
         Queue._on_queue_feeder_error = staticmethod(end)  # type: ignore[attr-defined]
+
+    def start_process(self) -> None:
+        """In a worker or another process beside it: ignore signals, and report progress to the training process."""
+        ignore_signals()
+
+        def report(where: str) -> None:
+            self._news[:] = struct.pack("<q504s", time.monotonic_ns(), where.encode(errors="replace"))
+
+        listen(report)  # not to the inherited listener: the watchdog is in the training process
+
+    def relay_progress(self) -> None:
+        """In the training process: report the last progress of the other processes as its own."""
+        time_of_news, where = struct.unpack("<8s504s", self._news[:])
+        if time_of_news != self._told:
+            self._told = time_of_news
+            beat("data worker: " + where.rstrip(b"\0").decode(errors="replace"))
 
     def has_room(self, batch: Batch) -> UserError | None:
         """In a worker: why shared memory has no room for a batch; at the first batch also for those that will wait."""
@@ -108,8 +142,8 @@ class WorkerGroup:
             return UserError(f"data: a worker was ended by SIGBUS: {_SHARED} is full. {_advice(None)}")
         if code == -signal.SIGKILL:
             return UserError(
-                f"data: a worker (process {worker.pid}) was killed. Most often the memory of the machine, container or job is "
-                f"full (`dmesg` tells). Lower data.num_workers or train.micro_batch_size, or ask for more memory"
+                f"data: a worker (process {worker.pid}) was killed by signal 9 (SIGKILL). Most often the memory of the machine, "
+                f"container or job is full (`dmesg` tells). Lower data.num_workers or train.micro_batch_size, or ask for more memory"
             )
         how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
         return UserError(
@@ -132,8 +166,8 @@ def _advice(need: int | None) -> str:
 
 
 def batches_of_workers(
-    loader: "DataLoader[Batch | UserError]", group: WorkerGroup, is_stopping: Callable[[], bool]
-) -> Generator[Batch | UserError]:
+    loader: "DataLoader[Batch | Exception]", group: WorkerGroup, is_stopping: Callable[[], bool]
+) -> Generator[Batch | Exception]:
     """The loader's batches, in order. The loader has workers, and a timeout of `POLL`.
 
     Args:
@@ -167,6 +201,7 @@ def batches_of_workers(
                     raise UserError(f"data: {_LIMIT_OF_FILES}") from error
                 if not has_timed_out:
                     raise
+                group.relay_progress()
                 if is_stopping():
                     raise Stopped from None
                 continue

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from scfm_core.data.corpus import Corpus
+from scfm_core.data.image import unit_range
 from scfm_core.data.schema import BadData, Batch
 from scfm_core.distributed.world import World
 from scfm_core.errors import UserError
@@ -88,7 +89,7 @@ class BatchEncoder:
             cond = Conditioning(text=text, pooled=batch.pooled.to(self.device, non_blocking=True))
             return batch.latents.to(self.device, non_blocking=True).float(), cond
         assert batch.images is not None and self.vae is not None and self.text is not None
-        images = batch.images.to(self.device, non_blocking=True)
+        images = unit_range(batch.images.to(self.device, non_blocking=True))
         return self.vae.encode(images).float(), self.text.encode(batch.captions)
 
 

@@ -281,7 +281,7 @@ def _with_absolute_data(data: DataConfig) -> DataConfig:
         dataclasses.replace(source, uri=anchored(source.uri), manifest=source.manifest and anchored(source.manifest))
         for source in data.sources
     )
-    cache = dataclasses.replace(data.cache, dir=anchored(data.cache.dir))
+    cache = dataclasses.replace(data.cache, dir=data.cache.dir and anchored(data.cache.dir))
     return dataclasses.replace(data, path=data.path and anchored(data.path), sources=sources, cache=cache)
 
 

@@ -6,12 +6,14 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,16 @@ import torch
 from safetensors.torch import save
 from storage import FaultyProxy, S3Server
 
-from scfm_core.data import open_shards, remote
-from scfm_core.data.cache import ShardCache
+from scfm_core.data import cache, open_shards, prefetch, remote, source
+from scfm_core.data import corpus as corpus_module
+from scfm_core.data.cache import ShardCache, cache_folder, warn_of_network
 from scfm_core.data.corpus import Corpus
+from scfm_core.data.loader import batches
 from scfm_core.data.mds import MdsWriter
+from scfm_core.data.picks import Picks
+from scfm_core.data.prefetch import cache_needed, warn_of_small_cache
 from scfm_core.data.recipe import CacheConfig, DataConfig, SourceConfig
-from scfm_core.data.schema import MANIFEST, BadData, Manifest
+from scfm_core.data.schema import MANIFEST, BadData, Manifest, Record
 from scfm_core.data.webdataset import TarWriter
 from scfm_core.errors import UserError
 
@@ -379,6 +385,54 @@ class TestKeys:
             ShardCache(tmp_path / "file" / "cache", None, LONG)
 
 
+class TestFolder:
+    """The default of `data.cache.dir`."""
+
+    HOME = Path("/home/me/.cache/scfm/shards")
+
+    @pytest.fixture(autouse=True)
+    def machine(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        for name in (*cache._JOBS, *cache._DISKS_OF_JOBS):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("HOME", "/home/me")
+        for kind in ("xfs", "nfs4", "tmpfs"):
+            (tmp_path / kind).mkdir()
+        monkeypatch.setattr(cache, "type_of", lambda path: {"me": "nfs4"}.get(path.parts[2], path.name))
+
+    def test_a_setting_wins(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setenv("SLURM_JOB_ID", "1")
+        monkeypatch.setenv("SLURM_TMPDIR", str(tmp_path / "xfs"))
+        assert cache_folder("~/copies") == Path("/home/me/copies")
+
+    @pytest.mark.parametrize("name", cache._DISKS_OF_JOBS)
+    @pytest.mark.parametrize("job", [*cache._JOBS, None])
+    def test_a_local_disk_of_the_job(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, job: str | None
+    ) -> None:
+        """Without a job the variables may be anything, as TMPDIR of a shell."""
+        monkeypatch.setenv(name, str(tmp_path / "xfs"))
+        if job:
+            monkeypatch.setenv(job, "1")
+        assert cache_folder(None) == (tmp_path / "xfs" / f"scfm-{os.getuid()}" / "shards" if job else self.HOME)
+
+    @pytest.mark.parametrize("kind", ["nfs4", "tmpfs", "gone"])
+    def test_is_no_network_no_memory_and_exists(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
+    ) -> None:
+        monkeypatch.setenv("SLURM_JOB_ID", "1")
+        monkeypatch.setenv("SLURM_TMPDIR", str(tmp_path / kind))
+        assert cache_folder(None) == self.HOME
+        monkeypatch.setenv("TMPDIR", str(tmp_path / "xfs"))
+        assert cache_folder(None).is_relative_to(tmp_path / "xfs")
+
+    def test_on_a_network_is_said(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+        warn_of_network(tmp_path / "xfs")
+        assert capsys.readouterr().out == ""
+        warn_of_network(self.HOME)
+        said = capsys.readouterr().out
+        assert "/home/me/.cache/scfm/shards" in said and "(nfs4). Set data.cache.dir" in said
+
+
 @pytest.mark.processes
 class TestProcesses:
     def test_one_downloads_for_all(self, proxy: FaultyProxy, folder: Path, manifest: Manifest) -> None:
@@ -537,12 +591,28 @@ class TestLimit:
         assert files(folder) == {}
 
     def test_an_open_copy_stays_readable_after_it_is_deleted(self, proxy: FaultyProxy, folder: Path) -> None:
-        corpus = Corpus(recipe(folder, "s3://bucket/a", limit=400_000))
-        for _ in range(2):
-            for item in range(0, len(corpus), 3):
-                assert is_right(corpus, item, item)
+        corpus = Corpus(recipe(folder, "s3://bucket/a"))
+        assert all(is_right(corpus, item, item) for item in range(0, len(corpus), SAMPLES))
+        for copy in folder.iterdir():  # as another job with a small limit does
+            copy.unlink()
+        assert all(is_right(corpus, item, item) for item in range(len(corpus)))
         assert gets(proxy) == SHARDS
-        assert 0 < len(files(folder)) < SHARDS
+
+    def test_open_copies_have_no_more_bytes_than_the_limit(
+        self, proxy: FaultyProxy, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A deleted copy keeps its space on the disk while a process has it open."""
+        monkeypatch.setattr(open_shards, "_LEAST_COPIES", 1)
+        corpus = Corpus(recipe(folder, "s3://bucket/a", limit=400_000))
+        size = corpus.shard_bytes(0)
+        for item in [*range(0, len(corpus), SAMPLES), 0]:
+            assert is_right(corpus, item, item)
+            copies = [
+                path.stat().st_size  # of the open file, also if it is deleted
+                for path in Path("/proc/self/fd").iterdir()
+                if path.is_symlink() and str(folder) in str(path.readlink())
+            ]
+            assert sum(copies) <= 400_000 < sum(copies) + size or item < 4 * SAMPLES
 
     def test_a_copy_that_is_evicted_before_it_is_opened(
         self, proxy: FaultyProxy, folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -565,7 +635,7 @@ class TestLimit:
     def test_processes_with_less_space_than_their_shards(
         self, proxy: FaultyProxy, folder: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(open_shards, "_MAX_OPEN", 1)
+        monkeypatch.setattr(open_shards, "most_open", lambda: 1)
         limit = int(2.5 * manifest.shards[0].bytes)
         children = [Child(read_all, recipe(folder, "s3://bucket/a", limit=limit), seed, 2) for seed in range(4)]
         assert [child.result() for child in children] == [2 * SHARDS * SAMPLES] * 4
@@ -597,7 +667,7 @@ class TestLimit:
     def test_two_jobs_with_different_limits(
         self, proxy: FaultyProxy, folder: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(open_shards, "_MAX_OPEN", 1)
+        monkeypatch.setattr(open_shards, "most_open", lambda: 1)
         size = manifest.shards[0].bytes
         jobs = []
         for number, shards in enumerate((1.2, 4.2)):
@@ -640,6 +710,100 @@ class TestLimit:
 def read_all_as_a_non_daemonic_job(config: DataConfig, seed: int) -> int:
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     return read_all_as_a_job(config, seed)
+
+
+class TestOfALoader:
+    """How often a run downloads its shards, which are 64 of 10 samples, and what it says of the size of its cache."""
+
+    @pytest.fixture(scope="class")
+    def small(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        folder = tmp_path_factory.mktemp("small") / "shards"
+        folder.mkdir()
+        entries = []
+        for shard in range(64):
+            with TarWriter(folder / f"{shard:05d}.tar") as writer:
+                for number in range(10 * shard, 10 * shard + 10):
+                    writer.write(f"{number:08d}", {"jpg": b"", "txt": b""}, (16, 16))
+            entries.append(writer.entry)
+        Manifest(shards=tuple(entries)).write(folder / MANIFEST)
+        return folder
+
+    @pytest.fixture
+    def downloads(self, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
+        """A remote store without a server: its address is `s3://small`. Returns a function: the downloads so far."""
+        log = tmp_path / "downloads"
+        log.touch()
+
+        def fetch(uri: str, target: Path, deadline: float) -> None:
+            shutil.copyfile(small / uri.rpartition("/")[2], target)
+            with log.open("a") as file:  # of any process
+                file.write(f"{uri}\n")
+
+        monkeypatch.setattr(cache, "fetch", fetch)
+        monkeypatch.setattr(source, "read", lambda uri, deadline: (small / uri.rpartition("/")[2]).read_bytes())
+        monkeypatch.setattr(corpus_module, "image_record", lambda *arguments: Record(key="", caption=""))
+        original = Corpus.record
+
+        def record(corpus: Corpus, item: int, *arguments: Any, **options: Any) -> Record:
+            corpus.raw(item)[0].read(corpus.raw(item)[1], "txt")  # type: ignore[union-attr]
+            return original(corpus, item, *arguments, **options)
+
+        monkeypatch.setattr(Corpus, "record", record)
+        return lambda: log.read_text().split()
+
+    def run(self, folder: Path, limit: float | None, block: int, *, world_size: int = 1, **changes: Any) -> None:
+        """One epoch, with two workers of each rank, one rank after the other."""
+        config = recipe(folder, "s3://small", shuffle_block=block, **changes)
+        config = replace(config, num_workers=2, cache=replace(config.cache, limit_gb=limit))
+        for rank in range(world_size):
+            options = {"seed": 0, "global_batch_size": 8, "micro_batch_size": 2, "start": 0, "stop": 640}
+            for batch in batches(Corpus(config), **options, rank=rank, world_size=world_size):
+                assert len(batch) == 2
+
+    @pytest.mark.processes
+    @pytest.mark.parametrize("partitions", [1, 4])
+    def test_each_shard_once_with_the_size_that_it_asks_for(
+        self,
+        downloads: Callable[[], list[str]],
+        folder: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+        partitions: int,
+    ) -> None:
+        monkeypatch.setattr(open_shards, "_LEAST_COPIES", 1)
+        self.run(folder, 3e-5, 80, partitions=partitions)
+        (said,) = capsys.readouterr().out.splitlines()
+        assert said.startswith("warning: data.cache.limit_gb=3e-05 is less than the shards")
+        more = len(downloads())
+        assert more > 64, "the warning is true"
+        (needed,) = re.findall(r"Set it to (\S+) or more", said)
+        shutil.rmtree(folder)
+        self.run(folder, float(needed), 80, partitions=partitions)
+        assert capsys.readouterr().out == ""
+        assert len(downloads()) - more == 64
+        assert 0 < len(files(folder)) < 64, "the limit is below the data set"
+
+    def test_says_nothing_without_a_limit_or_of_shards_on_a_disk(
+        self, downloads: Callable[[], list[str]], folder: Path, small: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        for uri, limit in (("s3://small", None), (str(small), 1e-6)):
+            config = recipe(folder, uri)
+            corpus = Corpus(replace(config, cache=replace(config.cache, limit_gb=limit)))
+            warn_of_small_cache(corpus, Picks(corpus.order(8, 0), 0, 80, 2), 4)
+        assert capsys.readouterr().out == ""
+
+    def test_ranks_of_a_machine_share_their_shards(
+        self, downloads: Callable[[], list[str]], folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Eight ranks on two machines: with one partition all need the same shards, with eight each needs its own."""
+        needed = {}
+        for ranks, partitions in ((4, 1), (4, 2), (4, 8), (1, 8)):
+            monkeypatch.setattr(prefetch, "local_size", lambda ranks=ranks: ranks)
+            corpus = Corpus(recipe(folder, "s3://small", shuffle_block=80, partitions=partitions))
+            needed[ranks, partitions] = cache_needed(corpus, Picks(corpus.order(8, 0), 0, 80, 1, 0, 8), 1)
+        assert needed[4, 1] == pytest.approx(needed[4, 2], rel=0.3)
+        assert needed[1, 8] < needed[4, 1] < needed[4, 8]
+        assert needed[4, 8] == pytest.approx(4 * needed[1, 8], rel=0.3)
 
 
 class TestDisk:

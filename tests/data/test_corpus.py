@@ -664,9 +664,9 @@ class TestDamagedShards:
         opened: list[int] = []
         original = Source.open
 
-        def counting(source: Source, number: int, *, check: bool) -> Any:
+        def counting(source: Source, number: int, **options: Any) -> Any:
             opened.append(number)
-            return original(source, number, check=check)
+            return original(source, number, **options)
 
         monkeypatch.setattr(Source, "open", counting)
         corpus = open_corpus(cache, max_bad_fraction=0.5)
@@ -825,7 +825,7 @@ class TestMds:
         assert len(corpus) == 5
         assert [corpus.caption(n) for n in range(5)] == [f"caption {n}" for n in range(5)]
         assert [corpus.record(n).key for n in range(5)] == ["000000", "000001", "000000", "000001", "000000"]
-        assert [round(float(corpus.record(n).image[0, 0, 0] + 1) * 127.5) for n in range(5)] == [0, 1, 2, 3, 4]
+        assert [int(corpus.record(n).image[0, 0, 0]) for n in range(5)] == [0, 1, 2, 3, 4]
 
     def test_unsupported_columns_are_named(self, tmp_path):
         write_foreign(tmp_path / "mds")
@@ -977,7 +977,7 @@ def image_samples(count: int = 6, **fields: bytes) -> list[Sample]:
 
 def red(record: Record) -> int:
     assert record.image is not None
-    return round(float(record.image[0, 0, 0] + 1) * 127.5)
+    return int(record.image[0, 0, 0])
 
 
 class TestImageRecords:
@@ -1244,7 +1244,7 @@ class TestDraws:
         corpus = mix(SourceConfig(name="a", uri=str(a)), SourceConfig(name="b", uri=str(b)))
         assert [corpus.record(item).key for item in (0, 3, 6, 7)] == ["00000000", "00000003", "00000006", "x"]
         assert [corpus.shard_of(item) for item in (0, 2, 3, 6, 7)] == [0, 0, 1, 2, 3]
-        assert corpus.shard_bytes(3) == (b / "shard-000000.tar").stat().st_size
+        assert corpus.shard_bytes(3) == 0  # read in place
         order = corpus.order(2, 0)
         assert [(s.name, s.start, s.shards, s.draws) for s in order.sources] == [
             ("a", 0, (3, 3, 1), 7),
@@ -1259,15 +1259,15 @@ class TestDraws:
 
 class TestOpenShards:
     def test_never_exceed_the_limit(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(open_shards, "_MAX_OPEN", 2)
+        monkeypatch.setattr(open_shards, "most_open", lambda: 2)
         path = write_tars(tmp_path / "cache", cached_samples(20), CACHED, per_shard=1)
         corpus = open_corpus(path)
         opened: list[int] = []
         original = Source.open
 
-        def counting(source: Source, number: int, *, check: bool) -> Any:
+        def counting(source: Source, number: int, **options: Any) -> Any:
             opened.append(number)
-            return original(source, number, check=check)
+            return original(source, number, **options)
 
         monkeypatch.setattr(Source, "open", counting)
         for item in [*range(20), 19, 18, 19, 18, 5, 18, 19]:
@@ -1276,10 +1276,6 @@ class TestOpenShards:
             assert sum(str(path) in name for name in files) == min(2, len(set(opened)))
         # The last two stay open; 5 replaces 19, the least recently used one.
         assert opened == [*range(20), 5, 19]
-
-    def test_the_limit_is_below_that_of_the_system(self):
-        """A soft limit of 1024 open files is common. It must suffice for several corpora and the pipes of workers."""
-        assert open_shards._MAX_OPEN <= 128
 
     @pytest.mark.processes
     def test_are_safe_to_share_with_forked_processes(self, cache):
@@ -1305,9 +1301,9 @@ class TestOpenShards:
         checks: list[bool] = []
         original = Source.open
 
-        def counting(source: Source, number: int, *, check: bool) -> Any:
-            checks.append(check)
-            return original(source, number, check=check)
+        def counting(source: Source, number: int, **options: Any) -> Any:
+            checks.append(options["check"])
+            return original(source, number, **options)
 
         corpus = open_corpus(cache)
         context = multiprocessing.get_context("fork")

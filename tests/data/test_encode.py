@@ -26,7 +26,7 @@ from recipes.cli import main
 from recipes.tiny import write_digits, write_pipeline
 from scfm_core.data.corpus import Corpus
 from scfm_core.data.folder import ImageFolder
-from scfm_core.data.image import ANIMATED, ENLARGED, TRANSPARENT
+from scfm_core.data.image import ANIMATED, ENLARGED, TRANSPARENT, unit_range
 from scfm_core.data.recipe import DataConfig, SourceConfig
 from scfm_core.data.schema import MANIFEST, Manifest, Record, collate
 from scfm_core.data.source import PADDING
@@ -127,7 +127,7 @@ class TestContent:
         ]  # shards of 9, in batches of 8
         for batch in rows:
             records = [fly.record(row) for row in batch]
-            latents = vae.encode(torch.stack([record.image for record in records]))
+            latents = vae.encode(unit_range(torch.stack([record.image for record in records])))
             cond = text.encode([record.caption for record in records])
             for at, row in enumerate(batch):
                 record = cached.record(row)
@@ -322,7 +322,7 @@ class TestBuckets:
         by_caption = {cached.caption(item): cached.record(item) for item in range(12)}
         for item in range(12):
             record = corpus.record(item)
-            assert torch.equal(by_caption[record.caption].latents, vae.encode(record.image[None])[0])
+            assert torch.equal(by_caption[record.caption].latents, vae.encode(unit_range(record.image[None]))[0])
 
     def test_sizes_that_the_model_does_not_support(self, shapes, tmp_path, family):
         with pytest.raises(UserError, match="multiples of 4"):
@@ -882,7 +882,7 @@ class TestNotFinite:
     def broken(self, images, monkeypatch) -> str:
         """The VAE's latents of one image have an infinite value."""
         encode_images = Autoencoder.encode
-        target = images_of(images).record(4).image
+        target = unit_range(images_of(images).record(4).image)
 
         def encode(self: Autoencoder, batch: torch.Tensor) -> torch.Tensor:
             latents = encode_images(self, batch)

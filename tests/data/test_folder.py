@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageOps
 
 from scfm_core.data.folder import ImageFolder
 from scfm_core.data.image import (
@@ -20,6 +20,7 @@ from scfm_core.data.image import (
     load_image,
     load_picture,
     picture_notes,
+    unit_range,
 )
 from scfm_core.data.schema import BadData
 from scfm_core.errors import UserError
@@ -48,11 +49,6 @@ def contents(folder: Path) -> list[tuple[str, str]]:
     records = [dataset.load(index, (8, 8)) for index in range(len(dataset))]
     assert [dataset.caption(index) for index in range(len(dataset))] == [record.caption for record in records]
     return [(record.key, record.caption) for record in records]
-
-
-def to_pixels(image: torch.Tensor) -> torch.Tensor:
-    """[3, H, W] in [-1, 1] -> uint8 [H, W, 3]."""
-    return ((image + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0)
 
 
 def as_image(pixels: torch.Tensor) -> torch.Tensor:
@@ -311,8 +307,8 @@ class TestPixels:
         else:
             image.convert(kind).save(path)
         picture = load_picture(path, 4, 8, background=background)
-        assert to_pixels(picture.pixels)[0, 0].tolist() == [51, 51, 51]
-        assert to_pixels(picture.pixels)[0, 7].tolist() == list(shown)
+        assert picture.pixels[:, 0, 0].tolist() == [51, 51, 51]
+        assert picture.pixels[:, 0, 7].tolist() == list(shown)
         assert picture.notes == picture_notes(path, (4, 8), "a") == (TRANSPARENT,)
 
     @pytest.mark.parametrize("stored", [(16, 28), (26, 16), (128, 16)])
@@ -333,6 +329,26 @@ class TestPixels:
         path = write_image(tmp_path / "a.png", torch.full((4, 4, 4), 255, dtype=torch.uint8))
         assert load_picture(path, 4, 4).notes == picture_notes(path, (4, 4), "a") == ()
 
+    def test_unit_range_has_the_bits_of_ieee_division(self):
+        """No reciprocal, which is off by a bit for some values: a run must not depend on where pixels become numbers."""
+        values = np.arange(256, dtype=np.uint8)
+        ours = unit_range(torch.from_numpy(values).view(1, 16, 16)).flatten().numpy()
+        assert ours.dtype == np.float32
+        right = values.astype(np.float32) / np.float32(127.5) - np.float32(1)
+        assert np.array_equal(ours.view(np.int32), right.view(np.int32))
+        reciprocal = values.astype(np.float32) * np.float32(1 / 127.5) - np.float32(1)
+        assert not np.array_equal(reciprocal, right)
+
+    def test_pixels_are_those_of_the_resize_without_rounding(self, tmp_path):
+        """uint8 loses nothing: PIL's resize and colour conversion give 8 bits."""
+        noise = torch.randint(0, 256, (3, 31, 47), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+        Image.fromarray(noise.permute(1, 2, 0).numpy()).save(tmp_path / "a.png")
+        picture = load_picture(tmp_path / "a.png", 16, 24)
+        assert picture.pixels.dtype == torch.uint8 and picture.pixels.is_contiguous()
+        fitted = ImageOps.fit(Image.open(tmp_path / "a.png"), (24, 16), method=Image.Resampling.LANCZOS)
+        before = torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 127.5 - 1  # in the worker, until now
+        assert torch.equal(unit_range(picture.pixels), before)
+
     @pytest.mark.parametrize("suffix", ["gif", "webp", "png", "tiff", "avif"])
     def test_of_several_frames_the_first_is_taken(self, tmp_path, suffix):
         frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
@@ -340,7 +356,7 @@ class TestPixels:
         frames[0].save(path, save_all=True, append_images=frames[1:])
         picture = load_picture(path, 4, 4)
         assert picture.notes == picture_notes(path, (4, 4), "a") == (ANIMATED,)
-        torch.testing.assert_close(picture.pixels[:, 0, 0], torch.tensor([1.0, -1, -1]), atol=0.02, rtol=0)
+        torch.testing.assert_close(picture.pixels[:, 0, 0].int(), torch.tensor([255, 0, 0]).int(), atol=2, rtol=0)
 
     def test_a_cameras_jpeg_with_previews_is_one_picture(self, tmp_path):
         """MPO: JPEGs one after the other, under the suffix .jpg."""
@@ -348,7 +364,7 @@ class TestPixels:
         frames[0].save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=frames[1:])
         picture = load_picture(tmp_path / "a.jpg", 8, 8)
         assert picture.notes == ()
-        torch.testing.assert_close(picture.pixels[:, 0, 0], torch.tensor([1.0, -1, -1]), atol=0.02, rtol=0)
+        torch.testing.assert_close(picture.pixels[:, 0, 0].int(), torch.tensor([255, 0, 0]).int(), atol=2, rtol=0)
 
     @pytest.mark.parametrize(("stored", "is_small"), [((16, 16), False), ((15, 16), True), ((16, 12), True)])
     def test_an_image_that_is_enlarged_is_noted(self, tmp_path, stored, is_small):

@@ -105,9 +105,9 @@ class Page(HTMLParser):
 
 
 def pixels(image: torch.Tensor | None) -> np.ndarray:
-    """[3, H, W] in [-1, 1] -> uint8 [H, W, 3]."""
+    """uint8 [3, H, W] -> [H, W, 3]."""
     assert image is not None
-    return ((image + 1) / 2 * 255).round().byte().permute(1, 2, 0).numpy()
+    return image.permute(1, 2, 0).numpy()
 
 
 class TestNumbers:

@@ -1,5 +1,6 @@
 """Batches from real shards have the order of order.py, for any ranks, workers, interruptions and bad samples."""
 
+import errno
 import gc
 import itertools
 import multiprocessing
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -350,11 +352,16 @@ class TestStream:
             corpus = open_corpus(tmp_path / "images", format="folder", num_workers=workers)
             rows = []
             for batch in one_rank(corpus, 4, 0, 5, micro=2, end=5):
-                red = ((batch.images[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()
+                red = batch.images[:, 0, 0, 0].tolist()
                 rows += zip(batch.sample_ids.tolist(), batch.keys, red, strict=True)
             return rows
 
         assert stream(2) == stream(0)
+        (batch, *_) = one_rank(open_corpus(tmp_path / "images", format="folder"), 4, 0, 1, micro=4, end=1)
+        assert batch.images.dtype == torch.uint8, (
+            "a quarter of the bytes to pass to the training process and to the device"
+        )
+        assert batch.images.nbytes == 4 * 3 * 8 * 8
         assert [(key, red) for _, key, red in stream(0)] == [(f"{red}.png", red) for _, _, red in stream(0)]
         assert sorted(red for _, _, red in stream(0)) == sorted([*range(10), *range(10)])
 
@@ -442,7 +449,7 @@ class TestBuckets:
         corpus = open_corpus(tmp_path / "images", format="folder", buckets=SHAPES)
         shapes = set()
         for batch in one_rank(corpus, 2, 0, 30, micro=2, end=30):
-            red = ((batch.images[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()
+            red = batch.images[:, 0, 0, 0].tolist()
             shapes |= {(number, tuple(batch.images.shape[2:])) for number in red}
         assert shapes == {(0, (8, 8)), (4, (8, 8)), (1, (8, 24)), (2, (8, 24)), (3, (24, 8)), (5, (24, 8))}
 
@@ -528,6 +535,11 @@ class TestBadSamples:
         assert multiprocessing.active_children() == []
 
 
+class Unportable(Exception):
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(f"{first} and {second}")
+
+
 class TestErrors:
     @pytest.mark.parametrize("workers", [0, 2])
     def test_of_an_image_arrive_as_one_clean_line(self, tmp_path, workers):
@@ -560,6 +572,38 @@ class TestErrors:
             for batch in one_rank(open_corpus(path, num_workers=workers), 2, 0, 10, micro=2, end=10):
                 read_before += batch.sample_ids.tolist()
         assert read_before == list(range(place // 2 * 2))
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    @pytest.mark.parametrize(
+        ("error", "kind", "said"),
+        [
+            (KeyError("no such thing"), KeyError, "'no such thing'"),
+            (OSError(errno.ENOSPC, "No space left on device"), OSError, "No space left"),
+            (Unportable("this", "that"), (RuntimeError, Unportable), "this and that"),
+        ],
+        ids=["a bug", "a disk", "one that cannot be pickled"],
+    )
+    def test_of_any_kind_come_in_place_of_their_batch(self, few, monkeypatch, workers, error, kind, said):
+        """The trainer then saves a checkpoint on all ranks: only invalid content is the result of a sample."""
+        record, place = Corpus.record, expected(few, 2, 10).index(7)
+
+        def failing(corpus: Corpus, item: int, *arguments: Any, **options: Any) -> Record:
+            if item == 7:
+                raise error
+            return record(corpus, item, *arguments, **options)
+
+        monkeypatch.setattr(Corpus, "record", failing)
+        read_before = []
+        with pytest.raises(kind) as caught:
+            for batch in one_rank(
+                open_corpus(few, num_workers=workers, max_bad_fraction=0.5), 2, 0, 10, micro=2, end=10
+            ):
+                read_before += batch.sample_ids.tolist()
+        assert said in str(caught.value) and "\n" not in str(caught.value)
+        assert read_before == list(range(place // 2 * 2))
+        shown = "".join(traceback.format_exception(caught.value))
+        assert "in failing" in shown, "the place of the error"
+        assert ("In a data worker" in shown) == (workers > 0)
 
     @pytest.mark.parametrize("workers", [0, 2])
     def test_name_a_shard_that_goes_missing(self, tmp_path, workers):
@@ -705,16 +749,17 @@ class TestPrefetcher:
         return first
 
     @pytest.mark.processes
-    def test_is_at_most_two_blocks_ahead(self, tmp_path, prefetched):
-        """Blocks of 80 samples are 20 batches of 4; 8 or 9 of the 60 shards of 10 samples are in use."""
+    @pytest.mark.parametrize("partitions", [1, 2])
+    def test_is_at_most_two_blocks_ahead(self, tmp_path, prefetched, partitions):
+        """Blocks of 80 samples are 20 batches of 4; of two partitions each gives half a batch, so that a block is 40 batches."""
         path = write_tars(tmp_path / "shards", (10,) * 60)
-        corpus = open_corpus(path, num_workers=1, shuffle_block=80)
+        corpus = open_corpus(path, num_workers=1, shuffle_block=80, partitions=partitions)
         first = self.first_needed(corpus, 4)
         stream = one_rank(corpus, 4, 0, 150, micro=4, end=150)
         done = 0
         for more in (1, 1, 29, 59):
             done += len(list(itertools.islice(stream, more)))
-            wanted = {shard for shard, at in first.items() if at <= done + 40}
+            wanted = {shard for shard, at in first.items() if at <= done + 40 * partitions}
             assert set(prefetched(len(wanted))) == wanted
         assert len(first) == 60
         stream.close()
@@ -732,16 +777,16 @@ class TestPrefetcher:
         stream.close()
 
     @pytest.mark.processes
-    def test_is_at_most_half_of_the_cache_ahead(self, tmp_path, prefetched):
+    def test_leaves_a_tenth_of_the_cache_free(self, tmp_path, prefetched, monkeypatch):
+        """All shards are in use at the same time: what does not fit is left to the workers."""
         path = write_tars(tmp_path / "shards", (10,) * 60)
-        one = (path / "shard-000000.tar").stat().st_size
-        assert one == (path / "shard-000059.tar").stat().st_size
-        cache = CacheConfig(limit_gb=9.9 * one / 1e9)
+        monkeypatch.setattr(Corpus, "shard_bytes", lambda corpus, shard: 1000)
+        cache = CacheConfig(limit_gb=10_500 / 1e9)
         stream = one_rank(
             open_corpus(path, num_workers=1, shuffle_block=10_000, cache=cache), 4, 0, 150, micro=4, end=150
         )
         next(stream)
-        assert len(set(prefetched(5))) == 5
+        assert len(set(prefetched(9))) == 9
         stream.close()
 
     @pytest.mark.processes

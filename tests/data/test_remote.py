@@ -19,8 +19,10 @@ import fsspec
 import pytest
 from storage import FaultyProxy, FileServer, S3Server
 
+from scfm_core import progress
 from scfm_core.data import remote
 from scfm_core.data.remote import fetch, read
+from scfm_core.data.source import read_optional
 from scfm_core.errors import UserError
 
 BODY = bytes(range(256)) * 2048  # larger than the buffers of the sockets
@@ -162,6 +164,15 @@ class TestTransientFaults:
         assert all(most / 2 <= asked <= most for asked, most in zip(pauses, full, strict=True))
         assert len({asked / most for asked, most in zip(pauses, full, strict=True)}) == 8
 
+    def test_a_download_reports_its_progress(self, place: Place, tmp_path: Path) -> None:
+        told: list[str] = []
+        progress.listen(told.append)
+        try:
+            fetch(place.uri(), tmp_path / "x.tar", deadline=LONG_PAUSE)
+        finally:
+            progress.listen(None)
+        assert told and set(told) == {f"downloading {place.uri()}"}
+
     def test_a_slow_body_is_not_a_dead_connection(self, place: Place, tmp_path: Path) -> None:
         place.proxy.slow_seconds = 1.2  # four times the tolerated silence
         place.proxy.fail("slow")
@@ -248,6 +259,14 @@ class TestRefusals:
             fetch(place.uri(name), tmp_path / "x.tar", deadline=LONG_PAUSE)
         assert place.gets == 1
         assert not (tmp_path / "x.tar").exists()
+
+    def test_another_refusal_is_not_a_missing_object(self, http_place: Place) -> None:
+        """Whatever the address says."""
+        http_place.proxy.fail("403", -1, method="")
+        with pytest.raises(UserError, match="the server answers 403"):
+            read_optional(http_place.uri("(404)/x.tar"), LONG_PAUSE)
+        http_place.proxy.rules.clear()
+        assert read_optional(http_place.uri("(404)/x.tar"), LONG_PAUSE) is None
 
     def test_no_such_bucket(self, s3_place: Place, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"^data: there is no s3://no-such-bucket/x.tar \(404\)"):

@@ -12,10 +12,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from scfm_core import progress
 from scfm_core.data import workers
 from scfm_core.data.schema import Batch, Record, collate
 from scfm_core.data.workers import Stopped, WorkerGroup, batches_of_workers
 from scfm_core.errors import UserError
+from scfm_core.progress import beat
 
 
 def make_batch(number: int) -> Batch:
@@ -64,7 +66,10 @@ class TestWaiting:
 
     @pytest.mark.parametrize(
         ("number", "message"),
-        [(signal.SIGKILL, r"was killed\. Most often the memory"), (signal.SIGBUS, "/dev/shm is full.*--shm-size")],
+        [
+            (signal.SIGKILL, r"was killed by signal 9 \(SIGKILL\)\. Most often the memory"),
+            (signal.SIGBUS, "/dev/shm is full.*--shm-size"),
+        ],
         ids=["SIGKILL", "SIGBUS"],
     )
     def test_ends_when_a_worker_is_killed(self, number, message):
@@ -73,6 +78,17 @@ class TestWaiting:
         with pytest.raises(UserError, match=message):
             read(lambda at: os.kill(os.getpid(), number) if at == 5 else None)
         assert signal.getsignal(signal.SIGCHLD) is before
+
+    def test_reports_the_progress_of_the_workers(self):
+        """A worker that hashes a large shard is slow, and not dead: the watchdog is in the training process."""
+        told: list[str] = []
+        progress.listen(told.append)
+        try:
+            assert read(lambda number: [beat("hashing x"), time.sleep(0.5 if number == 3 else 0)]) == list(range(8))
+        finally:
+            progress.listen(None)
+        assert "data worker: hashing x" in told
+        assert all(line.startswith("data worker: ") for line in told), "a worker has no listener of its own"
 
     def test_ends_when_a_worker_exits(self):
         with pytest.raises(UserError, match="ended with exit code 3"):

@@ -175,7 +175,7 @@ def partly_bad(shards, tmp_path_factory) -> Path:
     for number in range(5):
         path = root / "tars" / entries[number].name
         with path.open("rb") as file:
-            place = TarShard(file, path.name)._fields[1]["safetensors"][0]
+            place = TarShard(file, path.name).table.place(1, "safetensors")[0]
         content = bytearray(path.read_bytes())
         content[place : place + 8] = b"\xff" * 8  # safetensors: a header of 2^64 - 1 bytes
         path.write_bytes(content)
