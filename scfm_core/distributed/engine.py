@@ -30,7 +30,8 @@ class EngineConfig:
     deepspeed_config: str | None = None
     """deepspeed: your own DeepSpeed JSON. It must not contradict the recipe; `auto` takes the recipe's value."""
     timeout: float = 600.0
-    """Seconds without progress on any rank after which the job ends. The first step, with compilation, must fit."""
+    """Seconds without progress of any rank after which the job ends. Progress is a step, a pass, a written or hashed part of a file, a
+    loaded block of weights, a shard, a compiled graph."""
 
     def __post_init__(self) -> None:
         if self.shard != -1 and self.shard < 1:

@@ -141,6 +141,7 @@ class Watchdog:
                 if total != seen:
                     seen, moved = total, time.monotonic()
             if time.monotonic() - max(last, moved) > self._timeout:
+                _request_nccl_dump(self._rank)
                 print(
                     f"scfm: error: rank {self._rank} has been at {where} for more than {self._limit}: {self.blame()}. "
                     f"The job ends; start it again to resume from the last checkpoint",
@@ -148,6 +149,16 @@ class Watchdog:
                     flush=True,
                 )
                 os._exit(PeerLost.exit_code)
+
+
+def _request_nccl_dump(rank: int) -> None:
+    """Ask NCCL's flight recorder for its dump, which takes less time than `blame`. docs/debugging.md has the variables."""
+    prefix = os.environ.get("TORCH_NCCL_DEBUG_INFO_PIPE_FILE")
+    if prefix:
+        with contextlib.suppress(OSError):  # nobody reads the pipe: there is no NCCL
+            pipe = os.open(f"{prefix}{rank}.pipe", os.O_WRONLY | os.O_NONBLOCK)
+            os.write(pipe, b"1\n")
+            os.close(pipe)
 
 
 def _together(separator: str, texts: dict[int, str], one: str, several: str) -> str:

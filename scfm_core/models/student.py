@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from scfm_core.models.adapters import LoRABank, LoRAConfig
 from scfm_core.models.protocol import Conditioning, ModelFamily, dtype_of
+from scfm_core.progress import beat
 
 
 class ShortcutModel(ABC):
@@ -93,6 +94,7 @@ class LoRAModel(ShortcutModel):
         self, role: str, x: Tensor, sigma: Tensor, cond: Conditioning, strength: Tensor, *, for_target: bool = False
     ) -> Tensor:
         """See `ShortcutModel`. The result is in the network's dtype."""
+        beat()
         if role == "teacher":
             self.bank.select(None)
         else:
@@ -173,6 +175,7 @@ class FullModel(ShortcutModel):
         return output
 
     def _run(self, role: str, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        beat()
         network = self._networks[role]
         with torch.autocast(x.device.type, dtype=self.compute_dtype, enabled=self._mixed and role != "teacher"):
             return self.family.velocity(network, x, sigma, cond)

@@ -142,6 +142,17 @@ def waits_for_a_slow_rank(how: str) -> Any:
         return joined.gather(joined.rank)
 
 
+def test_the_flight_recorder_is_asked_before_the_end(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_NCCL_DEBUG_INFO_PIPE_FILE", str(tmp_path / "fr_"))
+    watchdog._request_nccl_dump(3)  # there is no pipe
+    os.mkfifo(tmp_path / "fr_3.pipe")
+    watchdog._request_nccl_dump(3)  # nobody reads it
+    reader = os.open(tmp_path / "fr_3.pipe", os.O_RDONLY | os.O_NONBLOCK)
+    watchdog._request_nccl_dump(3)
+    assert os.read(reader, 10) == b"1\n"
+    os.close(reader)
+
+
 @pytest.mark.timed
 @pytest.mark.parametrize("how", ["slow", "slow worker", "hung"])
 def test_slow_is_not_lost(how):
