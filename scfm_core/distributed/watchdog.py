@@ -25,6 +25,14 @@ PULSE = 1.0
 """Seconds between two heartbeats of a rank: two requests to the store."""
 
 
+class _Imports:
+    """Counts imports as progress: from a network file system, by many ranks at once, those of transformers may take minutes."""
+
+    @staticmethod
+    def find_spec(*_: object) -> None:
+        progress.beat()
+
+
 class Watchdog:
     """Watches the ranks of a run. Each counts its progress in the store, and writes a heartbeat every `PULSE` seconds.
 
@@ -50,12 +58,15 @@ class Watchdog:
         if self._store is not None:
             self._pulse()
             self._thread.start()
+            sys.meta_path.insert(0, _Imports)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop.set()
+        if _Imports in sys.meta_path:
+            sys.meta_path.remove(_Imports)
 
     @contextlib.contextmanager
     def at_most(self, seconds: float, where: str) -> Iterator[None]:

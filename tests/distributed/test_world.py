@@ -1,5 +1,7 @@
 """What a GPU asks of a process's beginning and end, held against a stand-in for NCCL and CUDA."""
 
+import contextlib
+import importlib
 import os
 import re
 import time
@@ -136,6 +138,9 @@ def waits_for_a_slow_rank(how: str) -> Any:
                 time.sleep(0.25)
                 if how == "slow":
                     progress.beat("opening shard 3")
+                elif how == "slow imports":
+                    with contextlib.suppress(ImportError):
+                        importlib.import_module("a_module_that_does_not_exist")
                 elif how == "slow worker" and os.fork() == 0:
                     progress.beat("a worker's shard")
                     os._exit(0)
@@ -154,7 +159,7 @@ def test_the_flight_recorder_is_asked_before_the_end(tmp_path, monkeypatch):
 
 
 @pytest.mark.timed
-@pytest.mark.parametrize("how", ["slow", "slow worker", "hung"])
+@pytest.mark.parametrize("how", ["slow", "slow imports", "slow worker", "hung"])
 def test_slow_is_not_lost(how):
     outcomes = run_distributed(waits_for_a_slow_rank, 3, how, expect_failure=True, timeout=60)
     if how == "hung":
