@@ -146,13 +146,25 @@ def _steps(recipe: Recipe, shards: tuple[int, ...], micros: tuple[int, ...]) -> 
 
 
 def _saves(full: Recipe, lora: Recipe) -> Iterator[str]:
-    yield _head("run", "GPUs", "checkpoint", "a save", "failures of the job", "save every", "time lost")
-    for recipe, name in ((full, "full weights"), (lora, "LoRA")):
+    yield _head(
+        "run",
+        "GPUs",
+        "checkpoint",
+        "a save",
+        "failures of the job",
+        "save every",
+        "steps of micro-batch 4",
+        "time lost",
+    )
+    for recipe, name, shard in ((full, "full weights", 8), (lora, "LoRA", 1)):
         for world in WORLDS:
             plan = plan_saves(recipe.on(world), _CLUSTER)
+            step = plan_step(recipe.config(world, shard, 4), recipe.on(world), recipe.units, _CLUSTER)
+            steps = plan.interval / (step.compute + step.shown[0])
             yield _row(
                 name, f"{world}", f"{plan.size / 1e9:.1f} GB", f"{plan.cost:.1f} s",
-                f"one in {plan.mtbf / 3600:.0f} hours", duration(plan.interval), f"{plan.lost(plan.interval):.1%}",
+                f"one in {plan.mtbf / 3600:.0f} hours", duration(plan.interval), f"{round(steps, -1):,.0f}",
+                f"{plan.lost(plan.interval):.1%}",
             )  # fmt: skip
 
 

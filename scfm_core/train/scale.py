@@ -156,16 +156,16 @@ def plan_step(config: RunConfig, result: Estimate, units: int, cluster: Cluster 
     each. Gradients are reduced in fp32 after every micro-batch, and between replicas after the last.
 
     Args:
-        config: of a run with `engine.name: fsdp2`.
+        config: of a run with `engine.name: fsdp2` whose rows are all pairs, of a model with one pass a velocity (Flux).
         result: its estimate, for the number of processes of the plan.
         units: how many parts of a network are sharded one by one: its blocks and the rest.
         cluster: the machines.
 
     Raises:
-        ValueError: for another engine.
+        ValueError: for another engine or other rows.
     """
-    if config.engine.name != "fsdp2":
-        raise ValueError("the plan knows only the collectives of engine.name: fsdp2")
+    if config.engine.name != "fsdp2" or config.method.passes(1) != (1, 2):
+        raise ValueError("the plan knows only the collectives of engine.name: fsdp2, and only pairs")
     cluster = cluster or Cluster()
     world, shard, full = result.world, shares(config, result.world).weights, config.train.weights == "full"
     micro, width = micro_batches(config, world), 2 if config.train.compute_dtype == "bfloat16" else 4

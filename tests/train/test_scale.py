@@ -5,7 +5,8 @@ import math
 import pytest
 
 from recipes import scale_docs
-from scfm_core.train.scale import Cluster, Exchange, Phase, SavePlan, StepPlan
+from scfm_core.train.parse import load_config
+from scfm_core.train.scale import Cluster, Exchange, Phase, SavePlan, StepPlan, plan_step
 
 CLUSTER = Cluster(
     gpus=8, nvlink=200e9, network=25e9, call_latency=0.0, nvlink_latency=0.0, network_latency=0.0, node_hours=1000.0
@@ -88,3 +89,10 @@ class TestSaves:
 def test_the_page_has_the_tables_that_the_code_computes():
     text = scale_docs.PAGE.read_text(encoding="utf-8")
     assert scale_docs.page(text) == text, "run python -m recipes.scale_docs"
+
+
+@pytest.mark.parametrize("override", ["engine.name=deepspeed", "method.flow_fraction=0.2"])
+def test_what_the_plan_does_not_know(override):
+    config = load_config("flux_dev_lora.yaml", ["engine.shard=-1", override])
+    with pytest.raises(ValueError, match="the plan knows only"):
+        plan_step(config, None, 58)  # type: ignore[arg-type]
