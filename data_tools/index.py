@@ -18,6 +18,7 @@ from typing import Any, Literal
 from scfm_core.data.decode import image_content
 from scfm_core.data.image import image_size
 from scfm_core.data.mds import INDEX, MdsIndex, MdsShard
+from scfm_core.data.members import pack_table, write_members
 from scfm_core.data.recipe import SourceConfig
 from scfm_core.data.remote import fetch, names_below
 from scfm_core.data.schema import MANIFEST, BadData, Manifest, ShardEntry, Size, refuse_outside, runs_of
@@ -83,7 +84,10 @@ def index(
         raise UserError(f"data: the shards of {source.uri} mix cached samples and images. Separate them")
     entries = tuple(reading.entry for reading in readings if reading.entry is not None)
     manifest = replace(cache_facts or Manifest(), format=reader.format, shards=reader.complete(entries))
+    tables = {str(each.entry.sha256): each.table for each in readings if each.entry is not None and each.table}
     try:
+        if tables:
+            write_members(output, tables)
         manifest.write(output)
     except OSError as error:
         raise UserError(f"data: {output} cannot be written ({error.strerror}). Choose another place") from error
@@ -135,6 +139,8 @@ class _Reading:
 
     name: str
     entry: ShardEntry | None = None
+    table: bytes | None = None
+    """Of a tar: where its members are, for `write_members`."""
     cached: set[bool] = field(default_factory=set)
     """Whether its samples are cached; both values if they are mixed."""
     problems: list[str] = field(default_factory=list)
@@ -242,6 +248,7 @@ class _Reader:
             raise BadData(f"data: shard {where} has no samples")
         if isinstance(shard, TarShard):
             _check_end(file, shard)
+            reading.table = pack_table(shard.table)
         sizes: list[Size | None] = []
         for at in range(len(shard)):
             try:

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from scfm_core.data.members import table_of, write_members
 from scfm_core.data.schema import JOB, MANIFEST, Manifest, ShardEntry, Size
 from scfm_core.data.webdataset import TarProgress, TarWriter
 from scfm_core.errors import UserError
@@ -205,6 +206,8 @@ class Job:
                     yield made.left_out
                     yield from ([] for _ in batch[1:])
             note = {"entry": asdict(writer.entry), **_plain(so_far), "mark": self._mark(shard.items)}
+            if writer.entry.samples:
+                self._note(shard, "members").write_bytes(table_of(writer.path))
             self._write(self._note(shard), note)
             self._note(shard, "part").unlink(missing_ok=True)
 
@@ -256,12 +259,23 @@ class Job:
         parameters = _read_json(self.notes / _PARAMETERS)
         if parameters is not None:  # else another process has done the following already
             self._write(self.output / _DONE, {"parameters": parameters, "data": self.data, "counts": self.counts})
+        self._write_members(manifest)
         manifest.write(self.output / MANIFEST)
         written = {path.name.removesuffix(".json") for path in self.notes.glob("*.tar.json")}
         for name in written - {shard.name for shard in manifest.shards}:  # of data that are gone, or without a sample
             (self.output / name).unlink(missing_ok=True)
         shutil.rmtree(self.notes, ignore_errors=True)
         return manifest
+
+    def _write_members(self, manifest: Manifest) -> None:
+        """Record where the members of the tars are, from the notes."""
+        tables = {}
+        for entry in manifest.shards:
+            try:
+                tables[str(entry.sha256)] = (self.notes / f"{entry.name}.members").read_bytes()
+            except FileNotFoundError:  # another process has finished the job; or the note is of an earlier release
+                return
+        write_members(self.output / MANIFEST, tables)
 
     def _check_left_out(self, lines: list[str], tolerated: float, total: int) -> None:
         """UserError if more samples are left out than are tolerated."""

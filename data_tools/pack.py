@@ -12,6 +12,7 @@ from typing import Any, Literal
 from scfm_core.data.corpus import Corpus
 from scfm_core.data.folder import ImageFolder
 from scfm_core.data.mds import MdsWriter
+from scfm_core.data.members import table_of, write_members
 from scfm_core.data.remote import read
 from scfm_core.data.schema import MANIFEST, BadData, Manifest, Size
 from scfm_core.data.source import PADDING, Shard, Source
@@ -174,7 +175,7 @@ def _sample(shard: Shard | None, at: int, source: Source | ImageFolder) -> tuple
 def _write_tars(samples: Iterable[Sample], folder: Path, draft: Manifest, samples_per_shard: int) -> None:
     """Write tars of `samples_per_shard` samples, and their manifest."""
     folder.mkdir()
-    entries, rest = [], iter(samples)
+    entries, rest, tables = [], iter(samples), {}
     for number in count():
         part = islice(rest, samples_per_shard)
         first = next(part, None)
@@ -189,6 +190,8 @@ def _write_tars(samples: Iterable[Sample], folder: Path, draft: Manifest, sample
                 written[name] = sorted(fields)
         _read_back(path, written)
         entries.append(writer.entry)
+        tables[str(writer.entry.sha256)] = table_of(path)
+    write_members(folder / MANIFEST, tables)
     replace(draft, shards=tuple(entries)).write(folder / MANIFEST)
 
 

@@ -142,7 +142,19 @@ def test_loaders_deliver_the_same_tensors(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(module, "to_device", copied)
     # Two batches at least: the rate from the first batch on is of the others.
     with streaming_alone():
-        rows = rows_of(module, tmp_path / "out.json", "--samples", "48", "--width", "128", "--workers", "1", "--s3")
+        rows = rows_of(
+            module,
+            tmp_path / "out.json",
+            "--samples",
+            "48",
+            "--width",
+            "128",
+            "--workers",
+            "1",
+            "--s3",
+            "--generated",
+            "320",
+        )
     assert "x reference" in capsys.readouterr().out
     assert_figures(rows)
     groups = comparisons(rows)

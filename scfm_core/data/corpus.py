@@ -172,7 +172,8 @@ class Corpus:
 
     def prefetch(self, shard: int) -> None:
         """Download and hash a shard before it is needed; safe in threads. Raises as `record`."""
-        if isinstance(self.sources[self._shard_source[shard]], Source):
+        source = self.sources[self._shard_source[shard]]
+        if isinstance(source, Source) and (self.config.verify or self.shard_bytes(shard)):
             self._open_shards.prefetch(shard, verify=self.config.verify)
 
     @property

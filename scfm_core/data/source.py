@@ -12,6 +12,7 @@ from torch import Tensor
 
 from scfm_core.data.cache import ShardCache
 from scfm_core.data.mds import INDEX, MdsIndex, MdsShard
+from scfm_core.data.members import Members
 from scfm_core.data.recipe import Format, SourceConfig, format_of
 from scfm_core.data.remote import MissingObject, read
 from scfm_core.data.schema import MANIFEST, BadData, Manifest, ShardEntry
@@ -62,6 +63,8 @@ class Source:
     padding: Tensor | None = field(default=None, repr=False)
     """[text_length, D], if the texts are trimmed."""
     cache: ShardCache | None = None
+    members: Members | None = None
+    """Tables of the tars, if they are recorded beside the manifest."""
 
     def address(self, number: int) -> str:
         """Path or URI of a shard."""
@@ -143,6 +146,8 @@ class Source:
 
     def _parse(self, file: Any, number: int, entry: ShardEntry, name: str, table: TarTable | None) -> Shard:
         index = self.index
+        if table is None and self.members is not None:
+            table = self.members.table(entry)
         shard: Shard = TarShard(file, name, table) if index is None else MdsShard(file, index.shards[number], name)
         if len(shard) != entry.samples:
             raise BadData(
@@ -208,7 +213,9 @@ def open_source(config: SourceConfig, cache: ShardCache | None, timeout: float) 
     padding = None
     if manifest.padding is not None:
         padding = _read_padding(join(base, PADDING), manifest.padding, timeout)
-    return Source(config, base, manifest, index, padding, cache)
+    where = config.manifest or join(base, MANIFEST)
+    members = None if is_remote(where) or index is not None else Members.beside(Path(where).expanduser())
+    return Source(config, base, manifest, index, padding, cache, members)
 
 
 def _read_manifest(config: SourceConfig, base: str, index: MdsIndex | None, timeout: float) -> Manifest:

@@ -1,7 +1,7 @@
 """Samples per second of this loader, webdataset and mosaicml-streaming, over the same records.
 
     python tests/benchmarks/bench_loader.py [--repeats 5] [--samples 1500] [--workers 2] [--window 256] [--s3]
-        [--json PATH]
+        [--generated 25600] [--json PATH]
 
 Two kinds of records: cached latents and embeddings of Flux at 512 x 512 (bf16; captions of 20 to 120 T5 tokens,
 trimmed), and JPEG images of 512 x 512 (crops of scikit-learn's photographs). All arms shuffle within windows of the
@@ -10,6 +10,10 @@ smaller than the set, as in a real run, so no arm reads the whole set before the
 order, and that our loader adds the padding of the texts when the batch is used. Times therefore include a copy of the
 whole batch, as to a device. Arms are interleaved, and each repeat begins with empty caches (with `--s3`: a local S3
 server on the same cores). The table has medians, and ratios to the faster library.
+
+A second table is of shards as `scfm data generate` makes them, 100 small samples each, shuffled in blocks of 20,000: our loader
+as it is, with all shards open before the workers start, without the recorded places of the members, and as it was: 64 open
+shards, which are parsed at every opening.
 """
 
 import argparse
@@ -40,11 +44,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 from storage import S3Server
 
 from data_tools.pack import pack
+from scfm_core.data import open_shards
 from scfm_core.data.corpus import Corpus
-from scfm_core.data.image import load_image
+from scfm_core.data.image import load_picture, unit_range
 from scfm_core.data.loader import batches
+from scfm_core.data.members import table_of, write_members
 from scfm_core.data.recipe import CacheConfig, DataConfig, SourceConfig
-from scfm_core.data.schema import Batch, Manifest, Record, collate
+from scfm_core.data.schema import Batch, Manifest, Record, ShardEntry, collate
 from scfm_core.data.source import PADDING
 from scfm_core.data.webdataset import TarWriter
 
@@ -85,9 +91,17 @@ def jpeg_fields(number: int, size: int) -> dict[str, bytes]:
 
 def write(folder: Path, fields: Callable[[int], dict[str, bytes]], samples: int, size: int, width: int = 0) -> None:
     """Write the records as tars, and pack these into MDS."""
-    tars = folder / "tars"
+    entries = write_tars(folder / "tars", fields, samples, max(1, samples // SHARDS), size, width)
+    corpus = Corpus(DataConfig(path=str(folder / "tars"), resolution=(size, size)))
+    pack(corpus, folder / "mds", to="mds", shard_bytes=max(1 << 16, sum(entry.bytes for entry in entries) // SHARDS))
+
+
+def write_tars(
+    tars: Path, fields: Callable[[int], dict[str, bytes]], samples: int, per_shard: int, size: int, width: int
+) -> list[ShardEntry]:
+    """Write the records as tars with a manifest."""
     tars.mkdir(parents=True)
-    entries, per_shard = [], max(1, samples // SHARDS)
+    entries = []
     for first in range(0, samples, per_shard):
         writer = TarWriter(tars / f"shard-{first // per_shard:06d}.tar")
         with writer:
@@ -100,14 +114,13 @@ def write(folder: Path, fields: Callable[[int], dict[str, bytes]], samples: int,
         (tars / PADDING).write_bytes(content)
         encoder = {"encoder": "bench", "text_length": LENGTH, "padding": hashlib.sha256(content).hexdigest()}
     Manifest(shards=tuple(entries), **encoder).write(tars / "manifest.json")  # type: ignore[arg-type]
-    corpus = Corpus(DataConfig(path=str(tars), resolution=(size, size)))
-    pack(corpus, folder / "mds", to="mds", shard_bytes=max(1 << 16, sum(entry.bytes for entry in entries) // SHARDS))
+    return entries
 
 
 def decode(fields: dict[str, bytes], key: str, size: int) -> Record:
     """Decode a sample's bytes; all arms use this."""
     if "jpg" in fields:
-        return Record(key=key, caption=fields["txt"].decode(), image=load_image(fields["jpg"], size, size))
+        return Record(key=key, caption=fields["txt"].decode(), image=load_picture(fields["jpg"], size, size).pixels)
     tensors = load(fields["safetensors"])
     text = torch.zeros(LENGTH, tensors["text"].shape[1], dtype=tensors["text"].dtype)
     text[: len(tensors["text"])] = tensors["text"]
@@ -123,7 +136,9 @@ def stack(records: Sequence[Record]) -> Any:
 
 def to_device(batch: Batch, paddings: Sequence[Tensor | None]) -> list[Tensor]:
     """Copy the whole batch with padded texts, as training does."""
-    parts = [tensor.clone() for tensor in (batch.latents, batch.pooled, batch.images) if tensor is not None]
+    parts = [tensor.clone() for tensor in (batch.latents, batch.pooled) if tensor is not None]
+    if batch.images is not None:
+        parts.append(unit_range(batch.images))
     if batch.text is not None:
         whole = set(batch.text.paddings) == {None}
         text = batch.text.padded(paddings)
@@ -245,6 +260,71 @@ def measure(kind: str, place: str, arms: Arms, repeats: int) -> list[dict[str, A
     return rows
 
 
+class Generated:
+    """Our loader over small shards in large blocks: how often it opens them must not matter."""
+
+    PER_SHARD, BLOCK, WIDTH = 100, 20_000, 64
+
+    def __init__(self, folder: Path, samples: int, batch: int, workers: int) -> None:
+        self.folder, self.samples, self.batch, self.workers = folder, samples // batch * batch, batch, workers
+        entries = write_tars(
+            folder, lambda number: cached_fields(number, self.WIDTH), samples, self.PER_SHARD, 64, self.WIDTH
+        )
+        write_members(folder / "manifest.json", {str(each.sha256): table_of(folder / each.name) for each in entries})
+
+    def epoch(self, *, all_open: bool = False, parse: bool = False, most: int | None = None) -> float:
+        """Samples per second of an epoch, from the start of the workers.
+
+        Args:
+            all_open: open all shards before.
+            parse: as if the places of the members were not recorded, as in tars of other tools.
+            most: open shards of a process; then their tables are not kept.
+        """
+        kept = open_shards.most_open, open_shards._TABLE_BYTES
+        if most is not None:
+            open_shards.most_open, open_shards._TABLE_BYTES = lambda: most, 0
+        try:
+            config = DataConfig(
+                path=str(self.folder),
+                resolution=(64, 64),
+                num_workers=self.workers,
+                shuffle_block=self.BLOCK,
+                verify=False,  # hashing takes the same time in all arms
+            )
+            corpus = Corpus(config)
+            if parse:
+                corpus.sources[0].members = None  # type: ignore[union-attr]
+            for item in range(0, len(corpus), self.PER_SHARD) if all_open else ():
+                corpus.record(item)
+            began, count = time.perf_counter(), 0
+            options = {
+                "global_batch_size": self.batch,
+                "micro_batch_size": self.batch,
+                "start": 0,
+                "stop": self.samples,
+            }
+            for batch in batches(corpus, seed=0, **options):
+                count += len(batch)
+            return count / (time.perf_counter() - began)
+        finally:
+            open_shards.most_open, open_shards._TABLE_BYTES = kept
+
+    def measure(self, repeats: int) -> list[dict[str, Any]]:
+        """Rows with the medians of interleaved epochs."""
+        arms: dict[str, dict[str, Any]] = {
+            "reference: all open": {"all_open": True},
+            "ours": {},
+            "ours: tars of others": {"parse": True},
+            "64 open, always parsed": {"parse": True, "most": 64},
+        }
+        rates: dict[str, list[float]] = {name: [] for name in arms}
+        for _ in range(repeats):
+            for name, options in arms.items():
+                rates[name].append(self.epoch(**options))
+        rows = [{"arm": name, "samples_per_s": statistics.median(found)} for name, found in rates.items()]
+        return [row | {"ratio": row["samples_per_s"] / rows[0]["samples_per_s"]} for row in rows]  # type: ignore[operator]
+
+
 def trimmed(folder: Path) -> dict[str, float]:
     """Bytes per sample of the cached records, trimmed and with the text's padding."""
     manifest = Manifest.parse((folder / "tars" / "manifest.json").read_text(), "bench")
@@ -264,11 +344,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--width", type=int, default=4096, help="of the text embeddings; smaller for a quick test")
     parser.add_argument("--window", type=int, default=256, help="size of the shuffle window, in samples")
+    parser.add_argument("--generated", type=int, default=25_600, help="samples of the second table; 0: none")
     parser.add_argument("--s3", action="store_true", help="also from a local S3 server")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    rows, sizes = [], {}
+    rows, sizes, generated = [], {}, []
     with ExitStack() as stack_:
         root = Path(stack_.enter_context(tempfile.TemporaryDirectory()))
         side = max(16, options.width // 8)
@@ -296,6 +377,9 @@ def main(argv: list[str] | None = None) -> None:
                     options.window,
                 )
                 rows += measure(kind, place, arms, options.repeats)
+        if options.generated:
+            arms_of_small = Generated(root / "generated", options.generated, options.batch, options.workers)
+            generated = arms_of_small.measure(options.repeats)
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}; ", end="")
     print(f"{options.samples} samples, batch {options.batch}, {options.workers} workers, {options.repeats} repeats")
     print(
@@ -307,8 +391,11 @@ def main(argv: list[str] | None = None) -> None:
             f"{row['records']:<9}{row['place']:<7}{row['arm']:<24}{row['samples_per_s']:>10.0f}{row['steady']:>9.0f}"
             f"   {row['ratio']:.2f} x reference"
         )
+    for row in generated:
+        print(f"generated: {row['arm']:<24}{row['samples_per_s']:>10.0f}   {row['ratio']:.2f} x all open")
     if options.json:
-        options.json.write_text(json.dumps({"rows": rows, "bytes_a_sample": sizes}, indent=2) + "\n")
+        content = {"rows": rows, "bytes_a_sample": sizes, "generated": generated}
+        options.json.write_text(json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":

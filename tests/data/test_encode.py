@@ -27,6 +27,7 @@ from recipes.tiny import write_digits, write_pipeline
 from scfm_core.data.corpus import Corpus
 from scfm_core.data.folder import ImageFolder
 from scfm_core.data.image import ANIMATED, ENLARGED, TRANSPARENT, unit_range
+from scfm_core.data.members import Members
 from scfm_core.data.recipe import DataConfig, SourceConfig
 from scfm_core.data.schema import MANIFEST, Manifest, Record, collate
 from scfm_core.data.source import PADDING
@@ -109,7 +110,10 @@ class TestContent:
         sizes = {"data.resolution": [16, 16], "data.buckets": "none"}
         assert manifest.settings == {"model.text_length": LENGTH, **sizes}
         assert [shard.samples for shard in manifest.shards] == [9, 9, 2]
-        assert sorted(contents(cache)) == ["job.json", MANIFEST, PADDING, *(f"shard-{n:06d}.tar" for n in range(3))]
+        assert sorted(contents(cache)) == [
+            "job.json", MANIFEST, "manifest.members", PADDING, *(f"shard-{n:06d}.tar" for n in range(3))
+        ]  # fmt: skip
+        assert Members.beside(cache / MANIFEST).table(read_manifest(cache).shards[2]) is not None
 
     def test_returned_manifest_is_the_written_one(self, digits, tmp_path, family):
         assert run(digits, tmp_path / "cache", family) == read_manifest(tmp_path / "cache")
@@ -610,7 +614,13 @@ class TestJob:
         assert manifest == read_manifest(tmp_path)
         assert manifest.samples == 4
         assert [other.exitcode for other in others] == [0]
-        assert sorted(contents(tmp_path)) == ["job.json", MANIFEST, "shard-000000.tar", "shard-000001.tar"]
+        assert sorted(contents(tmp_path)) == [
+            "job.json",
+            MANIFEST,
+            "manifest.members",
+            "shard-000000.tar",
+            "shard-000001.tar",
+        ]
 
     def test_a_late_process_without_work(self, tmp_path):
         """With three processes for two shards, the third one may start after the others have ended."""
@@ -632,7 +642,13 @@ class TestJob:
             job(tmp_path, shards)
         if parameters == {"a": 1}:
             assert job(tmp_path, shards).samples == 4
-            assert sorted(contents(tmp_path)) == ["job.json", MANIFEST, "shard-000000.tar", "shard-000001.tar"]
+            assert sorted(contents(tmp_path)) == [
+                "job.json",
+                MANIFEST,
+                "manifest.members",
+                "shard-000000.tar",
+                "shard-000001.tar",
+            ]
         else:
             with pytest.raises(UserError, match="another job"):
                 Job(tmp_path, parameters)

@@ -19,6 +19,7 @@ from storage import FileServer, S3Server
 from data_tools import index as module
 from data_tools.index import default_output, index
 from scfm_core.data.corpus import Corpus
+from scfm_core.data.members import Members
 from scfm_core.data.recipe import CacheConfig, DataConfig, SourceConfig
 from scfm_core.data.schema import MANIFEST, Manifest
 from scfm_core.data.source import open_source
@@ -107,6 +108,8 @@ class TestWhatIsWritten:
             assert entry.sha256 == hashlib.sha256(content).hexdigest()
             assert entry.sizes == ((16, 24, 2), (24, 16, 1), (16, 16, 1), (16, 24, 1))
         assert (manifest.encoder, manifest.text_length, manifest.format) == (None, None, "webdataset")
+        members = Members.beside(folder / MANIFEST)
+        assert members is not None and all(members.table(entry) is not None for entry in manifest.shards)
         check_every_sample(corpus(source(folder), tmp_path / "cache"), 3)
         assert default_output(source(folder)) == folder / MANIFEST
 

@@ -1,5 +1,6 @@
 """The store of open shards: opened and parsed once an epoch, bounded by descriptors alone, read again after errors."""
 
+import dataclasses
 import errno
 import os
 import resource
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -19,10 +21,12 @@ from scfm_core.data import open_shards, reading, webdataset
 from scfm_core.data.corpus import Corpus
 from scfm_core.data.loader import batches
 from scfm_core.data.mds import MdsWriter
+from scfm_core.data.members import Members, pack_table, table_of, write_members
 from scfm_core.data.reading import retried
-from scfm_core.data.recipe import CacheConfig, DataConfig
+from scfm_core.data.recipe import CacheConfig, DataConfig, SourceConfig
 from scfm_core.data.schema import MANIFEST, BadData, Manifest
 from scfm_core.data.source import Source
+from scfm_core.data.tar_table import parse_tar
 from scfm_core.data.webdataset import TarShard, TarWriter
 from scfm_core.errors import UserError
 
@@ -46,6 +50,10 @@ def write(folder: Path, shards: int = SHARDS, samples: int = SAMPLES) -> Path:
         entries.append(writer.entry)
     Manifest(**{**vars(DRAFT), "shards": tuple(entries)}).write(folder / MANIFEST)
     return folder
+
+
+def read_manifest(folder: Path) -> Manifest:
+    return Manifest.parse((folder / MANIFEST).read_text(), "it")
 
 
 def open_corpus(folder: Path, **changes: Any) -> Corpus:
@@ -123,6 +131,80 @@ class TestOneOpeningAnEpoch:
         corpus = open_corpus(write(tmp_path / "shards", 1, 100))
         corpus.record(0)
         assert corpus._open_shards._tables[0].nbytes < 40 * 100
+
+
+class TestRecordedMembers:
+    """`manifest.members`: opening a tar reads none of its headers."""
+
+    @pytest.fixture
+    def recorded(self, tmp_path: Path) -> Path:
+        folder = write(tmp_path / "shards", 3, 4)
+        write_members(
+            folder / MANIFEST, {str(e.sha256): table_of(folder / e.name) for e in read_manifest(folder).shards}
+        )
+        return folder
+
+    def test_are_those_of_parsing(self, recorded, parsed):
+        assert captions(open_corpus(recorded), 12) == expected(3, 4)
+        assert parsed == []
+        members = Members.beside(recorded / MANIFEST)
+        assert members is not None
+        for entry in read_manifest(recorded).shards:
+            table = members.table(entry)
+            with (recorded / entry.name).open("rb") as file:
+                right = parse_tar(file, "it")
+            assert table is not None and vars(table).keys() == vars(right).keys()
+            assert all(np.array_equal(getattr(table, name), getattr(right, name)) for name in vars(right))
+
+    def test_of_a_selection_of_the_shards(self, recorded, parsed):
+        assert captions(open_corpus(recorded / "shard-00000{2,0}.tar"), 8) == expected(3, 4) - {
+            f"caption {n}" for n in range(4, 8)
+        }
+        assert parsed == []
+
+    def test_of_a_manifest_elsewhere(self, recorded, tmp_path, parsed):
+        for kind in ("json", "members"):
+            (recorded / f"manifest.{kind}").rename(tmp_path / f"mine.{kind}")
+        source = SourceConfig(name="a", uri=str(recorded), manifest=str(tmp_path / "mine.json"))
+        corpus = Corpus(DataConfig(sources=(source,), resolution=(8, 8), num_workers=0))
+        assert captions(corpus, 12) == expected(3, 4)
+        assert parsed == []
+
+    def test_of_other_content_are_not_used(self, recorded, parsed):
+        """A tar that was written again has another sha256."""
+        entries = list(read_manifest(recorded).shards)
+        with TarWriter(recorded / entries[1].name) as writer:
+            for number in range(4, 8):
+                writer.write(f"another-name-{number:08d}", fields(number), (8, 8))
+        entries[1] = writer.entry
+        Manifest(**{**vars(DRAFT), "shards": tuple(entries)}).write(recorded / MANIFEST)
+        assert captions(open_corpus(recorded), 12) == expected(3, 4)
+        assert parsed == [str(recorded / entries[1].name)]
+
+    def test_that_are_damaged_are_not_used(self, recorded):
+        """Any byte: the tars are parsed then, and nothing else happens."""
+        path = recorded / "manifest.members"
+        good = path.read_bytes()
+        for at in range(0, len(good), 7):
+            path.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+            assert open_corpus(recorded).record(at % 12).caption == f"caption {at % 12}"
+        for size in range(0, len(good), 97):
+            path.write_bytes(good[:size])
+            assert open_corpus(recorded).record(5).caption == "caption 5"
+
+    def test_that_lead_out_of_the_tar_are_not_used(self, recorded):
+        """With a right CRC: by somebody who wants more memory than there is to be read."""
+        entry = read_manifest(recorded).shards[0]
+        table = parse_tar((recorded / entry.name).open("rb"), "it")
+        for change in (
+            {"sizes": table.sizes.astype(np.uint64) + np.uint64(1 << 40)},
+            {"blocks": table.blocks.astype(np.uint64) + np.uint64(1 << 40)},
+            {"fields": table.fields + 5},
+            {"starts": table.starts[::-1].copy()},
+            {"keys": table.keys[:-1]},
+        ):
+            write_members(recorded / MANIFEST, {str(entry.sha256): pack_table(dataclasses.replace(table, **change))})
+            assert open_corpus(recorded).record(0).caption == "caption 0"
 
 
 class TestDescriptors:
