@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from conftest import adapter_metadata
-from safetensors.torch import load_file
+from safetensors.torch import load
 
 from recipes.cli import main
 from scfm_core.train.checkpoint import find_checkpoint, load_checkpoint
@@ -169,10 +169,10 @@ def test_a_run_can_be_used_from_any_folder(recipe, tiny, tmp_path, monkeypatch):
 def test_every_start_exports_the_adapter_again(recipe, run_dir):
     """A run killed between its last checkpoint and the export has an old adapter."""
     path = run_dir / "adapter" / "pytorch_lora_weights.safetensors"
-    final, metadata = load_file(path), adapter_metadata(path)
+    final, metadata = load(path.read_bytes()), adapter_metadata(path)
     path.write_bytes(b"stale")
     assert main(["train", str(recipe), "sample.guidance=2.0"]) == 0
-    again = load_file(path)
+    again = load(path.read_bytes())
     assert again.keys() == final.keys() and all(torch.equal(again[name], final[name]) for name in final)
     # Those of the run's own settings: this command's have no effect. The order of keys in the file is random.
     assert adapter_metadata(path) == metadata and metadata["guidance"] == 3.5
