@@ -95,24 +95,33 @@ class World:
             if error is not None:
                 raise error
             return
-        is_bug = error is not None and not isinstance(error, UserError | OSError)
-        own = None if error is None else (f"{type(error).__name__}: {error}" if is_bug else str(error), is_bug)
-        reports = self.gather(own)
-        failed = {
-            text: [r for r in range(self.size) if reports[r] == (text, bug)] for text, bug in filter(None, reports)
-        }
+        reports = self.gather(None if error is None else _report(error))
+        failed = [report for report in reports if report is not None]
         if not failed:
             return
-        if is_bug:
-            assert error is not None
+        if error is not None and _report(error)[1] == _BUG:
             raise error
-        if len(failed) == 1 and len(next(iter(failed.values()))) == self.size:
-            message = next(iter(failed))
-        else:
-            message = "\n".join(f"{ranks_in_words(ranks)}: {text}" for text, ranks in failed.items())
-        if any(bug for _, bug in filter(None, reports)):
+        ranks = {text: [rank for rank in range(self.size) if reports[rank] == (text, code)] for text, code in failed}
+        message = "\n".join(f"{ranks_in_words(own)}: {text}" for text, own in ranks.items())
+        if len(ranks) == 1 and len(failed) == self.size:
+            message = failed[0][0]
+        if any(code == _BUG for _, code in failed):
             raise PeerLost(message) from error
-        raise agreed_error(message) from error
+        joint = agreed_error(message)
+        joint.exit_code = failed[0][1]
+        raise joint from error
+
+
+_BUG = 1
+
+
+def _report(error: Exception) -> tuple[str, int]:
+    """What the other ranks learn of an error: its message, and the exit code of a command that ends with it."""
+    if isinstance(error, UserError):
+        return str(error), error.exit_code
+    return (
+        (str(error), UserError.exit_code) if isinstance(error, OSError) else (f"{type(error).__name__}: {error}", _BUG)
+    )
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ from runs import (
 
 from recipes.cli import main
 from scfm_core.distributed.watchdog import PULSE
-from scfm_core.errors import UserError
+from scfm_core.errors import RunBusy, UserError
 from scfm_core.train.checkpoint import find_checkpoint
 from scfm_core.train.run_dir import checkpoint_path
 
@@ -281,7 +281,7 @@ def test_any_error_of_a_loader_is_agreed_and_saved_before(error, tiny, tmp_path)
 # Errors of one rank, and of all.
 
 
-def agree(case: str) -> tuple[str, bool]:
+def agree(case: str) -> tuple[str, bool, int]:
     """In a rank: the error that comes out."""
     from scfm_core.distributed.world import join_world
 
@@ -291,6 +291,8 @@ def agree(case: str) -> tuple[str, bool]:
                 raise UserError("its disk is gone")
             if case == "all fail":
                 raise UserError("no such model")
+            if case == "rank 0 meets a lock" and world.rank == 0:
+                raise RunBusy("the run is busy")
             if case == "each with its own":
                 raise UserError(f"folder {world.rank} is missing")
             if case == "two of three" and world.rank > 0:
@@ -298,12 +300,13 @@ def agree(case: str) -> tuple[str, bool]:
         assert world.gather(world.rank) == list(range(world.size)), "they are in step again"
         with world.together():
             pass
-        return str(caught.value), caught.value.agreed
+        return str(caught.value), caught.value.agreed, caught.value.exit_code
 
 
 @pytest.mark.parametrize(
     ("case", "world_size", "message"),
     [
+        ("rank 0 meets a lock", 2, "rank 0: the run is busy"),
         ("rank 1 fails", 2, "rank 1: its disk is gone"),
         ("all fail", 2, "no such model"),
         ("each with its own", 2, "rank 0: folder 0 is missing\nrank 1: folder 1 is missing"),
@@ -311,7 +314,8 @@ def agree(case: str) -> tuple[str, bool]:
     ],
 )
 def test_together(case, world_size, message):
-    assert run_distributed(agree, world_size, case) == [(message, True)] * world_size
+    code = RunBusy.exit_code if "lock" in case else UserError.exit_code
+    assert run_distributed(agree, world_size, case) == [(message, True, code)] * world_size
 
 
 def refused(tree: dict[str, Any], victim: int, changes: dict[str, dict[str, Any]]) -> int:
