@@ -15,7 +15,8 @@ def fit(trainer: Trainer) -> int | None:
     config, world = trainer.config, trainer.world
     validation = None
     if trainer.encoder.prompts:
-        validation = Validation(config, trainer.model, trainer.engine, trainer.encoder, world)
+        with world.together():
+            validation = Validation(config, trainer.model, trainer.engine, trainer.encoder, world)
     # Lost ranks are named while this rank still handles SIGTERM, which the launcher sends when a rank has ended.
     with RunLog(config, trainer.progress.step, world) as log, trainer.stop.listening(), world.naming_lost_ranks():
         if trainer.data_change is not None:

@@ -1,6 +1,7 @@
 """Building the parts of a run: what each process loads, and what is kept of the files that were read."""
 
 import contextlib
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 from scfm_core.data.corpus import Corpus
 from scfm_core.models.families import open_family
 from scfm_core.models.fingerprint import network_fingerprint
-from scfm_core.train import inputs
+from scfm_core.train import grid, inputs
 from scfm_core.train.checkpoint import load_checkpoint
+from scfm_core.train.grid import Validation
 from scfm_core.train.inputs import BatchEncoder
 from scfm_core.train.trainer import Trainer
 
@@ -42,11 +44,14 @@ def test_one_rank_encodes_the_prompts(make_config, tiny, monkeypatch, dropout):
     assert expected is not None and expected.guidance is not None and expected.guidance.tolist() == [2.5, 2.5]
     monkeypatch.setattr(inputs, "TextEncoders", None)  # calling it raises
     family = open_family(str(tiny / "flux"))
-    other = BatchEncoder(config, family, corpus, device, PROMPTS, Rank(1, sent)).prompt_cond
+    encoder = BatchEncoder(config, family, corpus, device, PROMPTS, Rank(1, sent))
+    other = encoder.prompt_cond
     for left, right in ((expected, other), (empty, family.unconditional)):
         assert torch.equal(left.text, right.text) and torch.equal(left.pooled, right.pooled)
     assert torch.equal(expected.guidance, other.guidance)
     assert len(sent) == 1
+    monkeypatch.setattr(grid, "Autoencoder", None)  # nor does it decode
+    Validation(config, SimpleNamespace(family=family), None, encoder, Rank(1, sent))
 
 
 def test_every_rank_encodes_images(make_config, tiny):
