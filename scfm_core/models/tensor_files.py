@@ -24,8 +24,8 @@ from scfm_core.progress import beat
 
 MAX_HEADER = 100_000_000
 """Bytes; safetensors itself allows no longer header."""
-CHUNK = 64 << 20
-"""Bytes that are in host memory at a time on their way to a device."""
+CHUNK = 8 << 20
+"""Bytes that are in host memory at a time on their way to a device. They fit a processor's cache, so reading 64 MiB at a time is slower."""
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -76,6 +76,7 @@ class TensorFiles:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._open: dict[Path, FileIO] = {}
+        self._buffer = torch.empty(CHUNK, dtype=torch.uint8)
         self._places: dict[str, _Place] = {}
         for name in self._file_names():
             try:
@@ -153,10 +154,10 @@ class TensorFiles:
                 ) from error
 
     def _read(self, place: _Place, start: int, count: int) -> Tensor:
-        """Elements of a flattened tensor, 1-D in the file's dtype."""
+        """Elements of a flattened tensor, 1-D in the file's dtype; the next call overwrites them."""
         if place.path not in self._open:
             self._open[place.path] = FileIO(place.path)
-        elements = torch.empty(count, dtype=place.dtype)
+        elements = self._buffer[: count * place.dtype.itemsize].view(place.dtype)
         left = memoryview(elements.view(torch.uint8).numpy())  # type: ignore[arg-type]
         offset = place.offset + start * place.dtype.itemsize
         while left:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from scfm_core.errors import UserError
-from scfm_core.filling import materialise, zeros
+from scfm_core.filling import allocate, materialise, zeros
 from scfm_core.models import tensor_files
 from scfm_core.models.adapters import LoRAConfig
 from scfm_core.models.families import open_family
@@ -108,6 +108,15 @@ def test_a_network_of_zeros(tiny):
     network = open_family(str(tiny / "flux")).empty_network(torch.float32)
     materialise(network, "cpu", zeros)
     assert not any(parameter.any() for parameter in network.parameters())
+
+
+def test_buffers_are_where_the_network_computes(tiny_sd3):
+    """Also if its weights are offloaded."""
+    network = open_family(str(tiny_sd3 / "sd3")).empty_network(torch.float32)
+    assert {buffer.device.type for buffer in network.buffers()} == {"cpu"}
+    allocate(network, "cpu", others_on="meta")
+    assert {parameter.device.type for parameter in network.parameters()} == {"cpu"}
+    assert {buffer.device.type for buffer in network.buffers()} == {"meta"}
 
 
 def change(folder: Path, edit: Any) -> None:
