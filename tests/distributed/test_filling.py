@@ -1,6 +1,6 @@
 """Loading weights on several processes: host memory of a machine, and files that fail on one rank.
 
-`python tests/distributed/test_loading.py` prints the table of docs/engines.md, in two minutes.
+`python tests/distributed/test_filling.py` prints the table of docs/engines.md, in two minutes.
 """
 
 import ctypes
