@@ -104,10 +104,10 @@ def convert(source: Path, target: Path, kind: str, stage: int, ranks: int) -> Pa
 
     def write(folder: Path, _: World) -> Any:
         if kind == "zero":
-            write_zero(reader, shapes, module_name, folder, stage, ranks)
+            files = write_zero(reader, shapes, module_name, folder, stage, ranks)
         else:
-            write_dcp(reader, list(reader.shapes), folder / DCP_FOLDER)
-        return lambda: None
+            files = write_dcp(reader, list(reader.shapes), folder / DCP_FOLDER)
+        return lambda: files
 
     state |= {"kind": kind, "engine": f"ZeRO-{stage}" if kind == "zero" else "fsdp2"}
     state["world_size"] = ranks if kind == "zero" else 1

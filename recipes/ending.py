@@ -37,7 +37,7 @@ def ended(run: Callable[[], Any], *, is_long: bool) -> int:
         else:
             time.sleep(1)  # the launcher stops all ranks when one ends: let rank 0 print first
         _clear_frames(error)
-        return 2
+        return error.exit_code
     except PeerLost as error:
         _say(f"{_rank_prefix()}{error}. Start the job again")
         _clear_frames(error)

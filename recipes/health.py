@@ -15,11 +15,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from recipes.job import other_job
 from scfm_core.data.cache import cache_folder
 from scfm_core.data.corpus import Corpus
 from scfm_core.distributed.world import World, join_world
-from scfm_core.errors import UserError
+from scfm_core.errors import UserError, agreed_error
 from scfm_core.launched import launched_rank, launched_size, local_rank, local_size
+from scfm_core.progress import beat
 from scfm_core.secrets import scrub
 from scfm_core.train.assemble import build_family
 from scfm_core.train.config import RunConfig
@@ -35,8 +37,8 @@ _MIN_FREE_MEMORY = 0.9
 """Smallest free fraction of a GPU's memory; with less, another process uses the GPU."""
 _MIN_FREE_DISK = 5e9
 """Smallest free space in bytes where a run writes."""
-_TIMEOUT = 120.0
-"""Seconds to wait for all processes."""
+_NETWORK_TIMEOUT = 120.0
+"""Seconds for the all-reduce, which includes the first connections of NCCL. Everything else has `engine.timeout`, as in training."""
 _ALL = "all nodes"
 _ALL_REDUCE_BYTES = 64 << 20
 
@@ -57,6 +59,9 @@ class Report:
 def check_health(config_path: str, overrides: list[str]) -> None:
     """Check this launch's machines for a recipe; rank 0 prints a table.
 
+    In phases, as a training starts: local work, which may be slow as long as it reports progress; then the ranks agree; then
+    collectives.
+
     Raises:
         UserError: on every rank, naming the node of every problem.
     """
@@ -64,9 +69,10 @@ def check_health(config_path: str, overrides: list[str]) -> None:
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     device = resolve_device(config.run.device)
     if launched_size() > 1:
-        wait_for_ranks(node)
-    with join_world(device, _TIMEOUT) as world:
-        report = _inspect(config, node, device)
+        wait_for_ranks(node, config.engine.timeout)
+    with join_world(device, config.engine.timeout) as world:
+        with world.together():
+            report = _inspect(config, node, device)
         world.gather(None)  # all clocks are read at the same moment
         report.clock = time.time()
         reports = world.gather(report)
@@ -74,18 +80,22 @@ def check_health(config_path: str, overrides: list[str]) -> None:
         if problems:
             on_all_nodes = all(line.startswith(_ALL) for line in problems)
             what = "the run cannot work with these settings" if on_all_nodes else "these nodes cannot run it"
-            error = UserError(f"{what}:\n" + "\n".join(f"  {line}" for line in problems))
-            error.agreed = True
-            if world.is_main and Path(config.run.dir).is_dir():  # a batch job reads there whether to try again
+            error = agreed_error(f"{what}:\n" + "\n".join(f"  {line}" for line in problems))
+            run_dir = Path(config.run.dir)
+            # A batch job reads there whether to try again. A job that was submitted twice must not write there.
+            if world.is_main and run_dir.is_dir() and other_job(run_dir) is None:
                 how = "refused" if on_all_nodes else "failed"
-                write_event(Path(config.run.dir), "end", how=how, step=None, reason=scrub(str(error)))
+                write_event(run_dir, "end", how=how, step=None, reason=scrub(str(error)))
             raise error
-        seconds = time_all_reduce(world, device)
+        seconds = None
+        if world.watchdog is not None:
+            with world.together(), world.watchdog.at_most(_NETWORK_TIMEOUT, "the all-reduce"):
+                seconds = time_all_reduce(world, device)
         if world.is_main:
             print(_table(reports, seconds), flush=True)
 
 
-def wait_for_ranks(node: str, timeout: float = _TIMEOUT) -> None:
+def wait_for_ranks(node: str, timeout: float) -> None:
     """Wait until all ranks have started. Unlike the process group's own rendezvous it knows which ranks are missing.
 
     Args:
@@ -146,6 +156,7 @@ def _inspect(config: RunConfig, node: str, device: torch.device) -> Report:
             ("model.path", lambda: build_family(config, offline=True)),
             ("data", lambda: Corpus(config.data)),
         ):
+            beat(f"the check of {what}")
             try:
                 check()
             except (UserError, OSError) as error:

@@ -7,6 +7,7 @@ signal the ranks have as long as they need to save: torchrun would kill them aft
 """
 
 import logging
+import resource
 import signal
 import sys
 from types import FrameType
@@ -23,6 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     """Start the ranks and wait for them; returns the exit code."""
     logging.disable(logging.ERROR)  # "Sending process ... closing signal SIGTERM", "failed (exitcode: 2) ..."
     wait_after_signals()
+    permit_descriptors()
     try:
         run(parse_args(argv))
     except ChildFailedError as error:
@@ -36,6 +38,15 @@ def main(argv: list[str] | None = None) -> int:
     except api.SignalException as error:
         return 128 + error.sigval
     return 0
+
+
+def permit_descriptors() -> None:
+    """Let this process and the ranks open as many files as the system permits. Its default for users is often 1,024.
+
+    The launcher of the first node has two connections to each rank, a rank one to each other rank, and the loader its shards.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def wait_after_signals() -> None:

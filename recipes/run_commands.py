@@ -59,7 +59,7 @@ def _add_job(commands: Any) -> None:
     )
     parser.add_argument("config")
     add_overrides(parser)
-    parser = add_command(actions, "verdict", "Print finished, requeue, cancelled or failed.", _job_verdict)
+    parser = add_command(actions, "verdict", "Print finished, requeue, cancelled, failed or busy.", _job_verdict)
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--exit-code", type=int, required=True)
     parser.add_argument("--cancelled", action="store_true")

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scfm_core.errors import missing_extra
-from scfm_core.models.protocol import zero_modulation
+from scfm_core.models.initial import zero_modulation
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SIZE = 16  # pixels: the 8x8 scans enlarged, so that the VAE's 2x compression gives 8x8 latents

@@ -14,7 +14,7 @@ from recipes.export import export
 from scfm_core.distributed.deepspeed_config import deepspeed_config
 from scfm_core.distributed.world import World, join_world
 from scfm_core.errors import UserError
-from scfm_core.files import written_whole
+from scfm_core.files import link_or_copy, written_whole
 from scfm_core.launched import launched_rank, launched_size, local_rank
 from scfm_core.models.protocol import ModelFamily
 from scfm_core.train.assemble import build_family, optimizer_config
@@ -227,7 +227,7 @@ def _make_newest(run_dir: Path, start: Path) -> None:
     if start.resolve() != newest.resolve():
         temporary = newest.with_name(f".{newest.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)  # from a save that was killed
-        shutil.copytree(start, temporary)
+        shutil.copytree(start, temporary, copy_function=link_or_copy)  # the files of a checkpoint never change
         temporary.rename(newest)
     set_latest(newest)
 

@@ -8,6 +8,8 @@ class UserError(ValueError):
     traceback.
     """
 
+    exit_code = 2
+    """Of a command that ends with this error."""
     agreed = False
     """Whether every process of the run raises this same message: then rank 0 alone prints it."""
 
@@ -32,6 +34,12 @@ def agreed_error(message: str) -> UserError:
     error = UserError(message)
     error.agreed = True
     return error
+
+
+class RunBusy(UserError):
+    """Another process trains in the folder of the run. Later the same command may work."""
+
+    exit_code = 75  # sysexits.h, EX_TEMPFAIL
 
 
 class PeerLost(RuntimeError):

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import glob
 import hashlib
+import io
 import os
 import shutil
 import sys
@@ -24,6 +25,7 @@ _DISK = {
     errno.EROFS: ("Read-only file system", "the file system is read-only"),
 }
 _PROBE_BYTES = 4096
+_WRITE_BYTES, _SYNC_BYTES = 64 << 20, 1 << 30
 
 
 def file_sha256(path: Path) -> str:
@@ -41,6 +43,54 @@ def sha256_of(file: BinaryIO) -> str:
         digest.update(buffer[:count])
         beat(name)
     return digest.hexdigest()
+
+
+FileEntry = tuple[int, str]
+"""Bytes and sha256 (hex) of a file."""
+
+
+class HashedFile(io.BufferedWriter):
+    """A new file that is hashed while it is written, from its first byte to its last.
+
+    It is flushed to the disk from time to time: a file of 30 GB would otherwise wait in memory for one long fsync, in which
+    nothing shows that the disk works.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path, "w"))
+        self._digest, self._bytes, self._unsynced = hashlib.sha256(), 0, 0
+        self._place = f"writing {path.name}"
+
+    def write(self, data: Any) -> int:
+        """Write and hash all of `data`, any buffer of bytes."""
+        view = memoryview(data).cast("B")
+        for start in range(0, len(view), _WRITE_BYTES):
+            part = view[start : start + _WRITE_BYTES]
+            super().write(part)
+            self._digest.update(part)
+            self._bytes += len(part)
+            self._unsynced += len(part)
+            if self._unsynced > _SYNC_BYTES:
+                self.flush()
+                os.fdatasync(self.fileno())
+                self._unsynced = 0
+            beat(self._place)
+        return len(view)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """Not possible: the hash follows the order of writing."""
+        raise io.UnsupportedOperation("a file that is hashed while it is written cannot seek")
+
+    @property
+    def entry(self) -> FileEntry:
+        """Bytes and hash of what was written so far."""
+        return self._bytes, self._digest.hexdigest()
+
+    def finish(self) -> FileEntry:
+        """Flush the file to the disk; returns its entry."""
+        self.flush()
+        os.fsync(self.fileno())
+        return self.entry
 
 
 def mismatch(file: BinaryIO, size: int, sha256: str | None) -> str | None:
@@ -61,6 +111,16 @@ def mismatch(file: BinaryIO, size: int, sha256: str | None) -> str | None:
         return None
     digest = sha256_of(file)
     return None if digest == sha256 else f"its sha256 is {digest[:12]}..., the manifest says {sha256[:12]}..."
+
+
+def link_or_copy(source: str, target: str) -> str:
+    """Make `target` another name of a file that nobody changes any more, or a copy if the file system has no hard links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+    beat(f"copying {Path(source).name}")
+    return target
 
 
 def fsync_path(path: Path) -> None:

@@ -41,10 +41,10 @@ is_own_job() {
     [[ -n "${SLURM_JOB_ID:-}" ]] && [[ "${0##*/}" == slurm_script || "${SLURM_TASK_PID:-}" == "$$" ]]
 }
 
-# Sets interpreter, site and secrets. The site's file may set `launcher`, the command that runs the interpreter on a
-# node, for example in a container.
+# Sets interpreter, site and secrets. The site's file may set arrays: `launcher`, the command that runs the interpreter, for
+# example in a container; `srun_flags`, options of srun; `node_python`, another interpreter for the nodes.
 load_settings() {
-    launcher=()
+    launcher=() srun_flags=() node_python=()
     if [[ -n "${SCFM_CLUSTER:-}" ]]; then
         local site="$1/clusters/$SCFM_CLUSTER.env"
         if [[ "$SCFM_CLUSTER" == */* || ! -f "$site" ]]; then
@@ -62,6 +62,7 @@ load_settings() {
     if ! "${python[@]}" -c "import recipes.cli"; then
         fail "'${python[*]}' cannot import scfm. Run \`make setup\` in scfm's folder, or set SCFM_PYTHON"
     fi
+    if ((${#node_python[@]} == 0)); then node_python=("${python[@]}"); fi
 }
 
 # Exports NAME=value lines. The values are not evaluated.
@@ -125,8 +126,7 @@ run_job() {
     export MASTER_ADDR="${SCFM_RENDEZVOUS_HOST:-${hosts%%$'\n'*}}"
     # A different port for each start, because the last one may still be in use.
     local port="${SCFM_RENDEZVOUS_PORT:-$((20000 + (job * 16 + restart * 2) % 12000))}"
-    export SLURM_EXPORT_ENV=ALL                           # otherwise `sbatch --export=...` hides these variables from the nodes
-    export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # since 22.05 srun does not take it from the job
+    export SLURM_EXPORT_ENV=ALL # otherwise `sbatch --export=...` hides these variables from the nodes
     export SCFM_LOGS="$run_dir/logs/job-$job.$restart"
     echo "job $job, start $((restart + 1)), ${SLURM_JOB_NUM_NODES:-1} nodes ($SLURM_JOB_NODELIST), $SCFM_PROCESSES processes each"
     echo "run $run_dir, logs of all nodes and ranks in $SCFM_LOGS"
@@ -151,6 +151,7 @@ run_job() {
     echo "job $job: $verdict"
     case "$verdict" in
     finished) exit 0 ;;
+    busy) exit 75 ;; # EX_TEMPFAIL of sysexits.h; `job run-dir` ends with it too
     requeue)
         if scontrol requeue "$job"; then exit 0; fi
         fail "this cluster does not permit a job to requeue itself. The same sbatch command resumes from the last checkpoint"
@@ -160,12 +161,19 @@ run_job() {
 }
 
 # Runs one task per node, which is torchrun, and waits for its end, also after a signal to this shell.
+#
+# The task gets all CPUs and all memory that the job has on its node: srun gives them if nothing asks for less. These variables
+# would: the CPUs of one of the job's tasks, of which it may have several a node; and, if somebody typed sbatch in an interactive
+# job, what belongs to that job. Some sites bind a task to one core unless told otherwise.
 step() {
     local here="$1"
     export MASTER_PORT="$2"
     shift 2
-    srun --kill-on-bad-exit=1 --ntasks="${SLURM_JOB_NUM_NODES:-1}" --ntasks-per-node=1 \
-        bash "$here/node.sh" "${python[@]}" -- "$@" &
+    unset SLURM_CPUS_PER_TASK SRUN_CPUS_PER_TASK SLURM_TRES_PER_TASK \
+        "${!SLURM_CPU_BIND@}" "${!SLURM_MEM_BIND@}" "${!SLURM_MEM_PER_@}"
+    srun --cpu-bind=none "${srun_flags[@]}" \
+        --kill-on-bad-exit=1 --ntasks="${SLURM_JOB_NUM_NODES:-1}" --ntasks-per-node=1 \
+        bash "$here/node.sh" "${node_python[@]}" -- "$@" &
     local child=$! code=0
     wait "$child" || code=$?
     while kill -0 "$child" 2>/dev/null; do

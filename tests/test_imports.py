@@ -18,7 +18,18 @@ ROOT = Path(__file__).resolve().parents[1]
 # Modules that import only the standard library, and the exceptions.
 LEAVES = tuple(
     f"scfm_core.{name}"
-    for name in ("errors", "file_systems", "files", "launched", "output", "progress", "secrets", "user", "wording")
+    for name in (
+        "errors",
+        "file_systems",
+        "files",
+        "filling",
+        "launched",
+        "output",
+        "progress",
+        "secrets",
+        "user",
+        "wording",
+    )
 )
 
 # The modules of this repository that each package may import, including its own. A new package needs a line here.
@@ -40,7 +51,7 @@ ALLOWED = {
 OURS = ("scfm_core", "recipes", "data_tools")
 
 # Third-party packages that these packages may import; the others may import any.
-THIRD_PARTIES = {"scfm_core.flow": {"torch"}, **{leaf: set() for leaf in LEAVES}}
+THIRD_PARTIES = {"scfm_core.flow": {"torch"}, **{leaf: set() for leaf in LEAVES}, "scfm_core.filling": {"torch"}}
 
 # Heavy or optional packages: each is imported in one module, inside the function that needs it.
 LAZY = {"deepspeed", "streaming", "webdataset", "wandb", "xformers"}

@@ -126,7 +126,7 @@ def _read_by_workers(corpus: Corpus, picks: Picks, ahead: int, is_stopping: Call
         multiprocessing_context="fork",
     )
     read = batches_of_workers(loader, group, is_stopping)
-    with Prefetcher(corpus, picks, group) as prefetcher, contextlib.closing(read):
+    with Prefetcher(corpus, picks) as prefetcher, contextlib.closing(read):
         for batch in read:
             prefetcher.count_micro_batch()
             yield _checked(batch)

@@ -14,7 +14,7 @@ import numpy as np
 
 from scfm_core.data.corpus import Corpus
 from scfm_core.data.picks import Picks, ShardUse
-from scfm_core.data.workers import WorkerGroup, frozen_garbage
+from scfm_core.data.workers import frozen_garbage, ignore_signals
 from scfm_core.errors import UserError
 from scfm_core.launched import local_size
 
@@ -33,11 +33,10 @@ class Prefetcher:
     Args:
         corpus: of the recipe.
         picks: those of the workers.
-        group: of the workers; progress is reported to it.
     """
 
-    def __init__(self, corpus: Corpus, picks: Picks, group: WorkerGroup) -> None:
-        self.corpus, self.picks, self._group = corpus, picks, group
+    def __init__(self, corpus: Corpus, picks: Picks) -> None:
+        self.corpus, self.picks = corpus, picks
         self._counter = mmap.mmap(-1, 8)
         self._parent = os.getpid()
         self._process = multiprocessing.get_context("fork").Process(target=self._run, daemon=True)
@@ -60,7 +59,7 @@ class Prefetcher:
         return int(struct.unpack("<q", self._counter[:])[0])
 
     def _run(self) -> None:
-        self._group.start_process()
+        ignore_signals()
         corpus = self.corpus
         ahead = 2 * max(16, block_length(self.picks, corpus.config.shuffle_block))
         room, in_use = _room(corpus, self.picks), dict[int, int]()  # shards in use or ahead, and their last micro-batch

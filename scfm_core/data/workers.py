@@ -8,7 +8,6 @@ import mmap
 import os
 import pickle
 import signal
-import struct
 import threading
 import time
 import traceback
@@ -24,7 +23,6 @@ from torch.utils.data._utils import signal_handling
 from scfm_core.data.schema import Batch
 from scfm_core.errors import UserError
 from scfm_core.launched import local_rank
-from scfm_core.progress import beat, listen
 
 POLL = 1.0
 """Seconds between two looks at the workers and at the stop request, while there is no batch."""
@@ -77,11 +75,10 @@ class WorkerGroup:
         self._queued, self._least = queued, least
         self._is_first = True
         self._reason = mmap.mmap(-1, 1024)  # anonymous: forked processes share it
-        self._news, self._told = mmap.mmap(-1, 512), bytes(8)
 
     def start(self, worker: int) -> None:
         """In a worker: ignore signals, and end if a batch cannot be passed on. The default only prints, and waits forever."""
-        self.start_process()
+        ignore_signals()
         self._is_first = worker == 0
 
         def end(error: Exception, _: object) -> None:
@@ -90,22 +87,6 @@ class WorkerGroup:
             os._exit(_NO_ROOM)
 
         Queue._on_queue_feeder_error = staticmethod(end)  # type: ignore[attr-defined]
-
-    def start_process(self) -> None:
-        """In a worker or another process beside it: ignore signals, and report progress to the training process."""
-        ignore_signals()
-
-        def report(where: str) -> None:
-            self._news[:] = struct.pack("<q504s", time.monotonic_ns(), where.encode(errors="replace"))
-
-        listen(report)  # not to the inherited listener: the watchdog is in the training process
-
-    def relay_progress(self) -> None:
-        """In the training process: report the last progress of the other processes as its own."""
-        time_of_news, where = struct.unpack("<8s504s", self._news[:])
-        if time_of_news != self._told:
-            self._told = time_of_news
-            beat("data worker: " + where.rstrip(b"\0").decode(errors="replace"))
 
     def has_room(self, batch: Batch) -> UserError | None:
         """In a worker: why shared memory has no room for a batch; at the first batch also for those that will wait."""
@@ -201,7 +182,6 @@ def batches_of_workers(
                     raise UserError(f"data: {_LIMIT_OF_FILES}") from error
                 if not has_timed_out:
                     raise
-                group.relay_progress()
                 if is_stopping():
                     raise Stopped from None
                 continue

@@ -15,6 +15,8 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from scfm_core.distributed.dcp import quiet_dcp
 from scfm_core.distributed.engine import MOMENTS
 from scfm_core.distributed.reader import DCP_FOLDER, Reader
+from scfm_core.distributed.written import HashingWriter, Written, torch_save
+from scfm_core.files import FileEntry
 
 
 class _LazySavePlanner(dcp.DefaultSavePlanner):
@@ -28,11 +30,13 @@ class _LazySavePlanner(dcp.DefaultSavePlanner):
         return self._read(index.fqn)
 
 
-def write_dcp(reader: Reader, keys: Iterator[str] | list[str], folder: Path) -> None:
+def write_dcp(reader: Reader, keys: Iterator[str] | list[str], folder: Path) -> Written:
     """Write tensors as a DCP of one process, one tensor at a time. Any number of FSDP2 processes can load it."""
     quiet_dcp()
+    writer = HashingWriter(folder)
     planned = {key: torch.empty(reader.shapes[key], device="meta") for key in keys}
-    dcp.save(planned, checkpoint_id=folder, planner=_LazySavePlanner(reader.tensor), no_dist=True)
+    dcp.save(planned, storage_writer=writer, planner=_LazySavePlanner(reader.tensor), no_dist=True)
+    return writer.files
 
 
 def write_zero(
@@ -42,7 +46,7 @@ def write_zero(
     folder: Path,
     stage: int,
     ranks: int,
-) -> None:
+) -> Written:
     """Write DeepSpeed's files of ZeRO `stage` for `ranks` processes; one rank's part in memory at a time.
 
     The files hold what a run needs to resume and what DeepSpeed's zero_to_fp32.py needs; `ZeroReader` has the layout.
@@ -57,13 +61,15 @@ def write_zero(
     """
     names = {name: name_of(name) for name in shapes}
     listing = OrderedDict((names[name], torch.Size(shape)) for name, shape in shapes.items())
+    files: dict[Path, FileEntry] = {}
     for rank in range(ranks):
         parts = (
             _parts_of_each_parameter(shapes, rank, ranks) if stage == 3 else _parts_of_flat_vector(shapes, rank, ranks)
         )
         vectors = {group: _vector(reader, group, parts) for group in ("student", *MOMENTS)}
         optimizer = _optimizer_file(vectors, parts, names, stage, ranks)
-        torch.save(optimizer, folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+        path = folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        files[path] = torch_save(optimizer, path)
         if stage == 3 or rank == 0:
             module = OrderedDict((name, torch.empty(0)) for name in listing)
             prefix = f"zero_pp_rank_{rank}_" if stage == 3 else ""
@@ -75,8 +81,9 @@ def write_zero(
                 "ds_version": "",
             }
             state |= {"frozen_param_shapes": None, "frozen_param_fragments": None, "dp_world_size": ranks}
-            torch.save(state, folder / f"{prefix}mp_rank_00_model_states.pt")
-    write_dcp(reader, [key for key in reader.shapes if key.startswith("ema_")], folder / DCP_FOLDER)
+            path = folder / f"{prefix}mp_rank_00_model_states.pt"
+            files[path] = torch_save(state, path)
+    return {**files, **write_dcp(reader, [key for key in reader.shapes if key.startswith("ema_")], folder / DCP_FOLDER)}
 
 
 Parts = list[tuple[str, int, int, int]]

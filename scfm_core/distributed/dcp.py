@@ -9,9 +9,10 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from scfm_core.distributed.world import World
+from scfm_core.distributed.written import HashingWriter, Written
 
 
-def save_dcp(tensors: Mapping[str, Tensor], folder: Path, world: World, *, on_thread: bool) -> Callable[[], object]:
+def save_dcp(tensors: Mapping[str, Tensor], folder: Path, world: World, *, on_thread: bool) -> Callable[[], Written]:
     """Write tensors as a distributed checkpoint. Every rank calls it.
 
     Args:
@@ -21,16 +22,29 @@ def save_dcp(tensors: Mapping[str, Tensor], folder: Path, world: World, *, on_th
         on_thread: copy the tensors to host memory before returning, and write them in a background thread.
 
     Returns:
-        a function that waits until the files are written, and raises what the writing raised.
+        a function that waits until the files are written, and raises what the writing raised; it returns this rank's files.
     """
     quiet_dcp()
-    options: dict[str, Any] = {"checkpoint_id": folder}
+    writer = HashingWriter(folder)
+    options: dict[str, Any] = {"storage_writer": writer}
     if world.group is not None:
         options["process_group"] = world.group
     if on_thread:
-        return dcp.async_save(dict(tensors), **options).result  # type: ignore[no-any-return, union-attr]
+        pending: Any = dcp.async_save(dict(tensors), **options)
+
+        def wait() -> Written:
+            pending.result()
+            return writer.files
+
+        return wait
     dcp.save(dict(tensors), no_dist=world.group is None, **options)
-    return lambda: None
+    return lambda: writer.files
+
+
+def files_of_dcp(folder: Path) -> set[Path]:
+    """All files of a distributed checkpoint, as its own metadata name them."""
+    stored = dcp.FileSystemReader(folder).read_metadata().storage_data or {}
+    return {folder / ".metadata", *(folder / entry.relative_path for entry in stored.values())}
 
 
 def quiet_dcp() -> None:

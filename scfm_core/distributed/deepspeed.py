@@ -7,7 +7,7 @@ weights compute under DeepSpeed's torch_autocast, which gathers and reduces in b
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, Literal
@@ -23,13 +23,16 @@ from scfm_core.distributed.deepspeed_internals import (
     Partition,
     ZeroOptimizer,
     disable_shared_memory_op,
-    record_write_errors,
+    record_writes,
     whole_numel,
 )
 from scfm_core.distributed.engine import Engine, Layout, OptimizerConfig, Parameters, Slot
 from scfm_core.distributed.reader import DCP_FOLDER
 from scfm_core.distributed.world import World, quiet_gloo
+from scfm_core.distributed.written import Written
 from scfm_core.errors import missing_extra
+from scfm_core.filling import Fill, allocate, materialise, stored_tensors
+from scfm_core.progress import beat
 
 
 def import_deepspeed(device: torch.device) -> ModuleType:
@@ -53,11 +56,12 @@ class ZeroLayout(Layout):
 
     Args:
         config: from `deepspeed_config`.
+        world: the processes.
         device: of this process.
     """
 
-    def __init__(self, config: dict[str, Any], device: torch.device) -> None:
-        self.config, self.device = config, device
+    def __init__(self, config: dict[str, Any], world: World, device: torch.device) -> None:
+        self.config, self.device, self._world = config, device, world
         self.deepspeed = import_deepspeed(device)
         self.deepspeed.init_distributed(dist_init_required=False)
 
@@ -66,15 +70,42 @@ class ZeroLayout(Layout):
         """See `Layout`."""
         return bool(self.config["zero_optimization"]["stage"] == 3)
 
-    def prepare(self, network: nn.Module, blocks: list[nn.Module]) -> None:
-        """See `Layout`. Parameters are partitioned one at a time."""
-        if self.is_sharded:
-            self.deepspeed.zero.Init(module=network, config_dict_or_path=self._config_of_init())
-            for buffer in network.buffers():  # such as a table of positions; DeepSpeed moves only parameters
-                buffer.data = buffer.data.to(self.device)
+    def prepare(self, network: nn.Module, blocks: list[nn.Module], fill: Fill) -> None:
+        """See `Layout`. Under stage 3 one unit after the other is allocated, filled, and partitioned.
+
+        DeepSpeed broadcasts every parameter of a unit from rank 0, so rank 0 alone reads them. A rank that raised between two
+        broadcasts would leave the others waiting: the first error is kept until all units are partitioned.
+        """
+        if not self.is_sharded:
+            materialise(network, self.device, fill)
+            return
+        error: Exception | None = None
+        for prefix, unit in _units(network):
+            beat(f"partitioning {prefix}")
+            allocate(unit, self.device)
+            try:
+                if error is None:
+                    self._fill(unit, prefix, fill)
+            except Exception as caught:
+                error = caught
+            self.deepspeed.zero.Init(module=unit, config_dict_or_path=self._config_of_init())
+        self._world.agree(error)
+
+    @torch.no_grad()
+    def _fill(self, unit: nn.Module, prefix: str, fill: Fill) -> None:
+        for name, tensor in stored_tensors(unit).items():
+            if self._world.is_main or not isinstance(tensor, nn.Parameter):
+                fill(f"{prefix}.{name}", tensor.detach().view(-1), 0)
 
     def _config_of_init(self) -> dict[str, Any]:
         return {key: value for key, value in self.config.items() if key != "torch_autocast"}
+
+
+def _units(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that have parameters of their own, by name, in the network's order."""
+    for name, module in network.named_modules():
+        if next(module.parameters(recurse=False), None) is not None:
+            yield name, module
 
 
 class _Networks(nn.Module):
@@ -126,7 +157,7 @@ class ZeroEngine(Engine):
             model=_Networks(networks), optimizer=adam, config=settings, dist_init_required=False
         )
         self._zero = ZeroOptimizer(optimizer, self._stage, self._student.values())
-        self._write_errors = record_write_errors(self._engine)
+        self._writes = record_writes(self._engine)
         self._partitions: dict[str, dict[str, Partition]] = {}
         """Of stage 3: slices by role and name."""
         self._mesh: DeviceMesh | None = None
@@ -187,24 +218,28 @@ class ZeroEngine(Engine):
             for partition in self._partitions[role].values():
                 partition.drop_gathered()
 
-    def save(self, folder: Path, world: World, *, on_thread: bool) -> Callable[[], object]:
+    def save(self, folder: Path, world: World, *, on_thread: bool) -> Callable[[], Written]:
         """See `Engine`: DeepSpeed's files, and a DCP of the EMAs."""
         assert not on_thread
-        self._write_errors.clear()
+        writes = self._writes
+        writes.files.clear()
+        writes.errors.clear()
         self._engine.save_checkpoint(
             str(folder.parent), tag=folder.name, save_latest=False, exclude_frozen_parameters=True
         )
-        if any(world.gather(bool(self._write_errors))):  # then no rank enters the collectives of the rest
+        if any(world.gather(bool(writes.errors))):  # then no rank enters the collectives of the rest
 
-            def failed() -> None:
-                if self._write_errors:
-                    raise self._write_errors[0]
+            def failed() -> Written:
+                if writes.errors:
+                    raise writes.errors[0]
+                return {}
 
             return failed
         emas = {
             f"{role}.{name}": tensor for role in ("ema_fast", "ema_slow") for name, tensor in self._whole(role).items()
         }
-        return save_dcp(emas, folder / DCP_FOLDER, world, on_thread=False)
+        written = save_dcp(emas, folder / DCP_FOLDER, world, on_thread=False)
+        return lambda: {**writes.files, **written()}
 
     def _whole(self, role: str) -> dict[str, Tensor]:
         """An EMA's tensors as DCP takes them; under stage 3 flattened, because its slices are not ranges of rows."""

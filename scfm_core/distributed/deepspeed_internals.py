@@ -6,7 +6,8 @@ uses them.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -14,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from scfm_core.distributed.engine import MOMENTS, Slot
+from scfm_core.distributed.written import torch_save
 from scfm_core.errors import UserError
+from scfm_core.files import FileEntry
 
 SUPPORTED = ">=0.19,<0.20"
 """DeepSpeed's versions that have these attributes; the same range as in pyproject.toml."""
@@ -244,28 +247,39 @@ class ZeroOptimizer:
                 offset += Partition(parameter).padded.numel()
 
 
-def record_write_errors(engine: Any) -> list[Exception]:
-    """Make DeepSpeed's writes of a checkpoint record errors instead of raising them; the returned list receives them.
+@dataclass
+class Writes:
+    """What DeepSpeed wrote of a checkpoint on this rank."""
+
+    files: dict[Path, FileEntry] = field(default_factory=dict)
+    errors: list[Exception] = field(default_factory=list)
+
+
+def record_writes(engine: Any) -> Writes:
+    """Make DeepSpeed's writes of a checkpoint record files and errors in the returned object.
 
     A rank that raised within `save_checkpoint` would leave the others waiting in its barrier.
     """
     require(engine, "its engine", ["checkpoint_engine", "_copy_recovery_script"])
-    errors: list[Exception] = []
+    writes = Writes()
 
     def recording(function: Callable[..., object]) -> Callable[..., None]:
         def call(*arguments: Any) -> None:
             try:
                 function(*arguments)
             except (OSError, RuntimeError) as error:
-                errors.append(error)
+                writes.errors.append(error)
 
         return call
 
     class RecordingWriter(type(engine.checkpoint_engine)):  # type: ignore[misc]
         def save(self, state_dict: Mapping[str, Any], path: str) -> None:
-            recording(torch.save)(state_dict, path)
+            recording(self._save)(state_dict, Path(path))
+
+        def _save(self, state_dict: Mapping[str, Any], path: Path) -> None:
+            writes.files[path] = torch_save(state_dict, path)
 
     engine.checkpoint_engine.__class__ = RecordingWriter
     # Rank 0 copies DeepSpeed's scripts beside the checkpoint while the others are in the barrier.
     engine._copy_recovery_script = recording(engine._copy_recovery_script)
-    return errors
+    return writes

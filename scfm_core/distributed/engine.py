@@ -8,6 +8,8 @@ from typing import ClassVar, Literal, Protocol
 from torch import Tensor, nn
 
 from scfm_core.distributed.world import World
+from scfm_core.distributed.written import Written
+from scfm_core.filling import Fill
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +30,8 @@ class EngineConfig:
     deepspeed_config: str | None = None
     """deepspeed: your own DeepSpeed JSON. It must not contradict the recipe; `auto` takes the recipe's value."""
     timeout: float = 600.0
-    """Seconds without progress on any rank after which the job ends. The first step, with compilation, must fit."""
+    """Seconds without progress of any rank after which the job ends. Progress is a step, a pass, a written or hashed part of a file, a
+    loaded block of weights, a shard, a compiled graph."""
 
     def __post_init__(self) -> None:
         if self.shard != -1 and self.shard < 1:
@@ -85,12 +88,14 @@ class Layout(Protocol):
         """Whether each process holds only a part of the weights."""
         ...
 
-    def prepare(self, network: nn.Module, blocks: list[nn.Module]) -> None:
-        """Distribute a network in place; its weights end up on the device.
+    def prepare(self, network: nn.Module, blocks: list[nn.Module], fill: Fill) -> None:
+        """Distribute a network in place, and fill this process's part of it. Every rank calls it for the same networks.
 
         Args:
-            network: just loaded or just built, the same on every rank.
+            network: the same on every rank; its parameters are on the meta device.
             blocks: its transformer blocks, each sharded as one unit.
+            fill: writes the weights. It may raise a UserError on one rank; under an engine that communicates here, every rank
+                raises it afterwards.
         """
         ...
 
@@ -135,12 +140,12 @@ class Engine(Protocol):
         """Note that the EMAs' tensors have changed: the next forward must use the new values."""
         ...
 
-    def save(self, folder: Path, world: World, *, on_thread: bool) -> Callable[[], object]:
+    def save(self, folder: Path, world: World, *, on_thread: bool) -> Callable[[], Written]:
         """Write student, optimizer and EMAs into `folder`. Every rank calls it; the ranks communicate over `world`.
 
         Returns:
-            a function that waits until the files are written, and raises what the writing raised; with `on_thread` a
-            thread writes them in the background.
+            a function that waits until the files are written, raises what the writing raised, and returns this rank's files;
+            with `on_thread` a thread writes them in the background.
         """
         ...
 

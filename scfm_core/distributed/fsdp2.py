@@ -17,6 +17,8 @@ from scfm_core.distributed.dcp import save_dcp
 from scfm_core.distributed.engine import MOMENTS, Engine, EngineConfig, Layout, OptimizerConfig, Parameters, Slot
 from scfm_core.distributed.reader import DCP_FOLDER
 from scfm_core.distributed.world import World, quiet_gloo
+from scfm_core.distributed.written import Written
+from scfm_core.filling import Fill, allocate, materialise, stored_tensors
 
 
 class Fsdp2Layout(Layout):
@@ -38,6 +40,7 @@ class Fsdp2Layout(Layout):
             shape, names = ((shard,), ("shard",)) if replicas == 1 else ((replicas, shard), ("replicate", "shard"))
             with quiet_gloo():
                 self.mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+        self._device = torch.device("cpu") if config.cpu_offload else device
         self._policy = MixedPrecisionPolicy(
             param_dtype=None if compute_dtype == torch.float32 else compute_dtype,
             reduce_dtype=torch.float32,
@@ -50,9 +53,10 @@ class Fsdp2Layout(Layout):
         """See `Layout`."""
         return self.mesh is not None
 
-    def prepare(self, network: nn.Module, blocks: list[nn.Module]) -> None:
-        """See `Layout`. Each block is a unit and moves to the device; all other parameters form the last unit."""
+    def prepare(self, network: nn.Module, blocks: list[nn.Module], fill: Fill) -> None:
+        """See `Layout`. Each block is a unit; all other parameters form the last unit. Nothing is communicated."""
         if self.mesh is None:
+            materialise(network, self._device, fill)
             return
         options: dict[str, Any] = {
             "mesh": self.mesh,
@@ -65,6 +69,11 @@ class Fsdp2Layout(Layout):
         for block in blocks:
             fully_shard(block, **options)
         fully_shard(network, **options)
+        allocate(network, self._device)
+        with torch.no_grad():
+            for name, tensor in stored_tensors(network).items():
+                slot = _slot(tensor)
+                fill(name, slot.local.view(-1), slot.start)
 
 
 class Fsdp2Engine(Engine):
@@ -140,9 +149,11 @@ class Fsdp2Engine(Engine):
         gradients = [local.grad for local in self._local.values() if local.grad is not None]
         self._norm = nn.utils.get_total_norm(gradients)
         if self._mesh is not None:
+            # Over all ranks, so that all have the same bits: replicas that summed on their own could differ in the last one,
+            # and clipping would let them drift apart.
             squared = self._norm.square()
-            dist.all_reduce(squared, group=self._mesh["shard"].get_group())
-            self._norm = squared.sqrt()
+            dist.all_reduce(squared)
+            self._norm = (squared * self._mesh["shard"].size() / self._world.size).sqrt()
         return self._norm.item()
 
     def step(self, lr: float) -> None:
@@ -178,7 +189,7 @@ class Fsdp2Engine(Engine):
                 tensors[f"{moment}.{name}"] = _like(self._student[name], self._optimizer.state[local][moment])
         return tensors
 
-    def save(self, folder: Path, world: World, *, on_thread: bool) -> Callable[[], object]:
+    def save(self, folder: Path, world: World, *, on_thread: bool) -> Callable[[], Written]:
         """See `Engine`."""
         return save_dcp(self.state(), folder / DCP_FOLDER, world, on_thread=on_thread)
 

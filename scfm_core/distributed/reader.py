@@ -11,7 +11,6 @@ import math
 import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -147,6 +146,8 @@ class DcpReader(Reader):
             if index.offset is not None
         }
         self.shapes = {key: tuple(entry.size) for key, entry in entries.items()}
+        self._last: tuple[tuple[str, tuple[int, ...]], Tensor] = (("", ()), torch.empty(0))
+        """The chunk that was read last, and its elements."""
 
     def read(self, key: str, start: int, stop: int) -> Tensor:
         """See `Reader`. Chunks are ranges of rows, because FSDP2 and ZeRO shard the first dimension."""
@@ -160,13 +161,14 @@ class DcpReader(Reader):
                 parts.append(self._chunk(key, tuple(chunk.offsets))[begin - first : end - first])
         return parts[0].clone() if len(parts) == 1 else torch.cat(parts)
 
-    @lru_cache(maxsize=1)  # noqa: B019  (successive reads often hit the same chunk; the reader is short-lived)
     def _chunk(self, key: str, offsets: tuple[int, ...]) -> Tensor:
-        place = self._places[key, offsets]
-        with (self._folder / place.relative_path).open("rb") as file:
-            file.seek(place.offset)
-            tensor: Tensor = torch.load(io.BytesIO(file.read(place.length)), map_location="cpu", weights_only=True)
-        return tensor.reshape(-1)
+        if self._last[0] != (key, offsets):  # successive reads often hit the same chunk
+            place = self._places[key, offsets]
+            with (self._folder / place.relative_path).open("rb") as file:
+                file.seek(place.offset)
+                tensor: Tensor = torch.load(io.BytesIO(file.read(place.length)), map_location="cpu", weights_only=True)
+            self._last = ((key, offsets), tensor.reshape(-1))
+        return self._last[1]
 
 
 def _is_tensor(entry: TensorStorageMetadata | BytesStorageMetadata) -> bool:

@@ -3,6 +3,8 @@
 import contextlib
 import os
 import sys
+import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -11,9 +13,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from scfm_core.errors import UserError
-from scfm_core.launched import launched_size
+from scfm_core.distributed.watchdog import Watchdog, is_connection_error, ranks_in_words
+from scfm_core.errors import PeerLost, UserError, agreed_error
+from scfm_core.launched import launched_rank, launched_size
 
+PATIENCE = timedelta(days=7)
+"""How long a collective waits for a rank. The watchdog's timeout ends a run that hangs, long before that."""
 _LAUNCHER = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -24,9 +29,9 @@ class World:
     rank: int = 0
     size: int = 1
     group: dist.ProcessGroup | None = None
-    """A gloo group for Python values. Over NCCL every exchange would wait for the GPU's queue."""
-    timeout: timedelta | None = None
-    """How long a collective of `group` may wait for a rank; None: PyTorch's default of 30 minutes."""
+    """Of all processes, with gloo for values in host memory: over NCCL every exchange would wait for the GPU's queue."""
+
+    watchdog: Watchdog | None = None
 
     @property
     def is_main(self) -> bool:
@@ -60,19 +65,21 @@ class World:
         if self.group is None:
             return self
         with quiet_gloo():
-            return replace(self, group=dist.new_group(backend="gloo", timeout=self.timeout))
+            return replace(self, group=dist.new_group(backend="gloo", timeout=PATIENCE))
+
+    def naming_lost_ranks(self) -> contextlib.AbstractContextManager[None]:
+        """Within `with`, a broken connection becomes PeerLost, which names the ranks that are gone. See `Watchdog`."""
+        return contextlib.nullcontext() if self.watchdog is None else self.watchdog.naming_lost_ranks()
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """If the block raises a UserError or an OSError on any rank, every rank raises the same UserError.
-
-        Raises:
-            UserError: with the message of every rank that failed.
-        """
+        """If the block raises on any rank, every rank raises. See `agree`."""
         error: Exception | None = None
         try:
             yield
-        except (UserError, OSError) as caught:
+        except Exception as caught:
+            if is_connection_error(caught):  # of a collective in the block: the other ranks cannot be asked
+                raise
             error = caught
         self.agree(error)
 
@@ -80,26 +87,41 @@ class World:
         """Raise on every rank if any rank has an error. Every rank calls it.
 
         Raises:
-            UserError: with the message of every rank that failed.
+            UserError: with the message of every rank that failed, if all of these are UserErrors or OSErrors.
+            PeerLost: on the ranks without error, if one has another error, which it raises itself: a bug of ours keeps its
+                traceback.
         """
         if self.size == 1:
             if error is not None:
                 raise error
             return
-        messages = self.gather(None if error is None else str(error))
-        failed = {message: [r for r in range(self.size) if messages[r] == message] for message in messages if message}
+        reports = self.gather(None if error is None else _report(error))
+        failed = [report for report in reports if report is not None]
         if not failed:
             return
-        if len(failed) == 1 and len(next(iter(failed.values()))) == self.size:
-            joint = UserError(next(iter(failed)))
-        else:
-            joint = UserError("\n".join(f"{_ranks(ranks)}: {text}" for text, ranks in failed.items()))
-        joint.agreed = True
+        if error is not None and _report(error)[1] == _BUG:
+            raise error
+        ranks = {text: [rank for rank in range(self.size) if reports[rank] == (text, code)] for text, code in failed}
+        message = "\n".join(f"{ranks_in_words(own)}: {text}" for text, own in ranks.items())
+        if len(ranks) == 1 and len(failed) == self.size:
+            message = failed[0][0]
+        if any(code == _BUG for _, code in failed):
+            raise PeerLost(message) from error
+        joint = agreed_error(message)
+        joint.exit_code = failed[0][1]
         raise joint from error
 
 
-def _ranks(ranks: list[int]) -> str:
-    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+_BUG = 1
+
+
+def _report(error: Exception) -> tuple[str, int]:
+    """What the other ranks learn of an error: its message, and the exit code of a command that ends with it."""
+    if isinstance(error, UserError):
+        return str(error), error.exit_code
+    return (
+        (str(error), UserError.exit_code) if isinstance(error, OSError) else (f"{type(error).__name__}: {error}", _BUG)
+    )
 
 
 @contextlib.contextmanager
@@ -116,26 +138,31 @@ def quiet_gloo() -> Iterator[None]:
         yield
 
 
+def same_patience() -> None:
+    """Give every process group of this process the same timeout. Meshes and libraries make groups with a timeout of 10 to 30 minutes."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        with warnings.catch_warnings(action="ignore"):  # a backend without timeouts
+            dist.distributed_c10d._set_pg_timeout(PATIENCE, group)
+
+
 @contextlib.contextmanager
 def join_world(device: torch.device, timeout: float, *, always: bool = False) -> Iterator[World]:
-    """Join the launcher's process group; within `with` the processes can communicate.
+    """Join the launcher's process group; within `with` the processes can communicate, and a watchdog watches them.
 
     Args:
         device: of this process; a GPU with its index. The backend is NCCL for CUDA and gloo for a CPU.
-        timeout: seconds that a collective may wait for a rank.
+        timeout: seconds without progress of any rank after which all end; and seconds to wait for the start of all ranks.
         always: also make a process group for a single process (DeepSpeed needs one).
 
     Raises:
         UserError: if the launcher's environment is incomplete, or not all processes join in time.
+        PeerLost: if the connection to another rank breaks within `with`.
     """
     size = launched_size()
     if size == 1 and not always:
         yield World()
         return
-    wait_limit = timedelta(seconds=timeout)
-    options: dict[str, Any] = {"timeout": wait_limit}
     if size == 1:
-        options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it
     elif missing := [name for name in _LAUNCHER if name not in os.environ]:
         raise UserError(
@@ -144,24 +171,53 @@ def join_world(device: torch.device, timeout: float, *, always: bool = False) ->
         )
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    try:
+    rank, failed = launched_rank(), True
+    store = _meet(rank, size, timeout) if size > 1 else dist.HashStore()
+    with Watchdog(store if size > 1 else None, rank, size, timeout) as watchdog, watchdog.naming_lost_ranks():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         with quiet_gloo():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **options)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+        try:
+            yield World(rank, size, dist.group.WORLD, watchdog)
+            failed = False
+        finally:
+            # A rank that failed must not wait here for the others; the launcher ends them. With NCCL, destroying the group
+            # is a collective, so a failed rank skips it. With gloo it is not.
+            if not (failed and size > 1 and device.type == "cuda"):
+                with contextlib.suppress(Exception):
+                    dist.destroy_process_group()
+
+
+def _meet(rank: int, size: int, timeout: float) -> Any:
+    """The launcher's store, as soon as all ranks are connected to it.
+
+    Raises:
+        UserError: if the address cannot be reached, or ranks are missing after `timeout` seconds; it names them.
+    """
+    address, port, limit = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timedelta(seconds=timeout)
+    try:
+        if (
+            os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        ):  # torchrun's, which has a part for each of its restarts
+            store = next(dist.rendezvous("env://", rank, size, timeout=limit))[0]
+        else:  # rank 0 holds it; torch's own rendezvous would wait there for all ranks, and not say which are missing
+            store = dist.TCPStore(address, port, size, rank == 0, limit, wait_for_workers=False, multi_tenant=True)
+        store.set(f"scfm/joined/{rank}", "")
+        if store.add("scfm/joined", 1) == size:
+            store.set("scfm/joined/all", "")
+        try:
+            store.wait(["scfm/joined/all"], limit)
+        except dist.DistStoreError as error:
+            missing = [other for other in range(size) if not store.check([f"scfm/joined/{other}"])]
+            if rank == 0:
+                time.sleep(1)  # it may hold the store, in which the others look too
+            raise UserError(
+                f"{size} processes should meet at {address}:{port}, but {ranks_in_words(missing)} did not come within "
+                f"{timeout:g} s. Look at {'its log' if len(missing) == 1 else 'their logs'}"
+            ) from error
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         raise UserError(
-            f"{size} processes should meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}, but not all joined within "
-            f"{timeout:g} s ({str(error).splitlines()[0]}). Check the logs of the other processes, and whether this machine can "
-            f"reach that address"
+            f"{size} processes should meet at {address}:{port}, but rank {rank} lost the connection or did not reach it within "
+            f"{timeout:g} s ({str(error).splitlines()[0]}). Look at the log of rank 0, and whether this machine can reach that address"
         ) from error
-    failed = True
-    try:
-        with quiet_gloo():
-            group = dist.new_group(backend="gloo", timeout=wait_limit) if device.type == "cuda" else dist.group.WORLD
-        yield World(dist.get_rank(), size, group, wait_limit)
-        failed = False
-    finally:
-        # A rank that failed must not wait here for the others; the launcher ends them. With NCCL, destroying the group
-        # is a collective, so a failed rank skips it. With gloo it is not.
-        if not (failed and size > 1 and device.type == "cuda"):
-            with contextlib.suppress(Exception):
-                dist.destroy_process_group()
+    return store

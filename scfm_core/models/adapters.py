@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from scfm_core.filling import Fill
 from scfm_core.kernels.fp8 import Fp8Weight, fits, fp8_linear, quantise
 from scfm_core.kernels.lora import lora_add, lora_linear_reference
 
@@ -129,23 +130,43 @@ class LoRABank:
             layer = LoRALinear(network.get_submodule(name), config, self.selection)  # type: ignore[arg-type]
             setattr(network.get_submodule(parent), child, layer)
             self.layers[name] = layer
-        self._initialise(seed)
+        for layer in self.layers.values():
+            for name in ADAPTERS:
+                for factor in layer.factors(name):
+                    factor.requires_grad_(name == "student")
+        self._generator = torch.Generator().manual_seed(seed)
+        self._drawn: tuple[str, Tensor] = ("", torch.empty(0))
+        """The layer that was drawn last, and its A, the same for all adapters."""
+        if not next(iter(self.layers.values())).base_layer.weight.is_meta:
+            for name, layer in self.layers.items():
+                for adapter in ADAPTERS:
+                    for side, factor in zip("AB", layer.factors(adapter), strict=True):
+                        self._draw(f"{name}.lora_{side}.{adapter}.weight", factor.detach().view(-1), 0)
+
+    def filling(self, base: Fill) -> Fill:
+        """Fills the adapted network: its own weights from `base`, which has their names before adaptation, and the adapters."""
+
+        def fill(name: str, part: Tensor, start: int) -> None:
+            if ".lora_A." in name or ".lora_B." in name:
+                self._draw(name, part, start)
+            else:
+                base(name.replace(".base_layer.", "."), part, start)
+
+        return fill
 
     @torch.no_grad()
-    def _initialise(self, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        for layer in self.layers.values():
-            weight, _ = layer.factors("student")
-            bound = 1 / math.sqrt(weight.shape[1])
-            if not weight.is_meta:
-                values = torch.empty(weight.shape).uniform_(-bound, bound, generator=generator)
-            for name in ADAPTERS:
-                down, up = layer.factors(name)
-                if not weight.is_meta:
-                    down.copy_(values)
-                    up.zero_()
-                down.requires_grad_(name == "student")
-                up.requires_grad_(name == "student")
+    def _draw(self, name: str, part: Tensor, start: int) -> None:
+        """Initial values of a factor. Layers come in the bank's order, since all of them share one generator."""
+        layer, _, factor = name.rpartition(".lora_")
+        if factor.startswith("B"):
+            part.zero_()
+            return
+        if layer != self._drawn[0]:
+            width = self.layers[layer].base_layer.in_features
+            bound = 1 / math.sqrt(width)
+            drawn = torch.empty(self.config.rank, width).uniform_(-bound, bound, generator=self._generator)
+            self._drawn = (layer, drawn)
+        part.copy_(self._drawn[1].view(-1)[start : start + part.numel()])
 
     def select(self, adapter: str | None, strength: Tensor | None = None, *, in_fp8: bool = False) -> None:
         """Select the adapter and strength of the next forward.

@@ -9,12 +9,12 @@ import hashlib
 import json
 import os
 import re
-import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from scfm_core.errors import UserError
+from scfm_core.models.tensor_files import read_header
 
 ENCODERS = (
     "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "text_encoder_3", "tokenizer_3",
@@ -23,8 +23,6 @@ NETWORK = ("transformer",)
 
 _BLOCK = 4096
 """Bytes of a tensor that are hashed, from its middle."""
-_MAX_HEADER = 100_000_000
-"""Bytes; safetensors itself allows no longer header."""
 # What `from_pretrained` loads without a variant: not `model.fp16.safetensors`.
 _WEIGHTS = re.compile(r"(diffusion_pytorch_model|model)(-\d{5}-of-\d{5})?\.safetensors")
 # Libraries write these into config.json. The weights are cast to the dtype of the run.
@@ -110,19 +108,17 @@ def _weights_content(path: Path) -> bytes:
     start. The header's metadata do not count, since libraries rewrite them
     (https://github.com/huggingface/safetensors#format).
     """
-    with path.open("rb", buffering=0) as file:
-        try:
-            length = struct.unpack("<Q", file.read(8))[0]
-            header: dict[str, Any] = json.loads(os.pread(file.fileno(), min(length, _MAX_HEADER), 8))
-            header.pop("__metadata__", None)
-            parts = [json.dumps(header, sort_keys=True).encode()]
+    try:
+        header, first = read_header(path)
+        parts = [json.dumps(header, sort_keys=True).encode()]
+        with path.open("rb", buffering=0) as file:
             for _, tensor in sorted(header.items()):
                 begin, end = tensor["data_offsets"]
                 middle = max(begin, (begin + end - _BLOCK) // 2)
-                parts.append(os.pread(file.fileno(), min(_BLOCK, end - begin), 8 + length + middle))
-            return b"".join(parts)
-        except (struct.error, ValueError, KeyError, TypeError, AttributeError):  # damaged: loading it raises
-            return f"damaged, {path.stat().st_size} bytes".encode()
+                parts.append(os.pread(file.fileno(), min(_BLOCK, end - begin), first + middle))
+        return b"".join(parts)
+    except (ValueError, KeyError, TypeError):  # damaged: loading it raises
+        return f"damaged, {path.stat().st_size} bytes".encode()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

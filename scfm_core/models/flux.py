@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from scfm_core.models.protocol import PATCH, Conditioning, ModelFamily
+from scfm_core.models.protocol import PATCH, Conditioning, ModelFamily, dtype_of
 
 
 def pack_latents(latents: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ class Flux(ModelFamily):
     def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         """See `ModelFamily`. Guidance is an input of the network."""
         height, width = x.shape[-2:]
-        dtype: torch.dtype = network.dtype  # type: ignore[assignment]  # of diffusers' ModelMixin
+        dtype = dtype_of(network)
         packed = network(
             hidden_states=pack_latents(x).to(dtype),
             encoder_hidden_states=cond.text.to(dtype),

@@ -36,7 +36,7 @@ class GraphedVelocity:
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Conditioning, strength: Tensor) -> Tensor:
         """The velocity's result, in new memory."""
-        inputs = [x, sigma, strength, cond.text, cond.pooled]
+        inputs = [x, sigma, strength.to(x.device, non_blocking=True), cond.text, cond.pooled]
         if cond.guidance is not None:
             inputs.append(cond.guidance)
         key = tuple((tensor.shape, tensor.dtype) for tensor in inputs)

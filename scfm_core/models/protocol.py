@@ -5,6 +5,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,7 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from scfm_core.errors import UserError
-from scfm_core.models.weights import GUIDANCE_MARK, component_config, load_component
+from scfm_core.filling import materialise, stored_tensors
+from scfm_core.models.fingerprint import network_fingerprint
+from scfm_core.models.initial import RandomWeights, parameters_on_meta
+from scfm_core.models.tensor_files import TensorFiles
+from scfm_core.models.weights import GUIDANCE_MARK, component_config
 
 PATCH = 2
 """Side of a token in latents, for Flux and for SD3."""
@@ -132,17 +137,41 @@ class ModelFamily(ABC):
         """FLOPs of one sample's forward without adapters: of the linears, and of attention."""
 
     def load_network(self, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
-        """The pre-trained transformer, every parameter in `dtype`."""
-        network: nn.Module = load_component(self.network_class, self.folder, "transformer", dtype)
-        return network.to(device)
+        """The pre-trained transformer on one device, every parameter in `dtype`.
 
-    def random_network(self, dtype: torch.dtype, device: torch.device | str, seed: int) -> nn.Module:
-        """The transformer with random initial weights, every parameter in `dtype`, for training from scratch."""
-        with torch.random.fork_rng(), torch.device(device):
-            torch.manual_seed(seed)
+        Raises:
+            UserError: if its weights are missing, damaged or of another architecture.
+        """
+        network = self.empty_network(dtype)
+        with self.open_weights(network) as files:
+            materialise(network, device, files.fill)
+        return network
+
+    def empty_network(self, dtype: torch.dtype) -> nn.Module:
+        """The transformer without weights: parameters of `dtype` on the meta device, buffers on the CPU; in eval mode."""
+        with parameters_on_meta():
             network: nn.Module = self.network_class.from_config(dict(self.network_config))
-        zero_modulation(network)
-        return nn.Module.to(network, dtype)  # diffusers' own `to` would warn
+        return nn.Module.to(network, dtype).eval()  # diffusers' own `to` would warn
+
+    def open_weights(self, network: nn.Module) -> TensorFiles:
+        """The files of the pre-trained weights, checked against `network` as `empty_network` makes it. Local work.
+
+        Raises:
+            UserError: if they are missing, damaged or of another architecture.
+        """
+        files = TensorFiles(self.folder / "transformer")
+        files.check(stored_tensors(network))
+        return files
+
+    def random_weights(self, seed: int) -> RandomWeights:
+        """Random initial weights, for training from scratch."""
+        with parameters_on_meta(only_drawn=True):
+            return RandomWeights(self.network_class.from_config(dict(self.network_config)), seed)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The fingerprint of the pre-trained network, as its files were when this was first read."""
+        return network_fingerprint(self.folder)
 
     def meta_network(self) -> nn.Module:
         """The transformer on the meta device: its architecture without weights."""
@@ -184,12 +213,9 @@ class ModelFamily(ABC):
         return self.clip_tokens + text_length
 
 
-def zero_modulation(network: nn.Module) -> None:
-    """adaLN-zero (DiT, arXiv 2212.09748): every block starts as the identity, and the network's output is zero."""
-    for name, module in network.named_modules():
-        if isinstance(module, nn.Linear) and ("norm" in name or name == "proj_out"):
-            nn.init.zeros_(module.weight)
-            nn.init.zeros_(module.bias)
+def dtype_of(network: nn.Module) -> torch.dtype:
+    """Dtype of a network's first parameter. The property of diffusers looks at every module: 11 ms a pass with adapters."""
+    return next(network.parameters()).dtype
 
 
 def _nearest(side: int, multiple: int) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from scfm_core.flow.path import per_sample
-from scfm_core.models.protocol import Conditioning, ModelFamily
+from scfm_core.models.protocol import Conditioning, ModelFamily, dtype_of
 
 _LARGE = {
     "attention_head_dim": 64,
@@ -83,7 +83,7 @@ class SD3(ModelFamily):
         return unconditional + per_sample(cond.guidance, x).to(x.dtype) * (conditional - unconditional)
 
     def _pass(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        dtype: torch.dtype = network.dtype  # type: ignore[assignment]  # of diffusers' ModelMixin
+        dtype = dtype_of(network)
         velocity: Tensor = network(
             hidden_states=x.to(dtype),
             encoder_hidden_states=cond.text.to(dtype),

@@ -1,15 +1,14 @@
 """Teacher, student and the two EMAs behind one interface: as adapters over a shared base, or as full copies."""
 
-import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from scfm_core.flow.path import per_sample
-from scfm_core.models.adapters import ADAPTERS, LoRABank, LoRAConfig
-from scfm_core.models.protocol import Conditioning, ModelFamily
+from scfm_core.models.adapters import LoRABank, LoRAConfig
+from scfm_core.models.protocol import Conditioning, ModelFamily, dtype_of
+from scfm_core.progress import beat
 
 
 class ShortcutModel(ABC):
@@ -41,7 +40,8 @@ class ShortcutModel(ABC):
             x: noised latents, [B, C, H, W].
             sigma: fp32 [B].
             cond: B rows.
-            strength: of the adapter, fp32 [B]; 0 is the teacher. Role `teacher` ignores it.
+            strength: of the adapter, fp32 [B]; 0 is the teacher. Role `teacher` ignores it. On the CPU: full weights read it,
+                and a read from a GPU would wait for the GPU's queue.
             for_target: a pass without gradient for the target, which may run in fp8.
 
         Returns:
@@ -66,7 +66,8 @@ class LoRAModel(ShortcutModel):
 
     Args:
         family: of the network.
-        network: the pre-trained network; it is frozen, and adapted in place.
+        network: the pre-trained network; it is frozen, and adapted in place. If it is on the meta device, `bank.filling` makes the
+            adapters' initial weights.
         config: of the adapters.
         seed: of the adapters' initial weights.
     """
@@ -93,10 +94,11 @@ class LoRAModel(ShortcutModel):
         self, role: str, x: Tensor, sigma: Tensor, cond: Conditioning, strength: Tensor, *, for_target: bool = False
     ) -> Tensor:
         """See `ShortcutModel`. The result is in the network's dtype."""
+        beat()
         if role == "teacher":
             self.bank.select(None)
         else:
-            self.bank.select(role, strength, in_fp8=for_target)
+            self.bank.select(role, strength.to(x.device, non_blocking=True), in_fp8=for_target)
         return self.family.velocity(self.bank.network, x, sigma, cond)
 
 
@@ -107,41 +109,28 @@ class FullModel(ShortcutModel):
 
     Args:
         family: of the networks.
-        network: the pre-trained network, in fp32 for training. It becomes the first of `roles`; the others are copies
-            of it.
-        compute_dtype: of matrix products; autocast is used if `network` has another dtype.
-        teacher: the frozen network in `compute_dtype`; None for pretraining, which has no teacher rows.
-        roles: the networks to make. Training needs all; sampling needs one.
-        prepare: called with each network that this class makes, and with whether it is trained, before the next one is
-            made. An engine shards it there, so at most two whole networks exist at a time.
+        networks: by role: `student`, `ema_fast`, `ema_slow`, and `teacher` for teacher rows. Sampling needs one of them.
+        shapes: whole shapes of the trained weights by name.
+        compute_dtype: of matrix products; autocast is used for trained networks of another dtype.
     """
 
     def __init__(
         self,
         family: ModelFamily,
-        network: nn.Module,
+        networks: Mapping[str, nn.Module],
+        shapes: Mapping[str, tuple[int, ...]],
         compute_dtype: torch.dtype,
-        *,
-        teacher: nn.Module | None,
-        roles: Sequence[str] = ADAPTERS,
-        prepare: Callable[[nn.Module, bool], object] = lambda network, trained: None,
     ) -> None:
         self.family = family
         self.compute_dtype = compute_dtype
-        self._mixed = network.dtype != compute_dtype
-        self._shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
-        self._networks: dict[str, nn.Module] = {roles[0]: network.requires_grad_(True)}
-        for role in roles[1:]:
-            average = copy.deepcopy(network).requires_grad_(False)
-            prepare(average, False)
-            self._networks[role] = average
-        prepare(network, True)
-        if teacher is not None:
-            self._networks["teacher"] = teacher.requires_grad_(False)
+        self._shapes = dict(shapes)
+        self._networks = dict(networks)
+        trained = next(network for role, network in networks.items() if role != "teacher")
+        self._mixed = dtype_of(trained) != compute_dtype
 
     @property
     def networks(self) -> dict[str, nn.Module]:
-        """The networks of `roles`, and the teacher if there is one."""
+        """By role."""
         return self._networks
 
     def parameters(self, role: str) -> dict[str, nn.Parameter]:
@@ -162,7 +151,7 @@ class FullModel(ShortcutModel):
         """
         if role == "teacher":
             return self._run("teacher", x, sigma, cond)
-        strengths = strength.tolist()  # on a GPU this waits for its queue, once a pass
+        strengths = strength.tolist()
         if not {0.0, 1.0}.issuperset(strengths):
             raise ValueError(
                 "full weights support only strengths 0 and 1; step-scaled strengths need train.weights: lora"
@@ -181,10 +170,12 @@ class FullModel(ShortcutModel):
             rows = [row for row, own in enumerate(strengths) if own == value]
             used = torch.tensor(rows or [0]).to(x.device, non_blocking=True)
             part = self._run(name, x[used], sigma[used], cond[used]).to(x.dtype)
-            output = torch.where(per_sample(strength == value, x), output.index_copy(0, used, part), output)
+            if rows:
+                output = output.index_copy(0, used, part)
         return output
 
     def _run(self, role: str, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        beat()
         network = self._networks[role]
         with torch.autocast(x.device.type, dtype=self.compute_dtype, enabled=self._mixed and role != "teacher"):
             return self.family.velocity(network, x, sigma, cond)

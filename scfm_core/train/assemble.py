@@ -1,5 +1,6 @@
 """From configuration to the parts of a run: family, layout, model, engine."""
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -11,6 +12,7 @@ from scfm_core.distributed.engine import Engine, Layout, OptimizerConfig
 from scfm_core.distributed.fsdp2 import Fsdp2Engine, Fsdp2Layout
 from scfm_core.distributed.world import World
 from scfm_core.errors import UserError
+from scfm_core.filling import Fill, materialise, zeros
 from scfm_core.models.adapters import ADAPTERS
 from scfm_core.models.families import open_family
 from scfm_core.models.protocol import ModelFamily
@@ -43,7 +45,7 @@ def build_layout(config: RunConfig, world: World, device: torch.device) -> Layou
     if config.engine.name == "fsdp2":
         return Fsdp2Layout(config.engine, world, device, compute_dtype(config))
     settings = optimizer_config(config, world.size)
-    return ZeroLayout(deepspeed_config(config.engine, settings, world.size, config.train.weights), device)
+    return ZeroLayout(deepspeed_config(config.engine, settings, world.size, config.train.weights), world, device)
 
 
 def optimizer_config(config: RunConfig, processes: int) -> OptimizerConfig:
@@ -76,57 +78,81 @@ def build_model(
     *,
     kernels: Kernels,
     layout: Layout | None = None,
+    world: World | None = None,
     with_teacher: bool = True,
 ) -> ShortcutModel:
     """For training: student, EMAs and teacher. For sampling: the weights of `sample.weights`, and the teacher.
 
+    Networks are made on the meta device, distributed, and filled from their files: a process reads its own part and no more. The
+    files are checked first, which is local work; then all ranks agree, before an engine communicates.
+
     Args:
         config: the run.
-        family: how to load and call the network.
+        family: how to make and call the network.
         device: where the weights go.
         kernels: which kernels the blocks use.
-        layout: for training on these processes, with activation checkpointing and compilation. Networks that are
-            sharded are loaded into host memory one after the other, and moved to the device block by block.
+        layout: for training on these processes, with activation checkpointing and compilation.
             None: for sampling; full weights are loaded in the compute dtype, as in an exported pipeline.
+        world: the processes, each of which calls this.
         with_teacher: load the teacher of full weights, if the run has one; for sampling also if it made the stored paths.
+
+    Raises:
+        UserError: on every rank, if weights are missing or damaged, or do not fit the configuration.
     """
-    dtype = compute_dtype(config)
-    target = torch.device("cpu") if layout is not None and layout.is_sharded else device
-    prepare = _preparation(config, kernels, layout)
-    is_lora = config.train.weights == "lora"
-    loaded = dtype if is_lora or layout is None else torch.float32
-    if config.model.init == "random":
-        network = family.random_network(loaded, target, config.run.seed)
-    else:
-        network = family.load_network(loaded, target)
-    if is_lora:
-        try:
-            model = LoRAModel(family, network, config.lora, config.run.seed)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        if config.kernels.fp8 and layout is not None:
-            model.bank.quantise()
-        prepare(network, True)
-        return model
-    teacher = None
-    if with_teacher and (config.method.has_teacher if layout is not None else config.method.follows_teacher):
-        teacher = family.load_network(dtype, target)
-        prepare(teacher, False)
-    roles = ADAPTERS if layout is not None else (config.sample.weights,)
-    return FullModel(family, network, dtype, teacher=teacher, roles=roles, prepare=prepare)
+    dtype, is_lora = compute_dtype(config), config.train.weights == "lora"
+    needs_teacher = config.method.has_teacher if layout is not None else config.method.follows_teacher
+    has_teacher = with_teacher and needs_teacher and not is_lora
+    prepare = _preparation(config, kernels, layout, device)
+    with contextlib.ExitStack() as stack:
+        with (world or World()).together():
+            family.fingerprint  # noqa: B018  (kept from now on: checkpoints name what is loaded here, also if the files go away)
+            network = family.empty_network(dtype if is_lora or layout is None else torch.float32)
+            shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
+            start = pretrained = zeros
+            if has_teacher or config.model.init != "random":
+                start = pretrained = stack.enter_context(family.open_weights(network)).fill
+            if config.model.init == "random":
+                start = family.random_weights(config.run.seed).fill
+            adapted = _adapted(config, family, network) if is_lora else None
+        if adapted is not None:
+            prepare(network, True, adapted.bank.filling(start))
+            if config.kernels.fp8 and layout is not None:
+                adapted.bank.quantise()
+            return adapted
+        networks = {}
+        roles = ADAPTERS if layout is not None else (config.sample.weights,)
+        for role in roles:
+            networks[role] = network if role == roles[0] else family.empty_network(torch.float32)
+            # DualEMA sets the averages to the student.
+            prepare(networks[role], role == roles[0], start if role == roles[0] else zeros)
+        if has_teacher:
+            networks["teacher"] = family.empty_network(dtype)
+            prepare(networks["teacher"], False, pretrained)
+    return FullModel(family, networks, shapes, dtype)
 
 
-def _preparation(config: RunConfig, kernels: Kernels, layout: Layout | None) -> Callable[[nn.Module, bool], None]:
-    """Prepares a network: fused blocks; for training also activation checkpointing (if trained), compilation, sharding."""
+def _adapted(config: RunConfig, family: ModelFamily, network: nn.Module) -> LoRAModel:
+    try:
+        return LoRAModel(family, network, config.lora, config.run.seed)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
-    def prepare(network: nn.Module, trained: bool) -> None:
+
+def _preparation(
+    config: RunConfig, kernels: Kernels, layout: Layout | None, device: torch.device
+) -> Callable[[nn.Module, bool, Fill], None]:
+    """Prepares a network on the meta device: fused blocks; for training also activation checkpointing (if trained) and compilation;
+    then its weights."""
+
+    def prepare(network: nn.Module, trained: bool, fill: Fill) -> None:
         kernels.apply(network)
         if layout is None:
+            materialise(network, device, fill)
             return
         if trained:
             set_activation_checkpointing(network, config.train.activation_checkpointing)
         if config.train.compile:
             compile_blocks(network)
-        layout.prepare(network if trained else network.requires_grad_(False), transformer_blocks(network))
+        layout.prepare(network if trained else network.requires_grad_(False), transformer_blocks(network), fill)
 
     return prepare

@@ -1,4 +1,4 @@
-"""Atomic checkpoints: all ranks write into a hidden folder, which is hashed, fsynced and then renamed.
+"""Atomic checkpoints: all ranks write and hash files in a hidden folder, which is fsynced and then renamed.
 
     checkpoints/step_00000250/   dcp/ (PyTorch's distributed checkpoint), under DeepSpeed also its own *_states.pt files,
                                  state.json (counters, cursor, fingerprints, configuration), manifest.json (sha256 of all)
@@ -12,7 +12,7 @@ import contextlib
 import errno
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,10 +21,12 @@ from typing import Any
 
 from torch.distributed.checkpoint.api import CheckpointException
 
-from scfm_core.distributed.reader import Reader, open_reader
+from scfm_core.distributed.dcp import files_of_dcp
+from scfm_core.distributed.reader import DCP_FOLDER, Reader, open_reader
 from scfm_core.distributed.world import World
+from scfm_core.distributed.written import Written
 from scfm_core.errors import UserError, agreed_error
-from scfm_core.files import disk_problem, file_sha256, fsync_path, is_disk_failure
+from scfm_core.files import FileEntry, HashedFile, disk_problem, file_sha256, fsync_path, is_disk_failure
 from scfm_core.train.run_dir import (
     LATEST,
     MANIFEST,
@@ -45,8 +47,8 @@ _FAILURES = (OSError, RuntimeError, CheckpointException)
 _said: set[tuple[Path | str, ...]] = set()
 """Which copies of checkpoints were named already."""
 
-Write = Callable[[Path, World], Callable[[], object]]
-"""Starts to write tensors into a folder, on every rank. It returns a function that waits until they are written."""
+Write = Callable[[Path, World], Callable[[], Written]]
+"""Starts to write tensors into a folder, on every rank. It returns a function that waits, and returns this rank's files."""
 
 
 @dataclass(frozen=True)
@@ -113,25 +115,18 @@ class CheckpointWriter:
             pending, self._pending = self._pending, None
             pending.result()
 
-    def _complete(self, partial: Path, written: Callable[[], object], state: Mapping[str, Any]) -> None:
+    def _complete(self, partial: Path, written: Callable[[], Written], state: Mapping[str, Any]) -> None:
         final = partial.with_name(partial.name.removeprefix(".").removesuffix(".tmp"))
-        world = self._world
+        files: Written = {}
         with self._failing_together(partial):
-            written()
+            files = written()
+        by_rank = self._world.gather(files)
         with self._failing_together(partial):
-            if world.is_main:
-                (partial / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
-        files: dict[str, dict[str, Any]] = {}
-        with self._failing_together(partial):
-            for path in _files(partial)[world.rank :: world.size]:
-                fsync_path(path)
-                name = path.relative_to(partial).as_posix()
-                files[name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-        by_rank = world.gather(files)
-        with self._failing_together(partial):
-            if world.is_main:
-                merged = {name: entry for part in by_rank for name, entry in sorted(part.items())}
-                self._commit(partial, final, {"format": FORMAT, "step": state["step"], "files": merged})
+            if self._world.is_main:
+                merged = {path: entry for part in by_rank for path, entry in part.items()}
+                merged[partial / "state.json"] = _write_state(partial / "state.json", state)
+                _check_complete(partial, merged, by_rank, state["kind"])
+                self._commit(partial, final, _manifest(partial, state["step"], merged))
 
     def _commit(self, partial: Path, final: Path, manifest: Mapping[str, Any]) -> None:
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
@@ -170,8 +165,38 @@ class CheckpointWriter:
             raise last from failure
 
 
-def _raise_later(error: BaseException) -> Callable[[], object]:
-    def wait() -> None:
+def _write_state(path: Path, state: Mapping[str, Any]) -> FileEntry:
+    with HashedFile(path) as file:
+        file.write(json.dumps(state, indent=2).encode())
+        return file.finish()
+
+
+def _check_complete(partial: Path, files: Written, by_rank: Sequence[Written], kind: str) -> None:
+    """Every file that the checkpoint needs was written by some rank.
+
+    The folder is not listed: on NFS a rank may not see yet what another machine has written.
+    """
+    missing = sorted(path.name for path in files_of_dcp(partial / DCP_FOLDER) - files.keys())
+    if kind == "zero":
+        missing += [
+            f"the files of rank {rank}"
+            for rank, own in enumerate(by_rank)
+            if not any(path.parent == partial for path in own)
+        ]
+    if missing:
+        raise RuntimeError(f"{', '.join(missing)}: not written")
+
+
+def _manifest(partial: Path, step: int, files: Written) -> dict[str, Any]:
+    entries = {
+        path.relative_to(partial).as_posix(): {"bytes": size, "sha256": digest}
+        for path, (size, digest) in sorted(files.items())
+    }
+    return {"format": FORMAT, "step": step, "files": entries}
+
+
+def _raise_later(error: BaseException) -> Callable[[], Written]:
+    def wait() -> Written:
         raise error
 
     return wait
@@ -307,10 +332,6 @@ def _newest_intact(run_dir: Path) -> Path | None:
     with contextlib.suppress(UserError, OSError):
         return find_checkpoint(run_dir, warn=lambda message: None)
     return None
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def _free_name(path: Path) -> Path:

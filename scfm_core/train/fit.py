@@ -1,6 +1,6 @@
-"""A complete run: the training loop with logs, checkpoints, validation grids, watchdog and rollbacks."""
+"""A complete run: the training loop with logs, checkpoints, validation grids and rollbacks."""
 
-from scfm_core.distributed.watchdog import Watchdog
+from scfm_core.progress import beat
 from scfm_core.train.grid import Validation
 from scfm_core.train.metrics import RunLog
 from scfm_core.train.trainer import SkippedTooOften, Trainer
@@ -15,40 +15,38 @@ def fit(trainer: Trainer) -> int | None:
     config, world = trainer.config, trainer.world
     validation = None
     if trainer.encoder.prompts:
-        validation = Validation(config, trainer.model, trainer.engine, trainer.encoder, world)
-    with (
-        RunLog(config, trainer.progress.step, world) as log,
-        trainer.stop.listening(),
-        Watchdog(world, config.engine.timeout) as watchdog,
-    ):
+        with world.together():
+            validation = Validation(config, trainer.model, trainer.engine, trainer.encoder, world)
+    # Lost ranks are named while this rank still handles SIGTERM, which the launcher sends when a rank has ended.
+    with RunLog(config, trainer.progress.step, world) as log, trainer.stop.listening(), world.naming_lost_ranks():
         if trainer.data_change is not None:
             log.incident(trainer.data_change)
         if validation and validation.is_missing(trainer.progress.step):  # killed between checkpoint and grid
             validation.save_grid(trainer.progress.step)
         while True:
             try:
-                stopped_by = _run_steps(trainer, validation, log, watchdog)
+                stopped_by = _run_steps(trainer, validation, log)
                 trainer.state.wait()
                 return stopped_by
             except SkippedTooOften:
                 log.rolled_back(trainer.state.roll_back())
 
 
-def _run_steps(trainer: Trainer, validation: Validation | None, log: RunLog, watchdog: Watchdog) -> int | None:
+def _run_steps(trainer: Trainer, validation: Validation | None, log: RunLog) -> int | None:
     config, total = trainer.config, trainer.config.train.steps
     for row in trainer.train_steps():
-        watchdog.beat(f"step {row['step'] + 1}")
+        beat(f"step {row['step'] + 1}")
         log.step(row)
         step, stopping = row["step"], trainer.stopping
         # Not during consecutive skipped steps: a new checkpoint could replace the one that a rollback needs.
         due = step % config.checkpoint.every == 0 and trainer.state.guard.first_skipped is None
         if due or step == total or stopping is not None or trainer.data_error is not None:
-            watchdog.beat(f"the checkpoint of step {step}")
+            beat(f"the checkpoint of step {step}")
             trainer.state.save()
-            watchdog.beat(f"step {step + 1}")
+            beat(f"step {step + 1}")
         if validation and validation.is_due(step):
             log.picture(validation.save_grid(step), step)
-            watchdog.beat(f"step {step + 1}")
+            beat(f"step {step + 1}")
         if stopping is not None and step < total:
             break
     return trainer.stopping if trainer.progress.step < total else None

@@ -38,7 +38,9 @@ class Validation:
         assert encoder.prompt_cond is not None
         self._prompts, self._cond = encoder.prompts, encoder.prompt_cond
         dtype, family = compute_dtype(config), model.family
-        self._vae = encoder.vae or Autoencoder(family, dtype, encoder.device)
+        self._vae = encoder.vae
+        if self._vae is None and world.is_main:  # rank 0 alone decodes
+            self._vae = Autoencoder(family, dtype, encoder.device)
         shape = family.latent_shape(*config.data.resolution)
         seeds = [config.sample.seed + i for i in range(len(self._prompts))]
         self._noise = initial_noise(shape, seeds, dtype).to(encoder.device)
@@ -69,6 +71,7 @@ class Validation:
             if self._teacher is not None:
                 distances[str(num_steps)] = float((latents - self._teacher).square().mean())
             if is_main:
+                assert self._vae is not None
                 images = decode(self._vae, latents, self._config.train.micro_batch_size)
                 rows.append((f"{num_steps} step{'s' if num_steps > 1 else ''}", images))
         if is_main:

@@ -11,6 +11,7 @@ from torch import Tensor
 from scfm_core.data.corpus import Corpus
 from scfm_core.data.image import unit_range
 from scfm_core.data.schema import BadData, Batch
+from scfm_core.distributed.world import World
 from scfm_core.errors import UserError
 from scfm_core.flow.schedule import shift_of_grid, sigma_grid
 from scfm_core.models.encoders import Autoencoder, TextEncoders
@@ -32,9 +33,10 @@ class BatchEncoder:
         device: where latents and conditioning go.
         prompts: prompts of the validation grids. They are encoded here, so that with a cache the text encoders are freed
             before the network is loaded.
+        world: the processes, each of which makes an encoder. With a cache, rank 0 alone loads the text encoders.
 
     Raises:
-        UserError: if a cache was encoded with another model or text length.
+        UserError: on every rank, if a cache was encoded with another model or text length, or an encoder cannot be loaded.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class BatchEncoder:
         corpus: Corpus,
         device: torch.device,
         prompts: Sequence[str] = (),
+        world: World | None = None,
     ) -> None:
         self.device = device
         self.text: TextEncoders | None = None
@@ -52,18 +55,31 @@ class BatchEncoder:
         self.prompt_cond: Conditioning | None = None
         """Conditioning of `prompts`, with `sample.guidance`; None without prompts."""
         self.paddings = [None if padding is None else padding.to(device) for padding in corpus.paddings]
-        if corpus.is_cached:
-            check_cache(config, family, corpus)
-        needs_empty_caption = family.passes == 2 or config.method.caption_dropout > 0
-        if prompts or needs_empty_caption or not corpus.is_cached:
-            self.text = TextEncoders(family, config.model.text_length, compute_dtype(config), device)
-            if prompts:
-                self.prompt_cond = self.text.encode(prompts, guidance=config.sample.guidance)
+        world = world or World()
+        needs_captions = bool(prompts) or family.passes == 2 or config.method.caption_dropout > 0
+        with world.together():
             if corpus.is_cached:
-                self.text = None
-                gc.collect()  # reference cycles keep the encoders alive
-        if not corpus.is_cached:
-            self.vae = Autoencoder(family, compute_dtype(config), device)
+                check_cache(config, family, corpus)
+            if not corpus.is_cached or (needs_captions and world.is_main):
+                self._encode_captions(config, family)
+            if not corpus.is_cached:
+                self.vae = Autoencoder(family, compute_dtype(config), device)
+        if corpus.is_cached and needs_captions:
+            self._share_captions(family, world)
+
+    def _encode_captions(self, config: RunConfig, family: ModelFamily) -> None:
+        """Load the text encoders; encode the empty caption and the prompts."""
+        self.text = TextEncoders(family, config.model.text_length, compute_dtype(config), self.device)
+        if self.prompts:
+            self.prompt_cond = self.text.encode(self.prompts, guidance=config.sample.guidance)
+
+    def _share_captions(self, family: ModelFamily, world: World) -> None:
+        """Rank 0 sends what it encoded to the others, and frees the encoders."""
+        self.text = None
+        gc.collect()  # reference cycles keep the encoders alive
+        encoded = [None if cond is None else cond.to("cpu") for cond in (family.unconditional, self.prompt_cond)]
+        shared = [None if cond is None else cond.to(self.device) for cond in world.from_main(encoded)]
+        family.unconditional, self.prompt_cond = shared
 
     def encode(self, batch: Batch) -> tuple[Tensor, Conditioning]:
         """Latents fp32 [B, C, H, W] and conditioning."""

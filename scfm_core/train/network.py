@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from scfm_core.progress import beat
+
 # Results that selective checkpointing saves: matrix products and attention. The rest of a block is elementwise and cheap.
 _SAVED = {
     "aten::mm",
@@ -73,5 +75,15 @@ def compile_blocks(network: nn.Module) -> None:
     # Graphs of one function: two kinds of block x (three adapters and none) x (all, some or one of the rows) x (strides of
     # the first and of later blocks). Above the limit, 8 by default, dynamo runs eagerly.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    from torch._dynamo.callback import callback_handler  # it loads all of dynamo
+
+    if _compiling not in callback_handler.start_callbacks:
+        callback_handler.register_start_callback(_compiling)
+        callback_handler.register_end_callback(_compiling)
     for block in transformer_blocks(network):
         block.compile()
+
+
+def _compiling(_: object) -> None:
+    """Dynamo compiles the graph of a block: minutes in which a rank is slow but not lost."""
+    beat()

@@ -8,11 +8,13 @@ import contextlib
 import json
 import os
 import re
+import socket
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from scfm_core.errors import UserError
+from scfm_core.errors import RunBusy
 from scfm_core.files import check_writable, lock_file
 
 MANIFEST = "manifest.json"
@@ -83,12 +85,31 @@ def make_run_dir(run_dir: Path) -> None:
     check_writable(run_dir, "run.dir", "Choose another with run.dir=PATH")
 
 
+@dataclass(frozen=True)
+class Holder:
+    """The process that trains in a folder, as it has written itself into the lock."""
+
+    host: str
+    process: int
+    since: str
+    job: str | None = None
+    """Number of its Slurm job."""
+
+    def __str__(self) -> str:
+        job = f"job {self.job}, " if self.job else ""
+        return (
+            f"{job}process {self.process} on {self.host}, since {self.since}"
+            if self.host
+            else "a process that is unknown"
+        )
+
+
 @contextlib.contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
     """Lock the folder, because two runs would overwrite each other's files. The lock ends with the process in any case.
 
     Raises:
-        UserError: if another process has the lock.
+        RunBusy: if another process has the lock; it names the holder.
     """
     with (run_dir / ".lock").open("a", encoding="utf-8") as lock:
         os.register_at_fork(after_in_child=lock.close)  # a data worker runs some seconds longer than a killed rank
@@ -96,9 +117,40 @@ def locked(run_dir: Path) -> Iterator[None]:
             if lock_file(lock) is not False:
                 break
             if not left:
-                raise UserError(f"another scfm train is running in {run_dir}. Wait for it, or use another run.dir")
+                refuse_busy(run_dir, _read_holder(run_dir))
             time.sleep(0.02)
+        with contextlib.suppress(OSError):  # the lock holds also without its text
+            now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+            own = Holder(socket.gethostname(), os.getpid(), now, os.environ.get("SLURM_JOB_ID"))
+            lock.truncate(0)
+            lock.write(json.dumps(asdict(own)))
+            lock.flush()
+            os.fsync(lock.fileno())  # else another machine would not see it on NFS
         yield
+
+
+def refuse_busy(run_dir: Path, holder: Holder) -> None:
+    """Raise that this folder is in use.
+
+    Raises:
+        RunBusy: always.
+    """
+    after = f"afterany:{holder.job}" if holder.job else "singleton"
+    raise RunBusy(
+        f"another scfm train is running in {run_dir}: {holder}. Wait for it, or use another run.dir. A batch job waits for it "
+        f"if you submit with --dependency={after}"
+    )
+
+
+def holder(run_dir: Path) -> Holder | None:
+    """Who trains in the folder now; None if nobody, or if that is unknown."""
+    return _read_holder(run_dir) if is_locked(run_dir) else None
+
+
+def _read_holder(run_dir: Path) -> Holder:
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return Holder(**json.loads((run_dir / ".lock").read_text(encoding="utf-8")))
+    return Holder("", 0, "")
 
 
 def is_locked(run_dir: Path) -> bool | None:

@@ -52,9 +52,9 @@ def sample_latents(
     """
     if strength is None:
         strength = sampling_strength(method.step_gain, num_steps)
-    strengths = torch.full((noise.shape[0],), strength, device=noise.device)
+    strengths = torch.full((noise.shape[0],), strength)
     if method.step_embedding:
-        cond = cond.with_guidance(torch.full_like(strengths, 1 / num_steps))
+        cond = cond.with_guidance(torch.full((noise.shape[0],), 1 / num_steps, device=noise.device))
     if method.distil_guidance and role != "teacher":
         cond = cond.with_guidance(None)  # the student has learned the teacher's guidance
 

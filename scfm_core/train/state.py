@@ -9,8 +9,9 @@ from typing import Any
 from scfm_core.data.corpus import Corpus
 from scfm_core.distributed.engine import Engine
 from scfm_core.distributed.world import World
+from scfm_core.distributed.written import Written
 from scfm_core.errors import UserError, agreed_error
-from scfm_core.models.fingerprint import different_network, network_fingerprint
+from scfm_core.models.fingerprint import different_network
 from scfm_core.models.student import ShortcutModel
 from scfm_core.train.checkpoint import Checkpoint, CheckpointWriter, load_checkpoint, verify_checkpoint
 from scfm_core.train.config import RunConfig
@@ -128,7 +129,7 @@ class RunState:
             "reason": why,
         }
 
-    def _write(self, folder: Path, world: World) -> Callable[[], object]:
+    def _write(self, folder: Path, world: World) -> Callable[[], Written]:
         return self._engine.save(folder, world, on_thread=self._config.checkpoint.asynchronous)
 
     def _as_json(self) -> dict[str, Any]:
@@ -141,7 +142,7 @@ class RunState:
             "world_size": self._world.size,
             "shapes": {name: list(shape) for name, shape in self._model.shapes().items()},
             "data_fingerprint": self._corpus.fingerprint,
-            "base_fingerprint": network_fingerprint(self._model.family.folder),
+            "base_fingerprint": self._model.family.fingerprint,
             "config": to_plain(self._config),
         }
 

@@ -13,8 +13,10 @@ from scfm_core.data.corpus import Corpus
 from scfm_core.data.loader import batches
 from scfm_core.data.schema import Batch
 from scfm_core.data.workers import Stopped
-from scfm_core.distributed.world import World
+from scfm_core.distributed.world import World, same_patience
 from scfm_core.errors import UserError, agreed_error
+from scfm_core.files import disk_problem
+from scfm_core.progress import beat
 from scfm_core.scfm.ema import DualEMA
 from scfm_core.scfm.loss import LossMeter
 from scfm_core.scfm.restart import restart_due
@@ -66,15 +68,33 @@ class Trainer:
         self.stop = StopRequest()
         self.stopping: int | None = None
         """The signal that requested a stop on any rank; the same on every rank at the same step."""
-        self.data_error: UserError | None = None
-        """Why there are no data for the next step; the same on every rank at the same step."""
+        self.data_error: Exception | None = None
+        """Why there are no data for the next step; every rank has one at the same step."""
+        # Each phase is local work, after which the ranks agree; only then comes one with collectives. A rank that fails
+        # alone would leave the others in a collective.
         with self.world.together():
             self._open_data()  # before the model is downloaded, which may take an hour
+        with self.world.together():
+            beat("the model's configuration")
             self.family = build_family(config)
             kernels = choose_kernels(config, self.family, self.device)
+            if config.method.has_stored_paths:
+                check_paths(config, self.family, self.corpus)
         self.kernels: Kernels = self.world.from_main(kernels)  # rank 0 decides: measured times differ between GPUs
         with self.world.together():
-            self._build()
+            beat("the text encoders")
+            self.encoder = BatchEncoder(config, self.family, self.corpus, self.device, self._prompts, self.world)
+            layout = build_layout(config, self.world, self.device)
+        with self.world.together():
+            beat("the networks")
+            self.model = build_model(
+                config, self.family, self.device, kernels=self.kernels, layout=layout, world=self.world
+            )
+        with self.world.together():
+            beat("the engine")
+            self.engine = build_engine(config, self.model, layout, self.world)
+        same_patience()  # of the groups that layout and engine made
+        self.objective = Objective(config, self.model, self.encoder, in_inference_mode=not layout.is_sharded)
         self.emas = DualEMA(
             *(self.engine.ema_tensors(role) for role in ("student", "ema_fast", "ema_slow")), config=config.ema
         )
@@ -97,16 +117,6 @@ class Trainer:
                 print(f"data, left out: {note}", flush=True)
         self.corpus.order(config.train.global_batch_size, config.run.seed)  # checks that partitions divide the batch
 
-    def _build(self) -> None:
-        config = self.config
-        if config.method.has_stored_paths:
-            check_paths(config, self.family, self.corpus)
-        self.encoder = BatchEncoder(config, self.family, self.corpus, self.device, self._prompts)
-        layout = build_layout(config, self.world, self.device)
-        self.model = build_model(config, self.family, self.device, kernels=self.kernels, layout=layout)
-        self.engine = build_engine(config, self.model, layout, self.world)
-        self.objective = Objective(config, self.model, self.encoder, in_inference_mode=not layout.is_sharded)
-
     @property
     def progress(self) -> Progress:
         """Progress of the run."""
@@ -120,7 +130,8 @@ class Trainer:
 
         Raises:
             SkippedTooOften: if more than `train.max_skips` consecutive steps were skipped.
-            UserError: on every rank, if one has no data, or if too many samples were invalid.
+            UserError: on every rank, if one has no data, or if too many samples were invalid. After another error of the
+                loader on one rank, which that rank raises, the others raise PeerLost.
         """
         train, world, progress = self.config.train, self.world, self.progress
         left = train.steps - progress.step
@@ -139,14 +150,14 @@ class Trainer:
         with contextlib.closing(stream):
             with world.together():
                 upcoming = self._next_micro_batches(stream, left)
-                if isinstance(upcoming, UserError):
+                if isinstance(upcoming, Exception):
                     raise upcoming
             stopped = world.gather(self.stop.signal if left and not upcoming else None)
             self.stopping = next((number for number in stopped if number is not None), None)
             if self.stopping is not None:
                 return
             for number in range(left):
-                assert not isinstance(upcoming, UserError)
+                assert not isinstance(upcoming, Exception)
                 began, data = time.perf_counter(), upcoming
                 meter = self._backward(data)
                 waited = time.perf_counter()
@@ -158,16 +169,23 @@ class Trainer:
                 if self.state.guard.is_exhausted:
                     raise SkippedTooOften
 
-    def _next_micro_batches(self, stream: Iterator[Batch], steps_left: int) -> list[Batch] | UserError:
-        """The micro-batches of the next step; or the error, if there are none. If the run stops, no data are waited for."""
+    def _next_micro_batches(self, stream: Iterator[Batch], steps_left: int) -> list[Batch] | Exception:
+        """The micro-batches of the next step; or any error of the loader: the other ranks must learn of it before it ends this one.
+
+        If the run stops, no data are waited for.
+        """
         if not steps_left:
             return []
         try:
             return [next(stream) for _ in range(micro_batches(self.config, self.world.size).number)]
-        except UserError as error:
-            return error
         except Stopped:
             return []
+        except OSError as error:
+            problem = UserError(f"data: the samples of the next step cannot be read: {disk_problem(error)}")
+            problem.__cause__ = error
+            return problem
+        except Exception as error:
+            return error
 
     def _backward(self, data: list[Batch]) -> LossMeter:
         """Accumulate the gradients of a step's micro-batches; returns their losses."""
@@ -175,10 +193,11 @@ class Trainer:
         for batch in data:
             loss = self.engine.forward(lambda batch=batch: self.objective.micro_step(batch, meter))  # type: ignore[misc]
             self.engine.backward(loss)
+            beat()
         return meter
 
     def _finish_step(
-        self, meter: LossMeter, data: list[Batch], upcoming: list[Batch] | UserError, began: float
+        self, meter: LossMeter, data: list[Batch], upcoming: list[Batch] | Exception, began: float
     ) -> dict[str, Any]:
         """From the gradients to the row of metrics: the ranks exchange their status, then apply or skip the step."""
         train, progress = self.config.train, self.progress
@@ -226,14 +245,14 @@ class Trainer:
         self.engine.after_ema_update()
         return ({} if ratio is None else {"ema_lag_ratio": ratio}) | ({"ema_restart": True} if due else {})
 
-    def _exchange_status(self, meter: LossMeter, data: list[Batch], upcoming: list[Batch] | UserError) -> list[str]:
+    def _exchange_status(self, meter: LossMeter, data: list[Batch], upcoming: list[Batch] | Exception) -> list[str]:
         """Exchange losses, stop requests, invalid samples and missing data in one all-reduce of some 300 bytes.
 
         Returns:
             why samples of this step were invalid, of all ranks.
         """
         bad = [reason for batch in data for reason in batch.bad]
-        own = [*(self.stop.signal == number for number in SIGNALS), len(bad), isinstance(upcoming, UserError)]
+        own = [*(self.stop.signal == number for number in SIGNALS), len(bad), isinstance(upcoming, Exception)]
         status = torch.tensor(own, dtype=meter.sums.dtype, device=meter.sums.device)
         total = self.world.sum_(torch.cat([meter.sums.flatten(), status]))
         meter.sums = total[: -len(own)].view_as(meter.sums)
@@ -241,8 +260,8 @@ class Trainer:
         self.stopping = next((number for number, count in zip(SIGNALS, requested, strict=True) if count), None)
         if failed:
             try:
-                self.world.agree(upcoming if isinstance(upcoming, UserError) else None)
-            except UserError as error:
+                self.world.agree(upcoming if isinstance(upcoming, Exception) else None)
+            except Exception as error:
                 self.data_error = error
         if bad_samples:
             bad = [reason for rank in self.world.gather(bad) for reason in rank]

@@ -11,12 +11,13 @@ import torch
 import torch.distributed as dist
 from harness import DEVICE, measure, parser, report
 from step_arms import BATCH, DTYPE, GPU, Setting, ours
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from scfm_core.distributed.engine import EngineConfig
 from scfm_core.distributed.fsdp2 import Fsdp2Layout
 from scfm_core.distributed.world import World
+from scfm_core.filling import stored_tensors
 from scfm_core.kernels.attention import AttentionShape, choose_attention
 from scfm_core.train.network import transformer_blocks
 
@@ -38,7 +39,12 @@ def main(argv: list[str] | None = None) -> None:
             layout.mesh = init_device_mesh(DEVICE.type, (1,), mesh_dim_names=("shard",))
 
             def shard(network: nn.Module) -> None:
-                layout.prepare(network, transformer_blocks(network))
+                weights = {name: tensor.detach() for name, tensor in stored_tensors(network).items()}
+
+                def fill(name: str, part: Tensor, start: int) -> None:
+                    part.copy_(weights[name].view(-1)[start : start + part.numel()])
+
+                layout.prepare(network, transformer_blocks(network), fill)
 
             arms = {
                 "reference": ours(setting, backend=backend),

@@ -166,19 +166,6 @@ def with_nan_gradient(velocity: torch.Tensor) -> torch.Tensor:
     return velocity
 
 
-def after_building(hook: Callable[[], None]) -> None:
-    """In a rank: call `hook()` when a trainer has its model and engine, where an error is shared with all ranks."""
-    from scfm_core.train.trainer import Trainer
-
-    build = Trainer._build
-
-    def patched(self: Trainer) -> None:
-        build(self)
-        hook()
-
-    Trainer._build = patched  # type: ignore[method-assign]
-
-
 def as_after_steps(trainer: Any, losses: list[float]) -> None:
     """In a rank: the guard remembers these losses of applied steps."""
     trainer.state.guard.load_state_dict({**trainer.state.guard.state_dict(), "recent": losses})
@@ -188,7 +175,6 @@ __all__ = [
     "ALL_TARGETS",
     "ENGINES",
     "FEW_TARGETS",
-    "after_building",
     "as_after_steps",
     "at_student_passes",
     "distance",

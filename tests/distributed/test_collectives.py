@@ -10,6 +10,12 @@ import torch
 from runs import ALL_TARGETS, ENGINES, joined_trainer, make_tree, run_distributed
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from scfm_core.models.families import open_family
+from scfm_core.train.config import RunConfig
+from scfm_core.train.estimate import Estimate, estimate
+from scfm_core.train.network import transformer_blocks
+from scfm_core.train.parse import parse_config
+from scfm_core.train.scale import plan_step
 from scfm_core.train.stop import SIGNALS
 
 CASES: dict[str, dict[str, Any]] = {"one process": {}, **ENGINES, "hsdp": {"shard": 2}}
@@ -84,16 +90,12 @@ def count(tree: dict[str, Any]) -> dict[str, dict[str, tuple[int, int]]]:
         }
 
 
-def measure(name: str, weights: str, tiny: Path, tmp_path: Path) -> tuple[dict[str, Any], int]:
-    """One step's collectives on rank 0, and the trained weights' bytes.
+def measure(name: str, weights: str, tiny: Path, tmp_path: Path) -> tuple[dict[str, Any], RunConfig, Estimate]:
+    """One step's collectives on rank 0; the run, and its estimate.
 
     It is the second step; under ZeRO-3, which records the order of the modules in the first and plans with it in the second,
     the third.
     """
-    from scfm_core.models.families import open_family
-    from scfm_core.train.estimate import estimate
-    from scfm_core.train.parse import parse_config
-
     world_size = {"one process": 1, "hsdp": 4}.get(name, 2)
     settings = tmp_path / "deepspeed.json"
     # DeepSpeed keeps weights below 100,000 elements gathered, which is all of them here and next to none of Flux.
@@ -103,14 +105,17 @@ def measure(name: str, weights: str, tiny: Path, tmp_path: Path) -> tuple[dict[s
         tiny, tmp_path / f"{name}_{weights}", engine=engine, lora__targets=ALL_TARGETS, train__weights=weights,
         train__steps=3 if name == "zero3" else 2, train__micro_batch_size=2,
     )  # fmt: skip
-    trained = estimate(parse_config(tree, "test"), open_family(str(tiny / "flux"))).trained_parameters
-    return run_distributed(count, world_size, tree)[0], 4 * trained
+    config = parse_config(tree, "test")
+    result = estimate(config, open_family(str(tiny / "flux")), world_size)
+    return run_distributed(count, world_size, tree)[0], config, result
 
 
 @pytest.mark.parametrize("weights", ["lora", "full"])
 @pytest.mark.parametrize("name", CASES)
 def test_what_a_step_sends(name, weights, tiny, tmp_path):
-    parts, trained = measure(name, weights, tiny, tmp_path)
+    """Of PyTorch's engine also: exactly the collectives of the plan for many GPUs, with their bytes."""
+    parts, config, result = measure(name, weights, tiny, tmp_path)
+    trained = 4 * result.trained_parameters
     assert parts["ema"] == {}, "an EMA's update is local"
     if name == "one process":
         assert not any(parts.values())
@@ -138,6 +143,23 @@ def test_what_a_step_sends(name, weights, tiny, tmp_path):
     else:
         assert set(parts["passes"]) == {"all-gather"}
         assert parts["backward"]["reduce-scatter"][1] == pytest.approx(2 * trained, rel=0.05)
+    if config.engine.name == "fsdp2":
+        assert_planned(config, result, [parts[part] for part in ("passes", "backward", "reduce")], tiny)
+
+
+def assert_planned(config: RunConfig, result: Estimate, parts: list[dict[str, tuple[int, int]]], tiny: Path) -> None:
+    units = len(transformer_blocks(open_family(str(tiny / "flux")).meta_network())) + 1
+    planned: dict[str, tuple[int, float]] = {}
+    for each in plan_step(config, result, units).exchanges:
+        calls, size = planned.get(each.kind, (0, 0.0))
+        planned[each.kind] = calls + each.calls, size + each.size
+    norm = ("all-reduce", (1, 4))  # not planned: four bytes
+    seen: dict[str, tuple[int, int]] = {}
+    for kind, (calls, size) in (item for part in parts for item in part.items() if item != norm):
+        seen[kind] = seen.get(kind, (0, 0))[0] + calls, seen.get(kind, (0, 0))[1] + size
+    assert {kind: calls for kind, (calls, _) in seen.items()} == {kind: calls for kind, (calls, _) in planned.items()}
+    for kind, (_, size) in planned.items():
+        assert seen[kind][1] == pytest.approx(size, rel=0.05), kind  # padding
 
 
 def table(tiny: Path, tmp_path: Path) -> str:
@@ -148,7 +170,8 @@ def table(tiny: Path, tmp_path: Path) -> str:
     ]
     for name in CASES:
         for weights in ("lora", "full"):
-            parts, trained = measure(name, weights, tiny, tmp_path)
+            parts, _, result = measure(name, weights, tiny, tmp_path)
+            trained = 4 * result.trained_parameters
             cells = [
                 ", ".join(f"{calls} {kind} ({_size(size, trained)})" for kind, (calls, size) in parts[part].items())
                 or "-"

@@ -115,3 +115,26 @@ def test_a_run_that_cannot_go_on_ends_on_every_rank(tiny, tmp_path):
     assert "incidents.jsonl" in outcomes[0].output
     assert "scfm: error" not in outcomes[1].output, "one rank speaks for all"
     assert not list(Path(tmp_path / "run").glob("checkpoints/step_*"))
+
+
+def ranks_of_the_norm(tree: dict[str, Any]) -> list[int]:
+    """In a rank: over how many ranks each all-reduce of a scalar goes, in the engine's part of a step."""
+    import torch.distributed as dist
+
+    found, all_reduce = [], dist.all_reduce
+
+    def recorded(tensor: torch.Tensor, *arguments: Any, group: Any = None, **options: Any) -> Any:
+        if tensor.numel() == 1:
+            found.append(dist.get_world_size(group))
+        return all_reduce(tensor, *arguments, group=group, **options)
+
+    with joined_trainer(tree) as trainer:
+        dist.all_reduce = recorded
+        next(trainer.train_steps())
+    return found
+
+
+def test_replicas_clip_by_the_same_bits(tiny, tmp_path):
+    """A norm that each group of shards sums on its own may differ in the last bit; the replicas would drift apart."""
+    tree = make_tree(tiny, tmp_path / "run", engine={"shard": 2}, train__steps=1)
+    assert run_distributed(ranks_of_the_norm, 4, tree) == [[4]] * 4

@@ -5,8 +5,10 @@ and on all. Also the helper that the distributed tests stand on.
 """
 
 import contextlib
+import errno
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +23,6 @@ import yaml
 from launch import RankFailed
 from runs import (
     ENGINES,
-    after_building,
     at_student_passes,
     make_tree,
     run_distributed,
@@ -31,8 +32,10 @@ from runs import (
 )
 
 from recipes.cli import main
-from scfm_core.errors import UserError
+from scfm_core.distributed.watchdog import PULSE
+from scfm_core.errors import RunBusy, UserError
 from scfm_core.train.checkpoint import find_checkpoint
+from scfm_core.train.run_dir import checkpoint_path
 
 ROOT = Path(__file__).parents[2]
 # `engine.timeout` where it must run out: no step of a healthy rank takes as long, on a busy machine neither.
@@ -160,6 +163,7 @@ def test_a_rank_that_is_killed_or_stopped_in_a_step_under_torchrun(name, victim,
     timeout = HANG_TIMEOUT if number == "SIGSTOP" else TIMEOUT
     job = start(make_run(tiny, tmp_path / "run", name, timeout, train__steps=100_000, checkpoint__every=100_000))
     job.wait_for_steps(2)
+    time.sleep(1.5 * PULSE)  # a heartbeat from within the steps
     ranks = job.ranks()
     assert sorted(ranks) == [0, 1]
     survivor = ranks[1 - victim]
@@ -244,10 +248,40 @@ def test_a_defect_on_one_rank_keeps_its_traceback(tiny, tmp_path):
     assert "scfm: error: " in said[0] and "rank 1" in said[0].partition("scfm: error: ")[2].partition("rank 0")[2]
 
 
+def train_with_a_broken_loader(tree: dict[str, Any], error: Exception) -> int:
+    """In a rank: `scfm train`; rank 1 cannot read its samples of the third step."""
+    from scfm_core.data.corpus import Corpus
+
+    record = Corpus.record
+
+    def read(self: Corpus, item: int, sample_id: int = 0, **options: Any) -> Any:
+        if os.environ["RANK"] == "1" and sample_id >= 16:
+            raise error
+        return record(self, item, sample_id, **options)
+
+    Corpus.record = read  # type: ignore[method-assign]
+    return train_cli(tree)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENXIO, "No such device or address"), KeyError("a defect")], ids=repr)
+def test_any_error_of_a_loader_is_agreed_and_saved_before(error, tiny, tmp_path):
+    tree = make_run(tiny, tmp_path / "run", "fsdp2", checkpoint__every=100)
+    outcomes = run_distributed(train_with_a_broken_loader, 2, tree, error, timeout=LIMIT, expect_failure=True)
+    printed = "".join(outcome.output for outcome in outcomes)
+    if isinstance(error, OSError):
+        assert [outcome.value for outcome in outcomes] == [2, 2], printed
+        assert printed.count("scfm: error: ") == 1
+        assert "rank 1: data: the samples of the next step cannot be read: No such device or address" in printed
+    else:
+        assert "KeyError: 'a defect'" in outcomes[1].traceback, "a bug keeps its traceback"
+        assert code_of(outcomes[0]) == LOST and "rank 1: KeyError: 'a defect'" in outcomes[0].output, printed
+    assert find_checkpoint(tmp_path / "run") == checkpoint_path(tmp_path / "run", 2)
+
+
 # Errors of one rank, and of all.
 
 
-def agree(case: str) -> tuple[str, bool]:
+def agree(case: str) -> tuple[str, bool, int]:
     """In a rank: the error that comes out."""
     from scfm_core.distributed.world import join_world
 
@@ -257,6 +291,8 @@ def agree(case: str) -> tuple[str, bool]:
                 raise UserError("its disk is gone")
             if case == "all fail":
                 raise UserError("no such model")
+            if case == "rank 0 meets a lock" and world.rank == 0:
+                raise RunBusy("the run is busy")
             if case == "each with its own":
                 raise UserError(f"folder {world.rank} is missing")
             if case == "two of three" and world.rank > 0:
@@ -264,12 +300,13 @@ def agree(case: str) -> tuple[str, bool]:
         assert world.gather(world.rank) == list(range(world.size)), "they are in step again"
         with world.together():
             pass
-        return str(caught.value), caught.value.agreed
+        return str(caught.value), caught.value.agreed, caught.value.exit_code
 
 
 @pytest.mark.parametrize(
     ("case", "world_size", "message"),
     [
+        ("rank 0 meets a lock", 2, "rank 0: the run is busy"),
         ("rank 1 fails", 2, "rank 1: its disk is gone"),
         ("all fail", 2, "no such model"),
         ("each with its own", 2, "rank 0: folder 0 is missing\nrank 1: folder 1 is missing"),
@@ -277,26 +314,48 @@ def agree(case: str) -> tuple[str, bool]:
     ],
 )
 def test_together(case, world_size, message):
-    assert run_distributed(agree, world_size, case) == [(message, True)] * world_size
+    code = RunBusy.exit_code if "lock" in case else UserError.exit_code
+    assert run_distributed(agree, world_size, case) == [(message, True, code)] * world_size
 
 
-def refused(tree: dict[str, Any], victim: int) -> int:
-    """In a rank: `scfm train`, in which one rank's network cannot be loaded."""
-
-    def fail() -> None:
-        if int(os.environ["RANK"]) == victim:
-            raise UserError("its copy of the model is damaged")
-
-    after_building(fail)
+def refused(tree: dict[str, Any], victim: int, changes: dict[str, dict[str, Any]]) -> int:
+    """In a rank: `scfm train`; one rank's machine has something else."""
+    if int(os.environ["RANK"]) == victim:
+        tree = {section: values | changes.get(section, {}) for section, values in tree.items()}
     return train_cli(tree)
 
 
-@pytest.mark.parametrize(("name", "victim"), [("fsdp2", 0), ("fsdp2", 1), ("zero3", 1)])
-def test_an_error_on_one_rank_is_every_ranks(name, victim, tiny, tmp_path):
-    outcomes = run_distributed(refused, 2, make_run(tiny, tmp_path / "run", name), victim, expect_failure=True)
-    assert [outcome.value for outcome in outcomes] == [2, 2], [o.traceback or o.output for o in outcomes]
-    assert [outcome.output.count("scfm: error: ") for outcome in outcomes] == [1, 0]
-    assert f"scfm: error: rank {victim}: its copy of the model is damaged" in outcomes[0].output
+@pytest.mark.parametrize(
+    ("name", "victim", "fault"),
+    [
+        ("fsdp2", 0, "no data"),
+        ("zero3", 1, "no data"),
+        ("hsdp", 1, "damaged weights"),
+        ("zero3", 0, "damaged weights"),
+        ("zero3", 1, "no settings"),
+    ],
+)
+def test_an_error_on_one_rank_while_building_is_every_ranks(name, victim, fault, tiny, tmp_path):
+    """The others are in no collective then: all end at once, with one message."""
+    tree = make_run(tiny, tmp_path / "run", "fsdp2" if name == "hsdp" else name, train__weights="full")
+    processes = 2
+    if name == "hsdp":
+        processes, tree["engine"]["shard"] = 4, 2
+    absent, changes = str(tmp_path / "absent.json"), {}
+    if fault == "no data":
+        changes["data"], expected = {"path": absent}, absent
+    elif fault == "no settings":
+        changes["engine"], expected = {"deepspeed_config": absent}, absent
+    else:
+        shutil.copytree(tiny / "flux", tmp_path / "damaged")
+        weights = next((tmp_path / "damaged" / "transformer").glob("*.safetensors"))
+        os.truncate(weights, weights.stat().st_size - 1000)
+        changes["model"], expected = {"path": str(tmp_path / "damaged")}, "damaged"
+    outcomes = run_distributed(refused, processes, tree, victim, changes, timeout=LIMIT, expect_failure=True)
+    assert all(outcomes), "a rank did not end"
+    assert [outcome.value for outcome in outcomes] == [2] * processes, [o.traceback or o.output for o in outcomes]
+    assert [outcome.output.count("scfm: error: ") for outcome in outcomes] == [1] + [0] * (processes - 1)
+    assert f"scfm: error: rank {victim}: " in outcomes[0].output and expected in outcomes[0].output
     assert all("Traceback" not in outcome.output for outcome in outcomes)
 
 

@@ -4,6 +4,7 @@ import itertools
 import os
 import pickle
 import random
+import weakref
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -103,6 +104,16 @@ class TestRanges:
             read = reader.tensor("student.tall")
             assert torch.equal(read, make_tensors()["student.tall"])
             read.zero_()
+
+
+def test_a_reader_that_nothing_uses_is_freed(tmp_path):
+    folder = tmp_path
+    save_dcp(make_tensors(), folder, World(), on_thread=False)()
+    reader = DcpReader(folder)
+    reader.tensor("student.tall")
+    alive = weakref.ref(reader)
+    del reader
+    assert alive() is None
 
 
 class TestSlots:

@@ -1,14 +1,25 @@
 """What a GPU asks of a process's beginning and end, held against a stand-in for NCCL and CUDA."""
 
+import contextlib
+import importlib
+import os
+import re
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from runs import ENGINES, joined_trainer, make_tree, run_distributed
 
 from recipes import cli, ending
-from scfm_core.distributed.world import join_world
-from scfm_core.errors import UserError
+from scfm_core.distributed import watchdog, world
+from scfm_core.distributed.watchdog import Watchdog, ranks_in_words
+from scfm_core.distributed.world import PATIENCE, join_world
+from scfm_core.errors import PeerLost, UserError
 from scfm_core.train.device import resolve_device
 
 
@@ -22,24 +33,39 @@ def calls(monkeypatch):
 
     for name in ("init_process_group", "new_group", "destroy_process_group"):
         monkeypatch.setattr(dist, name, stand_in(name))
-    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(world, "_meet", lambda *_: dist.HashStore())
+    monkeypatch.setattr(world, "Watchdog", lambda *_: Watchdog(None, 1, 2, 30))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(("set_device", device)))
     for name, value in {"WORLD_SIZE": 2, "RANK": 1, "LOCAL_RANK": 1, "MASTER_ADDR": "here", "MASTER_PORT": 1}.items():
         monkeypatch.setenv(name, str(value))
     return calls
 
 
-def test_every_group_waits_as_long_as_the_run_says(calls):
-    with join_world(torch.device("cuda", 1), 30) as world:
-        world.second_group()
-    patience = timedelta(seconds=30)
+def test_collectives_wait_longer_than_the_watchdog(calls):
+    """Whose message names the rank, before NCCL aborts the process."""
+    with join_world(torch.device("cuda", 1), 30):
+        pass
     assert calls == [
         ("set_device", torch.device("cuda", 1)),
-        ("init_process_group", patience),
-        ("new_group", patience),
-        ("new_group", patience),
+        ("init_process_group", PATIENCE),
         ("destroy_process_group", None),
     ]
+    assert timedelta(hours=10) < PATIENCE
+
+
+def timeouts(tree: dict[str, Any]) -> set[timedelta]:
+    """In a rank: of all process groups of a run."""
+    with joined_trainer(tree) as trainer:
+        trainer.world.second_group()
+        groups = dist.distributed_c10d._world.pg_map
+        return {group._get_backend(torch.device("cpu")).options._timeout for group in groups}
+
+
+@pytest.mark.parametrize(("name", "processes"), [("hsdp", 4), ("zero3", 2)])
+def test_every_group_of_a_run_has_the_same_timeout(name, processes, tiny, tmp_path):
+    engine = ENGINES["zero3"] if name == "zero3" else {"shard": 2}
+    tree = make_tree(tiny, tmp_path / "run", engine=engine)
+    assert run_distributed(timeouts, processes, tree) == [{PATIENCE}] * processes
 
 
 def test_a_failed_rank_does_not_wait_for_nccl(calls):
@@ -47,6 +73,116 @@ def test_a_failed_rank_does_not_wait_for_nccl(calls):
     with pytest.raises(IndexError), join_world(torch.device("cuda", 1), 30):
         raise IndexError
     assert "destroy_process_group" not in [name for name, _ in calls]
+
+
+class CountingStore:
+    """A store that counts what the ranks ask of it."""
+
+    def __init__(self) -> None:
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.requests: Counter[str] = Counter()
+
+    def clone(self) -> "CountingStore":
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        self.requests[name] += 1
+        return getattr(self._store, name)
+
+
+def blames_of(ranks: int, gone: set[int], monkeypatch: pytest.MonkeyPatch) -> tuple[set[str], CountingStore]:
+    """What the ranks say that are left, all at the same time."""
+    monkeypatch.setattr(watchdog, "PULSE", 0.05)
+    store = CountingStore()
+    dogs = {rank: Watchdog(store, rank, ranks, 60) for rank in range(ranks)}
+    for dog in dogs.values():
+        dog._pulse()
+    store.requests.clear()
+    with ThreadPoolExecutor(ranks) as pool:
+        return set(pool.map(lambda rank: dogs[rank].blame(), set(dogs) - gone)), store
+
+
+def test_the_lost_ranks_are_named_with_few_requests(monkeypatch):
+    """One rank reads all heartbeats: at 512 ranks that each ask for those of all it would be a million requests."""
+    said, store = blames_of(40, {3, 4, 5, 17}, monkeypatch)
+    assert len(said) == 1
+    assert said.pop().startswith("ranks 3-5, 17 are gone, last seen at start (in ")
+    assert sum(store.requests.values()) <= 6 * 40, store.requests
+
+
+def test_a_rank_that_never_began_is_named(monkeypatch):
+    store = CountingStore()
+    monkeypatch.setattr(watchdog, "PULSE", 0.05)
+    dogs = [Watchdog(store, rank, 3, 60) for rank in range(3)]
+    for dog in dogs[:2]:
+        dog._pulse()
+    with ThreadPoolExecutor() as pool:
+        assert set(pool.map(Watchdog.blame, dogs[:2])) == {"rank 2 is gone, last seen at start (unknown)"}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "words"),
+    [([3], "rank 3"), ([4, 3], "ranks 3, 4"), ([0, 1, 2, 5], "ranks 0-2, 5"), ([7, 8, 9], "ranks 7-9")],
+)
+def test_ranks_in_words(ranks, words):
+    assert ranks_in_words(ranks) == words
+
+
+def waits_for_a_slow_rank(how: str) -> Any:
+    """In a rank: rank 1 works for several timeouts, and reports progress or not; the others wait for it in a collective."""
+    from scfm_core import progress
+
+    with join_world(torch.device("cpu"), 1.0) as joined:
+        if joined.rank == 1:
+            for _ in range(12):
+                time.sleep(0.25)
+                if how == "slow":
+                    progress.beat("opening shard 3")
+                elif how == "slow imports":
+                    with contextlib.suppress(ImportError):
+                        importlib.import_module("a_module_that_does_not_exist")
+                elif how == "slow worker" and os.fork() == 0:
+                    progress.beat("a worker's shard")
+                    os._exit(0)
+        return joined.gather(joined.rank)
+
+
+def test_the_flight_recorder_is_asked_before_the_end(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_NCCL_DEBUG_INFO_PIPE_FILE", str(tmp_path / "fr_"))
+    watchdog._request_nccl_dump(3)  # there is no pipe
+    os.mkfifo(tmp_path / "fr_3.pipe")
+    watchdog._request_nccl_dump(3)  # nobody reads it
+    reader = os.open(tmp_path / "fr_3.pipe", os.O_RDONLY | os.O_NONBLOCK)
+    watchdog._request_nccl_dump(3)
+    assert os.read(reader, 10) == b"1\n"
+    os.close(reader)
+
+
+@pytest.mark.timed
+@pytest.mark.parametrize("how", ["slow", "slow imports", "slow worker", "hung"])
+def test_slow_is_not_lost(how):
+    outcomes = run_distributed(waits_for_a_slow_rank, 3, how, expect_failure=True, timeout=60)
+    if how == "hung":
+        # The first to end may hold the store; then the others notice the broken connection.
+        assert all(o.exit_code == PeerLost.exit_code or "PeerLost" in o.traceback for o in outcomes), outcomes
+    else:
+        assert [outcome.value for outcome in outcomes] == [[0, 1, 2]] * 3, [o.traceback for o in outcomes]
+
+
+def joins_if_it_comes(timeout: float) -> str | None:
+    if os.environ["RANK"] == "2":
+        return None
+    with pytest.raises(UserError) as caught, join_world(torch.device("cpu"), timeout):
+        pass
+    return str(caught.value)
+
+
+def test_a_rank_that_does_not_come_is_named():
+    *said, absent = run_distributed(joins_if_it_comes, 3, 1.0)
+    assert absent is None and said[0] == said[1]
+    assert re.fullmatch(
+        r"3 processes should meet at 127\.0\.0\.1:\d+, but rank 2 did not come within 1 s\. Look at its log", said[0]
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,16 @@
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 from scfm_core.models.adapters import ADAPTERS, LoRAConfig
 from scfm_core.models.encoders import TextEncoders
 from scfm_core.models.families import open_family
+from scfm_core.models.protocol import Conditioning
 from scfm_core.models.student import FullModel, LoRAModel
+from scfm_core.scfm.method import PlanConfig
+from scfm_core.scfm.plan import sample_plan
+from scfm_core.scfm.target import scfm_target
 
 
 @pytest.fixture
@@ -25,8 +31,9 @@ def perturb(model):
 
 
 def full_model(family, *, with_teacher=True):
-    teacher = family.load_network(torch.float32, "cpu") if with_teacher else None
-    return FullModel(family, family.load_network(torch.float32, "cpu"), torch.float32, teacher=teacher)
+    roles = (*ADAPTERS, "teacher") if with_teacher else ADAPTERS
+    networks = {role: family.load_network(torch.float32, "cpu") for role in roles}
+    return FullModel(family, networks, {}, torch.float32)
 
 
 @pytest.mark.parametrize("weights", ["lora", "full"])
@@ -61,6 +68,54 @@ def test_full_weights_enter_both_networks_whatever_the_draw(family, batch, stren
     near = model.near_velocity(x, sigma, cond, torch.full((4,), strength))
     assert sorted(calls) == ["ema_fast", "teacher"]
     torch.testing.assert_close(near, model.velocity("student", x, sigma, cond, torch.ones(4)))
+
+
+@torch.no_grad()
+def test_a_target_with_full_weights_reads_nothing_from_the_device(family, monkeypatch):
+    """A read from a GPU waits for its queue. Tensors on the meta device have nothing to read."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # there is none for the meta device
+    networks = {role: family.empty_network(torch.float32) for role in (*ADAPTERS, "teacher")}
+    model = FullModel(family, networks, {}, torch.float32)
+    for config in (
+        PlanConfig(self_grids=(16, 8)),
+        PlanConfig(self_grids=(16, 8), teacher_fraction=0.4, flow_fraction=0.3),
+    ):
+        plan = sample_plan(config, torch.arange(16), seed=0)
+        assert {0.0, 1.0} == set(plan.near_strength[plan.pair_rows].tolist())
+        cond = Conditioning(
+            text=torch.empty(16, 8, family.network_config["joint_attention_dim"], device="meta"),
+            pooled=torch.empty(16, family.network_config["pooled_projection_dim"], device="meta"),
+            guidance=plan.guidance.to("meta"),
+        )
+        x = torch.empty(16, 1, 8, 8, device="meta")
+        moved = plan.to("meta")
+        target = scfm_target(moved, x, cond, model.near_velocity, model.far_velocity, flow_velocity=x)
+        assert target.shape == x.shape
+        model.student_velocity(x, moved.sigma_start, cond, moved.student_strength)
+
+
+@pytest.mark.parametrize("weights", ["lora", "full"])
+@torch.no_grad()
+def test_a_pass_does_not_look_at_every_module(family, batch, weights, monkeypatch):
+    """With adapters in Flux.1-dev there are 5,815; diffusers' `dtype` looks at all of them, which takes 11 ms."""
+    if weights == "lora":
+        model = LoRAModel(family, family.load_network(torch.float32, "cpu"), LoRAConfig(rank=4, alpha=4.0))
+    else:
+        model = full_model(family)
+    looked_at, walk = 0, torch.nn.Module.named_modules
+
+    def counted(module, *arguments, **options):
+        nonlocal looked_at
+        for found in walk(module, *arguments, **options):
+            looked_at += 1
+            yield found
+
+    monkeypatch.setattr(torch.nn.Module, "named_modules", counted)
+    x, sigma, cond = batch
+    model.student_velocity(x, sigma, cond, torch.ones(4))
+    monkeypatch.undo()
+    # One level of the recursion after the other is counted.
+    assert looked_at < 25 < sum(1 for _ in model.networks["student"].modules())
 
 
 def test_full_weights_refuse_other_strengths(family, batch):

@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections import namedtuple
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from recipes.cli import main
 from recipes.health import Report, check_health, find_problems, time_all_reduce, wait_for_ranks
 from scfm_core.distributed.world import World
 from scfm_core.errors import UserError
+from scfm_core.progress import beat
 from scfm_core.train.history import read_history
 from scfm_core.train.parse import to_plain
 
@@ -157,6 +159,71 @@ def test_the_bad_node_is_named(recipe, tmp_path):
     assert "n0:" not in said
     assert silent == ""  # only rank 0 prints
     assert read_history(tmp_path / "run")[0]["how"] == "failed"  # on other nodes it may work
+
+
+SLOW = 4.0
+"""Seconds without any progress that end the health check of these tests."""
+
+
+def health_with_a_fault(recipe, how, said):
+    """In a rank, which acts as a node: `scfm health`, in which rank 1 does something; returns its exit code."""
+    rank = int(os.environ["RANK"])
+    os.environ |= {"SLURMD_NODENAME": f"n{rank}", "LOCAL_RANK": "0"}
+    all_reduce, corpus = dist.all_reduce, health.Corpus
+
+    def open_data(config):
+        for _ in range(5):
+            time.sleep(SLOW / 4)
+            beat("reading a manifest")
+        return corpus(config)
+
+    def raise_defect(config):
+        raise IndexError("a defect of ours")
+
+    if rank == 1 and how == "slow data":
+        health.Corpus = open_data
+    elif rank == 1 and how == "hung data":
+        health.Corpus = lambda config: time.sleep(600)
+    elif rank == 1 and how == "defect":
+        health.Corpus = raise_defect
+    elif how == "hung network":
+        health._NETWORK_TIMEOUT = SLOW
+        dist.all_reduce = all_reduce if rank == 0 else lambda tensor: time.sleep(600)
+    timeout = 600 if how == "hung network" else SLOW
+    # The watchdog ends the process at once: what it says must be in a file.
+    with Path(f"{said}.{rank}").open("w") as stream, contextlib.redirect_stderr(stream):
+        return main(["health", str(recipe), f"engine.timeout={timeout}"])
+
+
+@pytest.mark.timed
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("how", "codes", "message"),
+    [
+        ("slow data", [0, 0], None),
+        (
+            "hung data",
+            [70, 70],
+            f"rank 1 has been at the check of data for more than engine.timeout={SLOW:g} s: no progress: ",
+        ),
+        ("hung network", [70, 70], f"rank 1 has been at the all-reduce for more than {SLOW:g} s: no progress: "),
+        ("defect", [70, 1], None),
+    ],
+)
+def test_its_phases_are_those_of_training(how, codes, message, recipe, tmp_path):
+    """Local work may be slow as long as it progresses; what hangs ends, and is named by its rank."""
+    said = tmp_path / "said"
+    outcomes = run_distributed(health_with_a_fault, 2, recipe, how, str(said), expect_failure=True, timeout=60)
+    texts = [Path(f"{said}.{rank}").read_text() for rank in range(2)]
+    assert all(outcomes), f"a rank did not end: {texts}"
+    assert [each.exit_code if each.value is None else each.value for each in outcomes] == codes, texts
+    assert all("Traceback" not in text for text in texts)
+    if message is not None:
+        assert f"scfm: error: {message}" in texts[1]
+        assert "rank 1" in texts[0].partition("scfm: error: ")[2]
+    elif how == "defect":
+        assert "IndexError: a defect of ours" in outcomes[1].traceback
+        assert "rank 1: IndexError: a defect of ours" in texts[0]
 
 
 def test_missing_ranks_are_named(monkeypatch):

@@ -232,9 +232,12 @@ def test_a_plan_is_1d_and_its_floats_are_fp32():
         ), name
 
 
-def test_all_tensors_of_a_plan_move_to_a_device():
+def test_a_plan_moves_to_a_device_but_for_what_is_read_on_the_host():
     moved = draw(ALL_FEATURES).to("meta")
-    assert {values.device.type for values in tensors(moved).values()} == {"meta"}
+    places = {name: values.device.type for name, values in tensors(moved).items()}
+    on_host = {"student_strength", "near_strength", "far_strength"}
+    assert places == {name: "cpu" if name in on_host else "meta" for name in places}
+    assert (moved.pair_rows.device.type, moved.trajectory_rows.device.type) == ("cpu", "meta")
     assert moved.config is ALL_FEATURES
 
 

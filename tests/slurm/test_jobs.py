@@ -335,17 +335,47 @@ def lost_rank(bench: Bench, number: int, engine: str) -> None:
     same(run.adapter(), bench.uninterrupted(engine))
 
 
+@contextlib.contextmanager
+def site(name: str, text: str) -> Iterator[str]:
+    """The settings of a cluster, in the folder where slurm/lib.sh looks."""
+    path = ROOT / "slurm" / "clusters" / f"{name}.env"
+    try:
+        path.write_text(text)
+        yield name
+    finally:
+        path.unlink()
+
+
 @scenario
 def test_as_a_user_submits_it(bench):
-    """Two nodes with two processes each, the health check before; secrets of the environment and of a file stay there."""
-    run = bench.start(train__micro_batch_size=4)
+    """Two nodes with two processes each, the health check before; secrets of the environment and of a file stay there.
+
+    sbatch is called in an interactive job, whose variables say what CPUs are that job's, with eight tasks a node in mind. The
+    health check opens the data for longer than engine.timeout, and reports progress.
+    """
+    run = bench.start(train__micro_batch_size=4, engine__timeout=30.0)
+    slow = run.folder / "hold.slow"
+    slow.write_text("34")
+    interactive = {
+        "SRUN_CPUS_PER_TASK": "1",
+        "SLURM_CPU_BIND": "quiet,mask_cpu:0x2",
+        "SLURM_CPU_BIND_TYPE": "mask_cpu:",
+    }
     secrets = bench.folder / "secrets"
     secrets.write_text("WANDB_API_KEY=canary-4f7a-wandb\nAWS_SECRET_ACCESS_KEY=canary-4f7a-aws\n")
     secrets.chmod(0o600)
-    with run.held():
-        run.submit(SCFM_PROCESSES="2", SCFM_HEALTH="1", SCFM_SECRETS=str(secrets), HF_TOKEN="canary-4f7a-hf")
+    flags = "srun_flags=(--export='ALL,SITE=two words' --ntasks-per-node=3)"  # the second is ours to say
+    with run.held(), site(f"test-{os.getpid()}", flags) as name:
+        run.submit(
+            "--ntasks-per-node=8", "--cpus-per-task=8", SCFM_PROCESSES="2", SCFM_HEALTH="1", SCFM_SECRETS=str(secrets),
+            HF_TOKEN="canary-4f7a-hf", SCFM_CLUSTER=name, **interactive,
+        )  # fmt: skip
         run.until_held()
-        assert run.ranks()[3].environ()["AWS_SECRET_ACCESS_KEY"] == "canary-4f7a-aws"
+        assert not slow.exists()
+        environment = run.ranks()[3].environ()
+        assert environment["AWS_SECRET_ACCESS_KEY"] == "canary-4f7a-aws"
+        assert (environment["SLURM_CPUS_ON_NODE"], environment["SITE"]) == ("64", "two words")
+        assert "mask" not in environment.get("SLURM_CPU_BIND", "")
         shown = run.cluster.run("scontrol", "show", "job", run.number) + run.cluster.run("squeue", "-o", "%all")
         nodes = run.cluster.hosts(run.number)
     assert run.ended() == "COMPLETED", run.output
@@ -424,12 +454,21 @@ def test_zero3_goes_on_on_other_nodes(bench):
 
 @scenario
 def test_crash_that_repeats(bench):
-    """Before its first checkpoint, each time: no more than SCFM_RETRIES starts after the first."""
+    """Before its first checkpoint, each time: no more than SCFM_RETRIES starts after the first.
+
+    The same command, submitted once more meanwhile, ends at once and takes none of them.
+    """
     run = bench.start(checkpoint__every=1000)
     with run.held(2):
-        run.submit("--nodes=1", SCFM_RETRIES="1")
-        for _ in range(2):
+        first = run.submit("--nodes=1", SCFM_RETRIES="1")
+        for start in range(2):
             run.until_held()
+            if start == 0:
+                twice = run.submit("--nodes=1")
+                assert run.ended() == "FAILED"
+                assert (run.restarts(), run.cluster.job(twice)["ExitCode"]) == ("0", "75:0")
+                assert f"is running in {run.dir}: job {first}, process " in run.output
+                run.number = first
             for process in run.ranks().values():
                 process.kill()
         assert run.ended() == "FAILED"

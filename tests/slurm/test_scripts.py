@@ -1,6 +1,7 @@
 """slurm/*.sh without a Slurm: what they take for a recipe, a site, a secret; and that they run on one machine."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -134,6 +135,71 @@ class TestSettings:
         assert "Submit from scfm's folder, or set SCFM_ROOT to it" in result.stderr
         result = bash([str(copy)], "a.yaml", SLURM_SUBMIT_DIR=str(tmp_path), SCFM_ROOT=str(ROOT))
         assert "there is no configuration file 'a.yaml'" in result.stderr
+
+
+class TestStep:
+    """The arguments and the environment that srun gets; a program of that name writes them down."""
+
+    @pytest.fixture
+    def step(self, tmp_path, monkeypatch):
+        """Call it with the site's lines: `step` of slurm/lib.sh, as a job calls it; srun's arguments and environment."""
+        fake = tmp_path / "bin" / "srun"
+        fake.parent.mkdir()
+        fake.write_text(
+            f'#!/bin/bash\nprintf "%s\\0" "$@" > {tmp_path}/arguments; env -0 > {tmp_path}/environment; exit 7\n'
+        )
+        fake.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{fake.parent}:{os.environ['PATH']}")
+
+        def call(site="", **environment):
+            line = f'load_settings slurm; {site}\nstep slurm 29500 train "a b.yaml" "c=\'d\'"'
+            result = bash(line, SLURM_JOB_NUM_NODES="4", **environment)
+            assert result.returncode == 7, result.stderr  # srun's own
+            texts = ((tmp_path / name).read_text().rstrip("\0").split("\0") for name in ("arguments", "environment"))
+            arguments, variables = texts
+            return arguments, dict(variable.split("=", 1) for variable in variables)
+
+        return call
+
+    def test_is_one_task_a_node(self, step):
+        arguments, environment = step()
+        options, command = arguments[: arguments.index("bash")], arguments[arguments.index("bash") :]
+        assert {"--ntasks=4", "--ntasks-per-node=1", "--kill-on-bad-exit=1"} <= set(options)
+        assert command == ["bash", "slurm/node.sh", sys.executable, "--", "train", "a b.yaml", "c='d'"]
+        assert environment["MASTER_PORT"] == "29500"
+
+    @pytest.mark.parametrize(
+        "of_the_job",
+        [
+            {},  # without --cpus-per-task
+            {"SLURM_CPUS_PER_TASK": "8", "SLURM_NTASKS_PER_NODE": "8", "SLURM_TRES_PER_TASK": "cpu=8"},
+            {"SRUN_CPUS_PER_TASK": "1", "SLURM_MEM_PER_CPU": "100", "SLURM_MEM_PER_NODE": "0"},
+            {f"SLURM_CPU_BIND{end}": "mask_cpu:0x2" for end in ("", "_LIST", "_TYPE", "_VERBOSE")},
+        ],
+        ids=["nothing", "several tasks", "interactive job", "its binding"],
+    )
+    def test_gets_all_of_the_jobs_cpus_and_memory(self, step, of_the_job):
+        """Whatever the variables of this or another job say of one task."""
+        arguments, environment = step(**of_the_job)
+        limits = ("CPUS_PER_TASK", "TRES_PER_TASK", "MEM_PER_", "CPU_BIND")
+        assert not [name for name in environment if any(limit in name for limit in limits)]
+        assert "--cpu-bind=none" in arguments
+        assert not [word for word in arguments if word.startswith(("--cpus-per-task", "-c"))]
+
+    def test_takes_the_sites_flags_as_they_are(self, step):
+        """Between our defaults, which they replace, and what a job needs, which they cannot replace."""
+        flags = [
+            "--container-image=/c/scfm 1.sqsh", "--container-mounts=/scratch:/scratch,/data:/data:ro", "--mpi=pmix",
+            "--comment=$(touch x) `y` \"z\"", "--cpu-bind=cores", "--ntasks-per-node=8",
+        ]  # fmt: skip
+        site = f"srun_flags=({' '.join(map(shlex.quote, flags))})\nnode_python=(/opt/scfm/bin/python -u)"
+        arguments, _ = step(site)
+        first = arguments.index(flags[0])
+        assert arguments[first : first + len(flags)] == flags
+        assert arguments.index("--cpu-bind=none") < first
+        assert arguments.index("--ntasks-per-node=1") > first + len(flags) - 1
+        at = arguments.index("bash")
+        assert arguments[at + 2 : at + 6] == ["/opt/scfm/bin/python", "-u", "--", "train"]
 
 
 class TestOwnJob:

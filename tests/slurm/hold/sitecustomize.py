@@ -1,5 +1,7 @@
 """On the PYTHONPATH of a job: rank 0 of a training waits after the step that the file $SCFM_HOLD names.
 
+If there is a file $SCFM_HOLD.slow, opening the data takes as many seconds as it says, once: the health check comes first.
+
 The test interferes meanwhile. The rank continues when the file is gone, or when a signal comes that the training handles. So what
 happens at which step depends on no machine's speed.
 """
@@ -10,8 +12,12 @@ if os.environ.get("RANK") == "0" and "SCFM_HOLD" in os.environ:
     import select
     import signal
     import socket
+    import time
     from pathlib import Path
+    from typing import Any
 
+    from scfm_core.data.corpus import Corpus
+    from scfm_core.progress import beat
     from scfm_core.train.metrics import MetricsFile
 
     hold = Path(os.environ["SCFM_HOLD"])
@@ -29,3 +35,16 @@ if os.environ.get("RANK") == "0" and "SCFM_HOLD" in os.environ:
             pass
 
     MetricsFile.write = write_and_wait  # type: ignore[method-assign]
+
+    slow, open_data = hold.with_suffix(".slow"), Corpus.__init__
+
+    def open_slowly(self: Corpus, *arguments: Any, **options: Any) -> None:
+        if slow.exists():
+            seconds = int(slow.read_text())
+            slow.unlink()
+            for second in range(seconds):
+                time.sleep(1)
+                beat(f"second {second} of opening the data")
+        open_data(self, *arguments, **options)
+
+    Corpus.__init__ = open_slowly  # type: ignore[method-assign]

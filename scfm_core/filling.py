@@ -1,0 +1,33 @@
+"""Filling a network that was built on the meta device. No process ever holds more of it than its own part."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+Fill = Callable[[str, Tensor, int], None]
+"""`fill(name, part, start)` writes the elements from `start` on of the flattened tensor `name` into `part`: 1-D, on any device, any
+number of elements. Tensors come in the order of the network's modules."""
+
+
+def zeros(name: str, part: Tensor, start: int) -> None:
+    """A `Fill` for weights that something else sets later."""
+    part.zero_()
+
+
+def allocate(network: nn.Module, device: torch.device | str) -> None:
+    """Allocate what is on the meta device, without values, and move the other tensors to `device`."""
+    network._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device))
+
+
+def stored_tensors(network: nn.Module) -> dict[str, Tensor]:
+    """The tensors that weight files hold: parameters and persistent buffers, live, by name, in the order of the modules."""
+    return dict(network.state_dict(keep_vars=True))
+
+
+@torch.no_grad()
+def materialise(network: nn.Module, device: torch.device | str, fill: Fill) -> None:
+    """Allocate a whole network on `device`, and fill it."""
+    allocate(network, device)
+    for name, tensor in stored_tensors(network).items():
+        fill(name, tensor.detach().view(-1), 0)
