@@ -199,7 +199,7 @@ class Corpus:
         size = self.sizes[self.buckets[item]]
         if isinstance(source, ImageFolder):
             folder, seconds = source, self.config.cache.timeout
-            return retried(lambda: folder.load(at, size, self.config.background), folder.key(at), seconds)
+            return retried(lambda: folder.load(at, size, self.config.background), lambda: folder.key(at), seconds)
         shard = self._open(shard_number)
         try:
             if self.is_cached:

@@ -49,7 +49,7 @@ class OpenShards:
     def __init__(
         self, shards: Sequence[tuple[Source | ImageFolder, int]], timeout: float, cache_limit: int | None = None
     ) -> None:
-        self._shards, self._timeout, self._cache_limit = shards, timeout, cache_limit
+        self._shards, self.timeout, self._cache_limit = shards, timeout, cache_limit
         self._states = np.frombuffer(mmap.mmap(-1, 4 * max(1, len(shards))), np.int32)
         self._open: OrderedDict[int, Shard] = OrderedDict()
         self._tables: OrderedDict[int, TarTable] = OrderedDict()
@@ -60,16 +60,6 @@ class OpenShards:
     def shard(self, number: int, *, verify: bool) -> "StoredShard":
         """A shard that is opened when it is read, and opened again after an error that may pass; arguments as `get`."""
         return StoredShard(self, number, verify)
-
-    def use(self, number: int, call: Callable[[Shard], T], *, verify: bool) -> T:
-        """The result of `call(shard)`; errors that may pass are retried with the file opened again.
-
-        Raises:
-            BadData: as `get`, and from `call`.
-            UserError: as `get`, or if the errors did not pass within the timeout.
-        """
-        what = f"shard {self.address(number)}"
-        return retried(lambda: call(self.get(number, verify=verify)), what, self._timeout, lambda: self.close(number))
 
     def address(self, number: int) -> str:
         """Path or URI of a shard."""
@@ -106,9 +96,12 @@ class OpenShards:
         return shard
 
     def prefetch(self, number: int, *, verify: bool) -> None:
-        """Download and hash a shard before it is needed; safe in threads. Arguments and errors as `use`."""
-        what = f"shard {self.address(number)}"
-        retried(lambda: self._open_and_verify(number, verify, keeps_table=False).close(), what, self._timeout)
+        """Download and hash a shard before it is needed; safe in threads. Arguments and errors as `shard`."""
+        retried(
+            lambda: self._open_and_verify(number, verify, keeps_table=False).close(),
+            lambda: f"shard {self.address(number)}",
+            self.timeout,
+        )
 
     def close(self, number: int) -> None:
         """Close a shard, if it is open."""
@@ -165,7 +158,7 @@ class OpenShards:
 
     def _claim(self, number: int) -> bool:
         """Claim the verification of a shard, after waiting for other processes. False: it is verified already."""
-        own, end = os.getpid(), time.monotonic() + self._timeout
+        own, end = os.getpid(), time.monotonic() + self.timeout
         while (state := int(self._states[number])) not in (0, own, _VERIFIED) and time.monotonic() < end:
             if not _is_alive(state):
                 break
@@ -177,14 +170,28 @@ class OpenShards:
 
 
 class StoredShard:
-    """A shard of a store, by number: it has the methods of `source.Shard`, and is open only while the store keeps it so."""
+    """A shard of a store, by number: it has the methods of `source.Shard`, and is open only while the store keeps it so.
+
+    Errors that may pass are retried with the file opened again. If they do not pass within the store's timeout, they are a
+    UserError.
+    """
 
     def __init__(self, store: OpenShards, number: int, verify: bool) -> None:
         self._store, self._number, self._verify = store, number, verify
-        self.name = store.address(number)
+
+    @property
+    def name(self) -> str:
+        """Its path or address, for messages."""
+        return self._store.address(self._number)
 
     def _use(self, call: Callable[[Shard], T]) -> T:
-        return self._store.use(self._number, call, verify=self._verify)
+        store, number = self._store, self._number
+        return retried(
+            lambda: call(store.get(number, verify=self._verify)),
+            lambda: f"shard {self.name}",
+            store.timeout,
+            lambda: store.close(number),
+        )
 
     def __len__(self) -> int:
         return self._use(len)

@@ -29,12 +29,14 @@ def may_pass(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in _MAY_PASS
 
 
-def retried(call: Callable[[], T], what: str, seconds: float, reset: Callable[[], None] = lambda: None) -> T:
+def retried(
+    call: Callable[[], T], what: Callable[[], str], seconds: float, reset: Callable[[], None] = lambda: None
+) -> T:
     """The result of `call()`, called again after errors that may pass, with growing pauses.
 
     Args:
         call: reads something.
-        what: is read, for messages.
+        what: returns what is read, for messages.
         seconds: from now; after them the last error is final.
         reset: called before each further call, to drop what is open.
 
@@ -51,15 +53,16 @@ def retried(call: Callable[[], T], what: str, seconds: float, reset: Callable[[]
                 raise
             if not pause:
                 print(
-                    f"warning: data: {what}: {error.strerror}; it is read again, for up to {seconds:.0f} s", flush=True
+                    f"warning: data: {what()}: {error.strerror}; it is read again, for up to {seconds:.0f} s",
+                    flush=True,
                 )
             pause = min(2 * pause, _LONGEST_PAUSE) or _FIRST_PAUSE
             if time.monotonic() + pause > end:
                 raise UserError(
-                    f"data: {what} could not be read within {seconds:.0f} s; the last attempt failed with: {error}. Check its "
+                    f"data: {what()} could not be read within {seconds:.0f} s; the last attempt failed with: {error}. Check its "
                     f"disk or network. If it needs longer to recover, raise data.cache.timeout"
                 ) from error
-        beat(f"waiting to read {what} again")
+        beat(f"waiting to read {what()} again")
         time.sleep(pause * random.uniform(0.5, 1.0))  # jitter, so that not all processes read again at once
         reset()
 

