@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from scfm_core.errors import UserError
+from scfm_core.launched import launched_rank
 from scfm_core.progress import beat
+from scfm_core.wording import count
 
 MAX_HEADER = 100_000_000
 """Bytes; safetensors itself allows no longer header."""
@@ -113,7 +115,7 @@ class TensorFiles:
             self._places[name] = _Place(path, first + begin, dtype, shape)
 
     def check(self, expected: Mapping[str, Tensor]) -> None:
-        """Check that the files hold a network's tensors. Other tensors in the files are ignored.
+        """Check that the files hold a network's tensors. Other tensors in the files are not used, which rank 0 says.
 
         Args:
             expected: the network's tensors by name, also on the meta device.
@@ -132,6 +134,13 @@ class TensorFiles:
             raise UserError(
                 f"model.path: the weights in {self._folder} do not fit its config.json. {len(wrong)} of {len(expected)} tensors: "
                 f"{'; '.join(wrong[:3])}{'; ...' if len(wrong) > 3 else ''}. Download weights and config.json again"
+            )
+        unused = sorted(self._places.keys() - expected.keys())
+        if unused and launched_rank() == 0:
+            print(
+                f"model.path: {count(len(unused), 'tensor')} of the weights in {self._folder} are not used: "
+                f"{', '.join(unused[:3])}{', ...' if len(unused) > 3 else ''}",
+                flush=True,
             )
 
     def fill(self, name: str, part: Tensor, start: int) -> None:

@@ -194,10 +194,11 @@ def test_unusable_weights_are_found_before_any_is_read(folder, damage, monkeypat
         family.load_network(torch.float32, "cpu")
 
 
-def test_tensors_that_the_network_does_not_have_are_ignored(folder, tiny):
+def test_tensors_that_the_network_does_not_have_are_named(folder, tiny, capsys):
     change(folder, lambda tensors: tensors.update(extra=torch.zeros(3)))
     network = open_family(str(folder)).load_network(torch.float32, "cpu")
     assert_same(network, open_family(str(tiny / "flux")).load_network(torch.float32, "cpu").state_dict())
+    assert "1 tensor of the weights in" in (said := capsys.readouterr().out) and "not used: extra" in said
 
 
 @pytest.mark.parametrize(
