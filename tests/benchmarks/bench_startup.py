@@ -139,6 +139,7 @@ def start(checkout: Path, processes: int, *words: str) -> tuple[dict[str, float]
 
 def main(argv: list[str] | None = None) -> None:
     options = parser(__doc__, "startup", 1, 256)
+    options.set_defaults(repeats=1, batch=256)
     options.add_argument("--samples", type=int, default=10_000_000)
     options.add_argument("--shards", type=int, default=10_000)
     options.add_argument("--distinct", type=int, default=1000)
