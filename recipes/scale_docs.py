@@ -11,7 +11,7 @@ from scfm_core.train.cards import GIB
 from scfm_core.train.config import RunConfig
 from scfm_core.train.estimate import A100_PEAK, ASSUMED_UTILISATION, Estimate, estimate
 from scfm_core.train.parse import load_config
-from scfm_core.train.scale import Cluster, plan_saves, plan_step
+from scfm_core.train.scale import Cluster, plan_saves, plan_start, plan_step
 from scfm_core.wording import duration
 
 PAGE = Path(__file__).parents[1] / "docs" / "scale.md"
@@ -62,6 +62,7 @@ def page(text: str) -> str:
         "full": lambda: _steps(full, (8, -1), (1, 4)),
         "lora": lambda: _steps(lora, (1,), (1, 4)),
         "saves": lambda: _saves(full, lora),
+        "start": _starts,
     }
     return _TABLE.sub(lambda found: found[1] + "".join(f"{line}\n" for line in tables[found[2]]()) + found[3], text)
 
@@ -165,6 +166,29 @@ def _saves(full: Recipe, lora: Recipe) -> Iterator[str]:
                 name, f"{world}", f"{plan.size / 1e9:.1f} GB", f"{plan.cost:.1f} s",
                 f"one in {plan.mtbf / 3600:.0f} hours", duration(plan.interval), f"{round(steps, -1):,.0f}",
                 f"{plan.lost(plan.interval):.1%}",
+            )  # fmt: skip
+
+
+def _starts() -> Iterator[str]:
+    yield _head(
+        "samples",
+        "ranks",
+        "first start, CPU time of one process a node",
+        "later starts, of each process",
+        "before, of each process",
+        "memory of a node",
+        "before",
+        "manifests read",
+        "hashed, in data sets",
+        "before",
+    )
+    for samples in (1_000_000, 10_000_000, 100_000_000):
+        for ranks in (8, 64, 512):
+            plan = plan_start(ranks, samples, _CLUSTER)
+            yield _row(
+                f"{samples:,}", f"{ranks}", f"{plan.first:.1f} s", f"{plan.later:.2f} s", f"{plan.before:.1f} s",
+                f"{plan.memory / 1e9:.2f} GB", f"{plan.memory_before / 1e9:.1f} GB", f"{plan.manifests / 1e9:.2f} GB",
+                f"{plan.nodes}", f"{ranks}",
             )  # fmt: skip
 
 

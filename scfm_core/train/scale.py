@@ -249,3 +249,51 @@ def plan_saves(result: Estimate, cluster: Cluster | None = None) -> SavePlan:
     size = checkpoint_bytes(result.trained_parameters)
     mtbf = cluster.node_hours * 3600 / cluster.nodes(result.world)
     return SavePlan(size, size / cluster.storage, mtbf, cluster.restart)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartPlan:
+    """The start over a large data set, in proportion to the samples.
+
+    It is extrapolated from 10 million samples in 10,000 shards, in runs of one, by 8 processes of a machine (before: by one
+    process): tests/benchmarks/RESULTS.md, 2026-11-28.
+    """
+
+    ranks: int
+    nodes: int
+    samples: int
+
+    @property
+    def first(self) -> float:
+        """CPU seconds of one process of a node at the first start: manifest, buckets, order. The others wait for it."""
+        return self.samples * 697e-9
+
+    @property
+    def later(self) -> float:
+        """CPU seconds of each process where the files of the machine exist already."""
+        return self.samples * 36e-9
+
+    @property
+    def before(self) -> float:
+        """CPU seconds of each process at every start when each did everything by itself."""
+        return self.samples * 1381e-9
+
+    @property
+    def memory(self) -> float:
+        """Bytes of a node after a later start."""
+        return self.samples * 10.6
+
+    @property
+    def memory_before(self) -> float:
+        """Bytes of a node when each process had its own."""
+        return self.samples * 192.7 * self.ranks / self.nodes
+
+    @property
+    def manifests(self) -> float:
+        """Bytes of the manifest that all nodes together read from the storage, each node once."""
+        return self.nodes * self.samples * 16.4
+
+
+def plan_start(ranks: int, samples: int, cluster: Cluster | None = None) -> StartPlan:
+    """The start of a run of `ranks` processes over `samples` samples."""
+    return StartPlan(ranks=ranks, nodes=(cluster or Cluster()).nodes(ranks), samples=samples)

@@ -6,7 +6,7 @@ import pytest
 
 from recipes import scale_docs
 from scfm_core.train.parse import load_config
-from scfm_core.train.scale import Cluster, Exchange, Phase, SavePlan, StepPlan, plan_step
+from scfm_core.train.scale import Cluster, Exchange, Phase, SavePlan, StepPlan, plan_start, plan_step
 
 CLUSTER = Cluster(
     gpus=8, nvlink=200e9, network=25e9, call_latency=0.0, nvlink_latency=0.0, network_latency=0.0, node_hours=1000.0
@@ -96,3 +96,10 @@ def test_what_the_plan_does_not_know(override):
     config = load_config("flux_dev_lora.yaml", ["engine.shard=-1", override])
     with pytest.raises(ValueError, match="the plan knows only"):
         plan_step(config, None, 58)  # type: ignore[arg-type]
+
+
+def test_a_start_grows_with_the_samples_and_hashes_once_a_node():
+    small, large = plan_start(8, 10**6, CLUSTER), plan_start(512, 10**7, CLUSTER)
+    assert large.nodes == 64 and large.manifests == pytest.approx(640 * small.manifests)
+    assert large.first == pytest.approx(10 * small.first) and large.memory == pytest.approx(10 * small.memory)
+    assert small.later < small.first < small.before and small.memory < small.memory_before
