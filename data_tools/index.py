@@ -17,12 +17,13 @@ from typing import Any, Literal
 
 from scfm_core.data.decode import image_content
 from scfm_core.data.image import image_size
+from scfm_core.data.manifest import read_optional
 from scfm_core.data.mds import INDEX, MdsIndex, MdsShard
 from scfm_core.data.members import pack_table, write_members
 from scfm_core.data.recipe import SourceConfig
 from scfm_core.data.remote import fetch, names_below
 from scfm_core.data.schema import MANIFEST, BadData, Manifest, ShardEntry, Size, refuse_outside, runs_of
-from scfm_core.data.source import Shard, read_optional
+from scfm_core.data.source import Shard
 from scfm_core.data.uri import expand, is_remote, join, parent
 from scfm_core.data.webdataset import TarShard
 from scfm_core.errors import UserError

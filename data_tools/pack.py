@@ -154,7 +154,7 @@ def _samples(corpus: Corpus) -> Iterator[Sample]:
 def _sizes(source: Source | ImageFolder) -> Iterable[Size | None]:
     """The size of every sample of a source; None if the manifest does not have it."""
     if isinstance(source, ImageFolder):
-        return source.sizes()
+        return ((height, width) for height, width in source.sizes().tolist())
     return chain.from_iterable(
         chain.from_iterable(repeat((height, width), samples) for height, width, samples in entry.sizes)
         if entry.sizes

@@ -196,7 +196,7 @@ def _check_piece(corpus: Corpus, piece: _Piece, decode: bool) -> _Finding:
     assert piece.shard is not None
     where = source.address(piece.shard)
     try:
-        shard = source.open(piece.shard, check=True)
+        shard = source.open(piece.shard, check=True, again=True)
     except Exception as error:  # any: the index may be of another tool
         finding.problems.append((piece.first, Problem(name, where, None, _reason(error, where, None))))
         return finding

@@ -26,6 +26,8 @@ from scfm_core.secrets import scrub
 from scfm_core.train.assemble import build_family
 from scfm_core.train.config import RunConfig
 from scfm_core.train.device import resolve_device
+from scfm_core.train.disk import disk_bytes, present_bytes
+from scfm_core.train.estimate import estimate
 from scfm_core.train.history import write_event
 from scfm_core.train.parse import load_config
 
@@ -36,7 +38,7 @@ are hard to compare."""
 _MIN_FREE_MEMORY = 0.9
 """Smallest free fraction of a GPU's memory; with less, another process uses the GPU."""
 _MIN_FREE_DISK = 5e9
-"""Smallest free space in bytes where a run writes."""
+"""Smallest free space in bytes of folders for temporary files and copies, whose size is not known before the run."""
 _NETWORK_TIMEOUT = 120.0
 """Seconds for the all-reduce, which includes the first connections of NCCL. Everything else has `engine.timeout`, as in training."""
 _ALL = "all nodes"
@@ -146,12 +148,12 @@ def _inspect(config: RunConfig, node: str, device: torch.device) -> Report:
         local = local_size()
         if device.type == "cuda" and report.gpus < local:
             report.problems.append(f"{report.gpus} GPUs are visible, {local} processes were started")
-        for what, folder in (
-            ("run.dir", config.run.dir),
-            ("TMPDIR", tempfile.gettempdir()),
-            ("data.cache.dir", cache_folder(config.data.cache.dir)),
+        for what, folder, needed in (
+            ("run.dir", config.run.dir, _needed_for_run(config)),
+            ("TMPDIR", tempfile.gettempdir(), _MIN_FREE_DISK),
+            ("data.cache.dir", cache_folder(config.data.cache.dir), _MIN_FREE_DISK),
         ):
-            report.problems += _problem_of_folder(what, Path(folder).expanduser())
+            report.problems += _problem_of_folder(what, Path(folder).expanduser(), needed)
         for what, check in (
             ("model.path", lambda: build_family(config, offline=True)),
             ("data", lambda: Corpus(config.data)),
@@ -171,11 +173,24 @@ def _version(package: str) -> str:
         return "none"
 
 
-def _problem_of_folder(what: str, folder: Path) -> list[str]:
+def _needed_for_run(config: RunConfig) -> float:
+    """Bytes that the run will write into `run.dir`, less the checkpoints that are there and that it will replace."""
+    try:
+        result = estimate(config, build_family(config, offline=True), launched_size())
+    except (UserError, OSError):  # reported as a problem of the model
+        return _MIN_FREE_DISK
+    checkpoint = sum(result.checkpoint.values())
+    return max(disk_bytes(config, checkpoint) - present_bytes(Path(config.run.dir)), checkpoint)
+
+
+def _problem_of_folder(what: str, folder: Path, needed: float) -> list[str]:
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
-    if free < _MIN_FREE_DISK:
-        return [f"{what}: {folder} has {free / 1e9:.1f} GB free, less than {_MIN_FREE_DISK / 1e9:g}"]
+    if free < needed:
+        return [
+            f"{what}: {folder} has {free / 1e9:.1f} GB free, less than the {needed / 1e9:.1f} GB that a run needs there. Make room, or "
+            f"set another {what}; `scfm train --dry-run` lists what a run writes"
+        ]
     if not os.access(existing, os.W_OK):
         return [f"{what}: {existing} cannot be written"]
     return []

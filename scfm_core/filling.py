@@ -15,9 +15,16 @@ def zeros(name: str, part: Tensor, start: int) -> None:
     part.zero_()
 
 
-def allocate(network: nn.Module, device: torch.device | str) -> None:
-    """Allocate what is on the meta device, without values, and move the other tensors to `device`."""
-    network._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device))
+def allocate(network: nn.Module, device: torch.device | str, *, others_on: torch.device | str | None = None) -> None:
+    """Allocate on `device` what is on the meta device, without values; move the other tensors, the buffers, to `others_on`.
+
+    Args:
+        network: changed in place.
+        device: of the weights.
+        others_on: where the network computes, if its weights are kept elsewhere; None: `device`.
+    """
+    place = device if others_on is None else others_on
+    network._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(place))
 
 
 def stored_tensors(network: nn.Module) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 SCRIPTS = sorted((Path(__file__).parent / "benchmarks").glob("bench_*.py"))
-LOADER = next(path for path in SCRIPTS if path.stem == "bench_loader")
+LOADER, STARTUP = (next(path for path in SCRIPTS if path.stem == name) for name in ("bench_loader", "bench_startup"))
 WITHOUT_TENSORS = {"bench_ranks"}
 REFERENCE = {
     "bench_fsdp": "reference",
@@ -85,7 +85,9 @@ class Inputs(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("path", [path for path in SCRIPTS if path != LOADER], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [path for path in SCRIPTS if path not in (LOADER, STARTUP)], ids=lambda path: path.stem
+)
 def test_figures_ratios_and_inputs(path, tmp_path, capsys, monkeypatch):
     """With times that the test sets: one second for the first arm that is measured, two for the next, and so on."""
     module, numbers, measured = load(path), itertools.count(1), []
@@ -167,3 +169,16 @@ def test_loaders_deliver_the_same_tensors(tmp_path, capsys, monkeypatch):
     for number in range(0, len(epochs), arms):
         first, *others = (sorted(epoch, key=str) for epoch in epochs[number : number + arms])
         assert len(first) >= 48 // 2 and all(other == first for other in others)
+
+
+@pytest.mark.processes
+def test_start_of_several_ranks(tmp_path, capsys):
+    words = ("--samples", "600", "--shards", "5", "--distinct", "50", "--run", "3", "--processes", "2")
+    rows = rows_of(load(STARTUP), tmp_path / "out.json", *words)
+    assert "600 samples in 5 shards, 50 sizes in runs of 3" in capsys.readouterr().out
+    assert [(row["arm"], row["processes"]) for row in rows] == [("ours: first start", 2), ("ours: next start", 2)]
+    for row in rows:
+        for key in ("corpus_s", "order_s", "seconds", "read_mb"):
+            assert math.isfinite(row[key]) and row[key] > 0, (key, row)
+        assert row["seconds"] == pytest.approx(row["corpus_s"] + row["order_s"], rel=0.5)
+        assert row["x_reference"] == pytest.approx(rows[0]["seconds"] / row["seconds"], rel=1e-12)

@@ -153,7 +153,8 @@ class ShardCache:
     def _mark_used(self, copy: Path) -> bool:
         """Mark a copy as the most recently used one; False if it does not exist."""
         with contextlib.suppress(OSError):  # the cache may be read-only
-            os.utime(copy)
+            # Only the time of access: that of the content shows whether the copy has changed since it was hashed.
+            os.utime(copy, ns=(time.time_ns(), copy.stat().st_mtime_ns))
         return copy.exists()
 
     @contextlib.contextmanager
@@ -222,7 +223,7 @@ class ShardCache:
                     continue
                 with contextlib.suppress(FileNotFoundError):
                     status = path.stat()
-                    copies.append((status.st_mtime_ns, status.st_size, path))
+                    copies.append((status.st_atime_ns, status.st_size, path))
                     total += status.st_size
             for _, size_of_copy, path in sorted(copies):
                 if total <= self.limit:

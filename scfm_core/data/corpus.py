@@ -10,15 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from scfm_core.data.buckets import BUCKETS_VERSION, buckets_of, nearest_sizes
 from scfm_core.data.cache import ShardCache, cache_folder, warn_of_network
 from scfm_core.data.decode import DECODING_ERRORS, cached_record, image_content, image_record, pad_text, read_caption
 from scfm_core.data.folder import ImageFolder
 from scfm_core.data.image import picture_notes
+from scfm_core.data.machine import Arrays, MachineFiles
 from scfm_core.data.open_shards import OpenShards
-from scfm_core.data.order import Order, SourceOrder
+from scfm_core.data.order import LARGE, Order, SourceOrder
 from scfm_core.data.reading import retried
 from scfm_core.data.recipe import DataConfig, SourceConfig
-from scfm_core.data.schema import BadData, Manifest, Record, Size
+from scfm_core.data.schema import BadData, Record, Size
 from scfm_core.data.source import Shard, Source, open_source
 from scfm_core.data.uri import is_remote
 from scfm_core.errors import UserError
@@ -40,12 +42,13 @@ class Corpus:
         self.config, self.sizes, self.with_paths = config, config.sizes(), with_paths
         self.configs = config.mixture()
         cache = self._make_cache()
+        self._files = MachineFiles(cache_folder(config.cache.dir), config.cache.timeout)
         self.sources: list[Source | ImageFolder] = []
         for source in self.configs:
             if source.format == "folder":
                 self.sources.append(ImageFolder(_local_folder(source), strict=config.max_bad_fraction == 0))
             else:
-                self.sources.append(open_source(source, cache, config.cache.timeout))
+                self.sources.append(open_source(source, cache, config.cache.timeout, self._files))
         if config.max_bad_fraction == 0:
             for opened in self.sources:
                 if isinstance(opened, Source):
@@ -65,7 +68,7 @@ class Corpus:
                 "paths of their captions with `scfm data generate --trajectories`, or set method.trajectory_steps=24, which "
                 "takes them within the training"
             )
-        self.buckets = np.concatenate([self._buckets_of(number) for number in range(len(self.sources))])
+        self.buckets = self._open_buckets()
         """The size of every sample as a number into `sizes`, int16 [samples]."""
         self.fingerprint = self._fingerprint()
         self._open_shards = OpenShards(
@@ -113,6 +116,7 @@ class Corpus:
             shuffle=config.shuffle,
             block=config.shuffle_block,
             partitions=config.partitions,
+            files=self._files,
         )
 
     @property
@@ -232,7 +236,7 @@ class Corpus:
             if isinstance(source, ImageFolder):
                 digest.update(source.marks[at])
             else:
-                entry = source.manifest.shards[self._shard_place[shard]]
+                entry = source.shards.file(self._shard_place[shard])
                 digest.update(f"{entry.name}:{entry.bytes}:{entry.sha256}:{at}\n".encode())
         return digest.hexdigest()
 
@@ -284,34 +288,43 @@ class Corpus:
             )
         return kinds.pop()
 
-    def _buckets_of(self, number: int) -> NDArray[np.int16]:
-        """The size of every sample of a source, as a number into `sizes`."""
-        source, config = self.sources[number], self.configs[number]
+    def _open_buckets(self) -> NDArray[np.int16]:
+        """The size of every sample, as a number into `sizes`; of a large corpus in a file that the machine shares."""
+        for config, source in zip(self.configs, self.sources, strict=True):
+            if isinstance(source, Source):
+                self._check_sizes(source, config)
+
+        def make() -> NDArray[np.int16]:
+            parts = [self._buckets_of(source) for source in self.sources]
+            return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+        if len(self.sizes) == 1 or self._length < LARGE:
+            return make()
+        keys = [source.fingerprint if isinstance(source, ImageFolder) else source.shards.key for source in self.sources]
+        key = hashlib.sha256(repr((BUCKETS_VERSION, self.sizes, keys)).encode()).hexdigest()[:32]
+        self._bucket_file = self._files.get("buckets", key, lambda _: Arrays({"buckets": make()}))
+        return self._bucket_file["buckets"]
+
+    def _buckets_of(self, source: Source | ImageFolder) -> NDArray[np.int16]:
+        if len(self.sizes) == 1:
+            return np.zeros(sum(_shard_counts(source)), np.int16)
         if isinstance(source, ImageFolder):
-            if len(self.sizes) == 1:
-                return np.zeros(len(source), np.int16)
-            strict = self.config.max_bad_fraction == 0
-            return np.array([nearest_size(size, self.sizes) for size in source.sizes(strict=strict)], np.int16)
+            return nearest_sizes(source.sizes(strict=self.config.max_bad_fraction == 0), self.sizes)
+        return buckets_of(source.shards, self.sizes)
+
+    def _check_sizes(self, source: Source, config: SourceConfig) -> None:
         if not self.is_cached and len(self.sizes) == 1:
-            return np.zeros(source.manifest.samples, np.int16)
-        if any(entry.samples and not entry.sizes for entry in source.manifest.shards):
+            return
+        if not source.shards.has_sizes:
             raise UserError(
                 f"data.sources ({config.name}): its manifest does not have the sizes of the images, which data.buckets needs. "
                 f"Run `scfm data index {config.uri!r}`"
             )
-        if self.is_cached:
-            self._check_sizes(source.manifest, config)
-        places = {size: nearest_size(size, self.sizes) for size in source.manifest.sizes}
-        runs = [(places[height, width], count) for e in source.manifest.shards for height, width, count in e.sizes]
-        return np.repeat(np.array([run[0] for run in runs], np.int16), [run[1] for run in runs])
-
-    def _check_sizes(self, manifest: Manifest, config: SourceConfig) -> None:
-        others = sorted(manifest.sizes - set(self.sizes))
-        if others:
+        if self.is_cached and (sizes := source.manifest.sizes) - set(self.sizes):
             raise UserError(
                 f"data.sources ({config.name}): the cache {config.uri} was encoded with data.resolution "
-                f"{' and '.join(map(str, sorted(manifest.sizes)[:4]))}, this run asks for "
-                f"{' and '.join(map(str, self.sizes[:4]))}. Set {_setting_of(manifest.sizes)}, or encode again"
+                f"{' and '.join(map(str, sorted(sizes)[:4]))}, this run asks for "
+                f"{' and '.join(map(str, self.sizes[:4]))}. Set {_setting_of(sizes)}, or encode again"
             )
 
     def _draws(self) -> list[int]:
@@ -336,27 +349,9 @@ class Corpus:
             if isinstance(source, ImageFolder):
                 content = source.fingerprint
             else:
-                content = json.dumps([[e.sha256, e.samples, e.bytes] for e in source.manifest.shards])
+                content = json.dumps([[e.sha256, e.samples, e.bytes] for e in source.shards.files()])
             digest.update(f"{config.name}:{content}\n".encode())
         return digest.hexdigest()
-
-
-def nearest_size(size: Size, sizes: tuple[Size, ...]) -> int:
-    """The size with the nearest aspect ratio (by its logarithm); of equally near ones, that with the nearest area.
-
-    Returns:
-        its place in `sizes`.
-    """
-    if size in sizes:
-        return sizes.index(size)
-    ratio, area = np.log(size[0] / size[1]), np.log(size[0] * size[1])
-    return min(
-        range(len(sizes)),
-        key=lambda i: (
-            round(abs(float(np.log(sizes[i][0] / sizes[i][1]) - ratio)), 6),
-            abs(float(np.log(sizes[i][0] * sizes[i][1]) - area)),
-        ),
-    )
 
 
 def _setting_of(sizes: Collection[Size]) -> str:
@@ -370,7 +365,8 @@ def _shard_counts(source: Source | ImageFolder) -> list[int]:
     """Number of samples in each shard."""
     if isinstance(source, ImageFolder):
         return [len(source)]
-    return [entry.samples for entry in source.manifest.shards]
+    counts: list[int] = source.shards.samples.tolist()
+    return counts
 
 
 def _local_folder(config: SourceConfig) -> Path:

@@ -1,17 +1,23 @@
 """A folder of images with captions: caption files of the same names, `metadata.jsonl` or `metadata.csv`."""
 
 import hashlib
-import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from scfm_core.data.captions import NoCaption, read_captions
 from scfm_core.data.image import IMAGE_SUFFIXES, image_size, load_picture, picture_notes
 from scfm_core.data.scan import scan
 from scfm_core.data.schema import BadData, Record, Size
 from scfm_core.errors import UserError
+from scfm_core.progress import beat
+
+T = TypeVar("T")
 
 _BLOCK = 4096
 _UNCOMPRESSED = (".bmp", ".tif", ".tiff")
@@ -70,10 +76,8 @@ class ImageFolder:
         last block suffice. In an uncompressed one an edit changes only its own pixels, so more blocks are read. The
         time of the last change would be cheaper, but a copy has another one, and a copy must not be encoded again.
         """
-        parts = [self.paths[at : at + 256] for at in range(0, len(self.paths), 256)]
-        with ThreadPoolExecutor(_THREADS) as pool:
-            contents = pool.map(lambda part: [_content_mark(path) for path in part], parts)
-        rows = zip(self.paths, itertools.chain.from_iterable(contents), self._captions, strict=True)
+        contents = self._read_in_threads(lambda paths: [_content_mark(path) for path in paths])
+        rows = zip(self.paths, contents, self._captions, strict=True)
         return [
             os.fsencode(path.relative_to(self.folder).as_posix()) + b":" + content + f":{caption}\n".encode()
             for path, content, caption in rows
@@ -97,8 +101,8 @@ class ImageFolder:
             raise BadData(str(caption))  # a new one: a raised error keeps its traceback
         return caption
 
-    def sizes(self, *, strict: bool = True) -> list[Size]:
-        """Height and width of every image in pixels, from its header.
+    def sizes(self, *, strict: bool = True) -> NDArray[np.int64]:
+        """Height and width of every image in pixels, from its header: [images, 2].
 
         Args:
             strict: raise for an invalid image. False: it counts as a square; loading it raises BadData later.
@@ -106,15 +110,32 @@ class ImageFolder:
         Raises:
             BadData: if `strict`, and an image is invalid; the message names it.
         """
-        sizes = []
-        for path in self.paths:
-            try:
-                sizes.append(image_size(path, str(path)))
-            except BadData:
-                if strict:
-                    raise
-                sizes.append((1, 1))
-        return sizes
+
+        def read(paths: list[Path]) -> list[Size]:
+            found = []
+            for path in paths:
+                try:
+                    found.append(image_size(path, str(path)))
+                except BadData:
+                    if strict:
+                        raise
+                    found.append((1, 1))
+            return found
+
+        return np.array(self._read_in_threads(read), np.int64).reshape(-1, 2)
+
+    def _read_in_threads(self, read: Callable[[list[Path]], list[T]]) -> list[T]:
+        """What `read` gives for the images, of which it gets some at a time."""
+        parts = [self.paths[at : at + 256] for at in range(0, len(self.paths), 256)]
+        found: list[T] = []
+        pool = ThreadPoolExecutor(_THREADS)
+        try:
+            for part in pool.map(read, parts):
+                found += part
+                beat(f"reading the images of {self.folder}")
+        finally:
+            pool.shutdown(cancel_futures=True)
+        return found
 
     def picture_notes(self, index: int, size: Size) -> Sequence[str]:
         """`Picture.notes` of image `index` for `size`; BadData if it is not an image."""

@@ -128,7 +128,8 @@ class DataConfig:
     """Processes that decode batches ahead of the training; one more process downloads shards ahead. 0: the training
     process does both itself."""
     verify: bool = True
-    """Hash every shard when it is first opened, and compare with the manifest (about 1 GB/s)."""
+    """Hash every shard before its first use on a machine, and again if the file has changed, and compare with the manifest (about
+    1 GB/s). Data sets below 1 GB are hashed at every start. false: only the sizes are compared."""
     background: str = "white"
     """Of images: the colour behind transparent ones, `white`, `black` or six hexadecimal digits such as '#808080' (in YAML with
     quotes)."""

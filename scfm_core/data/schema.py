@@ -10,14 +10,18 @@ hashes of the shards, for both formats.
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from scfm_core.data.index import ShardEntry as ShardEntry
+from scfm_core.data.index import ShardIndex
 from scfm_core.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -194,34 +198,6 @@ def collate(sample_ids: Sequence[int], records: Sequence[Record]) -> Batch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShardEntry:
-    """One shard in a manifest."""
-
-    name: str
-    """Path relative to the data set's folder."""
-    samples: int
-    bytes: int
-    sha256: str | None
-    """In hex. None: the index of another tool does not have it, and only the size is compared."""
-    sizes: tuple[tuple[int, int, int], ...] = ()
-    """Runs of (height, width, samples), in pixels, in the order of the samples; empty if they are unknown."""
-
-    def checked(self) -> "ShardEntry":
-        """The entry itself; raises ValueError or TypeError if a value is invalid."""
-        for value, kind in ((self.name, str), (self.samples, int), (self.bytes, int)):
-            if type(value) is not kind:
-                raise TypeError(f"{value!r} of shard {self.name!r} is not of type {kind.__name__}")
-        if self.sha256 is not None and (type(self.sha256) is not str or len(self.sha256) != 64):
-            raise ValueError(f"the sha256 of shard {self.name} is {self.sha256!r}")
-        if not 0 <= self.samples <= self.bytes:  # a sample has at least one byte
-            raise ValueError(f"shard {self.name} has {self.samples} samples in {self.bytes} bytes")
-        runs = [type(number) is int and number > 0 for run in self.sizes for number in run]
-        if self.sizes and (not all(runs) or sum(count for _, _, count in self.sizes) != self.samples):
-            raise ValueError(f"the sizes of shard {self.name} do not add up to {self.samples} samples")
-        return self
-
-
-@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """`manifest.json` of a data set."""
 
@@ -240,22 +216,32 @@ class Manifest:
     settings: dict[str, Any] = field(default_factory=dict)
     """Of a cache: the values of `data.resolution`, `data.buckets`, `data.bucket_step` and `model.text_length` with which it was made.
     A run on it has the same, if its recipe does not set them."""
-    shards: tuple[ShardEntry, ...] = ()
+    shards: Sequence[ShardEntry] = ()
+
+    @property
+    def index(self) -> ShardIndex:
+        """The shards as arrays. Those of a parsed manifest are arrays already."""
+        return ShardIndex.of(self.shards)
 
     @property
     def samples(self) -> int:
         """Number of samples in all shards."""
-        return sum(shard.samples for shard in self.shards)
+        return int(self.index.samples.sum())
 
     @property
     def sizes(self) -> set[Size]:
         """Every height and width that occurs."""
-        return {(height, width) for shard in self.shards for height, width, _ in shard.sizes}
+        return self.index.sizes
+
+    @property
+    def head(self) -> dict[str, Any]:
+        """All fields but the shards."""
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "shards"}
 
     def dumps(self) -> str:
         """As JSON text, one line for each shard."""
-        data = {"manifest": MANIFEST_FORMAT, "version": MANIFEST_VERSION, **asdict(self), "samples": self.samples}
-        shards = ",\n    ".join(json.dumps(shard) for shard in data.pop("shards"))
+        data = {"manifest": MANIFEST_FORMAT, "version": MANIFEST_VERSION, **self.head, "samples": self.samples}
+        shards = ",\n    ".join(json.dumps(asdict(shard)) for shard in self.shards)
         return json.dumps(data, indent=2)[:-2] + f',\n  "shards": [\n    {shards}\n  ]\n}}\n'
 
     def write(self, path: Path) -> None:
@@ -265,25 +251,26 @@ class Manifest:
         aside.replace(path)
 
     @classmethod
-    def parse(cls, text: bytes | str, where: str) -> "Manifest":
+    def parse(cls, text: bytes | str, where: str, step: Callable[[], None] = lambda: None) -> "Manifest":
         """Parse and check the text of a manifest.
 
         Args:
             text: JSON.
             where: path or address of the manifest, for messages.
+            step: called for each shard; a hundred million sizes take minutes.
 
         Raises:
             UserError: if it is damaged, has another version, or names shards outside its folder.
         """
         try:
-            data: dict[str, Any] = json.loads(text)
+            data, described = _decode(text if isinstance(text, str) else text.decode())
             if data.pop("manifest", None) != MANIFEST_FORMAT or data.pop("version", None) != MANIFEST_VERSION:
                 raise UserError(
                     f"data: {where} has another format or version than this release reads. Encode again, or index "
                     f"the shards again with `scfm data index`"
                 )
             samples = data.pop("samples")
-            shards = tuple(_entry(shard) for shard in data.pop("shards"))
+            shards = ShardIndex.collect(_entry(shard, where, step) for shard in described)
             manifest = cls(shards=shards, **data)
             if manifest.format not in ("webdataset", "mds") or type(manifest.text_length) not in (int, type(None)):
                 raise ValueError(f"format {manifest.format!r}, text_length {manifest.text_length!r}")
@@ -296,7 +283,13 @@ class Manifest:
                 raise TypeError(f"settings must be an object, got {manifest.settings!r}")
         except UserError:
             raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:  # not JSON, not UTF-8, or other keys
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            OverflowError,
+        ) as error:  # not JSON, not UTF-8, or other keys
             raise UserError(
                 f"data: {where} is damaged ({error!r}). Make it again: `scfm data encode` or `scfm data index`"
             ) from error
@@ -304,14 +297,49 @@ class Manifest:
             raise UserError(f"data: {where} is damaged: its shards do not add up to {samples} samples. Make it again")
         if samples == 0:
             raise UserError(f"data: {where} lists no samples")
-        for shard in shards:
-            refuse_outside(shard.name, where)
         return manifest
 
 
-def _entry(data: dict[str, Any]) -> ShardEntry:
-    sizes = tuple((height, width, count) for height, width, count in data.pop("sizes"))
-    return ShardEntry(sizes=sizes, **data).checked()
+_SHARDS = '"shards": ['
+
+
+def _decode(text: str) -> tuple[dict[str, Any], Iterable[dict[str, Any]]]:
+    """A manifest's object without its shards, and the shards.
+
+    Those of `Manifest.dumps` are decoded one by one. If another program has written the text, all are decoded at once.
+    """
+    begin = text.find(_SHARDS)
+    if text.endswith("}\n  ]\n}\n") and text[:begin].endswith(",\n  "):
+        try:
+            return json.loads(text[:begin].rstrip(" \n,") + "}"), _objects(text, begin + len(_SHARDS))
+        except ValueError:
+            pass  # the key of another object
+    data = json.loads(text)
+    return data, data.pop("shards")
+
+
+def _objects(text: str, at: int) -> Iterator[dict[str, Any]]:
+    """The objects of the array that begins at `at` and ends the text."""
+    decoder, end = json.JSONDecoder(), len(text) - len("\n  ]\n}\n")
+    while at < end:
+        at += len(text[at : at + 8]) - len(text[at : at + 8].lstrip(" \n,"))
+        shard, at = decoder.raw_decode(text, at)
+        yield shard
+    if at != end:
+        raise ValueError("the list of shards does not end where it should")
+
+
+def _entry(data: dict[str, Any], where: str, step: Callable[[], None]) -> tuple[ShardEntry, NDArray[np.int64]]:
+    """The entry of a shard without its runs of sizes, and the runs: [runs, 3]."""
+    runs = np.array(data.pop("sizes") or np.zeros((0, 3), np.int64))
+    if runs.dtype != np.int64 or runs.ndim != 2 or runs.shape[1] != 3:
+        raise TypeError(f"the sizes of shard {data.get('name')} are not lists of three integers")
+    entry = ShardEntry(**data).checked()
+    if len(runs) and (runs.min() < 1 or runs[:, 2].sum() != entry.samples):
+        raise ValueError(f"the sizes of shard {entry.name} do not add up to {entry.samples} samples")
+    refuse_outside(entry.name, where)
+    step()
+    return entry, runs
 
 
 def refuse_outside(name: str, where: str) -> None:

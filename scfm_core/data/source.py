@@ -2,28 +2,38 @@
 
 import hashlib
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from stat import S_ISREG
+from typing import Any, BinaryIO, Protocol
 
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
 from scfm_core.data.cache import ShardCache
+from scfm_core.data.machine import MachineFiles
+from scfm_core.data.manifest import read_manifest, read_optional, read_required, select
 from scfm_core.data.mds import INDEX, MdsIndex, MdsShard
 from scfm_core.data.members import Members
 from scfm_core.data.recipe import Format, SourceConfig, format_of
-from scfm_core.data.remote import MissingObject, read
 from scfm_core.data.schema import MANIFEST, BadData, Manifest, ShardEntry
 from scfm_core.data.tar_table import TarTable
 from scfm_core.data.uri import expand, is_remote, join, parent
+from scfm_core.data.verified import Verified
 from scfm_core.data.webdataset import TarShard
 from scfm_core.errors import UserError
 from scfm_core.files import mismatch
+from scfm_core.progress import beat
 
 PADDING = "padding.safetensors"
 """File of a data set with trimmed texts: `text` [text_length, D], the T5 output for an empty caption."""
+
+_THREADS = 16
+_LARGE = 1 << 30
+"""Bytes of a data set for which it is recorded what was hashed. A smaller one is hashed within some seconds."""
 
 
 class Shard(Protocol):
@@ -68,17 +78,24 @@ class Source:
     cache: ShardCache | None = None
     members: Members | None = None
     """Tables of the tars, if they are recorded beside the manifest."""
+    verified: Verified | None = None
+    """The shards that were hashed on this machine. None: the data set is small."""
+
+    def __post_init__(self) -> None:
+        self.shards = self.manifest.index
 
     def address(self, number: int) -> str:
         """Path or URI of a shard."""
-        return join(self.base, self.manifest.shards[number].name)
+        return join(self.base, self.shards.file(number).name)
 
-    def open(self, number: int, *, check: bool, table: TarTable | None = None) -> Shard:
+    def open(self, number: int, *, check: bool, again: bool = False, table: TarTable | None = None) -> Shard:
         """Open a shard, after a download if it is remote and not in the cache.
 
         Args:
             number: of the shard in the manifest.
-            check: hash it, unless this call has downloaded (and hashed) it.
+            check: hash it, unless it was hashed on this machine (at the latest by this call, when downloading it) and has not
+                changed since.
+            again: with `check`, hash it unless this call has downloaded it.
             table: of a tar, from an earlier opening; None: it is parsed.
 
         Raises:
@@ -86,7 +103,7 @@ class Source:
             UserError: if it is unavailable.
             OSError: if it cannot be read now: an error that may pass, or no descriptors are left.
         """
-        entry, name = self.manifest.shards[number], self.address(number)
+        entry, name = self.shards.file(number), self.address(number)
         compressed = None if self.index is None else self.index.compressed(number)
         may_retry = self._uses_cache(compressed)
         while True:
@@ -102,7 +119,7 @@ class Source:
             except PermissionError as error:
                 raise UserError(f"data: shard {name} cannot be opened ({error.strerror}). Make it readable") from error
             try:
-                difference = None if verified else mismatch(file, entry.bytes, entry.sha256 if check else None)
+                difference = self._difference(number, file, entry, compressed, verified, check, again)
                 if difference is None:
                     return self._parse(file, number, entry, name, table)
             except BaseException:
@@ -116,14 +133,33 @@ class Source:
             self.cache.discard(join(self.base, stored.name), stored.sha256)
             may_retry = False
 
+    def _difference(
+        self,
+        number: int,
+        file: BinaryIO,
+        entry: ShardEntry,
+        compressed: ShardEntry | None,
+        is_downloaded: bool,
+        check: bool,
+        again: bool,
+    ) -> str | None:
+        """How an open shard differs from the manifest. `is_downloaded`: this call of `open` has downloaded and hashed it."""
+        if self.verified is None or entry.sha256 is None or not check or os.fstat(file.fileno()).st_size != entry.bytes:
+            return None if is_downloaded else mismatch(file, entry.bytes, entry.sha256 if check else None)
+        if is_downloaded:
+            self.verified.add(number, file, entry)
+            return None
+        is_copy = self._uses_cache(compressed)
+        return self.verified.difference(number, file, entry, is_copy=is_copy, again=again)
+
     def bytes_of_copy(self, number: int) -> int:
         """Bytes of a shard's copy in the cache; 0 if it is read in place."""
         compressed = None if self.index is None else self.index.compressed(number)
-        return self.manifest.shards[number].bytes if self._uses_cache(compressed) else 0
+        return int(self.shards.bytes[number]) if self._uses_cache(compressed) else 0
 
     def mark_used(self, number: int) -> None:
         """Mark a shard's copy in the cache, if there is one, as the most recently used one."""
-        stored = (None if self.index is None else self.index.compressed(number)) or self.manifest.shards[number]
+        stored = (None if self.index is None else self.index.compressed(number)) or self.shards.file(number)
         if self.cache is not None and self.bytes_of_copy(number):
             self.cache.mark_used(join(self.base, stored.name), stored.sha256)
 
@@ -167,26 +203,42 @@ class Source:
         """
         if is_remote(self.base):
             return
-        for number, entry in enumerate(self.manifest.shards):
-            compressed = None if self.index is None else self.index.compressed(number)
-            stored = compressed or entry
-            path = Path(join(self.base, stored.name))
-            if not path.is_file():
-                raise UserError(f"data: shard {path} is listed in the manifest but missing; copy it again")
-            if path.stat().st_size != stored.bytes:
-                raise UserError(
-                    f"data: shard {path} has {path.stat().st_size} bytes, the manifest says {stored.bytes}: it was "
-                    f"truncated or overwritten. Copy it again, or encode again"
-                )
+        parts = [range(at, min(at + 256, len(self.shards))) for at in range(0, len(self.shards), 256)]
+        with ThreadPoolExecutor(_THREADS) as pool:  # on a file system of a network each answer takes a millisecond
+            for problem in pool.map(lambda part: next(filter(None, map(self._absence, part)), None), parts):
+                beat(f"looking for the shards of {self.base}")
+                if problem is not None:
+                    pool.shutdown(cancel_futures=True)
+                    raise UserError(problem)
+
+    def _absence(self, number: int) -> str | None:
+        """What is wrong with the stored file of a shard, without opening it."""
+        stored = (None if self.index is None else self.index.compressed(number)) or self.shards.file(number)
+        path = Path(join(self.base, stored.name))
+        try:
+            status = path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            status = None
+        if status is None or not S_ISREG(status.st_mode):
+            return f"data: shard {path} is listed in the manifest but missing; copy it again"
+        if status.st_size != stored.bytes:
+            return (
+                f"data: shard {path} has {status.st_size} bytes, the manifest says {stored.bytes}: it was truncated or "
+                f"overwritten. Copy it again, or encode again"
+            )
+        return None
 
 
-def open_source(config: SourceConfig, cache: ShardCache | None, timeout: float) -> Source:
+def open_source(
+    config: SourceConfig, cache: ShardCache | None, timeout: float, files: MachineFiles | None = None
+) -> Source:
     """Open a source: read its manifest, and no shard.
 
     Args:
         config: of the source.
         cache: for remote and compressed shards.
         timeout: seconds for each file that is read here.
+        files: of the machine, for a large data set. None: it is parsed and hashed by this process.
 
     Raises:
         UserError: if the manifest is missing or damaged, or does not list the shards that `uri` names.
@@ -209,86 +261,21 @@ def open_source(config: SourceConfig, cache: ShardCache | None, timeout: float) 
         wanted = [name.removeprefix(join(base, "")) for name in expand(uri, f"data.sources ({config.name})")]
     index = None
     if config.format == "mds":
-        index = MdsIndex(_read_required(join(base, INDEX), config, timeout), join(base, INDEX))
-    manifest = _read_manifest(config, base, index, timeout)
+        index = MdsIndex(read_required(join(base, INDEX), config, timeout), join(base, INDEX))
+    manifest = read_manifest(config, base, index, timeout, files)
     if wanted is not None:
-        manifest = _select(manifest, wanted, config)
+        manifest = select(manifest, wanted, config)
     padding = None
     if manifest.padding is not None:
         padding = _read_padding(join(base, PADDING), manifest.padding, timeout)
+    verified = None
+    if files is not None and int(manifest.index.bytes.sum()) >= _LARGE:
+        place = base if is_remote(base) else str(Path(base).absolute())
+        key = hashlib.sha256(f"{place}\n{manifest.index.key}".encode(errors="surrogatepass")).hexdigest()[:32]
+        verified = Verified(files.folder / "verified" / key, timeout)
     where = config.manifest or join(base, MANIFEST)
     members = None if is_remote(where) or index is not None else Members.beside(Path(where).expanduser())
-    return Source(config, base, manifest, index, padding, cache, members)
-
-
-def _read_manifest(config: SourceConfig, base: str, index: MdsIndex | None, timeout: float) -> Manifest:
-    where = config.manifest or join(base, MANIFEST)
-    where = where if is_remote(where) else str(Path(where).expanduser())
-    text = read_optional(where, timeout) if index is not None and config.manifest is None else None
-    if index is not None and text is None and config.manifest is None:
-        return Manifest(format="mds", shards=tuple(index.entries))
-    manifest = Manifest.parse(text if text is not None else _read_required(where, config, timeout), where)
-    if manifest.format != config.format:
-        raise UserError(
-            f"data.sources ({config.name}): {where} has the format {manifest.format!r}, the recipe says {config.format!r}"
-        )
-    if index is not None:
-        listed = [(entry.name, entry.samples, entry.bytes) for entry in manifest.shards]
-        if listed != [(entry.name, entry.samples, entry.bytes) for entry in index.entries]:
-            raise UserError(
-                f"data.sources ({config.name}): {where} lists other shards than {join(base, INDEX)}. Make it again "
-                f"with `scfm data index`"
-            )
-    return manifest
-
-
-def _select(manifest: Manifest, wanted: list[str], config: SourceConfig) -> Manifest:
-    """The manifest of the named shards only, in the order of the names."""
-    listed = {shard.name: shard for shard in manifest.shards}
-    missing = [name for name in wanted if name not in listed]
-    if missing:
-        raise UserError(
-            f"data.sources ({config.name}): {config.uri} names {len(missing)} shards that the manifest does not list, the "
-            f"first is {missing[0]!r}. Correct the braces, or run `scfm data index` again"
-        )
-    return Manifest(**{**manifest.__dict__, "shards": tuple(listed[name] for name in wanted)})
-
-
-def _read_required(where: str, config: SourceConfig, timeout: float) -> bytes:
-    """Content of a file; UserError with advice if it is missing."""
-    folder = parent(where)
-    if not is_remote(where) and not Path(folder).is_dir():
-        raise UserError(
-            f"data: there is no folder {folder!r}. Make it with `scfm data encode IMAGES -o {folder} --model MODEL`, or correct "
-            f"the path"
-        )
-    text = read_optional(where, timeout)
-    if text is None:
-        name = where.rpartition("/")[2]
-        advice = (
-            f"If `scfm data encode` made the shards, it did not finish: run it again. For tars of other tools run `scfm data "
-            f"index {config.uri!r}`. A folder of plain images must contain no tars"
-        )
-        raise UserError(
-            f"data: there is no {name} in {folder}. "
-            + (advice if config.format == "webdataset" else "It is not an MDS data set")
-        )
-    return text
-
-
-def read_optional(where: str, timeout: float) -> bytes | None:
-    """Content of a small local or remote file; None if it does not exist. UserError if it cannot be read."""
-    if is_remote(where):
-        try:
-            return read(where, timeout)
-        except MissingObject:
-            return None
-    try:
-        return Path(where).read_bytes()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise UserError(f"data: {where} cannot be read ({error.strerror})") from error
+    return Source(config, base, manifest, index, padding, cache, members, verified)
 
 
 def _read_padding(where: str, sha256: str, timeout: float) -> Tensor:

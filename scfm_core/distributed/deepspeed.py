@@ -5,6 +5,7 @@ EMAs and adapters, and an EMA could not read the masters without a collective. A
 weights compute under DeepSpeed's torch_autocast, which gathers and reduces in bf16.
 """
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -79,26 +80,43 @@ class ZeroLayout(Layout):
         if not self.is_sharded:
             materialise(network, self.device, fill)
             return
-        error: Exception | None = None
+        errors: list[Exception] = []
+        with _recorded(errors):
+            self._fill_buffers(network, fill)
         for prefix, unit in _units(network):
             beat(f"partitioning {prefix}")
             allocate(unit, self.device)
-            try:
-                if error is None:
+            if self._world.is_main and not errors:
+                with _recorded(errors):
                     self._fill(unit, prefix, fill)
-            except Exception as caught:
-                error = caught
             self.deepspeed.zero.Init(module=unit, config_dict_or_path=self._config_of_init())
-        self._world.agree(error)
+        self._world.agree(errors[0] if errors else None)
+
+    @torch.no_grad()
+    def _fill_buffers(self, network: nn.Module, fill: Fill) -> None:
+        """Such as a table of positions. DeepSpeed moves and sends only parameters, so every rank reads them."""
+        for buffer in network.buffers():
+            buffer.data = buffer.data.to(self.device)
+        for name, tensor in stored_tensors(network).items():
+            if not isinstance(tensor, nn.Parameter):
+                fill(name, tensor.view(-1), 0)
 
     @torch.no_grad()
     def _fill(self, unit: nn.Module, prefix: str, fill: Fill) -> None:
         for name, tensor in stored_tensors(unit).items():
-            if self._world.is_main or not isinstance(tensor, nn.Parameter):
+            if isinstance(tensor, nn.Parameter) and not hasattr(tensor, "ds_id"):  # not yet partitioned with its parent
                 fill(f"{prefix}.{name}", tensor.detach().view(-1), 0)
 
     def _config_of_init(self) -> dict[str, Any]:
         return {key: value for key, value in self.config.items() if key != "torch_autocast"}
+
+
+@contextlib.contextmanager
+def _recorded(errors: list[Exception]) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        errors.append(error)
 
 
 def _units(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:

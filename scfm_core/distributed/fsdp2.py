@@ -40,7 +40,7 @@ class Fsdp2Layout(Layout):
             shape, names = ((shard,), ("shard",)) if replicas == 1 else ((replicas, shard), ("replicate", "shard"))
             with quiet_gloo():
                 self.mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-        self._device = torch.device("cpu") if config.cpu_offload else device
+        self._device, self._is_offloaded = device, config.cpu_offload
         self._policy = MixedPrecisionPolicy(
             param_dtype=None if compute_dtype == torch.float32 else compute_dtype,
             reduce_dtype=torch.float32,
@@ -69,7 +69,7 @@ class Fsdp2Layout(Layout):
         for block in blocks:
             fully_shard(block, **options)
         fully_shard(network, **options)
-        allocate(network, self._device)
+        allocate(network, "cpu" if self._is_offloaded else self._device, others_on=self._device)
         with torch.no_grad():
             for name, tensor in stored_tensors(network).items():
                 slot = _slot(tensor)

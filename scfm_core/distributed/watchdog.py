@@ -104,7 +104,7 @@ class Watchdog:
                 time.sleep(PULSE)  # this process may hold the store, which the others still read
                 return sentence
             with contextlib.suppress(dist.DistStoreError):  # the rank that reads has ended
-                self._store.wait(["scfm/verdict"], timedelta(seconds=10 * PULSE))
+                self._store.wait(["scfm/verdict"], timedelta(seconds=3 * PULSE + 10))
                 return str(self._store.get("scfm/verdict").decode())
             return self._verdict()
         except RuntimeError:

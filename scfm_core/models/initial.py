@@ -50,7 +50,7 @@ def _zero(module: nn.Module) -> None:
 class RandomWeights:
     """The weights that a network gets from its constructor after `torch.manual_seed(seed)`, with `zero_modulation`.
 
-    Modules are drawn in the network's order, so tensors must be asked for in this order; some may be left out.
+    Modules are drawn in the network's order, so parameters must be asked for in this order; some may be left out.
 
     Args:
         network: made within `parameters_on_meta(only_drawn=True)`; it is used up.
@@ -59,6 +59,7 @@ class RandomWeights:
 
     def __init__(self, network: nn.Module, seed: int) -> None:
         self._modules = iter(list(network.named_modules()))
+        self._buffers = dict(network.named_buffers())
         self._drawn: dict[str, Tensor] = {}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -67,9 +68,10 @@ class RandomWeights:
     @torch.no_grad()
     def fill(self, name: str, part: Tensor, start: int) -> None:
         """See `scfm_core.filling.Fill`."""
-        while name not in self._drawn:
+        while name not in self._buffers and name not in self._drawn:
             self._draw(*next(self._modules))
-        part.copy_(self._drawn[name].view(-1)[start : start + part.numel()])
+        tensor = self._buffers[name] if name in self._buffers else self._drawn[name]
+        part.copy_(tensor.view(-1)[start : start + part.numel()])
 
     def _draw(self, name: str, module: nn.Module) -> None:
         beat(f"drawing {name}")
@@ -81,6 +83,9 @@ class RandomWeights:
             self._state = torch.get_rng_state()
         if is_modulation(name, module):
             _zero(module)
-        own = {**module._parameters, **module._buffers}
-        self._drawn = {f"{name}.{key}".removeprefix("."): tensor for key, tensor in own.items() if tensor is not None}
+        self._drawn = {
+            f"{name}.{key}".removeprefix("."): parameter
+            for key, parameter in module._parameters.items()
+            if parameter is not None
+        }
         module._parameters.clear()

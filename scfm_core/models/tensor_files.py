@@ -20,12 +20,14 @@ import torch
 from torch import Tensor
 
 from scfm_core.errors import UserError
+from scfm_core.launched import launched_rank
 from scfm_core.progress import beat
+from scfm_core.wording import count
 
 MAX_HEADER = 100_000_000
 """Bytes; safetensors itself allows no longer header."""
-CHUNK = 64 << 20
-"""Bytes that are in host memory at a time on their way to a device."""
+CHUNK = 8 << 20
+"""Bytes that are in host memory at a time on their way to a device. They fit a processor's cache, so reading 64 MiB at a time is slower."""
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -76,6 +78,7 @@ class TensorFiles:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._open: dict[Path, FileIO] = {}
+        self._buffer = torch.empty(CHUNK, dtype=torch.uint8)
         self._places: dict[str, _Place] = {}
         for name in self._file_names():
             try:
@@ -112,7 +115,7 @@ class TensorFiles:
             self._places[name] = _Place(path, first + begin, dtype, shape)
 
     def check(self, expected: Mapping[str, Tensor]) -> None:
-        """Check that the files hold a network's tensors. Other tensors in the files are ignored.
+        """Check that the files hold a network's tensors. Other tensors in the files are not used, which rank 0 says.
 
         Args:
             expected: the network's tensors by name, also on the meta device.
@@ -131,6 +134,13 @@ class TensorFiles:
             raise UserError(
                 f"model.path: the weights in {self._folder} do not fit its config.json. {len(wrong)} of {len(expected)} tensors: "
                 f"{'; '.join(wrong[:3])}{'; ...' if len(wrong) > 3 else ''}. Download weights and config.json again"
+            )
+        unused = sorted(self._places.keys() - expected.keys())
+        if unused and launched_rank() == 0:
+            print(
+                f"model.path: {count(len(unused), 'tensor')} of the weights in {self._folder} are not used: "
+                f"{', '.join(unused[:3])}{', ...' if len(unused) > 3 else ''}",
+                flush=True,
             )
 
     def fill(self, name: str, part: Tensor, start: int) -> None:
@@ -153,10 +163,10 @@ class TensorFiles:
                 ) from error
 
     def _read(self, place: _Place, start: int, count: int) -> Tensor:
-        """Elements of a flattened tensor, 1-D in the file's dtype."""
+        """Elements of a flattened tensor, 1-D in the file's dtype; the next call overwrites them."""
         if place.path not in self._open:
             self._open[place.path] = FileIO(place.path)
-        elements = torch.empty(count, dtype=place.dtype)
+        elements = self._buffer[: count * place.dtype.itemsize].view(place.dtype)
         left = memoryview(elements.view(torch.uint8).numpy())  # type: ignore[arg-type]
         offset = place.offset + start * place.dtype.itemsize
         while left:

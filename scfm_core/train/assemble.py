@@ -123,8 +123,10 @@ def build_model(
         roles = ADAPTERS if layout is not None else (config.sample.weights,)
         for role in roles:
             networks[role] = network if role == roles[0] else family.empty_network(torch.float32)
-            # DualEMA sets the averages to the student.
+            # DualEMA sets the averages to the student, but not their buffers.
             prepare(networks[role], role == roles[0], start if role == roles[0] else zeros)
+            for name, buffer in networks[role].named_buffers():
+                buffer.copy_(networks[roles[0]].get_buffer(name))
         if has_teacher:
             networks["teacher"] = family.empty_network(dtype)
             prepare(networks["teacher"], False, pretrained)

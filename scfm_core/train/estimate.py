@@ -1,17 +1,23 @@
 """The cost of a run, computed from the architecture on the meta device: parameters, memory, FLOPs, steps a day."""
 
+import math
 from dataclasses import dataclass
 
 from scfm_core.errors import UserError
+from scfm_core.launched import launched_size, local_size
 from scfm_core.models.adapters import LoRABank
 from scfm_core.models.protocol import ModelFamily
 from scfm_core.train.cards import GIB, SIZES_GIB, USABLE, Fit, fits, gpus_needed
 from scfm_core.train.config import RunConfig
+from scfm_core.train.disk import checkpoint_bytes, disk_bytes
 from scfm_core.train.memory import Memory, estimate_memory, has_folder, shares
 from scfm_core.train.rules import describe_micro_batches
+from scfm_core.wording import count, duration
 
 A100_PEAK = 312e12  # bf16 FLOP/s, dense (NVIDIA A100 data sheet)
 ASSUMED_UTILISATION = 0.5
+ASSUMED_A_NODE = 8  # GPUs
+DISK_SPEEDS = (1, 10)  # GB/s, of all processes together
 _SMALL_FORWARD = 1e10  # FLOPs; below it a pass takes as long as its kernels take to launch
 
 
@@ -33,7 +39,11 @@ class Estimate:
     memory: dict[str, float]
     """Bytes on one GPU, by part."""
     host_memory: dict[str, float]
-    """Bytes of one process in host memory, by part; empty without offloading."""
+    """Bytes of one node in host memory, by part."""
+    a_node: int
+    """Number of processes of a node, as assumed for `host_memory`."""
+    checkpoint: dict[str, float]
+    """Bytes of one checkpoint, by kind of file."""
     encoders_if_images: float
     """Bytes of VAE and text encoders, which are needed in addition if the shards hold images. 0 for a folder of images: there
     `memory` includes them."""
@@ -50,9 +60,15 @@ class Estimate:
         return A100_PEAK * ASSUMED_UTILISATION * 86400 / self.step_flops
 
 
+def processes_a_node(world: int) -> int:
+    """Processes of one node: those of this launch, or up to 8."""
+    return min(world, local_size() if launched_size() > 1 else ASSUMED_A_NODE)
+
+
 def estimate(config: RunConfig, family: ModelFamily, world: int = 1) -> Estimate:
     """Estimate a run on `world` processes, without loading anything."""
     network = family.meta_network()
+    shapes = [tuple(parameter.shape) for parameter in network.parameters()]
     base = sum(p.numel() for p in network.parameters())
     _, height, width = family.latent_shape(*config.data.resolution)
     image_tokens = height * width // 4
@@ -68,12 +84,14 @@ def estimate(config: RunConfig, family: ModelFamily, world: int = 1) -> Estimate
         except ValueError as error:
             raise UserError(str(error)) from error
         factors = bank.parameters("student")
+        shapes = [tuple(factor.shape) for factor in factors.values()]
         adapted, trained = len(bank.layers), sum(p.numel() for p in factors.values())
         lora = 2.0 * sum(p.numel() * _tokens_through(name, image_tokens, tokens) for name, p in factors.items())
     step = _step_flops(config, linear, attention, lora, family.passes)
 
     def memory_of(variant: RunConfig, processes: int = world) -> Memory:
-        return estimate_memory(variant, family, network, base, trained, tokens, processes)
+        a_node = processes_a_node(processes)
+        return estimate_memory(variant, family, network, base, trained, tokens, processes, a_node)
 
     def gpu_bytes(variant: RunConfig, processes: int = world) -> float:
         return sum(memory_of(variant, processes).gpu.values())
@@ -90,6 +108,8 @@ def estimate(config: RunConfig, family: ModelFamily, world: int = 1) -> Estimate
         step_flops=step,
         memory=memory.gpu,
         host_memory=memory.host,
+        a_node=processes_a_node(world),
+        checkpoint=checkpoint_bytes(config, shapes, world),
         encoders_if_images=0.0 if has_folder(config) else float(family.encoder_bytes),
         world=world,
         cards=cards,
@@ -144,8 +164,14 @@ def format_estimate(result: Estimate, config: RunConfig, kernels: str) -> str:
         lines.append(f"  {'and if shards hold images':<28} {_gib(result.encoders_if_images)} of encoders")
     elif has_folder(config):
         lines.append("  a cache of `scfm data encode` saves the encoders' part")
-    if result.host_memory:
-        lines += ["host memory of one process", *_table(result.host_memory)]
+    lines += [
+        f"host memory of a node with {count(result.a_node, 'process', 'processes')}, besides Python, CUDA and data workers",
+        *_table(result.host_memory),
+    ]
+    more = result.a_node * result.encoders_if_images - result.host_memory["encoders while loading"]
+    if result.encoders_if_images and more:
+        lines.append(f"  {'and if shards hold images':<28} {_gib(more)} of encoders")
+    lines += _disk(result, config)
     if sum(result.memory.values()) > GIB:  # a smaller run fits anywhere
         lines += [
             f"fits, if {USABLE:.0%} of a GPU's memory is usable (assumed)",
@@ -183,6 +209,24 @@ def _time(result: Estimate, config: RunConfig) -> list[str]:
         f"{train.global_batch_size}, at {ASSUMED_UTILISATION:.0%} of {A100_PEAK / 1e12:.0f} TFLOP/s (assumed); encoders not counted",
         f"{run}, {hours:,.1f} A100-hours{several}",
     ]
+
+
+def _disk(result: Estimate, config: RunConfig) -> list[str]:
+    """What a run writes. Disks are counted in powers of ten."""
+    total = sum(result.checkpoint.values())
+    times = ", ".join(f"{duration(math.ceil(total / 1e9 / speed))} at {speed} GB/s" for speed in DISK_SPEEDS)
+    return [
+        f"checkpoint  {_bytes(total)}: written in {times}",
+        *(f"  {name:<36} {_bytes(size)}" for name, size in result.checkpoint.items()),
+        f"disk        {_bytes(disk_bytes(config, total))} in run.dir: checkpoint.keep={config.checkpoint.keep}, one more while it is "
+        f"written, and 1 GB for the other files",
+    ]
+
+
+def _bytes(size: float) -> str:
+    if size >= 1e12:
+        return f"{size / 1e12:,.2f} TB"
+    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.2f} MB"
 
 
 def _engine(config: RunConfig, world: int) -> str:

@@ -1,4 +1,4 @@
-"""Memory of a run by part, on one GPU and in host memory of one process, computed from the architecture."""
+"""Memory of a run by part, on one GPU and in host memory of one node, computed from the architecture."""
 
 from dataclasses import dataclass
 
@@ -6,6 +6,7 @@ from torch import nn
 
 from scfm_core.models.adapters import is_for_fp8
 from scfm_core.models.protocol import ModelFamily
+from scfm_core.models.tensor_files import CHUNK
 from scfm_core.train.config import RunConfig
 from scfm_core.train.network import transformer_blocks
 from scfm_core.train.rules import micro_batches
@@ -20,7 +21,7 @@ class Memory:
 
     gpu: dict[str, float]
     host: dict[str, float]
-    """Offloaded parts, for one process."""
+    """Of a node: what its processes hold besides Python, CUDA's context and the data workers."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,16 @@ def has_folder(config: RunConfig) -> bool:
 
 
 def estimate_memory(
-    config: RunConfig, family: ModelFamily, network: nn.Module, base: int, trained: int, tokens: int, world: int
+    config: RunConfig,
+    family: ModelFamily,
+    network: nn.Module,
+    base: int,
+    trained: int,
+    tokens: int,
+    world: int,
+    a_node: int = 1,
 ) -> Memory:
-    """Bytes of one process out of `world`.
+    """Bytes of one GPU out of `world`, and of a node of `a_node` of them.
 
     Weights, gradients and optimizer are exact up to padding; activations and gathered weights are rough estimates.
 
@@ -61,6 +69,7 @@ def estimate_memory(
         trained: number of trained parameters.
         tokens: image and text tokens of a sample.
         world: number of processes.
+        a_node: number of processes of one node.
     """
     engine, lora, share = config.engine, config.train.weights == "lora", shares(config, world)
     width = 2 if config.train.compute_dtype == "bfloat16" else 4
@@ -88,11 +97,29 @@ def estimate_memory(
         "reduce bucket (fp32)": 4 * min(REDUCE_BUCKET, trained) * zero,
         "activations (a guess)": micro_batches(config, world).size * _activations(config, family, tokens, width),
     }
-    if not engine.cpu_offload:
-        return Memory({**weights, **optimizer, **working}, {})
-    if zero:
-        return Memory({**weights, **working}, optimizer)
-    return Memory(working, {**weights, **optimizer})
+    offloaded: dict[str, float] = {}
+    if engine.cpu_offload:
+        offloaded = optimizer if zero else {**weights, **optimizer}
+    on_gpu = {name: size for name, size in {**weights, **optimizer}.items() if name not in offloaded}
+    return Memory({**on_gpu, **working}, _of_a_node(config, family, trained, world, a_node, offloaded))
+
+
+def _of_a_node(
+    config: RunConfig, family: ModelFamily, trained: int, world: int, a_node: int, offloaded: dict[str, float]
+) -> dict[str, float]:
+    """Host memory of a node. `offloaded` is that of one process."""
+    is_zero_3 = config.engine.name == "deepspeed" and config.engine.zero_stage == 3
+    readers = 1 if is_zero_3 else a_node  # DeepSpeed sends every weight from rank 0 to the others
+    needs_captions = bool(config.sample.every) or config.method.caption_dropout > 0 or family.passes == 2
+    # With a cache, rank 0 alone encodes the prompts. Data that are no cache are encoded by every process.
+    encoders = a_node if has_folder(config) else int(needs_captions)
+    state = 20 * trained / shares(config, world).weights * config.checkpoint.asynchronous
+    return {
+        **{name: a_node * size for name, size in offloaded.items()},
+        "weights while loading": float(readers * min(CHUNK, 4 * trained)),
+        "encoders while loading": float(encoders * family.encoder_bytes),
+        "copy of a checkpoint": a_node * state,
+    }
 
 
 def _gathered(config: RunConfig, network: nn.Module, share: Shares, width: int) -> float:

@@ -18,13 +18,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save
 
+from scfm_core.data import corpus as corpus_module
+from scfm_core.data import manifest as manifest_module
 from scfm_core.data import open_shards
-from scfm_core.data.corpus import Corpus, _setting_of, nearest_size
+from scfm_core.data.buckets import nearest_size, nearest_sizes
+from scfm_core.data.corpus import Corpus, _setting_of
+from scfm_core.data.index import ShardIndex
 from scfm_core.data.mds import INDEX, MdsWriter
 from scfm_core.data.recipe import CacheConfig, DataConfig, SourceConfig, aspect_buckets
 from scfm_core.data.schema import MANIFEST, BadData, Manifest, Record, ShardEntry, Size, collate, runs_of
@@ -1090,6 +1095,33 @@ class TestBuckets:
     def test_nearest_size(self, size, nearest):
         assert self.SIZES[nearest_size(size, self.SIZES)] == nearest
 
+    @pytest.mark.parametrize("resolution", [(512, 512), (768, 512), (100, 60)])
+    def test_nearest_sizes_of_many(self, resolution):
+        """As of each alone, also where two sizes are equally near by ratio or by area, up to the last bit."""
+        sizes = aspect_buckets(resolution, 16)
+        random = np.random.default_rng(0)
+        found = np.concatenate(
+            [
+                random.integers(1, 4000, (3000, 2)),
+                np.array(sizes) * random.integers(1, 9, (len(sizes), 1)),  # the ratio of a bucket
+                np.array([(1, 100_000), (100_000, 1), (1, 1)]),
+                # Between two buckets: the geometric mean of their ratios, nearly.
+                np.array([(a * c, b * d) for a, b in sizes[:12] for c, d in sizes[-12:]]),
+                np.array([(a * d, b * c) for a, b in sizes[:12] for c, d in sizes[-12:]]),
+            ]
+        )
+        expected = [nearest_size((height, width), sizes) for height, width in found.tolist()]
+        assert nearest_sizes(found, sizes).tolist() == expected
+        assert nearest_sizes(found[:9], sizes[:1]).tolist() == [0] * 9
+        # Two sizes of one ratio, whose areas are equally near to that of a third: 2 and 8 to 4, by their logarithms.
+        twins = ((16, 16), (8, 8))
+        assert nearest_sizes(np.array([[12, 12], [11, 11], [128, 128], [32, 8]]), twins).tolist() == [
+            nearest_size(size, twins) for size in [(12, 12), (11, 11), (128, 128), (32, 8)]
+        ]
+        close = ((1000, 500), (500, 1000), (2000, 1000), (250, 125))
+        several = [(707, 354), (1000, 1000), (1414, 707), (500, 250), (3, 3)]
+        assert nearest_sizes(np.array(several), close).tolist() == [nearest_size(size, close) for size in several]
+
     @pytest.mark.parametrize(
         ("resolution", "step"), [((512, 512), 64), ((768, 512), 64), ((64, 64), 8), ((100, 60), 16)]
     )
@@ -1325,3 +1357,101 @@ class TestOpenShards:
         with contextlib.suppress(BadData):
             corpus.record(3)
         assert corpus.record(0).key == "00000000"
+
+
+class TestIndex:
+    """The shards of a manifest as arrays; a large manifest is parsed by one process of a machine, once."""
+
+    ENTRIES = (
+        ShardEntry(name="a.tar", samples=3, bytes=10, sha256="0a" * 32, sizes=((8, 16, 2), (16, 8, 1))),
+        ShardEntry(name="ü/b.tar", samples=2, bytes=7, sha256=None, sizes=((8, 16, 2),)),
+        ShardEntry(name="empty.tar", samples=0, bytes=1024, sha256="ff" * 32),
+        ShardEntry(
+            name="c.tar", samples=3, bytes=2**40, sha256="0b" * 32, sizes=((8, 16, 1), (70000, 8, 1), (8, 16, 1))
+        ),
+    )
+
+    def test_gives_the_entries_back(self):
+        index = ShardIndex.of(self.ENTRIES)
+        assert index == self.ENTRIES
+        assert tuple(index) == self.ENTRIES
+        assert index[-1] == self.ENTRIES[-1]
+        assert index[1:3] == list(self.ENTRIES[1:3])
+        assert [entry.name for entry in index.files()] == [entry.name for entry in self.ENTRIES]
+        assert index.sizes == {(8, 16), (16, 8), (70000, 8)}
+        assert index.has_sizes
+        assert index.select([3, 0]) == [self.ENTRIES[3], self.ENTRIES[0]]
+        assert not ShardIndex.of([dataclasses.replace(self.ENTRIES[0], sizes=())]).has_sizes
+        assert len(ShardIndex.of(())) == 0
+        with pytest.raises(IndexError):
+            index[4]
+
+    def test_has_a_key_of_its_whole_content(self):
+        """The buckets that are shared under the key depend on the order of the sizes too."""
+        first = self.ENTRIES[0]
+        changes: list[dict[str, Any]] = [
+            {}, {"name": "b.tar"}, {"bytes": 11}, {"sha256": None}, {"sizes": ()}, {"sizes": ((16, 8, 1), (8, 16, 2))},
+        ]  # fmt: skip
+        keys = {ShardIndex.of([dataclasses.replace(first, **change), *self.ENTRIES[1:]]).key for change in changes}
+        assert len(keys) == len(changes)
+
+    @pytest.mark.parametrize("style", [{}, {"indent": 1}, {"separators": (",", ":")}, {"sort_keys": True}], ids=str)
+    def test_of_json_that_another_program_wrote(self, style):
+        manifest = Manifest(settings={"shards": []}, shards=self.ENTRIES)
+        assert Manifest.parse(manifest.dumps(), "") == manifest
+        assert Manifest.parse(json.dumps(json.loads(manifest.dumps()), **style), "") == manifest
+
+    @pytest.mark.parametrize("end", ["}\n  ]\n}\n", "x}\n  ]\n}\n", "}}\n  ]\n}\n", '}, {"name"}\n  ]\n}\n'])
+    def test_of_a_damaged_end(self, end):
+        text = Manifest(shards=self.ENTRIES).dumps().removesuffix("}\n  ]\n}\n")
+        if end == "}\n  ]\n}\n":
+            assert Manifest.parse(text + end, "").samples == 8
+        else:
+            with pytest.raises(UserError, match="is damaged"):
+                Manifest.parse(text + end, "here")
+
+    def large(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        """Every manifest counts as large; a list of those that are parsed."""
+        parsed: list[str] = []
+        parse = Manifest.parse
+        monkeypatch.setattr(manifest_module, "_LARGE", 0)
+        monkeypatch.setattr(corpus_module, "LARGE", 0)
+        monkeypatch.setattr(
+            Manifest, "parse", lambda text, where, step: parsed.append(where) or parse(text, where, step)
+        )
+        return parsed
+
+    def test_of_a_large_manifest_is_made_once(self, tmp_path, monkeypatch):
+        sizes = [SIZE, (8, 8), (8, 8), SIZE, (8, 8)]
+        samples = [(key, fields, size) for (key, fields, _), size in zip(cached_samples(5), sizes, strict=True)]
+        path = write_tars(tmp_path / "data", samples, CACHED)
+        options: dict[str, Any] = {"buckets": ((8, 8), SIZE), "cache": CacheConfig(dir=str(tmp_path / "machine"))}
+        plain, parsed = open_corpus(path, **options), self.large(monkeypatch)
+        for _ in range(2):
+            corpus = open_corpus(path, **options)
+            assert corpus.fingerprint == plain.fingerprint
+            assert corpus.buckets.tolist() == plain.buckets.tolist() == [1, 0, 0, 1, 0]
+            assert corpus.sources[0].manifest == plain.sources[0].manifest
+            assert [corpus.record(item).key for item in range(5)] == [key for key, _, _ in samples]
+            assert equal_orders(corpus, plain)
+        assert parsed == [f"{path}/{MANIFEST}"]
+        edit_manifest(path, settings={"x": 1})  # another hash
+        assert open_corpus(path, **options).sources[0].manifest.settings == {"x": 1}
+        assert len(parsed) == 2
+
+    def test_of_a_manifest_that_changes_while_it_is_read(self, cache, monkeypatch, tmp_path):
+        self.large(monkeypatch)
+        hashed = manifest_module.file_sha256
+        monkeypatch.setattr(manifest_module, "file_sha256", lambda path: hashed(path)[::-1])
+        with pytest.raises(UserError, match=rf"{MANIFEST} was changed while it was read. Start again"):
+            open_corpus(cache, cache=CacheConfig(dir=str(tmp_path / "machine")))
+
+    def test_of_a_damaged_large_manifest(self, cache, monkeypatch, tmp_path):
+        self.large(monkeypatch)
+        (cache / MANIFEST).write_text("{")
+        with pytest.raises(UserError, match=rf"{MANIFEST} is damaged"):
+            open_corpus(cache, cache=CacheConfig(dir=str(tmp_path / "machine")))
+
+
+def equal_orders(one: Corpus, other: Corpus) -> bool:
+    return bool((one.order(2, 0).epoch(0).items == other.order(2, 0).epoch(0).items).all())

@@ -2,6 +2,7 @@
 
 import json
 import struct
+import threading
 import zlib
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from PIL import Image, ImageCms, ImageOps
 
+from scfm_core.data import folder as folder_module
 from scfm_core.data.folder import ImageFolder
 from scfm_core.data.image import (
     ANIMATED,
@@ -187,10 +189,25 @@ class TestFolder:
         for name, size in (("a.png", (4, 9)), ("b.jpg", (30, 2)), ("c.webp", (5, 5))):
             write_image(tmp_path / name, torch.zeros(*size, 3, dtype=torch.uint8))
             (tmp_path / name).with_suffix(".txt").write_text("a")
-        assert ImageFolder(tmp_path).sizes() == [(4, 9), (30, 2), (5, 5)]
+        assert ImageFolder(tmp_path).sizes().tolist() == [[4, 9], [30, 2], [5, 5]]
         (tmp_path / "b.jpg").write_bytes(b"no image")
         with pytest.raises(BadData, match=rf"{tmp_path}/b.jpg is not a readable image"):
             ImageFolder(tmp_path).sizes()
+
+    def test_sizes_are_read_in_threads(self, tmp_path, monkeypatch):
+        """Two headers are read at the same time: on a network each takes a millisecond."""
+        for number in range(300):
+            (tmp_path / f"{number:03d}.png").touch()
+            (tmp_path / f"{number:03d}.txt").write_text("a")
+        dataset, both = ImageFolder(tmp_path), threading.Barrier(2, timeout=10)
+
+        def image_size(path: Path, _: str) -> tuple[int, int]:
+            if path.name in ("000.png", "256.png"):
+                both.wait()
+            return int(path.stem) + 1, 7
+
+        monkeypatch.setattr(folder_module, "image_size", image_size)
+        assert dataset.sizes().tolist() == [[number + 1, 7] for number in range(300)]
 
 
 class TestBadImages:

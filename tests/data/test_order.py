@@ -1,6 +1,7 @@
 """The order of samples, without files and processes. The references are slow and simple."""
 
 import random
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from scfm_core.data.order import Epoch, Order, SourceOrder, choose
+from scfm_core.data import order as order_module
+from scfm_core.data.machine import MachineFiles
+from scfm_core.data.order import _PART, Epoch, Order, SourceOrder, _random_words, _words_at, choose
 
 
 @dataclass(frozen=True)
@@ -340,6 +343,124 @@ class TestPartitions:
             order = Order([SourceOrder("only", 0, (100,) * 40, 4000)], buckets, 8, 0, partitions=partitions)
             kinds = order.epoch(0).buckets
             assert abs(int(kinds[: len(kinds) // 2].sum()) - len(kinds) // 4) < 20
+
+
+def equal(one: Epoch, other: Epoch) -> bool:
+    same = np.array_equal(one.items, other.items) and np.array_equal(one.buckets, other.buckets)
+    return same and one.first == other.first
+
+
+class TestParts:
+    """The order is made in parts of some samples each, so that it needs little memory."""
+
+    @pytest.mark.parametrize(("part", "cases"), [(1, CASES[:12]), (7, CASES[12:50])], ids=["1", "7"])
+    def test_do_not_change_it(self, part, cases, monkeypatch):
+        """Parts that are cut within shards, passes, epochs and the draws of several sources."""
+        whole = [[case.order().epoch(number) for number in (0, 3)] for case in cases]
+        monkeypatch.setattr(order_module, "_PART", part)
+        for case, epochs in zip(cases, whole, strict=True):
+            order = case.order()
+            assert all(equal(order.epoch(n), epoch) for n, epoch in zip((0, 3), epochs, strict=True)), case
+
+    def test_random_words_of_ranges(self):
+        """The words of some ranges, in any order, without drawing the words between them."""
+        words = _random_words(1000, 5, "x")
+        starts = np.array([0, 996, 10, 11, 13, 500, 503, 3, 7])
+        counts = np.array([1, 4, 1, 0, 50, 3, 400, 4, 1])
+        parts = [words[start:][:count] for start, count in zip(starts, counts, strict=True)]
+        assert np.array_equal(_words_at(starts, counts, 5, "x"), np.concatenate(parts))
+
+    def test_of_a_short_epoch_are_few(self, monkeypatch):
+        """Epochs of 100 of 100,000 samples: each is made of the parts that it needs, and counted from the one before."""
+        monkeypatch.setattr(order_module, "_PART", 200)
+        parts: list[int] = []
+        make_part = Order._make_part
+        monkeypatch.setattr(Order, "_make_part", lambda self, *key: parts.append(key[2]) or make_part(self, *key))
+        buckets = (np.arange(100_000) % 3).astype(np.int16)
+        order = Order([SourceOrder("only", 0, (100,) * 1000, 100)], buckets, 10, 0, block=200)
+        order.epoch(400)
+        assert set(parts) <= set(range(202))
+        parts.clear()
+        for number in range(401, 411):
+            order.epoch(number)
+        assert len(parts) <= 10
+
+    @pytest.mark.parametrize("sources", [1, 2])
+    def test_need_little_memory(self, sources):
+        """4 bytes a sample and epoch, and some megabytes more while it is made. (It was 26, and 53 at the peak.)"""
+        samples = 600_000
+        own = samples // sources
+        parts = [SourceOrder(f"s{n}", n * own, (1000,) * (own // 1000), own - n) for n in range(sources)]
+        buckets = (np.arange(samples) % 7).astype(np.int16)
+        tracemalloc.start()
+        try:
+            order = Order(parts, buckets, 100, 0, block=20_000)
+            epoch = order.epoch(0)
+            held, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert epoch.items.dtype == np.int32
+        assert held < 4.5 * samples + 8 * sources * _PART  # with the last parts
+        assert peak < 13 * samples + 64 * _PART
+
+
+class TestFiles:
+    """The batches of a large epoch are in a file, which all processes of the machine map."""
+
+    @pytest.fixture(autouse=True)
+    def _large(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(order_module, "LARGE", 1)
+
+    def test_hold_the_same_batches(self, tmp_path):
+        for case in CASES[:20]:
+            order, shared = case.order(), case.order(files=MachineFiles(tmp_path, 60.0))
+            assert all(equal(order.epoch(number), shared.epoch(number)) for number in (0, 1, 3))
+            assert shared.locate(17) == order.locate(17)
+
+    def test_are_made_once(self, tmp_path, monkeypatch):
+        files = MachineFiles(tmp_path, 60.0)
+        case = next(case for case in CASES if len(case.order().epoch(0).items) > 3)
+        expected = [case.order(files=files).epoch(number) for number in range(2)]
+        monkeypatch.setattr(Order, "_make_epoch", None)
+        order = case.order(files=files)
+        assert all(equal(order.epoch(number), epoch) for number, epoch in enumerate(expected))
+        assert order.epoch(0).file is not None
+        place = len(expected[0].items) // 2
+        assert order.spares(order.epoch(0), place, 0) == case.order(files=files).spares(expected[0], place, 0)
+
+    def test_depend_on_every_setting(self, tmp_path):
+        """Each change of one setting makes another file."""
+        files = MachineFiles(tmp_path, 60.0)
+        sources, buckets = [SourceOrder("a", 0, (9, 7), 16), SourceOrder("b", 16, (8,), 8)], np.zeros(24, np.int16)
+        base = {"sources": sources, "buckets": buckets, "global_batch_size": 4, "seed": 0, "block": 5}
+        other_buckets = np.array([0, 1] * 12, np.int16)
+        changes: list[dict[str, Any]] = [
+            {},
+            {"sources": [replace(sources[0], name="c"), sources[1]]},
+            {"sources": [replace(sources[0], shards=(7, 9)), sources[1]]},
+            {"sources": [replace(sources[0], draws=15), sources[1]]},
+            {"buckets": other_buckets},
+            {"global_batch_size": 2},
+            {"seed": 1},
+            {"block": 6},
+            {"partitions": 2},
+            {"shuffle": False},
+        ]
+        orders = [Order(**{**base, **change}, files=files) for change in changes]
+        assert len({order._key for order in orders}) == len(changes)
+        for order, change in zip(orders, changes, strict=True):
+            assert equal(order.epoch(0), Order(**{**base, **change}).epoch(0))
+
+    def test_of_small_epochs_do_not_exist(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(order_module, "LARGE", 10**6)
+        assert CASES[0].order(files=MachineFiles(tmp_path, 60.0)).epoch(0).file is None
+        assert list(tmp_path.iterdir()) == []
+
+    def test_do_not_accumulate(self, tmp_path):
+        order = CASES[0].order(files=MachineFiles(tmp_path, 60.0))
+        for number in range(8):
+            order.epoch(number)
+        assert len(list((tmp_path / "order").iterdir())) <= 5
 
 
 class TestSpares:

@@ -21,8 +21,8 @@ from storage import FaultyProxy, FileServer, S3Server
 
 from scfm_core import progress
 from scfm_core.data import remote
+from scfm_core.data.manifest import read_optional
 from scfm_core.data.remote import fetch, read
-from scfm_core.data.source import read_optional
 from scfm_core.errors import UserError
 
 BODY = bytes(range(256)) * 2048  # larger than the buffers of the sockets

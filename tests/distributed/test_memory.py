@@ -1,4 +1,4 @@
-"""The dry run's memory against the bytes that an engine really holds, by part."""
+"""The dry run's memory and checkpoints against the bytes that an engine really holds and writes."""
 
 from typing import Any
 
@@ -62,6 +62,10 @@ def held(tree: dict[str, Any]) -> dict[str, int]:
 
         engine.step, engine.backward = step, counted_backward
         list(trainer.train_steps())
+        folder = trainer.state.save()
+        trainer.state.wait()
+        files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".json"]
+        found["checkpoint"] = sum(path.stat().st_size for path in files)
         return found
 
 
@@ -73,7 +77,9 @@ def test_the_estimate_is_within_a_tenth(name, weights, dtype, tiny, tmp_path):
         tiny, tmp_path / "run", engine=engine, train__steps=1, train__weights=weights, train__compute_dtype=dtype,
         train__micro_batch_size=4 // world_size,
     )  # fmt: skip
-    expected = estimate(parse_config(tree, "test"), open_family(str(tiny / "flux")), world_size).memory
+    tree["lora"]["rank"] = 16  # a checkpoint of some 500 kB, of which most are tensors
+    whole = estimate(parse_config(tree, "test"), open_family(str(tiny / "flux")), world_size)
+    expected = whole.memory
     measured = run_distributed(held, world_size, tree)[0]
     parts = ("frozen base" if weights == "lora" else "teacher", "student (fp32)", "EMAs, fast and slow (fp32)",
              "optimizer's masters (fp32)", "gradients (fp32)", "Adam (fp32)")  # fmt: skip
@@ -82,3 +88,4 @@ def test_the_estimate_is_within_a_tenth(name, weights, dtype, tiny, tmp_path):
         assert got == pytest.approx(wanted, rel=0.1), (part, compared)
     total = [sum(pair[i] for pair in compared.values()) for i in (0, 1)]
     assert total[1] == pytest.approx(total[0], rel=0.1)
+    assert measured["checkpoint"] == pytest.approx(sum(whole.checkpoint.values()), rel=0.03)

@@ -92,7 +92,7 @@ class CountingStore:
 
 def blames_of(ranks: int, gone: set[int], monkeypatch: pytest.MonkeyPatch) -> tuple[set[str], CountingStore]:
     """What the ranks say that are left, all at the same time."""
-    monkeypatch.setattr(watchdog, "PULSE", 0.05)
+    monkeypatch.setattr(watchdog, "PULSE", 0.3)
     store = CountingStore()
     dogs = {rank: Watchdog(store, rank, ranks, 60) for rank in range(ranks)}
     for dog in dogs.values():

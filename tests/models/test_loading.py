@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from scfm_core.errors import UserError
-from scfm_core.filling import materialise, zeros
+from scfm_core.filling import allocate, materialise, zeros
 from scfm_core.models import tensor_files
 from scfm_core.models.adapters import LoRAConfig
 from scfm_core.models.families import open_family
@@ -110,6 +110,15 @@ def test_a_network_of_zeros(tiny):
     assert not any(parameter.any() for parameter in network.parameters())
 
 
+def test_buffers_are_where_the_network_computes(tiny_sd3):
+    """Also if its weights are offloaded."""
+    network = open_family(str(tiny_sd3 / "sd3")).empty_network(torch.float32)
+    assert {buffer.device.type for buffer in network.buffers()} == {"cpu"}
+    allocate(network, "cpu", others_on="meta")
+    assert {parameter.device.type for parameter in network.parameters()} == {"cpu"}
+    assert {buffer.device.type for buffer in network.buffers()} == {"meta"}
+
+
 def change(folder: Path, edit: Any) -> None:
     path = folder / "transformer" / ONE
     tensors = load_file(path)
@@ -185,10 +194,11 @@ def test_unusable_weights_are_found_before_any_is_read(folder, damage, monkeypat
         family.load_network(torch.float32, "cpu")
 
 
-def test_tensors_that_the_network_does_not_have_are_ignored(folder, tiny):
+def test_tensors_that_the_network_does_not_have_are_named(folder, tiny, capsys):
     change(folder, lambda tensors: tensors.update(extra=torch.zeros(3)))
     network = open_family(str(folder)).load_network(torch.float32, "cpu")
     assert_same(network, open_family(str(tiny / "flux")).load_network(torch.float32, "cpu").state_dict())
+    assert "1 tensor of the weights in" in (said := capsys.readouterr().out) and "not used: extra" in said
 
 
 @pytest.mark.parametrize(

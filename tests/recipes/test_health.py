@@ -23,6 +23,7 @@ from recipes.health import Report, check_health, find_problems, time_all_reduce,
 from scfm_core.distributed.world import World
 from scfm_core.errors import UserError
 from scfm_core.progress import beat
+from scfm_core.train import estimate
 from scfm_core.train.history import read_history
 from scfm_core.train.parse import to_plain
 
@@ -95,8 +96,25 @@ class TestOneProcess:
     def test_full_disk(self, recipe, monkeypatch):
         usage = namedtuple("usage", "total used free")
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 10**12, 10**9))
-        with pytest.raises(UserError, match=r"run\.dir: .* has 1\.0 GB free, less than 5"):
+        with pytest.raises(
+            UserError, match=r"TMPDIR: .* has 1\.0 GB free, less than the 5\.0 GB that a run needs there"
+        ):
             check_health(str(recipe), [])
+
+    def test_the_disk_holds_the_runs_checkpoints(self, recipe, tmp_path, monkeypatch):
+        """They are larger than any fixed figure: three of 100 GB, of which a resumed run has two already."""
+        usage = namedtuple("usage", "total used free")
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 10**12, 200 * 10**9))
+        monkeypatch.setattr(estimate, "checkpoint_bytes", lambda *_: {"dcp": 1e11})
+        words = r"run\.dir: .*run has 200\.0 GB free, less than the 301\.0 GB that a run needs there"
+        with pytest.raises(UserError, match=words):
+            check_health(str(recipe), [])
+        for step in (1, 2):
+            folder = tmp_path / "run" / "checkpoints" / f"step_{step:08d}" / "dcp"
+            folder.mkdir(parents=True)
+            with (folder / "__0_0.distcp").open("wb") as file:
+                file.truncate(10**11)  # it takes no room
+        check_health(str(recipe), [])
 
     def test_writes_to_the_runs_history(self, recipe, tmp_path):
         (tmp_path / "run").mkdir()

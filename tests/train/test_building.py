@@ -1,19 +1,25 @@
 """Building the parts of a run: what each process loads, and what is kept of the files that were read."""
 
 import contextlib
+import shutil
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from scfm_core.data.corpus import Corpus
+from scfm_core.distributed.world import World
+from scfm_core.models.adapters import ADAPTERS
 from scfm_core.models.families import open_family
 from scfm_core.models.fingerprint import network_fingerprint
 from scfm_core.train import grid, inputs
+from scfm_core.train.assemble import build_layout, build_model
 from scfm_core.train.checkpoint import load_checkpoint
 from scfm_core.train.grid import Validation
 from scfm_core.train.inputs import BatchEncoder
+from scfm_core.train.kernels import Kernels
 from scfm_core.train.trainer import Trainer
 
 PROMPTS = ["a handwritten digit one", "a handwritten digit two"]
@@ -74,3 +80,21 @@ def test_a_checkpoint_names_the_model_that_was_loaded(make_config, tiny, tmp_pat
     (tmp_path / "model").symlink_to(tiny / "flux")
     assert load_checkpoint(path).state["base_fingerprint"] == network_fingerprint(tiny / "flux")
     assert Trainer(config, path).progress.step == 1
+
+
+def test_buffers_of_all_networks_are_those_of_the_files(make_config, tiny_sd3, tmp_path):
+    """SD3 stores its table of positions. The averages have it too, although their weights are not read."""
+    folder = shutil.copytree(tiny_sd3 / "sd3", tmp_path / "sd3")
+    path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    stored = tensors["pos_embed.pos_embed"] = 2 * tensors["pos_embed.pos_embed"]
+    save_file(tensors, path)
+    changes = {"train.weights": "full", "model.path": str(folder)}
+    config = make_config(changes)
+    layout = build_layout(config, World(), torch.device("cpu"))
+    model = build_model(
+        config, open_family(str(folder)), torch.device("cpu"), kernels=Kernels("none", "", None), layout=layout
+    )
+    assert set(model.networks) == {*ADAPTERS, "teacher"}
+    for network in model.networks.values():
+        assert torch.equal(network.get_buffer("pos_embed.pos_embed"), stored)

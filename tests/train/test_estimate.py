@@ -121,3 +121,45 @@ def test_a_dry_run_says_how_many_gpus_a_large_run_needs(flux):
 def test_a_dry_run_of_a_tiny_run_promises_no_duration(make_config):
     page = describe(make_config())
     assert "A100" not in page and "fits" not in page and "this run" in page
+
+
+def test_a_dry_run_says_what_a_node_and_its_disk_need(flux):
+    """Flux.1-dev with all weights on 64 GPUs: 20 bytes a parameter, and 8 processes a node that load by ranges."""
+    words = ["train.global_batch_size=64"]
+    result = estimate(load_config("flux_dev_full.yaml", words), flux, 64)
+    checkpoint = sum(result.checkpoint.values())
+    assert checkpoint == pytest.approx(20 * result.trained_parameters, rel=0.005)
+    assert result.host_memory == {
+        "weights while loading": 8 * 2**23,
+        "encoders while loading": flux.encoder_bytes,
+        "copy of a checkpoint": 0,
+    }
+    page = describe(load_config("flux_dev_full.yaml", words), 64)
+    for line in (
+        "host memory of a node with 8 processes, besides Python, CUDA and data workers",
+        "  total                            9.32 GiB",
+        "checkpoint  238.70 GB: written in 3 min 59 s at 1 GB/s, 24 s at 10 GB/s",
+        "disk        717.10 GB in run.dir: checkpoint.keep=2, one more while it is written, and 1 GB for the other files",
+    ):
+        assert line in page.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("words", "part", "expected"),
+    [
+        (["engine.cpu_offload=true"], "Adam (fp32)", 8 / 8),
+        (["checkpoint.asynchronous=true"], "copy of a checkpoint", 20 / 8),
+        (["engine.name=deepspeed", "engine.zero_stage=3", "engine.cpu_offload=true"], "gradients (fp32)", 4 / 8),
+    ],
+)
+def test_host_memory_of_a_node_is_that_of_its_processes(flux, words, part, expected):
+    """On 64 GPUs a node has an eighth of the shards."""
+    result = estimate(load_config("flux_dev_full.yaml", ["train.global_batch_size=64", *words]), flux, 64)
+    assert result.host_memory[part] == pytest.approx(expected * result.trained_parameters)
+
+
+def test_processes_of_a_node_are_those_of_the_launch(flux, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert estimate(load_config("flux_dev_lora.yaml"), flux, 16).a_node == 4
+    assert estimate(load_config("flux_dev_lora.yaml"), flux, 2).a_node == 2
