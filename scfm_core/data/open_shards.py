@@ -29,7 +29,7 @@ _DESCRIPTORS = 1 << 16
 _LEAST_COPIES = 64
 """Open shards of a process whatever the size of the cache: closing them would download them again and again."""
 _TABLE_BYTES = 32 << 20
-"""Memory of a process for the tables of tars, those of a million samples. A table is used for the length of a shuffle block."""
+"""Memory of a process for the tables of tars, those of a million samples or more. A table is used for the length of a shuffle block."""
 
 
 class OpenShards:

@@ -24,7 +24,7 @@ _HOSTILE_SUFFIXES = frozenset({"pyd", "pickle", "pkl", "pth", "pt", "ckpt", "py"
 
 @dataclass(frozen=True)
 class TarTable:
-    """The places of all fields of a tar, 30 to 40 bytes a sample of three fields.
+    """The places of all fields of a tar, 20 to 40 bytes a sample of three fields.
 
     The members of sample `i` are `starts[i]` to `starts[i + 1] - 1`, in the order of the tar.
     """

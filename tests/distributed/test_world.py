@@ -78,12 +78,12 @@ def test_a_failed_rank_does_not_wait_for_nccl(calls):
 class CountingStore:
     """A store that counts what the ranks ask of it."""
 
-    def __init__(self) -> None:
-        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        self.requests: Counter[str] = Counter()
+    def __init__(self, store: Any = None, requests: Counter[str] | None = None) -> None:
+        self._store = store or dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.requests: Counter[str] = Counter() if requests is None else requests
 
     def clone(self) -> "CountingStore":
-        return self
+        return CountingStore(self._store.clone(), self.requests)
 
     def __getattr__(self, name: str) -> Any:
         self.requests[name] += 1
