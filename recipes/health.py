@@ -9,7 +9,6 @@ import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ from scfm_core.data.cache import cache_folder
 from scfm_core.data.corpus import Corpus
 from scfm_core.distributed.world import World, join_world
 from scfm_core.errors import UserError, agreed_error
-from scfm_core.launched import launched_rank, launched_size, local_rank, local_size
+from scfm_core.launched import launched_size, local_rank, local_size
 from scfm_core.progress import beat
 from scfm_core.secrets import scrub
 from scfm_core.train.assemble import build_family
@@ -70,8 +69,6 @@ def check_health(config_path: str, overrides: list[str]) -> None:
     config = load_config(config_path, overrides)
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     device = resolve_device(config.run.device)
-    if launched_size() > 1:
-        wait_for_ranks(node, config.engine.timeout)
     with join_world(device, config.engine.timeout) as world:
         with world.together():
             report = _inspect(config, node, device)
@@ -95,40 +92,6 @@ def check_health(config_path: str, overrides: list[str]) -> None:
                 seconds = time_all_reduce(world, device)
         if world.is_main:
             print(_table(reports, seconds), flush=True)
-
-
-def wait_for_ranks(node: str, timeout: float) -> None:
-    """Wait until all ranks have started. Unlike the process group's own rendezvous it knows which ranks are missing.
-
-    Args:
-        node: name of this node.
-        timeout: seconds.
-
-    Raises:
-        UserError: if ranks are missing, or the rendezvous address cannot be reached; it names them.
-    """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return  # without torchrun there is no store at this address
-    rank, size = launched_rank(), launched_size()
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    try:
-        store = dist.TCPStore(address, port, size, is_master=False, timeout=timedelta(seconds=timeout))
-    except (dist.DistNetworkError, dist.DistStoreError) as error:
-        raise UserError(
-            f"node {node} cannot reach {address}:{port}, the rendezvous of the processes ({str(error).splitlines()[0]}). Check "
-            f"its network and firewall, or set SCFM_RENDEZVOUS_HOST to an address that all nodes reach"
-        ) from error
-    store.set(f"scfm/health/{rank}", node)
-    keys = [f"scfm/health/{other}" for other in range(size)]
-    end = time.monotonic() + timeout
-    while missing := [number for number, key in enumerate(keys) if not store.check([key])]:
-        if time.monotonic() > end:
-            here = sorted({store.get(key).decode() for number, key in enumerate(keys) if number not in missing})
-            raise UserError(
-                f"ranks {', '.join(map(str, missing))} of {size} did not start within {timeout:g} s; the ranks on "
-                f"{', '.join(here)} did. Look at the logs of the other nodes"
-            )
-        time.sleep(0.1)
 
 
 def _inspect(config: RunConfig, node: str, device: torch.device) -> Report:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import socket
 import sys
 import time
 import warnings
@@ -195,6 +196,7 @@ def _meet(rank: int, size: int, timeout: float) -> Any:
         UserError: if the address cannot be reached, or ranks are missing after `timeout` seconds; it names them.
     """
     address, port, limit = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timedelta(seconds=timeout)
+    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     try:
         if (
             os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -202,22 +204,26 @@ def _meet(rank: int, size: int, timeout: float) -> Any:
             store = next(dist.rendezvous("env://", rank, size, timeout=limit))[0]
         else:  # rank 0 holds it; torch's own rendezvous would wait there for all ranks, and not say which are missing
             store = dist.TCPStore(address, port, size, rank == 0, limit, wait_for_workers=False, multi_tenant=True)
-        store.set(f"scfm/joined/{rank}", "")
+        store.set(f"scfm/joined/{rank}", node)
         if store.add("scfm/joined", 1) == size:
             store.set("scfm/joined/all", "")
         try:
             store.wait(["scfm/joined/all"], limit)
         except dist.DistStoreError as error:
             missing = [other for other in range(size) if not store.check([f"scfm/joined/{other}"])]
+            here = sorted({store.get(f"scfm/joined/{other}").decode() for other in range(size) if other not in missing})
             if rank == 0:
                 time.sleep(1)  # it may hold the store, in which the others look too
-            raise UserError(
-                f"{size} processes should meet at {address}:{port}, but {ranks_in_words(missing)} did not come within "
-                f"{timeout:g} s. Look at {'its log' if len(missing) == 1 else 'their logs'}"
-            ) from error
+            late = UserError(
+                f"{ranks_in_words(missing)} of {size} did not come to {address}:{port} within {timeout:g} s; the ranks on "
+                f"{', '.join(here)} did. Look at the logs of the others"
+            )
+            late.agreed = 0 not in missing
+            raise late from error
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         raise UserError(
-            f"{size} processes should meet at {address}:{port}, but rank {rank} lost the connection or did not reach it within "
-            f"{timeout:g} s ({str(error).splitlines()[0]}). Look at the log of rank 0, and whether this machine can reach that address"
+            f"node {node} cannot reach {address}:{port}, where the {size} processes meet ({str(error).splitlines()[0]}). Look at the "
+            f"log of rank 0, check network and firewall, or choose an address that all nodes reach: MASTER_ADDR, with the job "
+            f"scripts SCFM_RENDEZVOUS_HOST"
         ) from error
     return store

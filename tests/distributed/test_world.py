@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import os
 import re
+import socket
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -169,20 +170,38 @@ def test_slow_is_not_lost(how):
         assert [outcome.value for outcome in outcomes] == [[0, 1, 2]] * 3, [o.traceback for o in outcomes]
 
 
-def joins_if_it_comes(timeout: float) -> str | None:
+def joins_if_it_comes(timeout: float) -> tuple[str, bool] | None:
+    os.environ["SLURMD_NODENAME"] = f"n{os.environ['RANK']}"
     if os.environ["RANK"] == "2":
         return None
     with pytest.raises(UserError) as caught, join_world(torch.device("cpu"), timeout):
         pass
-    return str(caught.value)
+    return str(caught.value), caught.value.agreed
 
 
 def test_a_rank_that_does_not_come_is_named():
     *said, absent = run_distributed(joins_if_it_comes, 3, 1.0)
-    assert absent is None and said[0] == said[1]
+    assert absent is None and said[0] == said[1] and said[0][1], "rank 0 prints it"
     assert re.fullmatch(
-        r"3 processes should meet at 127\.0\.0\.1:\d+, but rank 2 did not come within 1 s\. Look at its log", said[0]
+        r"rank 2 of 3 did not come to 127\.0\.0\.1:\d+ within 1 s; the ranks on n0, n1 did\. Look at the logs of the others",
+        said[0][0],
     )
+
+
+@pytest.mark.parametrize("agent", [True, False], ids=["torchrun's store", "rank 0's store"])
+def test_an_address_that_cannot_be_reached_is_named(agent, monkeypatch):
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        port = nobody.getsockname()[1]
+    variables = {"RANK": 1, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    variables |= {"SLURMD_NODENAME": "n1"} | ({"TORCHELASTIC_USE_AGENT_STORE": True} if agent else {})
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+    with (
+        pytest.raises(UserError, match=rf"node n1 cannot reach 127\.0\.0\.1:{port}.*SCFM_RENDEZVOUS_HOST"),
+        join_world(torch.device("cpu"), 1.0),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from launch import run_distributed
 
 from recipes import health
 from recipes.cli import main
-from recipes.health import Report, check_health, find_problems, time_all_reduce, wait_for_ranks
+from recipes.health import Report, check_health, find_problems, time_all_reduce
 from scfm_core.distributed.world import World
 from scfm_core.errors import UserError
 from scfm_core.progress import beat
@@ -242,24 +242,3 @@ def test_its_phases_are_those_of_training(how, codes, message, recipe, tmp_path)
     elif how == "defect":
         assert "IndexError: a defect of ours" in outcomes[1].traceback
         assert "rank 1: IndexError: a defect of ours" in texts[0]
-
-
-def test_missing_ranks_are_named(monkeypatch):
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    store.set("scfm/health/2", "n1")
-    variables = {"RANK": 0, "WORLD_SIZE": 4, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
-    for name, value in (variables | {"TORCHELASTIC_USE_AGENT_STORE": True}).items():
-        monkeypatch.setenv(name, str(value))
-    with pytest.raises(UserError, match=r"ranks 1, 3 of 4 did not start within 0\.2 s; the ranks on n0, n1 did"):
-        wait_for_ranks("n0", timeout=0.2)
-
-
-def test_an_unreachable_address_is_named(monkeypatch):
-    with socket.socket() as nobody:
-        nobody.bind(("127.0.0.1", 0))
-        port = nobody.getsockname()[1]
-    variables = {"RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    for name, value in (variables | {"TORCHELASTIC_USE_AGENT_STORE": True}).items():
-        monkeypatch.setenv(name, str(value))
-    with pytest.raises(UserError, match=rf"node n1 cannot reach 127\.0\.0\.1:{port}.*SCFM_RENDEZVOUS_HOST"):
-        wait_for_ranks("n1", timeout=1.0)
