@@ -6,6 +6,7 @@ The options are torchrun's. The ranks have printed what is wrong, in one message
 signal the ranks have as long as they need to save: torchrun would kill them after 30 s.
 """
 
+import contextlib
 import logging
 import resource
 import signal
@@ -18,6 +19,9 @@ from torch.distributed.run import parse_args, run
 
 _GRACE = 24 * 3600
 """Seconds to save after a signal. Kubernetes or Slurm, which sent it, kills everything when its own time is over."""
+
+
+_MOST_FILES = 1 << 17
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,8 +49,12 @@ def permit_descriptors() -> None:
 
     The launcher of the first node has two connections to each rank, a rank one to each other rank, and the loader its shards.
     """
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # Some containers permit a thousand million, through which other programs then loop.
+    wanted = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def wait_after_signals() -> None:

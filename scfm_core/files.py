@@ -86,11 +86,14 @@ class HashedFile(io.BufferedWriter):
         """Bytes and hash of what was written so far."""
         return self._bytes, self._digest.hexdigest()
 
-    def finish(self) -> FileEntry:
-        """Flush the file to the disk; returns its entry."""
-        self.flush()
-        os.fsync(self.fileno())
-        return self.entry
+    def close(self) -> None:
+        """Flush the file to the disk, and close it."""
+        try:
+            if not self.closed:
+                self.flush()
+                os.fsync(self.fileno())
+        finally:
+            super().close()
 
 
 def mismatch(file: BinaryIO, size: int, sha256: str | None) -> str | None:

@@ -1,12 +1,14 @@
 """Hashes, comparison with a manifest, fsync."""
 
 import hashlib
+import io
 import os
 from pathlib import Path
 
 import pytest
 
-from scfm_core.files import file_sha256, fsync_path, mismatch, sha256_of
+from scfm_core import files
+from scfm_core.files import HashedFile, file_sha256, fsync_path, mismatch, sha256_of
 
 CONTENT = bytes(range(256)) * 5000  # more than the buffer of 1 MiB
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
@@ -53,3 +55,27 @@ def test_fsync_of_a_file_or_a_folder(path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
     fsync_path(path.parent / name)
     assert synced == [(path.parent / name).stat().st_ino]
+
+
+def test_a_hashed_file_is_on_the_disk_when_it_is_closed(tmp_path, monkeypatch):
+    """PyTorch's checkpoint calls fsync before the last bytes have left Python's buffer."""
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_size))
+    with HashedFile(tmp_path / "x") as file:
+        file.write(CONTENT)
+        os.fsync(file.fileno())
+    assert synced[-1] == len(CONTENT)
+    assert file.entry == (len(CONTENT), hashlib.sha256(CONTENT).hexdigest())
+    with HashedFile(tmp_path / "x") as file, pytest.raises(io.UnsupportedOperation):
+        file.seek(0)
+
+
+def test_a_hashed_file_is_flushed_from_time_to_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_SYNC_BYTES", 1000)
+    monkeypatch.setattr(files, "_WRITE_BYTES", 300)
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fdatasync", lambda descriptor: synced.append(os.fstat(descriptor).st_size))
+    with HashedFile(tmp_path / "x") as file:
+        assert file.write(bytes(5000)) == 5000
+    assert synced == [1200, 2400, 3600, 4800]
+    assert (tmp_path / "x").read_bytes() == bytes(5000)

@@ -72,6 +72,7 @@ class MachineFiles:
             the arrays of the file. If the folder cannot be written, which is said once, those of this process.
         """
         path, made = self.folder / kind / f"{key}{_ENDING}", None
+        is_making = False
         try:
             if (found := _load(path)) is not None:
                 return found
@@ -79,14 +80,16 @@ class MachineFiles:
             with alone(path.with_suffix(".lock"), self.patience, kind) as step:
                 if (found := _load(path)) is not None:
                     return found
+                is_making = True
                 made = make(step)
+                is_making = False
                 with written_whole(path, "data.cache.dir", "Choose another folder") as partial:
                     _write(partial, made)
                 _prune(path.parent, kept)
                 return _load(path) or made
         except (OSError, UserError) as error:
-            if isinstance(error, UserError) and made is None:
-                raise  # of `make`
+            if is_making:
+                raise
             reason = (
                 str(error)
                 if isinstance(error, UserError)
@@ -232,7 +235,10 @@ def _load(path: Path) -> Arrays | None:
 def _prune(folder: Path, kept: int) -> None:
     """Delete the least recently used files beyond `kept`. One that is in use is locked, and is not deleted."""
     with contextlib.suppress(OSError):
-        paths = sorted(folder.glob(f"*{_ENDING}"), key=lambda path: path.stat().st_mtime_ns)
+        found = [
+            path for path in folder.glob(f"*{_ENDING}") if not path.name.startswith(".")
+        ]  # not those being written
+        paths = sorted(found, key=lambda path: path.stat().st_mtime_ns)
         for path in paths[:-kept]:
             with path.open("r+b") as file:
                 if lock_file(file) is not False:

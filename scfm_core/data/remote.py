@@ -140,6 +140,7 @@ def _retry(uri: str, call: Callable[[float], Any], deadline: float) -> Any:
                     f"data: {uri} could not be read within {deadline:.0f} s; the last attempt failed with: {_summary(error)}. "
                     f"If the storage is slow, raise data.cache.timeout"
                 ) from None
+        beat(f"waiting to read {uri} again")
         time.sleep(pause * random.uniform(0.5, 1.0))  # jitter, so that not all processes retry at once
         pause = min(2 * pause, 10.0)
 

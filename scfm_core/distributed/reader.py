@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorSt
 
 from scfm_core.distributed.engine import GROUPS, MOMENTS, Slot
 from scfm_core.errors import UserError
+from scfm_core.progress import beat
 
 DCP_FOLDER = "dcp"
 
@@ -109,6 +110,7 @@ class Reader(ABC):
                 raise UserError(
                     f"the checkpoint has no tensor {key!r}; it was written by another version or for another model"
                 )
+            beat(f"restoring {key}")
             flat = slot.local.view(-1)
             if flat.numel():
                 flat.copy_(self.read(key, slot.start, slot.start + flat.numel()))

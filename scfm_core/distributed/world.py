@@ -175,6 +175,7 @@ def join_world(device: torch.device, timeout: float, *, always: bool = False) ->
     rank, failed = launched_rank(), True
     store = _meet(rank, size, timeout) if size > 1 else dist.HashStore()
     with Watchdog(store if size > 1 else None, rank, size, timeout) as watchdog, watchdog.naming_lost_ranks():
+        store.set_timeout(PATIENCE)  # the first collective of a group of NCCL waits here for the group's first rank
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         with quiet_gloo():
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)

@@ -19,7 +19,7 @@ def torch_save(value: object, path: Path) -> FileEntry:
     """`torch.save` to a new file, with fsync."""
     with HashedFile(path) as file:
         torch.save(value, file)
-        return file.finish()
+    return file.entry
 
 
 class HashingFileSystem(FileSystem):
@@ -34,7 +34,7 @@ class HashingFileSystem(FileSystem):
         assert mode == "wb"
         with HashedFile(Path(path)) as file:
             yield file
-        self.files[Path(path)] = file.entry  # DCP has closed the file, after its own fsync
+        self.files[Path(path)] = file.entry
 
     def rename(self, path: str | PathLike[str], new_path: str | PathLike[str]) -> None:
         """Rename a file; its entry follows."""

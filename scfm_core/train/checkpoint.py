@@ -76,8 +76,9 @@ class CheckpointWriter:
 
     def __init__(self, run_dir: Path, keep: int, world: World | None = None, *, on_thread: bool = False) -> None:
         self._run_dir, self._keep = run_dir, keep
-        world = world or World()
-        self._world = world.second_group() if on_thread else world
+        self._steps_world = world or World()
+        """The group that the steps use."""
+        self._world = self._steps_world.second_group() if on_thread else self._steps_world
         self._thread = ThreadPoolExecutor(1, "scfm checkpoint") if on_thread else None
         self._pending: Future[None] | None = None
 
@@ -98,11 +99,9 @@ class CheckpointWriter:
                 for leftover in leftovers(self._run_dir):
                     shutil.rmtree(leftover, ignore_errors=True)
                 partial.mkdir(parents=True)
-        try:
+        # Not over the group of the writing, which the other ranks' threads may already use.
+        with self._failing_together(partial, self._steps_world):
             written = write(partial, self._world)
-        except _FAILURES as error:
-            # Raised on all ranks by `_complete`: here the other ranks' threads may already use the same process group.
-            written = _raise_later(error)
         if self._thread is None:
             self._complete(partial, written, state)
         else:
@@ -144,9 +143,9 @@ class CheckpointWriter:
         _delete_superseded(self._run_dir, final, self._keep)
 
     @contextlib.contextmanager
-    def _failing_together(self, partial: Path) -> Any:
+    def _failing_together(self, partial: Path, world: World | None = None) -> Any:
         """Raise a failure of one rank on all ranks, with a message that names the rank and the cause."""
-        failure = None
+        failure, world = None, world or self._world
         try:
             yield
         except _FAILURES as error:
@@ -154,11 +153,11 @@ class CheckpointWriter:
             if not isinstance(failure, Exception):  # Ctrl-C, which DCP reports as a failed write
                 raise failure from error
         try:
-            self._world.agree(None if failure is None else _explain(failure, partial))
+            world.agree(None if failure is None else _explain(failure, partial))
         except UserError as joint:
-            if self._world.is_main:
+            if world.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
-            intact = self._world.from_main(_newest_intact(self._run_dir) if self._world.is_main else None)
+            intact = world.from_main(_newest_intact(self._run_dir) if world.is_main else None)
             message = f"{joint}. " + (f"The last one, {intact.name}, is intact. " if intact else "")
             last = UserError(f"{message}Fix this and run the same command again")
             last.agreed = joint.agreed
@@ -168,7 +167,7 @@ class CheckpointWriter:
 def _write_state(path: Path, state: Mapping[str, Any]) -> FileEntry:
     with HashedFile(path) as file:
         file.write(json.dumps(state, indent=2).encode())
-        return file.finish()
+    return file.entry
 
 
 def _check_complete(partial: Path, files: Written, by_rank: Sequence[Written], kind: str) -> None:
@@ -193,13 +192,6 @@ def _manifest(partial: Path, step: int, files: Written) -> dict[str, Any]:
         for path, (size, digest) in sorted(files.items())
     }
     return {"format": FORMAT, "step": step, "files": entries}
-
-
-def _raise_later(error: BaseException) -> Callable[[], Written]:
-    def wait() -> Written:
-        raise error
-
-    return wait
 
 
 def _cause(error: BaseException) -> BaseException:

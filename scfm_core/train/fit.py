@@ -1,6 +1,6 @@
 """A complete run: the training loop with logs, checkpoints, validation grids and rollbacks."""
 
-from scfm_core.progress import beat
+from scfm_core.progress import beat, counting_io
 from scfm_core.train.grid import Validation
 from scfm_core.train.metrics import RunLog
 from scfm_core.train.trainer import SkippedTooOften, Trainer
@@ -15,7 +15,7 @@ def fit(trainer: Trainer) -> int | None:
     config, world = trainer.config, trainer.world
     validation = None
     if trainer.encoder.prompts:
-        with world.together():
+        with world.together(), counting_io("the validation grids"):
             validation = Validation(config, trainer.model, trainer.engine, trainer.encoder, world)
     # Lost ranks are named while this rank still handles SIGTERM, which the launcher sends when a rank has ended.
     with RunLog(config, trainer.progress.step, world) as log, trainer.stop.listening(), world.naming_lost_ranks():

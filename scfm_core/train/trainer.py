@@ -16,7 +16,7 @@ from scfm_core.data.workers import Stopped
 from scfm_core.distributed.world import World, same_patience
 from scfm_core.errors import UserError, agreed_error
 from scfm_core.files import disk_problem
-from scfm_core.progress import beat
+from scfm_core.progress import beat, counting_io
 from scfm_core.scfm.ema import DualEMA
 from scfm_core.scfm.loss import LossMeter
 from scfm_core.scfm.restart import restart_due
@@ -74,15 +74,13 @@ class Trainer:
         # alone would leave the others in a collective.
         with self.world.together():
             self._open_data()  # before the model is downloaded, which may take an hour
-        with self.world.together():
-            beat("the model's configuration")
+        with self.world.together(), counting_io("the model's files"):
             self.family = build_family(config)
             kernels = choose_kernels(config, self.family, self.device)
             if config.method.has_stored_paths:
                 check_paths(config, self.family, self.corpus)
         self.kernels: Kernels = self.world.from_main(kernels)  # rank 0 decides: measured times differ between GPUs
-        with self.world.together():
-            beat("the text encoders")
+        with self.world.together(), counting_io("the text encoders"):
             self.encoder = BatchEncoder(config, self.family, self.corpus, self.device, self._prompts, self.world)
             layout = build_layout(config, self.world, self.device)
         with self.world.together():
@@ -148,10 +146,9 @@ class Trainer:
             is_stopping=lambda: self.stop.signal is not None,
         )
         with contextlib.closing(stream):
-            with world.together():
-                upcoming = self._next_micro_batches(stream, left)
-                if isinstance(upcoming, Exception):
-                    raise upcoming
+            upcoming = self._next_micro_batches(stream, left)
+            world.agree(upcoming if isinstance(upcoming, Exception) else None)
+            assert not isinstance(upcoming, Exception)
             stopped = world.gather(self.stop.signal if left and not upcoming else None)
             self.stopping = next((number for number in stopped if number is not None), None)
             if self.stopping is not None:

@@ -168,8 +168,7 @@ class TestTransientFaults:
         progress.start()
         began = progress.last()[0]
         fetch(place.uri(), tmp_path / "x.tar", deadline=LONG_PAUSE)
-        last, where = progress.last()
-        assert last > began and where == f"downloading {place.uri()}"
+        assert progress.last()[0] > began
 
     def test_a_slow_body_is_not_a_dead_connection(self, place: Place, tmp_path: Path) -> None:
         place.proxy.slow_seconds = 1.2  # four times the tolerated silence

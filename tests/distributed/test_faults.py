@@ -505,6 +505,27 @@ def test_a_write_that_fails_on_one_rank_only(name, victim, tiny, tmp_path, whole
     assert_goes_on(tree, HIT - 1, whole(name), name)
 
 
+def cli_without_memory_for_the_copy(tree: dict[str, Any]) -> int:
+    """In a rank: `scfm train`, in which rank 1 cannot copy its tensors for the thread that writes them."""
+    import torch.distributed.checkpoint as dcp
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no memory for the copy")
+
+    if os.environ["RANK"] == "1":
+        dcp.async_save = fail
+    return train_cli(tree)
+
+
+def test_a_copy_that_fails_on_one_rank_only(tiny, tmp_path):
+    """The thread of the other rank already waits in a collective, but no step does."""
+    tree = make_run(tiny, tmp_path / "run", "fsdp2 async")
+    outcomes = run_distributed(cli_without_memory_for_the_copy, 2, tree, timeout=HARD_LIMIT, expect_failure=True)
+    assert all(outcomes), "a rank waits for the one that failed"
+    assert [outcome.value for outcome in outcomes] == [2, 2], [o.traceback or o.output for o in outcomes]
+    assert "could not be written" in outcomes[0].output and "no memory for the copy" in outcomes[0].output
+
+
 def cli_with_short_files(tree: dict[str, Any], victim: int, longest: int) -> int:
     """In a rank: `scfm train`, in which one rank cannot write files longer than so many bytes."""
     import resource

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from runs import ENGINES, joined_trainer, make_tree, run_distributed
 
 from recipes import cli, ending
+from scfm_core import progress
 from scfm_core.distributed import watchdog, world
 from scfm_core.distributed.watchdog import Watchdog, ranks_in_words
 from scfm_core.distributed.world import PATIENCE, join_world
@@ -94,6 +96,7 @@ class CountingStore:
 def blames_of(ranks: int, gone: set[int], monkeypatch: pytest.MonkeyPatch) -> tuple[set[str], CountingStore]:
     """What the ranks say that are left, all at the same time."""
     monkeypatch.setattr(watchdog, "PULSE", 0.3)
+    progress.start()  # other tests of this process have reported theirs
     store = CountingStore()
     dogs = {rank: Watchdog(store, rank, ranks, 60) for rank in range(ranks)}
     for dog in dogs.values():
@@ -114,6 +117,7 @@ def test_the_lost_ranks_are_named_with_few_requests(monkeypatch):
 def test_a_rank_that_never_began_is_named(monkeypatch):
     store = CountingStore()
     monkeypatch.setattr(watchdog, "PULSE", 0.05)
+    progress.start()
     dogs = [Watchdog(store, rank, 3, 60) for rank in range(3)]
     for dog in dogs[:2]:
         dog._pulse()
@@ -131,36 +135,31 @@ def test_ranks_in_words(ranks, words):
 
 def waits_for_a_slow_rank(how: str) -> Any:
     """In a rank: rank 1 works for several timeouts, and reports progress or not; the others wait for it in a collective."""
-    from scfm_core import progress
-
-    with join_world(torch.device("cpu"), 1.0) as joined:
+    with join_world(torch.device("cpu"), 1.5) as joined:
         if joined.rank == 1:
-            for _ in range(12):
-                time.sleep(0.25)
-                if how == "slow":
-                    progress.beat("opening shard 3")
-                elif how == "slow imports":
-                    with contextlib.suppress(ImportError):
-                        importlib.import_module("a_module_that_does_not_exist")
-                elif how == "slow worker" and os.fork() == 0:
-                    progress.beat("a worker's shard")
-                    os._exit(0)
+            with progress.counting_io("a library's files") if how == "slow loading" else contextlib.nullcontext():
+                for _ in range(16):
+                    time.sleep(0.25)
+                    slow_work(how)
         return joined.gather(joined.rank)
 
 
-def test_the_flight_recorder_is_asked_before_the_end(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_NCCL_DEBUG_INFO_PIPE_FILE", str(tmp_path / "fr_"))
-    watchdog._request_nccl_dump(3)  # there is no pipe
-    os.mkfifo(tmp_path / "fr_3.pipe")
-    watchdog._request_nccl_dump(3)  # nobody reads it
-    reader = os.open(tmp_path / "fr_3.pipe", os.O_RDONLY | os.O_NONBLOCK)
-    watchdog._request_nccl_dump(3)
-    assert os.read(reader, 10) == b"1\n"
-    os.close(reader)
+def slow_work(how: str) -> None:
+    if how == "slow":
+        progress.beat("opening shard 3")
+    elif how == "slow loading":
+        with Path("/dev/zero").open("rb") as file:
+            file.read(2 << 20)
+    elif how == "slow imports":
+        with contextlib.suppress(ImportError):
+            importlib.import_module("a_module_that_does_not_exist")
+    elif how == "slow worker" and os.fork() == 0:
+        progress.beat("a worker's shard")
+        os._exit(0)
 
 
 @pytest.mark.timed
-@pytest.mark.parametrize("how", ["slow", "slow imports", "slow worker", "hung"])
+@pytest.mark.parametrize("how", ["slow", "slow loading", "slow imports", "slow worker", "hung"])
 def test_slow_is_not_lost(how):
     outcomes = run_distributed(waits_for_a_slow_rank, 3, how, expect_failure=True, timeout=60)
     if how == "hung":
