@@ -6,9 +6,7 @@ The options are torchrun's. The ranks have printed what is wrong, in one message
 signal the ranks have as long as they need to save: torchrun would kill them after 30 s.
 """
 
-import contextlib
 import logging
-import resource
 import signal
 import sys
 from types import FrameType
@@ -17,18 +15,19 @@ from torch.distributed.elastic.multiprocessing import api
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
+from scfm_core.files import permit_open_files
+
 _GRACE = 24 * 3600
 """Seconds to save after a signal. Kubernetes or Slurm, which sent it, kills everything when its own time is over."""
-
-
 _MOST_FILES = 1 << 17
+"""The launcher of the first node has two connections to each rank, a rank one to each other rank, and the loader its shards."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Start the ranks and wait for them; returns the exit code."""
     logging.disable(logging.ERROR)  # "Sending process ... closing signal SIGTERM", "failed (exitcode: 2) ..."
     wait_after_signals()
-    permit_descriptors()
+    permit_open_files(_MOST_FILES)
     try:
         run(parse_args(argv))
     except ChildFailedError as error:
@@ -42,19 +41,6 @@ def main(argv: list[str] | None = None) -> int:
     except api.SignalException as error:
         return 128 + error.sigval
     return 0
-
-
-def permit_descriptors() -> None:
-    """Let this process and the ranks open as many files as the system permits. Its default for users is often 1,024.
-
-    The launcher of the first node has two connections to each rank, a rank one to each other rank, and the loader its shards.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # Some containers permit a thousand million, through which other programs then loop.
-    wanted = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def wait_after_signals() -> None:

@@ -1,4 +1,4 @@
-"""Files as bytes: hashes, comparison with a manifest, fsync; locks; folders that can be written."""
+"""Files as bytes: hashes, comparison with a manifest, fsync; locks; how many may be open; folders that can be written."""
 
 import contextlib
 import errno
@@ -7,6 +7,7 @@ import glob
 import hashlib
 import io
 import os
+import resource
 import shutil
 import sys
 from collections.abc import Iterator
@@ -169,6 +170,24 @@ def _warn_no_locks(folder: Path, error: OSError) -> None:
             f"processes from writing the same files there: start each run only once",
             file=sys.stderr,
         )
+
+
+def permit_open_files(wanted: int) -> int:
+    """Raise this process's limit of open files, which is often 1,024; the processes that it starts inherit it.
+
+    Args:
+        wanted: files. Some containers permit a thousand million, through which other programs then loop.
+
+    Returns:
+        how many it may open now, `wanted` at most.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    permitted = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
+    if soft != resource.RLIM_INFINITY and soft < permitted:
+        with contextlib.suppress(OSError, ValueError):  # the system's own limit may be lower
+            resource.setrlimit(resource.RLIMIT_NOFILE, (permitted, hard))
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return wanted if soft == resource.RLIM_INFINITY else min(soft, wanted)
 
 
 def append_line(path: Path, line: str) -> None:

@@ -3,12 +3,13 @@
 import hashlib
 import io
 import os
+import resource
 from pathlib import Path
 
 import pytest
 
 from scfm_core import files
-from scfm_core.files import HashedFile, file_sha256, fsync_path, mismatch, sha256_of
+from scfm_core.files import HashedFile, file_sha256, fsync_path, mismatch, permit_open_files, sha256_of
 
 CONTENT = bytes(range(256)) * 5000  # more than the buffer of 1 MiB
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
@@ -79,3 +80,16 @@ def test_a_hashed_file_is_flushed_from_time_to_time(tmp_path, monkeypatch):
         assert file.write(bytes(5000)) == 5000
     assert synced == [1200, 2400, 3600, 4800]
     assert (tmp_path / "x").read_bytes() == bytes(5000)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [((1024, 4096), (4096, 4096)), ((1024, 10**9), (1 << 17, 10**9)), ((10**6, 10**9), (10**6, 10**9))],
+)
+def test_a_process_may_open_as_many_files_as_the_system_permits(monkeypatch, before, after):
+    """Of 512 ranks each needs more than the usual 1,024."""
+    limits = {resource.RLIMIT_NOFILE: before}
+    monkeypatch.setattr(resource, "getrlimit", limits.__getitem__)
+    monkeypatch.setattr(resource, "setrlimit", limits.__setitem__)
+    assert permit_open_files(1 << 17) == min(after[0], 1 << 17)
+    assert limits == {resource.RLIMIT_NOFILE: after}

@@ -4,7 +4,6 @@ import contextlib
 import errno
 import mmap
 import os
-import resource
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -19,13 +18,14 @@ from scfm_core.data.schema import BadData
 from scfm_core.data.source import Shard, Source
 from scfm_core.data.tar_table import TarTable
 from scfm_core.data.webdataset import TarShard
+from scfm_core.files import permit_open_files
 
 T = TypeVar("T")
 
 _VERIFIED = -1
 """State of a shard. Other states: 0 (not verified), or the id of the process that is downloading or hashing it."""
 _DESCRIPTORS = 1 << 16
-"""The soft limit of open files is raised to this number, if the hard limit allows it."""
+"""Files that a process asks for."""
 _LEAST_COPIES = 64
 """Open shards of a process whatever the size of the cache: closing them would download them again and again."""
 _TABLE_BYTES = 32 << 20
@@ -218,14 +218,7 @@ def most_open() -> int:
 
     The other half is for sockets, shared memory and other data sets.
     """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # RLIM_INFINITY is -1.
-    wanted = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _DESCRIPTORS)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return max(1, (_DESCRIPTORS if soft == resource.RLIM_INFINITY else min(soft, _DESCRIPTORS)) // 2)
+    return max(1, permit_open_files(_DESCRIPTORS) // 2)
 
 
 def _is_alive(process: int) -> bool:

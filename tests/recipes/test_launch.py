@@ -1,6 +1,5 @@
 """torchrun without its traceback: exit codes, and the time after a signal."""
 
-import resource
 import signal
 import time
 from types import SimpleNamespace
@@ -51,16 +50,3 @@ def test_exit_code_of_the_first_failure(closed, monkeypatch, capsys, codes, expe
     monkeypatch.setattr("logging.disable", lambda level: None)
     assert launch.main(["-m", "recipes.cli"]) == expected
     assert ("rank 0 was ended by SIGKILL. Most often the memory" in capsys.readouterr().err) == (codes[0] == -9)
-
-
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [((1024, 4096), (4096, 4096)), ((1024, 10**9), (1 << 17, 10**9)), ((10**6, 10**9), (10**6, 10**9))],
-)
-def test_the_ranks_may_open_as_many_files_as_the_system_permits(monkeypatch, before, after):
-    """Of 512 ranks each needs more than the usual 1,024."""
-    limits = {resource.RLIMIT_NOFILE: before}
-    monkeypatch.setattr(launch.resource, "getrlimit", limits.__getitem__)
-    monkeypatch.setattr(launch.resource, "setrlimit", limits.__setitem__)
-    launch.permit_descriptors()
-    assert limits == {resource.RLIMIT_NOFILE: after}
