@@ -33,9 +33,10 @@ def resolve_folder(path: str) -> Path:
     folder = Path(path).expanduser() if is_local(path) else _download(path)
     index = folder / "model_index.json"
     if not folder.is_dir():
+        maker = "python -m recipes.demo --only teacher" if path == "runs/demo/teacher" else "make demo"
         raise UserError(
             f"model.path: there is no folder {path!r}. Give a local folder in diffusers' format or a hub id"
-            + (". `make demo` makes the models of the demo" if path.startswith("runs/demo/") else "")
+            + (f". `{maker}` makes it" if path.startswith("runs/demo/") else "")
         )
     if not index.is_file():
         raise UserError(

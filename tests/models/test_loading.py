@@ -218,3 +218,13 @@ def test_a_file_that_fails_while_it_is_read(folder, fault, message, monkeypatch)
             os.truncate(folder / "transformer" / ONE, 4096)
         with pytest.raises(UserError, match=message):
             materialise(network, "cpu", files.fill)
+
+
+@pytest.mark.parametrize(
+    ("path", "command"),
+    [("runs/demo/teacher", "python -m recipes.demo --only teacher"), ("runs/demo/short_teacher", "make demo")],
+)
+def test_a_missing_model_of_the_demo_names_the_command_that_makes_it(path, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=rf"there is no folder '{path}'.*`{command}` makes it"):
+        open_family(path)
