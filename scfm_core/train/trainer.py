@@ -82,6 +82,8 @@ class Trainer:
         self.kernels: Kernels = self.world.from_main(kernels)  # rank 0 decides: measured times differ between GPUs
         with self.world.together(), counting_io("the text encoders"):
             self.encoder = BatchEncoder(config, self.family, self.corpus, self.device, self._prompts, self.world)
+        with self.world.together():
+            beat("the layout")
             layout = build_layout(config, self.world, self.device)
         with self.world.together():
             beat("the networks")
