@@ -110,7 +110,7 @@ class CacheWriter:
 
     def _shared_padding(self, path: Path) -> bytes:
         """Content of the padding's file. One process writes it for all, because another GPU may round differently."""
-        padding = self.text.encode([""]).text[0].to(self.config.dtype).cpu().contiguous()
+        padding = self.text.encode([""]).fields["text"][0].to(self.config.dtype).cpu().contiguous()
         content = save({"text": padding})
         try:
             # "x" creates the file in one process only. A hard link would do the same with a complete file, but exFAT,
@@ -146,12 +146,12 @@ class CacheWriter:
         cond = self.text.encode(captions)
         tokens = self.text.token_counts(captions)
         for row, (caption, used, detail) in enumerate(zip(captions, tokens, details, strict=True)):
-            text, length = cond.text[row].to(self.config.dtype).cpu(), None
+            text, length = cond.fields["text"][row].to(self.config.dtype).cpu(), None
             if self.padding is not None:
                 length = self.text.kept(used)
                 self._error[0] += float((text[length:].float() - self.padding[length:].float()).square().sum())
                 self._error[1] += float(text[length:].float().square().sum())
-            tensors = {"latents": latents[row], "text": text[:length], "pooled": cond.pooled[row]}
+            tensors = {"latents": latents[row], "text": text[:length], "pooled": cond.fields["pooled"][row]}
             stored = {name: tensor.to(self.config.dtype) for name, tensor in tensors.items()}
             stored |= {name: tensor[row] for name, tensor in (path or {}).items()}
             fields = {

@@ -152,7 +152,7 @@ class _Teacher:
         """The latents of samples `items`, fp32 [B, C, h, w], and their paths (by tensor name) if paths are stored."""
         config, cond = self.config, self.text.encode(texts, guidance=self.config.guidance)
         ids = torch.tensor(items, dtype=torch.int64) + FIRST_ID
-        like = torch.empty(len(items), *self.family.latent_shape(*size), device=cond.text.device)
+        like = torch.empty(len(items), *self.family.latent_shape(*size), device=cond.device)
         shift = dynamic_shift(self.family.image_tokens(like)) if config.shift == "dynamic" else config.shift
         noise, sigmas = sample_noise(like, ids, config.seed), sigma_grid(config.num_steps, shift)
 
@@ -166,7 +166,7 @@ class _Teacher:
         )
         rows = len(items)
         return latents, {
-            "velocities": velocities.to(cond.text.dtype),
+            "velocities": velocities.to(next(iter(cond.fields.values())).dtype),
             "sigmas": sigmas[:: config.num_steps // config.intervals].expand(rows, -1),
             "guidance": torch.full((rows,), config.guidance),
         }

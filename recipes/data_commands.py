@@ -306,11 +306,12 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 
 def _token_counter(model: str) -> "Callable[[Sequence[str]], list[int]]":
-    from scfm_core.models.encoders import count_tokens, load_tokenizer
+    from scfm_core.models.encoders import load_tokenizer
     from scfm_core.models.families import open_family
 
-    tokenizer = load_tokenizer(open_family(model))
-    return lambda captions: count_tokens(tokenizer, captions)
+    family = open_family(model)
+    tokenizer = load_tokenizer(family)
+    return lambda captions: family.count_tokens(tokenizer, captions)
 
 
 def _decoder(model: str, device: str) -> "Callable[[Tensor], Tensor]":

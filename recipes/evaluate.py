@@ -290,11 +290,7 @@ class Evaluator:
         guidance = self.config.sample.guidance
         starts = range(0, len(prompts), self.size)
         parts = [text.encode(prompts[at : at + self.size], guidance).to("cpu") for at in starts]
-        return Conditioning(
-            text=torch.cat([part.text for part in parts]),
-            pooled=torch.cat([part.pooled for part in parts]),
-            guidance=torch.full((len(prompts),), guidance),
-        )
+        return Conditioning.cat(parts)
 
     @torch.no_grad()
     def _real_features(self, corpus: Corpus, items: list[int]) -> Tensor:

@@ -14,8 +14,9 @@ from torch import Tensor
 from recipes.runs import load_trained, open_run
 from scfm_core.errors import UserError
 from scfm_core.files import check_writable, written_whole
+from scfm_core.models.conditioning import Conditioning
 from scfm_core.models.encoders import Autoencoder, TextEncoders
-from scfm_core.models.protocol import Conditioning, ModelFamily
+from scfm_core.models.protocol import ModelFamily
 from scfm_core.models.student import ShortcutModel
 from scfm_core.scfm.method import sampling_strength
 from scfm_core.train.config import RunConfig
@@ -90,7 +91,7 @@ def _settings(run_dir: Path, config: RunConfig, family: ModelFamily, num_steps: 
         "steps": num_steps,
         "strength": strength,
         "guidance": config.sample.guidance,
-        "shift": sampling_shift(config.sample, family.image_tokens(latents)),
+        "shift": sampling_shift(config.sample, family, latents, num_steps),
         "width": width,
         "height": height,
         "model": Path(config.model.path).name if Path(config.model.path).is_dir() else config.model.path,
@@ -162,8 +163,8 @@ def generate(
     latents = []
     for at in range(0, len(seeds), batch):
         rows = cond[at : at + batch]
-        noise = initial_noise(shape, seeds[at : at + batch], compute_dtype(config)).to(rows.text.device)
-        shift = sampling_shift(config.sample, model.family.image_tokens(noise))
+        noise = initial_noise(shape, seeds[at : at + batch], compute_dtype(config)).to(rows.device)
+        shift = sampling_shift(config.sample, model.family, noise, num_steps)
         settings: dict[str, Any] = {"num_steps": num_steps, "shift": shift, "strength": strength}
         latents.append(sample_latents(model, role, noise, rows, method=config.method, **settings))
     with torch.no_grad():

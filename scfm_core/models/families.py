@@ -39,8 +39,8 @@ def open_family(path: str, *, offline: bool = False) -> ModelFamily:
             f"model.path: {folder / 'model_index.json'} is not in diffusers' format ({error}); download it again"
         ) from error
     for family in FAMILIES:
-        if found == family.pipeline:
+        if found in family.pipelines:
             return family(folder)
     raise UserError(
-        f"model.path: {folder} holds a {found}; scfm supports {' and '.join(family.pipeline for family in FAMILIES)}"
+        f"model.path: {folder} holds a {found}; scfm supports {', '.join(name for family in FAMILIES for name in family.pipelines)}"
     )

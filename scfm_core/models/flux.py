@@ -4,12 +4,17 @@ Layout and conventions are those of diffusers' `FluxPipeline`; see also https://
 """
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from scfm_core.models.protocol import PATCH, Conditioning, ModelFamily, dtype_of
+from scfm_core.kernels.ops import Ops
+from scfm_core.models.conditioning import Conditioning
+from scfm_core.models.protocol import FieldKind, ModelFamily, dtype_of
+
+PATCH = 2
+"""Side of a packed token, in latents."""
 
 
 def pack_latents(latents: Tensor) -> Tensor:
@@ -39,9 +44,11 @@ def image_ids(height: int, width: int, device: torch.device) -> Tensor:
 class Flux(ModelFamily):
     """Flux.1 in diffusers' format."""
 
-    pipeline = "FluxPipeline"
-    t5_tokenizer = "tokenizer_2"
+    pipelines = ("FluxPipeline",)
+    fields: ClassVar[dict[str, FieldKind]] = {"text": "tokens", "pooled": "vector"}
+    tokenizer = "tokenizer_2"
     in_channels_per_latent = PATCH**2
+    block_lists = ("transformer_blocks", "single_transformer_blocks")
     has_kernels = True
     known: ClassVar[dict[str, dict[str, Any]]] = {
         "black-forest-labs/FLUX.1-dev": {
@@ -70,36 +77,44 @@ class Flux(ModelFamily):
 
         return FluxTransformer2DModel
 
-    def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        """See `ModelFamily`. Guidance is an input of the network."""
+    @property
+    def guidance_kind(self) -> Literal["input", "passes", "none"]:
+        """See `ModelFamily`. Schnell has no guidance."""
+        return "input" if self.network_config["guidance_embeds"] else "none"
+
+    def shapes(self, text_length: int) -> dict[str, tuple[int, ...]]:
+        """See `ModelFamily`."""
+        arch = self.network_config
+        return {"text": (text_length, arch["joint_attention_dim"]), "pooled": (arch["pooled_projection_dim"],)}
+
+    def predict(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        """See `ModelFamily`."""
         height, width = x.shape[-2:]
-        dtype = dtype_of(network)
+        dtype, text = dtype_of(network), cond.fields["text"]
         packed = network(
             hidden_states=pack_latents(x).to(dtype),
-            encoder_hidden_states=cond.text.to(dtype),
-            pooled_projections=cond.pooled.to(dtype),
+            encoder_hidden_states=text.to(dtype),
+            pooled_projections=cond.fields["pooled"].to(dtype),
             timestep=_timestep(sigma, dtype),
-            guidance=cond.guidance if self.network_config["guidance_embeds"] else None,
+            guidance=cond.guidance if self.guidance_kind == "input" else None,
             img_ids=image_ids(height, width, x.device),
-            txt_ids=torch.zeros(cond.text.shape[1], 3, device=x.device),
+            txt_ids=torch.zeros(text.shape[1], 3, device=x.device),
             return_dict=False,
         )[0]
         return unpack_latents(packed, height, width)
 
+    def fuse(self, network: nn.Module, ops: Ops, attention_backend: str, *, blocks: bool) -> None:
+        """See `ModelFamily`."""
+        from scfm_core.models.fused import fuse
+
+        fuse(network, ops, attention_backend, blocks=blocks)
+
     def encode_prompt(
         self, pipeline: Any, captions: Sequence[str], device: torch.device, text_length: int
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[dict[str, Tensor], None]:
         """See `ModelFamily`."""
         text, pooled, _ = pipeline.encode_prompt(prompt=list(captions), device=device, max_sequence_length=text_length)
-        return text, pooled
-
-    def products(self, image_tokens: int, text_tokens: int) -> tuple[float, float]:
-        """See `ModelFamily`. Modulation and embedders are not counted."""
-        arch, tokens = self.network_config, image_tokens + text_tokens
-        dim = arch["num_attention_heads"] * arch["attention_head_dim"]
-        blocks = arch["num_layers"] + arch["num_single_layers"]
-        # Both kinds of block use 12 D^2 weights per token; attention has two S x S x D products per block.
-        return 24 * blocks * dim**2 * tokens, 4 * blocks * dim * tokens**2
+        return {"text": text, "pooled": pooled}, None
 
 
 def _timestep(sigma: Tensor, dtype: torch.dtype) -> Tensor:

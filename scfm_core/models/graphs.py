@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from scfm_core.models.protocol import Conditioning
+from scfm_core.models.conditioning import Conditioning
 
 Velocity = Callable[[Tensor, Tensor, Conditioning, Tensor], Tensor]
 WARM_UP = 3
@@ -36,21 +36,21 @@ class GraphedVelocity:
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Conditioning, strength: Tensor) -> Tensor:
         """The velocity's result, in new memory."""
-        inputs = [x, sigma, strength.to(x.device, non_blocking=True), cond.text, cond.pooled]
+        inputs = [x, sigma, strength.to(x.device, non_blocking=True), *cond.fields.values()]
         if cond.guidance is not None:
             inputs.append(cond.guidance)
         key = tuple((tensor.shape, tensor.dtype) for tensor in inputs)
         if key not in self._captured:
-            self._captured[key] = self._capture([tensor.clone() for tensor in inputs])
+            self._captured[key] = self._capture([tensor.clone() for tensor in inputs], list(cond.fields))
         captured = self._captured[key]
         for static, current in zip(captured.inputs, inputs, strict=True):
             static.copy_(current)
         captured.graph.replay()
         return captured.output.clone()
 
-    def _capture(self, inputs: list[Tensor]) -> _Captured:
-        x, sigma, strength, text, pooled, *guidance = inputs
-        cond = Conditioning(text=text, pooled=pooled, guidance=guidance[0] if guidance else None)
+    def _capture(self, inputs: list[Tensor], names: list[str]) -> _Captured:
+        (x, sigma, strength), fields, guidance = inputs[:3], inputs[3 : 3 + len(names)], inputs[3 + len(names) :]
+        cond = Conditioning(fields=dict(zip(names, fields, strict=True)), guidance=guidance[0] if guidance else None)
         side_stream = torch.cuda.Stream()
         side_stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side_stream):

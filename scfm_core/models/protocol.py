@@ -1,65 +1,35 @@
-"""The interface of a model family, and a batch's conditioning."""
+"""The interface of a model family."""
 
-import dataclasses
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from scfm_core.errors import UserError
 from scfm_core.filling import materialise, stored_tensors
+from scfm_core.flow.path import per_sample
+from scfm_core.flow.schedule import FLUX_MU, dynamic_shift
+from scfm_core.kernels.ops import Ops
+from scfm_core.models.conditioning import Conditioning
 from scfm_core.models.fingerprint import network_fingerprint
 from scfm_core.models.initial import RandomWeights, parameters_on_meta
 from scfm_core.models.tensor_files import TensorFiles
 from scfm_core.models.weights import GUIDANCE_MARK, component_config
 
-PATCH = 2
-"""Side of a token in latents, for Flux and for SD3."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Conditioning:
-    """The conditioning of a network, one row per sample."""
-
-    text: Tensor
-    """The text encoders' tokens, [B, L, D_text]."""
-    pooled: Tensor
-    """CLIP's pooled embedding, [B, D_pooled]."""
-    guidance: Tensor | None = None
-    """Guidance, fp32 [B]: an input of the network, or the scale of classifier-free guidance. None: no guidance."""
-
-    def __getitem__(self, rows: Any) -> "Conditioning":
-        guidance = None if self.guidance is None else self.guidance[rows]
-        return Conditioning(text=self.text[rows], pooled=self.pooled[rows], guidance=guidance)
-
-    def __len__(self) -> int:
-        return self.text.shape[0]
-
-    def with_guidance(self, guidance: Tensor | None) -> "Conditioning":
-        """The same rows with another guidance, fp32 [B]."""
-        return dataclasses.replace(self, guidance=guidance)
-
-    def without_captions(self, rows: Tensor, empty: "Conditioning") -> "Conditioning":
-        """The same, but `rows` (bool [B]) have the empty caption; `empty` is its one row."""
-        text = torch.where(rows[:, None, None], empty.text.to(self.text.dtype), self.text)
-        return dataclasses.replace(
-            self, text=text, pooled=torch.where(rows[:, None], empty.pooled.to(self.pooled.dtype), self.pooled)
-        )
-
-    def to(self, device: torch.device | str) -> "Conditioning":
-        """The same rows on `device`."""
-        guidance = None if self.guidance is None else self.guidance.to(device)
-        return Conditioning(text=self.text.to(device), pooled=self.pooled.to(device), guidance=guidance)
+FieldKind = Literal["tokens", "masked", "vector"]
+"""Of a field of text. tokens: [B, L, ...] of one length; the network sees the padding. masked: [B, L, ...] with lengths; the
+network does not see the padding. vector: [B, D]."""
 
 
 class ModelFamily(ABC):
-    """How to load and call one architecture of diffusers. Each family is one file: `flux.py`, `sd3.py`.
+    """How to load and call one architecture of diffusers. Each family is one file, listed in `families.py`.
+
+    What most families share has a default here; a family replaces what is different.
 
     Args:
         folder: a pipeline in diffusers' format with `transformer`, `vae`, text encoders and tokenizers. For a dry run,
@@ -67,21 +37,33 @@ class ModelFamily(ABC):
         architecture: an entry of `known`, which replaces the folder's files.
     """
 
-    pipeline: ClassVar[str]
-    """Class name of diffusers' pipeline."""
+    pipelines: ClassVar[tuple[str, ...]]
+    """Class names of diffusers' pipelines of this family."""
     known: ClassVar[dict[str, dict[str, Any]]]
     """Architectures by hub id, for a dry run without network access: `transformer` and `vae` as in their config.json,
-    and `encoder_bytes`, the bytes of text encoders and VAE in bf16."""
-    t5_tokenizer: ClassVar[str]
-    """Name of the pipeline's component that is T5's tokenizer."""
-    clip_tokens: ClassVar[int] = 0
-    """Number of CLIP tokens before the T5 tokens."""
+    `encoder_bytes`, the bytes of text encoders and VAE in bf16, and `pipeline`, if it is not the first of `pipelines`."""
+    fields: ClassVar[dict[str, FieldKind]]
+    """What the text encoders give, by name. Not the names of other tensors in a shard: `latents`, `velocities`, `sigmas`, `guidance`."""
+    tokenizer: ClassVar[str] = "tokenizer"
+    """Name of the pipeline's component whose tokens `model.text_length` limits."""
+    extra_tokens: ClassVar[int] = 0
+    """Number of text tokens of the network beside those: CLIP's of SD3."""
+    empty_caption: ClassVar[str] = ""
+    """The caption of the unconditional pass of classifier-free guidance."""
+    neutral_guidance: ClassVar[float] = 1.0
+    """The scale of classifier-free guidance that gives the conditional velocity."""
+    mu_points: ClassVar[tuple[tuple[float, float], tuple[float, float]]] = FLUX_MU
+    """Of the dynamic shift: two points (image tokens, mu)."""
+    patch: ClassVar[int] = 2
+    """Side of a token, in latents."""
     in_channels_per_latent: ClassVar[int] = 1
     """Input channels of the network per channel of the latents."""
+    block_lists: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
+    """Names of the network's lists of blocks."""
+    static_shapes: ClassVar[bool] = True
+    """Whether all batches of a size have the same shapes, which CUDA graphs need."""
     has_kernels: ClassVar[bool] = False
     """Whether fused blocks and the choice of attention support its network."""
-    is_guided_by_passes: ClassVar[bool] = False
-    """Whether guidance is classifier-free, with two passes of the network, unless it was distilled."""
 
     def __init__(self, folder: Path, architecture: dict[str, Any] | None = None) -> None:
         self.folder = folder
@@ -90,51 +72,189 @@ class ModelFamily(ABC):
         self.has_learned_guidance = (folder / GUIDANCE_MARK).is_file()
         """Whether the model was made with `method.distil_guidance`."""
         if architecture is not None:
+            self.pipeline: str = architecture.get("pipeline", self.pipelines[0])
+            self.pipeline_config: dict[str, Any] = {}
             self.network_config: dict[str, Any] = architecture["transformer"]
             self.vae_config: dict[str, Any] = architecture["vae"]
             self.encoder_bytes: int = architecture["encoder_bytes"]
             self.in_pixels = False
             return
+        self.pipeline_config = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        """`model_index.json`."""
+        self.pipeline = self.pipeline_config["_class_name"]
+        """Class name of diffusers' pipeline."""
         self.network_config = component_config(folder, "transformer")
-        self.in_pixels = json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("vae") == [
-            None,
-            None,
-        ]
+        self.in_pixels = self.pipeline_config.get("vae") == [None, None]
         """Whether the latents are pixels: the pipeline was saved without a VAE."""
         channels = self.network_config["in_channels"] // self.in_channels_per_latent
         pixels = {"block_out_channels": (1,), "latent_channels": channels}
         self.vae_config = pixels if self.in_pixels else component_config(folder, "vae")
-        encoders = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
-        self.encoder_bytes = sum(f.stat().st_size for name in encoders for f in (folder / name).glob("*.safetensors"))
+        self.encoder_bytes = sum(
+            file.stat().st_size
+            for component in self.pipeline_config
+            if component == "vae" or component.startswith("text_encoder")
+            for file in (folder / component).glob("*.safetensors")
+        )
 
     @property
     @abstractmethod
     def network_class(self) -> Any:
         """The class of diffusers' transformer."""
 
+    @property
+    def vae_class(self) -> Any:
+        """The class of diffusers' VAE."""
+        from diffusers import AutoencoderKL
+
+        return AutoencoderKL
+
+    @property
+    def guidance_kind(self) -> Literal["input", "passes", "none"]:
+        """How the pre-trained network is guided: by an input, or by classifier-free guidance with two passes, or not at all."""
+        return "passes"
+
+    @property
+    def latent_channels(self) -> int:
+        """C of latents [B, C, H, W]."""
+        return int(self.vae_config["latent_channels"])
+
+    @property
+    def vae_factor(self) -> int:
+        """Pixels per latent, along each side."""
+        return int(2 ** (len(self.vae_config["block_out_channels"]) - 1))
+
+    @property
+    def width(self) -> int:
+        """Features of a token inside the network."""
+        return int(self.network_config["num_attention_heads"] * self.network_config["attention_head_dim"])
+
     @abstractmethod
-    def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        """The network's velocity.
+    def shapes(self, text_length: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of one row of each field, for a caption of `text_length` tokens."""
+
+    @abstractmethod
+    def encode_prompt(
+        self, pipeline: Any, captions: Sequence[str], device: torch.device, text_length: int
+    ) -> tuple[dict[str, Tensor], tuple[int, ...] | None]:
+        """Encode captions as diffusers' pipeline does.
+
+        Args:
+            pipeline: diffusers' pipeline without network and VAE.
+            captions: B captions.
+            device: of the encoders.
+            text_length: number of tokens of `tokenizer`; captions are truncated to it, and padded if the padding is not masked.
+
+        Returns:
+            the fields, and the lengths of masked fields; see `Conditioning`.
+        """
+
+    def count_tokens(self, tokenizer: Any, captions: Sequence[str]) -> list[int]:
+        """Number of tokens of each caption that `model.text_length` limits, not truncated, with an end token if there is one."""
+        # Not verbose: it would warn about each long caption.
+        return [len(row) for row in tokenizer(list(captions), truncation=False, verbose=False).input_ids]
+
+    @abstractmethod
+    def predict(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        """The velocity of one pass of the network, `noise - latents`.
 
         Args:
             network: of `network_class`, perhaps adapted or fused.
             x: noised latents, [B, C, H, W].
             sigma: fp32 [B].
-            cond: B rows.
+            cond: B rows. Their guidance is used if it is an input of the network.
 
         Returns:
             [B, C, H, W] in the network's dtype.
         """
 
-    @abstractmethod
-    def encode_prompt(
-        self, pipeline: Any, captions: Sequence[str], device: torch.device, text_length: int
-    ) -> tuple[Tensor, Tensor]:
-        """Encode captions with the pipeline's encoders: tokens [B, L, D] and pooled embedding [B, P]."""
+    def guide(self, cond: Tensor, uncond: Tensor, scale: Tensor) -> Tensor:
+        """The guided velocity, [B, C, H, W].
 
-    @abstractmethod
-    def products(self, image_tokens: int, text_tokens: int) -> tuple[float, float]:
-        """FLOPs of one sample's forward without adapters: of the linears, and of attention."""
+        Args:
+            cond: the velocity with the caption, [B, C, H, W].
+            uncond: the velocity with the empty caption.
+            scale: as the users of diffusers' pipeline give it, [B, 1, 1, 1] in the dtype of `cond`.
+        """
+        return uncond + scale * (cond - uncond)
+
+    def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        """The guided velocity of a network; see `predict`. Families do not replace it.
+
+        The pass with the empty caption gets no gradient: otherwise training could lower the loss by moving it away from the data.
+        """
+        if not self._needs_two_passes(cond):
+            return self.predict(network, x, sigma, cond)
+        assert self.unconditional is not None and cond.guidance is not None, "TextEncoders sets the empty caption"
+        empty, scale = self.unconditional.expand(len(cond)), per_sample(cond.guidance, x).to(x.dtype)
+        if self.rows_per_sample(cond) == 2:
+            both = Conditioning.cat([cond.with_guidance(None), empty])
+            conditional, unconditional = self.predict(network, x.repeat(2, 1, 1, 1), sigma.repeat(2), both).chunk(2)
+            return self.guide(conditional, unconditional, scale)
+        with torch.no_grad():
+            unconditional = self.predict(network, x, sigma, empty)
+        # Autocast caches the weights that it cast without gradient; the next pass needs weights with gradient.
+        torch.clear_autocast_cache()
+        return self.guide(self.predict(network, x, sigma, cond), unconditional, scale)
+
+    def rows_per_sample(self, cond: Conditioning) -> int:
+        """Rows of a sample in a pass of `velocity`: 2 if both passes of classifier-free guidance are one batch, [2 B]."""
+        return 2 if self._needs_two_passes(cond) and not torch.is_grad_enabled() else 1
+
+    def _needs_two_passes(self, cond: Conditioning) -> bool:
+        return cond.guidance is not None and self.passes == 2
+
+    def encode_images(self, vae: Any, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [-1, 1] -> latents [B, C, h, w] as the network takes them.
+
+        The latents are the posterior's mean: it is not random, so a cache agrees with encoding on the fly.
+        """
+        latents: Tensor = vae.encode(images).latent_dist.mode()
+        return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+
+    def decode_latents(self, vae: Any, latents: Tensor) -> Tensor:
+        """Latents -> images [B, 3, H, W] in [-1, 1], the inverse of `encode_images`."""
+        latents = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+        images: Tensor = vae.decode(latents, return_dict=False)[0]
+        return images
+
+    def shift(self, image_tokens: int, num_steps: int) -> float:
+        """The timestep shift that the family's sampler uses for images of `image_tokens` tokens in `num_steps` steps."""
+        return dynamic_shift(image_tokens, self.mu_points)
+
+    def blocks(self, network: nn.Module) -> list[nn.Module]:
+        """The network's blocks, which are sharded, checkpointed and compiled one by one.
+
+        Raises:
+            UserError: if the network has none: then checkpointing and compilation would do nothing.
+        """
+        missing = [name for name in self.block_lists if not list(getattr(network, name, ()))]
+        blocks = [block for name in self.block_lists for block in getattr(network, name, ())]
+        if not blocks or any(not hasattr(network, name) for name in missing):
+            raise UserError(
+                f"model.path: the {type(network).__name__} of {self.folder} has no blocks in {', '.join(missing)}. This version of "
+                f"diffusers may have renamed them; install the version of requirements.lock"
+            )
+        return blocks
+
+    def fuse(self, network: nn.Module, ops: Ops, attention_backend: str, *, blocks: bool) -> None:
+        """Use fused operations in a network, adapted or not. Only families with `has_kernels` have them.
+
+        Args:
+            network: with diffusers' own blocks; it is changed in place.
+            ops: the operations that the fused modules call.
+            attention_backend: one of `scfm_core.kernels.attention.BACKENDS`.
+            blocks: also replace the blocks and the adapters' products; else only the attention.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no fused blocks")
+
+    def call_arguments(self, guidance: float, text_length: int) -> dict[str, Any]:
+        """Arguments of a call of diffusers' pipeline that depend on the family, for the card of an adapter.
+
+        Args:
+            guidance: the scale; `neutral_guidance` is one pass.
+            text_length: `model.text_length`.
+        """
+        return {"guidance_scale": guidance, "max_sequence_length": text_length}
 
     def load_network(self, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
         """The pre-trained transformer on one device, every parameter in `dtype`.
@@ -182,12 +302,17 @@ class ModelFamily(ABC):
     @property
     def passes(self) -> int:
         """Passes of the network per guided velocity."""
-        return 2 if self.is_guided_by_passes and not self.has_learned_guidance else 1
+        return 2 if self.guidance_kind == "passes" and not self.has_learned_guidance else 1
+
+    @property
+    def has_guidance(self) -> bool:
+        """Whether guidance has an effect on the velocity."""
+        return self.passes == 2 or self.guidance_kind == "input"
 
     @property
     def pixel_multiple(self) -> int:
         """Image height and width must be multiples of this number of pixels."""
-        return PATCH * 2 ** (len(self.vae_config["block_out_channels"]) - 1)
+        return self.patch * self.vae_factor
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """[C, H, W] of an image of `height` x `width` pixels.
@@ -201,16 +326,15 @@ class ModelFamily(ABC):
                 f"an image of {height} x {width} pixels cannot be packed: this model needs sides that are multiples "
                 f"of {multiple}; the nearest is {_nearest(height, multiple)} x {_nearest(width, multiple)}"
             )
-        factor = multiple // PATCH
-        return self.vae_config["latent_channels"], height // factor, width // factor
+        return self.latent_channels, height // self.vae_factor, width // self.vae_factor
 
     def image_tokens(self, latents: Tensor) -> int:
         """Number of tokens of latents [B, C, H, W], per sample."""
-        return latents.shape[-2] * latents.shape[-1] // PATCH**2
+        return latents.shape[-2] * latents.shape[-1] // self.patch**2
 
     def text_tokens(self, text_length: int) -> int:
-        """Number of text tokens of the network, for `text_length` T5 tokens."""
-        return self.clip_tokens + text_length
+        """Number of text tokens of the network, for `text_length` tokens of `tokenizer`."""
+        return self.extra_tokens + text_length
 
 
 def dtype_of(network: nn.Module) -> torch.dtype:

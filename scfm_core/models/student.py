@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from scfm_core.models.adapters import LoRABank, LoRAConfig
-from scfm_core.models.protocol import Conditioning, ModelFamily, dtype_of
+from scfm_core.models.conditioning import Conditioning
+from scfm_core.models.protocol import ModelFamily, dtype_of
 from scfm_core.progress import beat
 
 
@@ -98,7 +99,8 @@ class LoRAModel(ShortcutModel):
         if role == "teacher":
             self.bank.select(None)
         else:
-            self.bank.select(role, strength.to(x.device, non_blocking=True), in_fp8=for_target)
+            rows = strength.repeat(self.family.rows_per_sample(cond))
+            self.bank.select(role, rows.to(x.device, non_blocking=True), in_fp8=for_target)
         return self.family.velocity(self.bank.network, x, sigma, cond)
 
 

@@ -20,7 +20,7 @@ from scfm_core.models.student import FullModel, LoRAModel, ShortcutModel
 from scfm_core.train.config import RunConfig
 from scfm_core.train.device import compute_dtype
 from scfm_core.train.kernels import Kernels
-from scfm_core.train.network import compile_blocks, set_activation_checkpointing, transformer_blocks
+from scfm_core.train.network import compile_blocks, set_activation_checkpointing
 from scfm_core.train.rules import check_model, check_shards, micro_batches
 
 
@@ -102,7 +102,7 @@ def build_model(
     dtype, is_lora = compute_dtype(config), config.train.weights == "lora"
     needs_teacher = config.method.has_teacher if layout is not None else config.method.follows_teacher
     has_teacher = with_teacher and needs_teacher and not is_lora
-    prepare = _preparation(config, kernels, layout, device)
+    prepare = _preparation(config, family, kernels, layout, device)
     with contextlib.ExitStack() as stack:
         with (world or World()).together():
             family.fingerprint  # noqa: B018  (kept from now on: checkpoints name what is loaded here, also if the files go away)
@@ -141,20 +141,21 @@ def _adapted(config: RunConfig, family: ModelFamily, network: nn.Module) -> LoRA
 
 
 def _preparation(
-    config: RunConfig, kernels: Kernels, layout: Layout | None, device: torch.device
+    config: RunConfig, family: ModelFamily, kernels: Kernels, layout: Layout | None, device: torch.device
 ) -> Callable[[nn.Module, bool, Fill], None]:
     """Prepares a network on the meta device: fused blocks; for training also activation checkpointing (if trained) and compilation;
     then its weights."""
 
     def prepare(network: nn.Module, trained: bool, fill: Fill) -> None:
-        kernels.apply(network)
+        kernels.apply(family, network)
         if layout is None:
             materialise(network, device, fill)
             return
+        blocks = family.blocks(network)
         if trained:
-            set_activation_checkpointing(network, config.train.activation_checkpointing)
+            set_activation_checkpointing(blocks, config.train.activation_checkpointing)
         if config.train.compile:
-            compile_blocks(network)
-        layout.prepare(network if trained else network.requires_grad_(False), transformer_blocks(network), fill)
+            compile_blocks(blocks)
+        layout.prepare(network if trained else network.requires_grad_(False), blocks, fill)
 
     return prepare

@@ -12,6 +12,7 @@ from scfm_core.train.config import RunConfig
 from scfm_core.train.disk import checkpoint_bytes, disk_bytes
 from scfm_core.train.memory import Memory, estimate_memory, has_folder, shares
 from scfm_core.train.rules import describe_micro_batches
+from scfm_core.train.trace import Forward, trace_forward
 from scfm_core.wording import count, duration
 
 A100_PEAK = 312e12  # bf16 FLOP/s, dense (NVIDIA A100 data sheet)
@@ -70,12 +71,10 @@ def estimate(config: RunConfig, family: ModelFamily, world: int = 1) -> Estimate
     network = family.meta_network()
     shapes = [tuple(parameter.shape) for parameter in network.parameters()]
     base = sum(p.numel() for p in network.parameters())
-    _, height, width = family.latent_shape(*config.data.resolution)
-    image_tokens = height * width // 4
+    channels, height, width = family.latent_shape(*config.data.resolution)
+    forward = trace_forward(family, network, (channels, height, width), config.model.text_length)
     text_tokens = family.text_tokens(config.model.text_length)
-    tokens = image_tokens + text_tokens
-    linear, attention = family.products(image_tokens, text_tokens)
-    forward = linear + attention
+    tokens = height * width // family.patch**2 + text_tokens
 
     adapted, trained, lora = 0, base, 0.0
     if config.train.weights == "lora":
@@ -86,8 +85,8 @@ def estimate(config: RunConfig, family: ModelFamily, world: int = 1) -> Estimate
         factors = bank.parameters("student")
         shapes = [tuple(factor.shape) for factor in factors.values()]
         adapted, trained = len(bank.layers), sum(p.numel() for p in factors.values())
-        lora = 2.0 * sum(p.numel() * _tokens_through(name, image_tokens, tokens) for name, p in factors.items())
-    step = _step_flops(config, linear, attention, lora, family.passes)
+        lora = 2.0 * sum(p.numel() * forward.rows.get(name.rpartition(".lora_")[0], 0) for name, p in factors.items())
+    step = _step_flops(config, forward, lora, family.passes)
 
     def memory_of(variant: RunConfig, processes: int = world) -> Memory:
         a_node = processes_a_node(processes)
@@ -104,7 +103,7 @@ def estimate(config: RunConfig, family: ModelFamily, world: int = 1) -> Estimate
         adapted_linears=adapted,
         tokens=tokens,
         text_tokens=text_tokens,
-        forward_flops=forward,
+        forward_flops=forward.linear + forward.attention,
         step_flops=step,
         memory=memory.gpu,
         host_memory=memory.host,
@@ -117,30 +116,17 @@ def estimate(config: RunConfig, family: ModelFamily, world: int = 1) -> Estimate
     )
 
 
-def _tokens_through(name: str, image_tokens: int, tokens: int) -> int:
-    """How many tokens of a sample pass through an adapted linear."""
-    if "norm" in name or "time_text_embed" in name:
-        return 1  # modulation and embedders act on the sample as a whole
-    if name.startswith("single_transformer_blocks."):
-        return tokens
-    is_text = any(
-        part in name
-        for part in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context", "context_embedder")
-    )
-    return tokens - image_tokens if is_text else image_tokens
-
-
-def _step_flops(config: RunConfig, linear: float, attention: float, lora: float, guided: int) -> float:
+def _step_flops(config: RunConfig, forward: Forward, lora: float, guided: int) -> float:
     """FLOPs of one sample in a training step. A guided velocity takes `guided` passes, one of them with gradient.
 
     Backward pass, in forward passes of the same part: 1 for the linears' input gradients and 1 for their weight gradients, if
     the base is trained; 2 for attention (four products); 2 for adapters.
     """
-    forward = linear + attention + lora
+    a_pass = forward.linear + forward.attention + lora
     full = config.train.weights == "full"
-    backward = linear * (2 if full else 1) + 2 * attention + 2 * lora
-    recomputed = {"none": 0.0, "selective": 0.0, "full": forward}[config.train.activation_checkpointing]
-    return forward * sum(config.method.passes(guided)) + backward + recomputed
+    backward = forward.linear * (2 if full else 1) + 2 * forward.attention + 2 * lora
+    recomputed = {"none": 0.0, "selective": 0.0, "full": a_pass}[config.train.activation_checkpointing]
+    return a_pass * sum(config.method.passes(guided)) + backward + recomputed
 
 
 def format_estimate(result: Estimate, config: RunConfig, kernels: str) -> str:

@@ -44,7 +44,6 @@ class Validation:
         shape = family.latent_shape(*config.data.resolution)
         seeds = [config.sample.seed + i for i in range(len(self._prompts))]
         self._noise = initial_noise(shape, seeds, dtype).to(encoder.device)
-        self._shift = sampling_shift(config.sample, family.image_tokens(self._noise))
         self._teacher: Tensor | None = None
         """The teacher's latents. They are sampled once, for the first grid."""
 
@@ -89,6 +88,7 @@ class Validation:
     def _sample(self, role: str, num_steps: int) -> Tensor:
         """Latents of all prompts, sampled in micro-batches."""
         config, size = self._config, self._config.train.micro_batch_size
+        shift = sampling_shift(config.sample, self._model.family, self._noise, num_steps)
 
         def call() -> Tensor:
             parts = [
@@ -99,7 +99,7 @@ class Validation:
                     self._cond[at : at + size],
                     method=config.method,
                     num_steps=num_steps,
-                    shift=self._shift,
+                    shift=shift,
                 )
                 for at in range(0, len(self._prompts), size)
             ]

@@ -14,9 +14,10 @@ from scfm_core.data.schema import BadData, Batch
 from scfm_core.distributed.world import World
 from scfm_core.errors import UserError
 from scfm_core.flow.schedule import shift_of_grid, sigma_grid
+from scfm_core.models.conditioning import Conditioning
 from scfm_core.models.encoders import Autoencoder, TextEncoders
 from scfm_core.models.fingerprint import different_encoders, different_network
-from scfm_core.models.protocol import Conditioning, ModelFamily
+from scfm_core.models.protocol import ModelFamily
 from scfm_core.scfm.method import PlanConfig
 from scfm_core.train.config import RunConfig
 from scfm_core.train.device import compute_dtype
@@ -86,7 +87,7 @@ class BatchEncoder:
         if batch.latents is not None:
             assert batch.text is not None and batch.pooled is not None
             text = batch.text.padded(self.paddings, self.device)
-            cond = Conditioning(text=text, pooled=batch.pooled.to(self.device, non_blocking=True))
+            cond = Conditioning(fields={"text": text, "pooled": batch.pooled.to(self.device, non_blocking=True)})
             return batch.latents.to(self.device, non_blocking=True).float(), cond
         assert batch.images is not None and self.vae is not None and self.text is not None
         images = unit_range(batch.images.to(self.device, non_blocking=True))
@@ -106,7 +107,7 @@ def check_cache(config: RunConfig, family: ModelFamily, corpus: Corpus) -> None:
             f"Encode it again with this model's encoders, or set model.path to the model of the cache"
         )
     if corpus.text_length != family.text_tokens(config.model.text_length):
-        cached = (corpus.text_length or 0) - family.clip_tokens
+        cached = (corpus.text_length or 0) - family.extra_tokens
         raise UserError(
             f"data: the cache was encoded with model.text_length {cached}, this run asks for "
             f"{config.model.text_length}. Set model.text_length={cached}, or encode again"
@@ -133,7 +134,7 @@ def check_paths(config: RunConfig, family: ModelFamily, corpus: Corpus) -> None:
             check_intervals(config.method, intervals[name], f"of source {name!r} ")
             guidance = float(path["guidance"])  # stored in fp32
             _check_guidance(config.method, name, guidance)
-            shift = sampling_shift(config.sample, family.image_tokens(latents))
+            shift = sampling_shift(config.sample, family, latents, intervals[name])
             if other := _different_settings(config, family, path["sigmas"], guidance, shift):
                 others[name] = other
     if len(set(intervals.values())) > 1:
@@ -174,9 +175,8 @@ def _different_settings(
     config: RunConfig, family: ModelFamily, sigmas: Tensor, guidance: float, shift: float
 ) -> str | None:
     """Shift and guidance of a path, if they differ from the run's sampler; else None."""
-    has_guidance = family.passes == 2 or bool(family.network_config.get("guidance_embeds"))
     same_shift = torch.allclose(sigmas.float(), sigma_grid(len(sigmas) - 1, shift), atol=1e-4)
-    same_guidance = not has_guidance or math.isclose(guidance, config.sample.guidance, rel_tol=1e-6)
+    same_guidance = not family.has_guidance or math.isclose(guidance, config.sample.guidance, rel_tol=1e-6)
     if same_shift and same_guidance:
         return None
     return f"shift {shift if same_shift else shift_of_grid(sigmas):.4g} and guidance {guidance:g}"

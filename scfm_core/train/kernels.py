@@ -9,7 +9,6 @@ from scfm_core.distributed.world import launched_size
 from scfm_core.errors import UserError
 from scfm_core.kernels.attention import AttentionChoice, AttentionShape, choose_attention
 from scfm_core.kernels.launch import why_no_triton
-from scfm_core.models.fused import fuse
 from scfm_core.models.protocol import ModelFamily
 from scfm_core.train.config import KernelConfig, RunConfig
 from scfm_core.train.rules import check_kernels, micro_batches
@@ -26,14 +25,14 @@ class Kernels:
     attention: AttentionChoice | None
     """None: diffusers' own processor, with PyTorch's default attention."""
 
-    def apply(self, network: nn.Module) -> None:
-        """Use these kernels in a network of diffusers' blocks, with or without adapters."""
+    def apply(self, family: ModelFamily, network: nn.Module) -> None:
+        """Use these kernels in a network of `family` with diffusers' blocks, with or without adapters."""
         if self.attention is None:
             return
         from scfm_core.kernels.ops import REFERENCE, triton_ops
 
         ops = triton_ops() if self.fused == "triton" else REFERENCE
-        fuse(network, ops, self.attention.backend, blocks=self.fused != "none")
+        family.fuse(network, ops, self.attention.backend, blocks=self.fused != "none")
 
     def __str__(self) -> str:
         blocks = {"triton": "fused Triton kernels", "reference": "fused blocks in plain PyTorch"}
@@ -63,9 +62,10 @@ def choose_kernels(config: RunConfig, family: ModelFamily, device: torch.device,
     if not family.has_kernels:
         if requested.fused in ("triton", "reference") or requested.attention != "auto":
             raise UserError(
-                f"kernels.fused and kernels.attention exist for Flux's blocks, not for those of {family.pipeline}. Set both to auto"
+                f"there are no fused blocks and no choice of attention for the network of {family.pipeline}. Set kernels.fused and "
+                f"kernels.attention to auto"
             )
-        return Kernels("none", "fused kernels exist for Flux only", None)
+        return Kernels("none", "there are no fused ones for this network", None)
     reason = why_no_triton(device)
     if requested.fused == "triton" and reason is not None:
         raise UserError(
@@ -92,7 +92,7 @@ def _shape(config: RunConfig, family: ModelFamily, device: torch.device) -> Atte
     dtype = torch.bfloat16 if config.train.compute_dtype == "bfloat16" else torch.float32
     return AttentionShape(
         batch=micro_batches(config, launched_size()).size,
-        tokens=rows * columns // 4 + config.model.text_length,
+        tokens=rows * columns // family.patch**2 + family.text_tokens(config.model.text_length),
         heads=arch["num_attention_heads"],
         head_dim=arch["attention_head_dim"],
         dtype=dtype,

@@ -8,7 +8,6 @@ from scfm_core.models.adapters import is_for_fp8
 from scfm_core.models.protocol import ModelFamily
 from scfm_core.models.tensor_files import CHUNK
 from scfm_core.train.config import RunConfig
-from scfm_core.train.network import transformer_blocks
 from scfm_core.train.rules import micro_batches
 
 REDUCE_BUCKET = 500_000_000  # elements; DeepSpeed's default
@@ -93,9 +92,10 @@ def estimate_memory(
     }
     working = {
         "encoders (on the fly)": float(family.encoder_bytes * has_folder(config)),
-        "gathered weights (a guess)": _gathered(config, network, share, width),
+        "gathered weights (a guess)": _gathered(config, family, network, share, width),
         "reduce bucket (fp32)": 4 * min(REDUCE_BUCKET, trained) * zero,
-        "activations (a guess)": micro_batches(config, world).size * _activations(config, family, tokens, width),
+        "activations (a guess)": micro_batches(config, world).size
+        * _activations(config, family, network, tokens, width),
     }
     offloaded: dict[str, float] = {}
     if engine.cpu_offload:
@@ -122,24 +122,22 @@ def _of_a_node(
     }
 
 
-def _gathered(config: RunConfig, network: nn.Module, share: Shares, width: int) -> float:
+def _gathered(config: RunConfig, family: ModelFamily, network: nn.Module, share: Shares, width: int) -> float:
     """Unsharded weights during a pass. With FSDP2: a block, the next block, and the weights outside of blocks."""
     if share.weights == 1:
         return 0.0
     total = sum(p.numel() for p in network.parameters())
     if config.engine.name == "deepspeed":
         return float(width * min(LIVE_PARAMETERS, total))
-    blocks = [sum(p.numel() for p in block.parameters()) for block in transformer_blocks(network)]
+    blocks = [sum(p.numel() for p in block.parameters()) for block in family.blocks(network)]
     return float(width * (total - sum(blocks) + 2 * max(blocks)))
 
 
-def _activations(config: RunConfig, family: ModelFamily, tokens: int, width: int) -> float:
+def _activations(config: RunConfig, family: ModelFamily, network: nn.Module, tokens: int, width: int) -> float:
     """Bytes that one sample saves for the backward pass."""
-    arch = family.network_config
-    dim = arch["num_attention_heads"] * arch["attention_head_dim"]
-    blocks = arch["num_layers"] + arch.get("num_single_layers", 0)
+    blocks = len(family.blocks(network))
     # Saved for the backward pass, per token and block, in units of D elements: block input, norm outputs, q, k, v, the
     # attention's output, the feed-forward's hidden activations and the gated residuals; without compilation.
     mode = config.train.activation_checkpointing
     saved = {"none": 34, "selective": 16, "full": 1}[mode] * blocks + (34 if mode == "full" else 0)
-    return float(tokens * dim * saved * width)
+    return float(tokens * family.width * saved * width)

@@ -1,5 +1,6 @@
 """Changes to a network's blocks for training: activation checkpointing and compilation."""
 
+from collections.abc import Sequence
 from types import MethodType
 from typing import Any
 
@@ -24,27 +25,20 @@ _SAVED = {
 _SAVED_LIBRARIES = {"xformers", "xformers_flash", "xformers_flash3", "flash_attn_3"}  # all of their ops are attention
 
 
-def transformer_blocks(network: nn.Module) -> list[nn.Module]:
-    """The blocks of a diffusers transformer, which are sharded, checkpointed and compiled one by one."""
-    return [
-        block for name in ("transformer_blocks", "single_transformer_blocks") for block in getattr(network, name, ())
-    ]
-
-
-def set_activation_checkpointing(network: nn.Module, mode: str) -> None:
-    """Recompute each block in the backward pass.
+def set_activation_checkpointing(blocks: Sequence[nn.Module], mode: str) -> None:
+    """Recompute each block of a network in the backward pass.
 
     The checkpoint is inside the block's forward, not around the block as in diffusers: there a compiled block would run
     eagerly under a selective checkpoint.
 
     Args:
-        network: changed in place.
+        blocks: changed in place.
         mode: `none`, `selective` (matrix products and attention are saved) or `full`.
     """
     if mode == "none":
         return
     forward = {"selective": _forward_selective, "full": _forward_full}[mode]
-    for block in transformer_blocks(network):
+    for block in blocks:
         block.forward = MethodType(forward, block)  # type: ignore[method-assign]
 
 
@@ -70,8 +64,8 @@ def _save_expensive_results(context: object, op: object, *_: object, **__: objec
     return CheckpointPolicy.MUST_SAVE if expensive else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def compile_blocks(network: nn.Module) -> None:
-    """`torch.compile` on every transformer block: one graph for each kind of block, shared by all blocks of that kind."""
+def compile_blocks(blocks: Sequence[nn.Module]) -> None:
+    """`torch.compile` on every block of a network: one graph for each kind of block, shared by all blocks of that kind."""
     # Graphs of one function: two kinds of block x (three adapters and none) x (all, some or one of the rows) x (strides of
     # the first and of later blocks). Above the limit, 8 by default, dynamo runs eagerly.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
@@ -80,7 +74,7 @@ def compile_blocks(network: nn.Module) -> None:
     if _compiling not in callback_handler.start_callbacks:
         callback_handler.register_start_callback(_compiling)
         callback_handler.register_end_callback(_compiling)
-    for block in transformer_blocks(network):
+    for block in blocks:
         block.compile()
 
 

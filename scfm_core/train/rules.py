@@ -54,10 +54,15 @@ def check_model(config: RunConfig, family: ModelFamily) -> None:
     method, path = config.method, config.model.path
     for size in {config.data.resolution, *config.data.sizes()}:
         family.latent_shape(*size)
-    if method.step_embedding and not family.network_config.get("guidance_embeds"):
+    if method.step_embedding and family.guidance_kind != "input":
         raise UserError(
             f"method.step_embedding gives the step size to the network's embedded guidance, but {path} has none "
-            f"(guidance_embeds in transformer/config.json). Use an architecture that has it"
+            f"(for Flux: guidance_embeds in transformer/config.json). Use an architecture that has it"
+        )
+    if config.kernels.cuda_graphs and not family.static_shapes:
+        raise UserError(
+            f"kernels.cuda_graphs needs batches of one shape, but the text of {path} is as long as the longest caption of a batch. "
+            f"Set kernels.cuda_graphs=false"
         )
     if family.passes == 1 and method.distil_guidance:
         raise UserError(
@@ -65,10 +70,11 @@ def check_model(config: RunConfig, family: ModelFamily) -> None:
             f"it to false"
         )
     draws_guidance = method.has_pairs or method.trajectory_steps is not None
-    if family.passes == 2 and draws_guidance and method.guidance[0] < 1:
+    if family.passes == 2 and draws_guidance and method.guidance[0] < family.neutral_guidance:
         raise UserError(
             f"method.guidance is the scale of classifier-free guidance for this model, and its range starts at "
-            f"{method.guidance[0]:g}: scales below 1 would weaken the caption. Start at 1 or above; for SD3.5 use [3.5, 5]"
+            f"{method.guidance[0]:g}: scales below {family.neutral_guidance:g} would weaken the caption. Start at "
+            f"{family.neutral_guidance:g} or above, near the scale with which the model is sampled"
         )
 
 

@@ -6,17 +6,20 @@ import torch
 from torch import Tensor
 
 from scfm_core.flow.sampler import euler_sample
-from scfm_core.flow.schedule import dynamic_shift, sigma_grid
+from scfm_core.flow.schedule import sigma_grid
+from scfm_core.models.conditioning import Conditioning
 from scfm_core.models.encoders import Autoencoder
-from scfm_core.models.protocol import Conditioning
+from scfm_core.models.protocol import ModelFamily
 from scfm_core.models.student import ShortcutModel
 from scfm_core.scfm.method import PlanConfig, sampling_strength
 from scfm_core.train.config import SampleConfig
 
 
-def sampling_shift(config: SampleConfig, image_tokens: int) -> float:
-    """The timestep shift of a sampler for images of `image_tokens` tokens."""
-    return dynamic_shift(image_tokens) if config.shift == "dynamic" else float(config.shift)
+def sampling_shift(config: SampleConfig, family: ModelFamily, latents: Tensor, num_steps: int) -> float:
+    """The timestep shift of a sampler of `num_steps` steps for `latents` [B, C, H, W]."""
+    if config.shift == "dynamic":
+        return family.shift(family.image_tokens(latents), num_steps)
+    return float(config.shift)
 
 
 def initial_noise(shape: tuple[int, int, int], seeds: Sequence[int], dtype: torch.dtype) -> Tensor:

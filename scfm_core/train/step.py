@@ -8,8 +8,8 @@ from torch import Tensor
 from scfm_core.data.schema import Batch
 from scfm_core.flow.path import flow_velocity, noise_latents, per_sample
 from scfm_core.flow.random import sample_noise
+from scfm_core.models.conditioning import Conditioning
 from scfm_core.models.graphs import GraphedVelocity
-from scfm_core.models.protocol import Conditioning
 from scfm_core.models.student import ShortcutModel
 from scfm_core.scfm.loss import LossMeter, scfm_loss
 from scfm_core.scfm.plan import ShortcutPlan, sample_plan
@@ -55,7 +55,8 @@ class Objective:
             batch = batch.pinned()
         latents, cond = self.encoder.encode(batch)
         tokens = self.model.family.image_tokens(latents)
-        plan = sample_plan(method, batch.sample_ids, self._seed, image_tokens=tokens).to(device)
+        plan = sample_plan(method, batch.sample_ids, self._seed, image_tokens=tokens)
+        is_dropped, plan = plan.is_dropped, plan.to(device)
         noise = sample_noise(latents, batch.sample_ids, self._seed)
         noised = noise_latents(latents, noise, plan.sigma_start)
         velocity = flow_velocity(latents, noise) if method.has_flow else None  # of the rows with a known target
@@ -64,7 +65,7 @@ class Objective:
             plan, noised, velocity = on_trajectories(plan, paths, ends, noised, velocity)
         if method.caption_dropout > 0:
             assert self.model.family.unconditional is not None
-            cond = cond.without_captions(plan.is_dropped, self.model.family.unconditional)
+            cond = cond.without_captions(is_dropped, self.model.family.unconditional)
         student_guidance, target_guidance = self._embedded_guidance(plan)
         with torch.inference_mode(self._in_inference_mode):
             if method.distil_guidance and method.has_flow:
@@ -87,7 +88,9 @@ class Objective:
             return plan.guidance, plan.guidance
         if not self._method.student_is_guided:
             return None, None
-        guidance = torch.where(plan.is_flow, 1.0, plan.guidance)  # the data's own velocity is not guided
+        guidance = torch.where(
+            plan.is_flow, self.model.family.neutral_guidance, plan.guidance
+        )  # the data's own velocity is not guided
         return guidance, guidance
 
     def _paths(

@@ -19,7 +19,6 @@ from scfm_core.distributed.fsdp2 import Fsdp2Layout
 from scfm_core.distributed.world import World
 from scfm_core.filling import stored_tensors
 from scfm_core.kernels.attention import AttentionShape, choose_attention
-from scfm_core.train.network import transformer_blocks
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -44,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
                 def fill(name: str, part: Tensor, start: int) -> None:
                     part.copy_(weights[name].view(-1)[start : start + part.numel()])
 
-                layout.prepare(network, transformer_blocks(network), fill)
+                layout.prepare(network, setting.family.blocks(network), fill)
 
             arms = {
                 "reference": ours(setting, backend=backend),

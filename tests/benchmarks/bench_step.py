@@ -14,6 +14,7 @@ from harness import DEVICE, measure, parser, report
 from step_arms import BATCH, DTYPE, GPU, Setting, ours, reference, tuned_reference
 
 from scfm_core.kernels.attention import AttentionShape, choose_attention
+from scfm_core.train.trace import trace_forward
 
 PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # bf16 without sparsity, from NVIDIA's data sheets
 GROUPS = {  # the first match counts
@@ -83,7 +84,10 @@ def main(argv: list[str] | None = None) -> None:
         torch.cuda.synchronize()
         resident = torch.cuda.memory_allocated()
     seconds = measure({name: watched(name) for name in arms}, arguments.repeats)  # type: ignore[misc]
-    forward = arguments.batch * sum(setting.family.products(setting.tokens, 0))
+    traced = trace_forward(
+        setting.family, setting.family.meta_network(), setting.latents.shape[1:], setting.text_length
+    )
+    forward = arguments.batch * (traced.linear + traced.attention)
     peak = next((value for name, value in PEAK.items() if GPU and name in torch.cuda.get_device_name()), None)
     rows = [
         {

@@ -14,8 +14,8 @@ from scfm_core.flow.path import euler_step, noise_latents, per_sample
 from scfm_core.flow.random import sample_noise
 from scfm_core.kernels.attention import AttentionChoice
 from scfm_core.models.adapters import LoRAConfig
+from scfm_core.models.conditioning import Conditioning
 from scfm_core.models.families import open_family
-from scfm_core.models.protocol import Conditioning
 from scfm_core.models.student import LoRAModel
 from scfm_core.scfm.ema import DualEMA
 from scfm_core.scfm.loss import scfm_loss
@@ -23,7 +23,7 @@ from scfm_core.scfm.method import PlanConfig
 from scfm_core.scfm.plan import ShortcutPlan, sample_plan
 from scfm_core.scfm.target import scfm_target
 from scfm_core.train.kernels import Kernels
-from scfm_core.train.network import compile_blocks, set_activation_checkpointing, transformer_blocks
+from scfm_core.train.network import compile_blocks, set_activation_checkpointing
 
 GPU = DEVICE.type == "cuda"
 DTYPE = torch.bfloat16 if GPU else torch.float32
@@ -53,13 +53,15 @@ class Setting:
             self.family.network_config = TINY
         self.rank = 64 if GPU else 4
         side, length, channels = (64, text_length, 16) if GPU else (4, 4, 1)
-        self.tokens = side * side // 4 + length
-        config = self.family.network_config
+        self.tokens, self.text_length = side * side // 4 + length, length
         generator = torch.Generator().manual_seed(0)
         self.latents = torch.randn(batch, channels, side, side, generator=generator).to(DEVICE)
-        text = torch.randn(batch, length, config["joint_attention_dim"], generator=generator)
-        pooled = torch.randn(batch, config["pooled_projection_dim"], generator=generator)
-        self.cond = Conditioning(text=text.to(DEVICE, DTYPE), pooled=pooled.to(DEVICE, DTYPE))
+        self.cond = Conditioning(
+            fields={
+                name: torch.randn(batch, *shape, generator=generator).to(DEVICE, DTYPE)
+                for name, shape in self.family.shapes(length).items()
+            }
+        )
         self.ids = torch.arange(batch)
         base = nn.Module.to(self.family.meta_network(), DTYPE).to_empty(device=DEVICE)
         torch.manual_seed(0)
@@ -105,10 +107,11 @@ def ours(
     """This project's step: a bank of adapters, one near pass, no copies."""
     network = setting.network()
     model = LoRAModel(setting.family, network, LoRAConfig(rank=setting.rank, alpha=float(setting.rank)))
-    Kernels(fused, "benchmark", AttentionChoice(backend, "benchmark")).apply(network)
-    set_activation_checkpointing(network, checkpointing)
+    Kernels(fused, "benchmark", AttentionChoice(backend, "benchmark")).apply(setting.family, network)
+    blocks = setting.family.blocks(network)
+    set_activation_checkpointing(blocks, checkpointing)
     if compiled:
-        compile_blocks(network)
+        compile_blocks(blocks)
     prepare(network)
     engine = make_engine(setting, model.parameters, model.networks)
     emas = DualEMA(*(engine.ema_tensors(role) for role in ("student", "ema_fast", "ema_slow")))
@@ -216,7 +219,7 @@ def tuned_reference(setting: Setting, backend: str) -> Callable[[], None]:
             network.set_attention_backend(DIFFUSERS_BACKENDS[backend])
     if GPU:
         torch._dynamo.config.recompile_limit = 64
-        for block in transformer_blocks(network):
+        for block in setting.family.blocks(network):
             block.compile(dynamic=True)  # sub-batches of any size
     weights = {adapter: peft.weights(adapter) for adapter in ("student", "ema_fast", "ema_slow")}
     network.set_adapter("student")

@@ -137,8 +137,8 @@ class TestContent:
                 record = cached.record(row)
                 assert record.latents.dtype == record.text.dtype == record.pooled.dtype == dtype
                 assert torch.equal(record.latents, latents[at])
-                assert torch.equal(record.text, cond.text[at])
-                assert torch.equal(record.pooled, cond.pooled[at])
+                assert torch.equal(record.text, cond.fields["text"][at])
+                assert torch.equal(record.pooled, cond.fields["pooled"][at])
                 assert record.caption == records[at].caption
 
     def test_shapes_are_the_models(self, cache, family):
@@ -229,7 +229,7 @@ class TestPadding:
 
     def test_is_the_output_for_an_empty_caption(self, cache, digits, tmp_path, family):
         run(digits, tmp_path / "exact", family, keep_padding=True)
-        empty = TextEncoders(family, LENGTH, torch.bfloat16, "cpu").encode([""]).text[0]
+        empty = TextEncoders(family, LENGTH, torch.bfloat16, "cpu").encode([""]).fields["text"][0]
         assert torch.equal(load_file(cache / PADDING)["text"], empty)
         trimmed, exact = open_cache(cache), open_cache(tmp_path / "exact")
         for number in range(COUNT):
@@ -245,7 +245,7 @@ class TestPadding:
         model = ModelConfig(path=str(family.folder), text_length=LENGTH)
         config = RunConfig(run=RunSection(dir="unused"), model=model, data=corpus.config)
         _, cond = BatchEncoder(config, family, corpus, torch.device("cpu")).encode(batch)
-        assert torch.equal(cond.text, torch.stack([corpus.record(item).text for item in items]))
+        assert torch.equal(cond.fields["text"], torch.stack([corpus.record(item).text for item in items]))
 
     def test_is_most_of_the_bytes_of_a_cache(self, images, tmp_path, family):
         sizes = []
@@ -933,7 +933,7 @@ class TestNotFinite:
 def _with_nan(encode: Callable[..., Any]) -> Callable[..., Any]:
     def changed(self: TextEncoders, captions: Sequence[str], guidance: float | None = None) -> Any:
         cond = encode(self, captions, guidance)
-        cond.text[0, 0, 0] = cond.pooled[0, 0] = float("nan")
+        cond.fields["text"][0, 0, 0] = cond.fields["pooled"][0, 0] = float("nan")
         return cond
 
     return changed

@@ -27,10 +27,11 @@ from scfm_core.data.schema import MANIFEST, Manifest, collate
 from scfm_core.errors import UserError
 from scfm_core.flow.random import sample_noise
 from scfm_core.flow.schedule import sigma_grid
+from scfm_core.models.conditioning import Conditioning
 from scfm_core.models.families import open_family
 from scfm_core.models.fingerprint import encoder_fingerprint, network_fingerprint
 from scfm_core.models.flux import Flux
-from scfm_core.models.protocol import Conditioning, ModelFamily
+from scfm_core.models.protocol import ModelFamily
 
 # Seconds faster than a new interpreter with torch, and killed in the same way.
 FORK = multiprocessing.get_context("fork")
@@ -213,7 +214,7 @@ class TestContent:
             batch = collate(items, [corpus.record(item) for item in items])
             assert batch.latents.shape == (len(items), *family.latent_shape(*size))
             cond = Conditioning(
-                text=batch.text.padded([]), pooled=batch.pooled, guidance=torch.full((len(items),), 1.0)
+                fields={"text": batch.text.padded([]), "pooled": batch.pooled}, guidance=torch.full((len(items),), 1.0)
             )
             velocity = family.velocity(network, batch.latents, torch.full((len(items),), 0.5), cond)
             assert velocity.shape == batch.latents.shape
@@ -446,7 +447,9 @@ class TestTrajectories:
         record = corpus.record(0)
         assert record.path is not None and record.text is not None and record.pooled is not None
         network = family.load_network(torch.float32, "cpu")
-        cond = Conditioning(text=record.text[None], pooled=record.pooled[None], guidance=torch.tensor([GUIDANCE]))
+        cond = Conditioning(
+            fields={"text": record.text[None], "pooled": record.pooled[None]}, guidance=torch.tensor([GUIDANCE])
+        )
         sigmas, means = sigma_grid(4, SHIFT), record.path["velocities"]
         states = [sample_noise(means[:1], torch.tensor([int(record.key)]) + FIRST_ID, SEED)]
         seen: list[Tensor] = []

@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from scfm_core.models.families import open_family
 from scfm_core.train.config import RunConfig
 from scfm_core.train.estimate import Estimate, estimate
-from scfm_core.train.network import transformer_blocks
 from scfm_core.train.parse import parse_config
 from scfm_core.train.scale import plan_step
 from scfm_core.train.stop import SIGNALS
@@ -148,7 +147,8 @@ def test_what_a_step_sends(name, weights, tiny, tmp_path):
 
 
 def assert_planned(config: RunConfig, result: Estimate, parts: list[dict[str, tuple[int, int]]], tiny: Path) -> None:
-    units = len(transformer_blocks(open_family(str(tiny / "flux")).meta_network())) + 1
+    family = open_family(str(tiny / "flux"))
+    units = len(family.blocks(family.meta_network())) + 1
     planned: dict[str, tuple[int, float]] = {}
     for each in plan_step(config, result, units).exchanges:
         calls, size = planned.get(each.kind, (0, 0.0))

@@ -8,9 +8,9 @@ from torch import nn
 
 from scfm_core.kernels.ops import REFERENCE, triton_ops
 from scfm_core.models.adapters import ADAPTERS, LoRABank, LoRAConfig
+from scfm_core.models.conditioning import Conditioning
 from scfm_core.models.families import open_family
 from scfm_core.models.fused import FusedDoubleBlock, FusedSingleBlock, fuse
-from scfm_core.models.protocol import Conditioning
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 OPS = {"triton": triton_ops, "reference": lambda: REFERENCE}
@@ -25,10 +25,11 @@ def family(tiny):
 def inputs(family, dtype):
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(2, *family.latent_shape(8, 8), generator=generator).to(DEVICE)
-    config = family.network_config
     cond = Conditioning(
-        text=torch.randn(2, 5, config["joint_attention_dim"], generator=generator).to(DEVICE, dtype),
-        pooled=torch.randn(2, config["pooled_projection_dim"], generator=generator).to(DEVICE, dtype),
+        fields={
+            name: torch.randn(2, *shape, generator=generator).to(DEVICE, dtype)
+            for name, shape in family.shapes(5).items()
+        },
         guidance=torch.tensor([1.0, 8.0], device=DEVICE),
     )
     return latents, torch.tensor([0.9, 0.2], device=DEVICE), cond
@@ -122,7 +123,7 @@ def test_triton_blocks_train_eagerly_and_compiled(family):
     assert any("norm_added_k" in name for name in expected[1]) and any("lora_A" in name for name in expected[1])
     plain.zero_grad()
     fuse(plain, triton_ops(), "triton")
-    set_activation_checkpointing(plain, "selective")
+    set_activation_checkpointing(family.blocks(plain), "selective")
     assert len(plain.transformer_blocks) > 1 or len(plain.single_transformer_blocks) > 1
     for blocks in (plain.transformer_blocks, plain.single_transformer_blocks):
         blocks[0].compile(backend="aot_eager", fullgraph=True)

@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from scfm_core.models.adapters import ADAPTERS, LoRAConfig
+from scfm_core.models.conditioning import Conditioning
 from scfm_core.models.families import open_family
 from scfm_core.models.graphs import WARM_UP, GraphedVelocity
-from scfm_core.models.protocol import Conditioning
 from scfm_core.models.student import LoRAModel
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -95,13 +95,21 @@ class Model:
     def __call__(self, x, sigma, cond, strength):
         self.calls += 1
         guidance = 0.0 if cond.guidance is None else cond.guidance[:, None]
-        return x * self.weight + (sigma * strength)[:, None] + cond.text.sum((1, 2))[:, None] + guidance + cond.pooled
+        return (
+            x * self.weight
+            + (sigma * strength)[:, None]
+            + cond.fields["text"].sum((1, 2))[:, None]
+            + guidance
+            + cond.fields["pooled"]
+        )
 
 
 def draw(batch, *, guidance=True, dtype=torch.float32):
     cond = Conditioning(
-        text=torch.randn(batch, 2, 3, device=DEVICE, dtype=dtype),
-        pooled=torch.randn(batch, 4, device=DEVICE),
+        fields={
+            "text": torch.randn(batch, 2, 3, device=DEVICE, dtype=dtype),
+            "pooled": torch.randn(batch, 4, device=DEVICE),
+        },
         guidance=torch.rand(batch, device=DEVICE) if guidance else None,
     )
     return (
@@ -129,10 +137,10 @@ def test_every_call_sees_its_own_inputs_and_the_weights_of_the_moment():
 def test_a_call_does_not_change_the_inputs_of_an_earlier_one():
     graphed = GraphedVelocity(Model())
     x, sigma, cond, strength = first = draw(3)
-    given = [tensor.clone() for tensor in (x, sigma, strength, cond.text, cond.pooled, cond.guidance)]
+    given = [tensor.clone() for tensor in (x, sigma, strength, *cond.fields.values(), cond.guidance)]
     graphed(*first)
     graphed(*draw(3))
-    for tensor, before in zip((x, sigma, strength, cond.text, cond.pooled, cond.guidance), given, strict=True):
+    for tensor, before in zip((x, sigma, strength, *cond.fields.values(), cond.guidance), given, strict=True):
         assert torch.equal(tensor, before)
 
 
@@ -157,12 +165,10 @@ def test_the_passes_of_an_adapted_flux_can_be_replayed(tiny):
         for factor in model.parameters(role).values():
             factor.normal_(std=0.1)
     near, far = GraphedVelocity(model.near_velocity), GraphedVelocity(model.far_velocity)
-    config = family.network_config
 
     def inputs():
         cond = Conditioning(
-            text=torch.randn(2, 5, config["joint_attention_dim"], device=DEVICE),
-            pooled=torch.randn(2, config["pooled_projection_dim"], device=DEVICE),
+            fields={name: torch.randn(2, *shape, device=DEVICE) for name, shape in family.shapes(5).items()},
             guidance=1 + 7 * torch.rand(2, device=DEVICE),
         )
         x = torch.randn(2, *family.latent_shape(16, 16), device=DEVICE)

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from scfm_core.models.adapters import ADAPTERS, LoRAConfig
+from scfm_core.models.conditioning import Conditioning
 from scfm_core.models.encoders import TextEncoders
 from scfm_core.models.families import open_family
-from scfm_core.models.protocol import Conditioning
 from scfm_core.models.student import FullModel, LoRAModel
 from scfm_core.scfm.method import PlanConfig
 from scfm_core.scfm.plan import sample_plan
@@ -83,8 +83,7 @@ def test_a_target_with_full_weights_reads_nothing_from_the_device(family, monkey
         plan = sample_plan(config, torch.arange(16), seed=0)
         assert {0.0, 1.0} == set(plan.near_strength[plan.pair_rows].tolist())
         cond = Conditioning(
-            text=torch.empty(16, 8, family.network_config["joint_attention_dim"], device="meta"),
-            pooled=torch.empty(16, family.network_config["pooled_projection_dim"], device="meta"),
+            fields={name: torch.empty(16, *shape, device="meta") for name, shape in family.shapes(8).items()},
             guidance=plan.guidance.to("meta"),
         )
         x = torch.empty(16, 1, 8, 8, device="meta")

@@ -53,7 +53,7 @@ def test_one_rank_encodes_the_prompts(make_config, tiny, monkeypatch, dropout):
     encoder = BatchEncoder(config, family, corpus, device, PROMPTS, Rank(1, sent))
     other = encoder.prompt_cond
     for left, right in ((expected, other), (empty, family.unconditional)):
-        assert torch.equal(left.text, right.text) and torch.equal(left.pooled, right.pooled)
+        assert all(torch.equal(tensor, right.fields[name]) for name, tensor in left.fields.items())
     assert torch.equal(expected.guidance, other.guidance)
     assert len(sent) == 1
     monkeypatch.setattr(grid, "Autoencoder", None)  # nor does it decode

@@ -1,15 +1,12 @@
 """Estimates against published numbers; they need no weights, because the network is on the meta device."""
 
 import pytest
-import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from recipes.train import describe
-from scfm_core.models.encoders import TextEncoders
 from scfm_core.models.families import open_family
 from scfm_core.train.estimate import estimate
 from scfm_core.train.parse import load_config
+from scfm_core.train.trace import trace_forward
 
 
 @pytest.fixture(scope="module")
@@ -54,26 +51,20 @@ def test_full_weights_cost_five_or_six_forwards(flux):
         assert result.step_flops / result.forward_flops == pytest.approx(forwards, rel=0.03)
 
 
-def test_the_formula_counts_the_same_flops_as_torch(tiny, make_config):
-    """FLOPs of a forward pass of the tiny network."""
-    family = open_family(str(tiny / "flux"))
-    network = family.load_network(torch.float32, "cpu")
-    cond = TextEncoders(family, 8, torch.float32, "cpu").encode(["a handwritten digit two"], guidance=1.0)
-    # The counter does not know the fused CPU attention.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        family.velocity(network, torch.zeros(1, 1, 8, 8), torch.ones(1), cond)
-    # The formula omits modulation and embedders; at 24 tokens they are not negligible.
-    modulation = sum(
-        2 * m.weight.numel()
-        for name, m in network.named_modules()
-        if isinstance(m, torch.nn.Linear) and ("norm" in name or "time_text_embed" in name)
+def test_a_traced_forward_agrees_with_the_closed_form(flux):
+    """Both kinds of block have 12 D^2 weights a token, and two products of S x S x D in their attention."""
+    network = flux.meta_network()
+    forward = trace_forward(flux, network, (16, 64, 64), 256)
+    tokens, dim, blocks = 1024 + 256, 24 * 128, 19 + 38
+    assert forward.attention == 4 * blocks * dim * tokens**2
+    a_token = 24 * blocks * dim**2 * tokens
+    modulation = 2 * dim**2 * (19 * 12 + 38 * 3 + 2)  # of the sample as a whole
+    outside = 2 * dim * (1024 * 2 * 64 + 256 * 4096) + 2 * (2 * (256 * dim + dim**2) + 768 * dim + dim**2)
+    assert forward.linear == a_token + modulation + outside
+    assert (
+        sum(2 * rows * network.get_submodule(name).weight.numel() for name, rows in forward.rows.items())
+        == forward.linear
     )
-    embedders = 2 * sum(
-        getattr(network, name).weight.numel() * tokens
-        for name, tokens in (("x_embedder", 16), ("context_embedder", 8), ("proj_out", 16))
-    )
-    formula = estimate(make_config(), family).forward_flops
-    assert formula + modulation + embedders == pytest.approx(counter.get_total_flops(), rel=1e-6)
 
 
 def test_the_output_of_a_dry_run():

@@ -36,7 +36,7 @@ def test_auto_changes_nothing_on_a_cpu(make_config, family):
     assert (chosen.fused, chosen.attention) == ("none", None)
     network = family.load_network(torch.float32, CPU)
     before = [type(module) for module in network.modules()]
-    chosen.apply(network)
+    chosen.apply(family, network)
     assert [type(module) for module in network.modules()] == before
 
 

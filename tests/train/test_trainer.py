@@ -32,7 +32,6 @@ from scfm_core.train import trainer as trainer_module
 from scfm_core.train.checkpoint import find_checkpoint, load_checkpoint, verify_checkpoint
 from scfm_core.train.fit import fit
 from scfm_core.train.grid import Validation
-from scfm_core.train.network import transformer_blocks
 from scfm_core.train.run_dir import checkpoint_path
 from scfm_core.train.trainer import SkippedTooOften, Trainer, learning_rate
 
@@ -292,7 +291,7 @@ def test_losses_equal_the_golden_losses(make_config):
 def test_fused_blocks_do_not_change_the_golden_losses(make_config):
     kernels = {"kernels.fused": "reference", "kernels.attention": "math"}
     trainer, rows = run(make_config({"train.steps": 8, **GOLDEN_METHOD, **kernels}))
-    blocks = transformer_blocks(trainer.model.networks["student"])
+    blocks = trainer.family.blocks(trainer.model.networks["student"])
     assert {type(block).__name__ for block in blocks} == {"FusedDoubleBlock", "FusedSingleBlock"}
     assert [row["loss"] for row in rows] == pytest.approx(json.loads(GOLDEN.read_text()), rel=1e-3)
 

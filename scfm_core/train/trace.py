@@ -1,0 +1,69 @@
+"""The cost of one pass of a network, counted while it runs on the meta device."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from scfm_core.models.conditioning import Conditioning
+from scfm_core.models.protocol import ModelFamily
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One sample's pass without adapters. FLOPs count a multiply-add as two."""
+
+    linear: float
+    """FLOPs of products with weights, convolutions too."""
+    attention: float
+    """FLOPs of products of activations."""
+    rows: dict[str, int]
+    """Input rows of each linear, by module name: its tokens, or 1 for a layer of the sample as a whole."""
+
+
+_OF_WEIGHTS = ("mm", "addmm", "convolution")
+
+
+def trace_forward(
+    family: ModelFamily, network: nn.Module, latent_shape: tuple[int, int, int], text_length: int
+) -> Forward:
+    """Run one pass of one sample.
+
+    Args:
+        family: of the network.
+        network: on the meta device, without adapters.
+        latent_shape: [C, H, W].
+        text_length: `model.text_length`.
+    """
+    fields = {name: torch.empty(1, *shape, device="meta") for name, shape in family.shapes(text_length).items()}
+    is_masked = "masked" in family.fields.values()
+    cond = Conditioning(
+        fields=fields,
+        lengths=(family.text_tokens(text_length),) if is_masked else None,
+        guidance=torch.empty(1, device="meta") if family.guidance_kind == "input" else None,
+    )
+    x = torch.empty(1, *latent_shape, device="meta")
+    rows: Counter[str] = Counter()
+    hooks = [
+        module.register_forward_pre_hook(_counting(rows, name))
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        family.predict(network, x, torch.empty(1, device="meta"), cond)
+    for hook in hooks:
+        hook.remove()
+    flops = counter.get_flop_counts()["Global"]
+    linear = sum(number for op, number in flops.items() if op.__name__ in _OF_WEIGHTS)
+    return Forward(float(linear), float(sum(flops.values()) - linear), dict(rows))
+
+
+def _counting(rows: Counter[str], name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def count(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        rows[name] += inputs[0].shape[:-1].numel()
+
+    return count
