@@ -23,9 +23,9 @@ from scfm_core.data.schema import collate
 from scfm_core.data.uri import is_remote
 from scfm_core.errors import UserError
 from scfm_core.files import check_writable, saving, written_whole
+from scfm_core.models.conditioning import Conditioning
 from scfm_core.models.encoders import Autoencoder, TextEncoders
 from scfm_core.models.fingerprint import encoder_fingerprint, network_fingerprint
-from scfm_core.models.protocol import Conditioning
 from scfm_core.models.student import FullModel
 from scfm_core.train.config import RunConfig
 from scfm_core.train.device import compute_dtype, resolve_device

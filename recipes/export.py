@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from recipes.runs import open_run, open_trained
@@ -16,6 +17,7 @@ from scfm_core.scfm.method import sampling_strength
 from scfm_core.train.checkpoint import Checkpoint
 from scfm_core.train.config import RunConfig
 from scfm_core.train.device import compute_dtype
+from scfm_core.train.sampling import sampling_shift
 
 _ADVICE = "Make room there, or export a copy of the run; with --merged, choose another folder"
 _CARD_STEPS = (1, 2, 3, 4, 6, 8, 16)
@@ -106,8 +108,12 @@ def adapter_metadata(config: RunConfig, family: ModelFamily) -> dict[str, Any]:
 
 
 def student_guidance(config: RunConfig, family: ModelFamily) -> float:
-    """diffusers' `guidance_scale` for the student. 1 (one pass of the network) if the student has learned guidance."""
-    return 1.0 if config.method.distil_guidance or family.has_learned_guidance else config.sample.guidance
+    """The scale of guidance for the student; the one of a single pass if the student has learned guidance."""
+    return (
+        family.neutral_guidance
+        if config.method.distil_guidance or family.has_learned_guidance
+        else config.sample.guidance
+    )
 
 
 def _advice(config: RunConfig, family: ModelFamily) -> str:
@@ -122,19 +128,19 @@ def _advice(config: RunConfig, family: ModelFamily) -> str:
     if method.distil_guidance:
         fewer_steps = "" if method.has_trajectory else ", not fewer steps"
         return (
-            f"{advice} It has learned guidance_scale={method.guidance[0]:g}{fewer_steps}: set guidance_scale=1, which is one "
+            f"{advice} It has learned guidance {method.guidance[0]:g}{fewer_steps}: set the guidance as below, which is one "
             f"pass of the network a step."
         )
     if family.has_learned_guidance:
-        return f"{advice} The base model has learned its guidance: set guidance_scale=1, which is one pass of the network a step."
+        return f"{advice} The base model has learned its guidance: set the guidance as below, which is one pass of the network a step."
     if family.passes == 2 and method.has_stored_paths:
         return (
-            f"{advice} The adapter has learned guided paths of the teacher: use the guidance_scale of those paths, two passes "
+            f"{advice} The adapter has learned guided paths of the teacher: use the guidance of those paths, two passes "
             f"of the network a step."
         )
     if family.passes == 2 and method.student_is_guided:
         return (
-            f"{advice} The adapter was trained with guidance_scale between {method.guidance[0]:g} and "
+            f"{advice} The adapter was trained with guidance between {method.guidance[0]:g} and "
             f"{method.guidance[1]:g}: use a scale in this range, two passes of the network a step."
         )
     return advice
@@ -150,11 +156,10 @@ def adapter_card(config: RunConfig, family: ModelFamily) -> str:
     title = "An adapter with built-in guidance" if is_guidance_only else "A few-step adapter"
     rows = "\n".join(f"| {n} | {sampling_strength(gain, n):.3f} |" for n in _CARD_STEPS)
     table = "" if is_guidance_only else f"| steps | weight |\n|---|---|\n{rows}\n\n"
-    scheduler = (
-        f"pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift={sample.shift}, use_dynamic_shifting=False)\n"
-        if sample.shift != "dynamic"
-        else ""
-    )
+    shift = sampling_shift(sample, family, torch.empty(1, *family.latent_shape(height, width), device="meta"), steps)
+    of_size = f"  # of {steps} steps at {height} x {width}" if sample.shift == "dynamic" else ""
+    call = family.call_arguments(student_guidance(config, family), config.model.text_length)
+    arguments = "\n".join(f"    {name}={value!r}," for name, value in call.items())
     return f"""# {title}, made with scfm
 
 Base model: `{config.model.path}`. {_advice(config, family)}
@@ -164,16 +169,16 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, {family.pipeline}
 
 pipe = {family.pipeline}.from_pretrained("{config.model.path}", torch_dtype=torch.{config.train.compute_dtype})
-{scheduler}pipe.load_lora_weights("adapter", adapter_name="scfm")
+pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift={shift:.6g}, use_dynamic_shifting=False){of_size}
+pipe.load_lora_weights("adapter", adapter_name="scfm")
 pipe.set_adapters("scfm", {weight:.4f})  # the weight for {steps} steps
 image = pipe(
-    "your prompt",
+    prompt="your prompt",
     num_inference_steps={steps},
     sigmas=[1 - k / {steps} for k in range({steps})],  # an even grid; the scheduler applies its shift to it
-    guidance_scale={student_guidance(config, family)},
     height={height},
     width={width},
-    max_sequence_length={config.model.text_length},
+{arguments}
     generator=torch.Generator().manual_seed(0),
 ).images[0]
 ```

@@ -149,7 +149,7 @@ def test_distilled_resumed_sampled_evaluated_exported(make_sd3, folder, tmp_path
     if weights == "lora":
         assert main(["export", str(run_dir)]) == 0
         card = (run_dir / "adapter" / "README.md").read_text()
-        assert "StableDiffusion3Pipeline.from_pretrained" in card and "guidance_scale between 3.5 and 5" in card
+        assert "StableDiffusion3Pipeline.from_pretrained" in card and "guidance between 3.5 and 5" in card
         assert "sigmas=[1 - k / 3 for k in range(3)]" in card  # this pipeline's own grid is another
         pipe = StableDiffusion3Pipeline.from_pretrained(folder)
         pipe.load_lora_weights(run_dir / "adapter", weight_name="pytorch_lora_weights.safetensors", adapter_name="scfm")
