@@ -38,8 +38,8 @@ def shift_of_grid(sigmas: Tensor) -> float:
     return sigma * (1 - u) / (u * (1 - sigma))
 
 
-def dynamic_shift(image_tokens: int) -> float:
-    """Flux's shift for an image of `image_tokens` packed tokens: `exp(mu)`; `mu` is linear in their number."""
-    (tokens_low, mu_low), (tokens_high, mu_high) = FLUX_MU
+def dynamic_shift(image_tokens: int, points: tuple[tuple[int, float], tuple[int, float]] = FLUX_MU) -> float:
+    """The shift `exp(mu)` for an image of `image_tokens` tokens; `mu` is linear through two points (tokens, mu), by default Flux's."""
+    (tokens_low, mu_low), (tokens_high, mu_high) = points
     slope = (mu_high - mu_low) / (tokens_high - tokens_low)
     return math.exp(mu_low + slope * (image_tokens - tokens_low))

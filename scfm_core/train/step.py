@@ -8,6 +8,7 @@ from torch import Tensor
 from scfm_core.data.schema import Batch
 from scfm_core.flow.path import flow_velocity, noise_latents, per_sample
 from scfm_core.flow.random import sample_noise
+from scfm_core.flow.schedule import dynamic_shift
 from scfm_core.models.graphs import GraphedVelocity
 from scfm_core.models.protocol import Conditioning
 from scfm_core.models.student import ShortcutModel
@@ -55,7 +56,9 @@ class Objective:
             batch = batch.pinned()
         latents, cond = self.encoder.encode(batch)
         tokens = self.model.family.image_tokens(latents)
-        plan = sample_plan(method, batch.sample_ids, self._seed, image_tokens=tokens).to(device)
+        plan = sample_plan(method, batch.sample_ids, self._seed, dynamic_shift=lambda _: dynamic_shift(tokens)).to(
+            device
+        )
         noise = sample_noise(latents, batch.sample_ids, self._seed)
         noised = noise_latents(latents, noise, plan.sigma_start)
         velocity = flow_velocity(latents, noise) if method.has_flow else None  # of the rows with a known target
