@@ -1,7 +1,9 @@
 """The settings of the method: slices, grids, ranges, and how the network is given the step size."""
 
+import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -26,6 +28,51 @@ class StepGain:
         return jump**self.gamma
 
 
+MODE_LIMIT = 2 / (math.pi - 2)
+"""The mode density's largest scale: above it the sigma would no longer increase with the uniform draw."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowSigma:
+    """Density of sigma on flow-matching rows, before the row's timestep shift (SD3, arXiv 2403.03206, Sec. 3.1)."""
+
+    density: Literal["uniform", "logit_normal", "mode"] = "uniform"
+    """`logit_normal`: sigmoid of a normal variable, which draws the middle more often and the ends hardly ever; `mode`: more of the
+    middle, but some of the ends; `uniform`: all alike."""
+    location: float = 0.0
+    """Mean of the normal variable (`logit_normal`): above 0 nearer to the noise, below 0 nearer to the data."""
+    scale: float = 1.0
+    """Standard deviation of the normal variable (`logit_normal`)."""
+    mode_scale: float = 1.29
+    """Scale s of the `mode` density, from -1 to 1.75: above 0 more of the middle, below 0 more of the ends, 0 is uniform."""
+
+    def __post_init__(self) -> None:
+        used = {"uniform": (), "logit_normal": ("location", "scale"), "mode": ("mode_scale",)}[self.density]
+        for key in dataclasses.fields(self):
+            if key.name not in ("density", *used) and getattr(self, key.name) != key.default:
+                raise ValueError(
+                    f"method.flow_sigma.{key.name} has no effect with method.flow_sigma.density={self.density}: remove it, or "
+                    "choose the density that it belongs to"
+                )
+        if not math.isfinite(self.location):
+            raise ValueError(f"method.flow_sigma.location must be finite, got {self.location}")
+        if not 0 < self.scale < math.inf:
+            raise ValueError(f"method.flow_sigma.scale must be positive and finite, got {self.scale}")
+        if not -1 <= self.mode_scale <= MODE_LIMIT:
+            raise ValueError(f"method.flow_sigma.mode_scale must be in [-1, {MODE_LIMIT:.4f}], got {self.mode_scale}")
+
+    def quantile(self, p: Tensor) -> Tensor:
+        """The density's inverse distribution function: `p` in (0, 1), fp64, to the sigma before the shift.
+
+        The paper writes the mode density's as a decreasing function of a uniform draw u (Eq. 20); here it increases: u = 1 - p.
+        """
+        if self.density == "logit_normal":  # Eq. 19
+            return torch.sigmoid(self.location + self.scale * torch.special.ndtri(p))
+        if self.density == "mode":
+            return p - self.mode_scale * ((math.pi / 2 * p).sin() ** 2 - p)
+        return p
+
+
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig:
     """How jumps are drawn (paper, Sec. 4 and App. B). The defaults are the paper's."""
@@ -35,6 +82,8 @@ class PlanConfig:
     flow_fraction: float = 0.0
     """Share of the batch with the plain flow-matching target (`distil_guidance` changes this target). The rows that remain
     after the teacher, flow-matching and trajectory rows are the self slice."""
+    flow_sigma: FlowSigma = field(default_factory=FlowSigma)
+    """Density of sigma on flow-matching rows."""
     trajectory_fraction: float = 0.0
     """Share of the batch that learns mean velocities on the teacher's paths. The paths are stored in data made with
     `scfm data generate --trajectories`, or computed during training (`trajectory_steps`)."""
@@ -51,10 +100,12 @@ class PlanConfig:
     shift: tuple[float, float] = (2.5, 4.5)
     """Range of the timestep shift, drawn uniformly for each sample; equal ends fix it."""
     dynamic_shift_fraction: float = 0.0
-    """Share of samples that use Flux's resolution-dependent shift instead (the authors' code: 0.1)."""
+    """Share of samples that use the dynamic shift of the model's family instead, which depends on the image size (the authors'
+    code: 0.1 for Flux)."""
     guidance: tuple[float, float] = (0.0, 8.0)
-    """Range of the guidance, drawn uniformly for each sample and the same in all three passes: Flux's embedded guidance, or
-    the scale of SD3's classifier-free guidance (the paper: 3.5 to 5)."""
+    """Range of the guidance, drawn uniformly for each sample and the same in all three passes: Flux's embedded guidance (the
+    paper: 0 to 8), or the scale of classifier-free guidance as in diffusers' pipeline. For SD3.5 the paper has 3.5 to 5; in the
+    authors' code the scale counts from the conditional velocity, so that this is 4.5 to 6 here."""
     distil_guidance: bool = False
     """Train the student to predict, in one pass, the teacher's velocity with classifier-free guidance (two passes) at the scale
     `guidance`. The target of flow-matching rows is the teacher's guided velocity in place of the data's; stored paths were
@@ -85,6 +136,11 @@ class PlanConfig:
         if not self.trajectory_grids or any(n < 1 for n in self.trajectory_grids):
             raise ValueError(f"method.trajectory_grids needs step counts of at least 1, got {self.trajectory_grids}")
         self._check_trajectory_steps()
+        if self.flow_sigma.density != "uniform" and not self.has_flow:
+            raise ValueError(
+                f"method.flow_sigma.density={self.flow_sigma.density} has no effect without flow-matching rows: set "
+                "method.flow_fraction, or method.flow_sigma.density=uniform"
+            )
         for name, grids in (("teacher_grid", (self.teacher_grid,)), ("self_grids", self.self_grids)):
             if not grids or any(n < 2 or n % 2 for n in grids):
                 raise ValueError(f"method.{name} needs even step counts of at least 2 (jumps are pairs), got {grids}")

@@ -1,6 +1,7 @@
 """The plan: over which pair of grid intervals each sample learns to jump, and at which adapter strength."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from scfm_core.flow.random import Stream, uniform
-from scfm_core.flow.schedule import dynamic_shift, shift_sigma
+from scfm_core.flow.schedule import shift_sigma
 from scfm_core.scfm.method import PlanConfig
 
 # One column of uniform draws each. The order determines a run's random numbers: append new columns at the end.
@@ -74,20 +75,22 @@ class ShortcutPlan:
         return dataclasses.replace(self, **moved)
 
 
-def sample_plan(config: PlanConfig, sample_ids: Tensor, seed: int, *, image_tokens: int | None = None) -> ShortcutPlan:
+def sample_plan(
+    config: PlanConfig, sample_ids: Tensor, seed: int, *, dynamic_shift: Callable[[int], float] | None = None
+) -> ShortcutPlan:
     """Draw each sample's jump from (seed, sample id) alone, independently of its position in the batch and its rank.
 
     Args:
         config: fractions, grids, ranges.
         sample_ids: global sample indices, int64 [B].
         seed: the run's seed.
-        image_tokens: packed image tokens, for Flux's dynamic shift; needed if `dynamic_shift_fraction` > 0.
+        dynamic_shift: the family's shift of a sampler with a number of steps; needed if `dynamic_shift_fraction` > 0.
 
     Returns:
         the plan, on the device of `sample_ids`.
 
     Raises:
-        ValueError: if a dynamic shift is configured but `image_tokens` is missing.
+        ValueError: if `dynamic_shift` is needed but missing, or so large that `sigma_max` clamps two points of a grid.
     """
     draws = uniform(seed, sample_ids, Stream.PLAN, len(_DRAWS))
     draw = dict(zip(_DRAWS, draws.unbind(1), strict=True))
@@ -97,7 +100,8 @@ def sample_plan(config: PlanConfig, sample_ids: Tensor, seed: int, *, image_toke
         for grids in (config.self_grids, config.trajectory_grids)
     )
     grid = torch.where(is_teacher, config.teacher_grid, torch.where(is_trajectory, path_grid, self_grid))
-    shift = _shifts(config, draw, image_tokens)
+    # A flow-matching row has no grid; like its strength, its dynamic shift is that of a sampler with the teacher's steps.
+    shift = _shifts(config, draw, torch.where(is_flow, config.teacher_grid, grid), dynamic_shift)
     start, mid, end = _sigmas(config, draw, grid, shift, is_flow)
     # The student jumps two grid intervals; near and far pass jump one each. A flow-matching row has no length: its strength
     # is that of one interval of the teacher's grid, as in a sampler of many steps. A trajectory row jumps one interval.
@@ -127,16 +131,26 @@ def sample_plan(config: PlanConfig, sample_ids: Tensor, seed: int, *, image_toke
     )
 
 
-def _shifts(config: PlanConfig, draw: dict[str, Tensor], image_tokens: int | None) -> Tensor:
-    """Timestep shifts, fp64 [B]."""
+def _shifts(
+    config: PlanConfig, draw: dict[str, Tensor], num_steps: Tensor, dynamic_shift: Callable[[int], float] | None
+) -> Tensor:
+    """Timestep shifts, fp64 [B]. `num_steps`, int64 [B], is the step count of each row's grid: a dynamic shift depends on it."""
     low, high = config.shift
     shift = low + (high - low) * draw["shift"]
     if config.dynamic_shift_fraction == 0:
         return shift
-    if image_tokens is None:
-        raise ValueError("dynamic_shift_fraction > 0 needs image_tokens, the number of packed image tokens")
-    config.check_pairs_at(dynamic_shift(image_tokens))
-    return torch.where(draw["dynamic"] < config.dynamic_shift_fraction, dynamic_shift(image_tokens), shift)
+    if dynamic_shift is None:
+        raise ValueError("dynamic_shift_fraction > 0 needs dynamic_shift, the family's shift for a number of steps")
+    path_grids = config.trajectory_grids if config.has_trajectory else ()
+    counts = sorted({config.teacher_grid, *config.self_grids, *path_grids})
+    shifts = [dynamic_shift(count) for count in counts]
+    for distinct in sorted(set(shifts)):
+        config.check_pairs_at(distinct)
+    device = num_steps.device
+    of_row = torch.tensor(shifts, dtype=torch.float64, device=device)[
+        torch.searchsorted(torch.tensor(counts, device=device), num_steps)
+    ]
+    return torch.where(draw["dynamic"] < config.dynamic_shift_fraction, of_row, shift)
 
 
 def _sigmas(
@@ -144,7 +158,7 @@ def _sigmas(
 ) -> tuple[Tensor, ...]:
     """Start, middle and end of a pair of intervals on each row's grid, fp32 [B] each; on flow-matching rows one random sigma."""
     first = 2 * (draw["start"] * (grid // 2)).long()  # pairs start at even points
-    flow_sigma = shift_sigma(draw["flow"], shift)
+    flow_sigma = shift_sigma(config.flow_sigma.quantile(draw["flow"]), shift)
     on_grid = (shift_sigma(1 - (first + offset).double() / grid, shift) for offset in (0, 1, 2))
     return tuple(torch.where(is_flow, flow_sigma, sigma).clamp(max=config.sigma_max).float() for sigma in on_grid)
 

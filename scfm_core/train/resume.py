@@ -18,6 +18,7 @@ _FREE_KEYS = (
     "data.verify",
     "data.cache",
     "data.max_bad_fraction",
+    "lora.init",  # the weights of a run that resumes come from its checkpoint
     "train.steps",
     "train.lr",  # a change of these two affects the result: it is printed
     "train.clip_norm",

@@ -54,8 +54,9 @@ class Objective:
         if device.type == "cuda":
             batch = batch.pinned()
         latents, cond = self.encoder.encode(batch)
-        tokens = self.model.family.image_tokens(latents)
-        plan = sample_plan(method, batch.sample_ids, self._seed, image_tokens=tokens)
+        family = self.model.family
+        dynamic_shift = functools.partial(family.shift, family.image_tokens(latents))
+        plan = sample_plan(method, batch.sample_ids, self._seed, dynamic_shift=dynamic_shift)
         is_dropped, plan = plan.is_dropped, plan.to(device)
         noise = sample_noise(latents, batch.sample_ids, self._seed)
         noised = noise_latents(latents, noise, plan.sigma_start)

@@ -57,6 +57,11 @@ def test_dynamic_shift_is_exponential_in_the_token_count(image_tokens, mu):
     assert dynamic_shift(image_tokens) == pytest.approx(math.exp(mu), rel=1e-12)
 
 
+def test_dynamic_shift_of_another_family():
+    assert dynamic_shift(6400, ((256, 0.5), (6400, 1.15))) == pytest.approx(math.exp(1.15), rel=1e-12)
+    assert dynamic_shift(3328, ((256, 0.5), (6400, 1.15))) == pytest.approx(math.exp(0.825), rel=1e-12)
+
+
 @pytest.mark.parametrize("num_steps", [0, -1])
 def test_a_grid_needs_a_step(num_steps):
     with pytest.raises(ValueError, match=f"num_steps must be at least 1, got {num_steps}"):

@@ -116,6 +116,34 @@ def test_same_output_and_gradient_as_peft():
         torch.testing.assert_close(parameter.grad, names[name].grad)
 
 
+@pytest.mark.parametrize(("init", "of_peft"), [("kaiming", True), ("gaussian", "gaussian")])
+def test_initial_factors_are_drawn_as_in_peft(init, of_peft):
+    from peft import LoraConfig, get_peft_model
+
+    bank = LoRABank(Net(), LoRAConfig(rank=3, init=init), seed=5)
+    peft = get_peft_model(Net(), LoraConfig(r=3, target_modules=["embed", "block.0", "block.2"]))
+    torch.manual_seed(5)
+    for name, layer in bank.layers.items():  # PEFT's own function, called in our order of layers
+        theirs = peft.base_model.model.get_submodule(name)
+        theirs.reset_lora_parameters("default", of_peft)
+        for adapter in ADAPTERS:
+            down, up = layer.factors(adapter)
+            torch.testing.assert_close(down, theirs.lora_A["default"].weight)
+            assert torch.equal(up, theirs.lora_B["default"].weight)
+
+
+@pytest.mark.parametrize(
+    ("init", "inputs", "std"),
+    [("gaussian", 3072, 1 / 64), ("gaussian", 64, 1 / 64), ("kaiming", 3072, (3 * 3072) ** -0.5)],
+)
+def test_standard_deviation_of_the_initial_factors(init, inputs, std):
+    bank = LoRABank(nn.Sequential(nn.Linear(inputs, 4)), LoRAConfig(rank=64, init=init))
+    down, _ = bank.layers["0"].factors("student")
+    error = std / (2 * down.numel()) ** 0.5  # standard error of a normal sample's deviation; a uniform one's is smaller
+    assert abs(down.std().item() - std) < 4 * error
+    assert abs(down.mean().item()) < 4 * std / down.numel() ** 0.5
+
+
 class TestFp8:
     """Passes without gradient over a base in fp8."""
 

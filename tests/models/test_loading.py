@@ -76,8 +76,9 @@ def test_random_weights_are_those_of_the_constructor(family, dtype):
     assert_same(network, torch.nn.Module.to(whole, dtype).state_dict())
 
 
-def test_adapters_on_the_meta_device_get_the_same_initial_weights(family):
-    config = LoRAConfig(rank=4, alpha=4.0)
+@pytest.mark.parametrize("init", ["kaiming", "gaussian"])
+def test_adapters_on_the_meta_device_get_the_same_initial_weights(family, init):
+    config = LoRAConfig(rank=4, alpha=4.0, init=init)
     whole = LoRAModel(family, family.load_network(torch.bfloat16, "cpu"), config, seed=5)
     network = family.empty_network(torch.bfloat16)
     with family.open_weights(network) as files:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from scfm_core.flow.random import Stream, uniform
 from scfm_core.flow.schedule import dynamic_shift, sigma_grid
-from scfm_core.scfm.method import PlanConfig, StepGain, sampling_strength
+from scfm_core.scfm.method import MODE_LIMIT, FlowSigma, PlanConfig, StepGain, sampling_strength
 from scfm_core.scfm.plan import ShortcutPlan, sample_plan
 
 N = 20_000
@@ -19,7 +19,12 @@ CHI_SQUARE = {1: 10.8, 2: 13.8, 3: 16.3, 7: 24.3, 15: 37.7}  # p = 0.001, by deg
 
 @cache
 def draw(config: PlanConfig = PlanConfig()) -> ShortcutPlan:  # noqa: B008 (frozen)
-    return sample_plan(config, torch.arange(N), seed=0, image_tokens=256)
+    return sample_plan(config, torch.arange(N), seed=0, dynamic_shift=flux_shift)
+
+
+def flux_shift(num_steps: int) -> float:
+    """Flux's shift for 256 tokens, which does not depend on the number of steps."""
+    return dynamic_shift(256)
 
 
 def tensors(plan: ShortcutPlan) -> dict[str, Tensor]:
@@ -143,9 +148,117 @@ def test_some_samples_use_the_dynamic_shift():
     assert plan.shift[~dynamic].min() >= 2.5
 
 
-def test_dynamic_shift_needs_the_image_tokens():
-    with pytest.raises(ValueError, match="needs image_tokens"):
+def test_a_dynamic_shift_is_that_of_the_rows_own_step_count():
+    config = PlanConfig(
+        dynamic_shift_fraction=1.0, teacher_fraction=0.3, flow_fraction=0.2, trajectory_fraction=0.2, teacher_grid=32
+    )
+    plan = sample_plan(config, torch.arange(N), seed=0, dynamic_shift=lambda num_steps: 2 + num_steps / 64)
+    steps = torch.where(plan.is_flow, 32, plan.grid)  # of a sampler with the teacher's steps
+    assert set(steps.tolist()) == {32, 16, 8, 4, *config.trajectory_grids}
+    assert torch.equal(plan.shift, 2 + steps / 64)
+
+
+def test_a_dynamic_shift_changes_no_other_draw():
+    fixed, some = (tensors(draw(PlanConfig(flow_fraction=0.2, dynamic_shift_fraction=share))) for share in (0, 0.5))
+    rows = some["shift"] == fixed["shift"]
+    assert_share(rows, 0.5)
+    for name, values in some.items():
+        rows_of = slice(None) if name not in ("shift", "sigma_start", "sigma_mid", "sigma_end") else rows
+        assert torch.equal(values[rows_of], fixed[name][rows_of]), name
+
+
+def test_dynamic_shift_needs_a_function():
+    with pytest.raises(ValueError, match="needs dynamic_shift"):
         sample_plan(PlanConfig(dynamic_shift_fraction=0.1), torch.arange(2), 0)
+
+
+def test_every_dynamic_shift_must_leave_pairs_a_length():
+    with pytest.raises(ValueError, match=r"at shift 10000 .* reaches sigma_max"):
+        sample_plan(
+            PlanConfig(dynamic_shift_fraction=0.1), torch.arange(2), 0, dynamic_shift=lambda n: 1e4 if n == 4 else 3.0
+        )
+
+
+FLOW_ONLY = {"teacher_fraction": 0.0, "flow_fraction": 1.0, "shift": (1.0, 1.0), "sigma_max": 1.0}
+
+
+def test_the_uniform_density_is_the_draw_itself():
+    plan, draws = draw(PlanConfig(**FLOW_ONLY)), uniform(0, torch.arange(N), Stream.PLAN, 7)
+    assert torch.equal(plan.sigma_start, draws[:, 6].float())
+
+
+@pytest.mark.parametrize("density", [FlowSigma(), FlowSigma(density="logit_normal"), FlowSigma(density="mode")])
+def test_densities_of_sigma_by_their_quantiles(density):
+    """The share of rows below the quantile of p is p, and shift acts after the density."""
+    plan = draw(PlanConfig(**FLOW_ONLY | {"shift": (3.0, 3.0)}, flow_sigma=density))
+    for p in (0.02, 0.25, 0.5, 0.9):
+        u = density.quantile(torch.tensor(p, dtype=torch.float64))
+        assert_share(plan.sigma_start.double() < 3 * u / (1 + 2 * u), p)
+
+
+@pytest.mark.parametrize(("location", "scale"), [(0.0, 1.0), (0.5, 0.6), (-1.0, 2.0)])
+def test_the_logit_of_a_logit_normal_sigma_is_normal(location, scale):
+    density = FlowSigma(density="logit_normal", location=location, scale=scale)
+    logits = torch.logit(draw(PlanConfig(**FLOW_ONLY, flow_sigma=density)).sigma_start.double())
+    assert abs(logits.mean().item() - location) < 4 * scale / N**0.5
+    assert abs(logits.std().item() - scale) < 4 * scale / (2 * N) ** 0.5
+    within = torch.special.erf(torch.tensor(1 / math.sqrt(2))).item()  # one standard deviation: 68.3 %
+    assert_share((logits - location).abs() < scale, within)
+
+
+@pytest.mark.parametrize("scale", [-1.0, 0.0, 0.81, 1.29, MODE_LIMIT])
+def test_mode_density_is_the_papers_function(scale):
+    p = torch.linspace(0, 1, 1001, dtype=torch.float64)
+    quantile = FlowSigma(density="mode", mode_scale=scale).quantile(p)
+    u = 1 - p
+    paper = 1 - u - scale * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)
+    torch.testing.assert_close(quantile, paper, rtol=0, atol=1e-14)
+    assert (quantile.diff() > -1e-15).all() and quantile[0] == 0 and abs(quantile[-1].item() - 1) < 1e-15
+    # d(sigma)/dp is 1 / density: at 1/2 and at the ends it is known.
+    slope = quantile.diff() / p.diff()
+    assert slope[500].item() == pytest.approx(1 + scale - scale * math.pi / 2, abs=1e-5)
+    assert slope[0].item() == pytest.approx(1 + scale, abs=0.01)
+
+
+@pytest.mark.parametrize("density", [FlowSigma(density="logit_normal", scale=0.7), FlowSigma(density="mode")])
+def test_densities_are_symmetric_and_prefer_the_middle(density):
+    p = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
+    torch.testing.assert_close(density.quantile(p), 1 - density.quantile(1 - p), rtol=0, atol=1e-14)
+    low, high = density.quantile(torch.tensor([0.25, 0.75], dtype=torch.float64)).tolist()
+    assert 0.25 < low < 0.5 < high < 0.75
+
+
+def test_the_density_of_sigma_changes_flow_rows_only():
+    uniform_plan = tensors(draw(PlanConfig(flow_fraction=0.3)))
+    plan = tensors(draw(PlanConfig(flow_fraction=0.3, flow_sigma=FlowSigma(density="mode"))))
+    pairs = ~plan["is_flow"]
+    for name, values in plan.items():
+        rows = pairs if name.startswith("sigma_") else slice(None)
+        assert torch.equal(values[rows], uniform_plan[name][rows]), name
+    assert not torch.equal(plan["sigma_start"][~pairs], uniform_plan["sigma_start"][~pairs])
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"location": 0.5}, "flow_sigma.location has no effect with method.flow_sigma.density=uniform"),
+        ({"density": "mode", "scale": 2.0}, "flow_sigma.scale has no effect with method.flow_sigma.density=mode"),
+        ({"density": "logit_normal", "mode_scale": 0.5}, "flow_sigma.mode_scale has no effect"),
+        ({"density": "logit_normal", "scale": 0.0}, "flow_sigma.scale must be positive and finite, got 0.0"),
+        ({"density": "logit_normal", "location": math.inf}, "flow_sigma.location must be finite, got inf"),
+        ({"density": "mode", "mode_scale": 1.76}, r"flow_sigma.mode_scale must be in \[-1, 1.7519\], got 1.76"),
+        ({"density": "mode", "mode_scale": -1.1}, r"flow_sigma.mode_scale must be in \[-1, 1.7519\], got -1.1"),
+    ],
+    ids=str,
+)
+def test_invalid_densities_are_errors(keys, message):
+    with pytest.raises(ValueError, match=message):
+        FlowSigma(**keys)
+
+
+def test_a_density_without_flow_rows_is_an_error():
+    with pytest.raises(ValueError, match=r"method.flow_sigma.density=mode has no effect without flow-matching rows"):
+        PlanConfig(flow_sigma=FlowSigma(density="mode"))
 
 
 def test_draws_are_independent():
@@ -211,7 +324,7 @@ def test_a_row_is_independent_of_the_other_rows():
     whole = tensors(draw(ALL_FEATURES))
     ids = torch.cat([torch.arange(N - 1, 40, -7), torch.arange(3), torch.tensor([N - 1])])
     for part in ids.split([1, 1000, len(ids) - 1001]):
-        plan = tensors(sample_plan(ALL_FEATURES, part, seed=0, image_tokens=256))
+        plan = tensors(sample_plan(ALL_FEATURES, part, seed=0, dynamic_shift=flux_shift))
         for name, values in plan.items():
             assert torch.equal(values, whole[name][part]), name
 

@@ -17,7 +17,7 @@ from scfm_core.distributed.engine import EngineConfig
 from scfm_core.errors import UserError
 from scfm_core.models.adapters import LoRAConfig
 from scfm_core.scfm.ema import EMAConfig
-from scfm_core.scfm.method import PlanConfig, StepGain
+from scfm_core.scfm.method import FlowSigma, PlanConfig, StepGain
 from scfm_core.train.config import (
     CheckpointConfig,
     EvaluateConfig,
@@ -30,7 +30,8 @@ from scfm_core.train.config import (
     WandbConfig,
 )
 from scfm_core.train.keys import all_keys, dataclass_in, hints_of
-from scfm_core.train.parse import dump_config, find_recipe, load_config, parse_config
+from scfm_core.train.parse import dump_config, find_recipe, load_config, parse_config, to_plain
+from scfm_core.train.resume import check_same_recipe
 from scfm_core.train.rules import MicroBatches, describe_micro_batches, micro_batches
 from scfm_core.train.show import show_config
 
@@ -129,6 +130,7 @@ class TestDumping:
             method=PlanConfig(
                 teacher_fraction=1 / 3,
                 flow_fraction=0.1,
+                flow_sigma=FlowSigma(density="logit_normal", location=-0.5, scale=0.1 + 0.2),
                 trajectory_fraction=0.2,
                 trajectory_grids=(1, 5),
                 trajectory_steps=10,
@@ -142,7 +144,7 @@ class TestDumping:
                 sigma_max=1.0,
             ),
             ema=EMAConfig(fast=0.9, slow=0.95, restart_every=1000),
-            lora=LoRAConfig(rank=4, alpha=1e-7, targets=r"blocks\.\d+: #.*"),
+            lora=LoRAConfig(rank=4, alpha=1e-7, targets=r"blocks\.\d+: #.*", init="gaussian"),
             train=TrainConfig(
                 weights="lora",
                 steps=9,
@@ -654,6 +656,16 @@ def test_a_stored_configuration_of_an_earlier_version_is_valid(recipe):
     recipe.write_text(recipe.read_text().replace("path: some/model", "path: some/model, family: flux"))
     assert "unknown key model.family" in refusal(recipe)
     assert load_config(recipe, stored=True).model.path == "some/model"
+
+
+def test_a_run_of_a_version_without_a_key_resumes_with_the_current_recipe():
+    """Its factors were drawn with the default of `lora.init`; they come from the checkpoint, so the recipe's value is accepted."""
+    current = to_plain(load_config("flux_dev_lora"))
+    stored = json.loads(json.dumps(current))
+    assert stored["lora"].pop("init") == "gaussian" and stored["method"].pop("flow_sigma")["density"] == "uniform"
+    saved = to_plain(parse_config(stored, "checkpoint"))  # as `TrainState` reads it
+    assert saved["lora"]["init"] == "kaiming"
+    assert check_same_recipe(saved, current, Path("checkpoint")) == []
 
 
 @pytest.mark.parametrize(
