@@ -170,7 +170,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, {family.pipeline}
 
 pipe = {family.pipeline}.from_pretrained("{config.model.path}", torch_dtype=torch.{config.train.compute_dtype})
 pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift={shift:.6g}, use_dynamic_shifting=False){of_size}
-pipe.load_lora_weights("adapter", adapter_name="scfm")
+pipe.load_lora_weights("adapter", weight_name="{ADAPTER_FILE}", adapter_name="scfm")
 pipe.set_adapters("scfm", {weight:.4f})  # the weight for {steps} steps
 image = pipe(
     prompt="your prompt",

@@ -121,7 +121,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def write_tiny(root: Path) -> Path:
     """What `tiny` holds, in `root`."""
     write_pipeline(root / "flux", vae_steps=30)
-    _randomise_transformer(root / "flux")
+    randomise_transformer(root / "flux")
     write_digits(root / "digits", count=48)
     write_classifier(root / "classifier", steps=50)
     encode(
@@ -138,13 +138,13 @@ def tiny_sd3(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `sd3`, as `tiny`'s flux with the same VAE, and `cache`."""
     root = tmp_path_factory.mktemp("tiny_sd3")
     write_sd3_pipeline(root / "sd3", vae=tiny / "flux" / "vae")
-    _randomise_transformer(root / "sd3")
+    randomise_transformer(root / "sd3")
     images = Corpus(DataConfig(path=str(tiny / "digits"), format="folder", resolution=(16, 16)))
     encode(images, root / "cache", open_family(str(root / "sd3")), EncodeConfig(text_length=8, dtype=torch.float32))
     return root
 
 
-def _randomise_transformer(folder: Path) -> None:
+def randomise_transformer(folder: Path) -> None:
     """adaLN-zero starts the network at zero output: no signal for a test."""
     network: Any = open_family(str(folder)).load_network(torch.float32, "cpu")
     generator = torch.Generator().manual_seed(1)
