@@ -14,7 +14,7 @@ from scfm_core.flow.schedule import sigma_grid
 from scfm_core.models.conditioning import Conditioning
 from scfm_core.models.protocol import ModelFamily
 
-CAPTIONS = ["a fox", "a handwritten digit seven, in Green ink"]
+CAPTIONS = ["a fox", "a handwritten digit seven, in Vivid ink"]
 """Of different lengths."""
 
 
