@@ -288,6 +288,24 @@ def test_losses_equal_the_golden_losses(make_config):
     assert losses == pytest.approx(json.loads(GOLDEN.read_text()), rel=1e-3)
 
 
+def test_a_dynamic_shift_is_that_of_the_runs_images(make_config, monkeypatch):
+    shifts, real = [], step_module.sample_plan
+
+    def recorded(*arguments, **options):
+        plan = real(*arguments, **options)
+        shifts.append(plan.shift)
+        return plan
+
+    monkeypatch.setattr(step_module, "sample_plan", recorded)
+    trainer = Trainer(make_config({"method.dynamic_shift_fraction": 1.0, "train.steps": 1}))
+    next(trainer.train_steps())
+    _, height, width = trainer.model.family.latent_shape(*trainer.config.data.resolution)
+    mu = 0.5 + (height * width / 4 - 256) * (1.15 - 0.5) / (4096 - 256)  # Flux: 2 x 2 latents a token
+    assert torch.cat(shifts).tolist() == pytest.approx(
+        [math.exp(mu)] * trainer.config.train.global_batch_size, rel=1e-6
+    )
+
+
 def test_fused_blocks_do_not_change_the_golden_losses(make_config):
     kernels = {"kernels.fused": "reference", "kernels.attention": "math"}
     trainer, rows = run(make_config({"train.steps": 8, **GOLDEN_METHOD, **kernels}))
