@@ -17,7 +17,7 @@ from scfm_core.data.schema import Size
 from scfm_core.errors import UserError
 from scfm_core.flow.random import sample_noise
 from scfm_core.flow.sampler import euler_sample, roll_out
-from scfm_core.flow.schedule import dynamic_shift, sigma_grid
+from scfm_core.flow.schedule import sigma_grid
 from scfm_core.models.encoders import TextEncoders
 from scfm_core.models.fingerprint import network_fingerprint
 from scfm_core.models.protocol import ModelFamily
@@ -42,7 +42,7 @@ class SamplerConfig:
     num_steps: int
     """Steps of the sampler."""
     shift: float | Literal["dynamic"]
-    """Of the timesteps; `dynamic`: Flux's shift, which depends on the size."""
+    """Of the timesteps; `dynamic`: that of the model's own sampler, which depends on the size."""
     guidance: float
     """Guidance embedding, or scale of classifier-free guidance. No effect if the network has neither."""
     seed: int
@@ -153,7 +153,9 @@ class _Teacher:
         config, cond = self.config, self.text.encode(texts, guidance=self.config.guidance)
         ids = torch.tensor(items, dtype=torch.int64) + FIRST_ID
         like = torch.empty(len(items), *self.family.latent_shape(*size), device=cond.device)
-        shift = dynamic_shift(self.family.image_tokens(like)) if config.shift == "dynamic" else config.shift
+        shift = config.shift
+        if shift == "dynamic":
+            shift = self.family.shift(self.family.image_tokens(like), config.num_steps)
         noise, sigmas = sample_noise(like, ids, config.seed), sigma_grid(config.num_steps, shift)
 
         def velocity(x: Tensor, sigma: Tensor) -> Tensor:

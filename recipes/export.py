@@ -12,7 +12,7 @@ from scfm_core.errors import UserError
 from scfm_core.files import check_writable, saving
 from scfm_core.models.adapters import merge
 from scfm_core.models.protocol import ModelFamily
-from scfm_core.models.weights import ADAPTER_FILE, read_weights, save_adapter, save_pipeline
+from scfm_core.models.weights import ADAPTER_FILE, component_config, read_weights, save_adapter, save_pipeline
 from scfm_core.scfm.method import sampling_strength
 from scfm_core.train.checkpoint import Checkpoint
 from scfm_core.train.config import RunConfig
@@ -55,12 +55,22 @@ def export(run_dir: Path, overrides: list[str], *, merged: Path | None, num_step
     checkpoint, family = open_trained(run_dir, config)
     if merged is None:
         return _export_adapter(run_dir, config, checkpoint, family)
-    shift = None if config.sample.shift == "dynamic" else float(config.sample.shift)
+    shift = _merged_shift(config, family, num_steps or config.sample.steps[-1])
     weights = _merged_weights(config, checkpoint, family, sampling_strength(config.method.step_gain, num_steps or 1))
     learned = config.method.distil_guidance
     with saving(merged, "the export", _ADVICE, merged.with_name(f".{merged.name}.tmp")):
         save_pipeline(family.folder, merged, weights, compute_dtype(config), shift, has_learned_guidance=learned)
     return merged
+
+
+def _merged_shift(config: RunConfig, family: ModelFamily, num_steps: int) -> float | None:
+    """The fixed shift of a merged pipeline's scheduler. None: its own scheduler samples as we do, with a dynamic shift."""
+    scheduler = component_config(family.folder, "scheduler", "scheduler_config.json")
+    has_our_grid = scheduler["_class_name"] == "FlowMatchEulerDiscreteScheduler" and not scheduler.get("shift_terminal")
+    if config.sample.shift == "dynamic" and has_our_grid and scheduler.get("use_dynamic_shifting"):
+        return None
+    latents = torch.empty(1, *family.latent_shape(*config.data.resolution), device="meta")
+    return sampling_shift(config.sample, family, latents, num_steps)
 
 
 def _export_adapter(run_dir: Path, config: RunConfig, checkpoint: Checkpoint, family: ModelFamily) -> Path:

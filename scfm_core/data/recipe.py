@@ -165,7 +165,7 @@ class DataConfig:
             )
         if self.path is not None:
             if not self.path:
-                raise ValueError("data.path is empty; name a folder, e.g. data/flux_512")
+                raise ValueError("data.path is empty; name a folder, e.g. data/images_512")
             refuse_uri(self.path, "data.path")
         names = [source.name for source in self.sources]
         if len(set(names)) < len(names):

@@ -1,7 +1,7 @@
 """The noise convention. Every sign in the project comes from this file.
 
 `sigma` is in [0, 1] and always fp32; 1 is pure noise, 0 is data. The path between them is a straight line, and the
-network predicts its slope, as Flux and SD3 do (Esser et al., arXiv 2403.03206).
+network predicts its slope, as rectified-flow models do (Esser et al., arXiv 2403.03206).
 """
 
 import torch

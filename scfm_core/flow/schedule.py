@@ -5,13 +5,12 @@ import math
 import torch
 from torch import Tensor
 
-# Flux's dynamic shift: mu is linear in the number of image tokens, through these two points. Source:
-# https://github.com/black-forest-labs/flux, sampling.py; diffusers' scheduler config has the same numbers.
-FLUX_MU = ((256, 0.5), (4096, 1.15))
+MuPoints = tuple[tuple[float, float], tuple[float, float]]
+"""Of a dynamic shift: two points (image tokens, mu), between and beyond which mu is linear."""
 
 
 def shift_sigma(u: Tensor, shift: Tensor | float) -> Tensor:
-    """Shift `u` in [0, 1] towards the noise: `s*u / (1 + (s-1)*u)` (SD3, arXiv 2403.03206, Eq. 23)."""
+    """Shift `u` in [0, 1] towards the noise: `s*u / (1 + (s-1)*u)` (Esser et al., arXiv 2403.03206, Eq. 23)."""
     return shift * u / (1 + (shift - 1) * u)
 
 
@@ -38,8 +37,8 @@ def shift_of_grid(sigmas: Tensor) -> float:
     return sigma * (1 - u) / (u * (1 - sigma))
 
 
-def dynamic_shift(image_tokens: int, points: tuple[tuple[float, float], tuple[float, float]] = FLUX_MU) -> float:
-    """The shift `exp(mu)` for an image of `image_tokens` tokens; `mu` is linear through two `points` (tokens, mu)."""
+def dynamic_shift(image_tokens: int, points: MuPoints) -> float:
+    """The shift `exp(mu)` for an image of `image_tokens` tokens; `mu` is linear through `points`."""
     (tokens_low, mu_low), (tokens_high, mu_high) = points
     slope = (mu_high - mu_low) / (tokens_high - tokens_low)
     return math.exp(mu_low + slope * (image_tokens - tokens_low))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from scfm_core.errors import UserError
 from scfm_core.filling import materialise, stored_tensors
 from scfm_core.flow.path import per_sample
-from scfm_core.flow.schedule import FLUX_MU, dynamic_shift
+from scfm_core.flow.schedule import MuPoints, dynamic_shift
 from scfm_core.kernels.ops import Ops
 from scfm_core.models.conditioning import Conditioning
 from scfm_core.models.fingerprint import network_fingerprint
@@ -52,8 +52,9 @@ class ModelFamily(ABC):
     """The caption of the unconditional pass of classifier-free guidance."""
     neutral_guidance: ClassVar[float] = 1.0
     """The scale of classifier-free guidance that gives the conditional velocity."""
-    mu_points: ClassVar[tuple[tuple[float, float], tuple[float, float]]] = FLUX_MU
-    """Of the dynamic shift: two points (image tokens, mu)."""
+    mu_points: ClassVar[MuPoints] = ((256, 0.5), (4096, 1.15))
+    """Of the dynamic shift. These are Flux.1's: https://github.com/black-forest-labs/flux, sampling.py; diffusers' scheduler has the
+    same numbers."""
     patch: ClassVar[int] = 2
     """Side of a token, in latents."""
     in_channels_per_latent: ClassVar[int] = 1

@@ -60,13 +60,13 @@ def _download(repository: str) -> Path:
         ) from error
 
 
-def component_config(folder: Path, component: str) -> dict[str, Any]:
-    """Read `config.json` of one component.
+def component_config(folder: Path, component: str, file: str = "config.json") -> dict[str, Any]:
+    """Read the configuration of one component.
 
     Raises:
         UserError: if it is missing or not JSON.
     """
-    path = folder / component / "config.json"
+    path = folder / component / file
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -34,7 +34,7 @@ MODE_LIMIT = 2 / (math.pi - 2)
 
 @dataclass(frozen=True, kw_only=True)
 class FlowSigma:
-    """Density of sigma on flow-matching rows, before the row's timestep shift (SD3, arXiv 2403.03206, Sec. 3.1)."""
+    """Density of sigma on flow-matching rows, before the row's timestep shift (Esser et al., arXiv 2403.03206, Sec. 3.1)."""
 
     density: Literal["uniform", "logit_normal", "mode"] = "uniform"
     """`logit_normal`: sigmoid of a normal variable, which draws the middle more often and the ends hardly ever; `mode`: more of the

@@ -153,9 +153,10 @@ class SampleConfig:
     seed: int = 1234
     """Image i starts from the noise of `torch.Generator().manual_seed(seed + i)`, as in a diffusers pipeline."""
     shift: float | Literal["dynamic"] = 3.25
-    """Timestep shift; `dynamic` is Flux's shift, which depends on the image size."""
+    """Timestep shift; `dynamic` is the shift of the model's own sampler, which depends on the image's size (and, for some, on the step
+    count)."""
     guidance: float = 3.5
-    """Flux's embedded guidance, or the scale of SD3's classifier-free guidance."""
+    """Guidance, in the convention of the model's pipeline in diffusers: embedded, or the scale of classifier-free guidance."""
     weights: Role = "student"
     """Which weights to sample from and to export."""
     teacher_steps: int = 0

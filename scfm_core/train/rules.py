@@ -56,8 +56,8 @@ def check_model(config: RunConfig, family: ModelFamily) -> None:
         family.latent_shape(*size)
     if method.step_embedding and family.guidance_kind != "input":
         raise UserError(
-            f"method.step_embedding gives the step size to the network's embedded guidance, but {path} has none "
-            f"(for Flux: guidance_embeds in transformer/config.json). Use an architecture that has it"
+            f"method.step_embedding gives the step size to the network's embedded guidance, but {path} has none. "
+            f"Use an architecture that has it"
         )
     if config.kernels.cuda_graphs and not family.static_shapes:
         raise UserError(

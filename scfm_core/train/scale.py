@@ -1,6 +1,6 @@
 """A run on many GPUs, on paper: what they exchange in a step, how long that takes, and how often to save.
 
-Everything here is computed, nothing is measured. docs/scale.md shows the figures for Flux.1-dev; `python -m recipes.scale_docs`
+Everything here is computed, nothing is measured. docs/scale.md shows the figures; `python -m recipes.scale_docs`
 writes its tables.
 """
 
@@ -156,7 +156,7 @@ def plan_step(config: RunConfig, result: Estimate, units: int, cluster: Cluster 
     each. Gradients are reduced in fp32 after every micro-batch, and between replicas after the last.
 
     Args:
-        config: of a run with `engine.name: fsdp2` whose rows are all pairs, of a model with one pass a velocity (Flux).
+        config: of a run with `engine.name: fsdp2` whose rows are all pairs, of a model with one pass a velocity.
         result: its estimate, for the number of processes of the plan.
         units: how many parts of a network are sharded one by one: its blocks and the rest.
         cluster: the machines.

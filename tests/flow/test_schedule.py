@@ -54,7 +54,7 @@ def test_shift_may_differ_by_sample():
 
 @pytest.mark.parametrize(("image_tokens", "mu"), [(256, 0.5), (2176, 0.825), (4096, 1.15)])
 def test_dynamic_shift_is_exponential_in_the_token_count(image_tokens, mu):
-    assert dynamic_shift(image_tokens) == pytest.approx(math.exp(mu), rel=1e-12)
+    assert dynamic_shift(image_tokens, ((256, 0.5), (4096, 1.15))) == pytest.approx(math.exp(mu), rel=1e-12)
 
 
 def test_dynamic_shift_of_another_family():

@@ -8,6 +8,7 @@ from torch import nn
 
 from scfm_core.flow.schedule import dynamic_shift
 from scfm_core.models.families import open_family
+from scfm_core.models.flux import Flux
 from scfm_core.scfm.plan import sample_plan
 from scfm_core.train.parse import load_config
 
@@ -26,7 +27,9 @@ def share(mask: torch.Tensor) -> float:
 )
 def test_draws_are_in_the_published_ranges(name, dynamic, guidance):
     config = load_config(name)
-    plan = sample_plan(config.method, torch.arange(N), config.run.seed, dynamic_shift=lambda _: dynamic_shift(TOKENS))
+    plan = sample_plan(
+        config.method, torch.arange(N), config.run.seed, dynamic_shift=lambda _: dynamic_shift(TOKENS, Flux.mu_points)
+    )
     error = 4 * (0.25 / N) ** 0.5  # four standard errors of a share, at most: 0.0063
 
     assert share(plan.is_teacher) == pytest.approx(0.4, abs=error)

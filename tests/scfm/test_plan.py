@@ -24,7 +24,7 @@ def draw(config: PlanConfig = PlanConfig()) -> ShortcutPlan:  # noqa: B008 (froz
 
 def flux_shift(num_steps: int) -> float:
     """Flux's shift for 256 tokens, which does not depend on the number of steps."""
-    return dynamic_shift(256)
+    return dynamic_shift(256, ((256, 0.5), (4096, 1.15)))
 
 
 def tensors(plan: ShortcutPlan) -> dict[str, Tensor]:
@@ -142,7 +142,7 @@ def test_equal_ends_fix_a_range(name):
 
 def test_some_samples_use_the_dynamic_shift():
     plan = draw(PlanConfig(dynamic_shift_fraction=0.1))
-    dynamic = plan.shift == torch.tensor(dynamic_shift(256))  # 1.65, outside of the range
+    dynamic = plan.shift == torch.tensor(dynamic_shift(256, ((256, 0.5), (4096, 1.15))))  # 1.65, outside of the range
     assert_share(dynamic, 0.1)
     assert_share(dynamic[plan.is_teacher], 0.1)
     assert plan.shift[~dynamic].min() >= 2.5
