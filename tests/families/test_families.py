@@ -2,6 +2,7 @@
 
 import importlib
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -205,16 +206,23 @@ def test_two_processes_train_as_one(model, tmp_path, engine):
     assert [[row["loss"] for row in rows] for rows in both] == [pytest.approx(one, rel=1e-4)] * 2
 
 
+EXPLAINED = {
+    "scfm_core/scfm/method.py": 3,  # the paper's guidance and the release's share of dynamic shifts, by model
+    "scfm_core/train/config.py": 1,  # the paper's clip norms, by model
+}
+"""Lines of documentation that name a family."""
+
+
 def test_only_models_and_kernels_name_families():
     words = r"flux|sd3|stable.diffusion|qwen|z.?image|krea|\bsana\b"
     root = Path(__file__).parents[2]
     files = [path for package in ("scfm_core", "data_tools") for path in (root / package).rglob("*.py")]
     models = (root / "scfm_core/models", root / "scfm_core/kernels")
-    found = [
-        f"{path.relative_to(root)}: {line.strip()}"
+    found = Counter(
+        str(path.relative_to(root))
         for path in files
         if not any(path.is_relative_to(folder) for folder in models)
         for line in path.read_text().splitlines()
         if re.search(words, line, re.IGNORECASE)
-    ]
-    assert found == []
+    )
+    assert found == EXPLAINED
