@@ -5,11 +5,13 @@ from pathlib import Path
 
 from scfm_core.errors import UserError
 from scfm_core.models.flux import Flux
+from scfm_core.models.krea2 import Krea2
 from scfm_core.models.protocol import ModelFamily
+from scfm_core.models.sana import Sana
 from scfm_core.models.sd3 import SD3
 from scfm_core.models.weights import is_local, resolve_folder
 
-FAMILIES: tuple[type[ModelFamily], ...] = (Flux, SD3)
+FAMILIES: tuple[type[ModelFamily], ...] = (Flux, SD3, Sana, Krea2)
 
 
 def open_family(path: str, *, offline: bool = False) -> ModelFamily:
