@@ -22,9 +22,12 @@ def lora_linear_reference(
 
 
 def lora_add(base: Tensor, x: Tensor, down: Tensor, up: Tensor, scale: Tensor) -> Tensor:
-    """`base + scale * (x A^T) B^T`, for a base product [B, ..., out] that was computed before."""
+    """`base + scale * (x A^T) B^T`, for a base product [B, ..., out] that was computed before.
+
+    The first axis may also be B * n: then each sample has n adjacent rows, such as the text tokens in Krea 2's attention over layers.
+    """
     # Scale the narrow product, where it costs least, and in fp32: in bf16, 3 ** -0.5 would be off by up to 0.2 %.
-    low = (F.linear(x, down) * scale.view(-1, *([1] * (x.ndim - 1)))).to(x.dtype)
+    low = _scaled(F.linear(x, down), scale).to(x.dtype)
     return base + F.linear(low, up)
 
 
@@ -46,8 +49,8 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up
 
 
 def _scaled(low: Tensor, scale: Tensor) -> Tensor:
-    """Rows [B * n, rank], each multiplied by the scale of its sample."""
-    return (low.view(scale.shape[0], -1, low.shape[1]) * scale[:, None, None]).to(low.dtype).view_as(low)
+    """Rows [B * n, rank] or [B, ..., rank], each multiplied by the scale of its sample."""
+    return (low.view(scale.shape[0], -1, low.shape[-1]) * scale[:, None, None]).to(low.dtype).view_as(low)
 
 
 @torch.library.custom_op("scfm::lora_linear", mutates_args=())

@@ -258,7 +258,7 @@ class ModelFamily(ABC):
         return {"guidance_scale": guidance, "max_sequence_length": text_length}
 
     def load_network(self, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
-        """The pre-trained transformer on one device, every parameter in `dtype`.
+        """The pre-trained transformer on one device, in `dtype`; see `empty_network`.
 
         Raises:
             UserError: if its weights are missing, damaged or of another architecture.
@@ -269,10 +269,18 @@ class ModelFamily(ABC):
         return network
 
     def empty_network(self, dtype: torch.dtype) -> nn.Module:
-        """The transformer without weights: parameters of `dtype` on the meta device, buffers on the CPU; in eval mode."""
+        """The transformer without weights: parameters of `dtype` on the meta device, buffers on the CPU; in eval mode.
+
+        Parameters that diffusers keeps in fp32 are fp32: norms of Krea 2, whose scale is 1 + weight.
+        """
         with parameters_on_meta():
             network: nn.Module = self.network_class.from_config(dict(self.network_config))
-        return nn.Module.to(network, dtype).eval()  # diffusers' own `to` would warn
+        network = nn.Module.to(network, dtype).eval()  # diffusers' own `to` would warn
+        kept = set(getattr(network, "_keep_in_fp32_modules", None) or ())
+        for name, parameter in network.named_parameters():
+            if kept.intersection(name.split(".")):
+                parameter.data = parameter.data.float()
+        return network
 
     def open_weights(self, network: nn.Module) -> TensorFiles:
         """The files of the pre-trained weights, checked against `network` as `empty_network` makes it. Local work.

@@ -38,13 +38,12 @@ class QwenVAE(ModelFamily):
 
     def encode_images(self, vae: Any, images: Tensor) -> Tensor:
         """See `ModelFamily`. `(z - mean) / std` in fp32, with the mean and std of the VAE's config, per channel."""
-        latents = vae.encode(images.to(vae.device, vae.dtype)[:, :, None]).latent_dist.mode()[:, :, 0].float()
+        latents = vae.encode(images[:, :, None]).latent_dist.mode()[:, :, 0].float()
         mean, std = _statistics(vae, latents)
         return (latents - mean) / std
 
     def decode_latents(self, vae: Any, latents: Tensor) -> Tensor:
-        """See `ModelFamily`. In the VAE's dtype and in the order of diffusers' pipeline, which divides by 1 / std."""
-        latents = latents.to(vae.device, vae.dtype)
+        """See `ModelFamily`. diffusers' pipeline divides by 1 / std, which rounds differently."""
         mean, std = _statistics(vae, latents)
         images: Tensor = vae.decode((latents / (1 / std) + mean)[:, :, None], return_dict=False)[0]
         return images[:, :, 0]

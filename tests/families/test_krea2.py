@@ -13,6 +13,7 @@ from pipeline_parity import CAPTIONS, encode, images, load, recorded
 from torch import nn
 
 from scfm_core.flow.schedule import sigma_grid
+from scfm_core.models.adapters import LoRABank, LoRAConfig
 from scfm_core.models.conditioning import Conditioning
 from scfm_core.models.flux import pack_latents, unpack_latents
 from scfm_core.models.krea2 import Krea2
@@ -150,3 +151,22 @@ def test_true_sizes():
     text = torch.empty(1, *family.shapes(512)["text"], device="meta")
     cond = Conditioning(fields={"text": text}, lengths=(512,))
     assert family.predict(network, x, torch.empty(1, device="meta"), cond).shape == x.shape
+
+
+def test_adapters_of_all_linears_have_the_strength_of_their_sample(folder, in_fp32):
+    """Also where the first axis of a layer is samples x tokens, as in the attention over the text encoder's layers."""
+    family, _, pipe = in_fp32
+    bank = LoRABank(network := family.load_network(torch.float32, "cpu"), LoRAConfig(rank=4, alpha=4.0))
+    for layer in bank.layers.values():
+        nn.init.normal_(layer.factors("student")[1], std=0.1)
+    cond = encode(family, pipe, CAPTIONS, LENGTH)
+    x, sigma, strength = torch.randn(2, 4, 8, 8), torch.tensor([0.9, 0.5]), torch.tensor([0.3, 1.0])
+    with torch.no_grad():
+        bank.select("student", strength)
+        together = family.predict(network, x, sigma, cond)
+        for row in (slice(0, 1), slice(1, 2)):
+            bank.select("student", strength[row])
+            alone = family.predict(network, x[row], sigma[row], cond[row])
+            torch.testing.assert_close(alone, together[row], atol=1e-5, rtol=0)
+        bank.select("student", torch.ones(2))
+        assert (family.predict(network, x, sigma, cond)[0] - together[0]).abs().max() > 1e-2
