@@ -72,9 +72,10 @@ class ZImage(ModelFamily):
         return {"text": (text_length, self.network_config["cap_feat_dim"])}
 
     def predict(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        """See `ModelFamily`. Unlike other pipelines, this one does not round the timestep to bf16."""
+        """See `ModelFamily`. Unlike other pipelines, this one does not round the timestep, 1 - sigma, to bf16."""
         dtype = dtype_of(network)
-        output: Tensor = network(x.to(dtype), 1 - sigma, cond.fields["text"].to(dtype), cond.lengths)
+        timestep = (1000 - 1000 * sigma) / 1000
+        output: Tensor = network(x.to(dtype), timestep, cond.fields["text"].to(dtype), cond.lengths)
         return -output
 
     def guide(self, cond: Tensor, uncond: Tensor, scale: Tensor) -> Tensor:
