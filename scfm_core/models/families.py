@@ -6,10 +6,12 @@ from pathlib import Path
 from scfm_core.errors import UserError
 from scfm_core.models.flux import Flux
 from scfm_core.models.protocol import ModelFamily
+from scfm_core.models.qwen_image import QwenImage
 from scfm_core.models.sd3 import SD3
 from scfm_core.models.weights import is_local, resolve_folder
+from scfm_core.models.z_image import ZImage
 
-FAMILIES: tuple[type[ModelFamily], ...] = (Flux, SD3)
+FAMILIES: tuple[type[ModelFamily], ...] = (Flux, SD3, QwenImage, ZImage)
 
 
 def open_family(path: str, *, offline: bool = False) -> ModelFamily:

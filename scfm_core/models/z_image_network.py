@@ -47,7 +47,9 @@ class ZImageNetwork(ZImageTransformer2DModel):
         image_ids[:, : len(cells), 0] = text_ends[:, None] + 1
         image_ids[:, : len(cells), 1], image_ids[:, : len(cells), 2] = cells // columns, cells % columns
         caption_ids = F.pad(places[:, None] + 1, (0, 2)).expand(batch, -1, -1)
-        image_rope, caption_rope = (self.rope_embedder(ids.flatten(0, 1)).unflatten(0, ids.shape[:2]) for ids in (image_ids, caption_ids))
+        image_rope, caption_rope = (
+            self.rope_embedder(ids.flatten(0, 1)).unflatten(0, ids.shape[:2]) for ids in (image_ids, caption_ids)
+        )
         image_mask = caption_mask = None
         if len(set(padded)) > 1:
             caption_mask = places < text_ends[:, None]

@@ -40,7 +40,9 @@ def write_tokenizer(folder: Path, kind: Any, **settings: Any) -> Any:
             merges[word[:end], word[end]] = word[: end + 1]
     folder.mkdir(parents=True, exist_ok=True)
     tokens = dict.fromkeys([*letters, *merges.values()])
-    (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}), encoding="utf-8")
+    (folder / "vocab.json").write_text(
+        json.dumps({token: number for number, token in enumerate(tokens)}), encoding="utf-8"
+    )
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return kind(

@@ -19,7 +19,9 @@ def write(folder: Path, *, seed: int = 0) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizer = write_tokenizer(folder / "tokenizer", Qwen2Tokenizer)
-        special = tokenizer.convert_tokens_to_ids(["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"])
+        special = tokenizer.convert_tokens_to_ids(
+            ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+        )
         config = Qwen2_5_VLConfig(
             text_config={
                 "vocab_size": len(tokenizer),
@@ -40,7 +42,13 @@ def write(folder: Path, *, seed: int = 0) -> None:
                 "out_hidden_size": 32,
                 "fullatt_block_indexes": [0],
             },
-            **dict(zip(("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id"), special, strict=True)),
+            **dict(
+                zip(
+                    ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id"),
+                    special,
+                    strict=True,
+                )
+            ),
         )
         transformer = QwenImageTransformer2DModel(
             in_channels=16,
