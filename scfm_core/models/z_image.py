@@ -74,7 +74,7 @@ class ZImage(ModelFamily):
     def predict(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         """See `ModelFamily`. Unlike other pipelines, this one does not round the timestep, 1 - sigma, to bf16."""
         dtype = dtype_of(network)
-        timestep = (1000 - 1000 * sigma).to(dtype) / 1000
+        timestep = (1000 - 1000 * sigma) / 1000
         output: Tensor = network(x.to(dtype), timestep, cond.fields["text"].to(dtype), cond.lengths)
         return -output
 
