@@ -22,7 +22,8 @@ from scfm_core.data.recipe import DataConfig
 from scfm_core.data.schema import BadData, Manifest, Record
 from scfm_core.data.source import PADDING
 from scfm_core.errors import UserError
-from scfm_core.models.encoders import Autoencoder, TextEncoders
+from scfm_core.models.conditioning import Conditioning
+from scfm_core.models.encoders import Autoencoder, TextEncoders, load_tokenizer
 from scfm_core.models.fingerprint import encoder_fingerprint
 from scfm_core.models.protocol import ModelFamily
 from scfm_core.wording import count
@@ -38,7 +39,7 @@ class Encoded(NamedTuple):
     manifest: Manifest | None
     """None while other processes are working."""
     padding_error: float | None
-    """`CacheWriter.padding_error`; None if the job was finished before."""
+    """`CacheWriter.padding_error`; None if no padding was trimmed, or the job was finished before."""
     counts: Mapping[str, int]
     """What was changed in the samples, in words, and how often; empty while other processes are working."""
 
@@ -48,10 +49,12 @@ class EncodeConfig:
     """How a cache is made."""
 
     text_length: int = 256
-    """Number of T5 tokens."""
-    keep_padding: bool = False
-    """Store T5's output at padding tokens too. False: store it up to the end of the caption. The padding is then the
-    output for an empty caption, which is nearly the same (the job prints the difference)."""
+    """Number of tokens of a caption, as `model.text_length`."""
+    trim_padding: bool = False
+    """Store fields of tokens up to the end of the caption. Their padding is then the encoder's output for an empty caption, which
+    differs from the one that diffusers' pipeline gives to the network (the job prints by how much)."""
+    latents_only: bool = False
+    """Store latents and captions, no text. Training then encodes the captions."""
     dtype: torch.dtype = torch.bfloat16
     """Of the encoders and the stored tensors."""
     device: torch.device | str = "cpu"
@@ -67,51 +70,72 @@ class EncodeConfig:
                 f"batch size and samples per shard must be at least 1 and the text length in 1..512, got {self.batch_size}, "
                 f"{self.samples_per_shard} and {self.text_length}"
             )
+        if self.trim_padding and self.latents_only:
+            raise UserError("with --latents-only no text is stored that could be trimmed: remove --trim-padding")
+
+    def check(self, family: ModelFamily) -> None:
+        """UserError if trimming is requested, but the text of `family` has no padding after the caption that a run adds again."""
+        if not self.trim_padding:
+            return
+        if "tokens" not in family.fields.values():
+            raise UserError(
+                f"--trim-padding has no effect on {type(family).__name__}: its text is stored without padding. Remove the option"
+            )
+        if load_tokenizer(family).padding_side == "left":
+            raise UserError(
+                f"--trim-padding: the tokenizer of {family.folder} pads before the caption, and only padding after it can be trimmed. "
+                f"Remove the option"
+            )
 
     def parameters(self, family: ModelFamily) -> dict[str, object]:
         """Everything that determines the content of a cache made with the encoders of `family`."""
         return {
             "encoder": encoder_fingerprint(family.folder),
             "text_length": self.text_length,
-            "keep_padding": self.keep_padding,
+            "keep_padding": not self.trim_padding,
+            **({"latents_only": True} if self.latents_only else {}),
             "dtype": str(self.dtype),
             "samples_per_shard": self.samples_per_shard,
         }
 
 
 class CacheWriter:
-    """Makes cached samples of latents and captions. If texts are trimmed, writes their padding beside the shards.
+    """Makes cached samples of latents and captions. If text is trimmed, writes its padding beside the shards.
 
     Args:
         output: folder of the shards.
         family: the model whose text encoders are used.
         config: of the cache.
+        needs_text: load the text encoders. False: for a cache of latents alone.
 
     Raises:
-        UserError: if the padding cannot be written.
+        UserError: if the text encoders cannot be loaded, or the padding cannot be written.
     """
 
-    def __init__(self, output: Path, family: ModelFamily, config: EncodeConfig) -> None:
-        self.config = config
-        self.text = TextEncoders(family, config.text_length, config.dtype, config.device)
-        self.padding: Tensor | None = None
+    def __init__(self, output: Path, family: ModelFamily, config: EncodeConfig, *, needs_text: bool = True) -> None:
+        self.config, self.kinds = config, {} if config.latents_only else family.fields
+        self.text = TextEncoders(family, config.text_length, config.dtype, config.device) if needs_text else None
+        self.padding: dict[str, Tensor] = {}
         digest = None
-        if not config.keep_padding:
+        if config.trim_padding:
             content = self._shared_padding(output / PADDING)
-            self.padding = load(content)["text"]
+            self.padding = load(content)
             digest = hashlib.sha256(content).hexdigest()
         self.draft = Manifest(
             encoder=encoder_fingerprint(family.folder),
-            text_length=family.text_tokens(config.text_length),
+            fields=self.kinds,
+            text_length=family.text_tokens(config.text_length) if needs_text else None,
             padding=digest,
-            settings={"model.text_length": config.text_length},
+            settings={"model.text_length": config.text_length} if needs_text else {},
         )
         self._error = [0.0, 0.0]
 
     def _shared_padding(self, path: Path) -> bytes:
         """Content of the padding's file. One process writes it for all, because another GPU may round differently."""
-        padding = self.text.encode([""]).fields["text"][0].to(self.config.dtype).cpu().contiguous()
-        content = save({"text": padding})
+        assert self.text is not None
+        empty = self.text.encode([""]).fields
+        names = [name for name, kind in self.kinds.items() if kind == "tokens"]
+        content = save({name: empty[name][0].to(self.config.dtype).cpu().contiguous() for name in names})
         try:
             # "x" creates the file in one process only. A hard link would do the same with a complete file, but exFAT,
             # SMB shares and mounted buckets have no hard links. So the others wait until it is complete.
@@ -128,43 +152,69 @@ class CacheWriter:
             ) from error
         return path.read_bytes()
 
-    def fields(
+    def encode(self, captions: Sequence[str], guidance: float | None = None) -> Conditioning:
+        """The conditioning of captions, as a run on the cache will have it: with the shared padding if text is trimmed.
+
+        Args:
+            captions: B captions.
+            guidance: the same for all rows.
+        """
+        assert self.text is not None
+        cond = self.text.encode(captions, guidance)
+        fields = {name: tensor.to(self.config.dtype) for name, tensor in cond.fields.items()}
+        for name, padding in self.padding.items():
+            shared = padding.to(fields[name].device)
+            for row, used in zip(fields[name], self.text.token_counts(captions), strict=True):
+                length = self.text.kept(used)
+                self._error[0] += float((row[length:].float() - shared[length:].float()).square().sum())
+                self._error[1] += float(row[length:].float().square().sum())
+                row[length:] = shared[length:]
+        return replace(cond, fields=fields)
+
+    def samples(
         self,
         latents: Tensor,
         captions: list[str],
+        cond: Conditioning | None,
         details: list[dict[str, object]],
         path: Mapping[str, Tensor] | None = None,
     ) -> Iterator[tuple[dict[str, bytes], list[str], bool]]:
-        """Each sample: its stored fields, the names of its tensors that are not finite, and whether its caption was cut.
+        """Each sample: its stored files, the names of its tensors that are not finite, and whether its caption was cut.
 
         Args:
             latents: [B, C, h, w].
             captions: B captions.
-            details: content of the field `json` of each sample.
+            cond: of the captions, from `encode`. None: of a cache of latents alone.
+            details: content of the file `json` of each sample.
             path: the teacher's path, stored unchanged: tensors of B rows by name.
         """
-        cond = self.text.encode(captions)
-        tokens = self.text.token_counts(captions)
+        tokens = [0] * len(captions) if self.text is None else self.text.token_counts(captions)
         for row, (caption, used, detail) in enumerate(zip(captions, tokens, details, strict=True)):
-            text, length = cond.fields["text"][row].to(self.config.dtype).cpu(), None
-            if self.padding is not None:
-                length = self.text.kept(used)
-                self._error[0] += float((text[length:].float() - self.padding[length:].float()).square().sum())
-                self._error[1] += float(text[length:].float().square().sum())
-            tensors = {"latents": latents[row], "text": text[:length], "pooled": cond.fields["pooled"][row]}
-            stored = {name: tensor.to(self.config.dtype) for name, tensor in tensors.items()}
+            stored = {"latents": latents[row].to(self.config.dtype)}
+            if cond is not None:
+                stored |= self._stored_text(cond, row, used)
             stored |= {name: tensor[row] for name, tensor in (path or {}).items()}
-            fields = {
+            files = {
                 "safetensors": save({name: tensor.cpu().contiguous() for name, tensor in stored.items()}),
                 "txt": caption.encode(),
                 "json": json.dumps(detail).encode(),
             }
             not_finite = [name for name, tensor in stored.items() if not bool(tensor.isfinite().all())]
-            yield fields, not_finite, used > self.config.text_length
+            yield files, not_finite, used > self.config.text_length
+
+    def _stored_text(self, cond: Conditioning, row: int, used: int) -> dict[str, Tensor]:
+        """The fields of one row, without the padding that a run adds again; `used` is the number of tokens of its caption."""
+        assert self.text is not None
+        lengths = {
+            "tokens": self.text.kept(used) if self.padding else None,
+            "masked": None if cond.lengths is None else cond.lengths[row],
+            "vector": None,
+        }
+        return {name: cond.fields[name][row][: lengths[kind]] for name, kind in self.kinds.items()}
 
     @property
     def padding_error(self) -> float | None:
-        """||T5's padding - shared padding|| / ||T5's padding||, over all samples so far; None: the padding is stored."""
+        """||the encoder's padding - shared padding|| / ||the encoder's padding||, over all samples so far; None: nothing is trimmed."""
         return (self._error[0] / self._error[1]) ** 0.5 if self._error[1] else None
 
 
@@ -194,7 +244,7 @@ def encode(
     Args:
         corpus: the images. The recipe decides their sizes and crops.
         output: folder of the shards.
-        family: the model whose VAE, CLIP and T5 are used.
+        family: the model whose VAE and text encoders are used.
         config: of the cache.
         rank, world_size: of this process; the processes share the shards.
         progress: shows a progress bar; called with (images, their number), it returns the images.
@@ -202,6 +252,7 @@ def encode(
     Raises:
         UserError: if an image, caption or size cannot be encoded, or the output cannot be written or has other data.
     """
+    config.check(family)
     for size in corpus.sizes:
         family.latent_shape(*size)
     if corpus.is_cached:
@@ -215,7 +266,7 @@ def encode(
     job = Job(output, parameters, corpus.fingerprint)  # before loading the encoders, which takes minutes
     if job.finished is not None:
         return Encoded(job.finished, None, job.counts)
-    writer = CacheWriter(output, family, config)
+    writer = CacheWriter(output, family, config, needs_text=not config.latents_only)
     vae = Autoencoder(family, config.dtype, config.device)
 
     def make(items: Sequence[int]) -> Made:
@@ -270,8 +321,10 @@ def _make_batch(items: Sequence[int], corpus: Corpus, vae: Autoencoder, writer: 
     details: list[dict[str, object]] = [
         {"height": size[0], "width": size[1], "source": record.key} for record in records.values()
     ]
-    samples = writer.fields(latents, [record.caption for record in records.values()], details)
-    for (item, record), (fields, not_finite, is_cut) in zip(records.items(), samples, strict=True):
+    captions = [record.caption for record in records.values()]
+    cond = None if writer.text is None else writer.encode(captions)
+    samples = writer.samples(latents, captions, cond, details)
+    for (item, record), (files, not_finite, is_cut) in zip(records.items(), samples, strict=True):
         if not_finite:
             leave_out(
                 BadData(
@@ -280,7 +333,7 @@ def _make_batch(items: Sequence[int], corpus: Corpus, vae: Autoencoder, writer: 
                 )
             )
             continue
-        made.samples.append((f"{item:08d}", fields, size))  # not the file's name, which may have a dot or a slash
+        made.samples.append((f"{item:08d}", files, size))  # not the file's name, which may have a dot or a slash
         made.counts += Counter([*record.notes, *[CUT] * is_cut])
     return made
 
@@ -296,8 +349,8 @@ def format_result(result: Encoded, output: Path, notes: Sequence[str] = ()) -> s
     manifest, lines = result.manifest, []
     if result.padding_error is not None:
         lines.append(
-            f"text padding is trimmed; the padding in its place differs from T5's by {result.padding_error:.1%} (--keep-padding "
-            f"stores T5's)"
+            f"text padding is trimmed; the padding in its place differs from the encoder's by {result.padding_error:.1%} "
+            f"(--keep-padding stores the encoder's)"
         )
     if manifest is None:
         return "\n".join([*lines, f"this process is done; the last process writes the manifest of {output}"])

@@ -18,9 +18,9 @@ from scfm_core.errors import UserError
 from scfm_core.flow.random import sample_noise
 from scfm_core.flow.sampler import euler_sample, roll_out
 from scfm_core.flow.schedule import sigma_grid
-from scfm_core.models.encoders import TextEncoders
+from scfm_core.models.conditioning import Conditioning
 from scfm_core.models.fingerprint import network_fingerprint
-from scfm_core.models.protocol import ModelFamily
+from scfm_core.models.protocol import ModelFamily, dtype_of
 
 # Larger than all sample ids of a run: a run with the same seed must not draw the noise from which its latents were
 # sampled.
@@ -42,7 +42,7 @@ class SamplerConfig:
     num_steps: int
     """Steps of the sampler."""
     shift: float | Literal["dynamic"]
-    """Of the timesteps; `dynamic`: that of the model's own sampler, which depends on the size."""
+    """Of the timesteps; `dynamic`: the family's shift, which depends on the size."""
     guidance: float
     """Guidance embedding, or scale of classifier-free guidance. No effect if the network has neither."""
     seed: int
@@ -90,7 +90,7 @@ def generate(
 
     Sample i is of prompt i // per_prompt and of size i % len(sizes). Its noise is a function of the seed, i and the
     size only. So any number of processes and any batch size give the same samples, up to floating point. Each shard has
-    one size. The network and both text encoders are on the device together; the VAE is not loaded.
+    one size. The network and the text encoders are on the device together; the VAE is not loaded.
 
     Args:
         prompts: at least one.
@@ -106,6 +106,7 @@ def generate(
     """
     if not prompts:
         raise UserError("there are no prompts; give at least one")
+    config.check(family)
     for size in sampler.sizes:
         family.latent_shape(*size)
     parameters = {
@@ -118,7 +119,7 @@ def generate(
     if job.finished is not None:
         return Encoded(job.finished, None, job.counts)
     writer = CacheWriter(output, family, config)
-    teacher = _Teacher(family, family.load_network(config.dtype, config.device), writer.text, sampler)
+    teacher = _Teacher(family, family.load_network(config.dtype, config.device), sampler)
 
     def make(items: Sequence[int]) -> Made:
         return _make_batch(items, prompts, teacher, writer)
@@ -141,17 +142,15 @@ def _settings(writer: CacheWriter, sizes: Sequence[Size]) -> dict[str, object]:
 
 @dataclass(frozen=True)
 class _Teacher:
-    """The network with its text encoders, and the settings of its sampler."""
+    """The network, and the settings of its sampler."""
 
     family: ModelFamily
     network: nn.Module
-    text: TextEncoders
     config: SamplerConfig
 
-    def sample(self, items: Sequence[int], texts: list[str], size: Size) -> tuple[Tensor, dict[str, Tensor] | None]:
+    def sample(self, items: Sequence[int], cond: Conditioning, size: Size) -> tuple[Tensor, dict[str, Tensor] | None]:
         """The latents of samples `items`, fp32 [B, C, h, w], and their paths (by tensor name) if paths are stored."""
-        config, cond = self.config, self.text.encode(texts, guidance=self.config.guidance)
-        ids = torch.tensor(items, dtype=torch.int64) + FIRST_ID
+        config, ids = self.config, torch.tensor(items, dtype=torch.int64) + FIRST_ID
         like = torch.empty(len(items), *self.family.latent_shape(*size), device=cond.device)
         shift = config.shift
         if shift == "dynamic":
@@ -168,7 +167,7 @@ class _Teacher:
         )
         rows = len(items)
         return latents, {
-            "velocities": velocities.to(next(iter(cond.fields.values())).dtype),
+            "velocities": velocities.to(dtype_of(self.network)),
             "sigmas": sigmas[:: config.num_steps // config.intervals].expand(rows, -1),
             "guidance": torch.full((rows,), config.guidance),
         }
@@ -187,18 +186,20 @@ def _make_batch(items: Sequence[int], prompts: list[str], teacher: _Teacher, wri
     size = config.sizes[items[0] % len(config.sizes)]
     numbers = [item // config.per_prompt for item in items]
     texts = [prompts[number] for number in numbers]
-    latents, path = teacher.sample(items, texts, size)
+    # With the text as it is stored: the student will have no other.
+    cond = writer.encode(texts, config.guidance)
+    latents, path = teacher.sample(items, cond, size)
     latents = latents.to(writer.config.dtype)
     _check_finite(latents, items, texts)
     details = [teacher.details(item, size) | {"prompt": number} for item, number in zip(items, numbers, strict=True)]
-    samples = writer.fields(latents, texts, details, path)
-    for item, text, (fields, not_finite, is_cut) in zip(items, texts, samples, strict=True):
+    samples = writer.samples(latents, texts, cond, details, path)
+    for item, text, (files, not_finite, is_cut) in zip(items, texts, samples, strict=True):
         if not_finite:
             raise UserError(
                 f"the {' and '.join(not_finite)} of sample {item}, of the prompt {text!r}, are not finite in {writer.config.dtype}. "
                 f"Check the model's weights, or use another dtype and another folder"
             )
-        made.samples.append((f"{item:08d}", fields, size))
+        made.samples.append((f"{item:08d}", files, size))
         made.counts[CUT] += is_cut
     return made
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from scfm_core.data.corpus import Corpus
+from scfm_core.data.fields import FieldKind
 from scfm_core.data.folder import ImageFolder
 from scfm_core.data.schema import Size
 from scfm_core.data.source import Source
@@ -46,10 +47,12 @@ class SourceSummary:
     """Number of samples that an epoch takes from it."""
     encoder: str | None = None
     """Of a cache: fingerprint of the encoders."""
+    fields: tuple[tuple[str, FieldKind], ...] = ()
+    """Of a cache: name and kind of each field of text."""
     text_length: int | None = None
-    """Of a cache: number of T5 tokens."""
+    """Of a cache: number of text tokens; of a masked field, the largest number."""
     padding: Literal["trimmed", "stored"] | None = None
-    """Of a cache: whether the padding of the texts was stored or trimmed."""
+    """Of a cache with fields of tokens: whether their padding was stored or trimmed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +82,7 @@ class CaptionSummary:
     repeated: int
     """Number of captions that an earlier sample has too, without empty ones."""
     cut: int | None
-    """Number of captions of more T5 tokens than `text_length`; None: not counted."""
+    """Number of captions of more tokens than `text_length`; None: not counted."""
     text_length: int
     words: tuple[tuple[str, int], ...]
     """The most frequent words, and the number of captions that have them; without articles, prepositions and so on."""
@@ -91,11 +94,10 @@ class StoredSummary:
 
     count: int
     bytes: tuple[tuple[str, float], ...]
-    """Name and mean bytes of each tensor."""
-    tokens: float
-    """Median number of stored T5 tokens."""
-    full: int
-    """Number of texts that fill all tokens: longer captions were cut."""
+    """Name and mean bytes of the latents and of each field."""
+    tokens: tuple[tuple[str, float, int], ...]
+    """Of each field that is stored without padding: name, median number of tokens, and number of samples that have `text_length`
+    tokens: longer captions were cut."""
     text_length: int
 
 
@@ -178,7 +180,7 @@ def summarise(
             source are opened, at most 16 if they are remote.
         seed: of the selection.
         global_batch_size: of the planned run.
-        count_tokens: gives the T5 tokens of each caption; None: they are not counted.
+        count_tokens: gives the number of tokens of each caption; None: they are not counted.
         text_length: more tokens are cut.
 
     Raises:
@@ -249,7 +251,7 @@ def _source(corpus: Corpus, number: int, draws: int) -> SourceSummary:
         )
     manifest = source.manifest
     padding: Literal["trimmed", "stored"] | None = None
-    if manifest.encoder is not None:
+    if "tokens" in manifest.fields.values():
         padding = "stored" if manifest.padding is None else "trimmed"
     return SourceSummary(
         name=config.name,
@@ -260,6 +262,7 @@ def _source(corpus: Corpus, number: int, draws: int) -> SourceSummary:
         bytes=sum(entry.bytes for entry in manifest.shards),
         draws=draws,
         encoder=manifest.encoder,
+        fields=tuple(manifest.fields.items()),
         text_length=manifest.text_length,
         padding=padding,
     )
@@ -324,26 +327,35 @@ def _captions(
 
 def _stored(corpus: Corpus, items: list[int]) -> StoredSummary | None:
     """Reads only the headers (https://github.com/huggingface/safetensors#format), not the tensors."""
-    sizes: dict[str, list[int]] = {"latents": [], "text": [], "pooled": []}
-    tokens = []
+    sizes: dict[str, list[int]] = {name: [] for name in ("latents", *corpus.fields)}
+    tokens: dict[str, list[int]] = {}
     for item in items[:: -(-len(items) // _MAX_MEASURED)]:
         try:
-            shard, at, _ = corpus.raw(item)
+            shard, at, source = corpus.raw(item)
             content = (shard.read(at, "safetensors") if shard is not None else None) or b""
             header = json.loads(content[8 : 8 + struct.unpack("<Q", content[:8])[0]])
-            for name, values in sizes.items():
-                first, last = header[name]["data_offsets"]
-                values.append(last - first)
-            tokens.append(header["text"]["shape"][0])
+            extents = {name: header[name]["data_offsets"] for name in sizes}
+            lengths = {name: header[name]["shape"][0] for name in _unpadded(corpus, source)}
         except Exception:  # counted as unreadable already; `scfm data validate` gives the reason
             continue
-    if not tokens:
+        for name, (first, last) in extents.items():
+            sizes[name].append(last - first)
+        for name, length in lengths.items():
+            tokens.setdefault(name, []).append(length)
+    if not sizes["latents"]:
         return None
-    means = tuple((name, statistics.fmean(values)) for name, values in sizes.items())
     return StoredSummary(
-        count=len(tokens),
-        bytes=means,
-        tokens=statistics.median(tokens),
-        full=sum(count == corpus.text_length for count in tokens),
+        count=len(sizes["latents"]),
+        bytes=tuple((name, statistics.fmean(values)) for name, values in sizes.items()),
+        tokens=tuple(
+            (name, statistics.median(values), sum(value == corpus.text_length for value in values))
+            for name, values in tokens.items()
+        ),
         text_length=corpus.text_length or 0,
     )
+
+
+def _unpadded(corpus: Corpus, source: Source | ImageFolder) -> list[str]:
+    """The fields of tokens that a source stores without padding."""
+    is_trimmed = isinstance(source, Source) and source.padding is not None
+    return [name for name, kind in corpus.fields.items() if kind == "masked" or (kind == "tokens" and is_trimmed)]

@@ -107,6 +107,7 @@ def _draft(corpus: Corpus, to: Literal["webdataset", "mds"]) -> tuple[Manifest, 
     draft = Manifest(
         format=to,
         encoder=corpus.encoder,
+        fields=corpus.fields,
         text_length=corpus.text_length,
         padding=digest,
         network=networks.pop(),
@@ -123,7 +124,7 @@ def _common_settings(corpus: Corpus) -> dict[str, Any]:
 
 
 def _padding(corpus: Corpus) -> tuple[str | None, bytes | None]:
-    """sha256 and content of the padding's file; None if no source has trimmed texts."""
+    """sha256 and content of the padding's file; None if no source has trimmed tokens."""
     found = {
         source.manifest.padding: source
         for source in corpus.sources
@@ -132,7 +133,7 @@ def _padding(corpus: Corpus) -> tuple[str | None, bytes | None]:
     if len(found) > 1:
         names = ", ".join(source.config.name for source in found.values())
         raise UserError(
-            f"data.sources: the trimmed texts of {names} have different paddings, and a data set can have only one. Pack each "
+            f"data.sources: the trimmed {' and '.join(corpus.paddings)} of {names} has different paddings, and a data set can have only one. Pack each "
             f"source separately, or encode all of them in the same way"
         )
     for digest, source in found.items():

@@ -1,6 +1,6 @@
 """The statistics of `inspect.py` as tables of text."""
 
-from data_tools.inspect import StoredSummary, Summary
+from data_tools.inspect import SourceSummary, StoredSummary, Summary
 from data_tools.validate import printable
 
 
@@ -28,9 +28,7 @@ def source_rows(summary: Summary) -> list[list[str]]:
     for source in summary.sources:
         content = f"images ({source.format})"
         if source.encoder is not None:
-            content = (
-                f"cache {source.encoder[:12]} ({source.format}), {source.text_length} tokens, padding {source.padding}"
-            )
+            content = f"cache {source.encoder[:12]} ({source.format}), {_text(source)}"
         rows.append(
             [
                 source.name,
@@ -44,6 +42,15 @@ def source_rows(summary: Summary) -> list[list[str]]:
             ]
         )
     return rows
+
+
+def _text(source: SourceSummary) -> str:
+    """What a cache stores of the captions."""
+    if not source.fields:
+        return "latents alone"
+    names = ", ".join(f"{name} ({kind})" for name, kind in source.fields)
+    padding = "" if source.padding is None else f", padding {source.padding}"
+    return f"{names}, {source.text_length} tokens{padding}"
 
 
 def bucket_rows(summary: Summary) -> list[list[str]]:
@@ -82,8 +89,9 @@ def stored_rows(stored: StoredSummary) -> list[list[str]]:
     """The table of stored tensors; its first row is the header."""
     rows = [["stored per sample", f"mean of {stored.count:,}"]]
     rows += [[name, bytes_text(size)] for name, size in stored.bytes]
-    rows.append(["T5 tokens, median", f"{stored.tokens:g} of {stored.text_length}"])
-    rows.append(["texts that fill all tokens", f"{stored.full:,}"])
+    for name, median, full in stored.tokens:
+        rows.append([f"{name}, median of tokens", f"{median:g} of {stored.text_length}"])
+        rows.append([f"{name}, fills all tokens", f"{full:,}"])
     return rows
 
 

@@ -7,7 +7,7 @@ import multiprocessing
 import signal
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
@@ -27,8 +27,9 @@ from scfm_core.data.text import decode_text
 from scfm_core.errors import UserError
 
 Progress = Callable[[Iterable[Any], int], Iterable[Any]]
-Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
-"""The shapes of a cached sample's latents, text and pooled."""
+Shape = tuple[int, ...]
+Shapes = tuple[tuple[str, Shape], ...]
+"""The shapes of a cached sample's latents and fields, by name."""
 
 _FOLDER_PART = 256
 """Number of images of a folder in one piece of work. For shards a piece is one shard."""
@@ -58,8 +59,8 @@ def validate(
 
     A shard must agree with its manifest (bytes, sha256, number of samples). A sample must have its fields, captions
     that can be read, and an image or tensors that can be decoded. Tensors must be finite. Latents must have the same
-    shape as those of most samples of their size; texts must have the manifest's text length. A key must be unique in
-    its source. An empty caption is valid.
+    shape as those of most samples of their size, and each field as that of most samples: tokens with the manifest's text length,
+    masked tokens with no more than it. A key must be unique in its source. An empty caption is valid.
 
     Args:
         corpus: opened with `data.max_bad_fraction` above 0, because with 0 it does not open if a local shard is
@@ -233,15 +234,16 @@ def _check_sample(
     if not decode:
         return
     record = corpus.record(item)
-    if record.latents is not None and record.text is not None and record.pooled is not None:
-        tensors = load(shard.read(at, "safetensors") or b"")  # with the teacher's path, if there is one
-        for name, tensor in tensors.items():
+    if record.latents is not None:
+        stored = load(shard.read(at, "safetensors") or b"")  # with the teacher's path, if there is one
+        for name, tensor in stored.items():
             if not tensor.is_floating_point():
                 raise ValueError(f"{name} has the dtype {tensor.dtype}, which is not floating point")
             bad = int((~tensor.float().isfinite()).sum())
             if bad:
                 raise ValueError(f"{name} has {bad} of {tensor.numel()} values that are not finite")
-        shapes = tuple(record.latents.shape), tuple(record.text.shape), tuple(record.pooled.shape)
+        tensors = {"latents": record.latents, **record.fields}
+        shapes = tuple((name, tuple(tensor.shape)) for name, tensor in tensors.items())
         finding.shapes.setdefault(shapes, array("q")).append(item)
 
 
@@ -253,38 +255,62 @@ def _check_captions(shard: Shard, at: int, config: SourceConfig) -> None:
 
 
 def _unusual_shapes(corpus: Corpus, findings: list[_Finding]) -> Iterator[tuple[int, Problem]]:
-    """Cached samples with unusual shapes, compared with latents of the same size, with all texts and all pooled."""
-    latents: dict[int, Counter[tuple[int, ...]]] = defaultdict(Counter)
-    texts: Counter[tuple[int, ...]] = Counter()
-    pooled: Counter[tuple[int, ...]] = Counter()
+    """Cached samples with unusual shapes: latents are compared with those of the same size, each field with that of all samples."""
+    usual: dict[tuple[str, int], Counter[Shape]] = defaultdict(Counter)
+    """How often each valid shape occurs, by name and bucket. A field has one group, the bucket -1."""
     groups = [group for finding in findings for group in finding.shapes.items()]
     for shapes, items in groups:
-        for bucket, count in Counter(corpus.buckets[np.asarray(items)].tolist()).items():
-            latents[bucket][shapes[0]] += count * (len(shapes[0]) == 3)
-        texts[shapes[1]] += len(items) * (len(shapes[1]) == 2 and shapes[1][0] == corpus.text_length)
-        pooled[shapes[2]] += len(items) * (len(shapes[2]) == 1)
+        for name, shape in shapes:
+            compared = _compared(corpus, name, shape)
+            for bucket, count in _buckets(corpus, name, items).items():
+                usual[name, bucket][compared or ()] += count * (compared is not None)
     for shapes, items in groups:
         for item in items:
-            bucket = int(corpus.buckets[item])
-            wrong = [
-                *_compare_shape(
-                    "latents", shapes[0], latents[bucket], "[C, h, w]", "{} x {} pixels".format(*corpus.sizes[bucket])
-                ),
-                *_compare_shape("text", shapes[1], texts, f"[{corpus.text_length}, D]", f"{corpus.text_length} tokens"),
-                *_compare_shape("pooled", shapes[2], pooled, "[P]", "samples"),
-            ]
+            wrong = []
+            for name, shape in shapes:
+                bucket = -1 if name != "latents" else int(corpus.buckets[item])
+                [(most, count)] = usual[name, bucket].most_common(1)
+                compared = _compared(corpus, name, shape)
+                if compared is None:
+                    wrong.append(f"{name} has the shape {list(shape)}, not {_rule(corpus, name)}")
+                elif compared != most:
+                    group = "samples" if bucket < 0 else "{} x {} pixels".format(*corpus.sizes[bucket])
+                    wrong.append(
+                        f"{name} has the shape {list(shape)}, most of {group} have {_shown(corpus, name, most)}"
+                    )
             if wrong:
                 yield item, _problem(corpus, item, "; ".join(wrong))
 
 
-def _compare_shape(
-    name: str, shape: tuple[int, ...], counts: Counter[tuple[int, ...]], rule: str, group: str
-) -> Iterator[str]:
-    [(usual, count)] = counts.most_common(1)
-    if not count:
-        yield f"{name} has the shape {list(shape)}, not {rule}"
-    elif shape != usual:
-        yield f"{name} has the shape {list(shape)}, most of {group} have {list(usual)}"
+def _buckets(corpus: Corpus, name: str, items: Sequence[int]) -> Counter[int]:
+    """In which groups samples are compared, and how many in each."""
+    if name != "latents":
+        return Counter({-1: len(items)})
+    return Counter(corpus.buckets[np.asarray(items)].tolist())
+
+
+def _compared(corpus: Corpus, name: str, shape: Shape) -> Shape | None:
+    """The part of a shape in which samples must agree; None: the shape is invalid for the kind of tensor."""
+    kind, length = corpus.fields.get(name), corpus.text_length or 0
+    if kind == "masked":
+        return shape[1:] if len(shape) > 1 and shape[0] <= length else None
+    if kind == "tokens":
+        return shape if len(shape) > 1 and shape[0] == length else None
+    return shape if len(shape) == (1 if kind == "vector" else 3) else None
+
+
+def _rule(corpus: Corpus, name: str) -> str:
+    kind = corpus.fields.get(name)
+    texts = {
+        "tokens": f"[{corpus.text_length}, ...]",
+        "masked": f"[at most {corpus.text_length}, ...]",
+        "vector": "[D]",
+    }
+    return "[C, h, w]" if kind is None else texts[kind]
+
+
+def _shown(corpus: Corpus, name: str, shape: Shape) -> str:
+    return f"[n, {str(list(shape))[1:]}" if corpus.fields.get(name) == "masked" else str(list(shape))
 
 
 def _duplicate_keys(corpus: Corpus, findings: list[_Finding]) -> Iterator[tuple[int, Problem]]:

@@ -44,13 +44,26 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_cache_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="hub id or local folder whose VAE, CLIP and T5 encode")
-    parser.add_argument("--text-length", type=int, default=256, help="number of T5 tokens (default 256)")
+    parser.add_argument("--model", required=True, help="hub id or local folder whose VAE and text encoders encode")
     parser.add_argument(
+        "--text-length", type=int, default=256, help="tokens of a caption, as model.text_length (default 256)"
+    )
+    text = parser.add_mutually_exclusive_group()
+    text.add_argument(
         "--keep-padding",
         action="store_true",
-        help="store T5's output at padding tokens too: exact, but four times as large for captions of 60 tokens; without "
-        "this option the padding is the output for an empty caption",
+        help="the default: store the encoder's output at padding tokens too, if the network sees them, as diffusers' pipeline does",
+    )
+    text.add_argument(
+        "--trim-padding",
+        action="store_true",
+        help="store text up to the end of the caption, which is a quarter of the size for captions of 60 tokens; the padding is then the "
+        "output for an empty caption, which is not the text of diffusers' pipeline",
+    )
+    text.add_argument(
+        "--latents-only",
+        action="store_true",
+        help="store no text: training encodes the captions, with the text encoders on every GPU",
     )
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of encoders and stored tensors"
@@ -82,7 +95,8 @@ def _cache_config(arguments: argparse.Namespace, samples: int) -> "EncodeConfig"
 
     return EncodeConfig(
         text_length=arguments.text_length,
-        keep_padding=arguments.keep_padding,
+        trim_padding=arguments.trim_padding,
+        latents_only=arguments.latents_only,
         dtype=getattr(torch, arguments.dtype),
         device=resolve_device(arguments.device),
         batch_size=arguments.batch_size,
@@ -267,7 +281,12 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
         help="hub id or local folder: of images, its tokenizer counts the captions that will be cut; of a cache, its VAE decodes the "
         "latents for the contact sheet",
     )
-    parser.add_argument("--text-length", type=int, default=256, help="of images: number of T5 tokens (default 256)")
+    parser.add_argument(
+        "--text-length",
+        type=int,
+        default=256,
+        help="of images: tokens of a caption, as model.text_length (default 256)",
+    )
     _add_resolution(parser)
     _add_buckets(parser)
     parser.add_argument("--device", default="auto", help="of the VAE: auto, cuda, cpu")

@@ -128,7 +128,7 @@ def write_tiny(root: Path) -> Path:
         Corpus(DataConfig(path=str(root / "digits"), format="folder", resolution=(16, 16))),
         root / "cache",
         open_family(str(root / "flux")),
-        EncodeConfig(text_length=8, keep_padding=True, dtype=torch.float32, samples_per_shard=20),
+        EncodeConfig(text_length=8, dtype=torch.float32, samples_per_shard=20),
     )
     return root
 

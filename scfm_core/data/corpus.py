@@ -12,7 +12,8 @@ from torch import Tensor
 
 from scfm_core.data.buckets import BUCKETS_VERSION, buckets_of, nearest_sizes
 from scfm_core.data.cache import ShardCache, cache_folder, warn_of_network
-from scfm_core.data.decode import DECODING_ERRORS, cached_record, image_content, image_record, pad_text, read_caption
+from scfm_core.data.decode import DECODING_ERRORS, cached_record, image_content, image_record, pad_tokens, read_caption
+from scfm_core.data.fields import FieldKind
 from scfm_core.data.folder import ImageFolder
 from scfm_core.data.image import picture_notes
 from scfm_core.data.machine import Arrays, MachineFiles
@@ -20,7 +21,7 @@ from scfm_core.data.open_shards import OpenShards
 from scfm_core.data.order import LARGE, Order, SourceOrder
 from scfm_core.data.reading import retried
 from scfm_core.data.recipe import DataConfig, SourceConfig
-from scfm_core.data.schema import BadData, Record, Size
+from scfm_core.data.schema import BadData, Manifest, Record, Size
 from scfm_core.data.source import Shard, Source, open_source
 from scfm_core.data.uri import is_remote
 from scfm_core.errors import UserError
@@ -61,7 +62,7 @@ class Corpus:
         self._shard_start: list[int] = (np.cumsum(lengths) - lengths).tolist()
         self._length = int(lengths.sum())
         self._counts = counts
-        self.encoder, self.text_length = self._encoder()
+        self.encoder, self.text_length, self.fields = self._encoder()
         if with_paths and not self.is_cached:
             raise UserError(
                 "data: method.trajectory_fraction > 0 needs stored paths of the teacher, but the sources are images. Make "
@@ -181,9 +182,11 @@ class Corpus:
             self._open_shards.prefetch(shard, verify=self.config.verify)
 
     @property
-    def paddings(self) -> list[Tensor | None]:
-        """The padding of the trimmed texts of each source, [L, D]; None: its texts are not trimmed."""
-        return [source.padding if isinstance(source, Source) else None for source in self.sources]
+    def paddings(self) -> dict[str, list[Tensor | None]]:
+        """Of each field of tokens, the padding of each source, [L, ...]; None: its tokens are not trimmed."""
+        found = [source.padding if isinstance(source, Source) else None for source in self.sources]
+        names = [name for name, kind in self.fields.items() if kind == "tokens"]
+        return {name: [None if padding is None else padding[name] for padding in found] for name in names}
 
     def record(self, item: int, sample_id: int = 0, *, padded: bool = True) -> Record:
         """A sample.
@@ -191,7 +194,7 @@ class Corpus:
         Args:
             item: its number, from 0.
             sample_id: its place in the stream, which chooses one of several captions.
-            padded: pad a trimmed text. Off: the caller does it, with `paddings`.
+            padded: pad trimmed tokens. Off: the caller does it, with `paddings`.
 
         Raises:
             BadData: if its content is invalid; the message names shard and key.
@@ -207,8 +210,8 @@ class Corpus:
         shard = self._open(shard_number)
         try:
             if self.is_cached:
-                record = cached_record(shard, at, number, source.padding, self.with_paths)
-                return pad_text(record, source.padding) if padded else record
+                record = cached_record(shard, at, number, self.fields, source.padding, self.with_paths)
+                return pad_tokens(record, source.padding) if padded else record
             return image_record(
                 shard, at, source.config, size, self.config.seed or 0, sample_id, self.config.background
             )
@@ -272,21 +275,21 @@ class Corpus:
         cache.sweep()
         return cache
 
-    def _encoder(self) -> tuple[str | None, int | None]:
-        """Of cached sources: fingerprint of the encoders, and number of T5 tokens."""
-        kinds = {
-            (source.manifest.encoder, source.manifest.text_length) if isinstance(source, Source) else (None, None)
-            for source in self.sources
-        }
-        if len(kinds) > 1:
+    def _encoder(self) -> tuple[str | None, int | None, dict[str, FieldKind]]:
+        """Of cached sources: fingerprint of the encoders, number of text tokens, and fields; the same for all sources."""
+        manifests = [source.manifest if isinstance(source, Source) else Manifest() for source in self.sources]
+        first = manifests[0]
+        facts = (first.encoder, first.text_length, dict(first.fields))
+        if any((other.encoder, other.text_length, dict(other.fields)) != facts for other in manifests):
             described = ", ".join(
-                f"{config.name}: {_describe(source)}" for config, source in zip(self.configs, self.sources, strict=True)
+                f"{config.name}: {_describe(manifest)}"
+                for config, manifest in zip(self.configs, manifests, strict=True)
             )
             raise UserError(
                 f"data.sources: all must be images, or cached by one model at one text length, but they are "
                 f"{described}. Encode all of them in the same way with `scfm data encode`"
             )
-        return kinds.pop()
+        return facts
 
     def _open_buckets(self) -> NDArray[np.int16]:
         """The size of every sample, as a number into `sizes`; of a large corpus in a file that the machine shares."""
@@ -379,7 +382,8 @@ def _local_folder(config: SourceConfig) -> Path:
     return path / config.split if config.split else path
 
 
-def _describe(source: Source | ImageFolder) -> str:
-    if isinstance(source, ImageFolder) or source.manifest.encoder is None:
+def _describe(manifest: Manifest) -> str:
+    if manifest.encoder is None:
         return "images"
-    return f"cached by {source.manifest.encoder[:12]}, {source.manifest.text_length} tokens"
+    fields = ", ".join(f"{name} ({kind})" for name, kind in manifest.fields.items())
+    return f"cached by {manifest.encoder[:12]}, {manifest.text_length} tokens, {fields or 'latents alone'}"

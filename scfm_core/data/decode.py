@@ -1,5 +1,6 @@
 """From the stored fields of a sample to a record: images, captions, cached tensors."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -7,6 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
+from scfm_core.data.fields import FieldKind
 from scfm_core.data.image import load_picture
 from scfm_core.data.order import choose
 from scfm_core.data.recipe import SourceConfig
@@ -101,19 +103,27 @@ def caption_of(shard: Shard, at: int, name: str) -> str | None:
     return check_text(value, where) if isinstance(value, str) else None
 
 
-def cached_record(shard: Shard, at: int, source: int, padding: Tensor | None, with_path: bool) -> Record:
-    """A cached sample, its text without padding.
+def cached_record(
+    shard: Shard,
+    at: int,
+    source: int,
+    kinds: Mapping[str, FieldKind],
+    padding: Mapping[str, Tensor] | None,
+    with_path: bool,
+) -> Record:
+    """A cached sample, its fields of tokens without padding.
 
     Args:
         shard: that holds it.
         at: its place in the shard.
         source: number of the source, which identifies the padding.
-        padding: [L, D], if the texts of the source are trimmed.
+        kinds: of the source's fields, by name.
+        padding: [L, ...] of each field of tokens, if those of the source are trimmed.
         with_path: read the teacher's path too.
 
     Raises:
-        BadData: if a field or tensor is missing.
-        DECODING_ERRORS: if a field cannot be decoded.
+        BadData: if a file or tensor is missing.
+        DECODING_ERRORS: if one cannot be decoded.
     """
     content, caption = shard.read(at, "safetensors"), shard.read(at, "txt")
     key = shard.key(at)
@@ -122,28 +132,47 @@ def cached_record(shard: Shard, at: int, source: int, padding: Tensor | None, wi
             f"data: sample {key!r} of shard {shard.name} needs safetensors and txt, but has {', '.join(shard.fields(at))}"
         )
     tensors: dict[str, Tensor] = load(content)
-    text = tensors["text"]
-    if padding is not None and (len(text) > len(padding) or text.shape[1:] != padding.shape[1:]):
-        raise ValueError(f"its text of {tuple(text.shape)} does not fit the padding of {tuple(padding.shape)}")
+    if missing := [name for name in ("latents", *kinds) if name not in tensors]:
+        raise BadData(
+            f"data: sample {key!r} of shard {shard.name} has no {' and no '.join(missing)}, but {', '.join(sorted(tensors))}. Encode it again"
+        )
     if with_path and (missing := [name for name in PATH if name not in tensors]):
         raise BadData(
             f"data: sample {key!r} of shard {shard.name} has no {' and '.join(missing)}: the teacher's paths are stored by "
             f"`scfm data generate --trajectories`"
         )
+    fields = {name: tensors[name] for name in kinds}
+    _check_fields(fields, kinds, padding)
     return Record(
         key=key,
         caption=decode_text(caption, f"the caption of sample {key!r} of shard {shard.name}"),
         path={name: tensors[name] for name in PATH} if with_path else None,
         latents=tensors["latents"],
-        text=text,
-        pooled=tensors["pooled"],
+        fields=fields,
+        kinds=kinds,
         padding=None if padding is None else source,
     )
 
 
-def pad_text(record: Record, padding: Tensor | None) -> Record:
-    """The record with its text padded to the full length, by the padding [L, D]."""
-    if padding is None or record.text is None:
+def _check_fields(
+    fields: Mapping[str, Tensor], kinds: Mapping[str, FieldKind], padding: Mapping[str, Tensor] | None
+) -> None:
+    """ValueError if tokens do not fit their padding, or masked fields differ in their length."""
+    for name, whole in (padding or {}).items():
+        own = fields[name]
+        if len(own) > len(whole) or own.shape[1:] != whole.shape[1:]:
+            raise ValueError(f"its {name} of {tuple(own.shape)} does not fit the padding of {tuple(whole.shape)}")
+    lengths = {name: len(fields[name]) for name, kind in kinds.items() if kind == "masked"}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"its masked fields have different numbers of tokens: {lengths}")
+
+
+def pad_tokens(record: Record, padding: Mapping[str, Tensor] | None) -> Record:
+    """The record with its fields of tokens padded to the full length, by the padding [L, ...] of each."""
+    if padding is None:
         return record
-    text = torch.cat([record.text, padding[len(record.text) :].to(record.text.dtype)])
-    return replace(record, text=text, padding=None)
+    padded = {}
+    for name, whole in padding.items():
+        own = record.fields[name]
+        padded[name] = torch.cat([own, whole[len(own) :].to(own.dtype)])
+    return replace(record, fields=record.fields | padded, padding=None)

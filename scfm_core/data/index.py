@@ -22,7 +22,7 @@ import numpy as np
 
 from scfm_core.data.machine import Array, Arrays
 
-VERSION = 1
+VERSION = 2
 _HASH = re.compile("[0-9a-f]{64}")
 GROUPS = {"names": ("name",), "runs": ("run_size", "run_samples")}
 """Arrays with several rows for each shard, by group."""

@@ -1,17 +1,18 @@
 """Samples in memory and in a shard, and the manifest that describes the shards of a data set.
 
-A cached sample has three fields: `safetensors` (`latents` [C, h, w], `text` [L, D], `pooled` [P]; with the teacher's
-path also `velocities` [K, C, h, w], `sigmas` [K + 1], `guidance` []), `txt` (caption, UTF-8) and `json` (`height`,
-`width` in pixels, and `source` or how the teacher made it). A sample of images has an image file and its captions. In a
-tar of webdataset's layout (https://github.com/webdataset/webdataset) a field is the member `<key>.<field>`, in MDS
-(https://docs.mosaicml.com/projects/streaming) a column. `manifest.json` has the number and sizes of the samples and the
-hashes of the shards, for both formats.
+A cached sample has three files: `safetensors` (`latents` [C, h, w] and the fields of text that the manifest names, such
+as `text` [L, D] and `pooled` [P]; with the teacher's path also `velocities` [K, C, h, w], `sigmas` [K + 1],
+`guidance` []), `txt` (caption, UTF-8) and `json` (`height`, `width` in pixels, and `source` or how the teacher made it).
+A sample of images has an image file and its captions. In a tar of webdataset's layout
+(https://github.com/webdataset/webdataset) a file is the member `<key>.<name>`, in MDS
+(https://docs.mosaicml.com/projects/streaming) a column. `manifest.json` has the number and sizes of the samples, the
+kinds of their fields (`fields.py`) and the hashes of the shards, for both formats.
 """
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from scfm_core.data.fields import FieldKind, PackedTokens, invalid_field
 from scfm_core.data.index import ShardEntry as ShardEntry
 from scfm_core.data.index import ShardIndex
 from scfm_core.errors import UserError
@@ -28,7 +30,9 @@ MANIFEST = "manifest.json"
 JOB = ".job"
 """Folder in a data set that `scfm data encode` or `generate` has not finished."""
 MANIFEST_FORMAT = "scfm-manifest"
-MANIFEST_VERSION = 2
+MANIFEST_VERSION = 3
+FIELDS_OF_VERSION_2: dict[str, FieldKind] = {"text": "tokens", "pooled": "vector"}
+"""The fields of every cache whose manifest has version 2, which does not name them."""
 
 PATH = ("velocities", "sigmas", "guidance")
 """The tensors of the teacher's path in a cached sample."""
@@ -50,12 +54,12 @@ class Record:
     caption: str
     latents: Tensor | None = None
     """[C, h, w]."""
-    text: Tensor | None = None
-    """[n, D]: without its padding if `padding` is set, else of the full text length."""
-    pooled: Tensor | None = None
-    """[P]."""
+    fields: dict[str, Tensor] = field(default_factory=dict)
+    """The cached text by field; empty for images, and for a cache of latents alone."""
+    kinds: Mapping[str, FieldKind] = field(default_factory=dict)
+    """The kinds of `fields`."""
     padding: int | None = None
-    """Number of the padding of `text` among the corpus's paddings; None if `text` has the full length."""
+    """Number of the paddings, among those of the corpus, that complete the fields of tokens; None: they have the full length."""
     image: Tensor | None = None
     """uint8 [3, H, W]; `image.unit_range` makes it what networks take."""
     notes: tuple[str, ...] = ()
@@ -63,43 +67,6 @@ class Record:
     path: dict[str, Tensor] | None = None
     """The teacher's path to `latents`, if it is stored and requested: `velocities` [K, C, h, w], the mean velocities of
     its intervals; `sigmas` fp32 [K + 1], of its nodes; `guidance` fp32 []."""
-
-
-@dataclass(frozen=True)
-class PackedText:
-    """The text embeddings of a batch, concatenated without padding. The padding is added on the device.
-
-    The padding is most of the bytes (L = 512 tokens, a caption has about 60), so it is not sent between processes.
-    """
-
-    tokens: Tensor
-    """[sum of lengths, D]."""
-    lengths: list[int]
-    """Tokens of each of the B rows."""
-    paddings: list[int | None]
-    """Number of each row's padding; None if the row has the full length."""
-
-    def padded(self, paddings: Sequence[Tensor | None], device: torch.device | str = "cpu") -> Tensor:
-        """The padded embeddings, as the network takes them.
-
-        Args:
-            paddings: those of the corpus, [L, D] each, on `device`.
-            device: of the result.
-
-        Returns:
-            [B, L, D] on `device`, of the tokens' dtype.
-        """
-        tokens = self.tokens.to(device, non_blocking=True)
-        if set(self.paddings) == {None}:
-            return tokens.view(len(self.lengths), -1, tokens.shape[1])
-        length = next(len(p) for n in self.paddings if n is not None and (p := paddings[n]) is not None)
-        text = tokens.new_empty(len(self.lengths), length, tokens.shape[1])
-        for row, own, number in zip(text, tokens.split(self.lengths), self.paddings, strict=True):
-            row[: len(own)] = own
-            padding = None if number is None else paddings[number]
-            if padding is not None:
-                row[len(own) :] = padding[len(own) :]
-        return text
 
 
 @dataclass(kw_only=True)
@@ -113,9 +80,8 @@ class Batch:
     captions: list[str]
     latents: Tensor | None
     """[B, C, h, w]."""
-    text: PackedText | None
-    pooled: Tensor | None
-    """[B, P]."""
+    fields: dict[str, PackedTokens | Tensor]
+    """The cached text by field: packed tokens, or vectors [B, D]; empty if the captions must be encoded."""
     images: Tensor | None
     """uint8 [B, 3, H, W]; `image.unit_range` makes it what networks take, on the device."""
     path: dict[str, Tensor] | None = None
@@ -132,14 +98,25 @@ class Batch:
         def pin(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.pin_memory()
 
-        return replace(
-            self,
-            latents=pin(self.latents),
-            text=None if self.text is None else replace(self.text, tokens=self.text.tokens.pin_memory()),
-            pooled=pin(self.pooled),
-            images=pin(self.images),
-            path=None if self.path is None else {name: tensor.pin_memory() for name, tensor in self.path.items()},
-        )
+        fields: dict[str, PackedTokens | Tensor] = {
+            name: value.pin_memory() if isinstance(value, Tensor) else replace(value, tokens=value.tokens.pin_memory())
+            for name, value in self.fields.items()
+        }
+        path = None if self.path is None else {name: tensor.pin_memory() for name, tensor in self.path.items()}
+        return replace(self, latents=pin(self.latents), fields=fields, images=pin(self.images), path=path)
+
+    @property
+    def lengths(self) -> tuple[int, ...] | None:
+        """Tokens of each row of the masked fields; None if there is no such field."""
+        packed = (value for value in self.fields.values() if isinstance(value, PackedTokens))
+        return next((value.lengths for value in packed if value.paddings is None), None)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        fields = [value if isinstance(value, Tensor) else value.tokens for value in self.fields.values()]
+        tensors = [self.latents, self.images, *fields, *(self.path or {}).values()]
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def collate(sample_ids: Sequence[int], records: Sequence[Record]) -> Batch:
@@ -153,48 +130,52 @@ def collate(sample_ids: Sequence[int], records: Sequence[Record]) -> Batch:
         UserError: if their shapes differ.
     """
 
-    def check(name: str, shapes: set[tuple[int, ...]]) -> None:
-        if len(shapes) > 1:
-            keys = ", ".join(record.key for record in records[:4])
-            raise UserError(
-                f"data: a batch needs {name} of one shape, but samples {keys} ... have {sorted(shapes)}. "
-                f"Set data.buckets"
-            )
-
-    def stack(name: str) -> Tensor | None:
-        tensors = [getattr(record, name) for record in records]
-        if tensors[0] is None:
+    def stack(name: str, tensors: Sequence[Tensor | None], advice: str = "Set data.buckets") -> Tensor | None:
+        found = [tensor for tensor in tensors if tensor is not None]
+        if not found:
             return None
-        check(name, {tuple(tensor.shape) for tensor in tensors})
-        return torch.stack(tensors)
+        _check_shapes(records, name, {tuple(tensor.shape) for tensor in found}, advice)
+        return torch.stack(found)
 
-    def pack() -> PackedText | None:
-        texts = [record.text for record in records if record.text is not None]
-        if not texts:
-            return None
-        check(
-            "text", {tuple(text.shape) for text, record in zip(texts, records, strict=True) if record.padding is None}
-        )
-        check("text", {tuple(text.shape[1:]) for text in texts})
-        return PackedText(torch.cat(texts), [len(text) for text in texts], [record.padding for record in records])
+    def field_of(name: str, kind: FieldKind) -> PackedTokens | Tensor:
+        rows, advice = [record.fields[name] for record in records], "List invalid samples with `scfm data validate`"
+        if kind == "vector":
+            vectors = stack(name, rows, advice)
+            assert vectors is not None
+            return vectors
+        paddings = tuple(record.padding for record in records)
+        full = {tuple(row.shape) for row, padding in zip(rows, paddings, strict=True) if padding is None}
+        if kind == "tokens":
+            _check_shapes(records, name, full, advice)
+        _check_shapes(records, name, {tuple(row.shape[1:]) for row in rows}, advice)
+        lengths = tuple(len(row) for row in rows)
+        return PackedTokens(torch.cat(rows), lengths, paddings if kind == "tokens" else None)
 
     def paths() -> dict[str, Tensor] | None:
         found = [record.path for record in records if record.path is not None]
         if not found:
             return None
-        check("paths of the teacher", {tuple(path["velocities"].shape) for path in found})
+        shapes: set[tuple[int, ...]] = {tuple(path["velocities"].shape) for path in found}
+        _check_shapes(records, "paths of the teacher", shapes, "Set data.buckets")
         return {name: torch.stack([path[name] for path in found]) for name in PATH}
 
     return Batch(
         sample_ids=torch.tensor(sample_ids, dtype=torch.int64),
         keys=[record.key for record in records],
         captions=[record.caption for record in records],
-        latents=stack("latents"),
-        text=pack(),
-        pooled=stack("pooled"),
-        images=stack("image"),
+        latents=stack("latents", [record.latents for record in records]),
+        fields={name: field_of(name, kind) for name, kind in records[0].kinds.items()},
+        images=stack("image", [record.image for record in records]),
         path=paths(),
     )
+
+
+def _check_shapes(records: Sequence[Record], name: str, shapes: set[tuple[int, ...]], advice: str) -> None:
+    if len(shapes) > 1:
+        keys = ", ".join(record.key for record in records[:4])
+        raise UserError(
+            f"data: a batch needs {name} of one shape, but samples {keys} ... have {sorted(shapes)}. {advice}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,10 +185,12 @@ class Manifest:
     format: Literal["webdataset", "mds"] = "webdataset"
     encoder: str | None = None
     """Of a cache: fingerprint of the VAE and the text encoders; caches of two models cannot be mixed. None: images."""
+    fields: Mapping[str, FieldKind] = field(default_factory=dict)
+    """Of a cache: its fields of text, and their kinds. Empty: latents alone; the captions are encoded in training."""
     text_length: int | None = None
-    """Of a cache: number of T5 tokens."""
+    """Of a cache: number of text tokens of the network; of a masked field, the largest number."""
     padding: str | None = None
-    """Of a cache with trimmed texts: sha256 of `padding.safetensors`, which holds the padding."""
+    """Of a cache with trimmed fields of tokens: sha256 of `padding.safetensors`, which holds their padding."""
     network: str | None = None
     """Of stored paths: fingerprint of the network that made them. It must be the teacher of the student that learns
     them."""
@@ -236,7 +219,7 @@ class Manifest:
     @property
     def head(self) -> dict[str, Any]:
         """All fields but the shards."""
-        return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "shards"}
+        return {name: value for name, value in vars(self).items() if name != "shards"}
 
     def dumps(self) -> str:
         """As JSON text, one line for each shard."""
@@ -264,11 +247,16 @@ class Manifest:
         """
         try:
             data, described = _decode(text if isinstance(text, str) else text.decode())
-            if data.pop("manifest", None) != MANIFEST_FORMAT or data.pop("version", None) != MANIFEST_VERSION:
+            version = data.pop("version", None)
+            if data.pop("manifest", None) != MANIFEST_FORMAT or version not in (2, MANIFEST_VERSION):
                 raise UserError(
                     f"data: {where} has another format or version than this release reads. Encode again, or index "
                     f"the shards again with `scfm data index`"
                 )
+            if version == 2:
+                data["fields"] = {} if data.get("encoder") is None else FIELDS_OF_VERSION_2
+            if problem := invalid_field(data["fields"]):
+                raise UserError(f"data: {where}: {problem}. Use the release that made it, or encode again")
             samples = data.pop("samples")
             shards = ShardIndex.collect(_entry(shard, where, step) for shard in described)
             manifest = cls(shards=shards, **data)
@@ -279,6 +267,8 @@ class Manifest:
                 for value in (manifest.encoder, manifest.padding, manifest.network, manifest.background)
             ):
                 raise TypeError("encoder, padding, network and background must be strings")
+            if manifest.fields and (manifest.encoder is None or manifest.text_length is None):
+                raise ValueError("a cache of text needs encoder and text_length")
             if type(manifest.settings) is not dict:
                 raise TypeError(f"settings must be an object, got {manifest.settings!r}")
         except UserError:

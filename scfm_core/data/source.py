@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,8 @@ from scfm_core.files import mismatch
 from scfm_core.progress import beat
 
 PADDING = "padding.safetensors"
-"""File of a data set with trimmed texts: `text` [text_length, D], the T5 output for an empty caption."""
+"""File of a data set with trimmed tokens: for each field of tokens, by its name, the encoder's output for an empty caption,
+[L, ...]."""
 
 _THREADS = 16
 _LARGE = 1 << 30
@@ -73,8 +75,8 @@ class Source:
     manifest: Manifest
     index: MdsIndex | None = None
     """Of MDS: its `index.json`."""
-    padding: Tensor | None = field(default=None, repr=False)
-    """[text_length, D], if the texts are trimmed."""
+    padding: dict[str, Tensor] | None = field(default=None, repr=False)
+    """Of each field of tokens [L, ...], if they are trimmed."""
     cache: ShardCache | None = None
     members: Members | None = None
     """Tables of the tars, if they are recorded beside the manifest."""
@@ -267,7 +269,8 @@ def open_source(
         manifest = select(manifest, wanted, config)
     padding = None
     if manifest.padding is not None:
-        padding = _read_padding(join(base, PADDING), manifest.padding, timeout)
+        names = [name for name, kind in manifest.fields.items() if kind == "tokens"]
+        padding = _read_padding(join(base, PADDING), manifest.padding, names, timeout)
     verified = None
     if files is not None and int(manifest.index.bytes.sum()) >= _LARGE:
         place = base if is_remote(base) else str(Path(base).absolute())
@@ -278,17 +281,17 @@ def open_source(
     return Source(config, base, manifest, index, padding, cache, members, verified)
 
 
-def _read_padding(where: str, sha256: str, timeout: float) -> Tensor:
+def _read_padding(where: str, sha256: str, names: Sequence[str], timeout: float) -> dict[str, Tensor]:
     content = read_optional(where, timeout)
     if content is None or hashlib.sha256(content).hexdigest() != sha256:
         raise UserError(f"data: {where} is missing or differs from the manifest; copy it again")
     try:
-        tensor: Tensor = load(content)["text"]
+        tensors = load(content)
+        return {name: tensors[name] for name in names}
     except (SafetensorError, KeyError) as error:
         raise UserError(
-            f"data: {where} does not hold the padding of the texts ({error!r}). Do not use this data set"
+            f"data: {where} does not hold the padding of {', '.join(names)} ({error!r}). Do not use this data set"
         ) from error
-    return tensor
 
 
 def guess_format(uri: str) -> Format:

@@ -16,7 +16,6 @@ from multiprocessing.process import BaseProcess
 from multiprocessing.queues import Queue
 from typing import Any
 
-from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data._utils import signal_handling
 
@@ -96,7 +95,7 @@ class WorkerGroup:
             return None
         if not status.f_blocks:  # a tmpfs without a limit
             return None
-        size, free, total = _bytes(batch), status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize
+        size, free, total = batch.nbytes, status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize
         if size > free or size * self._least > total:
             return UserError(self._too_small(size, total))
         if self._is_first and size * self._queued > total and local_rank() == 0:
@@ -130,12 +129,6 @@ class WorkerGroup:
         return UserError(
             f"data: a worker (process {worker.pid}) ended {how}; what it printed comes before this message"
         )
-
-
-def _bytes(batch: Batch) -> int:
-    tensors: list[Tensor | None] = [batch.latents, batch.pooled, batch.images, *(batch.path or {}).values()]
-    tensors.append(None if batch.text is None else batch.text.tokens)
-    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def _advice(need: int | None) -> str:

@@ -18,6 +18,7 @@ from scfm_core.models.tensor_files import read_header
 
 ENCODERS = (
     "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "text_encoder_3", "tokenizer_3",
+    "text_encoder_4", "tokenizer_4", "processor", "text_processor", "image_processor",
 )  # fmt: skip
 NETWORK = ("transformer",)
 
@@ -30,7 +31,10 @@ _UNIMPORTANT = ("transformers_version", "torch_dtype", "dtype", "architectures")
 # Of tokenizer_config.json, which libraries rewrite too, what changes the tokens of a caption.
 _OF_TOKENIZER = ("model_max_length", "legacy", "add_prefix_space", "do_lower_case")
 # The vocabulary: the first of these that a tokenizer has. The others are derived from it.
-_VOCABULARIES = (("vocab.json", "merges.txt"), ("spiece.model",), ("tokenizer.json",))
+_VOCABULARIES = (("vocab.json", "merges.txt"), ("spiece.model",), ("tokenizer.json",), ("tokenizer.model",))
+# Of tokenizers and processors that are not CLIP's or T5's, what else changes the tokens of a caption.
+_PROCESSORS = ("processor_config.json", "preprocessor_config.json")
+_CHAT_TEMPLATE = "chat_template"
 
 
 def encoder_fingerprint(folder: Path) -> str:
@@ -98,7 +102,28 @@ def _marks(component: Path) -> Iterator[tuple[str, str]]:
     if (component / "tokenizer_config.json").is_file():
         config = _read_json(component / "tokenizer_config.json")
         kept = {key: config.get(key) for key in _OF_TOKENIZER}
+        if config.get("padding_side") == "left":  # the default is right, which is most often not written
+            kept["padding_side"] = "left"
         yield "tokenizer_config.json", _short(json.dumps(kept, sort_keys=True).encode())
+    for name in _PROCESSORS:
+        if (component / name).is_file():
+            config = _read_json(component / name)
+            kept = {key: value for key, value in config.items() if key not in _UNIMPORTANT and not key.startswith("_")}
+            yield name, _short(json.dumps(kept, sort_keys=True).encode())
+    if (template := _chat_template(component)) is not None:
+        yield _CHAT_TEMPLATE, _short(json.dumps(template).encode())
+    for path in sorted(component.glob("additional_chat_templates/*.jinja")):
+        yield f"{path.parent.name}/{path.name}", _short(path.read_bytes())
+
+
+def _chat_template(component: Path) -> Any:
+    """The template that makes a prompt of a caption; None if there is none. Libraries have moved it from file to file."""
+    if (path := component / f"{_CHAT_TEMPLATE}.jinja").is_file():
+        return path.read_text(encoding="utf-8")
+    for name in (f"{_CHAT_TEMPLATE}.json", "tokenizer_config.json"):
+        if (component / name).is_file() and (found := _read_json(component / name).get(_CHAT_TEMPLATE)) is not None:
+            return found
+    return None
 
 
 def _weights_content(path: Path) -> bytes:

@@ -41,22 +41,26 @@ def resolve_folder(path: str) -> Path:
     if not index.is_file():
         raise UserError(
             f"model.path: {folder} has no model_index.json, so it is not a pipeline in diffusers' format. "
-            f"Give the folder that holds transformer/, vae/, text_encoder/ and text_encoder_2/"
+            f"Give the folder that holds transformer/, vae/ and text_encoder/"
         )
     return folder
 
 
 def _download(repository: str) -> Path:
+    from diffusers import DiffusionPipeline
     from huggingface_hub import snapshot_download
 
     try:
-        # Only safetensors and text files: no pickles, and not the single-file copy at the top of Flux's repository.
-        kept = ["*/*.safetensors", "*/*.json", "*/*.txt", "*/*.model", "*.json", GUIDANCE_MARK]
-        return Path(snapshot_download(repository, allow_patterns=kept))
+        # diffusers knows which files a pipeline loads: of each component the weights in one variant, and everything of tokenizers
+        # and processors; no copy of the weights in one file. Here only safetensors, no pickles.
+        folder = Path(DiffusionPipeline.download(repository, use_safetensors=True))
+        snapshot_download(repository, revision=folder.name, allow_patterns=[GUIDANCE_MARK])  # the same commit
+        return folder
     except Exception as error:  # the hub raises a dozen types; the user's remedy is the same for all
+        reason = (str(error).strip().splitlines() or [""])[0][:200]
         raise UserError(
             f"model.path: {repository!r} is not a local folder, and it could not be downloaded from the hub "
-            f"({type(error).__name__}). Check the name, the network and, for gated models, `hf auth login`"
+            f"({type(error).__name__}: {reason}). Check the name, the network and, for gated models, `hf auth login`"
         ) from error
 
 

@@ -3,12 +3,13 @@
 import contextlib
 import gc
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from scfm_core.data.corpus import Corpus
+from scfm_core.data.fields import PackedTokens
 from scfm_core.data.image import unit_range
 from scfm_core.data.schema import BadData, Batch
 from scfm_core.distributed.world import World
@@ -27,6 +28,8 @@ from scfm_core.train.sampling import sampling_shift
 class BatchEncoder:
     """Batch -> latents and conditioning on the device: copied from a cache, or computed by VAE and text encoders.
 
+    A cache without fields of text holds latents alone; then the text encoders stay loaded on every rank, without the VAE.
+
     Args:
         config: the run.
         family: its model.
@@ -34,7 +37,7 @@ class BatchEncoder:
         device: where latents and conditioning go.
         prompts: prompts of the validation grids. They are encoded here, so that with a cache the text encoders are freed
             before the network is loaded.
-        world: the processes, each of which makes an encoder. With a cache, rank 0 alone loads the text encoders.
+        world: the processes, each of which makes an encoder. If the text is cached, rank 0 alone loads the text encoders.
 
     Raises:
         UserError: on every rank, if a cache was encoded with another model or text length, or an encoder cannot be loaded.
@@ -55,17 +58,20 @@ class BatchEncoder:
         self.prompts = list(prompts)
         self.prompt_cond: Conditioning | None = None
         """Conditioning of `prompts`, with `sample.guidance`; None without prompts."""
-        self.paddings = [None if padding is None else padding.to(device) for padding in corpus.paddings]
+        self.paddings = {
+            name: [None if padding is None else padding.to(device) for padding in paddings]
+            for name, paddings in corpus.paddings.items()
+        }
         world = world or World()
         needs_captions = bool(prompts) or family.passes == 2 or config.method.caption_dropout > 0
         with world.together():
             if corpus.is_cached:
                 check_cache(config, family, corpus)
-            if not corpus.is_cached or (needs_captions and world.is_main):
+            if not corpus.fields or (needs_captions and world.is_main):
                 self._encode_captions(config, family)
             if not corpus.is_cached:
                 self.vae = Autoencoder(family, compute_dtype(config), device)
-        if corpus.is_cached and needs_captions:
+        if corpus.fields and needs_captions:
             self._share_captions(family, world)
 
     def _encode_captions(self, config: RunConfig, family: ModelFamily) -> None:
@@ -85,20 +91,30 @@ class BatchEncoder:
     def encode(self, batch: Batch) -> tuple[Tensor, Conditioning]:
         """Latents fp32 [B, C, H, W] and conditioning."""
         if batch.latents is not None:
-            assert batch.text is not None and batch.pooled is not None
-            text = batch.text.padded(self.paddings, self.device)
-            cond = Conditioning(fields={"text": text, "pooled": batch.pooled.to(self.device, non_blocking=True)})
-            return batch.latents.to(self.device, non_blocking=True).float(), cond
-        assert batch.images is not None and self.vae is not None and self.text is not None
-        images = unit_range(batch.images.to(self.device, non_blocking=True))
-        return self.vae.encode(images).float(), self.text.encode(batch.captions)
+            latents = batch.latents.to(self.device, non_blocking=True)
+        else:
+            assert batch.images is not None and self.vae is not None
+            latents = self.vae.encode(unit_range(batch.images.to(self.device, non_blocking=True)))
+        return latents.float(), self._conditioning(batch)
+
+    def _conditioning(self, batch: Batch) -> Conditioning:
+        if not batch.fields:
+            assert self.text is not None
+            return self.text.encode(batch.captions)
+        fields = {
+            name: value.padded(self.paddings.get(name, ()), self.device)
+            if isinstance(value, PackedTokens)
+            else value.to(self.device, non_blocking=True)
+            for name, value in batch.fields.items()
+        }
+        return Conditioning(fields=fields, lengths=batch.lengths)
 
 
 def check_cache(config: RunConfig, family: ModelFamily, corpus: Corpus) -> None:
     """Compare cached data with the run's model.
 
     Raises:
-        UserError: if the data were encoded by another model, or with another text length.
+        UserError: if the data were encoded by another model, with another text length, or have other fields.
     """
     difference = different_encoders(corpus.encoder, family.folder)
     if difference is not None:
@@ -106,12 +122,21 @@ def check_cache(config: RunConfig, family: ModelFamily, corpus: Corpus) -> None:
             f"data: the cache was encoded by another model (encoder {str(corpus.encoder)[:12]}) than {family.folder}: {difference}. "
             f"Encode it again with this model's encoders, or set model.path to the model of the cache"
         )
-    if corpus.text_length != family.text_tokens(config.model.text_length):
+    if corpus.fields and corpus.fields != family.fields:
+        raise UserError(
+            f"data: the cache has the fields {_described(corpus.fields)}, but {type(family).__name__}, the model of {family.folder}, "
+            f"takes {_described(family.fields)}. Encode it again with `scfm data encode --model {family.folder}`"
+        )
+    if corpus.text_length not in (None, family.text_tokens(config.model.text_length)):
         cached = (corpus.text_length or 0) - family.extra_tokens
         raise UserError(
             f"data: the cache was encoded with model.text_length {cached}, this run asks for "
             f"{config.model.text_length}. Set model.text_length={cached}, or encode again"
         )
+
+
+def _described(fields: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} ({kind})" for name, kind in fields.items())
 
 
 def check_paths(config: RunConfig, family: ModelFamily, corpus: Corpus) -> None:

@@ -28,7 +28,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
@@ -47,6 +47,7 @@ from storage import S3Server
 from data_tools.pack import pack
 from scfm_core.data import open_shards
 from scfm_core.data.corpus import Corpus
+from scfm_core.data.fields import FieldKind
 from scfm_core.data.image import load_picture, unit_range
 from scfm_core.data.loader import batches
 from scfm_core.data.members import table_of, write_members
@@ -56,6 +57,7 @@ from scfm_core.data.source import PADDING
 from scfm_core.data.webdataset import TarWriter
 
 LENGTH = 256
+KINDS: dict[str, FieldKind] = {"text": "tokens", "pooled": "vector"}
 SHARDS = 32
 
 
@@ -113,7 +115,12 @@ def write_tars(
     if width:
         content = save({"text": torch.zeros(LENGTH, width, dtype=torch.bfloat16)})
         (tars / PADDING).write_bytes(content)
-        encoder = {"encoder": "bench", "text_length": LENGTH, "padding": hashlib.sha256(content).hexdigest()}
+        encoder = {
+            "encoder": "bench",
+            "fields": KINDS,
+            "text_length": LENGTH,
+            "padding": hashlib.sha256(content).hexdigest(),
+        }
     Manifest(shards=tuple(entries), **encoder).write(tars / "manifest.json")  # type: ignore[arg-type]
     return entries
 
@@ -126,7 +133,11 @@ def decode(fields: dict[str, bytes], key: str, size: int) -> Record:
     text = torch.zeros(LENGTH, tensors["text"].shape[1], dtype=tensors["text"].dtype)
     text[: len(tensors["text"])] = tensors["text"]
     return Record(
-        key=key, caption=fields["txt"].decode(), latents=tensors["latents"], text=text, pooled=tensors["pooled"]
+        key=key,
+        caption=fields["txt"].decode(),
+        latents=tensors["latents"],
+        fields={"text": text, "pooled": tensors["pooled"]},
+        kinds=KINDS,
     )
 
 
@@ -135,15 +146,17 @@ def stack(records: Sequence[Record]) -> Any:
     return collate(list(range(len(records))), records)
 
 
-def to_device(batch: Batch, paddings: Sequence[Tensor | None]) -> list[Tensor]:
+def to_device(batch: Batch, paddings: Mapping[str, Sequence[Tensor | None]]) -> list[Tensor]:
     """Copy the whole batch with padded texts, as training does."""
-    parts = [tensor.clone() for tensor in (batch.latents, batch.pooled) if tensor is not None]
+    parts = [] if batch.latents is None else [batch.latents.clone()]
     if batch.images is not None:
         parts.append(unit_range(batch.images))
-    if batch.text is not None:
-        whole = set(batch.text.paddings) == {None}
-        text = batch.text.padded(paddings)
-        parts.append(text.clone() if whole else text)
+    for name, value in batch.fields.items():
+        if isinstance(value, Tensor):
+            parts.append(value.clone())
+        else:
+            whole, text = set(value.paddings or ()) == {None}, value.padded(paddings.get(name, ()))
+            parts.append(text.clone() if whole else text)
     return parts
 
 
@@ -156,7 +169,7 @@ class Arms:
         self.base, self.scratch, self.size = base, scratch, size
         self.samples, self.batch, self.workers = samples // batch * batch, batch, workers
         self.window = window
-        self.paddings: Sequence[Tensor | None] = []
+        self.paddings: Mapping[str, Sequence[Tensor | None]] = {}
         self.shards = max(1, -(-samples // max(1, samples // SHARDS)))
 
     def ours(self, form: str) -> Iterator[Any]:

@@ -39,7 +39,7 @@ from scfm_core.errors import UserError
 
 FORK = multiprocessing.get_context("fork")  # like the workers of the loader
 SHARDS, SAMPLES = 6, 4
-DRAFT = Manifest(encoder="e" * 64, text_length=4)
+DRAFT = Manifest(encoder="e" * 64, fields={"text": "tokens", "pooled": "vector"}, text_length=4)
 LONG = 60.0
 
 

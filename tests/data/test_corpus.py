@@ -38,7 +38,7 @@ from scfm_core.data.webdataset import TarShard, TarWriter
 from scfm_core.errors import UserError
 from scfm_core.files import file_sha256
 
-CACHED = Manifest(encoder="e" * 64, text_length=4)
+CACHED = Manifest(encoder="e" * 64, fields={"text": "tokens", "pooled": "vector"}, text_length=4)
 IMAGES = Manifest()
 SIZE = (16, 24)
 VICTIM = "shard-000001.tar"  # the middle one of the three that the fixture writes
@@ -50,14 +50,21 @@ def make_record(index: int, dtype: torch.dtype = torch.bfloat16) -> Record:
         key=f"{index:08d}",
         caption=f"猫 {index} 🐈\nnaïve, zweite Zeile",
         latents=torch.randn(1, 2, 3, generator=generator).to(dtype),
-        text=torch.randn(4, 3, generator=generator).to(dtype),
-        pooled=torch.randn(5, generator=generator).to(dtype),
+        fields={
+            "text": torch.randn(4, 3, generator=generator).to(dtype),
+            "pooled": torch.randn(5, generator=generator).to(dtype),
+        },
+        kinds=CACHED.fields,
     )
 
 
+def tensors_of(record: Record) -> dict[str, torch.Tensor]:
+    assert record.latents is not None
+    return {"latents": record.latents, **record.fields}
+
+
 def fields_of(record: Record) -> dict[str, bytes]:
-    tensors = {name: getattr(record, name) for name in ("latents", "text", "pooled")}
-    return {"safetensors": save(tensors), "txt": record.caption.encode(), "json": b'{"source": "a file"}'}
+    return {"safetensors": save(tensors_of(record)), "txt": record.caption.encode(), "json": b'{"source": "a file"}'}
 
 
 def png(red: int = 0, height: int = 8, width: int = 8) -> bytes:
@@ -188,6 +195,7 @@ class TestManifest:
     FULL = Manifest(
         format="mds",
         encoder="e",
+        fields={"text": "tokens", "hidden": "masked", "pooled": "vector"},
         text_length=7,
         padding="ab" * 32,
         shards=(
@@ -224,10 +232,31 @@ class TestManifest:
         with pytest.raises(UserError, match=r"here/manifest.json is damaged.*Make it again"):
             Manifest.parse(content, "here/manifest.json")
 
-    @pytest.mark.parametrize("change", [{"version": 1}, {"version": 3}, {"manifest": "other"}])
+    @pytest.mark.parametrize("change", [{"version": 1}, {"version": 4}, {"manifest": "other"}])
     def test_of_another_version(self, change):
         with pytest.raises(UserError, match=r"here/manifest.json has another format or version.*scfm data index"):
             self.parse(**change)
+
+    @pytest.mark.parametrize(("encoder", "fields"), [("e", {"text": "tokens", "pooled": "vector"}), (None, {})])
+    def test_of_version_2_has_the_fields_of_that_time(self, encoder, fields):
+        data = json.loads(self.FULL.dumps()) | {"version": 2, "encoder": encoder}
+        del data["fields"]
+        manifest = Manifest.parse(json.dumps(data), "here/manifest.json")
+        assert manifest.fields == fields
+        assert manifest == dataclasses.replace(self.FULL, encoder=encoder, fields=fields)
+
+    @pytest.mark.parametrize(
+        ("fields", "why"),
+        [
+            ({"text": "words"}, "the field 'text' has the kind 'words'; this release knows tokens, masked, vector"),
+            ({"text": ["tokens"]}, r"the field 'text' has the kind \['tokens'\]"),
+            ({"latents": "tokens"}, "a field is named 'latents'; this name is reserved"),
+            (["text"], "fields must be an object of names and kinds"),
+        ],
+    )
+    def test_with_invalid_fields(self, fields, why):
+        with pytest.raises(UserError, match=f"here/manifest.json: {why}.*encode again"):
+            self.parse(fields=fields)
 
     ENTRY = json.loads(FULL.dumps())["shards"][0]
 
@@ -235,6 +264,8 @@ class TestManifest:
         "change",
         [
             {"shards": [{"name": "x"}]},
+            {"encoder": None},
+            {"text_length": None},
             {"shards": 1},
             {"new": 1},
             {"shards": [{**ENTRY, "new": 1}], "samples": 3},
@@ -755,7 +786,7 @@ class TestBadSamples:
 
     def test_without_a_tensor(self, cache):
         content = save({"latents": torch.zeros(1), "text": torch.zeros(1)})
-        with pytest.raises(BadData, match=f"'only' of shard .*{VICTIM} cannot be decoded .*pooled"):
+        with pytest.raises(BadData, match=f"'only' of shard .*{VICTIM} has no pooled, but latents, text"):
             self.replace_victim(cache, safetensors=content, txt=b"a").record(3)
 
     @pytest.mark.parametrize("fields", [{"txt": b"a"}, {"safetensors": b""}, {"json": b"{}"}], ids=str)
@@ -927,8 +958,10 @@ class TestCachedRecords:
             written, read = make_record(index, dtype), corpus.record(index)
             assert (read.key, read.caption) == (written.key, written.caption)
             assert corpus.caption(index) == written.caption
-            for name in ("latents", "text", "pooled"):
-                assert bits(getattr(read, name)) == bits(getattr(written, name)), name
+            for (name, tensor), (other, stored) in zip(
+                tensors_of(read).items(), tensors_of(written).items(), strict=True
+            ):
+                assert (name, bits(tensor)) == (other, bits(stored))
             assert read.image is None
 
     @pytest.mark.parametrize("index", [-1, -7, 7, 1000])
@@ -945,8 +978,8 @@ class TestCachedRecords:
         samples = []
         for index in range(5):
             record = make_record(index, dtype)
-            assert record.text is not None
-            samples.append((record.key, fields_of(dataclasses.replace(record, text=record.text[:index])), SIZE))
+            record.fields["text"] = record.fields["text"][:index]
+            samples.append((record.key, fields_of(record), SIZE))
         content = save({"text": self.PADDING})
         draft = dataclasses.replace(CACHED, padding=hashlib.sha256(content).hexdigest())
         write_tars(folder, samples, draft)
@@ -957,16 +990,16 @@ class TestCachedRecords:
     def test_trimmed_texts_are_padded(self, tmp_path, dtype):
         corpus = open_corpus(self.trimmed(tmp_path / "cache", dtype))
         for index in range(5):
-            text, whole = corpus.record(index).text, make_record(index, dtype).text
+            text, whole = corpus.record(index).fields["text"], make_record(index, dtype).fields["text"]
             assert bits(text) == bits(torch.cat([whole[:index], self.PADDING[index:].to(dtype)]))
 
     def test_trimmed_texts_of_a_batch_are_padded_later(self, tmp_path):
         corpus = open_corpus(self.trimmed(tmp_path / "cache"))
-        text = collate(range(5), [corpus.record(index, padded=False) for index in range(5)]).text
-        assert text.lengths == [0, 1, 2, 3, 4]
+        text = collate(range(5), [corpus.record(index, padded=False) for index in range(5)]).fields["text"]
+        assert text.lengths == (0, 1, 2, 3, 4)
         assert len(text.tokens) == 10
-        whole = torch.stack([corpus.record(index).text for index in range(5)])
-        assert bits(text.padded(corpus.paddings)) == bits(whole)
+        whole = torch.stack([corpus.record(index).fields["text"] for index in range(5)])
+        assert bits(text.padded(corpus.paddings["text"])) == bits(whole)
 
     @pytest.mark.parametrize("replace_victim", [Path.unlink, lambda path: flip(path, -1)], ids=["gone", "damaged"])
     def test_without_their_padding_are_refused(self, tmp_path, replace_victim):
@@ -997,7 +1030,7 @@ class TestImageRecords:
             record = corpus.record(n)
             assert (record.key, record.caption, red(record)) == (f"k{n}", f"caption {n}", n)
             assert record.image.shape == (3, 8, 8)
-            assert record.latents is record.text is record.pooled is None
+            assert (record.latents, record.fields) == (None, {})
 
     def test_use_the_first_image_field_that_exists(self, tmp_path):
         samples = [
@@ -1169,11 +1202,15 @@ class TestRefusals:
     def source(self, path: Path, name: str = "one", **options: Any) -> SourceConfig:
         return SourceConfig(name=name, uri=str(path), **options)
 
-    @pytest.mark.parametrize("change", [{"encoder": "f" * 64}, {"text_length": 8}])
+    @pytest.mark.parametrize(
+        "change", [{"encoder": "f" * 64}, {"text_length": 8}, {"fields": {"text": "masked", "pooled": "vector"}}]
+    )
     def test_caches_of_two_models_or_lengths(self, cache, tmp_path, change):
         other = write_cache(tmp_path / "other")
         edit_manifest(other, **change)
-        message = r"all must be images, or cached by one model.*one: cached by eeeeeeeeeeee, 4 tokens, two: cached by"
+        message = (
+            r"all must be images, or cached by one model.*one: cached by eeeeeeeeeeee, 4 tokens, .*, two: cached by"
+        )
         with pytest.raises(UserError, match=message):
             mix(self.source(cache), self.source(other, "two"))
 
@@ -1186,7 +1223,8 @@ class TestRefusals:
             (tmp_path / "images" / "a.png").write_bytes(png())
             (tmp_path / "images" / "a.txt").write_text("a")
         with pytest.raises(
-            UserError, match=r"one: cached by eeeeeeeeeeee, 4 tokens, two: images. Encode all of them in the same way"
+            UserError,
+            match=r"one: cached by eeeeeeeeeeee, 4 tokens, .*, two: images. Encode all of them in the same way",
         ):
             mix(self.source(cache), self.source(tmp_path / "images", "two", format=form))
 

@@ -1,9 +1,11 @@
 """`encode`: the cache has the output of the pipeline's own encoders, for any number of processes and restarts."""
 
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import tarfile
@@ -96,9 +98,9 @@ def images(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def cache(digits: Path, family: ModelFamily, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With trimmed padding, the default. Tests must not change it."""
+    """With trimmed padding. Tests must not change it."""
     folder = tmp_path_factory.mktemp("encoded") / "cache"
-    run(digits, folder, family)
+    run(digits, folder, family, trim_padding=True)
     return folder
 
 
@@ -121,7 +123,7 @@ class TestContent:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
     def test_with_padding_equals_the_encoders_output_bit_by_bit(self, digits, tmp_path, family, dtype):
         """The same as training on the images: the same images in the same batches."""
-        run(digits, tmp_path / "cache", family, dtype=dtype, keep_padding=True)
+        run(digits, tmp_path / "cache", family, dtype=dtype)
         assert not (tmp_path / "cache" / PADDING).exists()
         cached, fly = open_cache(tmp_path / "cache"), images_of(digits)
         vae, text = Autoencoder(family, dtype, "cpu"), TextEncoders(family, LENGTH, dtype, "cpu")
@@ -135,23 +137,25 @@ class TestContent:
             cond = text.encode([record.caption for record in records])
             for at, row in enumerate(batch):
                 record = cached.record(row)
-                assert record.latents.dtype == record.text.dtype == record.pooled.dtype == dtype
+                assert record.latents.dtype == dtype
                 assert torch.equal(record.latents, latents[at])
-                assert torch.equal(record.text, cond.fields["text"][at])
-                assert torch.equal(record.pooled, cond.fields["pooled"][at])
+                for name in ("text", "pooled"):
+                    assert record.fields[name].dtype == dtype
+                    assert torch.equal(record.fields[name], cond.fields[name][at])
                 assert record.caption == records[at].caption
 
     def test_shapes_are_the_models(self, cache, family):
         record = open_cache(cache).record(0)
         assert record.latents.shape == family.latent_shape(16, 16)
-        assert record.text.shape == (LENGTH, 32)
-        assert record.pooled.shape == (32,)
+        assert record.fields["text"].shape == (LENGTH, 32)
+        assert record.fields["pooled"].shape == (32,)
 
     def test_records_differ(self, cache):
         """If the random encoders returned a constant, every comparison above would pass."""
         first, second = (open_cache(cache).record(number) for number in (0, 1))
-        for name in ("latents", "text", "pooled"):
-            assert not torch.equal(getattr(first, name), getattr(second, name))
+        assert not torch.equal(first.latents, second.latents)
+        for name in ("text", "pooled"):
+            assert not torch.equal(first.fields[name], second.fields[name])
 
     def test_non_square_resolution(self, images, tmp_path, family):
         run(images_of(images, resolution=(8, 24)), tmp_path / "cache", family)
@@ -189,13 +193,13 @@ class TestContent:
                     writer.write(f"key{number}", fields, (16, 16))
             entries.append(writer.entry)
         Manifest(shards=tuple(entries)).write(tmp_path / "tars" / MANIFEST)
-        run(images_of(tmp_path / "tars", format="webdataset"), tmp_path / "cache", family)
+        run(images_of(tmp_path / "tars", format="webdataset"), tmp_path / "cache", family, trim_padding=True)
         ours, theirs = open_cache(tmp_path / "cache"), open_cache(cache)
         for number in range(COUNT):
             mine, other = ours.record(number), theirs.record(number)
             assert mine.caption == other.caption
             assert torch.equal(mine.latents, other.latents)
-            assert torch.equal(mine.text, other.text)
+            assert torch.equal(mine.fields["text"], other.fields["text"])
 
     def test_progress_sees_every_image(self, digits, tmp_path, family):
         seen = []
@@ -228,12 +232,13 @@ class TestPadding:
         assert [len(row) for row in stored_texts(cache)] == lengths
 
     def test_is_the_output_for_an_empty_caption(self, cache, digits, tmp_path, family):
-        run(digits, tmp_path / "exact", family, keep_padding=True)
+        run(digits, tmp_path / "exact", family)
         empty = TextEncoders(family, LENGTH, torch.bfloat16, "cpu").encode([""]).fields["text"][0]
         assert torch.equal(load_file(cache / PADDING)["text"], empty)
         trimmed, exact = open_cache(cache), open_cache(tmp_path / "exact")
         for number in range(COUNT):
-            length, ours, whole = 3 + number % 3, trimmed.record(number).text, exact.record(number).text
+            length = 3 + number % 3
+            ours, whole = (corpus.record(number).fields["text"] for corpus in (trimmed, exact))
             assert torch.equal(ours[:length], whole[:length])
             assert torch.equal(ours[length:], empty[length:])
             assert ours.shape == whole.shape
@@ -241,43 +246,51 @@ class TestPadding:
     def test_is_added_before_the_network_gets_the_batch(self, cache, family):
         corpus, items = open_cache(cache), [0, 1, 2, 7]
         batch = collate(items, [corpus.record(item, padded=False) for item in items])
-        assert len(batch.text.tokens) == sum(3 + item % 3 for item in items)
+        assert len(batch.fields["text"].tokens) == sum(3 + item % 3 for item in items)
         model = ModelConfig(path=str(family.folder), text_length=LENGTH)
         config = RunConfig(run=RunSection(dir="unused"), model=model, data=corpus.config)
         _, cond = BatchEncoder(config, family, corpus, torch.device("cpu")).encode(batch)
-        assert torch.equal(cond.fields["text"], torch.stack([corpus.record(item).text for item in items]))
+        assert torch.equal(cond.fields["text"], torch.stack([corpus.record(item).fields["text"] for item in items]))
 
     def test_is_most_of_the_bytes_of_a_cache(self, images, tmp_path, family):
         sizes = []
-        for keep in (True, False):
-            manifest = run(images, tmp_path / str(keep), family, text_length=256, keep_padding=keep)
+        for trim in (False, True):
+            manifest = run(images, tmp_path / str(trim), family, text_length=256, trim_padding=trim)
             sizes.append(sum(shard.bytes for shard in manifest.shards))
         # 6 samples of 256 rows of 32 bf16, or of 5 rows. The rest is blocks of the tar.
         assert sizes[0] - sizes[1] == pytest.approx(6 * 251 * 64, rel=0.05)
         assert sizes[1] <= sizes[0] / 4
 
     def test_error_is_reported_correctly(self, digits, tmp_path, family):
-        config = EncodeConfig(**OPTIONS, dtype=torch.float32)
+        config = EncodeConfig(**OPTIONS, trim_padding=True, dtype=torch.float32)
         error = encode(images_of(digits), tmp_path / "trimmed", family, config).padding_error
-        run(digits, tmp_path / "exact", family, keep_padding=True, dtype=torch.float32)
+        run(digits, tmp_path / "exact", family, dtype=torch.float32)
         difference = whole = 0.0
         trimmed, exact = open_cache(tmp_path / "trimmed"), open_cache(tmp_path / "exact")
         for number in range(COUNT):
-            ours, theirs = (corpus.record(number).text[3 + number % 3 :] for corpus in (trimmed, exact))
+            ours, theirs = (corpus.record(number).fields["text"][3 + number % 3 :] for corpus in (trimmed, exact))
             difference += float((ours - theirs).square().sum())
             whole += float(theirs.square().sum())
         assert error == pytest.approx((difference / whole) ** 0.5, rel=1e-4)
         assert error > 0
 
     def test_kept_has_no_error(self, digits, tmp_path, family):
-        config = EncodeConfig(**OPTIONS, keep_padding=True)
+        config = EncodeConfig(**OPTIONS)
         assert encode(images_of(digits), tmp_path / "cache", family, config).padding_error is None
+
+    def test_before_the_caption_cannot_be_trimmed(self, digits, tmp_path, family):
+        folder = shutil.copytree(family.folder, tmp_path / "pipeline")
+        path = folder / "tokenizer_2" / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"padding_side": "left"}))
+        with pytest.raises(UserError, match=f"the tokenizer of {folder} pads before the caption.*Remove the option"):
+            run(digits, tmp_path / "cache", open_family(str(folder)), trim_padding=True)
+        assert not (tmp_path / "cache").exists()
 
     def test_of_a_caption_that_fills_all_tokens_is_empty(self, images, tmp_path, family):
         (images / "metadata.jsonl").unlink()
         for path in images.glob("*.png"):
             path.with_suffix(".txt").write_text("a handwritten digit " * 9)
-        run(images, tmp_path / "cache", family)
+        run(images, tmp_path / "cache", family, trim_padding=True)
         assert [len(row) for row in stored_texts(tmp_path / "cache")] == [LENGTH] * 6
 
 
@@ -318,7 +331,7 @@ class TestBuckets:
 
     def test_are_encoded_as_they_are_cropped(self, shapes, tmp_path, family):
         corpus = images_of(shapes, buckets=self.SIZES)
-        run(corpus, tmp_path / "cache", family, batch_size=1, keep_padding=True)
+        run(corpus, tmp_path / "cache", family, batch_size=1)
         vae, cached = (
             Autoencoder(family, torch.bfloat16, "cpu"),
             open_cache(tmp_path / "cache", buckets=self.SIZES),
@@ -430,7 +443,8 @@ class TestInterrupted:
             ({"text_length": 16}, "text_length: 8 before, 16 now"),
             ({"samples_per_shard": 4}, "samples_per_shard: 3 before, 4 now"),
             ({"dtype": torch.float32}, "dtype: 'torch.bfloat16' before, 'torch.float32' now"),
-            ({"keep_padding": True}, "keep_padding: False before, True now"),
+            ({"trim_padding": True}, "keep_padding: True before, False now"),
+            ({"latents_only": True}, "latents_only: None before, True now"),
         ],
     )
     def test_does_not_resume_with_other_arguments(self, unfinished, images, family, change, what):
@@ -851,7 +865,7 @@ class TestRefusals:
     def test_finished_cache_is_not_made_again(self, cache, digits, family):
         """The same job returns the existing manifest."""
         before = contents(cache)
-        config = EncodeConfig(**OPTIONS)
+        config = EncodeConfig(**OPTIONS, trim_padding=True)
         assert encode(images_of(digits), cache, family, config) == (read_manifest(cache), None, {})
         assert contents(cache) == before
 
@@ -861,7 +875,7 @@ class TestRefusals:
             UserError,
             match=f"{cache} already holds a finished cache of other images or captions.*Choose another folder",
         ):
-            run(images, cache, family)
+            run(images, cache, family, trim_padding=True)
         assert contents(cache) == before
 
     def test_cache_is_not_encoded_again(self, cache, tmp_path, family):
@@ -884,6 +898,15 @@ class TestRefusals:
         with pytest.raises(UserError, match=f"could not be written to {tmp_path / 'file' / below}"):
             run(images, tmp_path / "file" / below, family)
         assert (tmp_path / "file").read_text() == "precious"
+
+    def test_text_is_kept_or_trimmed_or_left_out(self, capsys):
+        options = ("--keep-padding", "--trim-padding", "--latents-only")
+        for one, other in itertools.combinations(options, 2):
+            with pytest.raises(SystemExit):
+                main(["data", "encode", "images", "-o", "cache", "--model", "m", one, other])
+            assert f"argument {other}: not allowed with argument {one}" in capsys.readouterr().err
+        with pytest.raises(UserError, match="no text is stored that could be trimmed"):
+            EncodeConfig(trim_padding=True, latents_only=True)
 
     @pytest.mark.parametrize(
         "change", [{"batch_size": 0}, {"samples_per_shard": 0}, {"text_length": 0}, {"text_length": 513}]
@@ -927,7 +950,7 @@ class TestNotFinite:
     def test_embeddings(self, images, tmp_path, family, monkeypatch):
         monkeypatch.setattr(TextEncoders, "encode", _with_nan(TextEncoders.encode))
         with pytest.raises(UserError, match=r"the text and pooled of '0000.png' are not finite"):
-            run(images, tmp_path / "cache", family, keep_padding=True)
+            run(images, tmp_path / "cache", family)
 
 
 def _with_nan(encode: Callable[..., Any]) -> Callable[..., Any]:
@@ -951,7 +974,7 @@ class TestWithoutHardLinks:
         monkeypatch.setattr(os, "symlink", refuse)
 
     def test_the_cache_is_the_same(self, digits, cache, tmp_path, family):
-        run(digits, tmp_path / "cache", family)
+        run(digits, tmp_path / "cache", family, trim_padding=True)
         assert contents(tmp_path / "cache") == contents(cache)
 
     def test_the_padding_of_the_first_process_counts(self, cache, digits, tmp_path, family):
@@ -959,7 +982,7 @@ class TestWithoutHardLinks:
         other = save({"text": torch.zeros_like(load_file(cache / PADDING)["text"])})
         (tmp_path / "cache").mkdir()
         (tmp_path / "cache" / PADDING).write_bytes(other)
-        manifest = run(digits, tmp_path / "cache", family)
+        manifest = run(digits, tmp_path / "cache", family, trim_padding=True)
         assert manifest.padding == hashlib.sha256(other).hexdigest()
         assert (tmp_path / "cache" / PADDING).read_bytes() == other
 
@@ -968,7 +991,7 @@ class TestWithoutHardLinks:
         monkeypatch.setattr(encode_module, "_PADDING_WAIT", 0.1)
         (tmp_path / "cache").mkdir()
         (tmp_path / "cache" / PADDING).write_bytes(left)
-        run(digits, tmp_path / "cache", family)
+        run(digits, tmp_path / "cache", family, trim_padding=True)
         assert contents(tmp_path / "cache") == contents(cache)
 
 

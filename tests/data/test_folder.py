@@ -183,7 +183,7 @@ class TestFolder:
         for size in ((4, 6), (8, 2)):
             assert dataset.load(0, size).image.shape == (3, *size)
         record = dataset.load(0, (4, 6))
-        assert record.latents is record.text is record.pooled is None
+        assert (record.latents, record.fields) == (None, {})
 
     def test_sizes_of_the_images(self, tmp_path):
         for name, size in (("a.png", (4, 9)), ("b.jpg", (30, 2)), ("c.webp", (5, 5))):

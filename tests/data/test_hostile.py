@@ -438,7 +438,11 @@ class TestFuzz:
             fields["safetensors"] = mutate(fields["safetensors"], generator, 64)
             shard = tar_of(*[(f"0000.{kind}", content) for kind, content in fields.items()])
             folder = write_dataset(tmp_path / "data", shard, 1, sizes=((16, 24, 1),))
-            manifest = json.loads((folder / MANIFEST).read_text()) | {"encoder": "e" * 64, "text_length": 2}
+            manifest = json.loads((folder / MANIFEST).read_text()) | {
+                "encoder": "e" * 64,
+                "fields": KINDS,
+                "text_length": 2,
+            }
             (folder / MANIFEST).write_text(json.dumps(manifest))
             try:
                 record = outcome(lambda folder=folder: Corpus(recipe(folder)).record(0))
@@ -568,6 +572,7 @@ class TestMds:
 
 
 MISSING = "(missing)"
+KINDS = {"text": "tokens", "pooled": "vector"}
 ODD: list[Any] = [MISSING, None, 0, -1, 1.5, 10**18, "", "x\0y", [], ["x"], {}, {"x": 1}, True]
 
 
@@ -607,7 +612,14 @@ class TestManifest:
         good = json.loads((folder / MANIFEST).read_text())
         (folder / "sub").mkdir()
         failed = []
-        for key in [*(f"shards.{key}" for key in good["shards"][0]), "format", "encoder", "text_length", "padding"]:
+        for key in [
+            *(f"shards.{key}" for key in good["shards"][0]),
+            "format",
+            "encoder",
+            "fields",
+            "text_length",
+            "padding",
+        ]:
             for value in [*ODD, "sub"]:
                 manifest = json.loads(json.dumps(good))
                 section, _, name = key.rpartition(".")
@@ -708,7 +720,7 @@ class TestCachedSamples:
     def read(self, folder: Path, safetensors: bytes, padding: bytes | None = None) -> Record:
         shard = tar_of(("0000.safetensors", safetensors), ("0000.txt", b"x"))
         write_dataset(folder / "data", shard, 1, sizes=((16, 24, 1),))
-        extra: dict[str, Any] = {"encoder": "e" * 64, "text_length": 4}
+        extra: dict[str, Any] = {"encoder": "e" * 64, "fields": KINDS, "text_length": 4}
         if padding is not None:
             (folder / "data" / "padding.safetensors").write_bytes(padding)
             extra["padding"] = hashlib.sha256(padding).hexdigest()
@@ -736,7 +748,7 @@ class TestCachedSamples:
     def test_shapes_that_do_not_fit_the_padding(self, tmp_path: Path, text: torch.Tensor) -> None:
         content = save({"latents": torch.zeros(1, 2, 2), "text": text, "pooled": torch.zeros(5)})
         if text.shape == (2, 3):
-            filled = self.read(tmp_path, content, save({"text": torch.ones(4, 3)})).text
+            filled = self.read(tmp_path, content, save({"text": torch.ones(4, 3)})).fields["text"]
             assert filled is not None
             assert filled.shape == (4, 3)
         else:

@@ -63,6 +63,7 @@ def write_cache(folder: Path, count: int = 6) -> Path:
             writer.write(f"{number:04d}", {"safetensors": save(tensors), "txt": b"a cat"}, (16, 16))
     draft: dict[str, Any] = {
         "encoder": "abcdef" * 10,
+        "fields": {"text": "tokens", "pooled": "vector"},
         "text_length": 12,
         "padding": hashlib.sha256(padding).hexdigest(),
     }
@@ -169,12 +170,14 @@ class TestNumbers:
         stored = summary.stored
         assert stored is not None
         assert dict(stored.bytes) == {"latents": 2 * 8 * 8 * 4, "text": 3.5 * 3 * 4, "pooled": 5 * 4}
-        assert (stored.count, stored.tokens, stored.text_length) == (6, 3.5, 12)
+        assert (stored.count, stored.tokens, stored.text_length) == (6, (("text", 3.5, 0),), 12)
         assert summarise(open_(write_images(tmp_path / "i", ["x"]))).stored is None
 
     def test_stored_and_trimmed_padding(self, tiny):
         corpus = Corpus(DataConfig(path=str(tiny / "cache"), resolution=(16, 16)))
-        assert summarise(corpus).sources[0].padding == "stored"
+        summary = summarise(corpus)
+        assert summary.sources[0].padding == "stored"
+        assert summary.stored is not None and summary.stored.tokens == ()
 
     @pytest.mark.parametrize(
         ("count", "text"), [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (999_600, "1 MB"), (2.5e12, "2.5 TB")]
@@ -231,8 +234,8 @@ class TestText:
 
     def test_of_a_cache(self, tmp_path):
         text = format_summary(summarise(open_(write_cache(tmp_path / "c"), sizes="none"), global_batch_size=4))
-        assert "cache abcdefabcdef (webdataset), 12 tokens, padding trimmed" in text
-        assert "T5 tokens, median           3.5 of 12" in text
+        assert "cache abcdefabcdef (webdataset), text (tokens), pooled (vector), 12 tokens, padding trimmed" in text
+        assert "text, median of tokens  3.5 of 12" in text
 
     def test_untrusted_text_does_not_control_the_terminal(self, tmp_path):
         folder = write_images(tmp_path / "i", ["x"] * 3)

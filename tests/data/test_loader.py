@@ -24,6 +24,7 @@ from safetensors.torch import save
 
 from scfm_core.data import source
 from scfm_core.data.corpus import Corpus
+from scfm_core.data.fields import FieldKind
 from scfm_core.data.loader import batches
 from scfm_core.data.mds import MdsWriter
 from scfm_core.data.recipe import CacheConfig, DataConfig, SourceConfig
@@ -31,7 +32,8 @@ from scfm_core.data.schema import MANIFEST, Batch, Manifest, Record, Size, colla
 from scfm_core.data.webdataset import TarWriter
 from scfm_core.errors import UserError
 
-DRAFT = Manifest(encoder="e" * 64, text_length=1)
+KINDS: dict[str, Any] = {"text": "tokens", "pooled": "vector"}
+DRAFT = Manifest(encoder="e" * 64, fields=KINDS, text_length=1)
 SIZE = (8, 8)
 MANY = 10_000
 
@@ -87,10 +89,10 @@ def numbers_of(batch: Batch) -> list[int]:
     numbers = [int(key) for key in batch.keys]
     assert batch.captions == [f"caption {number}" for number in numbers]
     expected = torch.tensor(numbers).float()
-    assert batch.latents is not None and batch.text is not None and batch.pooled is not None
+    assert batch.latents is not None
     assert torch.equal(batch.latents.flatten(1)[:, 0], expected)
-    assert torch.equal(batch.text.padded([])[:, 0, 0], expected + 0.25)
-    assert torch.equal(batch.pooled[:, 0], expected + 0.5)
+    assert torch.equal(batch.fields["text"].padded()[:, 0, 0], expected + 0.25)
+    assert torch.equal(batch.fields["pooled"][:, 0], expected + 0.5)
     return numbers
 
 
@@ -836,6 +838,10 @@ class TestPrefetcher:
         assert lines_when_idle(log) == hashed
 
 
+def row(key: str, kind: FieldKind, value: torch.Tensor, padding: int | None = None) -> Record:
+    return Record(key=key, caption="", fields={"field": value}, kinds={"field": kind}, padding=padding)
+
+
 class TestCollate:
     def test_stacks_the_tensors_of_the_records(self):
         images = [Record(key=str(n), caption="", image=torch.full((3, 2, 2), float(n))) for n in range(3)]
@@ -844,19 +850,21 @@ class TestCollate:
         assert batch.sample_ids.dtype == torch.int64
         assert batch.images.shape == (3, 3, 2, 2)
         assert batch.images[:, 0, 0, 0].tolist() == [0, 1, 2]
-        assert batch.latents is batch.text is batch.pooled is None
+        assert (batch.latents, batch.fields) == (None, {})
         assert batch.bad == []
 
     def test_texts_are_packed_without_padding(self):
         """Rows of two sources: the first stores full texts, the texts of the second get its padding."""
         own, padding = torch.arange(24.0).view(2, 4, 3).bfloat16(), -torch.arange(12.0).view(4, 3)
         cut = [
-            Record(key="a", caption="", text=own[0, :1], padding=1),
-            Record(key="b", caption="", text=own[1]),
-            Record(key="c", caption="", text=own[0, :0], padding=1),
-            Record(key="d", caption="", text=own[1], padding=1),
+            row("a", "tokens", own[0, :1], padding=1),
+            row("b", "tokens", own[1]),
+            row("c", "tokens", own[0, :0], padding=1),
+            row("d", "tokens", own[1], padding=1),
         ]
-        text = collate([0, 1, 2, 3], cut).text
+        batch = collate([0, 1, 2, 3], cut)
+        text = batch.fields["field"]
+        assert batch.lengths is None  # the network sees the padding
         assert text.tokens.shape == (9, 3)
         padded = text.padded([None, padding])
         assert padded.dtype == torch.bfloat16
@@ -865,12 +873,34 @@ class TestCollate:
         assert torch.equal(padded[2], padding.bfloat16())
         assert torch.equal(padded[3], own[1])
 
-    def test_texts_of_different_widths_are_refused(self):
-        rows = [Record(key=f"key{n}", caption="", text=torch.zeros(1, n + 1), padding=0) for n in range(2)]
-        with pytest.raises(UserError, match=r"text of one shape.*key0, key1.*\(1,\), \(2,\)"):
+    def test_masked_tokens_are_padded_with_zeros_to_the_longest_row(self):
+        """They may have more than two axes, as those of several layers of a text encoder."""
+        whole = torch.arange(1.0, 37).view(6, 3, 2)
+        batch = collate(
+            [0, 1, 2], [row(str(n), "masked", whole[first : first + n]) for n, first in ((2, 0), (1, 2), (3, 3))]
+        )
+        assert batch.lengths == (2, 1, 3)
+        packed = batch.fields["field"]
+        assert torch.equal(packed.tokens, whole)
+        padded = packed.padded()
+        assert padded.shape == (3, 3, 3, 2)
+        for number, (length, first) in enumerate(((2, 0), (1, 2), (3, 3))):
+            assert torch.equal(padded[number, :length], whole[first : first + length])
+            assert not padded[number, length:].any()
+
+    @pytest.mark.parametrize("kind", ["tokens", "masked"])
+    def test_tokens_of_different_widths_are_refused(self, kind):
+        rows = [row(f"key{n}", kind, torch.zeros(1, n + 1), padding=0) for n in range(2)]
+        with pytest.raises(UserError, match=r"field of one shape.*key0, key1.*\(1,\), \(2,\).*scfm data validate"):
             collate([0, 1], rows)
 
-    @pytest.mark.parametrize("name", ["latents", "text", "pooled", "image"])
+    @pytest.mark.parametrize("kind", ["tokens", "vector"])
+    def test_a_field_without_padding_has_one_shape(self, kind):
+        rows = [row(f"key{n}", kind, torch.zeros(n + 1, 2)) for n in range(2)]
+        with pytest.raises(UserError, match=r"field of one shape.*key0, key1.*\(1, 2\), \(2, 2\)"):
+            collate([0, 1], rows)
+
+    @pytest.mark.parametrize("name", ["latents", "image"])
     def test_an_error_names_what_differs(self, name):
         rows = [Record(key=f"key{n}", caption="", **{name: torch.zeros(n + 1)}) for n in range(2)]
         with pytest.raises(UserError, match=rf"{name} of one shape.*key0, key1.*\(1,\), \(2,\)"):

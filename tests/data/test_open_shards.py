@@ -30,7 +30,7 @@ from scfm_core.data.tar_table import parse_tar
 from scfm_core.data.webdataset import TarShard, TarWriter
 from scfm_core.errors import UserError
 
-DRAFT = Manifest(encoder="e" * 64, text_length=1)
+DRAFT = Manifest(encoder="e" * 64, fields={"text": "tokens", "pooled": "vector"}, text_length=1)
 SHARDS, SAMPLES = 300, 2
 
 

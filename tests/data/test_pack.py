@@ -52,7 +52,7 @@ def open_corpus(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def trimmed(tiny: Path, open_corpus: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache with trimmed texts. Tests must not change it."""
     folder = tmp_path_factory.mktemp("trimmed") / "cache"
-    config = EncodeConfig(text_length=40, samples_per_shard=20)
+    config = EncodeConfig(text_length=40, trim_padding=True, samples_per_shard=20)
     encode(open_corpus(tiny / "digits", "folder"), folder, open_family(str(tiny / "flux")), config)
     return folder
 
@@ -105,7 +105,9 @@ def same_records(one: Corpus, other: Corpus) -> bool:
     pairs = [(one.record(item), other.record(item)) for item in range(len(one))]
     return all(
         a.caption == b.caption
-        and all(getattr(a, name).equal(getattr(b, name)) for name in ("latents", "text", "pooled"))
+        and a.latents.equal(b.latents)
+        and a.fields.keys() == b.fields.keys()
+        and all(a.fields[name].equal(b.fields[name]) for name in a.fields)
         for a, b in pairs
     )
 
@@ -154,8 +156,8 @@ class TestRoundTrip:
         assert by_tarfile(back) == original
         for folder, format in ((there, "mds"), (back, "webdataset")):
             new, old = manifest_of(folder), manifest_of(source)
-            assert (new.format, new.encoder, new.text_length, new.padding) == (
-                format, old.encoder, old.text_length, old.padding
+            assert (new.format, new.encoder, new.fields, new.text_length, new.padding) == (
+                format, old.encoder, old.fields, old.text_length, old.padding
             )  # fmt: skip
             assert flat_sizes(folder) == flat_sizes(source) == [(16, 16)] * 48
             corpus = open_corpus(folder, format)
@@ -198,17 +200,17 @@ class TestMixtures:
         assert same_records(corpus, open_corpus(tmp_path / "both", to))
 
     def test_different_paddings_are_refused(self, tiny, trimmed, open_corpus, tmp_path):
-        folder, config = tmp_path / "exact", EncodeConfig(text_length=40, dtype=torch.float32)
+        folder, config = tmp_path / "exact", EncodeConfig(text_length=40, trim_padding=True, dtype=torch.float32)
         encode(open_corpus(tiny / "digits", "folder"), folder, open_family(str(tiny / "flux")), config)
         assert manifest_of(folder).padding not in (None, manifest_of(trimmed).padding)
         with pytest.raises(
-            UserError, match=r"the trimmed texts of s0, s1 have different paddings.* Pack each source separately"
+            UserError, match=r"the trimmed text of s0, s1 has different paddings.* Pack each source separately"
         ):
             pack(open_corpus([trimmed, folder]), tmp_path / "both", to="mds")
         assert left(tmp_path) == ["exact"]
 
     def test_a_trimmed_and_an_untrimmed_source_together(self, tiny, trimmed, open_corpus, tmp_path):
-        config = EncodeConfig(text_length=40, keep_padding=True)
+        config = EncodeConfig(text_length=40)
         encode(open_corpus(tiny / "digits", "folder"), tmp_path / "kept", open_family(str(tiny / "flux")), config)
         for sources in ([trimmed, tmp_path / "kept"], [tmp_path / "kept", trimmed]):
             corpus, output = open_corpus(sources), tmp_path / f"to_{sources[0].name}"

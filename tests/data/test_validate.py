@@ -30,6 +30,7 @@ from scfm_core.data.webdataset import TarWriter
 from scfm_core.errors import UserError
 
 LENGTH = 6
+KINDS: dict[str, Any] = {"text": "tokens", "pooled": "vector"}
 Fields = dict[str, bytes]
 
 
@@ -76,7 +77,7 @@ def images(folder: Path, changes: dict[str, Fields | None] | None = None, shards
 
 def cache(folder: Path, changes: dict[str, Fields | None] | None = None, shards: int = 3) -> Path:
     numbered = {f"{number:02d}": cached_fields(number) for number in range(4 * shards)}
-    return write(folder, _truncate(numbered, changes or {}), encoder="e" * 64, text_length=LENGTH)
+    return write(folder, _truncate(numbered, changes or {}), encoder="e" * 64, fields=KINDS, text_length=LENGTH)
 
 
 def _truncate(numbered: dict[str, Fields], changes: dict[str, Any]) -> dict[str, list[tuple[str, Fields]]]:
@@ -130,10 +131,12 @@ class TestNoProblems:
                 (f"{height}-{at}", {"safetensors": save(tensors(at, height, tokens=2 + at)), "txt": b"x"})
                 for at in range(3)
             ]
-            write(folder, {f"{number}.tar": samples}, height=height, encoder="e", text_length=LENGTH)
+            write(folder, {f"{number}.tar": samples}, height=height, encoder="e", fields=KINDS, text_length=LENGTH)
             parts.append(Manifest.parse((folder / MANIFEST).read_bytes(), "it").shards[0])
         digest = hashlib.sha256(padding).hexdigest()
-        Manifest(encoder="e", text_length=LENGTH, padding=digest, shards=tuple(parts)).write(folder / MANIFEST)
+        Manifest(encoder="e", fields=KINDS, text_length=LENGTH, padding=digest, shards=tuple(parts)).write(
+            folder / MANIFEST
+        )
         assert validate(open_(folder, buckets=((16, 16), (32, 16)))) == []
 
     def test_mds_without_keys_has_no_duplicate_key(self, tmp_path):
@@ -340,7 +343,7 @@ class TestCaches:
         assert reasons["0.tar", "02"] == "needs safetensors and txt, but has safetensors"
         assert reasons["1.tar", "04"] == "latents has 1 of 128 values that are not finite"
         assert reasons["1.tar", "05"] == f"text has {3 * LENGTH} of {3 * LENGTH} values that are not finite"
-        assert "cannot be decoded" in reasons["1.tar", "06"]
+        assert reasons["1.tar", "06"] == "has no text and no pooled, but latents. Encode it again"
         lighter = found(validate(open_(folder), decode=False))
         assert [key for _, key in lighter] == ["02", "03", "07"]
 
@@ -374,7 +377,7 @@ class TestCaches:
         reasons = found(validate(open_(folder), processes=processes))
         assert [key for _, key in reasons] == ["00", "01", "02", "03", "05", "06", "07"]
         assert reasons["0.tar", "00"] == "latents has the shape [2, 8, 9], most of 16 x 16 pixels have [2, 8, 8]"
-        assert reasons["1.tar", "05"] == f"text has the shape [5, 3], most of {LENGTH} tokens have [6, 3]"
+        assert reasons["1.tar", "05"] == f"text has the shape [5, 3], not [{LENGTH}, ...]"
         assert "text has the shape [6, 4]" in reasons["1.tar", "06"]
         assert "pooled has the shape [6], most of samples have [5]" in reasons["1.tar", "06"]
         assert "latents has the shape [8, 8]" in reasons["1.tar", "07"]
@@ -384,8 +387,7 @@ class TestCaches:
         reasons = found(validate(open_(cache(tmp_path / "cache", changes))))
         assert len(reasons) == 11
         assert reasons["0.tar", "00"] == (
-            "latents has the shape [8, 8], most of 16 x 16 pixels have [2, 8, 8]; "
-            "pooled has the shape [1, 5], most of samples have [5]"
+            "latents has the shape [8, 8], not [C, h, w]; pooled has the shape [1, 5], not [D]"
         )
 
     @pytest.mark.processes
@@ -412,7 +414,7 @@ class TestCaches:
         dataclasses.replace(Manifest.parse(path.read_bytes(), "it"), text_length=7).write(path)
         reasons = found(validate(open_(folder)))
         assert len(reasons) == 12
-        assert reasons["0.tar", "00"] == "text has the shape [6, 3], not [7, D]"
+        assert reasons["0.tar", "00"] == "text has the shape [6, 3], not [7, ...]"
 
     def test_a_text_longer_than_its_padding(self, tmp_path):
         folder = tmp_path / "cache"
@@ -420,7 +422,12 @@ class TestCaches:
         padding = save({"text": torch.zeros(LENGTH, 3)})
         (folder / PADDING).write_bytes(padding)
         samples = [(f"{n}", cached_fields(n, text=torch.zeros(LENGTH + n // 2, 3))) for n in range(3)]
-        draft: dict[str, Any] = {"encoder": "e", "text_length": LENGTH, "padding": hashlib.sha256(padding).hexdigest()}
+        draft: dict[str, Any] = {
+            "encoder": "e",
+            "fields": KINDS,
+            "text_length": LENGTH,
+            "padding": hashlib.sha256(padding).hexdigest(),
+        }
         reasons = found(validate(open_(write(folder, {"0.tar": samples}, **draft))))
         assert list(reasons) == [("0.tar", "2")]
 

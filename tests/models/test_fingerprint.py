@@ -79,6 +79,23 @@ def linked(folder: Path) -> None:
 
 
 VAE = "vae/diffusion_pytorch_model.safetensors"
+TEMPLATE = "{{ messages[0].content }}"
+
+
+def moved_template(folder: Path) -> None:
+    """A newer library writes the template of tokenizer_config.json into a file of its own."""
+    without("tokenizer_3/tokenizer_config.json", "chat_template")(folder)
+    (folder / "tokenizer_3" / "chat_template.jinja").write_text(TEMPLATE)
+
+
+def with_chat(folder: Path) -> None:
+    """A third text encoder, which takes its captions by a chat template."""
+    shutil.copytree(folder / "tokenizer_2", folder / "tokenizer_3")
+    in_json("tokenizer_3/tokenizer_config.json", chat_template=TEMPLATE)(folder)
+    (folder / "processor").mkdir()
+    (folder / "processor" / "preprocessor_config.json").write_text('{"size": 2}')
+
+
 SAME: dict[str, Change] = {
     "diffusers' version": in_json("vae/config.json", _diffusers_version="0.99.0", _name_or_path="elsewhere"),
     "transformers' version": in_json("text_encoder/config.json", transformers_version="9.9", dtype="float16"),
@@ -163,3 +180,60 @@ def test_a_tensor_smaller_and_larger_than_a_block(tmp_path):
         save_file(tensors, file)
         found.add(network_fingerprint(tmp_path))
     assert len(found) == 3
+
+
+WITH_CHAT: dict[str, tuple[Change, str | None]] = {
+    "template in a file of its own": (moved_template, None),
+    "processor's version": (in_json("processor/preprocessor_config.json", transformers_version="9.9"), None),
+    "padding on the right": (in_json("tokenizer_3/tokenizer_config.json", padding_side="right"), None),
+    "template": (
+        in_json("tokenizer_3/tokenizer_config.json", chat_template="other"),
+        "tokenizer_3/chat_template (other content)",
+    ),
+    "no template": (
+        without("tokenizer_3/tokenizer_config.json", "chat_template"),
+        "tokenizer_3/chat_template (missing now)",
+    ),
+    "processor": (
+        in_json("processor/preprocessor_config.json", size=3),
+        "processor/preprocessor_config.json (other content)",
+    ),
+    "padding on the left": (
+        in_json("tokenizer_3/tokenizer_config.json", padding_side="left"),
+        "tokenizer_3/tokenizer_config.json (other content)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WITH_CHAT)
+def test_chat_templates_and_processors_count(model, name):
+    with_chat(model)
+    before = encoder_fingerprint(model)
+    change, said = WITH_CHAT[name]
+    change(model)
+    assert different_encoders(before, model) == said
+
+
+@pytest.mark.parametrize(
+    ("file", "named"),
+    [
+        ("tokenizer/chat_template.jinja", "tokenizer/chat_template"),
+        ("tokenizer/additional_chat_templates/edit.jinja", "tokenizer/additional_chat_templates/edit.jinja"),
+    ],
+)
+def test_a_new_template_is_named(original, model, file, named):
+    (model / file).parent.mkdir(exist_ok=True)
+    (model / file).write_text(TEMPLATE)
+    assert different_encoders(encoder_fingerprint(original), model) == f"{named} (new)"
+
+
+def test_the_marks_of_clip_and_t5_are_those_of_earlier_releases(original):
+    """Otherwise caches and adapters of Flux.1 and SD3.5 would have to be made again."""
+    files = [word.partition("=")[0] for word in encoder_fingerprint(original).split()[1:]]
+    assert files == [
+        "vae/diffusion_pytorch_model.safetensors", "vae/config.json",
+        "text_encoder/model.safetensors", "text_encoder/config.json",
+        "text_encoder_2/model.safetensors", "text_encoder_2/config.json",
+        "tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/tokenizer_config.json",
+        "tokenizer_2/tokenizer.json", "tokenizer_2/tokenizer_config.json",
+    ]  # fmt: skip

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
-from huggingface_hub.utils import filter_repo_objects
+from local_hub import serve
 from PIL import Image
 
 from recipes.cli import main
@@ -305,16 +305,9 @@ def test_a_one_pass_model_from_the_hub_is_not_guided_twice(folder, tmp_path, mon
     shutil.copytree(folder, tmp_path / "repository")
     (tmp_path / "repository" / GUIDANCE_MARK).touch()
 
-    def download(repository: str, allow_patterns: list[str]) -> str:
-        files = [str(path.relative_to(tmp_path / "repository")) for path in (tmp_path / "repository").rglob("*.*")]
-        for name in filter_repo_objects(files, allow_patterns=allow_patterns):
-            (tmp_path / "snapshot" / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(tmp_path / "repository" / name, tmp_path / "snapshot" / name)
-        return str(tmp_path / "snapshot")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    snapshot = serve(monkeypatch, tmp_path / "repository", tmp_path / "cache")
     assert open_family("somebody/one_pass").passes == 1
-    assert (tmp_path / "snapshot" / "model_index.json").is_file()
+    assert (snapshot / "model_index.json").is_file()
 
 
 def test_full_weights_have_their_gradients_in_bf16(make_sd3):

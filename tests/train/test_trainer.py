@@ -392,7 +392,7 @@ def make_paths(tiny, folder, intervals=4):
         [caption(digit) for digit in range(10)],
         folder,
         open_family(str(tiny / "flux")),
-        EncodeConfig(text_length=8, keep_padding=True, dtype=torch.float32, samples_per_shard=20),
+        EncodeConfig(text_length=8, dtype=torch.float32, samples_per_shard=20),
         SamplerConfig(
             sizes=((16, 16),), per_prompt=4, num_steps=4, shift=3.0, guidance=2.0, seed=5, intervals=intervals
         ),
