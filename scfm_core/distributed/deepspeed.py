@@ -105,7 +105,7 @@ class ZeroLayout(Layout):
     def _fill(self, unit: nn.Module, prefix: str, fill: Fill) -> None:
         for name, tensor in stored_tensors(unit).items():
             if isinstance(tensor, nn.Parameter) and not hasattr(tensor, "ds_id"):  # not yet partitioned with its parent
-                fill(f"{prefix}.{name}", tensor.detach().view(-1), 0)
+                fill(f"{prefix}.{name}".removeprefix("."), tensor.detach().view(-1), 0)
 
     def _config_of_init(self) -> dict[str, Any]:
         return {key: value for key, value in self.config.items() if key != "torch_autocast"}
