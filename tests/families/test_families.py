@@ -39,6 +39,8 @@ class Case:
     variant: str | None = None
     """Argument of the module's `write`."""
     module: str | None = None
+    sides: tuple[int, int, int] | None = None
+    """See `Tiny`; by default small multiples of what the family needs."""
 
 
 CASES = {
@@ -49,7 +51,8 @@ CASES = {
     "qwen_image": Case(4.0, module="tiny_qwen_image"),
     "z_image": Case(5.0, module="tiny_z_image"),
     "krea2": Case(4.5, module="tiny_krea2"),
-    "sana": Case(4.5, module="tiny_sana"),
+    # Its pipeline makes only multiples of 32 pixels.
+    "sana": Case(4.5, module="tiny_sana", sides=(32, 64, 96)),
 }
 
 
@@ -101,7 +104,7 @@ def model(request, tiny, tiny_sd3, tmp_path_factory) -> Tiny:
         randomise_transformer(root / "model")
     (root / "classifier").symlink_to(tiny / "classifier")
     multiple = open_family(str(root / "model")).pixel_multiple
-    sides = (4 * multiple, 3 * multiple, 2 * multiple)
+    sides = case.sides or (4 * multiple, 3 * multiple, 2 * multiple)
     write_digits(root / "digits", count=12, size=sides[0])
     for number, size in enumerate([(sides[0], sides[1])] * 4 + [(sides[2], sides[0])] * 4):  # width, height
         path = root / "digits" / f"{number:04d}.png"

@@ -70,7 +70,7 @@ def test_every_pass_is_that_of_diffusers(folder, dtype):
         rounding = 2e-7 if dtype == torch.float32 else 0
         torch.testing.assert_close(ours[0][0]["timestep"], given["timestep"], atol=0, rtol=rounding)
         expected = unpack_latents(velocity, 8, 8)
-        torch.testing.assert_close(predicted, expected, atol=1e-5 if dtype == torch.float32 else 0.03, rtol=0)
+        torch.testing.assert_close(predicted, expected, atol=5e-5 if dtype == torch.float32 else 0.03, rtol=0)
 
 
 def test_text_is_that_of_diffusers_without_its_padding(in_fp32):
