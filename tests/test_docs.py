@@ -19,7 +19,7 @@ from typing import NamedTuple
 import pytest
 import yaml
 
-from recipes import cli, config_docs
+from recipes import cli, config_docs, models_docs
 from scfm_core import __version__
 from scfm_core.errors import UserError
 from scfm_core.train.parse import find_recipe, load_config
@@ -267,6 +267,11 @@ def test_every_shipped_recipe_is_on_the_page_of_recipes():
     code = set(inline_code(read(ROOT / "docs" / "recipes.md").prose))
     shipped = {path.stem for folder in ("configs", "data") for path in (ROOT / "recipes" / folder).rglob("*.yaml")}
     assert shipped <= code
+
+
+def test_the_table_of_models_is_computed():
+    text = models_docs.PAGE.read_text(encoding="utf-8")
+    assert models_docs.page(text) == text, "run `python -m recipes.models_docs`"
 
 
 def test_the_page_of_settings_is_made_from_their_docstrings():

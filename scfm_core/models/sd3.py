@@ -81,6 +81,10 @@ class SD3(ModelFamily):
         )[0]
         return velocity
 
+    def shift(self, image_tokens: int, num_steps: int) -> float:
+        """See `ModelFamily`. SD3's is fixed."""
+        return 3.0
+
     def encode_prompt(
         self, pipeline: Any, captions: Sequence[str], device: torch.device, text_length: int
     ) -> tuple[dict[str, Tensor], None]:
