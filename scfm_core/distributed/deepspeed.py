@@ -104,8 +104,7 @@ class ZeroLayout(Layout):
     @torch.no_grad()
     def _fill(self, unit: nn.Module, prefix: str, fill: Fill) -> None:
         for name, tensor in stored_tensors(unit).items():
-            if isinstance(tensor, nn.Parameter) and not hasattr(tensor, "ds_id"):  # not yet partitioned with its parent
-                fill(f"{prefix}.{name}".removeprefix("."), tensor.detach().view(-1), 0)
+            fill(f"{prefix}.{name}".removeprefix("."), tensor.detach().view(-1), 0)
 
     def _config_of_init(self) -> dict[str, Any]:
         return {key: value for key, value in self.config.items() if key != "torch_autocast"}
@@ -120,10 +119,15 @@ def _recorded(errors: list[Exception]) -> Iterator[None]:
 
 
 def _units(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that have parameters of their own, by name, in the network's order."""
+    """The modules that have parameters of their own, by name, in the network's order, each without its children.
+
+    With its children, a network that has a parameter of its own would be allocated whole on every rank.
+    """
     for name, module in network.named_modules():
         if next(module.parameters(recurse=False), None) is not None:
-            yield name, module
+            unit = nn.Module()
+            unit._parameters = module._parameters  # the same dictionary: the module gets what is allocated here
+            yield name, unit
 
 
 class _Networks(nn.Module):

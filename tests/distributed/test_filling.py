@@ -21,7 +21,9 @@ import torch
 import torch.distributed as dist
 from runs import ENGINES, joined_trainer, make_tree, run_distributed
 
+from scfm_core.distributed.deepspeed import _units
 from scfm_core.distributed.world import join_world
+from scfm_core.filling import allocate
 from scfm_core.models.families import open_family
 from scfm_core.models.student import ShortcutModel
 from scfm_core.train.assemble import build_family, build_layout, build_model
@@ -112,6 +114,17 @@ def measured(name: str, tiny: Path, large: Path, run_dir: Path) -> tuple[float, 
     network = 4 * sum(parameter.numel() for parameter in open_family(str(large)).meta_network().parameters())
     peak, kept = (sum(values) / network for values in zip(*by_rank, strict=True))
     return peak, kept
+
+
+def test_a_network_with_a_parameter_of_its_own_is_not_allocated_whole():
+    with torch.device("meta"):
+        network = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+        network.token = torch.nn.Parameter(torch.zeros(2))
+    allocated = []
+    for _, unit in _units(network):
+        allocate(unit, "cpu")
+        allocated.append({name for name, parameter in network.named_parameters() if not parameter.is_meta})
+    assert allocated == [{"token"}, {"token", "0.weight", "0.bias"}, {name for name, _ in network.named_parameters()}]
 
 
 @pytest.mark.parametrize("name", ["HSDP, groups of 2", "ZeRO-3"])
