@@ -10,6 +10,7 @@ import tiny_flux2
 import torch
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
+from scfm_core.errors import UserError
 from scfm_core.flow.sampler import euler_sample
 from scfm_core.flow.schedule import sigma_grid
 from scfm_core.models.conditioning import Conditioning
@@ -105,6 +106,17 @@ def test_tokens_of_the_template_count(folders, variant, template):
     captions = [*PROMPTS, "", "digit " * 40]
     assert encoders.token_counts(captions) == expected
     assert family.count_tokens(load_tokenizer(family), captions) == expected
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_missing_chat_template_is_named(folders, tmp_path, variant):
+    shutil.copytree(folders / variant, tmp_path / "model")
+    (tmp_path / "model" / "tokenizer" / "chat_template.jinja").unlink()
+    family = open_family(str(tmp_path / "model"))
+    with pytest.raises(UserError, match=r"text encoders in .* chat template.* download the model again"):
+        TextEncoders(family, TEXT_LENGTH, torch.float32, "cpu")
+    with pytest.raises(UserError, match=r"tokenizer in .* chat template.* download the model again"):
+        load_tokenizer(family)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
