@@ -289,7 +289,6 @@ def _modulate_backward_kernel(
     column = tl.arange(0, BLOCK)
     known_column = column < width
     scale = tl.load(scale_ptr + sample * scale_batch + column, mask=known_column, other=0.0).to(COMPUTE)
-    gate = tl.load(gate_ptr + sample * gate_batch + column, mask=known_column, other=0.0).to(COMPUTE)
     scale_sum = tl.zeros([BLOCK], COMPUTE)
     shift_sum = tl.zeros([BLOCK], COMPUTE)
     gate_sum = tl.zeros([BLOCK], COMPUTE)
@@ -312,6 +311,8 @@ def _modulate_backward_kernel(
             grad_x += tl.load(beside, mask=inside, other=0.0).to(COMPUTE)
             branch = tl.load(branch_ptr + sample * branch_batch + token * branch_row + column, mask=inside, other=0.0)
             gate_sum += grad_x * branch.to(COMPUTE)
+            # From the cache each time: kept over all rows it would take registers that rows of 6144 need.
+            gate = tl.load(gate_ptr + sample * gate_batch + column, mask=known_column, other=0.0).to(COMPUTE)
             tl.store(grad_branch_ptr + out, (grad_x * gate).to(grad_branch_ptr.dtype.element_ty), mask=inside)
         tl.store(grad_x_ptr + out, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
     part = parts_ptr + (sample * tl.num_programs(0) + program) * width + column

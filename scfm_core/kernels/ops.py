@@ -12,6 +12,7 @@ from scfm_core.kernels.reference import (
     gelu_concat_reference,
     modulate_reference,
     norm_rope_reference,
+    swiglu_concat_reference,
 )
 
 
@@ -24,6 +25,7 @@ class Ops:
     gate_residual: Callable[..., Tensor]
     gated_modulate: Callable[..., tuple[Tensor, Tensor]]
     gelu_concat: Callable[..., Tensor]
+    swiglu_concat: Callable[..., Tensor]
     lora_linear: Callable[..., Tensor]
 
 
@@ -32,8 +34,9 @@ def triton_ops() -> Ops:
     from scfm_core.kernels.gelu_concat import gelu_concat
     from scfm_core.kernels.modulate import gate_residual, gated_modulate, modulate
     from scfm_core.kernels.norm_rope import norm_rope
+    from scfm_core.kernels.swiglu_concat import swiglu_concat
 
-    return Ops(norm_rope, modulate, gate_residual, gated_modulate, gelu_concat, lora_linear)
+    return Ops(norm_rope, modulate, gate_residual, gated_modulate, gelu_concat, swiglu_concat, lora_linear)
 
 
 REFERENCE = Ops(
@@ -42,6 +45,7 @@ REFERENCE = Ops(
     gate_residual_reference,
     gated_modulate_reference,
     gelu_concat_reference,
+    swiglu_concat_reference,
     lora_linear_reference,
 )
 """Plain PyTorch."""

@@ -51,6 +51,13 @@ def gelu_concat_reference(attention: Tensor, mlp: Tensor) -> Tensor:
     return torch.cat([attention, torch.nn.functional.gelu(mlp, approximate="tanh")], dim=2)
 
 
+def swiglu_concat_reference(attention: Tensor | None, gated: Tensor) -> Tensor:
+    """`swiglu_concat` in plain PyTorch, as diffusers computes it."""
+    gate, value = gated.chunk(2, dim=2)
+    result = torch.nn.functional.silu(gate) * value
+    return result if attention is None else torch.cat([attention, result], dim=2)
+
+
 def flash_attention_reference(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """`flash_attention` in plain PyTorch; it allocates the whole matrix of scores."""
     scores = torch.einsum("bqhd,bkhd->bhqk", query, key) * query.shape[-1] ** -0.5

@@ -39,9 +39,12 @@ class TextEncoders:
             self._pipeline = cls.from_pretrained(
                 family.folder, transformer=None, vae=None, torch_dtype=dtype, use_safetensors=True
             ).to(self.device)
+            family.unconditional = self.encode([family.empty_caption])  # a missing chat template is found here
         except (OSError, ValueError) as error:
-            raise UserError(f"model.path: the text encoders in {family.folder} cannot be loaded: {error}") from error
-        family.unconditional = self.encode([family.empty_caption])
+            raise UserError(
+                f"model.path: the text encoders in {family.folder} cannot be used: {error}. If a file is missing or damaged, "
+                f"download the model again"
+            ) from error
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str], guidance: float | None = None) -> Conditioning:
@@ -79,9 +82,14 @@ def load_tokenizer(family: ModelFamily) -> Any:
 
     folder = family.folder / family.tokenizer
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        family.count_tokens(tokenizer, [""])  # a missing chat template is found here
     except (OSError, ValueError) as error:
-        raise UserError(f"model.path: the tokenizer in {folder} cannot be loaded: {error}") from error
+        raise UserError(
+            f"model.path: the tokenizer in {folder} cannot be used: {error}. If a file is missing or damaged, download the model "
+            f"again"
+        ) from error
+    return tokenizer
 
 
 class Autoencoder:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from scfm_core.errors import UserError
 from scfm_core.models.flux import Flux
+from scfm_core.models.flux2 import Flux2
 from scfm_core.models.krea2 import Krea2
 from scfm_core.models.protocol import ModelFamily
 from scfm_core.models.qwen_image import QwenImage
@@ -13,7 +14,7 @@ from scfm_core.models.sd3 import SD3
 from scfm_core.models.weights import is_local, resolve_folder
 from scfm_core.models.z_image import ZImage
 
-FAMILIES: tuple[type[ModelFamily], ...] = (Flux, SD3, QwenImage, ZImage, Krea2, Sana)
+FAMILIES: tuple[type[ModelFamily], ...] = (Flux, SD3, Flux2, QwenImage, ZImage, Krea2, Sana)
 
 
 def open_family(path: str, *, offline: bool = False) -> ModelFamily:

@@ -1,158 +1,43 @@
-"""Fused operations for diffusers' Flux: other blocks around the same layers, and another attention processor.
+"""Fused operations for the networks of diffusers: other blocks around the same layers, and other attention processors.
 
 Layers keep their names and weights, so checkpoints, adapters and exports do not change.
 """
 
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from scfm_core.kernels.attention import attention
 from scfm_core.kernels.ops import Ops
 from scfm_core.models.adapters import LoRALinear
+from scfm_core.models.fused_flux import FusedAttnProcessor, FusedBlock, FusedDoubleBlock, FusedSingleBlock
+from scfm_core.models.fused_flux2 import FusedFlux2DoubleBlock, FusedFlux2SingleBlock, FusedParallelAttnProcessor
 
-Rotation = tuple[Tensor, Tensor]
+_FUSED: dict[str, tuple[type[FusedBlock], Any]] = {
+    "FluxTransformerBlock": (FusedDoubleBlock, FusedAttnProcessor),
+    "FluxSingleTransformerBlock": (FusedSingleBlock, FusedAttnProcessor),
+    "Flux2TransformerBlock": (FusedFlux2DoubleBlock, FusedAttnProcessor),
+    "Flux2SingleTransformerBlock": (FusedFlux2SingleBlock, FusedParallelAttnProcessor),
+}
+"""diffusers' blocks by class name, and what replaces them and their attention processors."""
 
 
 def fuse(network: nn.Module, ops: Ops, attention_backend: str, *, blocks: bool = True) -> None:
-    """Change a `FluxTransformer2DModel`, adapted or not, in place.
+    """Change a network, adapted or not, in place.
 
     Args:
-        network: with diffusers' own blocks.
+        network: with diffusers' own blocks, of the kinds in `_FUSED`.
         ops: the operations that the fused modules call.
         attention_backend: one of `scfm_core.kernels.attention.BACKENDS`.
         blocks: also replace the blocks and the adapters' products; else only the attention processors.
     """
-    processor = FusedFluxAttnProcessor(ops, attention_backend)
-    for kind, fused in (("transformer_blocks", FusedDoubleBlock), ("single_transformer_blocks", FusedSingleBlock)):
-        stack: nn.ModuleList = getattr(network, kind)
+    for stack in (network.transformer_blocks, network.single_transformer_blocks):
+        assert isinstance(stack, nn.ModuleList)
         for number, block in enumerate(stack):
-            block.attn.set_processor(processor)  # type: ignore[operator, union-attr]
+            fused, processor = _FUSED[type(block).__name__]
+            block.attn.set_processor(processor(ops, attention_backend))  # type: ignore[operator, union-attr]
             if blocks:
                 stack[number] = fused(block, ops)
     if blocks:
         for module in network.modules():
             if isinstance(module, LoRALinear):
                 module.product = ops.lora_linear
-
-
-class FusedFluxAttnProcessor:
-    """diffusers' `FluxAttnProcessor` with norm, rotation and joining fused, and a selectable attention backend."""
-
-    def __init__(self, ops: Ops, backend: str) -> None:
-        self.ops, self.backend = ops, backend
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: Rotation | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """As in diffusers: [B, S, D] -> [B, S, D]; with a text stream, the projected results of image and text.
-
-        Raises:
-            ValueError: for a mask, or without a rotary embedding.
-        """
-        if attention_mask is not None or image_rotary_emb is None:
-            raise ValueError("the fused attention takes a rotary embedding and no mask; set kernels.fused: none")
-        query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-        text_query = text_key = text_weight_q = text_weight_k = None
-        if encoder_hidden_states is not None:
-            text_query, text_key = attn.add_q_proj(encoder_hidden_states), attn.add_k_proj(encoder_hidden_states)
-            value = torch.cat([attn.add_v_proj(encoder_hidden_states), value], dim=1)
-            text_weight_q, text_weight_k = attn.norm_added_q.weight, attn.norm_added_k.weight
-        eps = attn.norm_q.eps
-        query = self.ops.norm_rope(
-            query, text_query, attn.norm_q.weight, text_weight_q, *image_rotary_emb, attn.heads, eps
-        )
-        key = self.ops.norm_rope(key, text_key, attn.norm_k.weight, text_weight_k, *image_rotary_emb, attn.heads, eps)
-        result = attention(query, key, value.unflatten(-1, (attn.heads, -1)), self.backend).flatten(2, 3)
-        if encoder_hidden_states is None:
-            return result
-        # The backward of `split` is one concatenation. A product adds its bias itself only if its input is contiguous.
-        text, image = result.split([encoder_hidden_states.shape[1], hidden_states.shape[1]], dim=1)
-        return attn.to_out[1](attn.to_out[0](image.contiguous())), attn.to_add_out(text.contiguous())
-
-
-class FusedDoubleBlock(nn.Module):
-    """diffusers' `FluxTransformerBlock` with fused operations, around the same layers under the same names."""
-
-    norm1: Any
-    norm1_context: Any
-    attn: Any
-    ff: Any
-    ff_context: Any
-
-    def __init__(self, block: nn.Module, ops: Ops) -> None:
-        super().__init__()
-        _adopt_layers(self, block)
-        self.ops = ops
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        temb: Tensor,
-        image_rotary_emb: Rotation,
-        joint_attention_kwargs: dict[str, Any] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """As in diffusers; returns text and image stream."""
-        assert not joint_attention_kwargs, "adapters in joint_attention_kwargs are not supported"
-        embedded = F.silu(temb)
-        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.norm1.linear(embedded).chunk(6, dim=1)
-        text_shift, text_scale, text_gate, text_shift_mlp, text_scale_mlp, text_gate_mlp = self.norm1_context.linear(
-            embedded
-        ).chunk(6, dim=1)
-        branch, text_branch = self.attn(
-            hidden_states=self.ops.modulate(hidden_states, scale, shift),
-            encoder_hidden_states=self.ops.modulate(encoder_hidden_states, text_scale, text_shift),
-            image_rotary_emb=image_rotary_emb,
-        )
-        image, normed = self.ops.gated_modulate(hidden_states, branch, gate, scale_mlp, shift_mlp)
-        image = self.ops.gate_residual(image, self.ff(normed), gate_mlp)
-        text, normed = self.ops.gated_modulate(
-            encoder_hidden_states, text_branch, text_gate, text_scale_mlp, text_shift_mlp
-        )
-        return self.ops.gate_residual(text, self.ff_context(normed), text_gate_mlp), image
-
-
-class FusedSingleBlock(nn.Module):
-    """diffusers' `FluxSingleTransformerBlock` with fused operations, around the same layers under the same names."""
-
-    norm: Any
-    attn: Any
-    proj_mlp: Any
-    proj_out: Any
-
-    def __init__(self, block: nn.Module, ops: Ops) -> None:
-        super().__init__()
-        _adopt_layers(self, block)
-        self.ops = ops
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        temb: Tensor,
-        image_rotary_emb: Rotation,
-        joint_attention_kwargs: dict[str, Any] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """As in diffusers; returns text and image stream."""
-        assert not joint_attention_kwargs, "adapters in joint_attention_kwargs are not supported"
-        joint = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-        shift, scale, gate = self.norm.linear(F.silu(temb)).chunk(3, dim=1)
-        normed = self.ops.modulate(joint, scale, shift)
-        attended = self.attn(hidden_states=normed, image_rotary_emb=image_rotary_emb)
-        branch = self.proj_out(self.ops.gelu_concat(attended, self.proj_mlp(normed)))
-        joint = self.ops.gate_residual(joint, branch, gate)
-        text, image = joint.split([encoder_hidden_states.shape[1], hidden_states.shape[1]], dim=1)
-        return text, image
-
-
-def _adopt_layers(module: nn.Module, block: nn.Module) -> None:
-    for name, child in block.named_children():
-        setattr(module, name, child)

@@ -29,6 +29,7 @@ from scfm_core.kernels.modulate import (
 )
 from scfm_core.kernels.norm_rope import _backward as _norm_rope_backward
 from scfm_core.kernels.norm_rope import norm_rope
+from scfm_core.kernels.swiglu_concat import _swiglu_backward, swiglu_concat
 
 
 class NoDevice:
@@ -58,14 +59,14 @@ def resources(kernel: Any) -> dict[str, int]:
     return {"registers": registers, "stack": stack, "shared": kernel.metadata.shared}
 
 
-def launch_all(dtype: torch.dtype, dim: int) -> None:
-    """Every op once, at Flux's widths; compiled code does not depend on the number of rows."""
-    heads, rows = 3072 // dim, 16
+def launch_all(dtype: torch.dtype, width: int, dim: int) -> None:
+    """Every op once; compiled code does not depend on the number of rows."""
+    heads, rows = width // dim, 16
 
     def tensor(*shape: int) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype)
 
-    x, row = tensor(2, rows, 3072), tensor(2, 3072)
+    x, row = tensor(2, rows, width), tensor(2, width)
     angles, weight = torch.empty(2 * rows, dim), tensor(dim)
     statistic = torch.empty(2, rows)
     joint = tensor(2, 2 * rows, heads, dim)
@@ -78,8 +79,11 @@ def launch_all(dtype: torch.dtype, dim: int) -> None:
     _gated_backward(x, x, x, x, row, row, statistic, statistic)
     gate_residual(x, x, row)
     _gate_backward(x, x, row)
-    gelu_concat(x, tensor(2, rows, 12288))
-    _gelu_backward(tensor(2, rows, 12288), tensor(2, rows, 12288))
+    gelu_concat(x, tensor(2, rows, 4 * width))
+    _gelu_backward(tensor(2, rows, 4 * width), tensor(2, rows, 4 * width))
+    for attention in (x, None):
+        swiglu_concat(attention, tensor(2, rows, 6 * width))
+    _swiglu_backward(tensor(2, rows, 3 * width), tensor(2, rows, 6 * width))
     for keys in (128, 133):
         query, key = tensor(2, keys, heads, dim), tensor(2, keys, heads, dim)
         _flash(query, key, key)
@@ -96,14 +100,16 @@ def main() -> None:
         return result
 
     JITFunction.run = compile_only
-    cases = [(torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float32, 128)]
+    # The widths of Flux.1 (FLUX.2 klein's are compiled to the same code) and of FLUX.2-dev.
+    cases = [(torch.bfloat16, 3072, 64), (torch.bfloat16, 3072, 128), (torch.bfloat16, 6144, 128)]
+    cases += [(torch.float32, 3072, 128)]
     for capability in (80, 90):
         triton.runtime.driver.set_active(NoDevice(capability))
-        for dtype, dim in cases if capability == 80 else cases[:2]:  # fp32 is compiled once
+        for dtype, width, dim in cases if capability == 80 else cases[:3]:  # fp32 is compiled once
             compiled.clear()
-            launch_all(dtype, dim)
+            launch_all(dtype, width, dim)
             for name, kernel in compiled.values():
-                row = {"kernel": name, "capability": capability, "dtype": str(dtype), "dim": dim}
+                row = {"kernel": name, "capability": capability, "dtype": str(dtype), "width": width, "dim": dim}
                 print(json.dumps(row | resources(kernel)), flush=True)
 
 
