@@ -14,7 +14,7 @@ from scfm_core.models.sd3 import SD3
 from scfm_core.models.weights import is_local, resolve_folder
 from scfm_core.models.z_image import ZImage
 
-FAMILIES: tuple[type[ModelFamily], ...] = (Flux, SD3, Flux2, QwenImage, ZImage, Krea2, Sana)
+FAMILIES: tuple[type[ModelFamily], ...] = (Flux, Flux2, SD3, QwenImage, ZImage, Krea2, Sana)
 
 
 def open_family(path: str, *, offline: bool = False) -> ModelFamily:
