@@ -129,7 +129,7 @@ def test_latents_are_those_of_the_pipeline(folders, dtype):
     assert torch.equal(latents, pipe._encode_vae_image(images.to(dtype), None))
     plain = pipe.vae.decode(pipe.vae.encode(images.to(dtype)).latent_dist.mode()).sample
     expected = pipe.image_processor.postprocess(plain, output_type="pt").float()
-    torch.testing.assert_close(vae.decode(latents), expected, rtol=0, atol=0.02 if dtype == torch.bfloat16 else 1e-5)
+    torch.testing.assert_close(vae.decode(latents), expected, rtol=0, atol=0.03 if dtype == torch.bfloat16 else 1e-5)
 
 
 def test_the_shift_is_the_pipelines(folders):
