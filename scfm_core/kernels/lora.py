@@ -24,7 +24,8 @@ def lora_linear_reference(
 def lora_add(base: Tensor, x: Tensor, down: Tensor, up: Tensor, scale: Tensor) -> Tensor:
     """`base + scale * (x A^T) B^T`, for a base product [B, ..., out] that was computed before.
 
-    The first axis may also be B * n: then each sample has n adjacent rows, such as the text tokens in Krea 2's attention over layers.
+    The first axis may also be B * n, with n adjacent rows of each sample. Krea 2's attention over the layers of its
+    text encoder has samples x tokens there.
     """
     # Scale the narrow product, where it costs least, and in fp32: in bf16, 3 ** -0.5 would be off by up to 0.2 %.
     low = _scaled(F.linear(x, down), scale).to(x.dtype)

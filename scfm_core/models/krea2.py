@@ -1,4 +1,4 @@
-"""Krea 2 on diffusers' `Krea2Transformer2DModel`: one stream of text and image tokens, hidden states of many layers as text.
+"""Krea 2 on diffusers' `Krea2Transformer2DModel`: one stream of tokens, and hidden states of many layers as text.
 
 Conventions are those of diffusers' `Krea2Pipeline`; see also https://github.com/krea-ai/krea-2.
 """
@@ -61,7 +61,7 @@ class Krea2(qwen_vae.QwenVAE):
         return {"text": (text_length, self.network_config["num_text_layers"], self.network_config["text_hidden_dim"])}
 
     def predict(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        """See `ModelFamily`. All text tokens have position 0, so it does not matter where masked ones are, and how many."""
+        """See `ModelFamily`. All text tokens have position 0, so place and number of masked ones do not matter."""
         height, width = x.shape[-2:]
         dtype, text = dtype_of(network), cond.fields["text"]
         positions = image_ids(height, width, x.device)

@@ -36,10 +36,7 @@ _MODELS = {
 
 
 class Sana(ModelFamily):
-    """Sana 1.0 and 1.5 in diffusers' format.
-
-    The pipelines of these models have a multi-step solver, DPM-Solver, on a grid of the same shift; scfm samples with Euler.
-    """
+    """Sana 1.0 and 1.5 in diffusers' format. Its pipeline has DPM-Solver on a grid of this shift; scfm has Euler."""
 
     pipelines = ("SanaPipeline",)
     fields: ClassVar[dict[str, FieldKind]] = {"text": "masked"}
@@ -99,8 +96,8 @@ class Sana(ModelFamily):
     ) -> tuple[dict[str, Tensor], tuple[int, ...] | None]:
         """See `ModelFamily`.
 
-        The pipeline writes an instruction before a caption ("Given a user prompt, generate an ..."), and keeps the first token and
-        those from the instruction's last token on. The empty caption is the negative prompt, which has no instruction.
+        The pipeline writes an instruction before a caption ("Given a user prompt, ..."), and keeps the first token and
+        those from the instruction's last token on. The empty caption is the negative prompt, without instruction.
         """
         rows: list[Tensor] = [torch.empty(0)] * len(captions)
         for is_empty, instruction in ((False, _instruction()), (True, None)):

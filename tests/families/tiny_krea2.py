@@ -6,8 +6,9 @@ import torch
 from tiny_words import word_tokenizer
 
 TEMPLATE = (
-    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships of the "
-    "objects and background:<|im_end|>\n<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n"
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
+    "spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n<|im_end|>\n"
+    "<|im_start|>assistant\n"
 )
 """Qwen's, around an empty caption. The pipeline drops 34 tokens of it and keeps 5, so each word must be one token."""
 

@@ -37,6 +37,8 @@ def test_all_promised_recipes_exist():
         "flux_dev_fewshot",
         "flux_dev_paper",
         "flux_pretrain",
+        "krea2_lora",
+        "sana_lora",
         "sd35_large_guidance",
         "sd35_large_lora",
         "sd35_large_paper",
