@@ -22,6 +22,7 @@ from scfm_core.train.device import compute_dtype
 from scfm_core.train.kernels import Kernels
 from scfm_core.train.network import compile_blocks, set_activation_checkpointing
 from scfm_core.train.rules import check_model, check_shards, micro_batches
+from scfm_core.train.trace import trace_forward
 
 
 def build_family(config: RunConfig, *, offline: bool = False) -> ModelFamily:
@@ -117,7 +118,10 @@ def build_model(
         if adapted is not None:
             prepare(network, True, adapted.bank.filling(start))
             if config.kernels.fp8 and layout is not None:
-                adapted.bank.quantise()
+                latents = family.latent_shape(*config.data.resolution)
+                adapted.bank.quantise(
+                    trace_forward(family, family.meta_network(), latents, config.model.text_length).rows
+                )
             return adapted
         networks = {}
         roles = ADAPTERS if layout is not None else (config.sample.weights,)

@@ -1,10 +1,11 @@
 """Memory of a run by part, on one GPU and in host memory of one node, computed from the architecture."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
-from scfm_core.models.adapters import is_for_fp8
+from scfm_core.models.adapters import LoRALinear, is_for_fp8
 from scfm_core.models.protocol import ModelFamily
 from scfm_core.models.tensor_files import CHUNK
 from scfm_core.train.config import RunConfig
@@ -50,6 +51,7 @@ def estimate_memory(
     config: RunConfig,
     family: ModelFamily,
     network: nn.Module,
+    rows: Mapping[str, int],
     base: int,
     trained: int,
     tokens: int,
@@ -64,6 +66,7 @@ def estimate_memory(
         config: the run.
         family: its model.
         network: on the meta device, adapted if the run trains adapters.
+        rows: input rows of each linear for one sample, by name.
         base: number of parameters of the pre-trained network.
         trained: number of trained parameters.
         tokens: image and text tokens of a sample.
@@ -77,7 +80,11 @@ def estimate_memory(
     weights = {
         "frozen base" if lora else "teacher": base * width * has_teacher / share.weights,
         "fp8 copies of it": float(
-            sum(m.base_layer.weight.numel() for name, m in network.named_modules() if is_for_fp8(name, m))  # type: ignore[union-attr]
+            sum(
+                layer.base_layer.weight.numel()
+                for name, layer in network.named_modules()
+                if isinstance(layer, LoRALinear) and is_for_fp8(layer, rows.get(name, 0))
+            )
             if config.kernels.fp8
             else 0
         ),
