@@ -9,6 +9,7 @@ from scfm_core.models.adapters import LoRALinear, is_for_fp8
 from scfm_core.models.protocol import ModelFamily
 from scfm_core.models.tensor_files import CHUNK
 from scfm_core.train.config import RunConfig
+from scfm_core.train.from_cache import is_without_text
 from scfm_core.train.rules import micro_batches
 
 REDUCE_BUCKET = 500_000_000  # elements; DeepSpeed's default
@@ -42,9 +43,12 @@ def shares(config: RunConfig, world: int) -> Shares:
     return Shares(*(world if engine.zero_stage >= stage else 1 for stage in (3, 2, 1)))
 
 
-def has_folder(config: RunConfig) -> bool:
-    """Whether images are read from a folder: then the encoders run beside the network. Shards may hold images or a cache."""
-    return any(source.format == "folder" for source in config.data.mixture())
+def needs_encoders(config: RunConfig) -> bool:
+    """Whether the encoders run beside the network: for images of a folder, and for a cache of latents alone, if it is on this machine.
+
+    Other shards may hold images, or a cache.
+    """
+    return any(source.format == "folder" or is_without_text(source) for source in config.data.mixture())
 
 
 def estimate_memory(
@@ -98,7 +102,7 @@ def estimate_memory(
         "Adam (fp32)": 8 * trained / share.optimizer,
     }
     working = {
-        "encoders (on the fly)": float(family.encoder_bytes * has_folder(config)),
+        "encoders (on the fly)": float(family.encoder_bytes * needs_encoders(config)),
         "gathered weights (a guess)": _gathered(config, family, network, share, width),
         "reduce bucket (fp32)": 4 * min(REDUCE_BUCKET, trained) * zero,
         "activations (a guess)": micro_batches(config, world).size
@@ -119,7 +123,7 @@ def _of_a_node(
     readers = 1 if is_zero_3 else a_node  # DeepSpeed sends every weight from rank 0 to the others
     needs_captions = bool(config.sample.every) or config.method.caption_dropout > 0 or family.passes == 2
     # With a cache, rank 0 alone encodes the prompts. Data that are no cache are encoded by every process.
-    encoders = a_node if has_folder(config) else int(needs_captions)
+    encoders = a_node if needs_encoders(config) else int(needs_captions)
     state = 20 * trained / shares(config, world).weights * config.checkpoint.asynchronous
     return {
         **{name: a_node * size for name, size in offloaded.items()},

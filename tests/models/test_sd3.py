@@ -192,7 +192,7 @@ def test_guided_paths_in_one_pass(make_sd3, folder, tmp_path):
         "--model",
         str(folder),
     ]
-    assert main([*generate, *words, "--keep-padding", "--guidance", "4.7", "--shift", "3"]) == 0  # not a number of fp32
+    assert main([*generate, *words, "--guidance", "4.7", "--shift", "3"]) == 0  # not a number of fp32
     paths = {
         "data.path": str(tmp_path / "paths"),
         "method.trajectory_fraction": 1.0,

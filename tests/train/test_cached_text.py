@@ -25,6 +25,7 @@ from scfm_core.models.encoders import TextEncoders
 from scfm_core.models.families import open_family
 from scfm_core.models.flux import Flux
 from scfm_core.models.protocol import FieldKind
+from scfm_core.train.estimate import estimate
 from scfm_core.train.inputs import BatchEncoder
 from scfm_core.train.trainer import Trainer
 
@@ -102,8 +103,12 @@ def test_captions_encoded_in_the_run_give_the_losses_of_cached_text(tiny, kept, 
 def test_every_rank_encodes_the_captions_of_a_cache_without_text(tiny, make_config, tmp_path):
     config = make_config({"data.path": str(encoded(tiny, tmp_path / "latents", latents_only=True))})
     world: Any = SimpleNamespace(is_main=False, together=contextlib.nullcontext)
-    encoder = BatchEncoder(config, open_family(str(tiny / "flux")), Corpus(config.data), torch.device("cpu"), (), world)
+    family = open_family(str(tiny / "flux"))
+    encoder = BatchEncoder(config, family, Corpus(config.data), torch.device("cpu"), (), world)
     assert (encoder.text is not None, encoder.vae) == (True, None)
+    part = "encoders (on the fly)"
+    assert estimate(config, family).memory[part] == family.encoder_bytes > 0
+    assert estimate(make_config({"data.path": str(tiny / "cache")}), family).memory[part] == 0
 
 
 @pytest.mark.parametrize("trim", [False, True])
