@@ -118,10 +118,7 @@ def build_model(
         if adapted is not None:
             prepare(network, True, adapted.bank.filling(start))
             if config.kernels.fp8 and layout is not None:
-                latents = family.latent_shape(*config.data.resolution)
-                adapted.bank.quantise(
-                    trace_forward(family, family.meta_network(), latents, config.model.text_length).rows
-                )
+                adapted.bank.quantise(_traced_rows(config, family))
             return adapted
         networks = {}
         roles = ADAPTERS if layout is not None else (config.sample.weights,)
@@ -135,6 +132,12 @@ def build_model(
             networks["teacher"] = family.empty_network(dtype)
             prepare(networks["teacher"], False, pretrained)
     return FullModel(family, networks, shapes, dtype)
+
+
+def _traced_rows(config: RunConfig, family: ModelFamily) -> dict[str, int]:
+    """Input rows of each linear, for one sample of the run."""
+    latents = family.latent_shape(*config.data.resolution)
+    return trace_forward(family, family.meta_network(), latents, config.model.text_length).rows
 
 
 def _adapted(config: RunConfig, family: ModelFamily, network: nn.Module) -> LoRAModel:

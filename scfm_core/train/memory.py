@@ -83,15 +83,7 @@ def estimate_memory(
     has_teacher = lora or config.method.has_teacher
     weights = {
         "frozen base" if lora else "teacher": base * width * has_teacher / share.weights,
-        "fp8 copies of it": float(
-            sum(
-                layer.base_layer.weight.numel()
-                for name, layer in network.named_modules()
-                if isinstance(layer, LoRALinear) and is_for_fp8(layer, rows.get(name, 0))
-            )
-            if config.kernels.fp8
-            else 0
-        ),
+        "fp8 copies of it": _fp8_copies(network, rows) * config.kernels.fp8,
         "student (fp32)": 4 * trained / share.weights,
         "EMAs, fast and slow (fp32)": 8 * trained / share.weights,
     }
@@ -113,6 +105,16 @@ def estimate_memory(
         offloaded = optimizer if zero else {**weights, **optimizer}
     on_gpu = {name: size for name, size in {**weights, **optimizer}.items() if name not in offloaded}
     return Memory({**on_gpu, **working}, _of_a_node(config, family, trained, world, a_node, offloaded))
+
+
+def _fp8_copies(network: nn.Module, rows: Mapping[str, int]) -> float:
+    return float(
+        sum(
+            layer.base_layer.weight.numel()
+            for name, layer in network.named_modules()
+            if isinstance(layer, LoRALinear) and is_for_fp8(layer, rows.get(name, 0))
+        )
+    )
 
 
 def _of_a_node(
