@@ -16,6 +16,7 @@ from scfm_core.flow.schedule import sigma_grid
 from scfm_core.models.conditioning import Conditioning
 from scfm_core.models.encoders import Autoencoder, TextEncoders, load_tokenizer
 from scfm_core.models.families import open_family
+from scfm_core.models.initial import zero_modulation
 
 PROMPTS = ["a handwritten digit three", "a seven"]
 VARIANTS = ("klein", "dev")
@@ -155,6 +156,29 @@ def test_a_distilled_klein_is_not_guided(folders, tmp_path):
     (tmp_path / "distilled" / "model_index.json").write_text(json.dumps(index | {"is_distilled": True}))
     kinds = [open_family(str(path)).guidance_kind for path in (tmp_path / "distilled", *folders.iterdir())]
     assert sorted(kinds) == ["input", "none", "passes"] and kinds[0] == "none"
+
+
+@torch.no_grad()
+def test_from_scratch_every_block_starts_as_the_identity(folders):
+    family = open_family(str(folders / "klein"))
+    network = family.load_network(torch.float32, "cpu")
+    zero_modulation(network)
+    changes = []
+    for block in network.single_transformer_blocks:
+        block.register_forward_hook(
+            lambda module, arguments, inputs, output: changes.append(output - inputs["hidden_states"]),
+            with_kwargs=True,
+        )
+    for block in network.transformer_blocks:
+        block.register_forward_hook(
+            lambda module, arguments, inputs, output: changes.append(output[1] - inputs["hidden_states"]),
+            with_kwargs=True,
+        )
+    fields = {name: torch.randn(1, *shape) for name, shape in family.shapes(8).items()}
+    x = torch.randn(1, *family.latent_shape(HEIGHT, WIDTH))
+    velocity = family.predict(network, x, torch.ones(1), Conditioning(fields=fields))
+    assert len(changes) == len(family.blocks(network)) and not any(bool(change.any()) for change in changes)
+    assert not velocity.any()
 
 
 @pytest.mark.parametrize(
