@@ -161,8 +161,13 @@ ConfigMaker = Callable[..., RunConfig]
 @pytest.fixture
 def tree(tiny: Path, tmp_path: Path) -> dict[str, Any]:
     """The smallest complete configuration, as plain values."""
+    return smallest_tree(tiny, tmp_path / "run")
+
+
+def smallest_tree(tiny: Path, run_dir: Path) -> dict[str, Any]:
+    """See `tree`."""
     return {
-        "run": {"dir": str(tmp_path / "run"), "device": "cpu"},
+        "run": {"dir": str(run_dir), "device": "cpu"},
         "model": {"path": str(tiny / "flux"), "text_length": 8},
         "data": {"path": str(tiny / "cache"), "resolution": [16, 16], "num_workers": 0},
         "method": {"self_grids": [16, 8, 4, 2]},
