@@ -18,7 +18,8 @@ from scfm_core.kernels.fp8 import Fp8Weight, fits, fp8_linear, quantise
 from scfm_core.kernels.lora import lora_add, lora_linear_reference
 
 ADAPTERS = ("student", "ema_fast", "ema_slow")
-_PER_SAMPLE_LAYERS = re.compile(r"(^|\.)(norm\w*|\w*modulation\w*|time_\w*embed)\.")  # names in diffusers' transformers
+_PER_SAMPLE_LAYERS = re.compile(r"(^|\.)(norm\w*|\w*modulation\w*|time_\w*embed|distilled_guidance_layer)\.")
+"""Names in diffusers' transformers."""
 
 
 @dataclass(frozen=True, kw_only=True)

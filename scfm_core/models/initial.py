@@ -32,7 +32,8 @@ def parameters_on_meta(*, only_drawn: bool = False) -> Iterator[None]:
 
 def is_modulation(name: str, module: nn.Module) -> bool:
     """Whether a module of a network starts at zero: adaLN-zero (DiT, arXiv 2212.09748)."""
-    return isinstance(module, nn.Linear) and ("norm" in name or "modulation" in name or name == "proj_out")
+    is_last = name in ("proj_out", "distilled_guidance_layer.out_proj")
+    return isinstance(module, nn.Linear) and ("norm" in name or "modulation" in name or is_last)
 
 
 def zero_modulation(network: nn.Module) -> None:
