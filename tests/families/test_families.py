@@ -54,6 +54,7 @@ CASES = {
     "krea2": Case(4.5, module="tiny_krea2"),
     # Its pipeline makes only multiples of 32 pixels.
     "sana": Case(4.5, module="tiny_sana", sides=(32, 64, 96)),
+    "chroma": Case(3.0, module="tiny_chroma"),
 }
 
 
@@ -246,7 +247,7 @@ EXPLAINED = {
 
 
 def test_only_models_and_kernels_name_families():
-    words = r"flux|sd3|stable.diffusion|qwen|z.?image|krea|\bsana\b"
+    words = r"flux|sd3|stable.diffusion|qwen|z.?image|krea|\bsana\b|chroma"
     root = Path(__file__).parents[2]
     files = [path for package in ("scfm_core", "data_tools") for path in (root / package).rglob("*.py")]
     models = (root / "scfm_core/models", root / "scfm_core/kernels")
