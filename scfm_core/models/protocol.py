@@ -42,7 +42,8 @@ class ModelFamily(ABC):
     """Class names of diffusers' pipelines of this family."""
     known: ClassVar[dict[str, dict[str, Any]]]
     """Architectures by hub id, for a dry run without network access: `transformer` and `vae` as in their config.json,
-    `encoder_bytes`, the bytes of text encoders and VAE in bf16, and `pipeline`, if it is not the first of `pipelines`."""
+    `encoder_bytes`, the bytes of text encoders and VAE in bf16; if they matter, `scheduler` and `pipeline`, which is the first of
+    `pipelines` by default."""
     fields: ClassVar[dict[str, FieldKind]]
     """What the text encoders give, by name. Not the names of other tensors in a shard: `latents`, `velocities`, `sigmas`, `guidance`."""
     tokenizer: ClassVar[str] = "tokenizer"
@@ -97,6 +98,13 @@ class ModelFamily(ABC):
             if component == "vae" or component.startswith("text_encoder")
             for file in (folder / component).glob("*.safetensors")
         )
+
+    @cached_property
+    def scheduler_config(self) -> dict[str, Any]:
+        """`scheduler/scheduler_config.json`."""
+        if (known := self.known.get(str(self.folder))) is not None:
+            return dict(known.get("scheduler", {}))
+        return component_config(self.folder, "scheduler", "scheduler_config.json")
 
     @property
     @abstractmethod
@@ -351,6 +359,13 @@ class ModelFamily(ABC):
     def text_tokens(self, text_length: int) -> int:
         """Number of text tokens of the network, for `text_length` tokens of `tokenizer`."""
         return self.extra_tokens + text_length
+
+
+def rounded(timestep: Tensor, network: nn.Module) -> Tensor:
+    """A timestep in the dtype of a network's products, which diffusers' pipelines use: bf16 under autocast, or the parameters'."""
+    device = timestep.device.type
+    is_mixed = device != "meta" and torch.is_autocast_enabled(device)
+    return timestep.to(torch.get_autocast_dtype(device) if is_mixed else dtype_of(network))
 
 
 def dtype_of(network: nn.Module) -> torch.dtype:
