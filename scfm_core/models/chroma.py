@@ -3,6 +3,7 @@
 Conventions are those of diffusers' `ChromaPipeline`. The model: https://huggingface.co/lodestones/Chroma1-HD.
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -53,6 +54,8 @@ class Chroma(ModelFamily):
         """See `ModelFamily`."""
         from diffusers import ChromaTransformer2DModel
 
+        # diffusers warns of a class that it uses itself.
+        warnings.filterwarnings("ignore", "`FluxPosEmbed` is deprecated", FutureWarning)
         return ChromaTransformer2DModel
 
     def shapes(self, text_length: int) -> dict[str, tuple[int, ...]]:
