@@ -219,6 +219,6 @@ KREA2 = OtherTools(
         **_within("blocks.{}", "transformer_blocks.{}", _KREA2_BLOCK),
         "last.linear": "final_layer.linear",
     },
-    formats={"comfyui": "original"},
+    formats={"comfyui": "original", "kohya": "original"},
     shift_node="ModelSamplingFlux",
 )
