@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from scfm_core.errors import UserError
+from scfm_core.models.chroma import Chroma
 from scfm_core.models.flux import Flux
 from scfm_core.models.flux2 import Flux2
 from scfm_core.models.krea2 import Krea2
@@ -14,7 +15,7 @@ from scfm_core.models.sd3 import SD3
 from scfm_core.models.weights import is_local, resolve_folder
 from scfm_core.models.z_image import ZImage
 
-FAMILIES: tuple[type[ModelFamily], ...] = (Flux, Flux2, SD3, QwenImage, ZImage, Krea2, Sana)
+FAMILIES: tuple[type[ModelFamily], ...] = (Flux, Flux2, SD3, QwenImage, ZImage, Krea2, Sana, Chroma)
 
 
 def open_family(path: str, *, offline: bool = False) -> ModelFamily:

@@ -6,7 +6,7 @@ and diffusers' conversions of checkpoints (loaders/single_file_utils.py).
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 
@@ -103,6 +103,16 @@ FLUX = OtherTools(
     formats={"comfyui": "original", "kohya": "original"},
     comfyui_factors=("lora_down", "lora_up"),
     shift_node="ModelSamplingFlux",
+)
+
+# A pruned Flux.1. The layers that it does not have are absent from the network too.
+CHROMA = replace(
+    FLUX,
+    layers={
+        **FLUX.layers,
+        **_within("distilled_guidance_layer.layers.{}", "distilled_guidance_layer.layers.{}", _EMBEDDER),
+    },
+    swapped=(),
 )
 
 FLUX2 = OtherTools(

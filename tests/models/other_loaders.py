@@ -57,6 +57,11 @@ time_text_embed.text_embedder.linear_2       vector_in.out_layer
 time_text_embed.guidance_embedder.linear_1   guidance_in.in_layer
 time_text_embed.guidance_embedder.linear_2   guidance_in.out_layer
 """,
+    "Chroma": _FLUX_BLOCKS
+    + """
+distilled_guidance_layer.layers.*.linear_1   distilled_guidance_layer.layers.*.in_layer
+distilled_guidance_layer.layers.*.linear_2   distilled_guidance_layer.layers.*.out_layer
+""",
     "Flux2": _FLUX_BLOCKS
     + """
 time_guidance_embed.timestep_embedder.linear_1  time_in.in_layer
@@ -136,17 +141,21 @@ text_fusion.projector    txtfusion.projector
 final_layer.linear       last.linear
 """,
 }
-_NO_ALIAS = {"Flux2": r"\w+_stream_modulation.*|time_guidance_embed\..*"}
+_NO_ALIAS = {
+    "Flux2": r"\w+_stream_modulation.*|time_guidance_embed\..*",
+    "Chroma": r"distilled_guidance_layer\..*",
+}
 """Modules that ComfyUI does not know under diffusers' names."""
 KOHYA_READS = {
     "Flux": r"lora_unet_(double_blocks|single_blocks|img_in|time_in|vector_in|guidance_in|txt_in)_?.*",
+    "Chroma": r"lora_unet_(double_blocks|single_blocks|img_in|txt_in)_?.*",
     "SD3": r"lora_unet_(joint_blocks|context_embedder|t_embedder|x_embedder|y_embedder|final_layer)_?.*",
     "Flux2": r"lora_unet_(double_blocks|single_blocks)_.*",
     "ZImage": r"lora_unet_(layers|noise_refiner|context_refiner)_.*",
     "QwenImage": r"lora_unet_transformer_blocks_.*",
     "Krea2": r"lora_unet_.*",
 }
-"""Layers to which kohya's trainers attach a file's factors: sd-scripts (Flux.1, SD3), musubi-tuner (the others)."""
+"""Layers to which kohya's trainers attach a file's factors: sd-scripts (Flux.1, Chroma, SD3), musubi-tuner (the others)."""
 
 
 @dataclass(frozen=True)
@@ -182,8 +191,10 @@ class Patch:
 class ComfyUI:
     """ComfyUI's network of a family, as its loaders see it; or one with diffusers' layers."""
 
-    def __init__(self, family: ModelFamily, *, has_diffusers_layers: bool = False) -> None:
-        self.linears = {n: m for n, m in family.meta_network().named_modules() if isinstance(m, nn.Linear)}
+    def __init__(
+        self, family: ModelFamily, linears: dict[str, nn.Linear], *, has_diffusers_layers: bool = False
+    ) -> None:
+        self.linears = linears
         kind = type(family).__name__
         facts = [(*line.split(), "")[:3] for line in _FACTS[kind].splitlines() if line]
         facts = [] if has_diffusers_layers else facts
