@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scfm_core.kernels.ops import Ops
+from scfm_core.models import fused, original_names
 from scfm_core.models.conditioning import Conditioning
 from scfm_core.models.flux import timestep_of
-from scfm_core.models.fused import fuse
 from scfm_core.models.protocol import FieldKind, ModelFamily, dtype_of
 
 # Pipeline, double and single blocks, heads, features of the text; parameters of text encoder (Mistral Small 3.2 with its vision
@@ -35,6 +35,7 @@ class Flux2(ModelFamily):
     patch = 1
     block_lists = ("transformer_blocks", "single_transformer_blocks")
     has_kernels = True
+    other_tools = original_names.FLUX2
     known: ClassVar[dict[str, dict[str, Any]]] = {
         f"black-forest-labs/FLUX.2-{name}": {
             "pipeline": pipeline,
@@ -100,7 +101,7 @@ class Flux2(ModelFamily):
 
     def fuse(self, network: nn.Module, ops: Ops, attention_backend: str, *, blocks: bool) -> None:
         """See `ModelFamily`."""
-        fuse(network, ops, attention_backend, blocks=blocks)
+        fused.fuse(network, ops, attention_backend, blocks=blocks)
 
     def encode_prompt(
         self, pipeline: Any, captions: Sequence[str], device: torch.device, text_length: int
