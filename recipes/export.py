@@ -10,6 +10,7 @@ from torch import Tensor
 from scfm_core.errors import UserError
 from scfm_core.files import check_writable, saving
 from scfm_core.models.adapters import merge
+from scfm_core.models.fused_base import describe
 from scfm_core.models.protocol import ModelFamily
 from scfm_core.models.weights import ADAPTER_FILE, component_config, save_adapter, save_pipeline
 from scfm_core.scfm.method import sampling_strength
@@ -112,6 +113,8 @@ def adapter_metadata(config: RunConfig, family: ModelFamily) -> dict[str, Any]:
         "strength_by_steps": {str(n): round(sampling_strength(gain, n), 6) for n in _CARD_STEPS},
         "shift": config.sample.shift,
         "guidance": student_guidance(config, family),
+        "teacher_guidance": config.sample.guidance,
+        "adapters": {Path(adapter.path).name: adapter.weight for adapter in config.model.adapters},
         "text_length": config.model.text_length,
         "resolution": list(config.data.resolution),
     }
@@ -174,7 +177,7 @@ def adapter_card(config: RunConfig, family: ModelFamily) -> str:
 
 Base model: `{config.model.path}`. {_advice(config, family)}
 
-{table}```python
+{table}{describe(config.model.adapters)}```python
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, {family.pipeline}
 
