@@ -206,7 +206,7 @@ def _data(root: Path, size: int) -> tuple[str, str]:
 
 def _cached(size: int) -> tuple[object, ...]:
     """How texts and latents are stored."""
-    return "--resolution", size, size, "--text-length", 8, "--keep-padding", "--dtype", "float32"
+    return "--resolution", size, size, "--text-length", 8, "--dtype", "float32"
 
 
 def _scfm(*words: object) -> int:

@@ -93,7 +93,7 @@ COMMANDS = {
         lambda folder: _digest(folder / "adapter" / "pytorch_lora_weights.safetensors"),
         _kept_steps,
     ),
-    "encode": Command(f"data encode TINY/digits -o OUT {_CACHE} --keep-padding", _manifest, _kept_shards),
+    "encode": Command(f"data encode TINY/digits -o OUT {_CACHE}", _manifest, _kept_shards),
     "generate": Command(
         f"data generate WORK/prompts.txt -o OUT {_CACHE} --per-prompt 12 --steps 8", _manifest, _kept_shards
     ),

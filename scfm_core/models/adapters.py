@@ -6,7 +6,7 @@ frozen base, so rows of the teacher and rows of an EMA share one forward.
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,7 +18,6 @@ from scfm_core.kernels.fp8 import Fp8Weight, fits, fp8_linear, quantise
 from scfm_core.kernels.lora import lora_add, lora_linear_reference
 
 ADAPTERS = ("student", "ema_fast", "ema_slow")
-_PER_SAMPLE_LAYERS = re.compile(r"(^|\.)(norm\w*|\w*modulation\w*|time_\w*embed)\.")  # names in diffusers' transformers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,13 +95,13 @@ class LoRALinear(nn.Module):
         return self.lora_A[adapter].weight, self.lora_B[adapter].weight  # type: ignore[return-value]
 
 
-def is_for_fp8(name: str, layer: nn.Module) -> bool:
-    """Whether a module of the network gets an fp8 copy of its weight.
+def is_for_fp8(layer: LoRALinear, rows: int) -> bool:
+    """Whether a linear gets an fp8 copy of its weight; `rows` is the number of its input rows for one sample.
 
-    Layers whose input is one row per sample (modulations, embedders) do not: they cost little, and their rounding error
-    affects every token.
+    Layers of one row per sample (modulations, embedders of the time) do not: they cost little, and their rounding error affects
+    every token.
     """
-    return isinstance(layer, LoRALinear) and fits(layer.base_layer.weight) and not _PER_SAMPLE_LAYERS.search(name)
+    return rows > 1 and fits(layer.base_layer.weight)
 
 
 class LoRABank:
@@ -192,10 +191,14 @@ class LoRABank:
         self.selection.scale = None if strength is None else strength * (self.config.alpha / self.config.rank)
 
     @torch.no_grad()
-    def quantise(self) -> None:
-        """Make fp8 copies of the adapted linears' base weights, for forwards with `select(..., in_fp8=True)`."""
+    def quantise(self, rows: Mapping[str, int]) -> None:
+        """Make fp8 copies of the adapted linears' base weights, for forwards with `select(..., in_fp8=True)`.
+
+        Args:
+            rows: input rows of each linear for one sample, by name; a linear without a number is not used.
+        """
         for name, layer in self.layers.items():
-            if is_for_fp8(name, layer):
+            if is_for_fp8(layer, rows.get(name, 0)):
                 layer.fp8 = Fp8Weight(*quantise(layer.base_layer.weight))
 
     def parameters(self, adapter: str) -> dict[str, nn.Parameter]:

@@ -22,6 +22,7 @@ from scfm_core.train.device import compute_dtype
 from scfm_core.train.kernels import Kernels
 from scfm_core.train.network import compile_blocks, set_activation_checkpointing
 from scfm_core.train.rules import check_model, check_shards, micro_batches
+from scfm_core.train.trace import trace_forward
 
 
 def build_family(config: RunConfig, *, offline: bool = False) -> ModelFamily:
@@ -117,7 +118,7 @@ def build_model(
         if adapted is not None:
             prepare(network, True, adapted.bank.filling(start))
             if config.kernels.fp8 and layout is not None:
-                adapted.bank.quantise()
+                adapted.bank.quantise(_traced_rows(config, family))
             return adapted
         networks = {}
         roles = ADAPTERS if layout is not None else (config.sample.weights,)
@@ -131,6 +132,12 @@ def build_model(
             networks["teacher"] = family.empty_network(dtype)
             prepare(networks["teacher"], False, pretrained)
     return FullModel(family, networks, shapes, dtype)
+
+
+def _traced_rows(config: RunConfig, family: ModelFamily) -> dict[str, int]:
+    """Input rows of each linear, for one sample of the run."""
+    latents = family.latent_shape(*config.data.resolution)
+    return trace_forward(family, family.meta_network(), latents, config.model.text_length).rows
 
 
 def _adapted(config: RunConfig, family: ModelFamily, network: nn.Module) -> LoRAModel:

@@ -10,7 +10,7 @@ from scfm_core.models.protocol import ModelFamily
 from scfm_core.train.cards import GIB, SIZES_GIB, USABLE, Fit, fits, gpus_needed
 from scfm_core.train.config import RunConfig
 from scfm_core.train.disk import checkpoint_bytes, disk_bytes
-from scfm_core.train.memory import Memory, estimate_memory, has_folder, shares
+from scfm_core.train.memory import Memory, estimate_memory, needs_encoders, shares
 from scfm_core.train.rules import describe_micro_batches
 from scfm_core.train.trace import Forward, trace_forward
 from scfm_core.wording import count, duration
@@ -90,7 +90,7 @@ def estimate(config: RunConfig, family: ModelFamily, world: int = 1) -> Estimate
 
     def memory_of(variant: RunConfig, processes: int = world) -> Memory:
         a_node = processes_a_node(processes)
-        return estimate_memory(variant, family, network, base, trained, tokens, processes, a_node)
+        return estimate_memory(variant, family, network, forward.rows, base, trained, tokens, processes, a_node)
 
     def gpu_bytes(variant: RunConfig, processes: int = world) -> float:
         return sum(memory_of(variant, processes).gpu.values())
@@ -109,7 +109,7 @@ def estimate(config: RunConfig, family: ModelFamily, world: int = 1) -> Estimate
         host_memory=memory.host,
         a_node=processes_a_node(world),
         checkpoint=checkpoint_bytes(config, shapes, world),
-        encoders_if_images=0.0 if has_folder(config) else float(family.encoder_bytes),
+        encoders_if_images=0.0 if needs_encoders(config) else float(family.encoder_bytes),
         world=world,
         cards=cards,
         gpus_needed=None if fitting else gpus_needed(config, world, lambda number: gpu_bytes(config, number)),
@@ -148,7 +148,7 @@ def format_estimate(result: Estimate, config: RunConfig, kernels: str) -> str:
     ]
     if result.encoders_if_images:
         lines.append(f"  {'and if shards hold images':<28} {_gib(result.encoders_if_images)} of encoders")
-    elif has_folder(config):
+    elif needs_encoders(config):
         lines.append("  a cache of `scfm data encode` saves the encoders' part")
     lines += [
         f"host memory of a node with {count(result.a_node, 'process', 'processes')}, besides Python, CUDA and data workers",

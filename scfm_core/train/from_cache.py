@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from scfm_core.data.recipe import SourceConfig
 from scfm_core.data.schema import MANIFEST
 from scfm_core.data.uri import is_remote
 from scfm_core.train.draft import Draft
@@ -34,10 +35,22 @@ def _manifests(data: Any) -> list[Path]:
     return [path for folder in local if (path := folder / MANIFEST).is_file()]
 
 
+def is_without_text(source: SourceConfig) -> bool:
+    """Whether a source on this machine is a cache of latents alone: then the run encodes its captions."""
+    manifests = _manifests({"path": source.uri if source.split is None else str(Path(source.uri) / source.split)})
+    return any(head.get("encoder") is not None and head.get("fields") == {} for head in map(_read, manifests))
+
+
 def _settings(path: Path) -> dict[str, Any]:
-    """The settings with which a cache was made; none of other data or a damaged manifest, which is reported later."""
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8")).get("settings")
-    except (OSError, ValueError, AttributeError):
-        return {}
+    """The settings with which a cache was made; none of other data."""
+    settings = _read(path).get("settings")
     return settings if isinstance(settings, dict) else {}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The content of a manifest; empty if it is damaged, which is reported later."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

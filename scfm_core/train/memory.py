@@ -1,13 +1,15 @@
 """Memory of a run by part, on one GPU and in host memory of one node, computed from the architecture."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
-from scfm_core.models.adapters import is_for_fp8
+from scfm_core.models.adapters import LoRALinear, is_for_fp8
 from scfm_core.models.protocol import ModelFamily
 from scfm_core.models.tensor_files import CHUNK
 from scfm_core.train.config import RunConfig
+from scfm_core.train.from_cache import is_without_text
 from scfm_core.train.rules import micro_batches
 
 REDUCE_BUCKET = 500_000_000  # elements; DeepSpeed's default
@@ -41,15 +43,19 @@ def shares(config: RunConfig, world: int) -> Shares:
     return Shares(*(world if engine.zero_stage >= stage else 1 for stage in (3, 2, 1)))
 
 
-def has_folder(config: RunConfig) -> bool:
-    """Whether images are read from a folder: then the encoders run beside the network. Shards may hold images or a cache."""
-    return any(source.format == "folder" for source in config.data.mixture())
+def needs_encoders(config: RunConfig) -> bool:
+    """Whether the encoders run beside the network: for images of a folder, and for a cache of latents alone, if it is on this machine.
+
+    Other shards may hold images, or a cache.
+    """
+    return any(source.format == "folder" or is_without_text(source) for source in config.data.mixture())
 
 
 def estimate_memory(
     config: RunConfig,
     family: ModelFamily,
     network: nn.Module,
+    rows: Mapping[str, int],
     base: int,
     trained: int,
     tokens: int,
@@ -64,6 +70,7 @@ def estimate_memory(
         config: the run.
         family: its model.
         network: on the meta device, adapted if the run trains adapters.
+        rows: input rows of each linear for one sample, by name.
         base: number of parameters of the pre-trained network.
         trained: number of trained parameters.
         tokens: image and text tokens of a sample.
@@ -76,11 +83,7 @@ def estimate_memory(
     has_teacher = lora or config.method.has_teacher
     weights = {
         "frozen base" if lora else "teacher": base * width * has_teacher / share.weights,
-        "fp8 copies of it": float(
-            sum(m.base_layer.weight.numel() for name, m in network.named_modules() if is_for_fp8(name, m))  # type: ignore[union-attr]
-            if config.kernels.fp8
-            else 0
-        ),
+        "fp8 copies of it": _fp8_copies(network, rows) * config.kernels.fp8,
         "student (fp32)": 4 * trained / share.weights,
         "EMAs, fast and slow (fp32)": 8 * trained / share.weights,
     }
@@ -91,7 +94,7 @@ def estimate_memory(
         "Adam (fp32)": 8 * trained / share.optimizer,
     }
     working = {
-        "encoders (on the fly)": float(family.encoder_bytes * has_folder(config)),
+        "encoders (on the fly)": float(family.encoder_bytes * needs_encoders(config)),
         "gathered weights (a guess)": _gathered(config, family, network, share, width),
         "reduce bucket (fp32)": 4 * min(REDUCE_BUCKET, trained) * zero,
         "activations (a guess)": micro_batches(config, world).size
@@ -104,6 +107,16 @@ def estimate_memory(
     return Memory({**on_gpu, **working}, _of_a_node(config, family, trained, world, a_node, offloaded))
 
 
+def _fp8_copies(network: nn.Module, rows: Mapping[str, int]) -> float:
+    return float(
+        sum(
+            layer.base_layer.weight.numel()
+            for name, layer in network.named_modules()
+            if isinstance(layer, LoRALinear) and is_for_fp8(layer, rows.get(name, 0))
+        )
+    )
+
+
 def _of_a_node(
     config: RunConfig, family: ModelFamily, trained: int, world: int, a_node: int, offloaded: dict[str, float]
 ) -> dict[str, float]:
@@ -112,7 +125,7 @@ def _of_a_node(
     readers = 1 if is_zero_3 else a_node  # DeepSpeed sends every weight from rank 0 to the others
     needs_captions = bool(config.sample.every) or config.method.caption_dropout > 0 or family.passes == 2
     # With a cache, rank 0 alone encodes the prompts. Data that are no cache are encoded by every process.
-    encoders = a_node if has_folder(config) else int(needs_captions)
+    encoders = a_node if needs_encoders(config) else int(needs_captions)
     state = 20 * trained / shares(config, world).weights * config.checkpoint.asynchronous
     return {
         **{name: a_node * size for name, size in offloaded.items()},

@@ -50,6 +50,7 @@ def cases(batch: int) -> dict[str, tuple[list[Any], int, int]]:
             [draw(*stream), draw(*stream), *(draw(batch, WIDTH) for _ in range(3))], 4 * x + 3 * row, 6 * x + 6 * row,
         ),
         "gelu_concat": ([draw(*stream), draw(batch, tokens, HIDDEN)], 2 * wide, 3 * (wide - x)),
+        "swiglu_concat": ([draw(*stream), draw(batch, tokens, 6 * WIDTH)], 11 * x, 15 * x),  # as FLUX.2 klein-4B
         "lora_linear": ([draw(*stream), *linear, draw(RANK, WIDTH), draw(WIDTH, RANK), strengths], 2 * x, 2 * x),
     }  # fmt: skip
 

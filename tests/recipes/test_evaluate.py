@@ -256,7 +256,7 @@ def test_samples_are_taken_from_all_of_the_data(make_config, tiny, tmp_path):
         "--model",
         str(tiny / "flux"),
     ]
-    words += ["--resolution", "16", "16", "--text-length", "8", "--keep-padding", "--dtype", "float32"]
+    words += ["--resolution", "16", "16", "--text-length", "8", "--dtype", "float32"]
     assert main([*words, "--per-prompt", "4", "--steps", "1"]) == 0
     trainer = Trainer(config := make_config({"data.path": str(tmp_path / "own"), "evaluate.samples": 6}))
     trainer.state.save()

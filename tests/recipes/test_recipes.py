@@ -25,7 +25,7 @@ def demo_root(tmp_path_factory):
     demo, shape = root / "runs" / "demo", ["--resolution", "16", "16", "--text-length", "8"]
     (demo / "teacher").symlink_to(demo / "tiny_flux")
     words = ["data", "generate", str(demo / "prompts.txt"), "-o", str(demo / "paths_many"), "--trajectories", *shape]
-    assert main([*words, "--model", str(demo / "teacher"), "--keep-padding", "--dtype", "float32", "--shift", "3"]) == 0
+    assert main([*words, "--model", str(demo / "teacher"), "--dtype", "float32", "--shift", "3"]) == 0
     return root
 
 

@@ -178,7 +178,7 @@ def test_a_deleted_output_of_prepare_is_made_again(study, tiny, tmp_path):
     (tmp_path / "prompts.txt").write_text("a handwritten digit one\na handwritten digit two\n")
     words = f"data generate prompts.txt -o made --model {tiny / 'flux'} --per-prompt 4 --steps 1 --text-length 8"
     study(
-        prepare={"made/manifest.json": f"{words} --resolution 16 16 --keep-padding --dtype float32"},
+        prepare={"made/manifest.json": f"{words} --resolution 16 16 --dtype float32"},
         arms={"generated": {"about": "x", "set": ["data.path=made"]}},
         seeds=[0],
     )
@@ -206,7 +206,7 @@ def test_passes_for_stored_paths_are_divided_by_their_uses(make_config, tiny, tm
     """Six paths of four passes each, used in eight steps of four samples."""
     (tmp_path / "prompts.txt").write_text("a handwritten digit one\na handwritten digit two\n")
     words = ["--trajectories", "--steps", "4", "--intervals", "2", "--per-prompt", "3", "--text-length", "8"]
-    words += ["--resolution", "16", "16", "--keep-padding", "--dtype", "float32"]
+    words += ["--resolution", "16", "16", "--dtype", "float32"]
     folder = str(tmp_path / "paths")
     prompts = str(tmp_path / "prompts.txt")
     assert main(["data", "generate", prompts, "-o", folder, "--model", str(tiny / "flux"), *words]) == 0
