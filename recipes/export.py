@@ -7,16 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recipes.runs import open_run, open_trained
 from scfm_core.errors import UserError
 from scfm_core.files import check_writable, saving
 from scfm_core.models.adapters import merge
+from scfm_core.models.fused_base import describe
 from scfm_core.models.protocol import ModelFamily
-from scfm_core.models.weights import ADAPTER_FILE, component_config, read_weights, save_adapter, save_pipeline
+from scfm_core.models.weights import ADAPTER_FILE, component_config, save_adapter, save_pipeline
 from scfm_core.scfm.method import sampling_strength
 from scfm_core.train.checkpoint import Checkpoint
 from scfm_core.train.config import RunConfig
 from scfm_core.train.device import compute_dtype
+from scfm_core.train.runs import open_run, open_trained
 from scfm_core.train.sampling import sampling_shift
 
 _ADVICE = "Make room there, or export a copy of the run; with --merged, choose another folder"
@@ -90,11 +91,11 @@ def _merged_weights(
     """Yield every weight of the exported network by name. Only one is in memory at a time."""
     reader, role = checkpoint.reader, config.sample.weights
     if config.train.weights == "full":
-        for name, weight in read_weights(family.folder, "transformer"):  # also buffers, which the run does not train
+        for name, weight in family.read_weights():  # also buffers, which the run does not train
             yield name, reader.tensor(f"{role}.{name}") if name in checkpoint.state["shapes"] else weight
         return
     scale = strength * config.lora.alpha / config.lora.rank
-    for name, weight in read_weights(family.folder, "transformer"):
+    for name, weight in family.read_weights():
         module = name.removesuffix(".weight")
         if f"{role}.{module}.lora_A.weight" in reader.shapes and name.endswith(".weight"):
             down, up = (reader.tensor(f"{role}.{module}.lora_{side}.weight") for side in "AB")
@@ -112,6 +113,8 @@ def adapter_metadata(config: RunConfig, family: ModelFamily) -> dict[str, Any]:
         "strength_by_steps": {str(n): round(sampling_strength(gain, n), 6) for n in _CARD_STEPS},
         "shift": config.sample.shift,
         "guidance": student_guidance(config, family),
+        "teacher_guidance": config.sample.guidance,
+        "adapters": {Path(adapter.path).name: adapter.weight for adapter in config.model.adapters},
         "text_length": config.model.text_length,
         "resolution": list(config.data.resolution),
     }
@@ -174,7 +177,7 @@ def adapter_card(config: RunConfig, family: ModelFamily) -> str:
 
 Base model: `{config.model.path}`. {_advice(config, family)}
 
-{table}```python
+{table}{describe(config.model.adapters)}```python
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, {family.pipeline}
 
