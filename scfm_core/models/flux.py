@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from scfm_core.kernels.ops import Ops
 from scfm_core.models.conditioning import Conditioning
 from scfm_core.models.protocol import FieldKind, ModelFamily, dtype_of
+from scfm_core.models.published import Published
 
 PATCH = 2
 """Side of a packed token, in latents."""
@@ -50,6 +51,7 @@ class Flux(ModelFamily):
     in_channels_per_latent = PATCH**2
     block_lists = ("transformer_blocks", "single_transformer_blocks")
     has_kernels = True
+    comfyui_shift = "ModelSamplingFlux"
     known: ClassVar[dict[str, dict[str, Any]]] = {
         "black-forest-labs/FLUX.1-dev": {
             "transformer": {
@@ -67,6 +69,12 @@ class Flux(ModelFamily):
             # bf16: T5-XXL's encoder 4.76 B, CLIP-L's text model 0.12 B, the VAE 0.08 B parameters
             "encoder_bytes": 2 * 4_969_000_000,
             "vae": {"block_out_channels": (128, 256, 512, 512), "latent_channels": 16},
+            "published": Published(
+                name="flux-dev",
+                architecture="flux-1-dev",
+                version="flux1",
+                license_name="flux-1-dev-non-commercial-license",
+            ),
         }
     }
 

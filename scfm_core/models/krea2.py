@@ -14,6 +14,7 @@ from scfm_core.models import qwen_vae
 from scfm_core.models.conditioning import Conditioning
 from scfm_core.models.flux import image_ids, pack_latents, unpack_latents
 from scfm_core.models.protocol import FieldKind, dtype_of
+from scfm_core.models.published import Published
 
 _TRANSFORMER = {
     "attention_head_dim": 128,
@@ -40,12 +41,16 @@ class Krea2(qwen_vae.QwenVAE):
     mu_points = ((256, 0.5), (6400, 1.15))
     in_channels_per_latent = 4
     static_shapes = False
+    comfyui_shift = "ModelSamplingFlux"
     known: ClassVar[dict[str, dict[str, Any]]] = {
         "krea/Krea-2-Raw": {
             "transformer": _TRANSFORMER,
             # bf16: Qwen3-VL 4B with its vision tower 4.438 B, the VAE 0.127 B parameters
             "encoder_bytes": 2 * (4_438_000_000 + qwen_vae.PARAMETERS),
             "vae": qwen_vae.ARCHITECTURE,
+            "published": Published(
+                name="krea2-raw", architecture="Krea-2", version="krea2", license_name="krea-2-community-license"
+            ),
         }
     }
 

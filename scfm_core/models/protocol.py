@@ -41,7 +41,8 @@ class ModelFamily(ABC):
     """Class names of diffusers' pipelines of this family."""
     known: ClassVar[dict[str, dict[str, Any]]]
     """Architectures by hub id, for a dry run without network access: `transformer` and `vae` as in their config.json,
-    `encoder_bytes`, the bytes of text encoders and VAE in bf16, and `pipeline`, if it is not the first of `pipelines`."""
+    `encoder_bytes`, the bytes of text encoders and VAE in bf16; `pipeline`, if it is not the first of `pipelines`; and `published`, a
+    `Published`."""
     fields: ClassVar[dict[str, FieldKind]]
     """What the text encoders give, by name. Not the names of other tensors in a shard: `latents`, `velocities`, `sigmas`, `guidance`."""
     tokenizer: ClassVar[str] = "tokenizer"
@@ -65,6 +66,8 @@ class ModelFamily(ABC):
     """Whether all batches of a size have the same shapes, which CUDA graphs need."""
     has_kernels: ClassVar[bool] = False
     """Whether fused blocks and the choice of attention support its network."""
+    comfyui_shift: ClassVar[str | None] = None
+    """ComfyUI's node that sets the timestep shift of this family."""
 
     def __init__(self, folder: Path, architecture: dict[str, Any] | None = None) -> None:
         self.folder = folder

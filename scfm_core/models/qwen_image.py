@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from scfm_core.models.conditioning import Conditioning
 from scfm_core.models.flux import PATCH, pack_latents, unpack_latents
 from scfm_core.models.protocol import FieldKind, dtype_of
+from scfm_core.models.published import Published
 from scfm_core.models.qwen_vae import ARCHITECTURE, PARAMETERS, QwenVAE
 
 _NETWORK = {
@@ -41,12 +42,16 @@ class QwenImage(QwenVAE):
     mu_points = ((256, 0.5), (8192, 0.9))
     in_channels_per_latent = PATCH**2
     static_shapes = False
+    comfyui_shift = "ModelSamplingAuraFlow"
     known: ClassVar[dict[str, dict[str, Any]]] = {
         f"Qwen/Qwen-Image{version}": {
             "transformer": _NETWORK,
             # bf16: Qwen2.5-VL-7B with its vision tower and output layer, which the pipeline loads too, and the VAE
             "encoder_bytes": 2 * (8_292_166_656 + PARAMETERS),
             "vae": ARCHITECTURE,
+            "published": Published(
+                name=f"qwen-image{version}", architecture="Qwen-Image", version="qwen_image", license="apache-2.0"
+            ),
         }
         for version in ("", "-2512")
     }

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from scfm_core.models.conditioning import Conditioning
 from scfm_core.models.protocol import FieldKind, ModelFamily, dtype_of
+from scfm_core.models.published import Published
 
 _LARGE = {
     "attention_head_dim": 64,
@@ -44,12 +45,19 @@ class SD3(ModelFamily):
     fields: ClassVar[dict[str, FieldKind]] = {"text": "tokens", "pooled": "vector"}
     tokenizer = "tokenizer_3"
     extra_tokens = 77
+    comfyui_shift = "ModelSamplingSD3"
     known: ClassVar[dict[str, dict[str, Any]]] = {
         f"stabilityai/stable-diffusion-3.5-{size}": {
             "transformer": transformer,
             # bf16: T5-XXL's encoder 4.76 B, CLIP-G's text model 0.69 B, CLIP-L's 0.12 B, the VAE 0.08 B parameters
             "encoder_bytes": 2 * 5_664_000_000,
             "vae": _VAE,
+            "published": Published(
+                name=f"sd3.5-{size}",
+                architecture=f"stable-diffusion-3-5-{size}",
+                version=f"sd3_5-{size}",
+                license_name="stabilityai-ai-community",
+            ),
         }
         for size, transformer in (("large", _LARGE), ("medium", _MEDIUM))
     }
