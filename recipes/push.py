@@ -6,7 +6,7 @@ from pathlib import Path
 
 import requests
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from scfm_core.errors import UserError
 
@@ -72,7 +72,7 @@ def _explained(repository: str) -> Iterator[None]:
         ) from error
     except LocalTokenNotFoundError as error:
         raise UserError(f"--push {repository}: there is no token of the hub. Log in with `hf auth login`") from error
-    except HfHubHTTPError as error:
+    except requests.HTTPError as error:  # those of huggingface_hub are of this kind
         status = 0 if error.response is None else error.response.status_code
-        said = _REASONS.get(status) or str(error.server_message or error).strip().splitlines()[0]
+        said = _REASONS.get(status) or str(error).strip().splitlines()[0]
         raise UserError(f"--push {repository}: the hub answered {status}: {said}") from error

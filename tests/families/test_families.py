@@ -15,6 +15,7 @@ from PIL import Image
 from runs import run_distributed, train_all
 
 from data_tools.encode import EncodeConfig, encode
+from recipes.card import UNNAMED_BASE
 from recipes.cli import main
 from recipes.tiny import write_digits
 from scfm_core.data.corpus import Corpus
@@ -157,7 +158,7 @@ def test_distilled_resumed_sampled_evaluated_exported(model, tmp_path, monkeypat
     assert code is not None
     monkeypatch.chdir(run_dir)
     found: dict[str, Any] = {}
-    exec(code[1].replace("your prompt", PROMPT), found)
+    exec(code[1].replace("your prompt", PROMPT).replace(UNNAMED_BASE, str(model.root / "model")), found)
     assert np.abs(ours - np.asarray(found["image"], dtype=int)).max() <= 2
     found["pipe"].set_adapters("scfm", 0.0)
     assert ours.std() > 3, "the images are flat"
