@@ -1,7 +1,6 @@
 """The model card beside an export: what it is, how to use it, what was measured, how it was trained."""
 
 import json
-import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,10 +11,12 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from recipes import advice
 from recipes.base_model import BaseModel
+from recipes.comfyui import comfyui_settings, workflow
 from recipes.header import Contents
 from recipes.sample import read_settings
 from scfm_core import __version__
 from scfm_core.files import permit_reading, written_whole
+from scfm_core.models.original_names import FLUX
 from scfm_core.models.protocol import ModelFamily
 from scfm_core.train.config import RunConfig
 from scfm_core.wording import count, number
@@ -23,6 +24,7 @@ from scfm_core.wording import count, number
 UNNAMED_BASE = "path/to/the/base/model"
 """In the card's code, in place of a folder of this machine."""
 _IMAGES = "images"
+_WORKFLOW = "comfyui_workflow.json"
 _MAX_IMAGES = 4
 _METRICS = {
     "fid_teacher": "Fréchet distance to the teacher",
@@ -66,11 +68,13 @@ class _Image:
 
 
 def write_card(folder: Path, card: Card) -> None:
-    """Write `README.md`, and copy pictures of the run into `images`."""
+    """Write `README.md` and, for Flux.1, a workflow of ComfyUI; copy pictures of the run into `images`."""
     images = _copy_images(card, folder / _IMAGES)
     text = str(ModelCard(f"---\n{_front_matter(card, images).to_yaml()}\n---\n\n{_body(card, images)}"))
     with written_whole(folder / "README.md", "the export", "Make room there") as path:
         path.write_text(text, encoding="utf-8")
+    if _has_workflow(card):
+        _write_workflow(folder / _WORKFLOW, card)
 
 
 def _front_matter(card: Card, images: list[_Image]) -> ModelCardData:
@@ -214,27 +218,39 @@ def _diffusers(card: Card) -> str:
 
 
 def _comfyui(card: Card) -> str:
+    """Settings of ComfyUI; the name of the workflow, if there is one."""
     config, family, steps = card.config, card.family, card.steps
-    if family.comfyui_shift is None:
+    settings = comfyui_settings(family, advice.shift(config, family, steps), advice.student_guidance(config, family))
+    if not settings:
         return ""
-    guidance = advice.student_guidance(config, family)
-    shift = advice.shift(config, family, steps)
-    values = f"shift = {shift:.4g}"
-    if (
-        family.comfyui_shift == "ModelSamplingFlux"
-    ):  # its values are mu = log(shift), interpolated over the image's size
-        values = f"max_shift = base_shift = {math.log(shift):.4f}, which is shift {shift:.4g} at every size"
-    cfg, embedded = guidance - family.neutral_guidance + 1, ""
-    if family.guidance_kind != "passes" or family.passes == 1:
-        cfg = 1.0
-        embedded = f"; FluxGuidance {guidance:g}" if family.guidance_kind == "input" else ""
-    rows = ["| sampler, scheduler | `euler`, `simple` |", f"| steps | {steps} |", f"| cfg | {cfg:g}{embedded} |"]
-    rows.append(f"| {family.comfyui_shift} | {values} |")
-    if not card.is_merged:
-        name, contents = next((file for file in card.files if file[1].format == "comfyui"), card.files[0])
-        weight = advice.weight(config, steps, contents.folded)
-        rows.insert(0, f"| LoraLoaderModelOnly | `{name}`, strength_model {weight:.3f} for {count(steps, 'step')} |")
-    return "\n".join(["## ComfyUI", "", "| node or setting | value |", "|---|---|", *rows])
+    if card.is_merged:
+        settings = [f"{count(steps, 'step').capitalize()}.", *settings[1:]]
+    else:
+        name, weight = _comfyui_file(card)
+        settings.insert(1, f"{count(steps, 'step').capitalize()}: `{name}` with `strength_model` {weight:.3f}.")
+    if _has_workflow(card):
+        settings.append(f"`{_WORKFLOW}` is a workflow with these settings: drop it on ComfyUI's page.")
+    return "\n".join(["## ComfyUI", "", *(f"- {setting}" for setting in settings)])
+
+
+def _comfyui_file(card: Card) -> tuple[str, float]:
+    """The file for ComfyUI, and its weight."""
+    name, contents = next((file for file in card.files if file[1].format == "comfyui"), card.files[0])
+    return name, advice.weight(card.config, card.steps, contents.folded)
+
+
+def _has_workflow(card: Card) -> bool:
+    return card.family.other_tools is FLUX and not card.is_merged
+
+
+def _write_workflow(path: Path, card: Card) -> None:
+    config, family, steps = card.config, card.family, card.steps
+    (name, weight), guidance = _comfyui_file(card), advice.student_guidance(config, family)
+    nodes = workflow(
+        name, steps, advice.shift(config, family, steps), guidance, config.data.resolution, weight=round(weight, 4)
+    )
+    with written_whole(path, "the export", "Make room there") as partial:
+        partial.write_text(json.dumps(nodes, indent=2) + "\n", encoding="utf-8")
 
 
 def _measured(card: Card) -> str:

@@ -37,7 +37,10 @@ def add_command(commands: Any) -> None:
         help="of a step-scaled adapter: fold the strength of an N-step sampler in, one file for each N; with --merged one N",
     )
     parser.add_argument(
-        "--format", choices=_FORMATS, default="diffusers", help="names of the tensors (default diffusers)"
+        "--format",
+        choices=_FORMATS,
+        default="diffusers",
+        help="names of the tensors: of diffusers (default), of ComfyUI, or of kohya's trainers",
     )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the file (default: train.compute_dtype)")
     parser.add_argument(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from scfm_core.kernels.ops import Ops
+from scfm_core.models import original_names
 from scfm_core.models.conditioning import Conditioning
 from scfm_core.models.protocol import FieldKind, ModelFamily, dtype_of
 from scfm_core.models.published import Published
@@ -51,7 +52,7 @@ class Flux(ModelFamily):
     in_channels_per_latent = PATCH**2
     block_lists = ("transformer_blocks", "single_transformer_blocks")
     has_kernels = True
-    comfyui_shift = "ModelSamplingFlux"
+    other_tools = original_names.FLUX
     known: ClassVar[dict[str, dict[str, Any]]] = {
         "black-forest-labs/FLUX.1-dev": {
             "transformer": {

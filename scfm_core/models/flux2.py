@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scfm_core.kernels.ops import Ops
+from scfm_core.models import fused, original_names
 from scfm_core.models.conditioning import Conditioning
-from scfm_core.models.fused import fuse
 from scfm_core.models.protocol import FieldKind, ModelFamily, dtype_of
 from scfm_core.models.published import Published
 
@@ -49,7 +49,7 @@ class Flux2(ModelFamily):
     patch = 1
     block_lists = ("transformer_blocks", "single_transformer_blocks")
     has_kernels = True
-    comfyui_shift = "ModelSamplingFlux"
+    other_tools = original_names.FLUX2
     known: ClassVar[dict[str, dict[str, Any]]] = {
         f"black-forest-labs/FLUX.2-{name}": {
             "pipeline": pipeline,
@@ -116,7 +116,7 @@ class Flux2(ModelFamily):
 
     def fuse(self, network: nn.Module, ops: Ops, attention_backend: str, *, blocks: bool) -> None:
         """See `ModelFamily`."""
-        fuse(network, ops, attention_backend, blocks=blocks)
+        fused.fuse(network, ops, attention_backend, blocks=blocks)
 
     def encode_prompt(
         self, pipeline: Any, captions: Sequence[str], device: torch.device, text_length: int

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from scfm_core.models import qwen_vae
+from scfm_core.models import original_names, qwen_vae
 from scfm_core.models.conditioning import Conditioning
 from scfm_core.models.flux import image_ids, pack_latents, unpack_latents
 from scfm_core.models.protocol import FieldKind, dtype_of
@@ -41,7 +41,7 @@ class Krea2(qwen_vae.QwenVAE):
     mu_points = ((256, 0.5), (6400, 1.15))
     in_channels_per_latent = 4
     static_shapes = False
-    comfyui_shift = "ModelSamplingFlux"
+    other_tools = original_names.KREA2
     known: ClassVar[dict[str, dict[str, Any]]] = {
         "krea/Krea-2-Raw": {
             "transformer": _TRANSFORMER,

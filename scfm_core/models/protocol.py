@@ -18,6 +18,7 @@ from scfm_core.kernels.ops import Ops
 from scfm_core.models.conditioning import Conditioning
 from scfm_core.models.fingerprint import network_fingerprint
 from scfm_core.models.initial import RandomWeights, parameters_on_meta
+from scfm_core.models.original_names import OtherTools
 from scfm_core.models.tensor_files import TensorFiles
 from scfm_core.models.weights import GUIDANCE_MARK, component_config
 
@@ -66,8 +67,8 @@ class ModelFamily(ABC):
     """Whether all batches of a size have the same shapes, which CUDA graphs need."""
     has_kernels: ClassVar[bool] = False
     """Whether fused blocks and the choice of attention support its network."""
-    comfyui_shift: ClassVar[str | None] = None
-    """ComfyUI's node that sets the timestep shift of this family."""
+    other_tools: ClassVar[OtherTools] = OtherTools()
+    """Names of its layers in other tools."""
 
     def __init__(self, folder: Path, architecture: dict[str, Any] | None = None) -> None:
         self.folder = folder

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from scfm_core.models import original_names
 from scfm_core.models.conditioning import Conditioning
 from scfm_core.models.flux import PATCH, pack_latents, unpack_latents
 from scfm_core.models.protocol import FieldKind, dtype_of
@@ -42,7 +43,7 @@ class QwenImage(QwenVAE):
     mu_points = ((256, 0.5), (8192, 0.9))
     in_channels_per_latent = PATCH**2
     static_shapes = False
-    comfyui_shift = "ModelSamplingAuraFlow"
+    other_tools = original_names.QWEN_IMAGE
     known: ClassVar[dict[str, dict[str, Any]]] = {
         f"Qwen/Qwen-Image{version}": {
             "transformer": _NETWORK,

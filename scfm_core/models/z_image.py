@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from scfm_core.models import original_names
 from scfm_core.models.conditioning import Conditioning
 from scfm_core.models.protocol import FieldKind, ModelFamily, dtype_of
 from scfm_core.models.published import Published
@@ -45,7 +46,7 @@ class ZImage(ModelFamily):
     neutral_guidance = 0.0
     block_lists = ("noise_refiner", "context_refiner", "layers")
     static_shapes = False
-    comfyui_shift = "ModelSamplingAuraFlow"
+    other_tools = original_names.Z_IMAGE
     known: ClassVar[dict[str, dict[str, Any]]] = {
         f"Tongyi-MAI/{name}": {
             "transformer": _NETWORK,

@@ -162,7 +162,10 @@ def test_the_card_of_an_adapter(run):
     rows = [line for line in card.text.splitlines() if line.startswith("|")]
     assert "| 4 | 0.500 | 1.000 |" in rows and "| 1 | 1.000 | 2.000 |" in rows
     assert "| 4 | 2.5 | 0.25 | 0.01 | 0.01 |" in rows
-    assert any("ModelSamplingFlux | max_shift = base_shift = 1.0986" in row for row in rows)  # log 3
+    assert "`ModelSamplingFlux` after it, with `max_shift` 1.099 and `base_shift` 1.099." in card.text  # log 3
+    nodes = json.loads((run / "adapter" / "comfyui_workflow.json").read_text()).values()
+    [lora] = [node["inputs"] for node in nodes if node["class_type"] == "LoraLoaderModelOnly"]
+    assert (lora["lora_name"], lora["strength_model"]) == ("scfm_flux-dev_step-scaled_bf16.safetensors", 0.5774)
     assert re.search(
         r"`scfm_flux-dev_4steps_bf16.safetensors` .* relative rounding error of B A: \d\.\de-03", card.text
     )

@@ -50,14 +50,19 @@ def test_an_adapter_is_uploaded_with_what_its_card_names(hub, run, capsys):
     assert hub.private == {"me/digits": True}
     files = hub.files["me/digits"]
     names = {f"scfm_flux-dev_{n}_fp32.safetensors" for n in ("1step", "4steps")}
-    assert set(files) == {"README.md", *names}
+    assert set(files) == {"README.md", "comfyui_workflow.json", *names}
     for name, content in files.items():
         assert content == (run / "adapter" / name).read_bytes()
     card = files["README.md"].decode()
     assert 'pipe.load_lora_weights("me/digits", weight_name="scfm_flux-dev_1step_fp32.safetensors"' in card
     assert {data["base_model"] for data in hub.cards} == {"black-forest-labs/FLUX.1-dev"}
     assert main(words) == 0  # again, into the same repository
-    assert set(hub.files["me/digits"]) == {"README.md", *names, "scfm_flux-dev_step-scaled_fp32.safetensors"}
+    assert set(hub.files["me/digits"]) == {
+        "README.md",
+        "comfyui_workflow.json",
+        *names,
+        "scfm_flux-dev_step-scaled_fp32.safetensors",
+    }
 
 
 def test_a_merged_pipeline_is_uploaded_whole(hub, run, tmp_path):
