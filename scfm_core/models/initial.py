@@ -1,6 +1,7 @@
 """Random initial weights, one module at a time: no process holds a whole network."""
 
 import contextlib
+import re
 from collections.abc import Iterator
 
 import torch
@@ -32,7 +33,9 @@ def parameters_on_meta(*, only_drawn: bool = False) -> Iterator[None]:
 
 def is_modulation(name: str, module: nn.Module) -> bool:
     """Whether a module of a network starts at zero: adaLN-zero (DiT, arXiv 2212.09748)."""
-    return isinstance(module, nn.Linear) and ("norm" in name or "modulation" in name or name == "proj_out")
+    return isinstance(module, nn.Linear) and (
+        re.search(r"norm|modulation|_mod\.", name) is not None or name == "proj_out"
+    )
 
 
 def zero_modulation(network: nn.Module) -> None:

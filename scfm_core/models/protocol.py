@@ -19,6 +19,7 @@ from scfm_core.models.conditioning import Conditioning
 from scfm_core.models.fingerprint import network_fingerprint
 from scfm_core.models.initial import RandomWeights, parameters_on_meta
 from scfm_core.models.original_names import OtherTools
+from scfm_core.models.processors import choose_backend
 from scfm_core.models.tensor_files import TensorFiles
 from scfm_core.models.weights import GUIDANCE_MARK, component_config
 
@@ -66,7 +67,7 @@ class ModelFamily(ABC):
     static_shapes: ClassVar[bool] = True
     """Whether all batches of a size have the same shapes, which CUDA graphs need."""
     has_kernels: ClassVar[bool] = False
-    """Whether fused blocks and the choice of attention support its network."""
+    """Whether it has fused blocks, which can use every backend of attention; see `fuse`."""
     other_tools: ClassVar[OtherTools] = OtherTools()
     """Names of its layers in other tools."""
 
@@ -129,9 +130,14 @@ class ModelFamily(ABC):
         return int(2 ** (len(self.vae_config["block_out_channels"]) - 1))
 
     @property
+    def heads(self) -> int:
+        """Number of attention heads."""
+        return int(self.network_config["num_attention_heads"])
+
+    @property
     def width(self) -> int:
         """Features of a token inside the network."""
-        return int(self.network_config["num_attention_heads"] * self.network_config["attention_head_dim"])
+        return int(self.heads * self.network_config["attention_head_dim"])
 
     @abstractmethod
     def shapes(self, text_length: int) -> dict[str, tuple[int, ...]]:
@@ -242,15 +248,16 @@ class ModelFamily(ABC):
         return blocks
 
     def fuse(self, network: nn.Module, ops: Ops, attention_backend: str, *, blocks: bool) -> None:
-        """Use fused operations in a network, adapted or not. Only families with `has_kernels` have them.
+        """Use fused operations and a backend of attention in a network, adapted or not. By default only the backend.
 
         Args:
             network: with diffusers' own blocks; it is changed in place.
             ops: the operations that the fused modules call.
             attention_backend: one of `scfm_core.kernels.attention.BACKENDS`.
-            blocks: also replace the blocks and the adapters' products; else only the attention.
+            blocks: also replace the blocks and the adapters' products; only with `has_kernels`.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no fused blocks")
+        assert not blocks, "a family with fused blocks has its own method"
+        choose_backend(network, attention_backend)
 
     def call_arguments(self, guidance: float, text_length: int) -> dict[str, Any]:
         """Arguments of a call of diffusers' pipeline that depend on the family, for the card of an adapter.

@@ -67,6 +67,11 @@ class ZImage(ModelFamily):
         return ZImageNetwork
 
     @property
+    def heads(self) -> int:
+        """See `ModelFamily`."""
+        return int(self.network_config["n_heads"])
+
+    @property
     def width(self) -> int:
         """See `ModelFamily`."""
         return int(self.network_config["dim"])

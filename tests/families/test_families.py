@@ -15,6 +15,7 @@ from PIL import Image
 from runs import run_distributed, train_all
 
 from data_tools.encode import EncodeConfig, encode
+from data_tools.generate import SamplerConfig, generate
 from recipes.card import UNNAMED_BASE
 from recipes.cli import main
 from recipes.tiny import write_digits
@@ -198,6 +199,34 @@ def test_cached_text_gives_the_loss_of_text_encoded_on_the_fly(model, tmp_path):
         batch = collate(items, [trainer.corpus.record(item, item) for item in items])
         losses.append(float(trainer.objective.micro_step(batch, LossMeter(torch.device("cpu")))))
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_an_untouched_student_has_no_loss_on_stored_paths(model, tmp_path):
+    """The teacher was sampled with the text and the guidance that the student gets. Captions of several lengths."""
+    generate(
+        [PROMPT, "digit", "", "a handwritten digit"],
+        tmp_path / "paths",
+        open_family(str(model.root / "model")),
+        EncodeConfig(text_length=TEXT_LENGTH, dtype=torch.float32),
+        SamplerConfig(
+            sizes=((model.sides[0], model.sides[0]),),
+            per_prompt=1,
+            num_steps=2,
+            shift=3.0,
+            guidance=model.guidance,
+            seed=5,
+            intervals=2,
+        ),
+    )
+    changes = {
+        "data.path": str(tmp_path / "paths"),
+        "method.trajectory_fraction": 1.0,
+        "method.teacher_fraction": 0.0,
+        "method.trajectory_grids": [2],
+        "train.steps": 1,
+    }
+    [row] = Trainer(parse_config(model.tree(tmp_path / "run", changes), "test")).train_steps()
+    assert row["loss"] < 1e-10
 
 
 @pytest.mark.processes

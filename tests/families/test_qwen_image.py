@@ -10,6 +10,7 @@ from parity import Pair, velocity_on_meta
 
 from scfm_core.models.families import open_family
 from scfm_core.models.flux import pack_latents
+from scfm_core.models.initial import is_modulation
 
 PROMPTS = ["a handwritten digit three", "a fox"]
 
@@ -121,6 +122,8 @@ def test_the_true_architecture():
     assert sum(p.numel() for p in network.parameters()) == 20_430_401_088
     assert sum(isinstance(module, torch.nn.Linear) for module in network.modules()) == 846
     assert len(family.blocks(network)) == 60 and family.width == 3072
+    modulations = [name for name, module in network.named_modules() if is_modulation(name, module)]
+    assert len(modulations) == 2 * 60 + 2  # of image and text in each block, norm_out, proj_out
     assert family.latent_shape(1328, 1328) == (16, 166, 166)
     assert velocity_on_meta(family, network).shape == (2, 16, 64, 64)
     assert family.shift(4096, 50) == pytest.approx(math.exp(0.5 + 0.4 * (4096 - 256) / (8192 - 256)))

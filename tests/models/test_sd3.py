@@ -364,12 +364,20 @@ def test_pretrained_from_scratch(make_sd3):
     assert rows[-1] < 0.9 * rows[0]
 
 
-@pytest.mark.parametrize("changes", [{"kernels.fused": "triton"}, {"kernels.attention": "flash"}])
-def test_kernels_of_flux_are_refused(make_sd3, changes):
-    with pytest.raises(
-        UserError, match="no fused blocks and no choice of attention for the network of StableDiffusion3Pipeline"
-    ):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kernels.fused": "triton"}, "no fused blocks for the network of StableDiffusion3Pipeline"),
+        ({"kernels.attention": "xformers"}, "call PyTorch's attention. Choose among flash, math"),
+    ],
+)
+def test_kernels_of_other_blocks_are_refused(make_sd3, changes, message):
+    with pytest.raises(UserError, match=message):
         Trainer(make_sd3(changes))
+
+
+def test_a_backend_of_pytorchs_attention(make_sd3):
+    assert "math attention (asked for)" in str(Trainer(make_sd3({"kernels.attention": "math"})).kernels)
 
 
 def test_a_step_size_has_no_input_to_go_to(make_sd3):
