@@ -14,7 +14,6 @@ from recipes.card import Card, write_card
 from recipes.header import Contents, describe, file_name, header
 from recipes.merged import save_merged
 from recipes.push import check_access, push
-from recipes.runs import open_run, open_trained
 from scfm_core.errors import UserError
 from scfm_core.files import check_writable, saving
 from scfm_core.models.formats import Format, convert
@@ -23,6 +22,7 @@ from scfm_core.models.weights import adapter_files, adapter_metadata, save_tenso
 from scfm_core.scfm.method import sampling_strength
 from scfm_core.train.checkpoint import Checkpoint
 from scfm_core.train.config import RunConfig
+from scfm_core.train.runs import open_run, open_trained
 
 TOP_LEVEL = "top-level"
 _ADVICE = "Make room there, or export a copy of the run; with --merged, choose another folder"

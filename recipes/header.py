@@ -3,6 +3,7 @@
 import json
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from recipes.advice import CARD_STEPS, shift, student_guidance, weight, weight_advice
@@ -60,6 +61,8 @@ def describe(
         "strength_by_steps": {str(n): round(weight(config, n, contents.folded), 6) for n in CARD_STEPS},
         "shift": config.sample.shift,
         "guidance": student_guidance(config, family),
+        "teacher_guidance": config.sample.guidance,
+        "fused_adapters": [[Path(adapter.path).name, adapter.weight] for adapter in config.model.adapters],
         "text_length": config.model.text_length,
         "resolution": list(config.data.resolution),
         "rank": config.lora.rank,

@@ -15,7 +15,7 @@ from recipes.header import Contents, file_name, header
 from scfm_core.files import permit_reading
 from scfm_core.models.adapters import merge
 from scfm_core.models.protocol import ModelFamily
-from scfm_core.models.weights import component_config, read_weights, save_pipeline, save_tensors
+from scfm_core.models.weights import component_config, save_pipeline, save_tensors
 from scfm_core.scfm.method import sampling_strength
 from scfm_core.train.checkpoint import Checkpoint
 from scfm_core.train.config import RunConfig
@@ -88,11 +88,11 @@ def _merged_weights(
     """Yield every weight of the exported network by name. Only one is in memory at a time."""
     reader, role = checkpoint.reader, config.sample.weights
     if config.train.weights == "full":
-        for name, weight in read_weights(family.folder, "transformer"):  # also buffers, which the run does not train
+        for name, weight in family.read_weights():  # also buffers, which the run does not train
             yield name, reader.tensor(f"{role}.{name}") if name in checkpoint.state["shapes"] else weight
         return
     scale = strength * config.lora.alpha / config.lora.rank
-    for name, weight in read_weights(family.folder, "transformer"):
+    for name, weight in family.read_weights():
         module = name.removesuffix(".weight")
         if f"{role}.{module}.lora_A.weight" in reader.shapes and name.endswith(".weight"):
             down, up = (reader.tensor(f"{role}.{module}.lora_{side}.weight") for side in "AB")

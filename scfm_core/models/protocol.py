@@ -2,7 +2,7 @@
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -16,12 +16,13 @@ from scfm_core.flow.path import per_sample
 from scfm_core.flow.schedule import MuPoints, dynamic_shift
 from scfm_core.kernels.ops import Ops
 from scfm_core.models.conditioning import Conditioning
-from scfm_core.models.fingerprint import network_fingerprint
+from scfm_core.models.fingerprint import different_network, network_fingerprint
+from scfm_core.models.fused_base import Change, FusedAdapter, FusedFiles, read_changes
 from scfm_core.models.initial import RandomWeights, parameters_on_meta
 from scfm_core.models.original_names import OtherTools
 from scfm_core.models.processors import choose_backend
 from scfm_core.models.tensor_files import TensorFiles
-from scfm_core.models.weights import GUIDANCE_MARK, component_config
+from scfm_core.models.weights import GUIDANCE_MARK, component_config, read_weights
 
 FieldKind = Literal["tokens", "masked", "vector"]
 """Of a field of text. tokens: [B, L, ...] of one length; the network sees the padding. masked: [B, L, ...] with lengths; the
@@ -43,8 +44,8 @@ class ModelFamily(ABC):
     """Class names of diffusers' pipelines of this family."""
     known: ClassVar[dict[str, dict[str, Any]]]
     """Architectures by hub id, for a dry run without network access: `transformer` and `vae` as in their config.json,
-    `encoder_bytes`, the bytes of text encoders and VAE in bf16; `pipeline`, if it is not the first of `pipelines`; and `published`, a
-    `Published`."""
+    `encoder_bytes`, the bytes of text encoders and VAE in bf16, `pipeline`, if it is not the first of `pipelines`, `scheduler`, if its
+    configuration counts, and `published`, a `Published`."""
     fields: ClassVar[dict[str, FieldKind]]
     """What the text encoders give, by name. Not the names of other tensors in a shard: `latents`, `velocities`, `sigmas`, `guidance`."""
     tokenizer: ClassVar[str] = "tokenizer"
@@ -73,6 +74,8 @@ class ModelFamily(ABC):
 
     def __init__(self, folder: Path, architecture: dict[str, Any] | None = None) -> None:
         self.folder = folder
+        self.adapters: tuple[FusedAdapter, ...] = ()
+        """Fused into the pre-trained weights; set by `open_family`."""
         self.unconditional: Conditioning | None = None
         """The empty caption, one row; set by `TextEncoders`."""
         self.has_learned_guidance = (folder / GUIDANCE_MARK).is_file()
@@ -83,10 +86,12 @@ class ModelFamily(ABC):
             self.network_config: dict[str, Any] = architecture["transformer"]
             self.vae_config: dict[str, Any] = architecture["vae"]
             self.encoder_bytes: int = architecture["encoder_bytes"]
+            self.scheduler_config: dict[str, Any] | None = architecture.get("scheduler")
             self.in_pixels = False
             return
         self.pipeline_config = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         """`model_index.json`."""
+        self.scheduler_config = None
         self.pipeline = self.pipeline_config["_class_name"]
         """Class name of diffusers' pipeline."""
         self.network_config = component_config(folder, "transformer")
@@ -293,15 +298,32 @@ class ModelFamily(ABC):
                 parameter.data = parameter.data.float()
         return network
 
-    def open_weights(self, network: nn.Module) -> TensorFiles:
+    def open_weights(self, network: nn.Module) -> FusedFiles:
         """The files of the pre-trained weights, checked against `network` as `empty_network` makes it. Local work.
 
+        What `adapters` add to the weights is added while they are read.
+
         Raises:
-            UserError: if they are missing, damaged or of another architecture.
+            UserError: if they, or the adapters, are missing, damaged or of another architecture.
         """
         files = TensorFiles(self.folder / "transformer")
         files.check(stored_tensors(network))
-        return files
+        return FusedFiles(files, self.changes(network))
+
+    def changes(self, network: nn.Module) -> dict[str, Change]:
+        """What `adapters` add to the pre-trained weights, by name; see `read_changes`."""
+        import diffusers
+
+        return read_changes(self.adapters, getattr(diffusers, self.pipeline), network) if self.adapters else {}
+
+    def read_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every pre-trained weight by name, one at a time; fp32 if `adapters` change it, else as it is stored."""
+        changes = self.changes(self.meta_network())
+        for name, weight in read_weights(self.folder, "transformer"):
+            if name in changes:
+                weight = weight.float().contiguous()
+                changes[name].add_to(weight.view(-1), 0)
+            yield name, weight
 
     def random_weights(self, seed: int) -> RandomWeights:
         """Random initial weights, for training from scratch."""
@@ -310,8 +332,21 @@ class ModelFamily(ABC):
 
     @cached_property
     def fingerprint(self) -> str:
-        """The fingerprint of the pre-trained network, as its files were when this was first read."""
-        return network_fingerprint(self.folder)
+        """The fingerprint of the pre-trained network with its adapters, as the files were when this was first read."""
+        return network_fingerprint(self.folder, self._adapter_files)
+
+    def different_network(self, recorded: str | None, *, with_adapters: bool = True) -> str | None:
+        """In which files the pre-trained network now differs from a recorded fingerprint; None if it is the same.
+
+        Args:
+            recorded: a `fingerprint`.
+            with_adapters: compare the adapters too.
+        """
+        return different_network(recorded, self.folder, self._adapter_files if with_adapters else None)
+
+    @property
+    def _adapter_files(self) -> list[tuple[Path, float]]:
+        return [(adapter.file, adapter.weight) for adapter in self.adapters]
 
     def meta_network(self) -> nn.Module:
         """The transformer on the meta device: its architecture without weights."""

@@ -3,7 +3,6 @@
 Conventions are those of diffusers' `ZImagePipeline`. The model: arXiv 2511.22699.
 """
 
-import json
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -14,6 +13,7 @@ from scfm_core.models import original_names
 from scfm_core.models.conditioning import Conditioning
 from scfm_core.models.protocol import FieldKind, ModelFamily, dtype_of
 from scfm_core.models.published import Published
+from scfm_core.models.weights import component_config
 
 _NETWORK = {
     "all_f_patch_size": (1,),
@@ -108,6 +108,5 @@ class ZImage(ModelFamily):
 
     def shift(self, image_tokens: int, num_steps: int) -> float:
         """See `ModelFamily`. It is fixed: the pipeline computes Flux's mu of the image's size, and the scheduler ignores it."""
-        path = self.folder / "scheduler" / "scheduler_config.json"
-        known = self.known.get(str(self.folder), {}).get("scheduler")
-        return float((known or json.loads(path.read_text(encoding="utf-8")))["shift"])
+        config = self.scheduler_config or component_config(self.folder, "scheduler", "scheduler_config.json")
+        return float(config["shift"])

@@ -35,7 +35,7 @@ def build_family(config: RunConfig, *, offline: bool = False) -> ModelFamily:
     Raises:
         UserError: if the model is missing, or does not fit the configuration.
     """
-    family = open_family(config.model.path, offline=offline)
+    family = open_family(config.model.path, offline=offline, adapters=config.model.adapters)
     check_model(config, family)
     return family
 

@@ -12,11 +12,11 @@ from PIL import Image
 from safetensors import safe_open
 
 from recipes.cli import main
-from recipes.runs import load_trained
 from scfm_core.models.weights import save_pipeline
 from scfm_core.train.checkpoint import find_checkpoint, load_checkpoint
 from scfm_core.train.fit import fit
 from scfm_core.train.parse import dump_config
+from scfm_core.train.runs import load_trained
 from scfm_core.train.trainer import Trainer
 
 PROMPTS = ["a handwritten digit three", "a handwritten digit eight"]
