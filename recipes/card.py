@@ -51,10 +51,13 @@ class Card:
 
     @property
     def steps(self) -> int:
-        """The step count of the code and of the settings."""
-        folded = [contents.folded for _, contents in self.files if contents.folded is not None]
-        if len(folded) == len(self.files) > 0:
-            return folded[0]
+        """The step count of the first file."""
+        return self.steps_of(self.files[0][1])
+
+    def steps_of(self, contents: Contents) -> int:
+        """The step count of the code and the settings for a file."""
+        if contents.folded is not None:
+            return contents.folded
         return self.config.sample.steps[-1] if self.is_merged or advice.is_guidance_only(self.config) else 3
 
 
@@ -125,6 +128,11 @@ def _title(card: Card) -> str:
     )
     if card.is_merged and config.method.step_gain is not None:
         lines.append(f"The strength for {count(card.steps, 'step')} is merged into the weights: use this step count.")
+    if config.model.adapters and not card.is_merged:
+        names = ", ".join(
+            f"`{Path(adapter.path).name}` at weight {adapter.weight:g}" for adapter in config.model.adapters
+        )
+        lines.append(f"The base model had other adapters fused in: load them too ({names}).")
     lines.append(advice.guidance_advice(config, card.family))
     if base.license is None:
         lines.append("The licence is that of the base model.")
@@ -174,12 +182,13 @@ def _files(card: Card) -> str:
 
 def _diffusers(card: Card) -> str:
     """Code that makes an image; the tests run it."""
-    config, family, steps = card.config, card.family, card.steps
+    config, family = card.config, card.family
     height, width = config.data.resolution
     file = next(((name, contents) for name, contents in card.files if contents.format == "diffusers"), None)
     if file is None:
         return ""
     name, contents = file
+    steps = card.steps_of(contents)
     base = card.place if card.is_merged and not name else card.base.id or UNNAMED_BASE
     dtype = contents.dtype if card.is_merged else config.train.compute_dtype
     imports = f"from diffusers import FlowMatchEulerDiscreteScheduler, {family.pipeline}"
@@ -219,24 +228,29 @@ def _diffusers(card: Card) -> str:
 
 def _comfyui(card: Card) -> str:
     """Settings of ComfyUI; the name of the workflow, if there is one."""
-    config, family, steps = card.config, card.family, card.steps
+    config, family = card.config, card.family
+    name, contents = _comfyui_file(card)
+    steps = card.steps_of(contents)
     settings = comfyui_settings(family, advice.shift(config, family, steps), advice.student_guidance(config, family))
     if not settings:
         return ""
     if card.is_merged:
         settings = [f"{count(steps, 'step').capitalize()}.", *settings[1:]]
     else:
-        name, weight = _comfyui_file(card)
+        weight = advice.weight(config, steps, contents.folded)
         settings.insert(1, f"{count(steps, 'step').capitalize()}: `{name}` with `strength_model` {weight:.3f}.")
+        if contents.format == "diffusers":
+            settings.insert(
+                2, "This file has diffusers' names: `scfm export --format comfyui` writes one with ComfyUI's."
+            )
     if _has_workflow(card):
         settings.append(f"`{_WORKFLOW}` is a workflow with these settings: drop it on ComfyUI's page.")
     return "\n".join(["## ComfyUI", "", *(f"- {setting}" for setting in settings)])
 
 
-def _comfyui_file(card: Card) -> tuple[str, float]:
-    """The file for ComfyUI, and its weight."""
-    name, contents = next((file for file in card.files if file[1].format == "comfyui"), card.files[0])
-    return name, advice.weight(card.config, card.steps, contents.folded)
+def _comfyui_file(card: Card) -> tuple[str, Contents]:
+    """The file for ComfyUI: one with its names, if there is one, and best one whose weight is 1."""
+    return min(card.files, key=lambda file: (file[1].format != "comfyui", file[1].folded is None))
 
 
 def _has_workflow(card: Card) -> bool:
@@ -244,11 +258,11 @@ def _has_workflow(card: Card) -> bool:
 
 
 def _write_workflow(path: Path, card: Card) -> None:
-    config, family, steps = card.config, card.family, card.steps
-    (name, weight), guidance = _comfyui_file(card), advice.student_guidance(config, family)
-    nodes = workflow(
-        name, steps, advice.shift(config, family, steps), guidance, config.data.resolution, weight=round(weight, 4)
-    )
+    config, family = card.config, card.family
+    name, contents = _comfyui_file(card)
+    steps, guidance = card.steps_of(contents), advice.student_guidance(config, family)
+    weight = round(advice.weight(config, steps, contents.folded), 4)
+    nodes = workflow(name, steps, advice.shift(config, family, steps), guidance, config.data.resolution, weight=weight)
     with written_whole(path, "the export", "Make room there") as partial:
         partial.write_text(json.dumps(nodes, indent=2) + "\n", encoding="utf-8")
 

@@ -153,7 +153,7 @@ def _export_adapters(
     card: Card,
 ) -> list[Path]:
     """Write one safetensors file for each step count, and a card of all files in `folder` that have these weights."""
-    left_out = _left_out(family, options.leave_out)
+    left_out = left_out_pattern(family, options.leave_out)
     dtype = options.dtype or config.train.compute_dtype
     factors = checkpoint.reader.group(config.sample.weights)
     modules = {name.partition(".lora_")[0] for name in factors}
@@ -179,7 +179,7 @@ def _export_adapters(
     return files
 
 
-def _left_out(family: ModelFamily, choice: str | None) -> re.Pattern[str] | None:
+def left_out_pattern(family: ModelFamily, choice: str | None) -> re.Pattern[str] | None:
     """The pattern of the modules that are left out; `top-level` are those outside the family's blocks."""
     if choice is None:
         return None

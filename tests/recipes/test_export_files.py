@@ -165,7 +165,7 @@ def test_the_card_of_an_adapter(run):
     assert "`ModelSamplingFlux` after it, with `max_shift` 1.099 and `base_shift` 1.099." in card.text  # log 3
     nodes = json.loads((run / "adapter" / "comfyui_workflow.json").read_text()).values()
     [lora] = [node["inputs"] for node in nodes if node["class_type"] == "LoraLoaderModelOnly"]
-    assert (lora["lora_name"], lora["strength_model"]) == ("scfm_flux-dev_step-scaled_bf16.safetensors", 0.5774)
+    assert (lora["lora_name"], lora["strength_model"]) == ("scfm_flux-dev_4steps_bf16.safetensors", 1.0)
     assert re.search(
         r"`scfm_flux-dev_4steps_bf16.safetensors` .* relative rounding error of B A: \d\.\de-03", card.text
     )
@@ -176,6 +176,22 @@ def test_the_card_of_an_adapter(run):
     assert found["modelspec.usage_hint"].startswith("Use weight 1.0 at 4 steps")
     assert (found["ss_network_dim"], found["ss_network_alpha"], found["ss_base_model_version"]) == ("4", "4", "flux1")
     assert found["format"] == "pt" and json.loads(found["scfm"])["base_model"] == FLUX
+
+
+@pytest.mark.parametrize(("format", "prefix"), [("comfyui", "diffusion_model."), ("kohya", "lora_unet_")])
+def test_names_of_other_tools(run, capsys, format, prefix):
+    for words in ([], ["--steps", "4", "--format", format]):
+        assert main(["export", str(run), *words]) == 0
+    path = run / "adapter" / f"scfm_flux_4steps_{format}_fp32.safetensors"
+    assert capsys.readouterr().out.splitlines()[-1] == str(path)
+    with safe_open(path, framework="pt") as file:
+        assert all(name.startswith(prefix) for name in file.keys())  # noqa: SIM118  (not a dict)
+    card = ModelCard.load(run / "adapter" / "README.md").text
+    assert f"| `{path.name}` | {format} | 4 steps, at weight 1.0 | float32 |" in card
+    nodes = json.loads((run / "adapter" / "comfyui_workflow.json").read_text()).values()
+    [lora] = [node["inputs"] for node in nodes if node["class_type"] == "LoraLoaderModelOnly"]
+    steps = [node["inputs"]["steps"] for node in nodes if "steps" in node["inputs"]]
+    assert (lora["lora_name"], lora["strength_model"], steps) == (path.name, 1.0, [4])
 
 
 @pytest.mark.parametrize("words", [[], ["--single-file"]], ids=["pipeline", "single file"])
