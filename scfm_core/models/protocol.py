@@ -43,9 +43,8 @@ class ModelFamily(ABC):
     pipelines: ClassVar[tuple[str, ...]]
     """Class names of diffusers' pipelines of this family."""
     known: ClassVar[dict[str, dict[str, Any]]]
-    """Architectures by hub id, for a dry run without network access: `transformer` and `vae` as in their config.json,
-    `encoder_bytes`, the bytes of text encoders and VAE in bf16; if they matter, `scheduler` and `pipeline`, which is the first of
-    `pipelines` by default."""
+    """Architectures by hub id, for dry runs and cards: `transformer`, `vae`, perhaps `scheduler` as in their config.json; `encoder_bytes`
+    of text encoders and VAE in bf16; `pipeline`, if it is not the first of `pipelines`; and `published`, a `Published`."""
     fields: ClassVar[dict[str, FieldKind]]
     """What the text encoders give, by name. Not the names of other tensors in a shard: `latents`, `velocities`, `sigmas`, `guidance`."""
     tokenizer: ClassVar[str] = "tokenizer"

@@ -17,6 +17,7 @@ from runs import run_distributed, train_all
 
 from data_tools.encode import EncodeConfig, encode
 from data_tools.generate import SamplerConfig, generate
+from recipes.card import UNNAMED_BASE
 from recipes.cli import main
 from recipes.tiny import write_digits
 from scfm_core import load, with_steps
@@ -170,7 +171,7 @@ def test_distilled_resumed_sampled_evaluated_exported(model, tmp_path, monkeypat
     assert code is not None
     monkeypatch.chdir(run_dir)
     found: dict[str, Any] = {}
-    exec(code[1].replace("your prompt", PROMPT), found)
+    exec(code[1].replace("your prompt", PROMPT).replace(UNNAMED_BASE, str(model.root / "model")), found)
     assert np.abs(ours - np.asarray(found["image"], dtype=int)).max() <= 2
     assert ours.std() > 3, "the images are flat"
     from_python(run_dir, found["pipe"], ours)
