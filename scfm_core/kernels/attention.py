@@ -8,7 +8,7 @@ On Hopper PyTorch's default choice is half as fast as cuDNN. The best backend de
 import json
 import os
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,11 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-BACKENDS = ("cudnn", "flash3", "flash", "xformers", "triton", "math")
+BACKENDS = ("cudnn", "flash3", "flash", "xformers", "triton", "efficient", "math")
 """In order of preference, if their times are equal."""
 TIE = 0.03
 """A later backend must be faster by this fraction. Times vary between runs; the choice should not."""
-_SDPA = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}
+SDPA = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+"""The backends of PyTorch's `scaled_dot_product_attention`."""
 _PROBE_TOKENS = 128
 
 
@@ -45,13 +51,15 @@ class AttentionShape:
     head_dim: int
     dtype: torch.dtype
     device: torch.device
+    masked: bool = False
+    """Whether keys are masked, by a bool mask [batch, 1, 1, tokens]. Only `SDPA` takes masks."""
 
     @property
     def key(self) -> str:
         """A string of everything that the fastest backend depends on."""
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
         shape = f"{self.batch}x{self.tokens}x{self.heads}x{self.head_dim}"
-        return f"{device}, {shape}, {str(self.dtype).removeprefix('torch.')}, torch {torch.__version__}"
+        return f"{device}, {shape}, {str(self.dtype).removeprefix('torch.')}{', masked' * self.masked}, torch {torch.__version__}"
 
     def draw(self) -> tuple[Tensor, Tensor, Tensor]:
         """Random query, key and value that require gradients."""
@@ -59,13 +67,26 @@ class AttentionShape:
         query, key, value = torch.randn(shape, dtype=self.dtype, device=self.device)
         return query.requires_grad_(), key.requires_grad_(), value.requires_grad_()
 
+    def mask(self) -> Tensor | None:
+        """A mask as of captions of half the tokens, if keys are masked."""
+        if not self.masked:
+            return None
+        kept = torch.arange(self.tokens, device=self.device) < (self.tokens + 1) // 2
+        return kept.expand(self.batch, 1, 1, -1)
 
-def attention(query: Tensor, key: Tensor, value: Tensor, backend: str) -> Tensor:
-    """`softmax(Q K^T / sqrt(D)) V` without a mask: query, key, value [B, S, H, D] -> [B, S, H, D]."""
-    if backend in _SDPA:
-        with sdpa_kernel(_SDPA[backend]):
+
+def attention(query: Tensor, key: Tensor, value: Tensor, backend: str, mask: Tensor | None = None) -> Tensor:
+    """`softmax(Q K^T / sqrt(D)) V`: query, key, value [B, S, H, D] -> [B, S, H, D].
+
+    Raises:
+        ValueError: for a mask, by a backend that is not in `SDPA`.
+    """
+    if backend in SDPA:
+        with sdpa_kernel(SDPA[backend]):
             query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-            return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
+    if mask is not None:
+        raise ValueError(f"{backend} attention takes no mask, and the text of this model is masked")
     if backend == "triton":
         from scfm_core.kernels.flash import flash_attention
 
@@ -106,12 +127,13 @@ def why_unavailable(backend: str, shape: AttentionShape) -> str | None:
         return "xformers has no kernel for a CPU"
     failures: tuple[type[Exception], ...] = (RuntimeError, ValueError, *_triton_errors())
     try:
-        inputs = replace(shape, batch=1, tokens=min(_PROBE_TOKENS, shape.tokens), heads=1).draw()
-        attention(*inputs, backend).sum().backward()
+        probed = replace(shape, batch=1, tokens=min(_PROBE_TOKENS, shape.tokens), heads=1)
+        inputs = probed.draw()
+        attention(*inputs, backend, probed.mask()).sum().backward()
         if shape.device.type == "cuda":
             torch.cuda.synchronize(shape.device)
     except failures as error:
-        if backend in _SDPA and ("No viable backend" in str(error) or "No available kernel" in str(error)):
+        if backend in SDPA and ("No viable backend" in str(error) or "No available kernel" in str(error)):
             return f"PyTorch has no {backend} attention for this device, dtype and head size"
         return (str(error).strip() or type(error).__name__).splitlines()[0]
     return None
@@ -127,13 +149,18 @@ def _triton_errors() -> tuple[type[Exception], ...]:
 
 
 def choose_attention(
-    name: str, shape: AttentionShape, *, time: Callable[[str, AttentionShape], float] | None = None
+    name: str,
+    shape: AttentionShape,
+    *,
+    backends: Sequence[str] = BACKENDS,
+    time: Callable[[str, AttentionShape], float] | None = None,
 ) -> AttentionChoice:
     """Choose the backend for `shape`.
 
     Args:
         name: `auto`, or one of `BACKENDS`, which must be available.
         shape: of attention in the training.
+        backends: those of `BACKENDS` that the network's blocks can use.
         time: returns the milliseconds of a backend at a shape; by default they are measured on the GPU.
 
     Raises:
@@ -141,10 +168,12 @@ def choose_attention(
             backend fits into memory.
     """
     if name != "auto":
-        reason = why_unavailable(name, shape)
+        reason = (
+            why_unavailable(name, shape) if name in backends else "the blocks of this network call PyTorch's attention"
+        )
         if reason is None:
             return AttentionChoice(name, "asked for")
-        available = [other for other in BACKENDS if other != name and why_unavailable(other, shape) is None]
+        available = [other for other in backends if other != name and why_unavailable(other, shape) is None]
         raise ValueError(
             f"kernels.attention={name} is unavailable for {shape.key}: {reason}. Choose among {', '.join(available)}, "
             f"or auto, which chooses the fastest"
@@ -153,9 +182,13 @@ def choose_attention(
         return AttentionChoice("flash", "PyTorch's own for a CPU")
     path = _cache_file()
     measured = _read(path)
-    if (entry := measured.get(shape.key)) is not None and why_unavailable(entry["backend"], shape) is None:
+    if (
+        (entry := measured.get(shape.key)) is not None
+        and entry["backend"] in backends
+        and not why_unavailable(entry["backend"], shape)
+    ):
         return AttentionChoice(entry["backend"], f"measured before ({path})", entry["milliseconds"])
-    available = [backend for backend in BACKENDS if why_unavailable(backend, shape) is None]
+    available = [backend for backend in backends if why_unavailable(backend, shape) is None]
     times = {}
     for backend in available if available == ["math"] else [name for name in available if name != "math"]:
         try:
@@ -179,7 +212,7 @@ def choose_attention(
 def _milliseconds(backend: str, shape: AttentionShape, repeats: int = 7, calls: int = 5) -> float:
     """Median of a forward and backward by the GPU's clock. Several calls are launched during a wait of about 5 ms on
     the GPU, so that launches are ahead of the GPU, as in training."""
-    inputs = shape.draw()
+    inputs, mask = shape.draw(), shape.mask()
     grad = torch.randn_like(inputs[0])
     times = []
     for number in range(repeats + 2):
@@ -187,7 +220,7 @@ def _milliseconds(backend: str, shape: AttentionShape, repeats: int = 7, calls: 
         torch.cuda._sleep(10_000_000)
         start.record()
         for _ in range(calls):
-            torch.autograd.grad(attention(*inputs, backend), inputs, grad)
+            torch.autograd.grad(attention(*inputs, backend, mask), inputs, grad)
         end.record()
         torch.cuda.synchronize(shape.device)
         if number >= 2:

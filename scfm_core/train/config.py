@@ -118,8 +118,9 @@ class KernelConfig:
     fused: Literal["auto", "triton", "reference", "none"] = "auto"
     """`triton`: fused kernels; `reference`: the same blocks in plain PyTorch; `none`: diffusers' own blocks; `auto`:
     `triton` on a GPU, `none` on a CPU."""
-    attention: Literal["auto", "cudnn", "flash3", "flash", "xformers", "triton", "math"] = "auto"
-    """Backend of attention; `auto` measures the available ones, once for each device, shape and dtype."""
+    attention: Literal["auto", "cudnn", "flash3", "flash", "xformers", "triton", "efficient", "math"] = "auto"
+    """Backend of attention; `auto` measures the available ones, once for each device, shape and dtype. Networks without fused blocks
+    have those of PyTorch: cudnn, flash, efficient, math."""
     fp8: bool = False
     """Use fp8 matrix products with the base in the near and far passes. Needs adapters on a base that is not sharded, and an
     H100 or later. It takes one byte of memory for each parameter, and adds rounding errors of some per cent."""

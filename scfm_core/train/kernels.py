@@ -7,7 +7,7 @@ from torch import nn
 
 from scfm_core.distributed.world import launched_size
 from scfm_core.errors import UserError
-from scfm_core.kernels.attention import AttentionChoice, AttentionShape, choose_attention
+from scfm_core.kernels.attention import BACKENDS, SDPA, AttentionChoice, AttentionShape, choose_attention
 from scfm_core.kernels.launch import why_no_triton
 from scfm_core.models.protocol import ModelFamily
 from scfm_core.train.config import KernelConfig, RunConfig
@@ -59,20 +59,17 @@ def choose_kernels(config: RunConfig, family: ModelFamily, device: torch.device,
     requested = config.kernels if training or device.type == "cuda" else KernelConfig()
     if training:
         check_kernels(config, device)
-    if not family.has_kernels:
-        if requested.fused in ("triton", "reference") or requested.attention != "auto":
-            raise UserError(
-                f"there are no fused blocks and no choice of attention for the network of {family.pipeline}. Set kernels.fused and "
-                f"kernels.attention to auto"
-            )
-        return Kernels("none", "there are no fused ones for this network", None)
+    if not family.has_kernels and requested.fused in ("triton", "reference"):
+        raise UserError(f"there are no fused blocks for the network of {family.pipeline}. Set kernels.fused to auto")
     reason = why_no_triton(device)
     if requested.fused == "triton" and reason is not None:
         raise UserError(
             f"kernels.fused=triton cannot run here: {reason}. Set kernels.fused to auto, reference or none (with TRITON_INTERPRET=1 "
             f"the kernels run on a CPU, for tests)"
         )
-    if requested.fused == "auto":
+    if not family.has_kernels:
+        fused, why = "none", "there are no fused ones for this network"
+    elif requested.fused == "auto":
         fused = "triton" if reason is None and device.type == "cuda" else "none"
         why = "a GPU that supports them" if fused == "triton" else reason or "on a CPU kernels would be interpreted"
     else:
@@ -80,7 +77,9 @@ def choose_kernels(config: RunConfig, family: ModelFamily, device: torch.device,
     if fused == "none" and requested.attention == "auto" and device.type != "cuda":
         return Kernels(fused, why, None)
     try:
-        return Kernels(fused, why, choose_attention(requested.attention, _shape(config, family, device)))
+        backends = BACKENDS if family.has_kernels else tuple(SDPA)
+        choice = choose_attention(requested.attention, _shape(config, family, device), backends=backends)
+        return Kernels(fused, why, choice)
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -88,13 +87,13 @@ def choose_kernels(config: RunConfig, family: ModelFamily, device: torch.device,
 def _shape(config: RunConfig, family: ModelFamily, device: torch.device) -> AttentionShape:
     """Shape of the attention in a training step at the run's resolution."""
     _, rows, columns = family.latent_shape(*config.data.resolution)
-    arch = family.network_config
     dtype = torch.bfloat16 if config.train.compute_dtype == "bfloat16" else torch.float32
     return AttentionShape(
         batch=micro_batches(config, launched_size()).size,
         tokens=rows * columns // family.patch**2 + family.text_tokens(config.model.text_length),
-        heads=arch["num_attention_heads"],
-        head_dim=arch["attention_head_dim"],
+        heads=family.heads,
+        head_dim=family.width // family.heads,
         dtype=dtype,
         device=device,
+        masked="masked" in family.fields.values(),
     )

@@ -136,6 +136,20 @@ def test_masked_fields_of_one_sample_have_one_length(tmp_path):
         open_(folder).record(0)
 
 
+def test_a_pinned_batch_has_all_tensors_in_pinned_memory(cache, monkeypatch):
+    """Pinning itself needs a GPU: here it is a copy that is counted."""
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.nbytes) or tensor.clone())
+    batch = collate(range(8), [open_(cache).record(item, padded=False) for item in range(8)])
+    copy = batch.pinned()
+    assert sum(pinned) == batch.nbytes == copy.nbytes
+    assert copy.lengths == batch.lengths
+    for name, value in batch.fields.items():
+        own, other = (getattr(field, "tokens", field) for field in (value, copy.fields[name]))
+        assert torch.equal(own, other)
+        assert own.data_ptr() != other.data_ptr()
+
+
 def test_no_field_means_no_lengths():
     """Of images: their captions are encoded."""
     assert collate([0], [Record(key="a", caption="", image=torch.zeros(3, 2, 2))]).lengths is None

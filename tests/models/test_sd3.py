@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from conftest import load_adapter
 from diffusers import StableDiffusion3Pipeline
 from local_hub import serve
 from PIL import Image
@@ -152,7 +153,7 @@ def test_distilled_resumed_sampled_evaluated_exported(make_sd3, folder, tmp_path
         assert "StableDiffusion3Pipeline.from_pretrained" in card and "guidance between 3.5 and 5" in card
         assert "sigmas=[1 - k / 3 for k in range(3)]" in card  # this pipeline's own grid is another
         pipe = StableDiffusion3Pipeline.from_pretrained(folder)
-        pipe.load_lora_weights(run_dir / "adapter", weight_name="pytorch_lora_weights.safetensors", adapter_name="scfm")
+        load_adapter(pipe, run_dir / "adapter")
         pipe.set_adapters("scfm", 3**-0.5)
     else:
         assert main(["export", str(run_dir), "--merged", str(tmp_path / "merged")]) == 0
@@ -288,7 +289,7 @@ def test_a_one_pass_model_is_shortened(make_sd3, folder, tmp_path):
     assert main(["export", str(tmp_path / "path")]) == 0
     pipe = StableDiffusion3Pipeline.from_pretrained(merged)
     adapter = tmp_path / "path" / "adapter"
-    pipe.load_lora_weights(adapter, weight_name="pytorch_lora_weights.safetensors", adapter_name="scfm")
+    load_adapter(pipe, adapter)
     pipe.set_adapters("scfm", 3**-0.5)
     assert worst(sampled(tmp_path / "path", tmp_path / "b"), images_of(pipe, 1.0)) <= 2
     assert "guidance_scale=1.0" in (tmp_path / "path" / "adapter" / "README.md").read_text()
@@ -363,12 +364,20 @@ def test_pretrained_from_scratch(make_sd3):
     assert rows[-1] < 0.9 * rows[0]
 
 
-@pytest.mark.parametrize("changes", [{"kernels.fused": "triton"}, {"kernels.attention": "flash"}])
-def test_kernels_of_flux_are_refused(make_sd3, changes):
-    with pytest.raises(
-        UserError, match="no fused blocks and no choice of attention for the network of StableDiffusion3Pipeline"
-    ):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kernels.fused": "triton"}, "no fused blocks for the network of StableDiffusion3Pipeline"),
+        ({"kernels.attention": "xformers"}, "call PyTorch's attention. Choose among flash, math"),
+    ],
+)
+def test_kernels_of_other_blocks_are_refused(make_sd3, changes, message):
+    with pytest.raises(UserError, match=message):
         Trainer(make_sd3(changes))
+
+
+def test_a_backend_of_pytorchs_attention(make_sd3):
+    assert "math attention (asked for)" in str(Trainer(make_sd3({"kernels.attention": "math"})).kernels)
 
 
 def test_a_step_size_has_no_input_to_go_to(make_sd3):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from scfm_core.errors import UserError
-from scfm_core.kernels.attention import AttentionChoice
+from scfm_core.kernels.attention import BACKENDS, AttentionChoice
 from scfm_core.models.families import open_family
 from scfm_core.train import kernels, rules
 from scfm_core.train.kernels import choose_kernels
@@ -22,7 +22,8 @@ def on_a_gpu(monkeypatch):
     """Simulates a GPU; yields the shapes for which attention was chosen."""
     shapes = []
 
-    def choose(name, shape):
+    def choose(name, shape, *, backends):
+        assert backends == BACKENDS
         shapes.append(shape)
         return AttentionChoice("cudnn", "the fastest here", {"cudnn": 1.234, "math": 20.0})
 
