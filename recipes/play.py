@@ -23,6 +23,7 @@ from recipes.sample import file_name, origin, save_image
 from scfm_core.api import AdapterModel, FewStepModel, RunModel, load
 from scfm_core.errors import UserError
 from scfm_core.models.encoders import load_tokenizer
+from scfm_core.models.fused_base import adapter_file
 from scfm_core.models.student import FullModel
 from scfm_core.train.config import RunConfig
 from scfm_core.train.prompts import read_prompts
@@ -73,7 +74,8 @@ class Entry:
             self.has_teacher = not isinstance(model.model, FullModel) or "teacher" in model.model.networks
             self.prompt = _first_prompt(config)
         elif isinstance(model, AdapterModel):
-            found = base or model.header.base_model
+            self.name = adapter_file(path).stem
+            found = base or str(model.header.base_model)
             self.origin = {"model": Path(found).name if Path(found).is_dir() else found, "adapter": self.name}
             self.text_length = model.header.text_length
             self.has_strength = self.has_teacher = True
@@ -102,6 +104,7 @@ class Entry:
     def facts(self) -> dict[str, str]:
         """What the images come from, for people."""
         usual, model, rows = self.usual, self.model, {}
+        shift: float | str
         if isinstance(model, RunModel):
             config = model.config
             rows["Run"] = f"{self.name}, {self.origin['checkpoint']}, weights {self.origin['weights']}"

@@ -174,7 +174,13 @@ class AdapterModel(FewStepModel):
 
         self.header = read_header(path)
         target = resolve_device(device)
-        folder = resolve_folder(base or self.header.base_model)
+        base = base or self.header.base_model
+        if base is None:
+            raise UserError(
+                f"the adapter {path} names no base model, because that was a folder. Give it: `load(..., base=...)`, or "
+                f"`scfm play ... --model MODEL`"
+            )
+        folder = resolve_folder(base)
         logging.disable_progress_bar()  # "Loading pipeline components"
         dtype = torch.float32 if target.type == "cpu" else torch.bfloat16
         pipe = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
