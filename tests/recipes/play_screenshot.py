@@ -21,8 +21,9 @@ def main(*words: str) -> None:
     address, stop = serve_in_thread(player)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1100, "height": 880})
+        page = browser.new_page(viewport={"width": 1100, "height": 900})
         page.goto(address)
+        page.wait_for_load_state("networkidle")  # until then Gradio may set an input again
         page.get_by_label("Prompt").fill("a handwritten digit three")
         page.get_by_role("slider", name="Steps").fill("1")
         page.get_by_role("button", name="Generate", exact=True).click()
