@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from recipes.unfinished import UnfinishedEvaluation
@@ -25,6 +24,7 @@ from scfm_core.models.conditioning import Conditioning
 from scfm_core.models.encoders import Autoencoder, TextEncoders
 from scfm_core.models.fingerprint import encoder_fingerprint
 from scfm_core.models.student import FullModel
+from scfm_core.models.weights import save_tensors
 from scfm_core.train.config import RunConfig
 from scfm_core.train.device import compute_dtype, resolve_device
 from scfm_core.train.features import extract, frechet_distance, load_features
@@ -267,7 +267,7 @@ class Evaluator:
             contextlib.suppress(UserError) if folder == self.folder else contextlib.nullcontext(),
             written_whole(path, "evaluate.keep", "Make room, or choose another folder") as partial,
         ):
-            save_file({"images": images.contiguous()}, partial, {"seconds": repr(seconds)})
+            save_tensors(partial, {"images": images}, {"seconds": repr(seconds)})
         return images, seconds
 
     def _images_key(self, first: int) -> str:

@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from scfm_core.models import qwen_vae
+from scfm_core.models import original_names, qwen_vae
 from scfm_core.models.conditioning import Conditioning
 from scfm_core.models.flux import image_ids, pack_latents, unpack_latents
-from scfm_core.models.protocol import FieldKind, dtype_of
+from scfm_core.models.protocol import FieldKind, dtype_of, rounded
 
 _TRANSFORMER = {
     "attention_head_dim": 128,
@@ -40,6 +40,7 @@ class Krea2(qwen_vae.QwenVAE):
     mu_points = ((256, 0.5), (6400, 1.15))
     in_channels_per_latent = 4
     static_shapes = False
+    other_tools = original_names.KREA2
     known: ClassVar[dict[str, dict[str, Any]]] = {
         "krea/Krea-2-Raw": {
             "transformer": _TRANSFORMER,
@@ -69,7 +70,7 @@ class Krea2(qwen_vae.QwenVAE):
             hidden_states=pack_latents(x).to(dtype),
             encoder_hidden_states=text.to(dtype),
             encoder_attention_mask=cond.mask,
-            timestep=sigma.to(dtype),
+            timestep=rounded(sigma, network),
             position_ids=torch.cat([positions.new_zeros(text.shape[1], 3), positions]),
             return_dict=False,
         )[0]

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from scfm_core.models import original_names
 from scfm_core.models.conditioning import Conditioning
 from scfm_core.models.protocol import FieldKind, ModelFamily, dtype_of
 
@@ -44,6 +45,7 @@ class SD3(ModelFamily):
     fields: ClassVar[dict[str, FieldKind]] = {"text": "tokens", "pooled": "vector"}
     tokenizer = "tokenizer_3"
     extra_tokens = 77
+    other_tools = original_names.SD3
     known: ClassVar[dict[str, dict[str, Any]]] = {
         f"stabilityai/stable-diffusion-3.5-{size}": {
             "transformer": transformer,

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from scfm_core.models import original_names
 from scfm_core.models.conditioning import Conditioning
 from scfm_core.models.protocol import FieldKind, ModelFamily, dtype_of
-from scfm_core.models.weights import component_config
 
 _NETWORK = {
     "all_f_patch_size": (1,),
@@ -44,6 +44,7 @@ class ZImage(ModelFamily):
     neutral_guidance = 0.0
     block_lists = ("noise_refiner", "context_refiner", "layers")
     static_shapes = False
+    other_tools = original_names.Z_IMAGE
     known: ClassVar[dict[str, dict[str, Any]]] = {
         f"Tongyi-MAI/{name}": {
             "transformer": _NETWORK,
@@ -104,5 +105,4 @@ class ZImage(ModelFamily):
 
     def shift(self, image_tokens: int, num_steps: int) -> float:
         """See `ModelFamily`. It is fixed: the pipeline computes Flux's mu of the image's size, and the scheduler ignores it."""
-        config = self.scheduler_config or component_config(self.folder, "scheduler", "scheduler_config.json")
-        return float(config["shift"])
+        return float(self.scheduler_config["shift"])

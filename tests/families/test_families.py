@@ -1,6 +1,7 @@
 """Every family from its folder to images in diffusers: the same steps for all, and no name of one in the code that runs them."""
 
 import importlib
+import inspect
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from runs import run_distributed, train_all
 
 from data_tools.encode import EncodeConfig, encode
 from data_tools.generate import SamplerConfig, generate
+from recipes.card import UNNAMED_BASE
 from recipes.cli import main
 from recipes.tiny import write_digits
 from scfm_core import load, with_steps
@@ -55,6 +57,7 @@ CASES = {
     "krea2": Case(4.5, module="tiny_krea2"),
     # Its pipeline makes only multiples of 32 pixels.
     "sana": Case(4.5, module="tiny_sana", sides=(32, 64, 96)),
+    "chroma": Case(3.0, module="tiny_chroma"),
 }
 
 
@@ -128,6 +131,15 @@ def trained(tree: dict[str, Any], *, resume: bool = False) -> Trainer:
     return trainer
 
 
+def test_a_family_is_one_file_of_at_most_150_lines():
+    long = {
+        family.__module__: lines
+        for family in FAMILIES
+        if (lines := Path(inspect.getfile(family)).read_text().count("\n")) > 150
+    }
+    assert long == {}
+
+
 def test_every_family_is_here():
     assert {type(open_family(path, offline=True)) for family in FAMILIES for path in family.known} == set(FAMILIES)
     modules = {family.__module__.rpartition(".")[2] for family in FAMILIES}
@@ -159,7 +171,7 @@ def test_distilled_resumed_sampled_evaluated_exported(model, tmp_path, monkeypat
     assert code is not None
     monkeypatch.chdir(run_dir)
     found: dict[str, Any] = {}
-    exec(code[1].replace("your prompt", PROMPT), found)
+    exec(code[1].replace("your prompt", PROMPT).replace(UNNAMED_BASE, str(model.root / "model")), found)
     assert np.abs(ours - np.asarray(found["image"], dtype=int)).max() <= 2
     assert ours.std() > 3, "the images are flat"
     from_python(run_dir, found["pipe"], ours)
@@ -275,7 +287,8 @@ EXPLAINED = {
 
 
 def test_only_models_and_kernels_name_families():
-    words = r"flux|sd3|stable.diffusion|qwen|z.?image|krea|\bsana\b"
+    modules = {re.sub(r"(?<=\w{3})\d+$", "", family.__module__.rpartition(".")[2]) for family in FAMILIES}
+    words = rf"(?<![a-z])({'|'.join(modules).replace('_', '.?')}|stable.diffusion)"
     root = Path(__file__).parents[2]
     files = [path for package in ("scfm_core", "data_tools") for path in (root / package).rglob("*.py")]
     models = (root / "scfm_core/models", root / "scfm_core/kernels")
