@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import adapter_file
 from diffusers import FluxPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -22,7 +23,6 @@ from scfm_core.train.parse import dump_config
 from scfm_core.train.trainer import Trainer
 
 PROMPTS = ["a handwritten digit three", "a handwritten digit eight"]
-FILE = "pytorch_lora_weights.safetensors"
 
 
 @pytest.fixture
@@ -94,7 +94,8 @@ def test_an_adapter_gives_the_images_of_its_run(run_dir, pipe, tiny):
 
 def test_a_style_beside_the_adapter_keeps_its_weight(run_dir, pipe, tmp_path):
     """Loaded before or after; the same as the style fused into the base of the run."""
-    down, up = torch.randn(3, 64) * 0.3, torch.randn(256, 3) * 0.3
+    generator = torch.Generator().manual_seed(0)
+    down, up = torch.randn(3, 64, generator=generator), torch.randn(256, 3, generator=generator)
     name = "transformer.single_transformer_blocks.0.proj_mlp"
     save_file({f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}, tmp_path / "style.safetensors")
     style = f"model.adapters=[{{path: {tmp_path / 'style.safetensors'}, weight: 0.7}}]"
@@ -127,7 +128,7 @@ def test_a_dynamic_shift_is_the_familys(run_dir, pipe, tiny):
 
 def rewrite(run_dir, **changes):
     """Change the header of the exported file."""
-    path = run_dir / "adapter" / FILE
+    path = adapter_file(run_dir / "adapter")
     with safe_open(path, "pt") as file:
         header = dict(file.metadata())
     header["scfm"] = json.dumps({**json.loads(header["scfm"]), **changes})
@@ -136,7 +137,7 @@ def rewrite(run_dir, **changes):
 
 def test_a_folded_file_has_weight_one_at_its_step_count(run_dir, pipe):
     expected = load(run_dir).sample(PROMPTS, steps=4, seed=77)
-    path = run_dir / "adapter" / FILE
+    path = adapter_file(run_dir / "adapter")
     with safe_open(path, "pt") as file:
         header = dict(file.metadata())
     save_file({n: t * 0.5 if "lora_B" in n else t for n, t in load_file(path).items()}, path, metadata=header)
@@ -171,7 +172,7 @@ def test_mistakes_name_what_to_do(run_dir, pipe, tiny, tmp_path):
     save_file({"transformer.x_embedder.lora_A.weight": torch.zeros(2, 4)}, foreign)
     with pytest.raises(UserError, match="is not an adapter of `scfm export`"):
         with_steps(pipe, foreign)
-    with safe_open(run_dir / "adapter" / FILE, "pt") as file:
+    with safe_open(adapter_file(run_dir / "adapter"), "pt") as file:
         header = file.metadata()
     factors = {
         f"transformer.x_embedder.lora_{side}.weight": torch.zeros(shape)

@@ -6,7 +6,7 @@ import inspect
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -31,7 +31,7 @@ class AdapterHeader:
     base_model: str
     step_gain_gamma: float | None
     """gamma of step-scaled adapters; None: the weight does not depend on the step count."""
-    shift: float | str
+    shift: float | Literal["dynamic"]
     guidance: float
     """Of the student."""
     text_length: int
