@@ -20,7 +20,12 @@ from scfm_core.train.parse import dump_config
 from scfm_core.train.trainer import Trainer
 
 PROMPTS = ["a handwritten digit three", "a handwritten digit eight"]
-FILE = "pytorch_lora_weights.safetensors"
+
+
+def exported(run_dir):
+    """The file of `scfm export`."""
+    [path] = (run_dir / "adapter").glob("*.safetensors")
+    return path
 
 
 @pytest.fixture
@@ -125,7 +130,7 @@ def test_a_dynamic_shift_is_the_familys(run_dir, pipe, tiny):
 
 def rewrite(run_dir, **changes):
     """Change the header of the exported file."""
-    path = run_dir / "adapter" / FILE
+    path = exported(run_dir)
     with safe_open(path, "pt") as file:
         header = dict(file.metadata())
     header["scfm"] = json.dumps({**json.loads(header["scfm"]), **changes})
@@ -134,7 +139,7 @@ def rewrite(run_dir, **changes):
 
 def test_a_folded_file_has_weight_one_at_its_step_count(run_dir, pipe):
     expected = load(run_dir).sample(PROMPTS, steps=4, seed=77)
-    path = run_dir / "adapter" / FILE
+    path = exported(run_dir)
     with safe_open(path, "pt") as file:
         header = dict(file.metadata())
     save_file({n: t * 0.5 if "lora_B" in n else t for n, t in load_file(path).items()}, path, metadata=header)
@@ -169,7 +174,7 @@ def test_mistakes_name_what_to_do(run_dir, pipe, tiny, tmp_path):
     save_file({"transformer.x_embedder.lora_A.weight": torch.zeros(2, 4)}, foreign)
     with pytest.raises(UserError, match="is not an adapter of `scfm export`"):
         with_steps(pipe, foreign)
-    with safe_open(run_dir / "adapter" / FILE, "pt") as file:
+    with safe_open(exported(run_dir), "pt") as file:
         header = file.metadata()
     factors = {
         f"transformer.x_embedder.lora_{side}.weight": torch.zeros(shape)
