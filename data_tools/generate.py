@@ -19,7 +19,6 @@ from scfm_core.flow.random import sample_noise
 from scfm_core.flow.sampler import euler_sample, roll_out
 from scfm_core.flow.schedule import sigma_grid
 from scfm_core.models.conditioning import Conditioning
-from scfm_core.models.fingerprint import network_fingerprint
 from scfm_core.models.protocol import ModelFamily, dtype_of
 
 # Larger than all sample ids of a run: a run with the same seed must not draw the noise from which its latents were
@@ -112,7 +111,7 @@ def generate(
     parameters = {
         "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
         **sampler.parameters(),
-        "network": network_fingerprint(family.folder),
+        "network": family.fingerprint,
         **config.parameters(family),
     }
     job = Job(output, parameters)  # before loading the weights, which takes minutes

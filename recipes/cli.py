@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 from recipes.data_commands import add_commands as add_data_commands
 from recipes.ending import end_process, ended
+from recipes.export_command import add_command as add_export
 from recipes.run_commands import add_commands as add_run_commands
 from recipes.usage import Parser, add_command, add_overrides
 from scfm_core import __version__
@@ -14,7 +15,7 @@ from scfm_core.errors import UserError
 from scfm_core.train.stop import remember_early
 
 # These commands work for long: the end of the reader of their messages does not end them.
-_LONG = ("_train", "_evaluate", "_sample", "_export", "_study", "_encode", "_generate", "_pack", "_index")
+_LONG = ("_train", "_evaluate", "_sample", "_export", "_study", "_encode", "_generate", "_pack", "_index", "_play")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_sample(commands)
     _add_evaluate(commands)
-    _add_export(commands)
+    add_export(commands)
     _add_report(commands)
     _add_study(commands)
     _add_status(commands)
@@ -159,25 +160,6 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     print(format_evaluation(evaluate(arguments.run_dir, arguments.overrides)))
     print(f"written to {arguments.run_dir / 'evaluation.json'}")
-
-
-def _add_export(commands: Any) -> None:
-    parser = add_command(commands, "export", "Write the trained weights in diffusers' formats.", _export)
-    parser.add_argument("run_dir", type=Path)
-    add_overrides(parser)
-    parser.add_argument(
-        "--merged",
-        type=Path,
-        metavar="FOLDER",
-        help="write a complete pipeline with merged weights instead of an adapter",
-    )
-    parser.add_argument("--steps", type=int, help="with --merged of a step-scaled adapter: the step count to merge for")
-
-
-def _export(arguments: argparse.Namespace) -> None:
-    from recipes.export import export
-
-    print(export(arguments.run_dir, arguments.overrides, merged=arguments.merged, num_steps=arguments.steps))
 
 
 def _add_report(commands: Any) -> None:

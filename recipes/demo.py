@@ -221,8 +221,8 @@ def _scfm_unless(product: Path, *words: object) -> int:
 
 def _evaluate(run_dir: Path, *overrides: str) -> int:
     """Unless the run was evaluated with these very settings before."""
-    from recipes.runs import open_run
     from scfm_core.train.parse import dump_config, with_absolute_paths
+    from scfm_core.train.runs import open_run
 
     before = run_dir / "evaluation.yaml"
     is_there = before.is_file() and (run_dir / "evaluation.json").is_file()

@@ -11,11 +11,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from recipes.runs import load_trained, open_run
-from recipes.sample import generate
 from recipes.unfinished import UnfinishedEvaluation
 from scfm_core.data.corpus import Corpus
 from scfm_core.data.image import unit_range
@@ -25,8 +22,9 @@ from scfm_core.errors import UserError
 from scfm_core.files import check_writable, saving, written_whole
 from scfm_core.models.conditioning import Conditioning
 from scfm_core.models.encoders import Autoencoder, TextEncoders
-from scfm_core.models.fingerprint import encoder_fingerprint, network_fingerprint
+from scfm_core.models.fingerprint import encoder_fingerprint
 from scfm_core.models.student import FullModel
+from scfm_core.models.weights import save_tensors
 from scfm_core.train.config import RunConfig
 from scfm_core.train.device import compute_dtype, resolve_device
 from scfm_core.train.features import extract, frechet_distance, load_features
@@ -36,7 +34,8 @@ from scfm_core.train.metrics import progress_bar
 from scfm_core.train.parse import dump_config, with_absolute_paths
 from scfm_core.train.prompts import read_prompts
 from scfm_core.train.run_dir import MANIFEST, newest_complete
-from scfm_core.train.sampling import to_uint8
+from scfm_core.train.runs import load_trained, open_run
+from scfm_core.train.sampling import generate, to_uint8
 from scfm_core.wording import count, duration, number
 
 Result = dict[str, dict[str, dict[str, float]]]
@@ -268,13 +267,13 @@ class Evaluator:
             contextlib.suppress(UserError) if folder == self.folder else contextlib.nullcontext(),
             written_whole(path, "evaluate.keep", "Make room, or choose another folder") as partial,
         ):
-            save_file({"images": images.contiguous()}, partial, {"seconds": repr(seconds)})
+            save_tensors(partial, {"images": images}, {"seconds": repr(seconds)})
         return images, seconds
 
     def _images_key(self, first: int) -> str:
         """A hash of everything that the frozen model's images depend on."""
         config, folder, sample = self.config, self.model.family.folder, self.config.sample
-        known: list[Any] = [network_fingerprint(folder), encoder_fingerprint(folder), self.prompts, str(self.device)]
+        known: list[Any] = [self.model.family.fingerprint, encoder_fingerprint(folder), self.prompts, str(self.device)]
         known += [first, sample.seed, sample.shift, sample.guidance, self.model.family.has_learned_guidance]
         known += [config.run.seed] if config.model.init == "random" else []
         known += [config.data.resolution, config.model.text_length, config.train.compute_dtype]

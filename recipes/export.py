@@ -1,197 +1,241 @@
-"""`scfm export`: the trained weights in diffusers' formats."""
+"""`scfm export`: the trained weights as files of other tools, with a card."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from recipes.runs import open_run, open_trained
+from recipes.base_model import NOT_ON_THE_HUB, BaseModel, checked_id, find_base_model
+from recipes.card import Card, write_card
+from recipes.header import Contents, describe, file_name, header
+from recipes.merged import save_merged
+from recipes.push import check_access, push
 from scfm_core.errors import UserError
 from scfm_core.files import check_writable, saving
-from scfm_core.models.adapters import merge
+from scfm_core.models.formats import Format, convert
 from scfm_core.models.protocol import ModelFamily
-from scfm_core.models.weights import ADAPTER_FILE, component_config, read_weights, save_adapter, save_pipeline
+from scfm_core.models.weights import adapter_files, adapter_metadata, save_tensors
 from scfm_core.scfm.method import sampling_strength
 from scfm_core.train.checkpoint import Checkpoint
 from scfm_core.train.config import RunConfig
-from scfm_core.train.device import compute_dtype
-from scfm_core.train.sampling import sampling_shift
+from scfm_core.train.runs import open_run, open_trained
 
+TOP_LEVEL = "top-level"
 _ADVICE = "Make room there, or export a copy of the run; with --merged, choose another folder"
-_CARD_STEPS = (1, 2, 3, 4, 6, 8, 16)
 
 
-def export(run_dir: Path, overrides: list[str], *, merged: Path | None, num_steps: int | None) -> Path:
-    """Write `RUN_DIR/adapter`, or with `merged` a complete pipeline whose transformer has the trained weights.
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """Options of `scfm export`."""
+
+    steps: tuple[int, ...] = ()
+    """Of a step-scaled adapter: the step counts whose strengths are folded into a file each. None: one file of strength 1."""
+    format: Format = "diffusers"
+    """Whose names an adapter's tensors have."""
+    dtype: Literal["bfloat16", "float32"] | None = None
+    """Of the files; None: `train.compute_dtype`."""
+    base: str | None = None
+    """The base model's hub id, or `none` if it is not on the hub. Needed only if `model.path` is a folder."""
+    leave_out: str | None = None
+    """Linears that are left out: `top-level`, all outside the blocks, or a regular expression of whole names."""
+    merged: Path | None = None
+    """Folder of a new pipeline that has the trained weights."""
+    single_file: bool = False
+    """With `merged`: only the transformer, in one file."""
+    push: str | None = None
+    """Id of a repository on the hub, OWNER/NAME, to which the files are uploaded."""
+    private: bool = False
+    """With `push`: create a private repository."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """What an export has written."""
+
+    folder: Path
+    files: list[Path]
+    """Of weights; of a merged pipeline its folder."""
+    base: BaseModel
+    address: str | None
+    """Of the repository, if the files were uploaded."""
+
+
+def export(run_dir: Path, overrides: list[str], options: ExportOptions | None = None) -> Exported:
+    """Write adapters into `RUN_DIR/adapter`, or with `merged` a model that needs no adapter; and a card beside them.
 
     Args:
         run_dir: the run.
         overrides: changes of its configuration, e.g. `sample.weights=ema_slow`.
-        merged: folder of the new pipeline.
-        num_steps: of a step-scaled adapter: the step count for which it is merged.
+        options: of the command.
 
     Raises:
-        UserError: if the weights cannot be exported in this way, or the target exists.
+        UserError: if the weights cannot be exported in this way, the target exists, or the upload fails.
     """
+    options = options or ExportOptions()
     config = open_run(run_dir, overrides)
+    _check(config, options)
+    folder = run_dir / "adapter" if options.merged is None else options.merged
+    check_writable(folder if options.merged is None else folder.absolute().parent, "the export", _ADVICE)
+    checkpoint, family = open_trained(run_dir, config)
+    base = find_base_model(family, config.model.path, options.base)
+    if options.push is not None:
+        if base.id is None and options.base != NOT_ON_THE_HUB:
+            raise UserError(
+                f"--push: model.path is a folder of this machine, which the card must not name. Give --base OWNER/NAME, the id of "
+                f"this model on the hub, or --base {NOT_ON_THE_HUB} if it is not there"
+            )
+        check_access(options.push)
+    card = Card(
+        config=config,
+        family=family,
+        base=base,
+        checkpoint=checkpoint.path,
+        run_dir=run_dir,
+        place=options.push or folder.name,
+    )
+    if options.merged is None:
+        files = _export_adapters(folder, config, checkpoint, family, base, options, card)
+    else:
+        contents = Contents(
+            folded=options.steps[0] if options.steps else None,
+            format="diffusers",
+            dtype=options.dtype or config.train.compute_dtype,
+        )
+        with saving(folder, "the export", _ADVICE, folder.with_name(f".{folder.name}.tmp")):
+            files = [
+                save_merged(folder, config, checkpoint, family, base, contents, card, single_file=options.single_file)
+            ]
+    address = None if options.push is None else push(folder, options.push, private=options.private)
+    return Exported(folder=folder, files=files, base=base, address=address)
+
+
+def _check(config: RunConfig, options: ExportOptions) -> None:
+    """UserError if the options do not fit the run, or each other."""
+    gain, merged = config.method.step_gain, options.merged
     if merged is None and config.train.weights == "full":
         raise UserError("this run trained full weights, which cannot be exported as an adapter: give --merged FOLDER")
-    if merged is not None and config.method.step_gain is not None and num_steps is None:
+    if merged is not None and gain is not None and not options.steps:
         raise UserError(
             "this adapter's strength depends on the number of steps, which merging fixes: choose the step count with --steps N"
         )
-    if num_steps is not None and (merged is None or config.method.step_gain is None):
+    if options.steps and gain is None:
         raise UserError(
-            "--steps is for merging a step-scaled adapter (method.step_gain): here the strength does not depend on the step count. Omit --steps"
+            "--steps is for merging a step-scaled adapter (method.step_gain) or folding its strength in: here the strength does not "
+            "depend on the step count. Omit --steps"
         )
-    if num_steps is not None and num_steps < 1:
-        raise UserError(f"--steps must be at least 1, got {num_steps}")
-    target = run_dir / "adapter" if merged is None else merged
+    if any(steps < 1 for steps in options.steps):
+        raise UserError(f"--steps must be at least 1, got {min(options.steps)}")
+    if merged is not None and len(options.steps) > 1:
+        raise UserError("--merged has one step count: give --steps once, with one number")
+    if merged is not None and (options.format != "diffusers" or options.leave_out is not None):
+        raise UserError("--format and --leave-out are for adapters: omit them, or --merged")
+    if merged is None and options.single_file:
+        raise UserError("--single-file is for --merged FOLDER: an adapter is one file anyway")
     if merged is not None and merged.exists():
         raise UserError(f"{merged} exists already; choose another folder, or delete it")
-    check_writable(target if merged is None else target.absolute().parent, "the export", _ADVICE)
-    checkpoint, family = open_trained(run_dir, config)
-    if merged is None:
-        return _export_adapter(run_dir, config, checkpoint, family)
-    shift = _merged_shift(config, family, num_steps or config.sample.steps[-1])
-    weights = _merged_weights(config, checkpoint, family, sampling_strength(config.method.step_gain, num_steps or 1))
-    learned = config.method.distil_guidance
-    with saving(merged, "the export", _ADVICE, merged.with_name(f".{merged.name}.tmp")):
-        save_pipeline(family.folder, merged, weights, compute_dtype(config), shift, has_learned_guidance=learned)
-    return merged
+    if options.push is not None:
+        checked_id(options.push, "--push")
+    elif options.private:
+        raise UserError("--private is for --push OWNER/NAME")
 
 
-def _merged_shift(config: RunConfig, family: ModelFamily, num_steps: int) -> float | None:
-    """The fixed shift of a merged pipeline's scheduler. None: its own scheduler samples as we do, with a dynamic shift."""
-    scheduler = component_config(family.folder, "scheduler", "scheduler_config.json")
-    has_our_grid = scheduler["_class_name"] == "FlowMatchEulerDiscreteScheduler" and not scheduler.get("shift_terminal")
-    if config.sample.shift == "dynamic" and has_our_grid and scheduler.get("use_dynamic_shifting"):
+def _export_adapters(
+    folder: Path,
+    config: RunConfig,
+    checkpoint: Checkpoint,
+    family: ModelFamily,
+    base: BaseModel,
+    options: ExportOptions,
+    card: Card,
+) -> list[Path]:
+    """Write one safetensors file for each step count, and a card of all files in `folder` that have these weights."""
+    left_out = left_out_pattern(family, options.leave_out)
+    dtype = options.dtype or config.train.compute_dtype
+    factors = checkpoint.reader.group(config.sample.weights)
+    modules = {name.partition(".lora_")[0] for name in factors}
+    if left_out is not None and not 0 < sum(bool(left_out.fullmatch(name)) for name in modules) < len(modules):
+        raise UserError(
+            f"--leave-out {options.leave_out}: it matches none or all of the {len(modules)} adapted linears"
+        )
+    files, scale = [], config.lora.alpha / config.lora.rank
+    for steps in options.steps or (None,):
+        contents = Contents(folded=steps, format=options.format, dtype=dtype, left_out=options.leave_out)
+        folded = scale * (1.0 if steps is None else sampling_strength(config.method.step_gain, steps))
+        contents = replace(contents, rounding_error=rounding_error(factors, folded, getattr(torch, dtype)))
+        tensors = convert(
+            family, factors, options.format, scale=folded, dtype=getattr(torch, dtype), leave_out=left_out
+        )
+        path = folder / file_name(config, base, contents)
+        with saving(folder, "the export", _ADVICE, *([] if any(folder.iterdir()) else [folder])):
+            save_tensors(path, tensors, header(config, family, base, checkpoint, contents))
+        files.append(path)
+    same = describe(config, family, base, checkpoint, contents)
+    with saving(folder, "the export", _ADVICE):
+        write_card(folder, replace(card, files=tuple(_files_like(folder, same))))
+    return files
+
+
+def left_out_pattern(family: ModelFamily, choice: str | None) -> re.Pattern[str] | None:
+    """The pattern of the modules that are left out; `top-level` are those outside the family's blocks."""
+    if choice is None:
         return None
-    latents = torch.empty(1, *family.latent_shape(*config.data.resolution), device="meta")
-    return sampling_shift(config.sample, family, latents, num_steps)
+    try:
+        return re.compile(rf"^(?!(?:{'|'.join(family.block_lists)})\.).+$" if choice == TOP_LEVEL else choice)
+    except re.error as error:
+        raise UserError(f"--leave-out: {choice!r} is neither {TOP_LEVEL} nor a regular expression ({error})") from error
 
 
-def _export_adapter(run_dir: Path, config: RunConfig, checkpoint: Checkpoint, family: ModelFamily) -> Path:
-    """Write `RUN_DIR/adapter`: safetensors for `load_lora_weights`, and a README that explains their use."""
-    folder = run_dir / "adapter"
-    scale = config.lora.alpha / config.lora.rank
-    partial = (folder / ADAPTER_FILE).with_suffix(".tmp")
-    with saving(folder, "the export", _ADVICE, partial, *([] if any(folder.iterdir()) else [folder])):
-        save_adapter(folder, checkpoint.reader.group(config.sample.weights), scale, adapter_metadata(config, family))
-        (folder / "README.md").write_text(adapter_card(config, family), encoding="utf-8")
-    return folder
+def _files_like(folder: Path, metadata: dict[str, object]) -> list[tuple[str, Contents]]:
+    """Name and contents of the files in a folder that have the same weights as `metadata`, the header of one of them.
+
+    Files of earlier checkpoints may be there too; a card describes one set of weights.
+    """
+    found = []
+    for path in adapter_files(folder):
+        try:
+            own = adapter_metadata(path)
+        except UserError:  # not complete, or of another program
+            continue
+        if all(
+            own.get(key) == metadata[key]
+            for key in ("weights", "trained_steps", "base_model", "rank", "shift", "guidance")
+        ):
+            contents = Contents(
+                folded=own["folded_steps"],
+                format=own["format"],
+                dtype=own["dtype"],
+                left_out=own["left_out"],
+                rounding_error=own["rounding_error"],
+            )
+            found.append((path.name, contents))
+    return sorted(found, key=lambda file: (file[1].format != "diffusers", file[1].folded or 0, file[0]))
 
 
-def _merged_weights(
-    config: RunConfig, checkpoint: Checkpoint, family: ModelFamily, strength: float
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield every weight of the exported network by name. Only one is in memory at a time."""
-    reader, role = checkpoint.reader, config.sample.weights
-    if config.train.weights == "full":
-        for name, weight in read_weights(family.folder, "transformer"):  # also buffers, which the run does not train
-            yield name, reader.tensor(f"{role}.{name}") if name in checkpoint.state["shapes"] else weight
-        return
-    scale = strength * config.lora.alpha / config.lora.rank
-    for name, weight in read_weights(family.folder, "transformer"):
-        module = name.removesuffix(".weight")
-        if f"{role}.{module}.lora_A.weight" in reader.shapes and name.endswith(".weight"):
-            down, up = (reader.tensor(f"{role}.{module}.lora_{side}.weight") for side in "AB")
-            yield name, merge(weight.to(compute_dtype(config)), down, up, scale)
-        else:
-            yield name, weight
+def rounding_error(factors: Mapping[str, Tensor], scale: float, dtype: torch.dtype) -> float:
+    """The relative error of an adapter's matrix products after the cast of its factors.
 
+    Norm of `B' A' - B A` over all modules, divided by the norm of `B A`, with B times `scale`. The difference is `dB A' + B dA`, a
+    product of factors of twice the rank, so that its norm needs only the factors' Gram matrices.
 
-def adapter_metadata(config: RunConfig, family: ModelFamily) -> dict[str, Any]:
-    """Metadata of the adapter, for tools that sample with it."""
-    gain = config.method.step_gain
-    return {
-        "base_model": config.model.path,
-        "step_gain_gamma": None if gain is None else gain.gamma,
-        "strength_by_steps": {str(n): round(sampling_strength(gain, n), 6) for n in _CARD_STEPS},
-        "shift": config.sample.shift,
-        "guidance": student_guidance(config, family),
-        "text_length": config.model.text_length,
-        "resolution": list(config.data.resolution),
-    }
-
-
-def student_guidance(config: RunConfig, family: ModelFamily) -> float:
-    """The scale of guidance for the student; the one of a single pass if the student has learned guidance."""
-    return (
-        family.neutral_guidance
-        if config.method.distil_guidance or family.has_learned_guidance
-        else config.sample.guidance
-    )
-
-
-def _advice(config: RunConfig, family: ModelFamily) -> str:
-    """How to set the adapter's weight and the guidance, as text."""
-    gain, method = config.method.step_gain, config.method
-    advice = "Use weight 1 at every step count."
-    if gain is not None:
-        advice = (
-            f"The adapter's weight carries the step size: for N steps use N^-gamma, gamma = {gain.gamma:g}. Weight 0 is the "
-            f"original model."
-        )
-    if method.distil_guidance:
-        fewer_steps = "" if method.has_trajectory else ", not fewer steps"
-        return (
-            f"{advice} It has learned guidance {method.guidance[0]:g}{fewer_steps}: set the guidance as below, which is one "
-            f"pass of the network a step."
-        )
-    if family.has_learned_guidance:
-        return f"{advice} The base model has learned its guidance: set the guidance as below, which is one pass of the network a step."
-    if family.passes == 2 and method.has_stored_paths:
-        return (
-            f"{advice} The adapter has learned guided paths of the teacher: use the guidance of those paths, two passes "
-            f"of the network a step."
-        )
-    if family.passes == 2 and method.student_is_guided:
-        return (
-            f"{advice} The adapter was trained with guidance between {method.guidance[0]:g} and "
-            f"{method.guidance[1]:g}: use a scale in this range, two passes of the network a step."
-        )
-    return advice
-
-
-def adapter_card(config: RunConfig, family: ModelFamily) -> str:
-    """The README beside the adapter."""
-    gain, sample, method = config.method.step_gain, config.sample, config.method
-    height, width = config.data.resolution
-    is_guidance_only = method.distil_guidance and not method.has_trajectory
-    steps = sample.steps[-1] if is_guidance_only else 3
-    weight = sampling_strength(gain, steps)
-    title = "An adapter with built-in guidance" if is_guidance_only else "A few-step adapter"
-    rows = "\n".join(f"| {n} | {sampling_strength(gain, n):.3f} |" for n in _CARD_STEPS)
-    table = "" if is_guidance_only else f"| steps | weight |\n|---|---|\n{rows}\n\n"
-    shift = sampling_shift(sample, family, torch.empty(1, *family.latent_shape(height, width), device="meta"), steps)
-    of_size = f"  # of {steps} steps at {height} x {width}" if sample.shift == "dynamic" else ""
-    call = family.call_arguments(student_guidance(config, family), config.model.text_length)
-    arguments = "\n".join(f"    {name}={value!r}," for name, value in call.items())
-    return f"""# {title}, made with scfm
-
-Base model: `{config.model.path}`. {_advice(config, family)}
-
-{table}```python
-import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, {family.pipeline}
-
-pipe = {family.pipeline}.from_pretrained("{config.model.path}", torch_dtype=torch.{config.train.compute_dtype})
-pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift={shift:.6g}, use_dynamic_shifting=False){of_size}
-pipe.load_lora_weights("adapter", weight_name="{ADAPTER_FILE}", adapter_name="scfm")
-pipe.set_adapters("scfm", {weight:.4f})  # the weight for {steps} steps
-image = pipe(
-    prompt="your prompt",
-    num_inference_steps={steps},
-    sigmas=[1 - k / {steps} for k in range({steps})],  # an even grid; the scheduler applies its shift to it
-    height={height},
-    width={width},
-{arguments}
-    generator=torch.Generator().manual_seed(0),
-).images[0]
-```
-
-Trained with `method.step_gain` {"none" if gain is None else f"gamma {gain.gamma:g}"}, rank {config.lora.rank}, {config.train.steps} steps of batch {config.train.global_batch_size}.
-"""
+    Args:
+        factors: `<module>.lora_A.weight` [rank, in] and `<module>.lora_B.weight` [out, rank], fp32.
+        scale: of B.
+        dtype: of the file.
+    """
+    if dtype == torch.float32:
+        return 0.0
+    error = norm = 0.0
+    for name, down in factors.items():
+        if ".lora_A." not in name:
+            continue
+        up = factors[name.replace(".lora_A.", ".lora_B.")] * scale
+        cast_down = down.to(dtype).float()
+        left = torch.cat([up.to(dtype).float() - up, up], dim=1)
+        right = torch.cat([cast_down, cast_down - down])
+        error += max(0.0, float(((left.T @ left) * (right @ right.T)).sum()))
+        norm += float(((up.T @ up) * (down @ down.T)).sum())
+    return (error / norm) ** 0.5 if norm > 0 else 0.0

@@ -4,26 +4,18 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from torch import Tensor
 
-from recipes.runs import load_trained, open_run
+from scfm_core.api import RunModel
 from scfm_core.errors import UserError
 from scfm_core.files import check_writable, written_whole
-from scfm_core.models.conditioning import Conditioning
-from scfm_core.models.encoders import Autoencoder, TextEncoders
-from scfm_core.models.protocol import ModelFamily
-from scfm_core.models.student import ShortcutModel
-from scfm_core.scfm.method import sampling_strength
 from scfm_core.train.config import RunConfig
-from scfm_core.train.device import compute_dtype, resolve_device
 from scfm_core.train.prompts import read_prompts
 from scfm_core.train.run_dir import newest_complete
-from scfm_core.train.sampling import decode, initial_noise, sample_latents, sampling_shift, to_uint8
+from scfm_core.train.runs import open_run
 
 _NAME_BYTES = 60
 """Bytes of the prompt in a file's name, of which most file systems allow 255."""
@@ -64,50 +56,42 @@ def sample(
         raise UserError("there is no prompt: give --prompt TEXT or --prompts FILE, or set sample.prompts")
     folder, advice = output or run_dir / "samples" / f"{num_steps}_steps", "Choose another folder with --output"
     check_writable(folder, "the images", advice)
-    model = load_trained(run_dir, config, with_teacher=False)
-    device, dtype = resolve_device(config.run.device), compute_dtype(config)
-    cond = TextEncoders(model.family, config.model.text_length, dtype, device).encode(prompts, config.sample.guidance)
-    vae = Autoencoder(model.family, dtype, device)
-    seeds = [config.sample.seed + i for i in range(len(prompts))]
-    images = generate(config, model, config.sample.weights, vae, cond, seeds, num_steps, strength)
-    if strength is None:
-        strength = sampling_strength(config.method.step_gain, num_steps)
-    settings = _settings(run_dir, config, model.family, num_steps, strength)
+    model = RunModel(run_dir, overrides, with_teacher=False)
+    settings = model.settings(steps=num_steps, strength=strength)
+    images = model.sample(prompts, steps=num_steps, seed=config.sample.seed, strength=strength)
+    settings |= origin(run_dir, config)
     paths = []
-    for prompt, seed, image in zip(prompts, seeds, to_uint8(images), strict=True):
-        own = settings | {"prompt": prompt, "seed": seed}
+    for number, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
+        own = settings | {"prompt": prompt, "seed": config.sample.seed + number}
         paths.append(_free_path(folder, own))
         with written_whole(paths[-1], "the images", advice) as partial:
-            _save(partial, image, own)
+            save_image(partial, image, own)
     return paths
 
 
-def _settings(run_dir: Path, config: RunConfig, family: ModelFamily, num_steps: int, strength: float) -> dict[str, Any]:
-    """What an image depends on, except for its prompt and seed."""
+def origin(run_dir: Path, config: RunConfig) -> dict[str, Any]:
+    """The weights of an image."""
     checkpoint = newest_complete(run_dir)
-    height, width = config.data.resolution
-    latents = torch.empty(1, *family.latent_shape(height, width), device="meta")
     return {
-        "steps": num_steps,
-        "strength": strength,
-        "guidance": config.sample.guidance,
-        "shift": sampling_shift(config.sample, family, latents, num_steps),
-        "width": width,
-        "height": height,
         "model": Path(config.model.path).name if Path(config.model.path).is_dir() else config.model.path,
+        "adapters": {Path(adapter.path).name: adapter.weight for adapter in config.model.adapters},
         "run": run_dir.absolute().name,
         "weights": config.sample.weights,
         "checkpoint": checkpoint.name if checkpoint else None,
     }
 
 
-def _free_path(folder: Path, settings: dict[str, Any]) -> Path:
-    """A file's name from prompt and seed; one that is taken by an image of other settings gets a number."""
+def file_name(settings: dict[str, Any]) -> str:
+    """The name of an image, from prompt and seed, without suffix."""
     words = (
         re.sub(r"[^\w]+", "-", settings["prompt"]).strip("-").encode()[:_NAME_BYTES].decode(errors="ignore").strip("-")
     )
-    words = words or "image"
-    name, number = f"{words}_seed{settings['seed']}", 1
+    return f"{words or 'image'}_seed{settings['seed']}"
+
+
+def _free_path(folder: Path, settings: dict[str, Any]) -> Path:
+    """The path of an image; one that is taken by an image of other settings gets a number."""
+    name, number = file_name(settings), 1
     path = folder / f"{name}.png"
     while path.exists() and read_settings(path) != settings:
         number += 1
@@ -115,13 +99,13 @@ def _free_path(folder: Path, settings: dict[str, Any]) -> Path:
     return path
 
 
-def _save(path: Path, image: Tensor, settings: dict[str, Any]) -> None:
-    """Write an image [3, H, W] (uint8) with its settings."""
+def save_image(target: Path | BinaryIO, image: Image.Image, settings: dict[str, Any]) -> None:
+    """Write an image with its settings, as PNG."""
     info = PngInfo()
     # The first is for programs. The second has the form that viewers of generated images show (Stable Diffusion web UI).
     info.add_itxt("scfm", json.dumps(settings, ensure_ascii=False))
     info.add_itxt("parameters", _readable(settings))
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(path, format="png", pnginfo=info)
+    image.save(target, format="png", pnginfo=info)
 
 
 def _readable(settings: dict[str, Any]) -> str:
@@ -146,26 +130,3 @@ def read_settings(path: Path) -> dict[str, Any] | None:
     except (OSError, KeyError, ValueError):
         return None
     return found if isinstance(found, dict) else None
-
-
-def generate(
-    config: RunConfig,
-    model: ShortcutModel,
-    role: str,
-    vae: Autoencoder,
-    cond: Conditioning,
-    seeds: list[int],
-    num_steps: int,
-    strength: float | None = None,
-) -> Tensor:
-    """Images from the weights of `role`, one for each row of `cond` and seed; fp32 [N, 3, H, W] in [0, 1] on the CPU."""
-    shape, batch = model.family.latent_shape(*config.data.resolution), config.evaluate.batch_size
-    latents = []
-    for at in range(0, len(seeds), batch):
-        rows = cond[at : at + batch]
-        noise = initial_noise(shape, seeds[at : at + batch], compute_dtype(config)).to(rows.device)
-        shift = sampling_shift(config.sample, model.family, noise, num_steps)
-        settings: dict[str, Any] = {"num_steps": num_steps, "shift": shift, "strength": strength}
-        latents.append(sample_latents(model, role, noise, rows, method=config.method, **settings))
-    with torch.no_grad():
-        return decode(vae, torch.cat(latents), batch)

@@ -21,7 +21,6 @@ from pydantic import TypeAdapter, ValidationError
 
 from recipes.evaluate import evaluate
 from recipes.plots import quality_plot
-from recipes.runs import check_same_model
 from recipes.train import train
 from scfm_core.data.corpus import Corpus
 from scfm_core.data.source import json_value
@@ -34,6 +33,7 @@ from scfm_core.train.checkpoint import load_checkpoint
 from scfm_core.train.config import RunConfig
 from scfm_core.train.parse import find_recipe, load_config, to_plain, with_absolute_paths
 from scfm_core.train.run_dir import newest_complete
+from scfm_core.train.runs import check_same_model
 
 _BASE = "undistilled"
 _RESERVED = ("run.seed", "run.dir")

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scfm_core.errors import missing_extra
+from scfm_core.files import permit_reading
 from scfm_core.models.initial import zero_modulation
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -81,6 +82,7 @@ def write_pipeline(folder: Path, *, vae_steps: int | None, seed: int = 0) -> Non
             tokenizer_2=t5_tokenizer,
             transformer=_transformer(t5.config.d_model, clip.config.hidden_size, 1),
         ).save_pretrained(folder)
+    permit_reading(folder)
 
 
 def write_sd3_pipeline(folder: Path, *, vae: Path, seed: int = 0) -> None:
@@ -124,6 +126,7 @@ def write_sd3_pipeline(folder: Path, *, vae: Path, seed: int = 0) -> None:
             tokenizer_3=t5_tokenizer,
             transformer=transformer,
         ).save_pretrained(folder)
+    permit_reading(folder)
 
 
 def _transformer(text_dim: int, pooled_dim: int, latent_channels: int) -> torch.nn.Module:

@@ -125,7 +125,7 @@ def _run(config: RunConfig, resume: str, world: World, data_may_change: bool, st
         print(_nothing_to_do(run_dir, trainer.progress.step, changed))
     with world.together():
         if config.train.weights == "lora" and world.is_main:
-            print(f"adapter: {export(run_dir, [], merged=None, num_steps=None)}")
+            print(f"adapter: {export(run_dir, []).files[0]}")
     start.end("finished", trainer.progress.step)
     return 0
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from scfm_core.errors import UserError
 from scfm_core.files import written_whole
+from scfm_core.models.weights import save_tensors
 
 
 class UnfinishedEvaluation:
@@ -42,7 +42,7 @@ class UnfinishedEvaluation:
     def save(self, name: str, row: dict[str, Any], images: Tensor) -> None:
         """Keep a row and its first images."""
         with contextlib.suppress(UserError), written_whole(self._path(name), "evaluate", "") as partial:
-            save_file({"images": images.contiguous()}, partial, {"row": json.dumps(row)})
+            save_tensors(partial, {"images": images}, {"row": json.dumps(row)})
 
     def remove(self) -> None:
         """The evaluation has ended: delete the folder."""

@@ -9,6 +9,7 @@ import io
 import os
 import resource
 import shutil
+import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -125,6 +126,21 @@ def link_or_copy(source: str, target: str) -> str:
         shutil.copy2(source, target)
     beat(f"copying {Path(source).name}")
     return target
+
+
+def permit_reading(path: Path) -> None:
+    """Give a file, or every file and folder in a folder, the mode that a new one gets here: the umask decides.
+
+    safetensors writes files of mode 0600, and copies keep the mode of their source.
+    """
+    probe = path.with_name(f".{path.name}.{os.getpid()}.mode")
+    with probe.open(
+        "x"
+    ) as file:  # a default ACL of the folder may decide too; and os.umask cannot be read without a change
+        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+    probe.unlink()
+    for entry in (path, *path.rglob("*")):
+        entry.chmod(mode | (mode & 0o444) >> 2 if entry.is_dir() else mode)
 
 
 def fsync_path(path: Path) -> None:

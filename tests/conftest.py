@@ -27,6 +27,7 @@ from recipes.tiny import write_classifier, write_digits, write_pipeline, write_s
 from scfm_core.data.corpus import Corpus
 from scfm_core.data.recipe import DataConfig
 from scfm_core.models.families import open_family
+from scfm_core.models.weights import adapter_files
 from scfm_core.train.config import RunConfig
 from scfm_core.train.parse import parse_config
 
@@ -161,8 +162,13 @@ ConfigMaker = Callable[..., RunConfig]
 @pytest.fixture
 def tree(tiny: Path, tmp_path: Path) -> dict[str, Any]:
     """The smallest complete configuration, as plain values."""
+    return smallest_tree(tiny, tmp_path / "run")
+
+
+def smallest_tree(tiny: Path, run_dir: Path) -> dict[str, Any]:
+    """What `tree` is, for a run in another folder."""
     return {
-        "run": {"dir": str(tmp_path / "run"), "device": "cpu"},
+        "run": {"dir": str(run_dir), "device": "cpu"},
         "model": {"path": str(tiny / "flux"), "text_length": 8},
         "data": {"path": str(tiny / "cache"), "resolution": [16, 16], "num_workers": 0},
         "method": {"self_grids": [16, 8, 4, 2]},
@@ -202,6 +208,17 @@ def make_config(tree: dict[str, Any]) -> ConfigMaker:
         return parse_config(tree, source="test")
 
     return make
+
+
+def adapter_file(folder: Path) -> Path:
+    """The only adapter in a folder."""
+    [path] = adapter_files(folder)
+    return path
+
+
+def load_adapter(pipe: Any, folder: Path) -> None:
+    """Load the only adapter in a folder into a pipeline of diffusers, as `scfm`; offline it needs the file's name."""
+    pipe.load_lora_weights(folder, weight_name=adapter_file(folder).name, adapter_name="scfm")
 
 
 def adapter_metadata(path: Path) -> dict[str, Any]:

@@ -26,8 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors.torch import load_file
 
 from recipes.cli import command as scfm
+from scfm_core.models.weights import adapter_files
 from scfm_core.train.history import read_metrics
 from scfm_core.train.run_dir import newest_complete, step_of
 
@@ -39,8 +41,12 @@ LIMIT = 300.0
 _DISK_MB = 64
 
 
-def _digest(path: Path) -> str | None:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+def _adapter(folder: Path) -> str | None:
+    """Of an adapter's tensors: the header has the date of its checkpoint."""
+    for path in adapter_files(folder):
+        tensors = load_file(path)
+        return hashlib.sha256(b"".join(tensors[name].numpy().tobytes() for name in sorted(tensors))).hexdigest()
+    return None
 
 
 def _manifest(folder: Path) -> Any:
@@ -90,7 +96,7 @@ _CACHE = "--model TINY/flux --text-length 8 --resolution 16 16 --dtype float32 -
 COMMANDS = {
     "train": Command(
         "train WORK/recipe.yaml train.steps=40 checkpoint.every=10 run.dir=OUT",
-        lambda folder: _digest(folder / "adapter" / "pytorch_lora_weights.safetensors"),
+        lambda folder: _adapter(folder / "adapter"),
         _kept_steps,
     ),
     "encode": Command(f"data encode TINY/digits -o OUT {_CACHE}", _manifest, _kept_shards),
@@ -103,7 +109,7 @@ COMMANDS = {
     ),
     "export": Command(
         "export OUT",
-        lambda folder: _digest(folder / "adapter" / "pytorch_lora_weights.safetensors"),
+        lambda folder: _adapter(folder / "adapter"),
         lambda folder: "the adapter" if (folder / "adapter" / "README.md").is_file() else "none",
         needs_run=True,
     ),
@@ -214,7 +220,7 @@ class Matrix:
             if command.needs_run:
                 finished = self.work / "finished"
                 if not finished.exists():
-                    code = self._start(Command("train WORK/recipe.yaml", _digest, str), finished)
+                    code = self._start(Command("train WORK/recipe.yaml", lambda folder: None, str), finished)
                     assert code == 0, self._output()
                     shutil.rmtree(finished / "adapter")
                 shutil.copytree(finished, folder)

@@ -3,7 +3,7 @@
 Conventions are those of diffusers' `ChromaPipeline`. The model: https://huggingface.co/lodestones/Chroma1-HD.
 """
 
-import json
+import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from scfm_core.models import original_names
 from scfm_core.models.conditioning import Conditioning
 from scfm_core.models.flux import PATCH, image_ids, pack_latents, unpack_latents
-from scfm_core.models.protocol import FieldKind, ModelFamily, dtype_of
+from scfm_core.models.protocol import FieldKind, ModelFamily, dtype_of, rounded
 
 
 class Chroma(ModelFamily):
@@ -56,6 +56,8 @@ class Chroma(ModelFamily):
         """See `ModelFamily`."""
         from diffusers import ChromaTransformer2DModel
 
+        # diffusers warns of a class that it uses itself.
+        warnings.filterwarnings("ignore", "`FluxPosEmbed` is deprecated", FutureWarning)
         return ChromaTransformer2DModel
 
     def shapes(self, text_length: int) -> dict[str, tuple[int, ...]]:
@@ -72,7 +74,7 @@ class Chroma(ModelFamily):
             encoder_hidden_states=cond.fields["text"].to(dtype),
             attention_mask=torch.cat([seen, seen.new_ones(packed.shape[:2])], dim=1),
             # The network multiplies by 1000. The pipeline rounds 1000 sigma to bf16, and the quotient again.
-            timestep=(1000 * sigma).to(dtype) / 1000,
+            timestep=rounded(1000 * sigma, network) / 1000,
             img_ids=image_ids(height, width, x.device),
             txt_ids=torch.zeros(seen.shape[1], 3, device=x.device),
             return_dict=False,
@@ -90,8 +92,5 @@ class Chroma(ModelFamily):
 
     def shift(self, image_tokens: int, num_steps: int) -> float:
         """See `ModelFamily`. Dynamic or fixed, as the model's scheduler says; Chroma1-HD's is fixed."""
-        path = self.folder / "scheduler" / "scheduler_config.json"
-        known = self.known.get(str(self.folder), {}).get("scheduler")
-        scheduler = known or json.loads(path.read_text(encoding="utf-8"))
-        is_dynamic = scheduler.get("use_dynamic_shifting", False)
-        return super().shift(image_tokens, num_steps) if is_dynamic else float(scheduler.get("shift", 1.0))
+        is_dynamic = self.scheduler_config.get("use_dynamic_shifting", False)
+        return super().shift(image_tokens, num_steps) if is_dynamic else float(self.scheduler_config.get("shift", 1.0))

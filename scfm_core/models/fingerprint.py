@@ -22,6 +22,9 @@ ENCODERS = (
 )  # fmt: skip
 NETWORK = ("transformer",)
 
+_ADAPTER = "model.adapters."
+"""What the mark of an adapter begins with."""
+
 _BLOCK = 4096
 """Bytes of a tensor that are hashed, from its middle."""
 # What `from_pretrained` loads without a variant: not `model.fp16.safetensors`.
@@ -42,9 +45,14 @@ def encoder_fingerprint(folder: Path) -> str:
     return _fingerprint(folder, ENCODERS)
 
 
-def network_fingerprint(folder: Path) -> str:
-    """A fingerprint of the pre-trained network. An adapter is valid only for the network that it was trained on."""
-    return _fingerprint(folder, NETWORK)
+def network_fingerprint(folder: Path, adapters: Sequence[tuple[Path, float]] = ()) -> str:
+    """A fingerprint of the pre-trained network. An adapter is valid only for the network that it was trained on.
+
+    Args:
+        folder: of the pipeline.
+        adapters: files and weights of the adapters that are fused into the network.
+    """
+    return _fingerprint(folder, NETWORK, _adapter_marks(adapters))
 
 
 def different_encoders(recorded: str | None, folder: Path) -> str | None:
@@ -52,16 +60,36 @@ def different_encoders(recorded: str | None, folder: Path) -> str | None:
     return _difference(recorded, folder, ENCODERS)
 
 
-def different_network(recorded: str | None, folder: Path) -> str | None:
-    """In which files the network of `folder` differs from a recorded fingerprint; None if it is the same."""
-    return _difference(recorded, folder, NETWORK)
+def different_network(
+    recorded: str | None, folder: Path, adapters: Sequence[tuple[Path, float]] | None = ()
+) -> str | None:
+    """In which files the network of `folder` differs from a recorded fingerprint; None if it is the same.
+
+    Args:
+        recorded: a fingerprint.
+        folder: of the pipeline.
+        adapters: files and weights of the adapters that are fused into the network; None: compare the network without adapters.
+    """
+    if adapters is None and recorded is not None:
+        marks = [mark for mark in recorded.split()[1:] if not mark.startswith(_ADAPTER)]
+        recorded = _joined(marks) if marks else recorded
+    return _difference(recorded, folder, NETWORK, _adapter_marks(adapters or ()))
 
 
-def _difference(recorded: str | None, folder: Path, components: Sequence[str]) -> str | None:
-    current = _fingerprint(folder, components)
-    if recorded == current or (recorded is not None and recorded == _fingerprint_of_0_1(folder, components)):
-        return None
-    return differing_files(recorded, current)
+def _adapter_marks(adapters: Sequence[tuple[Path, float]]) -> list[str]:
+    """Number, weight and hash of each adapter; its name and place do not count."""
+    return [
+        f"{_ADAPTER}{number}(weight={weight:g})={_short(_weights_content(path))}"
+        for number, (path, weight) in enumerate(adapters)
+    ]
+
+
+def _difference(
+    recorded: str | None, folder: Path, components: Sequence[str], more_marks: Sequence[str] = ()
+) -> str | None:
+    current = _fingerprint(folder, components, more_marks)
+    is_of_0_1 = recorded is not None and not more_marks and recorded == _fingerprint_of_0_1(folder, components)
+    return None if recorded == current or is_of_0_1 else differing_files(recorded, current)
 
 
 def differing_files(recorded: str | None, current: str | None) -> str:
@@ -79,8 +107,12 @@ def _files(fingerprint: str) -> dict[str, str]:
     return dict(word.rsplit("=", 1) for word in fingerprint.split()[1:])
 
 
-def _fingerprint(folder: Path, components: Sequence[str]) -> str:
+def _fingerprint(folder: Path, components: Sequence[str], more_marks: Sequence[str] = ()) -> str:
     marks = [f"{component}/{name}={mark}" for component in components for name, mark in _marks(folder / component)]
+    return _joined([*marks, *more_marks])
+
+
+def _joined(marks: Sequence[str]) -> str:
     return " ".join([hashlib.sha256("\n".join(marks).encode()).hexdigest(), *marks])
 
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from scfm_core.kernels.ops import Ops
 from scfm_core.models import fused, original_names
 from scfm_core.models.conditioning import Conditioning
+from scfm_core.models.flux import timestep_of
 from scfm_core.models.protocol import FieldKind, ModelFamily, dtype_of
 
-# Pipeline, double and single blocks, heads, features of the text; parameters of text encoder (Mistral Small 3.2 with its vision
-# tower 24.011 B, Qwen3-4B 4.022 B, Qwen3-8B 8.191 B) and VAE (0.084 B)
+# Pipeline, double and single blocks, heads, features of the text; parameters of text encoder (Mistral Small 3.2, Qwen3) and VAE
 _MODELS = {
     "dev": ("Flux2Pipeline", 8, 48, 48, 15360, 24_095_000_000),
     "klein-base-4B": ("Flux2KleinPipeline", 5, 20, 24, 7680, 4_107_000_000),
@@ -90,7 +90,7 @@ class Flux2(ModelFamily):
         tokens: Tensor = network(
             hidden_states=x.flatten(2).transpose(1, 2).to(dtype),
             encoder_hidden_states=text.to(dtype),
-            timestep=sigma if dtype == torch.float32 else (1000 * sigma).to(dtype) / 1000,
+            timestep=timestep_of(sigma, network),
             guidance=cond.guidance if self.guidance_kind == "input" else None,
             img_ids=_position_ids(height, width, 1, x.device),
             txt_ids=_position_ids(1, 1, text.shape[1], x.device),

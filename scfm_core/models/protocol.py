@@ -1,7 +1,7 @@
 """The interface of a model family."""
 
 import json
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -11,16 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from scfm_core.errors import UserError
-from scfm_core.filling import materialise, stored_tensors
 from scfm_core.flow.path import per_sample
 from scfm_core.flow.schedule import MuPoints, dynamic_shift
 from scfm_core.kernels.ops import Ops
 from scfm_core.models.conditioning import Conditioning
-from scfm_core.models.fingerprint import network_fingerprint
-from scfm_core.models.initial import RandomWeights, parameters_on_meta
 from scfm_core.models.original_names import OtherTools
+from scfm_core.models.pretrained import Pretrained
 from scfm_core.models.processors import choose_backend
-from scfm_core.models.tensor_files import TensorFiles
 from scfm_core.models.weights import GUIDANCE_MARK, component_config
 
 FieldKind = Literal["tokens", "masked", "vector"]
@@ -28,7 +25,7 @@ FieldKind = Literal["tokens", "masked", "vector"]
 network does not see the padding. vector: [B, D]."""
 
 
-class ModelFamily(ABC):
+class ModelFamily(Pretrained):
     """How to load and call one architecture of diffusers. Each family is one file, listed in `families.py`.
 
     What most families share has a default here; a family replaces what is different.
@@ -42,8 +39,8 @@ class ModelFamily(ABC):
     pipelines: ClassVar[tuple[str, ...]]
     """Class names of diffusers' pipelines of this family."""
     known: ClassVar[dict[str, dict[str, Any]]]
-    """Architectures by hub id, for a dry run without network access: `transformer` and `vae` as in their config.json,
-    `encoder_bytes`, the bytes of text encoders and VAE in bf16, and `pipeline`, if it is not the first of `pipelines`."""
+    """Architectures by hub id, for dry runs and cards: `transformer`, `vae`, perhaps `scheduler` as in their config.json; `encoder_bytes`
+    of text encoders and VAE in bf16; and `pipeline`, if it is not the first of `pipelines`. `published.py` has their names."""
     fields: ClassVar[dict[str, FieldKind]]
     """What the text encoders give, by name. Not the names of other tensors in a shard: `latents`, `velocities`, `sigmas`, `guidance`."""
     tokenizer: ClassVar[str] = "tokenizer"
@@ -76,6 +73,7 @@ class ModelFamily(ABC):
         """The empty caption, one row; set by `TextEncoders`."""
         self.has_learned_guidance = (folder / GUIDANCE_MARK).is_file()
         """Whether the model was made with `method.distil_guidance`."""
+        self._architecture = architecture
         if architecture is not None:
             self.pipeline: str = architecture.get("pipeline", self.pipelines[0])
             self.pipeline_config: dict[str, Any] = {}
@@ -101,10 +99,12 @@ class ModelFamily(ABC):
             for file in (folder / component).glob("*.safetensors")
         )
 
-    @property
-    @abstractmethod
-    def network_class(self) -> Any:
-        """The class of diffusers' transformer."""
+    @cached_property
+    def scheduler_config(self) -> dict[str, Any]:
+        """`scheduler/scheduler_config.json`."""
+        if self._architecture is not None:
+            return dict(self._architecture.get("scheduler", {}))
+        return component_config(self.folder, "scheduler", "scheduler_config.json")
 
     @property
     def vae_class(self) -> Any:
@@ -267,57 +267,6 @@ class ModelFamily(ABC):
         """
         return {"guidance_scale": guidance, "max_sequence_length": text_length}
 
-    def load_network(self, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
-        """The pre-trained transformer on one device, in `dtype`; see `empty_network`.
-
-        Raises:
-            UserError: if its weights are missing, damaged or of another architecture.
-        """
-        network = self.empty_network(dtype)
-        with self.open_weights(network) as files:
-            materialise(network, device, files.fill)
-        return network
-
-    def empty_network(self, dtype: torch.dtype) -> nn.Module:
-        """The transformer without weights: parameters of `dtype` on the meta device, buffers on the CPU; in eval mode.
-
-        Parameters that diffusers keeps in fp32 are fp32: norms of Krea 2, whose scale is 1 + weight.
-        """
-        with parameters_on_meta():
-            network: nn.Module = self.network_class.from_config(dict(self.network_config))
-        network = nn.Module.to(network, dtype).eval()  # diffusers' own `to` would warn
-        kept = set(getattr(network, "_keep_in_fp32_modules", None) or ())
-        for name, parameter in network.named_parameters():
-            if kept.intersection(name.split(".")):
-                parameter.data = parameter.data.float()
-        return network
-
-    def open_weights(self, network: nn.Module) -> TensorFiles:
-        """The files of the pre-trained weights, checked against `network` as `empty_network` makes it. Local work.
-
-        Raises:
-            UserError: if they are missing, damaged or of another architecture.
-        """
-        files = TensorFiles(self.folder / "transformer")
-        files.check(stored_tensors(network))
-        return files
-
-    def random_weights(self, seed: int) -> RandomWeights:
-        """Random initial weights, for training from scratch."""
-        with parameters_on_meta(only_drawn=True):
-            return RandomWeights(self.network_class.from_config(dict(self.network_config)), seed)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """The fingerprint of the pre-trained network, as its files were when this was first read."""
-        return network_fingerprint(self.folder)
-
-    def meta_network(self) -> nn.Module:
-        """The transformer on the meta device: its architecture without weights."""
-        with torch.device("meta"):
-            network: nn.Module = self.network_class.from_config(dict(self.network_config))
-        return network
-
     @property
     def passes(self) -> int:
         """Passes of the network per guided velocity."""
@@ -354,6 +303,13 @@ class ModelFamily(ABC):
     def text_tokens(self, text_length: int) -> int:
         """Number of text tokens of the network, for `text_length` tokens of `tokenizer`."""
         return self.extra_tokens + text_length
+
+
+def rounded(timestep: Tensor, network: nn.Module) -> Tensor:
+    """A timestep in the dtype of a network's products, which diffusers' pipelines use: bf16 under autocast, or the parameters'."""
+    device = timestep.device.type
+    is_mixed = device != "meta" and torch.is_autocast_enabled(device)
+    return timestep.to(torch.get_autocast_dtype(device) if is_mixed else dtype_of(network))
 
 
 def dtype_of(network: nn.Module) -> torch.dtype:

@@ -2,8 +2,9 @@
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor
 
 from scfm_core.errors import UserError
+from scfm_core.files import permit_reading
 
-ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 
+_LOCAL_PATH = re.compile(r"[/~.]|[A-Za-z]:[\\/]")
 GUIDANCE_MARK = "GUIDANCE_IS_DISTILLED.txt"
 """A file that marks a pipeline's folder: guidance was distilled, so one pass of the network is guided."""
 
@@ -98,30 +100,46 @@ def load_component(cls: Any, folder: Path, component: str, dtype: torch.dtype) -
     return module.eval()
 
 
-def save_adapter(folder: Path, parameters: Mapping[str, Tensor], scale: float, metadata: Mapping[str, Any]) -> Path:
-    """Write a LoRA that diffusers' `load_lora_weights(folder)` reads.
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file, which appears when it is complete, and which everybody may read whom the umask permits.
 
     Args:
-        folder: created if missing.
-        parameters: `<module>.lora_A.weight` and `<module>.lora_B.weight`, fp32.
-        scale: alpha / rank; B is multiplied by it, so that weight 1 means strength 1 in every tool.
-        metadata: for the file's header, under `scfm`, as JSON.
-
-    Returns:
-        the safetensors file's path.
+        path: its folder is created if it is missing.
+        tensors: by name, on any device.
+        metadata: for the header.
     """
     from safetensors.torch import save_file
 
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        f"transformer.{name}": (tensor.detach() * scale if ".lora_B." in name else tensor.detach()).cpu().contiguous()
-        for name, tensor in parameters.items()
-    }
-    path = folder / ADAPTER_FILE
-    temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary, metadata={"format": "pt", "scfm": json.dumps(metadata, sort_keys=True)})
-    os.replace(temporary, path)
-    return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, temporary, metadata={"format": "pt", **(metadata or {})})
+        permit_reading(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def adapter_files(folder: Path) -> list[Path]:
+    """The adapters in a folder that `scfm export` has written, by name."""
+    return sorted(folder.glob("scfm_*.safetensors"))
+
+
+def adapter_metadata(path: Path) -> dict[str, Any]:
+    """What an adapter's header says about it (`recipes.header`).
+
+    Raises:
+        UserError: if `path` is no adapter of `scfm export`.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            found: dict[str, Any] = json.loads((file.metadata() or {})["scfm"])
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise UserError(f"{path} is not an adapter that `scfm export` has written") from error
+    return found
 
 
 def read_weights(folder: Path, component: str) -> Iterator[tuple[str, Tensor]]:
@@ -143,10 +161,12 @@ def save_pipeline(
     *,
     has_learned_guidance: bool = False,
     shard_bytes: int = 5 * 10**9,
+    describe: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Write a complete pipeline folder: `source` with other weights of the transformer.
 
-    The other components are copied, so `target` does not need `source`. `target` appears only when it is complete.
+    The other components are copied, so `target` does not need `source`. `target` appears only when it is complete. Its configurations
+    do not name folders of this machine.
 
     Args:
         source: a pipeline's folder.
@@ -157,6 +177,7 @@ def save_pipeline(
         shift: the sampler's fixed timestep shift; None keeps the scheduler of `source`.
         has_learned_guidance: mark the model as guided by one pass; a marked `source` stays marked.
         shard_bytes: largest size of a weight file.
+        describe: writes more files, as the card, into the new folder before it appears.
 
     Raises:
         UserError: if `target` exists.
@@ -165,34 +186,60 @@ def save_pipeline(
         raise UserError(f"{target} exists already; choose another folder, or delete it")
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(source, temporary, ignore=shutil.ignore_patterns("transformer"))
+    shutil.copytree(source, temporary, ignore=shutil.ignore_patterns("transformer", "README.md", ".*"))
     (temporary / "transformer").mkdir()
     shutil.copy(source / "transformer" / "config.json", temporary / "transformer" / "config.json")
     _save_sharded(temporary / "transformer", ((name, weight.to(dtype)) for name, weight in weights), shard_bytes)
     if shift is not None:
         from diffusers import FlowMatchEulerDiscreteScheduler
 
-        FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=False).save_pretrained(
-            temporary / "scheduler"
-        )
+        shutil.rmtree(temporary / "scheduler")
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=False)
+        scheduler.save_pretrained(temporary / "scheduler")
+        _edit_json(temporary / "model_index.json", {"scheduler": ["diffusers", type(scheduler).__name__]})
     if has_learned_guidance:
         (temporary / GUIDANCE_MARK).write_text(
             "Guidance was distilled into these weights: sample with guidance_scale=1.\n", encoding="utf-8"
         )
+    describe(temporary)
+    for path in (*temporary.glob("*.json"), *temporary.glob("*/*config.json")):
+        _edit_json(path, {})
+    permit_reading(temporary)
     temporary.rename(target)
+
+
+def _edit_json(path: Path, changes: Mapping[str, Any]) -> None:
+    """Change a configuration, and remove the places that it was loaded from."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    new = {**_without_places(config), **changes}
+    if new != config:
+        path.write_text(json.dumps(new, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _without_places(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without the keys in which transformers and diffusers write where a component was loaded from."""
+
+    def is_place(key: str, value: Any) -> bool:
+        if not isinstance(value, str):
+            return False
+        return key.endswith("name_or_path") or bool(re.search("_(file|path|dir)$", key) and _LOCAL_PATH.match(value))
+
+    return {
+        key: _without_places(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if not is_place(key, value)
+    }
 
 
 def _save_sharded(folder: Path, weights: Iterable[tuple[str, Tensor]], shard_bytes: int) -> None:
     """Write one safetensors file, or several files and their index, with diffusers' names."""
-    from safetensors.torch import save_file
-
     stem = "diffusion_pytorch_model"
     shards: list[tuple[Path, dict[str, int]]] = []
     pending: dict[str, Tensor] = {}
 
     def flush() -> None:
         path = folder / f"shard_{len(shards)}"
-        save_file({name: weight.contiguous() for name, weight in pending.items()}, path, metadata={"format": "pt"})
+        save_tensors(path, pending)
         shards.append((path, {name: weight.nbytes for name, weight in pending.items()}))
         pending.clear()
 

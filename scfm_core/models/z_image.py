@@ -3,7 +3,6 @@
 Conventions are those of diffusers' `ZImagePipeline`. The model: arXiv 2511.22699.
 """
 
-import json
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -106,6 +105,4 @@ class ZImage(ModelFamily):
 
     def shift(self, image_tokens: int, num_steps: int) -> float:
         """See `ModelFamily`. It is fixed: the pipeline computes Flux's mu of the image's size, and the scheduler ignores it."""
-        path = self.folder / "scheduler" / "scheduler_config.json"
-        known = self.known.get(str(self.folder), {}).get("scheduler")
-        return float((known or json.loads(path.read_text(encoding="utf-8")))["shift"])
+        return float(self.scheduler_config["shift"])

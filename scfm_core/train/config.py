@@ -8,6 +8,7 @@ from typing import Literal
 from scfm_core.data.recipe import DataConfig
 from scfm_core.distributed.engine import EngineConfig
 from scfm_core.models.adapters import LoRAConfig
+from scfm_core.models.fused_base import FusedAdapter
 from scfm_core.scfm.ema import EMAConfig
 from scfm_core.scfm.method import PlanConfig
 
@@ -39,6 +40,9 @@ class ModelConfig:
 
     path: str
     """Hub id, or local folder in diffusers' format."""
+    adapters: tuple[FusedAdapter, ...] = ()
+    """LoRA files, such as a style's, that are fused into the pre-trained weights in fp32 before anything else happens:
+    `[{path: style.safetensors, weight: 0.8}]`. Teacher, student and evaluation start from the fused model."""
     init: Literal["pretrained", "random"] = "pretrained"
     """`random` trains the network from scratch: architecture and encoders of `path`, random weights."""
     text_length: int = 256

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scfm_core.errors import UserError, missing_extra
+from scfm_core.models.weights import save_tensors
 from scfm_core.train.config import EvaluateConfig
 
 Features = Callable[[Tensor], Tensor]
@@ -37,10 +38,7 @@ class DigitClassifier(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write the weights into `folder`."""
-        from safetensors.torch import save_file
-
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(self.state_dict(), folder / _CLASSIFIER_FILE)
+        save_tensors(folder / _CLASSIFIER_FILE, self.state_dict())
 
 
 def load_features(config: EvaluateConfig, device: torch.device) -> Features:

@@ -17,7 +17,7 @@ from scfm_core.errors import UserError
 from scfm_core.flow.schedule import shift_of_grid, sigma_grid
 from scfm_core.models.conditioning import Conditioning
 from scfm_core.models.encoders import Autoencoder, TextEncoders
-from scfm_core.models.fingerprint import different_encoders, different_network
+from scfm_core.models.fingerprint import different_encoders
 from scfm_core.models.protocol import ModelFamily
 from scfm_core.scfm.method import PlanConfig
 from scfm_core.train.config import RunConfig
@@ -182,7 +182,7 @@ def check_paths(config: RunConfig, family: ModelFamily, corpus: Corpus) -> None:
 
 def _check_teacher(family: ModelFamily, corpus: Corpus) -> None:
     for name, network in corpus.networks().items():
-        difference = None if network is None else different_network(network, family.folder)
+        difference = None if network is None else family.different_network(network)
         if difference is not None:
             raise UserError(
                 f"data: the stored paths of source {name!r} were sampled from another network ({str(network)[:12]}) than that of "

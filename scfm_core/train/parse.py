@@ -26,6 +26,8 @@ from scfm_core.train.rules import broken_rules
 
 _REMOVED_KEYS = (("model", "family"),)
 """Keys of earlier versions; stored configurations may still have them."""
+_LISTS = {"buckets": "[[512,512],[448,576]]", "adapters": "[{path: style.safetensors, weight: 0.8}]"}
+"""Examples of lists in messages, by key."""
 
 
 def load_config(
@@ -206,7 +208,7 @@ def _explain_error(item: Any) -> tuple[tuple[Keys, ...], str]:
         parts.pop()
         message = "needs two values, such as " + ",".join([str(given[0] if given else 512)] * 2)
     elif item["type"] == "tuple_type":
-        message = "needs a list, such as " + ("[[512,512],[448,576]]" if "buckets" in parts else "[1,2]")
+        message = "needs a list, such as " + _LISTS.get(parts[-1], "[1,2]")
     elif item["type"] == "dataclass_type":
         section = ".".join(parts)
         first, *others = _keys_of(section)
@@ -263,9 +265,10 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     evaluate = {name: absolute(getattr(config.evaluate, name)) for name in ("prompts", "features_path", "clip_path")}
     if config.evaluate.keep is not None:
         evaluate["keep"] = str(Path(config.evaluate.keep).expanduser().absolute())
+    adapters = tuple(dataclasses.replace(adapter, path=absolute(adapter.path)) for adapter in config.model.adapters)
     return dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, path=absolute(config.model.path)),
+        model=dataclasses.replace(config.model, path=absolute(config.model.path), adapters=adapters),
         data=_with_absolute_data(config.data),
         engine=dataclasses.replace(config.engine, deepspeed_config=absolute(config.engine.deepspeed_config)),
         sample=dataclasses.replace(config.sample, prompts=absolute(config.sample.prompts)),

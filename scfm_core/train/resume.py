@@ -37,8 +37,8 @@ _FREE_KEYS = (
 )
 
 
-# Location and format of a source; the fingerprint shows whether its content is the same.
-_FREE_SOURCE_KEY = re.compile(r"data\.sources\.\d+\.(uri|manifest|split|format)")
+# Location and format of a source, and of a fused adapter; the fingerprints show whether their content is the same.
+_FREE_MEMBER_KEY = re.compile(r"data\.sources\.\d+\.(uri|manifest|split|format)|model\.adapters\.\d+\.path")
 
 
 def check_same_recipe(
@@ -106,7 +106,7 @@ def _flat_json(config: dict[str, Any]) -> dict[str, Any]:
 
 def _is_free(key: str) -> bool:
     return any(key == free or key.startswith(f"{free}.") for free in _FREE_KEYS) or bool(
-        _FREE_SOURCE_KEY.fullmatch(key)
+        _FREE_MEMBER_KEY.fullmatch(key)
     )
 
 

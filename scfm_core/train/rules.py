@@ -26,6 +26,8 @@ def broken_rules(config: RunConfig) -> Iterator[str]:
         yield "method.step_embedding teaches the network a new input: it needs train.weights=full"
     if config.model.init == "random" and not is_full:
         yield "model.init=random leaves nothing for adapters to adapt. Set train.weights=full"
+    if config.model.init == "random" and config.model.adapters:
+        yield "model.adapters are fused into pre-trained weights, which model.init=random does not use. Remove one of them"
     if sample.teacher_steps and is_full and not method.has_teacher:
         yield (
             "sample.teacher_steps needs a teacher, but this run trains full weights without one in their targets "

@@ -1,6 +1,7 @@
 """Sampling from a shortcut model: the noise, the shift, Euler's method, decoding."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,8 @@ from scfm_core.models.encoders import Autoencoder
 from scfm_core.models.protocol import ModelFamily
 from scfm_core.models.student import ShortcutModel
 from scfm_core.scfm.method import PlanConfig, sampling_strength
-from scfm_core.train.config import SampleConfig
+from scfm_core.train.config import RunConfig, SampleConfig
+from scfm_core.train.device import compute_dtype
 
 
 def sampling_shift(config: SampleConfig, family: ModelFamily, latents: Tensor, num_steps: int) -> float:
@@ -65,6 +67,34 @@ def sample_latents(
         return model.velocity(role, x, sigma, cond, strengths)
 
     return euler_sample(velocity, noise, sigma_grid(num_steps, shift))
+
+
+def generate(
+    config: RunConfig,
+    model: ShortcutModel,
+    role: str,
+    vae: Autoencoder,
+    cond: Conditioning,
+    seeds: list[int],
+    num_steps: int,
+    strength: float | None = None,
+    *,
+    size: tuple[int, int] | None = None,
+) -> Tensor:
+    """Images from the weights of `role`, one for each row of `cond` and seed; fp32 [N, 3, H, W] in [0, 1] on the CPU.
+
+    `size` is height and width in pixels, by default `data.resolution`.
+    """
+    shape, batch = model.family.latent_shape(*(size or config.data.resolution)), config.evaluate.batch_size
+    latents = []
+    for at in range(0, len(seeds), batch):
+        rows = cond[at : at + batch]
+        noise = initial_noise(shape, seeds[at : at + batch], compute_dtype(config)).to(rows.device)
+        shift = sampling_shift(config.sample, model.family, noise, num_steps)
+        settings: dict[str, Any] = {"num_steps": num_steps, "shift": shift, "strength": strength}
+        latents.append(sample_latents(model, role, noise, rows, method=config.method, **settings))
+    with torch.no_grad():
+        return decode(vae, torch.cat(latents), batch)
 
 
 def decode(vae: Autoencoder, latents: Tensor, batch_size: int) -> Tensor:

@@ -11,7 +11,6 @@ from scfm_core.distributed.engine import Engine
 from scfm_core.distributed.world import World
 from scfm_core.distributed.written import Written
 from scfm_core.errors import UserError, agreed_error
-from scfm_core.models.fingerprint import different_network
 from scfm_core.models.student import ShortcutModel
 from scfm_core.train.checkpoint import Checkpoint, CheckpointWriter, load_checkpoint, verify_checkpoint
 from scfm_core.train.config import RunConfig
@@ -158,10 +157,10 @@ class RunState:
             data_may_change=data_may_change,
             quiet=not self._world.is_main or state["step"] >= self._config.train.steps,
         )
-        difference = different_network(state["base_fingerprint"], self._model.family.folder)
+        difference = self._model.family.different_network(state["base_fingerprint"])
         if difference is not None:
             raise UserError(
-                f"checkpoint {path} was trained on another model than model.path={self._config.model.path} contains now: {difference}. "
+                f"checkpoint {path} was trained on another model than model.path={self._config.model.path} and model.adapters contain now: {difference}. "
                 f"Resume with the same model, or start over with --resume never"
             )
         before, now = state["data_fingerprint"], self._corpus.fingerprint

@@ -7,17 +7,16 @@ from pathlib import Path
 import pytest
 import tiny_chroma
 import torch
-from parity import velocity_on_meta
-from pipeline_parity import CAPTIONS, encode, images, load, recorded
+from parity import Pair, velocity_on_meta
 from torch import nn
 
 from scfm_core.flow.schedule import sigma_grid
-from scfm_core.models.adapters import LoRABank, LoRAConfig, is_for_fp8
 from scfm_core.models.chroma import Chroma
 from scfm_core.models.flux import pack_latents, unpack_latents
 from scfm_core.models.initial import zero_modulation
 
 LENGTH = 12
+CAPTIONS = ["a fox", "a handwritten digit seven, in vivid ink"]  # of different lengths
 
 
 @pytest.fixture(scope="module")
@@ -29,55 +28,51 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def in_fp32(folder):
-    return load(Chroma, folder, torch.float32)
+    return Pair(folder, torch.float32, LENGTH)
 
 
-def sampled(pipe, captions, noise, arguments):
-    """The pipeline's own images, with its own scheduler and sigmas."""
-    packed = pack_latents(noise)
-    return pipe(
-        captions, num_inference_steps=4, height=16, width=16, latents=packed, output_type="pt", **arguments
-    ).images
+def call(pair, captions, noise, scale):
+    """With the pipeline's own scheduler and sigmas."""
+    size = {"height": 16, "width": 16, "latents": pack_latents(noise), "output_type": "pt"}
+    arguments = pair.family.call_arguments(scale, LENGTH)
+    return {"prompt": captions, "num_inference_steps": 4, **size, "guidance_scale": arguments["guidance_scale"]}
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_images_are_those_of_diffusers(in_fp32, scale):
-    family, network, pipe = in_fp32
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-    cond = encode(family, pipe, CAPTIONS, LENGTH, scale)
-    ours = images(family, network, pipe.vae, noise, cond, family.shift(16, 4))
-    theirs = sampled(pipe, CAPTIONS, noise, family.call_arguments(scale, LENGTH))
-    torch.testing.assert_close(ours, theirs.float(), atol=1e-4, rtol=0)
+    ours = in_fp32.images(CAPTIONS, noise, scale, 4, in_fp32.family.shift(16, 4))
+    theirs, _ = in_fp32.passes(**call(in_fp32, CAPTIONS, noise, scale))
+    torch.testing.assert_close(ours, theirs.images.float(), atol=1e-4, rtol=0)
     assert (ours[0] - ours[1]).abs().mean() > 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_pass_is_that_of_diffusers(folder, dtype):
     """In bf16 to the bit: the same timesteps, the same mask, the same padding."""
-    family, network, pipe = load(Chroma, folder, dtype)
-    conds = [encode(family, pipe, captions, LENGTH) for captions in (CAPTIONS, [""] * 2)]
-    with recorded(pipe.transformer) as passes:
-        sampled(pipe, CAPTIONS, torch.randn(2, 4, 8, 8), family.call_arguments(3.0, LENGTH))
+    pair = Pair(folder, dtype, LENGTH)
+    conds = [pair.encoders.encode(captions) for captions in (CAPTIONS, [""] * 2)]
+    _, passes = pair.passes(**call(pair, CAPTIONS, torch.randn(2, 4, 8, 8), 3.0))
     assert len(passes) == 8
-    sigmas = sigma_grid(4, family.shift(16, 4))[:-1].repeat_interleave(2)
-    for number, ((given, velocity), sigma) in enumerate(zip(passes, sigmas, strict=True)):
+    told = []
+    pair.network.register_forward_pre_hook(lambda _, args, kwargs: told.append(kwargs), with_kwargs=True)
+    for number, (sigma, _, given, velocity) in enumerate(passes):
         x = unpack_latents(given["hidden_states"], 8, 8).float()
-        with torch.no_grad(), recorded(network) as ours:
-            predicted = family.predict(network, x, sigma.expand(2), conds[number % 2])
-        assert torch.equal(ours[0][0]["attention_mask"], given["attention_mask"])
+        with torch.no_grad():
+            predicted = pair.family.predict(pair.network, x, torch.full((2,), sigma), conds[number % 2])
+        assert torch.equal(told[-1]["attention_mask"], given["attention_mask"])
         rounding, atol = (2e-7, 1e-5) if dtype == torch.float32 else (0, 0)
-        torch.testing.assert_close(ours[0][0]["timestep"], given["timestep"], atol=0, rtol=rounding)
+        torch.testing.assert_close(told[-1]["timestep"], given["timestep"], atol=0, rtol=rounding)
         torch.testing.assert_close(pack_latents(predicted), velocity, atol=atol, rtol=0)
 
 
 def test_text_is_that_of_diffusers(in_fp32):
     """One padding token is seen, the others have less weight but count; a truncated caption has none."""
-    family, network, pipe = in_fp32
+    family, network, pipe = in_fp32.family, in_fp32.network, in_fp32.pipe
     captions = [*CAPTIONS, "", "digit " * 20]  # the last one is truncated
-    cond = encode(family, pipe, captions, LENGTH)
-    with recorded(pipe.transformer) as passes:
-        sampled(pipe, captions, torch.randn(4, 4, 8, 8), family.call_arguments(1.0, LENGTH))
-    given = passes[0][0]
+    cond = in_fp32.encoders.encode(captions)
+    _, passes = in_fp32.passes(**call(in_fp32, captions, torch.randn(4, 4, 8, 8), 1.0))
+    given = passes[0][2]
     assert torch.equal(cond.fields["text"], given["encoder_hidden_states"])
     assert torch.equal(cond.fields["seen"], given["attention_mask"][:, :LENGTH])
     counts = family.count_tokens(pipe.tokenizer, captions)
@@ -93,7 +88,7 @@ def test_text_is_that_of_diffusers(in_fp32):
 
 
 def test_latents_are_normalised_as_in_diffusers(in_fp32):
-    family, _, pipe = in_fp32
+    family, pipe = in_fp32.family, in_fp32.pipe
     pictures = torch.rand(2, 3, 16, 16) * 2 - 1
     with torch.no_grad():
         latents = family.encode_images(pipe.vae, pictures)
@@ -109,22 +104,16 @@ def test_shift_is_that_of_the_scheduler(folder, tmp_path, settings):
     copy = shutil.copytree(folder, tmp_path / "copy")
     path = copy / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
-    family, _, pipe = load(Chroma, copy, torch.float32)
-    sampled(pipe, ["a"], torch.randn(1, 4, 8, 8), family.call_arguments(1.0, LENGTH))
-    torch.testing.assert_close(sigma_grid(4, family.shift(16, 4)), pipe.scheduler.sigmas)
+    pair = Pair(copy, torch.float32, LENGTH)
+    pair.passes(**call(pair, ["a"], torch.randn(1, 4, 8, 8), 1.0))
+    torch.testing.assert_close(sigma_grid(4, pair.family.shift(16, 4)), pair.pipe.scheduler.sigmas)
 
 
-def test_the_network_that_makes_the_modulation_starts_at_zero_and_stays_out_of_fp8(folder):
-    family = Chroma(folder)
-    network = family.load_network(torch.float32, "cpu")
+def test_the_network_that_makes_the_modulation_starts_at_zero(folder):
+    network = Chroma(folder).load_network(torch.float32, "cpu")
     zero_modulation(network)
-    makers = {"proj_out", "distilled_guidance_layer.out_proj"}
     zero = {name for name, m in network.named_modules() if isinstance(m, nn.Linear) and not m.weight.any()}
-    assert zero == makers
-    true = Chroma(Path("lodestones/Chroma1-HD"), Chroma.known["lodestones/Chroma1-HD"]).meta_network()
-    bank = LoRABank(true, LoRAConfig())
-    in_fp8 = {name for name, layer in bank.layers.items() if is_for_fp8(name, layer)}
-    assert "context_embedder" in in_fp8 and not any(name.startswith("distilled_guidance_layer") for name in in_fp8)
+    assert zero == {"proj_out", "distilled_guidance_layer.out_proj"}
 
 
 def test_true_sizes():

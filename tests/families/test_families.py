@@ -1,6 +1,7 @@
 """Every family from its folder to images in diffusers: the same steps for all, and no name of one in the code that runs them."""
 
 import importlib
+import inspect
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -16,8 +17,10 @@ from runs import run_distributed, train_all
 
 from data_tools.encode import EncodeConfig, encode
 from data_tools.generate import SamplerConfig, generate
+from recipes.card import UNNAMED_BASE
 from recipes.cli import main
 from recipes.tiny import write_digits
+from scfm_core import load, with_steps
 from scfm_core.data.corpus import Corpus
 from scfm_core.data.recipe import DataConfig
 from scfm_core.data.schema import collate
@@ -128,6 +131,15 @@ def trained(tree: dict[str, Any], *, resume: bool = False) -> Trainer:
     return trainer
 
 
+def test_a_family_is_one_file_of_at_most_150_lines():
+    long = {
+        family.__module__: lines
+        for family in FAMILIES
+        if (lines := Path(inspect.getfile(family)).read_text().count("\n")) > 150
+    }
+    assert long == {}
+
+
 def test_every_family_is_here():
     assert {type(open_family(path, offline=True)) for family in FAMILIES for path in family.known} == set(FAMILIES)
     modules = {family.__module__.rpartition(".")[2] for family in FAMILIES}
@@ -159,13 +171,41 @@ def test_distilled_resumed_sampled_evaluated_exported(model, tmp_path, monkeypat
     assert code is not None
     monkeypatch.chdir(run_dir)
     found: dict[str, Any] = {}
-    exec(code[1].replace("your prompt", PROMPT), found)
+    exec(code[1].replace("your prompt", PROMPT).replace(UNNAMED_BASE, str(model.root / "model")), found)
     assert np.abs(ours - np.asarray(found["image"], dtype=int)).max() <= 2
-    found["pipe"].set_adapters("scfm", 0.0)
     assert ours.std() > 3, "the images are flat"
+    from_python(run_dir, found["pipe"], ours)
 
     evaluate = ["evaluate", str(run_dir), f"evaluate.features_path={model.root / 'classifier'}"]
     assert main(evaluate) == 0
+
+
+def from_python(run_dir: Path, pipe: Any, ours: np.ndarray) -> None:
+    """The API makes the image of `scfm sample`, from the run and with the pipeline of diffusers; also without the adapter."""
+    student = load(run_dir)
+    [image] = student.sample(PROMPT, steps=3)
+    assert np.abs(ours - np.asarray(image, dtype=int)).max() == 0
+    pipe = with_steps(pipe, run_dir / "adapter")
+
+    def make(steps: int, **arguments: Any) -> np.ndarray:
+        generator = torch.Generator().manual_seed(0)
+        result = pipe(prompt=PROMPT, num_inference_steps=steps, generator=generator, **arguments)
+        return np.asarray(result.images[0], dtype=int)
+
+    assert np.abs(make(3) - ours).max() <= 2
+    [expected] = student.sample(PROMPT, steps=2, undistilled=True)
+    guidance = pipe_guidance(student)
+    assert np.abs(make(2, adapter_weight=0.0, **guidance) - np.asarray(expected, dtype=int)).max() <= 2
+    assert np.abs(make(2) - np.asarray(student.sample(PROMPT, steps=2)[0], dtype=int)).max() <= 2
+
+
+def pipe_guidance(student: Any) -> dict[str, Any]:
+    """The teacher's guidance, in the words of its pipeline."""
+    return {
+        name: value
+        for name, value in student.family.call_arguments(student.settings()["guidance"], TEXT_LENGTH).items()
+        if name != "max_sequence_length"
+    }
 
 
 def test_pretrained_on_images_of_three_sizes(model, tmp_path):
@@ -247,7 +287,8 @@ EXPLAINED = {
 
 
 def test_only_models_and_kernels_name_families():
-    words = r"flux|sd3|stable.diffusion|qwen|z.?image|krea|\bsana\b|chroma"
+    modules = {re.sub(r"(?<=\w{3})\d+$", "", family.__module__.rpartition(".")[2]) for family in FAMILIES}
+    words = rf"(?<![a-z])({'|'.join(modules).replace('_', '.?')}|stable.diffusion)"
     root = Path(__file__).parents[2]
     files = [path for package in ("scfm_core", "data_tools") for path in (root / package).rglob("*.py")]
     models = (root / "scfm_core/models", root / "scfm_core/kernels")

@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from conftest import load_adapter
 from diffusers import StableDiffusion3Pipeline
 from local_hub import serve
 from PIL import Image
@@ -152,7 +153,7 @@ def test_distilled_resumed_sampled_evaluated_exported(make_sd3, folder, tmp_path
         assert "StableDiffusion3Pipeline.from_pretrained" in card and "guidance between 3.5 and 5" in card
         assert "sigmas=[1 - k / 3 for k in range(3)]" in card  # this pipeline's own grid is another
         pipe = StableDiffusion3Pipeline.from_pretrained(folder)
-        pipe.load_lora_weights(run_dir / "adapter", weight_name="pytorch_lora_weights.safetensors", adapter_name="scfm")
+        load_adapter(pipe, run_dir / "adapter")
         pipe.set_adapters("scfm", 3**-0.5)
     else:
         assert main(["export", str(run_dir), "--merged", str(tmp_path / "merged")]) == 0
@@ -288,7 +289,7 @@ def test_a_one_pass_model_is_shortened(make_sd3, folder, tmp_path):
     assert main(["export", str(tmp_path / "path")]) == 0
     pipe = StableDiffusion3Pipeline.from_pretrained(merged)
     adapter = tmp_path / "path" / "adapter"
-    pipe.load_lora_weights(adapter, weight_name="pytorch_lora_weights.safetensors", adapter_name="scfm")
+    load_adapter(pipe, adapter)
     pipe.set_adapters("scfm", 3**-0.5)
     assert worst(sampled(tmp_path / "path", tmp_path / "b"), images_of(pipe, 1.0)) <= 2
     assert "guidance_scale=1.0" in (tmp_path / "path" / "adapter" / "README.md").read_text()

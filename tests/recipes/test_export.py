@@ -6,17 +6,17 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import adapter_metadata
+from conftest import adapter_file, adapter_metadata, load_adapter
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from PIL import Image
 from safetensors import safe_open
 
 from recipes.cli import main
-from recipes.runs import load_trained
 from scfm_core.models.weights import save_pipeline
 from scfm_core.train.checkpoint import find_checkpoint, load_checkpoint
 from scfm_core.train.fit import fit
 from scfm_core.train.parse import dump_config
+from scfm_core.train.runs import load_trained
 from scfm_core.train.trainer import Trainer
 
 PROMPTS = ["a handwritten digit three", "a handwritten digit eight"]
@@ -77,12 +77,12 @@ def test_a_step_scaled_adapter_with_the_weight_of_its_readme(make_config, tiny, 
     run_dir = train(make_config({"method.step_gain": {"gamma": 0.5}}))
     assert main(["export", str(run_dir)]) == 0
     ours = our_images(run_dir, tmp_path / "images", "--steps", str(steps))
-    metadata = adapter_metadata(run_dir / "adapter" / "pytorch_lora_weights.safetensors")
+    metadata = adapter_metadata(adapter_file(run_dir / "adapter"))
     weight = metadata["strength_by_steps"][str(steps)]
     assert weight == pytest.approx(steps**-0.5, abs=1e-6)
     assert f"| {steps} | {weight:.3f} |" in (run_dir / "adapter" / "README.md").read_text()
     pipe = FluxPipeline.from_pretrained(tiny / "flux")
-    pipe.load_lora_weights(run_dir / "adapter", weight_name="pytorch_lora_weights.safetensors", adapter_name="scfm")
+    load_adapter(pipe, run_dir / "adapter")
     pipe.set_adapters("scfm", weight)
     assert largest_difference(ours, diffusers_images(pipe, steps)) <= 2
 
@@ -93,7 +93,7 @@ def test_a_strength_above_one(make_config, tiny, tmp_path):
     ours = our_images(run_dir, tmp_path / "strong", "--steps", "2", "--strength", "1.6")
     weaker = our_images(run_dir, tmp_path / "plain", "--steps", "2")
     pipe = FluxPipeline.from_pretrained(tiny / "flux")
-    pipe.load_lora_weights(run_dir / "adapter", weight_name="pytorch_lora_weights.safetensors", adapter_name="scfm")
+    load_adapter(pipe, run_dir / "adapter")
     pipe.set_adapters("scfm", 1.6)
     assert largest_difference(ours, diffusers_images(pipe, 2)) <= 2
     assert largest_difference(ours, weaker) > 5
@@ -144,7 +144,7 @@ def test_training_exports_the_adapter_of_its_last_step(make_config, tiny):
     path.write_text(dump_config(config))
     assert main(["train", str(path)]) == 0
     trainer = Trainer(config, resume=sorted((Trainer(config).run_dir / "checkpoints").glob("step_*"))[-1])
-    with safe_open(trainer.run_dir / "adapter" / "pytorch_lora_weights.safetensors", framework="pt") as file:
+    with safe_open(adapter_file(trainer.run_dir / "adapter"), framework="pt") as file:
         live = trainer.model.parameters("student")
         assert set(file.keys()) == {f"transformer.{name}" for name in live}
         for name, parameter in live.items():
@@ -158,7 +158,7 @@ def test_training_exports_the_adapter_of_its_last_step(make_config, tiny):
         ({"train.weights": "full"}, [], "give --merged FOLDER"),
         ({"method.step_gain": {"gamma": 0.5}}, ["--merged", "x"], "choose the step count with --steps N"),
         ({"method.step_gain": {"gamma": 0.5}}, ["--merged", "x", "--steps", "0"], "--steps must be at least 1, got 0"),
-        ({"method.step_gain": {"gamma": 0.5}}, ["--steps", "3"], "--steps is for merging a step-scaled adapter"),
+        ({}, ["--steps", "3"], "--steps is for merging a step-scaled adapter"),
         ({}, ["--merged", "x", "--steps", "3"], "--steps is for merging a step-scaled adapter"),
     ],
 )

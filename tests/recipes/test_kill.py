@@ -17,6 +17,7 @@ from pathlib import Path
 
 import launch
 import pytest
+from conftest import adapter_file
 from safetensors.torch import load_file
 
 from recipes.cli import command
@@ -92,7 +93,7 @@ def assert_same_end(left, right):
     assert [end.name for end in ends] == [f"step_{STEPS:08d}"] * 2
     checkpoints = [load_checkpoint(end) for end in ends]
     contents = [{group: c.reader.group(group) for group in GROUPS} for c in checkpoints]
-    adapters = [load_file(run_dir / "adapter" / "pytorch_lora_weights.safetensors") for run_dir in (left, right)]
+    adapters = [load_file(adapter_file(run_dir / "adapter")) for run_dir in (left, right)]
     for group in (*GROUPS, "adapter"):
         one, other = adapters if group == "adapter" else (content[group] for content in contents)
         assert one and one.keys() == other.keys()
@@ -131,7 +132,7 @@ def test_a_run_stopped_by_signals(recipe, tmp_path):
     assert_same_end(whole, stopped)
 
     # As if killed between the last checkpoint and the export: the adapter is missing.
-    (stopped / "adapter" / "pytorch_lora_weights.safetensors").unlink()
+    adapter_file(stopped / "adapter").unlink()
     words = [sys.executable, "-m", "recipes.cli", "train", str(recipe), f"run.dir={stopped}"]
     done = subprocess.run(words, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

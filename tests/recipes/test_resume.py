@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import adapter_metadata
+from conftest import adapter_file, adapter_metadata
 from safetensors.torch import load
 
 from recipes.cli import main
@@ -168,7 +168,7 @@ def test_a_run_can_be_used_from_any_folder(recipe, tiny, tmp_path, monkeypatch):
 
 def test_every_start_exports_the_adapter_again(recipe, run_dir):
     """A run killed between its last checkpoint and the export has an old adapter."""
-    path = run_dir / "adapter" / "pytorch_lora_weights.safetensors"
+    path = adapter_file(run_dir / "adapter")
     final, metadata = load(path.read_bytes()), adapter_metadata(path)
     path.write_bytes(b"stale")
     assert main(["train", str(recipe), "sample.guidance=2.0"]) == 0

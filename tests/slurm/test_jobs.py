@@ -23,6 +23,7 @@ import pytest
 import torch
 import yaml
 from cluster import Cluster, missing_programs
+from conftest import adapter_file
 from runs import ENGINES, make_tree, run_distributed, train_cli
 from safetensors.torch import load_file
 
@@ -151,7 +152,7 @@ class Run:
 
     def adapter(self) -> dict[str, torch.Tensor]:
         """The exported weights."""
-        return load_file(self.dir / "adapter" / "pytorch_lora_weights.safetensors")
+        return load_file(adapter_file(self.dir / "adapter"))
 
 
 class Bench:

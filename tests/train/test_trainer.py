@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 
 from data_tools.encode import EncodeConfig
 from data_tools.generate import FIRST_ID, SamplerConfig, generate
-from recipes.runs import load_trained
 from recipes.tiny import caption
 from scfm_core.data.corpus import Corpus
 from scfm_core.data.loader import batches
@@ -33,6 +32,7 @@ from scfm_core.train.checkpoint import find_checkpoint, load_checkpoint, verify_
 from scfm_core.train.fit import fit
 from scfm_core.train.grid import Validation
 from scfm_core.train.run_dir import checkpoint_path
+from scfm_core.train.runs import load_trained
 from scfm_core.train.trainer import SkippedTooOften, Trainer, learning_rate
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_losses.json"

@@ -1,10 +1,10 @@
-"""Open a run that has finished or is running: configuration and weights, for sampling, evaluation and export."""
+"""Opening a run that has finished or is running: configuration and weights, for sampling, evaluation and export."""
 
+import dataclasses
 from pathlib import Path
 
 from scfm_core.distributed.engine import Slot
 from scfm_core.errors import UserError
-from scfm_core.models.fingerprint import different_network
 from scfm_core.models.protocol import ModelFamily
 from scfm_core.models.student import ShortcutModel
 from scfm_core.train.assemble import build_family, build_model
@@ -41,8 +41,14 @@ def open_trained(run_dir: Path, config: RunConfig) -> tuple[Checkpoint, ModelFam
 
 
 def check_same_model(checkpoint: Checkpoint, family: ModelFamily, run_dir: Path) -> None:
-    """UserError unless the checkpoint was trained on this model."""
-    difference = different_network(checkpoint.state["base_fingerprint"], family.folder)
+    """UserError unless the checkpoint was trained on this model.
+
+    With other `model.adapters` than the run's own only the rest of the model is compared: a run's weights can be used together with
+    adapters that they were not trained with.
+    """
+    trained = checkpoint.state["config"]["model"].get("adapters", [])
+    is_own = trained == [dataclasses.asdict(adapter) for adapter in family.adapters]
+    difference = family.different_network(checkpoint.state["base_fingerprint"], with_adapters=is_own)
     if difference is not None:
         raise UserError(
             f"{family.folder} is not the model that {run_dir} was trained on: {difference}. Set model.path to that model"

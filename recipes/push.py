@@ -1,0 +1,78 @@
+"""Upload an export to the hub."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import requests
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
+
+from scfm_core.errors import UserError
+
+_REASONS = {
+    401: "the token is not valid; log in again with `hf auth login`",
+    403: "the token has no right to write there; make one with write access, for an organisation with rights to its repositories",
+    404: "there is no such user or organisation, or the token cannot see it",
+    409: "another upload changed the repository at the same time; run the same command again",
+    413: "a file is larger than the hub permits",
+}
+
+
+def check_access(repository: str) -> None:
+    """UserError if there is no token, or the hub does not accept it: before the work, and not after it."""
+    if get_token() is None:
+        raise UserError(
+            f"--push {repository}: there is no token of the hub. Log in with `hf auth login`, or set HF_TOKEN"
+        )
+    with _explained(repository):
+        HfApi().whoami()
+
+
+def push(folder: Path, repository: str, *, private: bool) -> str:
+    """Create the repository if it is missing, and upload the card and what it names.
+
+    Args:
+        folder: of the export.
+        repository: OWNER/NAME.
+        private: of a new repository; an existing one keeps its visibility.
+
+    Returns:
+        the repository's address.
+
+    Raises:
+        UserError: if the hub cannot be reached, or refuses.
+    """
+    api = HfApi()
+    with _explained(repository):
+        address = api.create_repo(repository, private=private, exist_ok=True, repo_type="model")
+        api.upload_folder(
+            repo_id=repository, folder_path=folder, allow_patterns=_files(folder), commit_message="Upload with scfm"
+        )
+    return str(address)
+
+
+def _files(folder: Path) -> list[str]:
+    """Of a pipeline all files. Of an adapter those that its card names: others may be of earlier weights."""
+    if (folder / "model_index.json").is_file():
+        return ["*"]
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    return ["README.md", "images/*", *(path.name for path in folder.iterdir() if path.is_file() and path.name in card)]
+
+
+@contextmanager
+def _explained(repository: str) -> Iterator[None]:
+    """Errors of the hub as UserErrors."""
+    try:
+        yield
+    except (requests.ConnectionError, requests.Timeout, OfflineModeIsEnabled) as error:
+        raise UserError(
+            f"--push {repository}: the hub cannot be reached ({type(error).__name__}). Check the network, HF_ENDPOINT and "
+            f"HF_HUB_OFFLINE; the files are on this machine"
+        ) from error
+    except LocalTokenNotFoundError as error:
+        raise UserError(f"--push {repository}: there is no token of the hub. Log in with `hf auth login`") from error
+    except requests.HTTPError as error:  # those of huggingface_hub are of this kind
+        status = 0 if error.response is None else error.response.status_code
+        said = _REASONS.get(status) or str(error).strip().splitlines()[0]
+        raise UserError(f"--push {repository}: the hub answered {status}: {said}") from error

@@ -1,0 +1,226 @@
+"""scfm from Python: images from a run or from an exported adapter, and pipelines of diffusers that sample in a few steps.
+
+`scfm_core` offers `load` and `with_steps`; README.md shows their use.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from scfm_core.errors import UserError
+from scfm_core.models.encoders import Autoencoder, TextEncoders
+from scfm_core.models.families import family_of_pipeline
+from scfm_core.models.protocol import ModelFamily
+from scfm_core.models.student import FullModel
+from scfm_core.models.weights import resolve_folder
+from scfm_core.scfm.method import sampling_strength
+from scfm_core.train.device import compute_dtype, resolve_device
+from scfm_core.train.pipelines import read_header, shift_of
+from scfm_core.train.pipelines import with_steps as with_steps
+from scfm_core.train.runs import load_trained, open_run
+from scfm_core.train.sampling import generate, to_uint8
+
+_BATCH = 8
+"""Images of one call of a pipeline."""
+
+
+def load(
+    path: str | Path, *, overrides: Sequence[str] = (), base: str | None = None, device: str = "auto"
+) -> "FewStepModel":
+    """Load a run's newest checkpoint, or an adapter that `scfm export` wrote, with its base model.
+
+    Args:
+        path: folder of a run (`run.dir`), safetensors file of an adapter, or a folder with one.
+        overrides: of a run: changes of its configuration, such as `sample.weights=ema_slow`.
+        base: of an adapter: its base model, a hub id or a folder; None: the one that the file names.
+        device: `auto` (a GPU if there is one), `cuda`, `cuda:1`, `cpu`.
+
+    Raises:
+        UserError: if there is neither a run with a checkpoint nor an adapter, or the base model is missing or another one.
+    """
+    folder = Path(path).expanduser()
+    if (folder / "config.yaml").is_file():
+        chosen = [] if device == "auto" else [f"run.device={device}"]
+        return RunModel(folder, [*overrides, *chosen])
+    if overrides:
+        raise UserError(f"{path} is not a run, which `overrides` are for")
+    if folder.is_dir() and not list(folder.glob("*.safetensors")):
+        raise UserError(
+            f"{path} is neither a run (it has no config.yaml) nor the folder of an adapter (it has no .safetensors file). Give the "
+            f"run.dir of a `scfm train`, or what `scfm export` wrote"
+        )
+    return AdapterModel(folder, base, device)
+
+
+class FewStepModel(ABC):
+    """A base model with a trained student."""
+
+    family: ModelFamily
+
+    @abstractmethod
+    def settings(
+        self,
+        *,
+        steps: int = 4,
+        guidance: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        strength: float | None = None,
+        undistilled: bool = False,
+    ) -> dict[str, Any]:
+        """What the images of `sample` depend on, beside prompt and seed: steps, strength, guidance, shift, width, height, ..."""
+
+    def sample(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        steps: int = 4,
+        seed: int = 0,
+        guidance: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        strength: float | None = None,
+        undistilled: bool = False,
+    ) -> list[Image.Image]:
+        """Sample an image for each prompt.
+
+        Args:
+            prompts: one, or several.
+            steps: Euler steps.
+            seed: image i starts from the noise of `torch.Generator().manual_seed(seed + i)`, as in a diffusers pipeline.
+            guidance: in the convention of the model's pipeline; None: the one of the training.
+            height, width: in pixels; None: those of the training.
+            strength: of the adapter; None: the one that was trained for this number of steps.
+            undistilled: sample from the base model, without the adapter; with many steps it is the teacher.
+
+        Raises:
+            UserError: if an argument is invalid, or if there is no base model.
+        """
+        rows = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not rows:
+            raise UserError("there is no prompt")
+        if steps < 1:
+            raise UserError(f"steps must be at least 1, got {steps}")
+        settings = self.settings(
+            steps=steps, guidance=guidance, height=height, width=width, strength=strength, undistilled=undistilled
+        )
+        self.family.latent_shape(settings["height"], settings["width"])
+        return self._sample(rows, [seed + i for i in range(len(rows))], settings, undistilled=undistilled)
+
+    @abstractmethod
+    def _sample(
+        self, prompts: list[str], seeds: list[int], settings: dict[str, Any], *, undistilled: bool
+    ) -> list[Image.Image]: ...
+
+
+class RunModel(FewStepModel):
+    """The weights of `sample.weights` of a run, and its teacher."""
+
+    def __init__(self, run_dir: Path, overrides: Sequence[str] = (), *, with_teacher: bool = True) -> None:
+        self.config = open_run(run_dir, list(overrides))
+        self.model = load_trained(run_dir, self.config, with_teacher=with_teacher)
+        self.family = self.model.family
+        device, dtype = resolve_device(self.config.run.device), compute_dtype(self.config)
+        self._text = TextEncoders(self.family, self.config.model.text_length, dtype, device)
+        self._vae = Autoencoder(self.family, dtype, device)
+
+    def settings(
+        self,
+        *,
+        steps: int = 4,
+        guidance: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        strength: float | None = None,
+        undistilled: bool = False,
+    ) -> dict[str, Any]:
+        """See `FewStepModel`."""
+        config = self.config
+        size = height or config.data.resolution[0], width or config.data.resolution[1]
+        if strength is None:
+            strength = sampling_strength(config.method.step_gain, steps)
+        return {
+            "steps": steps,
+            "strength": 0.0 if undistilled else strength,
+            "guidance": config.sample.guidance if guidance is None else guidance,
+            "shift": shift_of(config.sample.shift, self.family, size, steps),
+            "width": size[1],
+            "height": size[0],
+        }
+
+    def _sample(
+        self, prompts: list[str], seeds: list[int], settings: dict[str, Any], *, undistilled: bool
+    ) -> list[Image.Image]:
+        if undistilled and isinstance(self.model, FullModel) and "teacher" not in self.model.networks:
+            raise UserError(f"the run {self.config.run.dir} has no teacher: it trained full weights from data alone")
+        role = "teacher" if undistilled else self.config.sample.weights
+        cond = self._text.encode(prompts, settings["guidance"])
+        size = settings["height"], settings["width"]
+        strength = None if undistilled else settings["strength"]
+        images = generate(self.config, self.model, role, self._vae, cond, seeds, settings["steps"], strength, size=size)
+        return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in to_uint8(images)]
+
+
+class AdapterModel(FewStepModel):
+    """An exported adapter on its base model, in the pipeline of diffusers."""
+
+    def __init__(self, path: Path, base: str | None = None, device: str = "auto") -> None:
+        import diffusers
+        from diffusers.utils import logging
+
+        self.header = read_header(path)
+        target = resolve_device(device)
+        folder = resolve_folder(base or self.header.base_model)
+        logging.disable_progress_bar()  # "Loading pipeline components"
+        dtype = torch.float32 if target.type == "cpu" else torch.bfloat16
+        pipe = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
+        self.pipe = with_steps(pipe.to(target), path)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.family = family_of_pipeline(pipe)
+
+    def settings(
+        self,
+        *,
+        steps: int = 4,
+        guidance: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        strength: float | None = None,
+        undistilled: bool = False,
+    ) -> dict[str, Any]:
+        """See `FewStepModel`."""
+        header = self.header
+        size = height or header.resolution[0], width or header.resolution[1]
+        usual = header.teacher_guidance if undistilled else header.guidance
+        if strength is None and not undistilled:
+            strength = header.strength(steps)
+        return {
+            "steps": steps,
+            "strength": 0.0 if undistilled else strength,
+            "guidance": usual if guidance is None else guidance,
+            "shift": shift_of(header.shift, self.family, size, steps),
+            "width": size[1],
+            "height": size[0],
+        }
+
+    def _sample(
+        self, prompts: list[str], seeds: list[int], settings: dict[str, Any], *, undistilled: bool
+    ) -> list[Image.Image]:
+        images: list[Image.Image] = []
+        call = self.family.call_arguments(settings["guidance"], self.header.text_length)
+        for at in range(0, len(prompts), _BATCH):
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds[at : at + _BATCH]]
+            images += self.pipe(
+                prompt=prompts[at : at + _BATCH],
+                num_inference_steps=settings["steps"],
+                adapter_weight=settings["strength"],
+                height=settings["height"],
+                width=settings["width"],
+                generator=generators,
+                **call,
+            ).images
+        return images

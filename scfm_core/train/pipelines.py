@@ -1,0 +1,193 @@
+"""Adapters of `scfm export` in the pipelines of diffusers: the header of their file, and calls that set their weight."""
+
+import dataclasses
+import functools
+import inspect
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scfm_core.errors import UserError
+from scfm_core.models.families import family_of_pipeline
+from scfm_core.models.fused_base import adapter_file, read_adapter
+from scfm_core.models.protocol import ModelFamily
+from scfm_core.scfm.method import StepGain, sampling_strength
+from scfm_core.train.config import SampleConfig
+from scfm_core.train.sampling import sampling_shift
+
+_NAME = "scfm"
+"""Of the adapter in a pipeline."""
+_STEPS = 4
+"""Of a call without `num_inference_steps`."""
+
+
+@dataclass(frozen=True)
+class AdapterHeader:
+    """What `scfm export` writes into the header of an adapter's file, under `scfm`."""
+
+    base_model: str
+    step_gain_gamma: float | None
+    """gamma of step-scaled adapters; None: the weight does not depend on the step count."""
+    shift: float | str
+    guidance: float
+    """Of the student."""
+    text_length: int
+    resolution: tuple[int, int]
+    teacher_guidance: float
+    folded_steps: int | None = None
+    """The step count whose weight is folded into the factors; None: the factors have weight 1."""
+
+    def strength(self, steps: int) -> float:
+        """The adapter's weight for a number of steps.
+
+        Raises:
+            UserError: if the file is folded for another number.
+        """
+        if self.folded_steps is not None:
+            if steps != self.folded_steps and self.step_gain_gamma is not None:
+                raise UserError(
+                    f"this adapter is folded for {self.folded_steps} steps, and cannot be used with {steps}. Export one for {steps} "
+                    f"steps, or one for all: `scfm export RUN`"
+                )
+            return 1.0
+        return sampling_strength(None if self.step_gain_gamma is None else StepGain(gamma=self.step_gain_gamma), steps)
+
+
+def read_header(path: str | Path) -> AdapterHeader:
+    """The header of an adapter.
+
+    Raises:
+        UserError: if the file is missing or damaged, or not of `scfm export`.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    file = adapter_file(path)
+    try:
+        with safe_open(file, "pt") as content:
+            values = json.loads((content.metadata() or {})["scfm"])
+        values.setdefault("teacher_guidance", values["guidance"])
+        names = [field.name for field in dataclasses.fields(AdapterHeader) if field.name in values]
+        header = AdapterHeader(**{name: values[name] for name in names})
+        return dataclasses.replace(header, resolution=(int(values["resolution"][0]), int(values["resolution"][1])))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"the adapter {file} cannot be read ({error})") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{file} is not an adapter of `scfm export`: its header has no settings of scfm ({type(error).__name__}: {error}). For other "
+            f"adapters use `load_lora_weights` of diffusers"
+        ) from error
+
+
+def with_steps(pipe: Any, adapter: str | Path) -> Any:
+    """Load an adapter into a pipeline of diffusers, so that `num_inference_steps` sets its weight on each call.
+
+    Each call also gets the sigmas, the scheduler, the guidance, the number of text tokens and the size of the training, unless the
+    call has own ones (the scheduler is always set). `num_inference_steps` is 4 if it is not given; `adapter_weight=0` is the base
+    model. Other adapters of the pipeline stay as they are.
+
+    Args:
+        pipe: a pipeline with the adapter's base model, or a fine-tune of it. It is changed in place.
+        adapter: safetensors file of `scfm export`, or a folder with one.
+
+    Returns:
+        `pipe`.
+
+    Raises:
+        UserError: if the file is not an adapter of `scfm export`, or was made for another model than the pipeline's.
+    """
+    header, path = read_header(adapter), adapter_file(adapter)
+    own = getattr(type(pipe), "_scfm_original", type(pipe))
+    family = family_of_pipeline(pipe)
+    factors = read_adapter(path, own, pipe.transformer)
+    state = {
+        f"transformer.{module}.lora_{side}.weight": factor
+        for module, both in factors.items()
+        for side, factor in zip("AB", both, strict=True)
+    }
+    _add_adapter(pipe, state)
+    steps = _Steps(header, family, getattr(pipe, "_scfm_scheduler", pipe.scheduler))
+    signature = inspect.signature(own.__call__)
+
+    @functools.wraps(own.__call__)
+    def call(self: Any, *args: Any, adapter_weight: float | None = None, **kwargs: Any) -> Any:
+        given = dict(signature.bind_partial(self, *args, **kwargs).arguments)
+        given.update(given.pop("kwargs", {}))
+        given.pop("self")
+        return own.__call__(self, **steps.prepare(self, given, adapter_weight))
+
+    # The same object and name: `to`, `save_pretrained` and what else the pipeline has work as before.
+    changed = type(own.__name__, (own,), {"__call__": call, "__module__": own.__module__, "_scfm_original": own})
+    object.__setattr__(pipe, "__class__", changed)
+    object.__setattr__(pipe, "_scfm_scheduler", steps.scheduler)
+    return pipe
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """Prepares the calls of a pipeline."""
+
+    header: AdapterHeader
+    family: ModelFamily
+    scheduler: Any
+    """The pipeline's own."""
+
+    def prepare(self, pipe: Any, given: dict[str, Any], weight: float | None) -> dict[str, Any]:
+        """Set weight and scheduler; returns the arguments of the call."""
+        header, family = self.header, self.family
+        count = given.get("num_inference_steps") or header.folded_steps or _STEPS
+        weight = header.strength(count) if weight is None else weight
+        for layer in _layers(pipe.transformer).values():
+            if _NAME not in layer.active_adapters:
+                layer.set_adapter([*layer.active_adapters, _NAME], inference_mode=True)
+            layer.set_scale(_NAME, weight)
+        size = given.get("height") or header.resolution[0], given.get("width") or header.resolution[1]
+        pipe.scheduler = self._scheduler(size, count)
+        name = next(iter(family.call_arguments(header.guidance, header.text_length)))
+        guidance = given.get(name)
+        call = family.call_arguments(header.guidance if guidance is None else guidance, header.text_length)
+        usual = {"sigmas": [1 - k / count for k in range(count)], "height": size[0], "width": size[1], **call}
+        return {**usual, **given, "num_inference_steps": count}
+
+    def _scheduler(self, size: tuple[int, int], count: int) -> Any:
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        own = self.scheduler
+        is_euler = isinstance(own, FlowMatchEulerDiscreteScheduler) and not own.config.get("shift_terminal")
+        if self.header.shift == "dynamic" and is_euler and own.config.get("use_dynamic_shifting"):
+            return own
+        shift = shift_of(self.header.shift, self.family, size, count)
+        return FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=False)
+
+
+def shift_of(shift: Any, family: ModelFamily, size: tuple[int, int], steps: int) -> float:
+    """`sample.shift` as a number, for images of a size (height, width) in pixels."""
+    latents = torch.empty(1, *family.latent_shape(*size), device="meta")
+    return sampling_shift(SampleConfig(shift=shift), family, latents, steps)
+
+
+def _layers(network: Any) -> dict[str, Any]:
+    """The layers with adapters, by name."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {name: module for name, module in network.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+def _add_adapter(pipe: Any, state: dict[str, Any]) -> None:
+    """Load the factors, in place of an earlier adapter of scfm. Other adapters keep their weights and stay active."""
+    from diffusers.utils import logging
+
+    if _NAME in pipe.get_list_adapters().get("transformer", []):
+        pipe.delete_adapters(_NAME)
+    active = {name: list(layer.active_adapters) for name, layer in _layers(pipe.transformer).items()}
+    logger = logging.get_logger("diffusers.loaders.lora_base")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it warns that there are no factors for the text encoders
+    try:
+        pipe.load_lora_weights(state, adapter_name=_NAME)
+    finally:
+        logger.setLevel(level)
+    for name, layer in _layers(pipe.transformer).items():
+        layer.set_adapter([*active.get(name, []), _NAME], inference_mode=True)
