@@ -25,6 +25,7 @@ footer { display: none !important; }
 .scfm .cards { display: grid; gap: 1rem; grid-template-columns: repeat(var(--columns), minmax(0, 1fr)); }
 .scfm .cards.one { max-width: 420px; }
 .scfm figure { margin: 0; min-width: 0; }
+.scfm figure a { padding: 0; }
 .scfm .frame { background: var(--background-fill-secondary); border-radius: 6px; display: block; overflow: hidden; width: 100%; }
 .scfm .frame img { display: block; height: 100%; margin: 0; object-fit: contain; width: 100%; }
 .scfm .small img { image-rendering: pixelated; }

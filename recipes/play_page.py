@@ -164,7 +164,7 @@ def _add_controls(gradio: Any, player: Player) -> _Controls:
     prompt = gradio.Textbox(entry.prompt, label="Prompt", lines=1, max_lines=8, placeholder="What the image shows")
     with gradio.Row():
         seed = gradio.Textbox("0", label="Seed", scale=3, min_width=120)
-        shuffle = gradio.Button("Random seed", scale=2, min_width=120, size="md", elem_id="scfm-random")
+        shuffle = gradio.Button("Random", scale=2, min_width=90, size="md", elem_id="scfm-random")
     steps = gradio.Slider(1, MOST_STEPS, entry.first_steps, step=1, label="Steps")
     strength = gradio.Slider(
         0, 2, strength_of(entry, entry.first_steps), step=0.0001, interactive=False, elem_id="scfm-strength",
@@ -233,8 +233,8 @@ def _add_grid(gradio: Any, player: Player, controls: _Controls) -> None:
     folded = player.entries[0].folded_steps
     with gradio.Row(equal_height=True):
         rows = gradio.Textbox(str(folded or "1, 2, 4, 8"), label="Steps of the rows", min_width=120)
-        columns = gradio.Slider(1, MOST_SEEDS, 4, step=1, label="Seeds, from the seed", min_width=120)
-        button = gradio.Button("Generate grid", variant="primary", min_width=120)
+        columns = gradio.Slider(1, MOST_SEEDS, 4, step=1, label="Number of seeds", min_width=120)
+    button = gradio.Button("Generate grid", variant="primary")
     grid = _html(gradio, '<p class="empty">The grid appears here.</p>', "scfm-grid")
 
     def generate(counts: Any, number: Any, *values: Any) -> Iterator[str]:
