@@ -249,8 +249,10 @@ def _comfyui(card: Card) -> str:
 
 
 def _comfyui_file(card: Card) -> tuple[str, Contents]:
-    """The file for ComfyUI: one with its names, if there is one, and best one whose weight is 1."""
-    return min(card.files, key=lambda file: (file[1].format != "comfyui", file[1].folded is None))
+    """The file for ComfyUI: one with its names, if there is one; one whose weight is 1, of the most steps."""
+    return min(
+        card.files, key=lambda file: (file[1].format != "comfyui", file[1].folded is None, -(file[1].folded or 0))
+    )
 
 
 def _has_workflow(card: Card) -> bool:
