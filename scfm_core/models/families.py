@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from scfm_core.errors import UserError
+from scfm_core.models.chroma import Chroma
 from scfm_core.models.flux import Flux
 from scfm_core.models.flux2 import Flux2
 from scfm_core.models.fused_base import FusedAdapter
@@ -17,7 +18,7 @@ from scfm_core.models.sd3 import SD3
 from scfm_core.models.weights import is_local, resolve_folder
 from scfm_core.models.z_image import ZImage
 
-FAMILIES: tuple[type[ModelFamily], ...] = (Flux, Flux2, SD3, QwenImage, ZImage, Krea2, Sana)
+FAMILIES: tuple[type[ModelFamily], ...] = (Flux, Flux2, SD3, QwenImage, ZImage, Krea2, Sana, Chroma)
 
 
 def open_family(path: str, *, offline: bool = False, adapters: Sequence[FusedAdapter] = ()) -> ModelFamily:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from scfm_core.kernels.ops import Ops
 from scfm_core.models import original_names
 from scfm_core.models.conditioning import Conditioning
-from scfm_core.models.protocol import FieldKind, ModelFamily, dtype_of
+from scfm_core.models.protocol import FieldKind, ModelFamily, dtype_of, rounded
 from scfm_core.models.published import Published
 
 PATCH = 2
@@ -104,7 +104,7 @@ class Flux(ModelFamily):
             hidden_states=pack_latents(x).to(dtype),
             encoder_hidden_states=text.to(dtype),
             pooled_projections=cond.fields["pooled"].to(dtype),
-            timestep=_timestep(sigma, dtype),
+            timestep=timestep_of(sigma, network),
             guidance=cond.guidance if self.guidance_kind == "input" else None,
             img_ids=image_ids(height, width, x.device),
             txt_ids=torch.zeros(text.shape[1], 3, device=x.device),
@@ -126,10 +126,11 @@ class Flux(ModelFamily):
         return {"text": text, "pooled": pooled}, None
 
 
-def _timestep(sigma: Tensor, dtype: torch.dtype) -> Tensor:
+def timestep_of(sigma: Tensor, network: nn.Module) -> Tensor:
     """Flux's timestep is sigma; the network multiplies it by 1000, in its dtype.
 
     diffusers' pipeline rounds 1000 sigma to bf16 and divides again. Rounding sigma itself would tell the network another time for a
-    quarter of all sigmas, by up to 4 of 1000.
+    quarter of all sigmas, by up to 4 of 1000. In fp32, where nothing is rounded, sigma stays as it is.
     """
-    return sigma if dtype == torch.float32 else (1000 * sigma).to(dtype) / 1000
+    timestep = rounded(1000 * sigma, network)
+    return sigma if timestep.dtype == torch.float32 else timestep / 1000

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from scfm_core.kernels.ops import Ops
 from scfm_core.models import fused, original_names
 from scfm_core.models.conditioning import Conditioning
+from scfm_core.models.flux import timestep_of
 from scfm_core.models.protocol import FieldKind, ModelFamily, dtype_of
 from scfm_core.models.published import Published
 
@@ -106,7 +107,7 @@ class Flux2(ModelFamily):
         tokens: Tensor = network(
             hidden_states=x.flatten(2).transpose(1, 2).to(dtype),
             encoder_hidden_states=text.to(dtype),
-            timestep=sigma if dtype == torch.float32 else (1000 * sigma).to(dtype) / 1000,
+            timestep=timestep_of(sigma, network),
             guidance=cond.guidance if self.guidance_kind == "input" else None,
             img_ids=_position_ids(height, width, 1, x.device),
             txt_ids=_position_ids(1, 1, text.shape[1], x.device),

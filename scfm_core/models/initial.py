@@ -34,7 +34,7 @@ def parameters_on_meta(*, only_drawn: bool = False) -> Iterator[None]:
 def is_modulation(name: str, module: nn.Module) -> bool:
     """Whether a module of a network starts at zero: adaLN-zero (DiT, arXiv 2212.09748)."""
     return isinstance(module, nn.Linear) and (
-        re.search(r"norm|modulation|_mod\.", name) is not None or name == "proj_out"
+        re.search(r"norm|modulation|_mod\.|distilled_guidance_layer\.out_proj", name) is not None or name == "proj_out"
     )
 
 

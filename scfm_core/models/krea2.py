@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from scfm_core.models import original_names, qwen_vae
 from scfm_core.models.conditioning import Conditioning
 from scfm_core.models.flux import image_ids, pack_latents, unpack_latents
-from scfm_core.models.protocol import FieldKind, dtype_of
+from scfm_core.models.protocol import FieldKind, dtype_of, rounded
 from scfm_core.models.published import Published
 
 _TRANSFORMER = {
@@ -74,7 +74,7 @@ class Krea2(qwen_vae.QwenVAE):
             hidden_states=pack_latents(x).to(dtype),
             encoder_hidden_states=text.to(dtype),
             encoder_attention_mask=cond.mask,
-            timestep=sigma.to(dtype),
+            timestep=rounded(sigma, network),
             position_ids=torch.cat([positions.new_zeros(text.shape[1], 3), positions]),
             return_dict=False,
         )[0]

@@ -85,12 +85,10 @@ class ModelFamily(ABC):
             self.network_config: dict[str, Any] = architecture["transformer"]
             self.vae_config: dict[str, Any] = architecture["vae"]
             self.encoder_bytes: int = architecture["encoder_bytes"]
-            self.scheduler_config: dict[str, Any] | None = architecture.get("scheduler")
             self.in_pixels = False
             return
         self.pipeline_config = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         """`model_index.json`."""
-        self.scheduler_config = None
         self.pipeline = self.pipeline_config["_class_name"]
         """Class name of diffusers' pipeline."""
         self.network_config = component_config(folder, "transformer")
@@ -105,6 +103,13 @@ class ModelFamily(ABC):
             if component == "vae" or component.startswith("text_encoder")
             for file in (folder / component).glob("*.safetensors")
         )
+
+    @cached_property
+    def scheduler_config(self) -> dict[str, Any]:
+        """`scheduler/scheduler_config.json`."""
+        if (known := self.known.get(str(self.folder))) is not None:
+            return dict(known.get("scheduler", {}))
+        return component_config(self.folder, "scheduler", "scheduler_config.json")
 
     @property
     @abstractmethod
@@ -389,6 +394,13 @@ class ModelFamily(ABC):
     def text_tokens(self, text_length: int) -> int:
         """Number of text tokens of the network, for `text_length` tokens of `tokenizer`."""
         return self.extra_tokens + text_length
+
+
+def rounded(timestep: Tensor, network: nn.Module) -> Tensor:
+    """A timestep in the dtype of a network's products, which diffusers' pipelines use: bf16 under autocast, or the parameters'."""
+    device = timestep.device.type
+    is_mixed = device != "meta" and torch.is_autocast_enabled(device)
+    return timestep.to(torch.get_autocast_dtype(device) if is_mixed else dtype_of(network))
 
 
 def dtype_of(network: nn.Module) -> torch.dtype:

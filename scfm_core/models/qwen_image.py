@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from scfm_core.models import original_names
 from scfm_core.models.conditioning import Conditioning
 from scfm_core.models.flux import PATCH, pack_latents, unpack_latents
-from scfm_core.models.protocol import FieldKind, dtype_of
+from scfm_core.models.protocol import FieldKind, dtype_of, rounded
 from scfm_core.models.published import Published
 from scfm_core.models.qwen_vae import ARCHITECTURE, PARAMETERS, QwenVAE
 
@@ -78,7 +78,7 @@ class QwenImage(QwenVAE):
             encoder_hidden_states=cond.fields["text"].to(dtype),
             encoder_hidden_states_mask=cond.mask if len(set(cond.lengths)) > 1 else None,
             # The network multiplies by 1000. The pipeline rounds 1000 sigma to bf16, and the quotient again.
-            timestep=(1000 * sigma).to(dtype) / 1000,
+            timestep=rounded(1000 * sigma, network) / 1000,
             img_shapes=[[(1, height // PATCH, width // PATCH)]] * len(x),
             return_dict=False,
         )[0]

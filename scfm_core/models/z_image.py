@@ -13,7 +13,6 @@ from scfm_core.models import original_names
 from scfm_core.models.conditioning import Conditioning
 from scfm_core.models.protocol import FieldKind, ModelFamily, dtype_of
 from scfm_core.models.published import Published
-from scfm_core.models.weights import component_config
 
 _NETWORK = {
     "all_f_patch_size": (1,),
@@ -108,5 +107,4 @@ class ZImage(ModelFamily):
 
     def shift(self, image_tokens: int, num_steps: int) -> float:
         """See `ModelFamily`. It is fixed: the pipeline computes Flux's mu of the image's size, and the scheduler ignores it."""
-        config = self.scheduler_config or component_config(self.folder, "scheduler", "scheduler_config.json")
-        return float(config["shift"])
+        return float(self.scheduler_config["shift"])

@@ -22,7 +22,7 @@ from scfm_core.train.device import compute_dtype
 from scfm_core.train.kernels import Kernels
 from scfm_core.train.network import compile_blocks, set_activation_checkpointing
 from scfm_core.train.rules import check_model, check_shards, micro_batches
-from scfm_core.train.trace import trace_forward
+from scfm_core.train.trace import forward_of
 
 
 def build_family(config: RunConfig, *, offline: bool = False) -> ModelFamily:
@@ -136,8 +136,7 @@ def build_model(
 
 def _traced_rows(config: RunConfig, family: ModelFamily) -> dict[str, int]:
     """Input rows of each linear, for one sample of the run."""
-    latents = family.latent_shape(*config.data.resolution)
-    return trace_forward(family, family.meta_network(), latents, config.model.text_length).rows
+    return forward_of(family, family.latent_shape(*config.data.resolution), config.model.text_length).rows
 
 
 def _adapted(config: RunConfig, family: ModelFamily, network: nn.Module) -> LoRAModel:

@@ -12,7 +12,7 @@ from scfm_core.train.config import RunConfig
 from scfm_core.train.disk import checkpoint_bytes, disk_bytes
 from scfm_core.train.memory import Memory, estimate_memory, needs_encoders, shares
 from scfm_core.train.rules import describe_micro_batches
-from scfm_core.train.trace import Forward, trace_forward
+from scfm_core.train.trace import Forward, forward_of
 from scfm_core.wording import count, duration
 
 A100_PEAK = 312e12  # bf16 FLOP/s, dense (NVIDIA A100 data sheet)
@@ -72,7 +72,7 @@ def estimate(config: RunConfig, family: ModelFamily, world: int = 1) -> Estimate
     shapes = [tuple(parameter.shape) for parameter in network.parameters()]
     base = sum(p.numel() for p in network.parameters())
     channels, height, width = family.latent_shape(*config.data.resolution)
-    forward = trace_forward(family, network, (channels, height, width), config.model.text_length)
+    forward = forward_of(family, (channels, height, width), config.model.text_length)
     text_tokens = family.text_tokens(config.model.text_length)
     tokens = height * width // family.patch**2 + text_tokens
 

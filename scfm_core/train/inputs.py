@@ -3,7 +3,7 @@
 import contextlib
 import gc
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -148,6 +148,7 @@ def check_paths(config: RunConfig, family: ModelFamily, corpus: Corpus) -> None:
     if config.model.init != "random":  # a random network has no teacher
         _check_teacher(family, corpus)
     intervals: dict[str, int] = {}
+    shifts: set[float] = set()
     others: dict[str, str] = {}
     """Shift and guidance of each source whose paths do not have the sampler's."""
     for name, item in corpus.first_items().items():
@@ -159,8 +160,8 @@ def check_paths(config: RunConfig, family: ModelFamily, corpus: Corpus) -> None:
             check_intervals(config.method, intervals[name], f"of source {name!r} ")
             guidance = float(path["guidance"])  # stored in fp32
             _check_guidance(config.method, name, guidance)
-            shift = sampling_shift(config.sample, family, latents, intervals[name])
-            if other := _different_settings(config, family, path["sigmas"], guidance, shift):
+            shifts = {sampling_shift(config.sample, family, latents, grid) for grid in config.method.trajectory_grids}
+            if other := _different_settings(config, family, path["sigmas"], guidance, shifts):
                 others[name] = other
     if len(set(intervals.values())) > 1:
         raise UserError(
@@ -169,10 +170,13 @@ def check_paths(config: RunConfig, family: ModelFamily, corpus: Corpus) -> None:
         )
     if others and len(others) == len(intervals):
         sample = config.sample
+        advice = f", or store paths with `scfm data generate --trajectories --shift {sample.shift} --guidance {sample.guidance:g}`"
+        if len(shifts) > 1:
+            advice = ". The dynamic shift of this model depends on the number of steps, and a path has one shift"
         raise UserError(
             f"data: the stored paths were sampled at {' or '.join(sorted(set(others.values())))}, but sample.shift is "
             f"{sample.shift} and sample.guidance {sample.guidance:g}: the student must be sampled as its paths were. Set both to "
-            f"those values, or store paths with `scfm data generate --trajectories --shift {sample.shift} --guidance {sample.guidance:g}`"
+            f"those values{advice}"
         )
 
 
@@ -197,14 +201,15 @@ def _check_guidance(method: PlanConfig, source: str, guidance: float) -> None:
 
 
 def _different_settings(
-    config: RunConfig, family: ModelFamily, sigmas: Tensor, guidance: float, shift: float
+    config: RunConfig, family: ModelFamily, sigmas: Tensor, guidance: float, shifts: Collection[float]
 ) -> str | None:
-    """Shift and guidance of a path, if they differ from the run's sampler; else None."""
-    same_shift = torch.allclose(sigmas.float(), sigma_grid(len(sigmas) - 1, shift), atol=1e-4)
+    """Shift and guidance of a path, if they differ from the run's sampler; else None. `shifts` are those of the trajectory grids."""
+    grids = [sigma_grid(len(sigmas) - 1, shift) for shift in shifts]
+    same_shift = all(torch.allclose(sigmas.float(), grid, atol=1e-4) for grid in grids)
     same_guidance = not family.has_guidance or math.isclose(guidance, config.sample.guidance, rel_tol=1e-6)
     if same_shift and same_guidance:
         return None
-    return f"shift {shift if same_shift else shift_of_grid(sigmas):.4g} and guidance {guidance:g}"
+    return f"shift {min(shifts) if same_shift else shift_of_grid(sigmas):.4g} and guidance {guidance:g}"
 
 
 def check_intervals(method: PlanConfig, intervals: int, where: str = "") -> None:

@@ -1,5 +1,6 @@
 """The cost of one pass of a network, counted while it runs on the meta device."""
 
+import functools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,6 +61,12 @@ def trace_forward(
     flops = counter.get_flop_counts()["Global"]
     linear = sum(number for op, number in flops.items() if op.__name__ in _OF_WEIGHTS)
     return Forward(float(linear), float(sum(flops.values()) - linear), dict(rows))
+
+
+@functools.lru_cache(maxsize=16)
+def forward_of(family: ModelFamily, latent_shape: tuple[int, int, int], text_length: int) -> Forward:
+    """`trace_forward` of the family's network, traced once: a dry run compares many layouts of one network."""
+    return trace_forward(family, family.meta_network(), latent_shape, text_length)
 
 
 def _counting(rows: Counter[str], name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:

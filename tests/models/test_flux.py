@@ -11,7 +11,7 @@ from scfm_core.flow.sampler import euler_sample
 from scfm_core.flow.schedule import sigma_grid
 from scfm_core.models.encoders import Autoencoder, TextEncoders
 from scfm_core.models.families import open_family
-from scfm_core.models.flux import image_ids, pack_latents, unpack_latents
+from scfm_core.models.flux import image_ids, pack_latents, timestep_of, unpack_latents
 
 
 @pytest.mark.parametrize("shape", [(2, 16, 8, 12), (1, 4, 6, 2), (3, 1, 8, 8)])
@@ -49,6 +49,16 @@ def test_one_euler_step_of_the_pipeline_is_our_velocity(tiny):
     with torch.no_grad():
         velocity = family.velocity(family.load_network(torch.float32, "cpu"), noise, torch.ones(2), cond)
     torch.testing.assert_close(unpack_latents(theirs, 8, 8), noise - velocity, rtol=1e-5, atol=1e-5)
+
+
+def test_fp32_weights_under_autocast_are_told_the_timesteps_of_bf16(tiny):
+    """Full weights are trained so, and sampled in bf16."""
+    family, sigmas = open_family(str(tiny / "flux")), torch.linspace(0, 1, 1001)
+    master = family.load_network(torch.float32, "cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        told = timestep_of(sigmas, master)
+    assert torch.equal(told, timestep_of(sigmas, family.load_network(torch.bfloat16, "cpu")))
+    assert told.dtype == torch.bfloat16 and torch.equal(timestep_of(sigmas, master), sigmas)
 
 
 @pytest.mark.parametrize("num_steps", [3, 4, 8])

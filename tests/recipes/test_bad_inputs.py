@@ -97,9 +97,7 @@ def wrong_pipeline(recipe, tiny, tmp_path):
     folder = copy(tiny, tmp_path, "flux")
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "StableDiffusionXLPipeline"}))
-    return train(
-        recipe, f"model.path={folder}"
-    ), "holds a StableDiffusionXLPipeline; scfm supports FluxPipeline and StableDiffusion3Pipeline"
+    return train(recipe, f"model.path={folder}"), "holds a StableDiffusionXLPipeline; scfm supports FluxPipeline, "
 
 
 def interrupted_download(recipe, tiny, tmp_path):

@@ -48,18 +48,21 @@ def encoded(tiny: Path, folder: Path, **options: Any) -> Path:
     return folder
 
 
-def loss_on_paths(tiny: Path, folder: Path, make_config: Any, **options: Any) -> float:
-    """Of an untouched student, on paths of the teacher with captions of several lengths."""
+def write_paths(tiny: Path, folder: Path, shift: Any = SHIFT, **options: Any) -> None:
+    """Paths of the teacher, with captions of several lengths."""
     generate(
         [caption(1), "a lion", "digit", ""],
         folder,
         open_family(str(tiny / "flux")),
         EncodeConfig(text_length=8, dtype=torch.float32, samples_per_shard=20, **options),
         SamplerConfig(
-            sizes=((16, 16),), per_prompt=4, num_steps=STEPS, shift=SHIFT, guidance=GUIDANCE, seed=5, intervals=STEPS
+            sizes=((16, 16),), per_prompt=4, num_steps=STEPS, shift=shift, guidance=GUIDANCE, seed=5, intervals=STEPS
         ),
     )  # fmt: skip
-    changes = {
+
+
+def on_paths(folder: Path) -> dict[str, Any]:
+    return {
         "data.path": str(folder),
         "sample.guidance": GUIDANCE,
         "method.trajectory_fraction": 1.0,
@@ -68,7 +71,12 @@ def loss_on_paths(tiny: Path, folder: Path, make_config: Any, **options: Any) ->
         "train.steps": 1,
         "train.global_batch_size": 16,
     }
-    [loss] = losses(make_config(changes))
+
+
+def loss_on_paths(tiny: Path, folder: Path, make_config: Any, **options: Any) -> float:
+    """Of an untouched student."""
+    write_paths(tiny, folder, **options)
+    [loss] = losses(make_config(on_paths(folder)))
     return loss
 
 
@@ -76,6 +84,17 @@ def loss_on_paths(tiny: Path, folder: Path, make_config: Any, **options: Any) ->
 def test_an_untouched_student_has_no_loss_on_stored_paths(tiny, make_config, tmp_path, way):
     """It follows the teacher's path only if it gets the text with which the teacher was sampled: otherwise the loss is 2e-6."""
     assert loss_on_paths(tiny, tmp_path / "paths", make_config, **WAYS[way]) < 1e-12
+
+
+def test_a_shift_that_depends_on_the_steps_is_not_that_of_paths(tiny, make_config, tmp_path, monkeypatch):
+    """In one step the student would be sampled at another shift than its paths."""
+    monkeypatch.setattr(Flux, "shift", lambda self, tokens, steps: 2 + steps / 10)
+    write_paths(tiny, tmp_path / "paths", shift="dynamic")
+    config = {**on_paths(tmp_path / "paths"), "sample.shift": "dynamic"}
+    assert losses(make_config(config)) == [pytest.approx(0, abs=1e-12)]
+    message = r"sampled at shift 2\.4 and guidance 2, but sample\.shift is dynamic .* Set both .* depends on the number of steps"
+    with pytest.raises(UserError, match=message):
+        Trainer(make_config({**config, "method.trajectory_grids": [1, STEPS]}))
 
 
 @pytest.fixture(scope="module")
