@@ -72,53 +72,31 @@ def workflow(
     node, inputs = _shift_node(FLUX.shift_node, shift)
     if node == "ModelSamplingFlux":
         inputs |= {"width": width, "height": height}
-    nodes: dict[str, tuple[str, str, dict[str, Any]]] = {
-        "model": ("UNETLoader", "Flux.1", {"unet_name": "flux1-dev.safetensors", "weight_dtype": "default"}),
-        "clip": (
-            "DualCLIPLoader",
-            "Text encoders",
-            {"clip_name1": "t5xxl_fp16.safetensors", "clip_name2": "clip_l.safetensors", "type": "flux"},
-        ),
-        "vae": ("VAELoader", "VAE", {"vae_name": "ae.safetensors"}),
-        "adapter": (
-            "LoraLoaderModelOnly",
-            f"Adapter for {steps} steps",
-            {"model": ["model", 0], "lora_name": file, "strength_model": weight},
-        ),
-        "shifted": (node, f"Shift {shift:.4g}", {"model": ["adapter", 0], **inputs}),
-        "prompt": ("CLIPTextEncode", "Prompt", {"clip": ["clip", 0], "text": "your prompt"}),
-        "guidance": ("FluxGuidance", "Guidance", {"conditioning": ["prompt", 0], "guidance": guidance}),
-        "guider": ("BasicGuider", "Guider", {"model": ["shifted", 0], "conditioning": ["guidance", 0]}),
-        "noise": ("RandomNoise", "Seed", {"noise_seed": 0}),
-        "sampler": ("KSamplerSelect", "Sampler", {"sampler_name": "euler"}),
-        "sigmas": (
-            "BasicScheduler",
-            "Steps",
-            {"model": ["shifted", 0], "scheduler": "simple", "steps": steps, "denoise": 1.0},
-        ),
-        "latent": ("EmptySD3LatentImage", "Size", {"width": width, "height": height, "batch_size": 1}),
-        "sample": (
-            "SamplerCustomAdvanced",
-            "Sample",
-            {name: [source, 0] for name, source in _SAMPLER_INPUTS.items()},
-        ),
-        "decode": ("VAEDecode", "Decode", {"samples": ["sample", 0], "vae": ["vae", 0]}),
-        "save": ("SaveImage", "Save", {"images": ["decode", 0], "filename_prefix": "scfm"}),
+    encoders = {"clip_name1": "t5xxl_fp16.safetensors", "clip_name2": "clip_l.safetensors", "type": "flux"}
+    sources = {"noise": "seed", "guider": "guider", "sampler": "sampler", "sigmas": "steps", "latent_image": "size"}
+    scheduler = {"model": ["shift", 0], "scheduler": "simple", "steps": steps, "denoise": 1.0}
+    nodes: dict[str, tuple[str, dict[str, Any]]] = {
+        "model": ("UNETLoader", {"unet_name": "flux1-dev.safetensors", "weight_dtype": "default"}),
+        "text encoders": ("DualCLIPLoader", encoders),
+        "vae": ("VAELoader", {"vae_name": "ae.safetensors"}),
+        "adapter": ("LoraLoaderModelOnly", {"model": ["model", 0], "lora_name": file, "strength_model": weight}),
+        "shift": (node, {"model": ["adapter", 0], **inputs}),
+        "prompt": ("CLIPTextEncode", {"clip": ["text encoders", 0], "text": "your prompt"}),
+        "guidance": ("FluxGuidance", {"conditioning": ["prompt", 0], "guidance": guidance}),
+        "guider": ("BasicGuider", {"model": ["shift", 0], "conditioning": ["guidance", 0]}),
+        "seed": ("RandomNoise", {"noise_seed": 0}),
+        "sampler": ("KSamplerSelect", {"sampler_name": "euler"}),
+        "steps": ("BasicScheduler", scheduler),
+        "size": ("EmptySD3LatentImage", {"width": width, "height": height, "batch_size": 1}),
+        "latents": ("SamplerCustomAdvanced", {name: [source, 0] for name, source in sources.items()}),
+        "image": ("VAEDecode", {"samples": ["latents", 0], "vae": ["vae", 0]}),
+        "file": ("SaveImage", {"images": ["image", 0], "filename_prefix": "scfm"}),
     }
     ids = {name: str(number) for number, name in enumerate(nodes, 1)}
     return {
-        ids[name]: {"class_type": kind, "inputs": _linked(inputs, ids), "_meta": {"title": title}}
-        for name, (kind, title, inputs) in nodes.items()
+        ids[name]: {"class_type": kind, "inputs": _linked(inputs, ids), "_meta": {"title": name}}
+        for name, (kind, inputs) in nodes.items()
     }
-
-
-_SAMPLER_INPUTS = {
-    "noise": "noise",
-    "guider": "guider",
-    "sampler": "sampler",
-    "sigmas": "sigmas",
-    "latent_image": "latent",
-}
 
 
 def _linked(inputs: dict[str, Any], ids: dict[str, str]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from scfm_core.models import original_names
 from scfm_core.models.conditioning import Conditioning
 from scfm_core.models.flux import PATCH, image_ids, pack_latents, unpack_latents
 from scfm_core.models.protocol import FieldKind, ModelFamily, dtype_of, rounded
@@ -27,6 +28,7 @@ class Chroma(ModelFamily):
     fields: ClassVar[dict[str, FieldKind]] = {"text": "tokens", "seen": "vector"}
     in_channels_per_latent = PATCH**2
     block_lists = ("transformer_blocks", "single_transformer_blocks")
+    other_tools = original_names.CHROMA
     known: ClassVar[dict[str, dict[str, Any]]] = {
         "lodestones/Chroma1-HD": {
             "transformer": {

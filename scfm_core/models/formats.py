@@ -34,7 +34,7 @@ def convert(
     """The tensors of an adapter's file, on the CPU. Weight 1 in the tool is `scale * B A` on each of our linears.
 
     A layer that joins several of our linears (q, k and v) gets their A below each other, and their B as blocks of a block-diagonal
-    matrix; its rank is the sum of theirs.
+    matrix; its rank is the sum of theirs. Tools split such a layer into parts of one rank, so a part without factors gets zeros.
 
     Args:
         family: of the adapted network.
@@ -66,19 +66,20 @@ def convert(
         layers = family.other_tools.original_layers(rows)
         swapped = family.other_tools.swapped_modules(rows)
 
-    def up_of(module: str) -> Tensor:
+    def pair(module: str, like: Tensor) -> tuple[Tensor, Tensor]:
         if module not in kept:
-            return torch.zeros(rows[module], 0)
-        up = factors[module + _UP].detach().cpu().float() * scale
-        return torch.cat(up.chunk(2)[::-1]) if module in swapped else up
+            return torch.zeros_like(like), torch.zeros(rows[module], len(like))
+        up = factors[module + _UP].detach().cpu() * scale
+        return factors[module + _DOWN].detach().cpu(), torch.cat(up.chunk(2)[::-1]) if module in swapped else up
 
     tensors: dict[str, Tensor] = {}
     for layer, modules in layers.items():
         present = [module for module in modules if module in kept]
         if present:
-            down = torch.cat([factors[module + _DOWN].detach().cpu() for module in present])
-            up = torch.block_diag(*map(up_of, modules))
-            tensors |= _named(family, format, layer, down.to(dtype).contiguous(), up.to(dtype).contiguous())
+            like = factors[present[0] + _DOWN].detach().cpu()
+            downs, ups = zip(*(pair(module, like) for module in modules), strict=True)
+            down, up = torch.cat(downs).to(dtype), torch.block_diag(*ups).to(dtype)
+            tensors |= _named(family, format, layer, down.contiguous(), up.contiguous())
     return tensors
 
 

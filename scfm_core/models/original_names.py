@@ -6,7 +6,7 @@ and diffusers' conversions of checkpoints (loaders/single_file_utils.py).
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 
@@ -23,7 +23,8 @@ class OtherTools:
     formats: Mapping[str, Literal["original", "diffusers"]] = field(default_factory=dict)
     """Formats of a file, beside diffusers' own, and whose layers such a file has."""
     comfyui_factors: tuple[str, str] = ("lora_A", "lora_B")
-    """Names of A and B in a file for ComfyUI. ComfyUI takes any; diffusers can read the file too with these."""
+    """Names of A and B in a file for ComfyUI, which takes both pairs of names. diffusers reads a file with these right, or not at all:
+    in a file of FLUX.2 with the others it scales q, k and v by 1/3, since their rank is another."""
     shift_node: str = ""
     """ComfyUI's node that sets the timestep shift."""
 
@@ -104,6 +105,16 @@ FLUX = OtherTools(
     shift_node="ModelSamplingFlux",
 )
 
+# A pruned Flux.1. The layers that it does not have are absent from the network too.
+CHROMA = replace(
+    FLUX,
+    layers={
+        **FLUX.layers,
+        **_within("distilled_guidance_layer.layers.{}", "distilled_guidance_layer.layers.{}", _EMBEDDER),
+    },
+    swapped=(),
+)
+
 FLUX2 = OtherTools(
     layers={
         "img_in": "x_embedder",
@@ -137,6 +148,7 @@ FLUX2 = OtherTools(
     },
     swapped=("norm_out.linear",),
     formats={"comfyui": "original", "kohya": "original"},
+    comfyui_factors=("lora_down", "lora_up"),
     shift_node="ModelSamplingFlux",
 )
 
