@@ -62,7 +62,7 @@ def describe(
         "shift": config.sample.shift,
         "guidance": student_guidance(config, family),
         "teacher_guidance": config.sample.guidance,
-        "fused_adapters": [[Path(adapter.path).name, adapter.weight] for adapter in config.model.adapters],
+        "adapters": {Path(adapter.path).name: adapter.weight for adapter in config.model.adapters},
         "text_length": config.model.text_length,
         "resolution": list(config.data.resolution),
         "rank": config.lora.rank,

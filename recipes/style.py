@@ -3,9 +3,8 @@
 python -m recipes.style [--demo runs/demo] [--dir runs/style] [section.key=value ...]
 
 `make demo` comes first. The style is slanted handwriting; a LoRA learns it by plain flow matching on the demo's teacher. Then two
-students are compared with the styled teacher. One is a shortcut adapter of the teacher without the style, used together with the
-LoRA, which it never saw. The other was distilled on the styled teacher (`model.adapters`). The same command again continues what
-was stopped.
+students are compared with the styled teacher. One is the demo's step-scaled adapter, which never saw the LoRA and is used together
+with it. The other is distilled on the styled teacher (`model.adapters`). The same command again continues what was stopped.
 """
 
 import argparse
@@ -22,16 +21,13 @@ from scfm_core.wording import number
 STEPS = (1, 2, 4, 8)
 SLANT = 0.35
 """Pixels to the right for each pixel up."""
-_SHORT = (
-    "train.steps=300", "train.global_batch_size=32", "train.micro_batch_size=32", "train.lr=2e-3", "sample.every=0",
-    "sample.teacher_steps=0",
-)  # fmt: skip
-"""Of all three trainings: an eighth of the samples of the demo's."""
-_STUDENT = ("ema.slow=0.99", "ema.fast=0.98")
-"""Averages of a horizon for so few steps."""
+_TRAIN = ("train.steps=600", "train.lr=2e-3", "sample.every=0", "sample.teacher_steps=0")
+"""Of both trainings; steps and rate are those of the demo's students."""
 _LORA = ("method.flow_fraction=1", "method.teacher_fraction=0", "method.step_gain=none", "method.shift=[1,3]")
 """Plain flow matching with an adapter."""
-_EVALUATE = (f"evaluate.steps={list(STEPS)}", "evaluate.noise_floor=true", "evaluate.samples=600")
+_STUDENT = ("ema.slow=0.998",)
+"""As the demo's step-scaled student."""
+_EVALUATE = (f"evaluate.steps={list(STEPS)}", "evaluate.noise_floor=true")
 ROWS = {"apart": "both adapters, trained apart", "styled": "distilled on the styled teacher", "base": "undistilled"}
 
 
@@ -44,8 +40,9 @@ def main() -> None:
     arguments = parser.parse_args()
     demo, root, more = arguments.demo, arguments.dir, arguments.overrides
     teacher = demo / "short_teacher"
-    if not teacher.is_dir():
-        raise SystemExit(f"there is no {teacher}: run `make demo` first")
+    for folder in (teacher, demo / "distill"):
+        if not folder.is_dir():
+            raise SystemExit(f"there is no {folder}: run `make demo` first")
     slant(demo / "digits", root / "digits")
     _scfm(
         "data", "encode", root / "digits", "--output", root / "cache", "--model", teacher, "--resolution", 16, 16,
@@ -60,7 +57,7 @@ def main() -> None:
             f"run.dir={root / name}",
             f"model.path={teacher}",
             features,
-            *_SHORT,
+            *_TRAIN,
             *words,
             *more,
         )
@@ -69,7 +66,9 @@ def main() -> None:
     on_style = f"data.path={root / 'cache'}"
     lora = train("lora", on_style, *_LORA)
     style = f"model.adapters=[{{path: {lora / 'adapter'}, weight: 1.0}}]"
-    apart = train("apart", f"data.path={demo / 'digits_cache'}", *_STUDENT)
+    apart = root / "apart"
+    if not apart.is_dir():  # a copy, since the demo's own evaluation stays
+        shutil.copytree(demo / "distill", apart)
     styled = train("styled", on_style, style, *_STUDENT)
     for run in (styled, apart):  # both from the same noise, compared with the same images of the styled teacher
         keep = f"evaluate.keep={root / 'teacher_images'}"

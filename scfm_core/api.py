@@ -1,12 +1,6 @@
 """scfm from Python: images from a run or from an exported adapter, and pipelines of diffusers that sample in a few steps.
 
-from scfm_core import load, with_steps
-
-model = load("runs/flux_dev_lora")                    # or the safetensors file of an adapter
-images = model.sample(["a red fox"], steps=4, seed=0)
-
-pipe = with_steps(pipe, "runs/flux_dev_lora/adapter")  # any pipeline of diffusers with the adapter's base model
-image = pipe("a red fox", num_inference_steps=4).images[0]
+`scfm_core` offers `load` and `with_steps`; README.md shows their use.
 """
 
 from abc import ABC, abstractmethod

@@ -67,6 +67,29 @@ def adapter_file(path: str | Path) -> Path:
     return files[0]
 
 
+def describe(adapters: Sequence[FusedAdapter]) -> str:
+    """For the card of an adapter that was distilled on a base with these adapters: what that means, and how to load both.
+
+    Empty without adapters.
+    """
+    if not adapters:
+        return ""
+    names = " and ".join(f"`{Path(adapter.path).name}` (weight {adapter.weight:g})" for adapter in adapters)
+    lines = "\n".join(
+        f'pipe.load_lora_weights("{Path(adapter.path).name}", adapter_name="style{number}")'
+        for number, adapter in enumerate(adapters)
+    )
+    styles = ", ".join(f'"style{number}"' for number in range(len(adapters)))
+    weights = ", ".join(f"{adapter.weight:g}" for adapter in adapters)
+    return f"""It was distilled on the base model together with {names}: load both, and set the weights of all adapters in one call.
+
+```python
+{lines}
+pipe.set_adapters([{styles}, "scfm"], [{weights}, weight_of_the_steps])
+```
+"""
+
+
 @dataclass
 class Change:
     """What adapters add to one weight [out, in]: the sum of `B A`."""

@@ -20,6 +20,7 @@ from data_tools.generate import SamplerConfig, generate
 from recipes.card import UNNAMED_BASE
 from recipes.cli import main
 from recipes.tiny import write_digits
+from scfm_core import load, with_steps
 from scfm_core.data.corpus import Corpus
 from scfm_core.data.recipe import DataConfig
 from scfm_core.data.schema import collate
@@ -172,11 +173,39 @@ def test_distilled_resumed_sampled_evaluated_exported(model, tmp_path, monkeypat
     found: dict[str, Any] = {}
     exec(code[1].replace("your prompt", PROMPT).replace(UNNAMED_BASE, str(model.root / "model")), found)
     assert np.abs(ours - np.asarray(found["image"], dtype=int)).max() <= 2
-    found["pipe"].set_adapters("scfm", 0.0)
     assert ours.std() > 3, "the images are flat"
+    from_python(run_dir, found["pipe"], ours)
 
     evaluate = ["evaluate", str(run_dir), f"evaluate.features_path={model.root / 'classifier'}"]
     assert main(evaluate) == 0
+
+
+def from_python(run_dir: Path, pipe: Any, ours: np.ndarray) -> None:
+    """The API makes the image of `scfm sample`, from the run and with the pipeline of diffusers; also without the adapter."""
+    student = load(run_dir)
+    [image] = student.sample(PROMPT, steps=3)
+    assert np.abs(ours - np.asarray(image, dtype=int)).max() == 0
+    pipe = with_steps(pipe, run_dir / "adapter")
+
+    def make(steps: int, **arguments: Any) -> np.ndarray:
+        generator = torch.Generator().manual_seed(0)
+        result = pipe(prompt=PROMPT, num_inference_steps=steps, generator=generator, **arguments)
+        return np.asarray(result.images[0], dtype=int)
+
+    assert np.abs(make(3) - ours).max() <= 2
+    [expected] = student.sample(PROMPT, steps=2, undistilled=True)
+    guidance = pipe_guidance(student)
+    assert np.abs(make(2, adapter_weight=0.0, **guidance) - np.asarray(expected, dtype=int)).max() <= 2
+    assert np.abs(make(2) - np.asarray(student.sample(PROMPT, steps=2)[0], dtype=int)).max() <= 2
+
+
+def pipe_guidance(student: Any) -> dict[str, Any]:
+    """The teacher's guidance, in the words of its pipeline."""
+    return {
+        name: value
+        for name, value in student.family.call_arguments(student.settings()["guidance"], TEXT_LENGTH).items()
+        if name != "max_sequence_length"
+    }
 
 
 def test_pretrained_on_images_of_three_sizes(model, tmp_path):

@@ -16,6 +16,7 @@ from scfm_core.data.recipe import CacheConfig, DataConfig, SourceConfig
 from scfm_core.distributed.engine import EngineConfig
 from scfm_core.errors import UserError
 from scfm_core.models.adapters import LoRAConfig
+from scfm_core.models.fused_base import FusedAdapter
 from scfm_core.scfm.ema import EMAConfig
 from scfm_core.scfm.method import FlowSigma, PlanConfig, StepGain
 from scfm_core.train.config import (
@@ -114,7 +115,7 @@ class TestDumping:
         """Every field differs from its default, and the strings resemble other YAML types."""
         config = RunConfig(
             run=RunSection(dir="123", seed=7, device="cuda:3"),
-            model=ModelConfig(path="~", text_length=77),
+            model=ModelConfig(path="~", adapters=(FusedAdapter(path="0x10", weight=0.1 + 0.2),), text_length=77),
             data=DataConfig(
                 sources=(
                     SourceConfig(

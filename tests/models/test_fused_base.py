@@ -1,0 +1,260 @@
+"""Adapters of other tools in the base: the sum of the weights, the names of the tools, the fingerprint, and every mistake."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+from safetensors.torch import save_file
+
+from scfm_core.errors import UserError
+from scfm_core.models.families import open_family
+from scfm_core.models.fused_base import FusedAdapter
+from scfm_core.train.assemble import build_family
+from scfm_core.train.runs import load_trained
+from scfm_core.train.trainer import Trainer
+
+WEIGHT = 0.8
+RANK = 3
+
+
+def linears(tiny) -> dict[str, tuple[int, int]]:
+    network = open_family(str(tiny / "flux")).meta_network()
+    return {name: tuple(m.weight.shape) for name, m in network.named_modules() if isinstance(m, torch.nn.Linear)}
+
+
+def factors(shapes: dict[str, tuple[int, int]], down: str = "lora_A", up: str = "lora_B") -> dict[str, torch.Tensor]:
+    generator, tensors = torch.Generator().manual_seed(5), {}
+    for name, (outputs, inputs) in shapes.items():
+        tensors[f"{name}.{down}.weight"] = torch.randn(RANK, inputs, generator=generator) * 0.1
+        tensors[f"{name}.{up}.weight"] = torch.randn(outputs, RANK, generator=generator) * 0.1
+    return tensors
+
+
+def write_style(folder: Path, shapes: dict[str, tuple[int, int]], prefix: str = "transformer.") -> Path:
+    folder.mkdir(exist_ok=True)
+    save_file({prefix + name: tensor for name, tensor in factors(shapes).items()}, folder / "style.safetensors")
+    return folder / "style.safetensors"
+
+
+@pytest.fixture
+def style(tiny, tmp_path) -> Path:
+    """A LoRA of all linears, as diffusers writes it."""
+    return write_style(tmp_path / "style", linears(tiny))
+
+
+def fused(tiny, *adapters: tuple[Path, float], dtype=torch.float32) -> dict[str, torch.Tensor]:
+    chosen = [FusedAdapter(path=str(path), weight=weight) for path, weight in adapters]
+    return open_family(str(tiny / "flux"), adapters=chosen).load_network(dtype, "cpu").state_dict()
+
+
+def fused_by_diffusers(tiny, path: Path) -> dict[str, torch.Tensor]:
+    pipe = FluxPipeline.from_pretrained(tiny / "flux", text_encoder=None, text_encoder_2=None, vae=None)
+    pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name="style")
+    pipe.fuse_lora(lora_scale=WEIGHT)
+    pipe.unload_lora_weights()
+    return pipe.transformer.state_dict()
+
+
+def write_with_settings(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    settings = {
+        "r": RANK,
+        "lora_alpha": 6,
+        "rank_pattern": {},
+        "alpha_pattern": {"proj_out": 1.5},
+        "target_modules": ["x_embedder"],
+    }
+    header = {"format": "pt", "lora_adapter_metadata": json.dumps({f"transformer.{k}": v for k, v in settings.items()})}
+    save_file({f"transformer.{name}": tensor for name, tensor in tensors.items()}, path, metadata=header)
+
+
+def write_kohya(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Of the original code: q, k and v of the image in one matrix, and alpha beside each pair."""
+    wide = factors({"lora_unet_double_blocks_0_img_attn_qkv": (3 * 64, 64), "lora_unet_double_blocks_0_img_mlp_0": (256, 64)},
+                   "lora_down", "lora_up")  # fmt: skip
+    alphas = {f"{name.partition('.')[0]}.alpha": torch.tensor(1.5) for name in wide}
+    save_file({**wide, **alphas}, path)
+
+
+WRITERS = {
+    "diffusers": lambda path, tensors: save_file({f"transformer.{n}": t for n, t in tensors.items()}, path),
+    "alpha in the header": write_with_settings,
+    "kohya": write_kohya,
+}
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_the_weights_are_those_that_diffusers_fuses(tiny, tmp_path, write):
+    path = tmp_path / "style.safetensors"
+    write(path, factors(linears(tiny)))
+    expected, found, base = fused_by_diffusers(tiny, path), fused(tiny, (path, WEIGHT)), fused(tiny)
+    changed = [name for name in base if not torch.equal(base[name], expected[name])]
+    assert len(changed) > 3 and expected.keys() == found.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=0, atol=1e-6)
+
+
+def kohya_flat(tensors):
+    """kohya's form of the names of diffusers, with alpha."""
+    named = {
+        "lora_transformer_" + name.partition(".lora_")[0].replace(".", "_") + (".lora_down" if "lora_A" in name else ".lora_up")
+        + ".weight": tensor
+        for name, tensor in tensors.items()
+    }  # fmt: skip
+    return {**named, **{f"{name.partition('.')[0]}.alpha": torch.tensor(float(RANK)) for name in named}}
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda tensors: {f"base_model.model.{name}": tensor for name, tensor in tensors.items()},
+        lambda tensors: {name.replace(".weight", ".default.weight"): tensor for name, tensor in tensors.items()},
+        lambda tensors: {f"diffusion_model.{name}": tensor for name, tensor in tensors.items()},
+        kohya_flat,
+    ],
+    ids=["PEFT", "PEFT in memory", "diffusion_model", "kohya"],
+)
+def test_the_names_of_other_tools(tiny, style, tmp_path, rename):
+    path = tmp_path / "other.safetensors"
+    save_file(rename(factors(linears(tiny))), path)
+    expected, found = fused(tiny, (style, WEIGHT)), fused(tiny, (path, WEIGHT))
+    assert all(torch.equal(expected[name], weight) for name, weight in found.items())
+
+
+def test_any_range_has_the_bits_of_the_whole_and_is_cast_after_the_sum(tiny, style):
+    """Ranks read ranges: a shard of a base has the same bits with any number of ranks."""
+    family = open_family(str(tiny / "flux"), adapters=[FusedAdapter(path=str(style), weight=WEIGHT)] * 2)
+    network = family.empty_network(torch.float32)
+    with family.open_weights(network) as files:
+        for name in ("transformer_blocks.0.norm1.linear.weight", "x_embedder.weight", "x_embedder.bias"):
+            size = network.state_dict()[name].numel()
+            whole, rounded = torch.empty(size), torch.empty(size, dtype=torch.bfloat16)
+            files.fill(name, whole, 0)
+            files.fill(name, rounded, 0)
+            assert torch.equal(rounded, whole.bfloat16())
+            for start, stop in ((1, 2), (size // 3, size // 3 * 2 + 5), (size - 3, size)):
+                part = torch.empty(stop - start)
+                files.fill(name, part, start)
+                assert torch.equal(part, whole[start:stop]), (name, start)
+    twice, once, base = (fused(tiny, *[(style, WEIGHT)] * number) for number in (2, 1, 0))
+    name = "x_embedder.weight"
+    torch.testing.assert_close(twice[name] - base[name], 2 * (once[name] - base[name]), rtol=1e-3, atol=1e-6)
+
+
+def test_the_fingerprint_counts_content_and_weight_of_the_adapters(tiny, style, tmp_path):
+    def fingerprint(path: Path, weight: float = WEIGHT) -> str:
+        return open_family(str(tiny / "flux"), adapters=[FusedAdapter(path=str(path), weight=weight)]).fingerprint
+
+    plain = open_family(str(tiny / "flux"))
+    own = open_family(str(tiny / "flux"), adapters=[FusedAdapter(path=str(style), weight=WEIGHT)])
+    moved = shutil.copy(style, tmp_path / "moved.safetensors")
+    assert fingerprint(style) == fingerprint(Path(moved)) == own.fingerprint
+    assert own.different_network(own.fingerprint) is None
+    assert plain.different_network(own.fingerprint) == "model.adapters.0(weight=0.8) (missing now)"
+    assert own.different_network(plain.fingerprint) == "model.adapters.0(weight=0.8) (new)"
+    assert own.different_network(plain.fingerprint, with_adapters=False) is None
+    assert len({plain.fingerprint, fingerprint(style), fingerprint(style, 0.7)}) == 3
+
+
+def config_of(style: Path, weight: float = WEIGHT, **changes):
+    return {
+        "model.adapters": [{"path": str(style), "weight": weight}],
+        "train.steps": 1,
+        "sample.guidance": 3.5,
+        **changes,
+    }
+
+
+def test_a_run_trains_and_samples_on_the_styled_base(make_config, style, tiny):
+    """Its teacher is the fused network; a resumed run and its own samples need the same style."""
+    config = make_config(config_of(style))
+    trainer = Trainer(config)
+    list(trainer.train_steps())
+    trainer.state.save()
+    base = trainer.model.bank.network.state_dict()
+    for name, weight in fused(tiny, (style, WEIGHT)).items():
+        assert torch.equal(
+            base[
+                name
+                if name in base
+                else name.replace(".weight", ".base_layer.weight").replace(".bias", ".base_layer.bias")
+            ],
+            weight,
+        )
+    [checkpoint] = (trainer.run_dir / "checkpoints").glob("step_*")
+    Trainer(config, checkpoint)
+    for changes, message in (
+        (config_of(style, 0.5), "model.adapters.0.weight: 0.8 in the checkpoint, 0.5 now"),
+        ({"model.adapters": []}, "model.adapters.0.weight: 0.8 in the checkpoint, None now"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Trainer(make_config(changes), checkpoint)
+    # The same path with other content.
+    save_file({f"transformer.{n}": 2 * t for n, t in factors(linears(tiny)).items()}, style)
+    with pytest.raises(
+        UserError, match=r"model.adapters contain now: model.adapters.0\(weight=0.8\) \(other content\)"
+    ):
+        Trainer(make_config(config_of(style)), checkpoint)
+    with pytest.raises(UserError, match=r"is not the model that .* was trained on: model.adapters.0"):
+        load_trained(trainer.run_dir, make_config(config_of(style)), with_teacher=False)
+    # Another style than the run's is what a person asks for.
+    load_trained(trainer.run_dir, make_config(config_of(style, 0.5)), with_teacher=False)
+
+
+def text_encoder(tensors):
+    return {
+        **{f"transformer.{n}": t for n, t in tensors.items()},
+        "text_encoder.layers.0.q_proj.lora_A.weight": torch.zeros(2, 2),
+    }
+
+
+MISTAKES = {
+    "not a linear": (lambda t: {"transformer.pos_embed.lora_A.weight": torch.zeros(1, 1), **t}, "no linear for .*: transformer.pos_embed"),
+    "text encoder": (text_encoder, "no linear for 1 tensor of .*: text_encoder.layers.0.q_proj.lora_A.weight. Use a LoRA of this model"),
+    "another model": (lambda t: factors({"x_embedder": (64, 99)}), r"another shape in 1 linear of 1: x_embedder \[\('A', \[3, 99\]"),
+    "half": (lambda t: {n: x for n, x in t.items() if "lora_A" in n}, "a factor is missing or has another shape"),
+    "DoRA": (lambda t: {**t, "x_embedder.dora_scale": torch.zeros(1)}, r"is a DoRA \(x_embedder.dora_scale\)"),
+    "empty": (lambda t: {}, "it has no tensors"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_an_adapter_that_does_not_fit_is_named(tiny, make_config, tmp_path, change, message):
+    path = tmp_path / "style.safetensors"
+    save_file(change(factors(linears(tiny))), path)
+    with pytest.raises(UserError, match=f"the adapter {path} .*{message}"):
+        build_family(make_config(config_of(path)))
+
+
+def test_missing_and_damaged_files(tiny, make_config, style):
+    with pytest.raises(UserError, match=r"there is no adapter 'nowhere.safetensors'. Give a local safetensors file"):
+        build_family(make_config(config_of(Path("nowhere.safetensors"))))
+    assert (
+        build_family(make_config(config_of(style.parent))).fingerprint
+        == build_family(make_config(config_of(style))).fingerprint
+    )
+    shutil.copy(style, style.with_name("other.safetensors"))
+    with pytest.raises(
+        UserError, match=r"has several adapters: other.safetensors, style.safetensors. Give one of them"
+    ):
+        build_family(make_config(config_of(style.parent)))
+    style.write_bytes(style.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"cannot be read .*Is it a complete safetensors file"):
+        build_family(make_config(config_of(style)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.adapters": "style.safetensors"}, r"needs a list, such as \[\{path: style.safetensors, weight: 0.8\}\]"),
+        ({"model.adapters": [{"weight": 1.0}]}, r"model.adapters.0.path.* is required"),
+        ({"model.adapters": [{"path": "a", "weight": 0}]}, "the weight of a must be finite and not 0"),
+        ({"model.adapters": [{"path": "a", "strength": 1}]}, "model.adapters.0.strength"),
+        ({"model.adapters": [{"path": "a"}], "model.init": "random", "train.weights": "full"}, "model.init=random does not use"),
+    ],
+)  # fmt: skip
+def test_wrong_settings(make_config, changes, message):
+    with pytest.raises(UserError, match=message):
+        make_config(changes)

@@ -1,0 +1,182 @@
+"""scfm from Python: the images of the command line, with other adapters beside it, and every mistake."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxPipeline
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from recipes.cli import main
+from scfm_core import load, with_steps
+from scfm_core.errors import UserError
+from scfm_core.train.fit import fit
+from scfm_core.train.parse import dump_config
+from scfm_core.train.trainer import Trainer
+
+PROMPTS = ["a handwritten digit three", "a handwritten digit eight"]
+FILE = "pytorch_lora_weights.safetensors"
+
+
+@pytest.fixture
+def run_dir(make_config):
+    """A step-scaled run whose adapter is strong enough to change the images, exported."""
+    config = make_config({"method.step_gain": {"gamma": 0.5}, "train.steps": 1, "data.resolution": [16, 16]})
+    trainer = Trainer(config)
+    fit(trainer)
+    with torch.no_grad():
+        for name, parameter in trainer.model.parameters("student").items():
+            if ".lora_B." in name:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+    trainer.state.save()
+    (trainer.run_dir / "config.yaml").write_text(dump_config(config))
+    assert main(["export", str(trainer.run_dir)]) == 0
+    return trainer.run_dir
+
+
+@pytest.fixture
+def pipe(tiny):
+    pipe = FluxPipeline.from_pretrained(tiny / "flux")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def called(pipe, steps, **arguments):
+    generators = [torch.Generator().manual_seed(77 + i) for i in range(len(PROMPTS))]
+    return pipe(PROMPTS, num_inference_steps=steps, generator=generators, **arguments).images
+
+
+def difference(left, right):
+    pairs = zip(left, right, strict=True)
+    return max(int(np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max()) for a, b in pairs)
+
+
+@pytest.mark.processes
+def test_importing_scfm_core_imports_no_torch():
+    code = (
+        "import sys, scfm_core; assert not {'torch', 'diffusers', 'scfm_core.api'} & sys.modules.keys(); scfm_core.load"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_adapter_gives_the_images_of_its_run(run_dir, pipe, tiny):
+    """At every step count, size and guidance; the pipeline keeps its class, its other methods and its object."""
+    student, adapter = load(run_dir), load(run_dir / "adapter", base=str(tiny / "flux"))
+    assert with_steps(pipe, run_dir / "adapter") is pipe and isinstance(pipe, FluxPipeline)
+    pipe = pipe.to("cpu")
+    images = {}
+    for steps, more in ((1, {}), (4, {}), (4, {"height": 24, "width": 16}), (2, {"guidance": 1.5})):
+        settings = student.settings(steps=steps, **more)
+        assert settings == adapter.settings(steps=steps, **more)
+        assert settings["strength"] == pytest.approx(steps**-0.5)
+        key = (steps, *more)
+        images[key] = student.sample(PROMPTS, steps=steps, seed=77, **more)
+        assert images[key][0].size == (settings["width"], settings["height"])
+        assert difference(images[key], adapter.sample(PROMPTS, steps=steps, seed=77, **more)) <= 2
+        call = {name.replace("guidance", "guidance_scale"): value for name, value in more.items()}
+        assert difference(images[key], called(pipe, steps, **call)) <= 2
+    plain = student.sample(PROMPTS, steps=4, seed=77, undistilled=True)
+    assert difference(plain, called(pipe, 4, adapter_weight=0.0)) <= 2
+    assert difference(plain, adapter.sample(PROMPTS, steps=4, seed=77, undistilled=True)) <= 2
+    assert difference(plain, images[4,]) > 20
+    assert difference(images[4,], student.sample(PROMPTS, seed=77, strength=0.1)) > 20
+    again = with_steps(pipe, run_dir / "adapter")  # in place of the one before
+    assert again.get_list_adapters() == {"transformer": ["scfm"]}
+    assert difference(images[4,], called(again, 4)) <= 2
+
+
+def test_a_style_beside_the_adapter_keeps_its_weight(run_dir, pipe, tmp_path):
+    """Loaded before or after; the same as the style fused into the base of the run."""
+    down, up = torch.randn(3, 64) * 0.3, torch.randn(256, 3) * 0.3
+    name = "transformer.single_transformer_blocks.0.proj_mlp"
+    save_file({f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}, tmp_path / "style.safetensors")
+    style = f"model.adapters=[{{path: {tmp_path / 'style.safetensors'}, weight: 0.7}}]"
+    expected = load(run_dir, overrides=[style]).sample(PROMPTS, steps=4, seed=77)
+    assert difference(expected, load(run_dir).sample(PROMPTS, steps=4, seed=77)) > 5
+    pipe.load_lora_weights(tmp_path, weight_name="style.safetensors", adapter_name="style")
+    pipe.set_adapters("style", 0.7)
+    with_steps(pipe, run_dir / "adapter")
+    assert difference(expected, called(pipe, 4)) <= 2
+    pipe.set_adapters("style", 0.7)  # which puts the other to sleep
+    assert difference(expected, called(pipe, 4)) <= 2
+    words = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
+    assert main(["sample", str(run_dir), *words, "--steps", "4", "--seed", "77", style, "--output", str(tmp_path)]) == 0
+
+
+def test_a_dynamic_shift_is_the_familys(run_dir, pipe, tiny):
+    """The pipeline's own scheduler has a fixed shift here, so that it is replaced; one with a dynamic shift stays."""
+    rewrite(run_dir, shift="dynamic")
+    adapter = load(run_dir / "adapter", base=str(tiny / "flux"))
+    run = load(run_dir, overrides=["sample.shift=dynamic"])
+    expected = run.sample(PROMPTS, steps=4, seed=77)
+    assert adapter.settings()["shift"] == run.settings()["shift"] != 3.0
+    assert difference(expected, adapter.sample(PROMPTS, steps=4, seed=77)) <= 2
+    pipe.scheduler = type(pipe.scheduler)(shift=3.0, use_dynamic_shifting=True)
+    own = pipe.scheduler
+    with_steps(pipe, run_dir / "adapter")
+    assert difference(expected, called(pipe, 4)) <= 2
+    assert pipe.scheduler is own
+
+
+def rewrite(run_dir, **changes):
+    """Change the header of the exported file."""
+    path = run_dir / "adapter" / FILE
+    with safe_open(path, "pt") as file:
+        header = dict(file.metadata())
+    header["scfm"] = json.dumps({**json.loads(header["scfm"]), **changes})
+    save_file(load_file(path), path, metadata=header)
+
+
+def test_a_folded_file_has_weight_one_at_its_step_count(run_dir, pipe):
+    expected = load(run_dir).sample(PROMPTS, steps=4, seed=77)
+    path = run_dir / "adapter" / FILE
+    with safe_open(path, "pt") as file:
+        header = dict(file.metadata())
+    save_file({n: t * 0.5 if "lora_B" in n else t for n, t in load_file(path).items()}, path, metadata=header)
+    rewrite(run_dir, folded_steps=4)
+    with_steps(pipe, path)
+    assert difference(expected, called(pipe, 4)) <= 2
+    assert difference(expected, called(pipe, None)) <= 2
+    with pytest.raises(UserError, match="is folded for 4 steps, and cannot be used with 3"):
+        called(pipe, 3)
+
+
+def test_mistakes_name_what_to_do(run_dir, pipe, tiny, tmp_path):
+    with pytest.raises(UserError, match=r"is neither a run .* nor the folder of an adapter"):
+        load(tiny)
+    with pytest.raises(UserError, match="there is no adapter"):
+        load(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="is not a run, which `overrides` are for"):
+        load(run_dir / "adapter", overrides=["sample.weights=ema_slow"])
+    student = load(run_dir)
+    for arguments, message in (
+        ({"prompts": []}, "there is no prompt"),
+        ({"prompts": "x", "steps": 0}, "steps must be at least 1, got 0"),
+        ({"prompts": "x", "height": 17}, "an image of 17 x 16 pixels cannot be packed"),
+    ):
+        with pytest.raises(UserError, match=message):
+            student.sample(**arguments)
+    shutil.copytree(run_dir, tmp_path / "new")
+    shutil.rmtree(tmp_path / "new" / "checkpoints")
+    with pytest.raises(UserError, match="has no complete checkpoint yet; train first"):
+        load(tmp_path / "new")
+    foreign = tmp_path / "foreign.safetensors"
+    save_file({"transformer.x_embedder.lora_A.weight": torch.zeros(2, 4)}, foreign)
+    with pytest.raises(UserError, match="is not an adapter of `scfm export`"):
+        with_steps(pipe, foreign)
+    with safe_open(run_dir / "adapter" / FILE, "pt") as file:
+        header = file.metadata()
+    factors = {
+        f"transformer.x_embedder.lora_{side}.weight": torch.zeros(shape)
+        for side, shape in (("A", (2, 99)), ("B", (64, 2)))
+    }
+    save_file(factors, foreign, metadata=header)
+    with pytest.raises(UserError, match=r"does not fit this FluxTransformer2DModel: .* It was made for another model"):
+        with_steps(pipe, foreign)
+    with pytest.raises(UserError, match="scfm does not know the pipeline int"):
+        with_steps(3, run_dir / "adapter")
