@@ -81,14 +81,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompts", help="text file with one prompt per line")
     parser.add_argument("--output", "-o", type=Path, required=True, help="folder of the shards")
     _add_cache_options(parser)
-    parser.add_argument(
-        "--adapter",
-        nargs=2,
-        action="append",
-        default=[],
-        metavar=("FILE", "WEIGHT"),
-        help="a LoRA that is fused into the model, as model.adapters of the training; may be given several times",
-    )
+    parser.add_argument("--adapter", action="append", metavar="FILE=WEIGHT", help="fuse a LoRA, as model.adapters")
     parser.add_argument("--buckets", choices=("none", "auto"), default="none", help="auto: all aspect ratios in turn")
     parser.add_argument("--per-prompt", type=int, default=1, help="number of samples of each prompt (default 1)")
     parser.add_argument(
@@ -114,13 +107,9 @@ def _generate(arguments: argparse.Namespace) -> None:
     from data_tools.job import processes
     from scfm_core.data.recipe import DataConfig
     from scfm_core.models.families import open_family
-    from scfm_core.models.fused_base import FusedAdapter
+    from scfm_core.models.fused_base import parse_adapter
     from scfm_core.train.prompts import read_prompts
 
-    try:
-        adapters = [FusedAdapter(path=path, weight=float(weight)) for path, weight in arguments.adapter]
-    except ValueError as error:
-        raise UserError(f"--adapter needs a file and a number: {error}") from None
     try:
         shift = arguments.shift if arguments.shift == "dynamic" else float(arguments.shift)
     except ValueError:
@@ -137,7 +126,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     result = generate(
         prompts,
         arguments.output,
-        open_family(arguments.model, adapters=adapters),
+        open_family(arguments.model, adapters=[parse_adapter(text) for text in arguments.adapter or ()]),
         _cache_config(arguments, len(prompts) * arguments.per_prompt),
         SamplerConfig(
             sizes=sizes,

@@ -1,9 +1,11 @@
 """scfm from Python: the images of the command line, with other adapters beside it, and every mistake."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -185,3 +187,22 @@ def test_mistakes_name_what_to_do(run_dir, pipe, tiny, tmp_path):
         with_steps(pipe, foreign)
     with pytest.raises(UserError, match="scfm does not know the pipeline int"):
         with_steps(3, run_dir / "adapter")
+
+
+def test_the_code_of_the_readme_runs(run_dir, tiny, tmp_path, monkeypatch):
+    """With the tiny model in place of Flux.1-dev, and the test's run under the name of the recipe's."""
+    page = (Path(__file__).parents[1] / "README.md").read_text()
+    [code] = [
+        block for block in re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL) if "scfm_core" in block
+    ]
+    assert len(code.strip().splitlines()) <= 10
+    code = code.replace("black-forest-labs/FLUX.1-dev", str(tiny / "flux"))
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "flux_dev_lora").symlink_to(run_dir)
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    exec(code, found)
+    [expected] = found["student"].sample(["a red fox in fresh snow"], steps=3, seed=5)
+    image = found["pipe"]("a red fox in fresh snow", num_inference_steps=3, generator=torch.Generator().manual_seed(5))
+    assert difference([expected], image.images) <= 2
+    assert found["image"].size == found["teacher"].size == (16, 16)
