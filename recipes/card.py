@@ -16,7 +16,7 @@ from recipes.header import Contents
 from recipes.sample import read_settings
 from scfm_core import __version__
 from scfm_core.files import permit_reading, written_whole
-from scfm_core.models import fused_base
+from scfm_core.models.fused_base import describe
 from scfm_core.models.original_names import FLUX
 from scfm_core.models.protocol import ModelFamily
 from scfm_core.train.config import RunConfig
@@ -129,8 +129,6 @@ def _title(card: Card) -> str:
     )
     if card.is_merged and config.method.step_gain is not None:
         lines.append(f"The strength for {count(card.steps, 'step')} is merged into the weights: use this step count.")
-    if config.model.adapters and not card.is_merged:
-        lines.append(fused_base.describe(config.model.adapters))
     lines.append(advice.guidance_advice(config, card.family))
     if base.license is None:
         lines.append("The licence is that of the base model.")
@@ -221,7 +219,8 @@ def _diffusers(card: Card) -> str:
         "    generator=torch.Generator().manual_seed(0),",
         ").images[0]",
     ]
-    return "## diffusers\n\n```python\n" + "\n".join(lines) + "\n```"
+    style = "" if card.is_merged else describe(config.model.adapters)
+    return "## diffusers\n\n```python\n" + "\n".join(lines) + f"\n```\n\n{style}".rstrip()
 
 
 def _comfyui(card: Card) -> str:
@@ -247,8 +246,10 @@ def _comfyui(card: Card) -> str:
 
 
 def _comfyui_file(card: Card) -> tuple[str, Contents]:
-    """The file for ComfyUI: one with its names, if there is one, and best one whose weight is 1."""
-    return min(card.files, key=lambda file: (file[1].format != "comfyui", file[1].folded is None))
+    """The file for ComfyUI: one with its names, if there is one; one whose weight is 1, of the most steps."""
+    return min(
+        card.files, key=lambda file: (file[1].format != "comfyui", file[1].folded is None, -(file[1].folded or 0))
+    )
 
 
 def _has_workflow(card: Card) -> bool:

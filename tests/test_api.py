@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import adapter_file
 from diffusers import FluxPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -23,6 +22,12 @@ from scfm_core.train.parse import dump_config
 from scfm_core.train.trainer import Trainer
 
 PROMPTS = ["a handwritten digit three", "a handwritten digit eight"]
+
+
+def exported(run_dir):
+    """The file of `scfm export`."""
+    [path] = (run_dir / "adapter").glob("*.safetensors")
+    return path
 
 
 @pytest.fixture
@@ -128,7 +133,7 @@ def test_a_dynamic_shift_is_the_familys(run_dir, pipe, tiny):
 
 def rewrite(run_dir, **changes):
     """Change the header of the exported file."""
-    path = adapter_file(run_dir / "adapter")
+    path = exported(run_dir)
     with safe_open(path, "pt") as file:
         header = dict(file.metadata())
     header["scfm"] = json.dumps({**json.loads(header["scfm"]), **changes})
@@ -137,7 +142,7 @@ def rewrite(run_dir, **changes):
 
 def test_a_folded_file_has_weight_one_at_its_step_count(run_dir, pipe):
     expected = load(run_dir).sample(PROMPTS, steps=4, seed=77)
-    path = adapter_file(run_dir / "adapter")
+    path = exported(run_dir)
     with safe_open(path, "pt") as file:
         header = dict(file.metadata())
     save_file({n: t * 0.5 if "lora_B" in n else t for n, t in load_file(path).items()}, path, metadata=header)
@@ -156,6 +161,12 @@ def test_mistakes_name_what_to_do(run_dir, pipe, tiny, tmp_path):
         load(tmp_path / "nowhere")
     with pytest.raises(UserError, match="is not a run, which `overrides` are for"):
         load(run_dir / "adapter", overrides=["sample.weights=ema_slow"])
+    with pytest.raises(
+        UserError, match=r"does not name its base model, which was a local folder: give it, `load\(.*base="
+    ):
+        load(run_dir / "adapter")
+    with pytest.raises(UserError, match="there is no folder './nowhere'"):
+        load(run_dir / "adapter", base="./nowhere")
     student = load(run_dir)
     for arguments, message in (
         ({"prompts": []}, "there is no prompt"),
@@ -172,7 +183,7 @@ def test_mistakes_name_what_to_do(run_dir, pipe, tiny, tmp_path):
     save_file({"transformer.x_embedder.lora_A.weight": torch.zeros(2, 4)}, foreign)
     with pytest.raises(UserError, match="is not an adapter of `scfm export`"):
         with_steps(pipe, foreign)
-    with safe_open(adapter_file(run_dir / "adapter"), "pt") as file:
+    with safe_open(exported(run_dir), "pt") as file:
         header = file.metadata()
     factors = {
         f"transformer.x_embedder.lora_{side}.weight": torch.zeros(shape)

@@ -70,7 +70,7 @@ PUBLISHED: dict[str, Published] = {
         name="sana1.5-1.6b-1024px", architecture="Sana", version="sana", license_name="nvidia-nscl-v2-custom"
     ),
     "lodestones/Chroma1-HD": Published(
-        name="chroma1-hd", architecture="Chroma", version="chroma", license="apache-2.0"
+        name="chroma1-hd", architecture="chroma", version="chroma", license="apache-2.0"
     ),
 }
 """By hub id: the keys of the families' `known`. A model that is missing has the names of its family's file, and licence `other`."""

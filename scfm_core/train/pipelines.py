@@ -28,7 +28,8 @@ _STEPS = 4
 class AdapterHeader:
     """What `scfm export` writes into the header of an adapter's file, under `scfm`."""
 
-    base_model: str
+    base_model: str | None
+    """Hub id; None: the base was a local folder."""
     step_gain_gamma: float | None
     """gamma of step-scaled adapters; None: the weight does not depend on the step count."""
     shift: float | Literal["dynamic"]
