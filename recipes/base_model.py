@@ -12,7 +12,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from scfm_core.errors import UserError
 from scfm_core.models.protocol import ModelFamily
-from scfm_core.models.published import Published
+from scfm_core.models.published import PUBLISHED, Published
 from scfm_core.models.weights import is_local
 
 NOT_ON_THE_HUB = "none"
@@ -93,8 +93,7 @@ def _hub_id(family: ModelFamily, path: str) -> str | None:
 def _published(family: ModelFamily, name: str) -> Published:
     module = type(family).__module__.rpartition(".")[2]
     default = Published(name=module.replace("_", "-"), architecture=type(family).__name__, version=module)
-    found: Published = family.known[name].get("published", default)
-    return found
+    return PUBLISHED.get(name, default)
 
 
 def _has_architecture_of(family: ModelFamily, name: str) -> bool:

@@ -15,7 +15,7 @@ from scfm_core.errors import UserError
 from scfm_core.train.stop import remember_early
 
 # These commands work for long: the end of the reader of their messages does not end them.
-_LONG = ("_train", "_evaluate", "_sample", "_export", "_study", "_encode", "_generate", "_pack", "_index")
+_LONG = ("_train", "_evaluate", "_sample", "_export", "_study", "_encode", "_generate", "_pack", "_index", "_play")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -10,6 +10,7 @@ from torch import nn
 
 from scfm_core.models.families import FAMILIES
 from scfm_core.models.protocol import ModelFamily
+from scfm_core.models.published import PUBLISHED
 from scfm_core.train.parse import load_config
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
@@ -28,9 +29,9 @@ def page(text: str) -> str:
 def _rows() -> Iterator[str]:
     yield (
         "| model | parameters | linears | guidance | text of a sample | tokens of 1024 x 1024 | dynamic shift, 512 / 1024 "
-        "| recipes |"
+        "| licence | recipes |"
     )
-    yield "|---|---|---|---|---|---|---|---|"
+    yield "|---|---|---|---|---|---|---|---|---|"
     recipes: dict[str, list[str]] = {}
     for path in sorted(_RECIPES.glob("*.yaml")):
         recipes.setdefault(load_config(path.name, []).model.path, []).append(f"`{path.stem}`")
@@ -54,8 +55,13 @@ def _row(family: ModelFamily, recipes: str) -> str:
     masked = "up to " if "masked" in family.fields.values() else ""
     return (
         f"| {family.folder} | {parameters:.1f} B | {linears} | {guidance} | {masked}{text:.1f} MB | {tokens[1]:,} | {shifts} "
-        f"| {recipes} |"
+        f"| {_licence(str(family.folder))} | {recipes} |"
     )
+
+
+def _licence(hub_id: str) -> str:
+    published = PUBLISHED[hub_id]
+    return published.license_name or published.license
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`scfm recipes`, `scfm health`, `scfm job`, `scfm checkpoint`: commands around a run."""
+"""`scfm play`, `scfm recipes`, `scfm health`, `scfm job`, `scfm checkpoint`: commands around a run."""
 
 import argparse
 import sys
@@ -10,10 +10,44 @@ from recipes.usage import add_command, add_overrides
 
 def add_commands(commands: Any) -> None:
     """Add these subcommands to `scfm`."""
+    _add_play(commands)
     _add_recipes(commands)
     _add_checkpoint(commands)
     _add_health(commands)
     _add_job(commands)
+
+
+def _add_play(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "play",
+        "Open a page to play with: prompt, seed, steps, the undistilled model and the teacher beside it. Needs scfm[play].",
+        _play,
+        epilog="examples:\n  scfm play runs/flux_dev_lora\n  scfm play runs/first runs/second sample.weights=ema_slow\n"
+        "  scfm play adapter.safetensors --model black-forest-labs/FLUX.1-dev",
+    )
+    parser.add_argument(
+        "words", nargs="+", metavar="RUN_OR_ADAPTER",
+        help="folder of a run, or an adapter that `scfm export` wrote: its file or folder. The page compares several. "
+        "section.key=value changes the configuration of the runs",
+    )  # fmt: skip
+    parser.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="base model, a folder or a hub id (default: the one that the run or the adapter names)",
+    )
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on (default 127.0.0.1: this machine alone can open the page)",
+    )
+    parser.add_argument("--port", type=int, help="default 7860, or a free one if that is taken; 0: a free one")
+
+
+def _play(arguments: argparse.Namespace) -> None:
+    from recipes.play import play
+
+    play(arguments.words, base=arguments.model, host=arguments.host, port=arguments.port)
 
 
 def _add_recipes(commands: Any) -> None:

@@ -4,7 +4,7 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -59,35 +59,40 @@ def sample(
     model = RunModel(run_dir, overrides, with_teacher=False)
     settings = model.settings(steps=num_steps, strength=strength)
     images = model.sample(prompts, steps=num_steps, seed=config.sample.seed, strength=strength)
-    settings |= _origin(run_dir, config)
+    settings |= origin(run_dir, config)
     paths = []
     for number, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
         own = settings | {"prompt": prompt, "seed": config.sample.seed + number}
         paths.append(_free_path(folder, own))
         with written_whole(paths[-1], "the images", advice) as partial:
-            _save(partial, image, own)
+            save_image(partial, image, own)
     return paths
 
 
-def _origin(run_dir: Path, config: RunConfig) -> dict[str, Any]:
+def origin(run_dir: Path, config: RunConfig) -> dict[str, Any]:
     """The weights of an image."""
     checkpoint = newest_complete(run_dir)
+    adapters = {Path(adapter.path).name: adapter.weight for adapter in config.model.adapters}
     return {
         "model": Path(config.model.path).name if Path(config.model.path).is_dir() else config.model.path,
-        "adapters": {Path(adapter.path).name: adapter.weight for adapter in config.model.adapters},
+        **({"adapters": adapters} if adapters else {}),
         "run": run_dir.absolute().name,
         "weights": config.sample.weights,
         "checkpoint": checkpoint.name if checkpoint else None,
     }
 
 
-def _free_path(folder: Path, settings: dict[str, Any]) -> Path:
-    """A file's name from prompt and seed; one that is taken by an image of other settings gets a number."""
+def file_name(settings: dict[str, Any]) -> str:
+    """The name of an image, from prompt and seed, without suffix."""
     words = (
         re.sub(r"[^\w]+", "-", settings["prompt"]).strip("-").encode()[:_NAME_BYTES].decode(errors="ignore").strip("-")
     )
-    words = words or "image"
-    name, number = f"{words}_seed{settings['seed']}", 1
+    return f"{words or 'image'}_seed{settings['seed']}"
+
+
+def _free_path(folder: Path, settings: dict[str, Any]) -> Path:
+    """The path of an image; one that is taken by an image of other settings gets a number."""
+    name, number = file_name(settings), 1
     path = folder / f"{name}.png"
     while path.exists() and read_settings(path) != settings:
         number += 1
@@ -95,13 +100,13 @@ def _free_path(folder: Path, settings: dict[str, Any]) -> Path:
     return path
 
 
-def _save(path: Path, image: Image.Image, settings: dict[str, Any]) -> None:
-    """Write an image with its settings."""
+def save_image(target: Path | BinaryIO, image: Image.Image, settings: dict[str, Any]) -> None:
+    """Write an image with its settings, as PNG."""
     info = PngInfo()
     # The first is for programs. The second has the form that viewers of generated images show (Stable Diffusion web UI).
     info.add_itxt("scfm", json.dumps(settings, ensure_ascii=False))
     info.add_itxt("parameters", _readable(settings))
-    image.save(path, format="png", pnginfo=info)
+    image.save(target, format="png", pnginfo=info)
 
 
 def _readable(settings: dict[str, Any]) -> str:

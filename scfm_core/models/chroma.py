@@ -14,7 +14,6 @@ from scfm_core.models import original_names
 from scfm_core.models.conditioning import Conditioning
 from scfm_core.models.flux import PATCH, image_ids, pack_latents, unpack_latents
 from scfm_core.models.protocol import FieldKind, ModelFamily, dtype_of, rounded
-from scfm_core.models.published import Published
 
 
 class Chroma(ModelFamily):
@@ -49,7 +48,6 @@ class Chroma(ModelFamily):
             "encoder_bytes": 2 * (4_762_310_656 + 83_819_683),
             "vae": {"block_out_channels": (128, 256, 512, 512), "latent_channels": 16},
             "scheduler": {"shift": 3.0},
-            "published": Published(name="chroma1-hd", architecture="chroma", version="chroma", license="apache-2.0"),
         }
     }
 

@@ -13,7 +13,6 @@ from scfm_core.kernels.ops import Ops
 from scfm_core.models import original_names
 from scfm_core.models.conditioning import Conditioning
 from scfm_core.models.protocol import FieldKind, ModelFamily, dtype_of, rounded
-from scfm_core.models.published import Published
 
 PATCH = 2
 """Side of a packed token, in latents."""
@@ -70,12 +69,6 @@ class Flux(ModelFamily):
             # bf16: T5-XXL's encoder 4.76 B, CLIP-L's text model 0.12 B, the VAE 0.08 B parameters
             "encoder_bytes": 2 * 4_969_000_000,
             "vae": {"block_out_channels": (128, 256, 512, 512), "latent_channels": 16},
-            "published": Published(
-                name="flux-dev",
-                architecture="flux-1-dev",
-                version="flux1",
-                license_name="flux-1-dev-non-commercial-license",
-            ),
         }
     }
 

@@ -16,28 +16,12 @@ from scfm_core.models import fused, original_names
 from scfm_core.models.conditioning import Conditioning
 from scfm_core.models.flux import timestep_of
 from scfm_core.models.protocol import FieldKind, ModelFamily, dtype_of
-from scfm_core.models.published import Published
 
-# Pipeline, double and single blocks, heads, features of the text; parameters of text encoder (Mistral Small 3.2 with its vision
-# tower 24.011 B, Qwen3-4B 4.022 B, Qwen3-8B 8.191 B) and VAE (0.084 B)
+# Pipeline, double and single blocks, heads, features of the text; parameters of text encoder (Mistral Small 3.2, Qwen3) and VAE
 _MODELS = {
     "dev": ("Flux2Pipeline", 8, 48, 48, 15360, 24_095_000_000),
     "klein-base-4B": ("Flux2KleinPipeline", 5, 20, 24, 7680, 4_107_000_000),
     "klein-base-9B": ("Flux2KleinPipeline", 8, 24, 32, 12288, 8_275_000_000),
-}
-_PUBLISHED = {
-    "dev": Published(
-        name="flux2-dev", architecture="Flux.2-dev", version="flux2", license_name="flux-dev-non-commercial-license"
-    ),
-    "klein-base-4B": Published(
-        name="flux2-klein-base-4b", architecture="Flux.2-klein-4b", version="flux2_klein_4b", license="apache-2.0"
-    ),
-    "klein-base-9B": Published(
-        name="flux2-klein-base-9b",
-        architecture="Flux.2-klein-9b",
-        version="flux2_klein_9b",
-        license_name="flux-non-commercial-license",
-    ),
 }
 _PATCH = 2  # side of the VAE's patches, which are the channels of our latents
 
@@ -60,7 +44,6 @@ class Flux2(ModelFamily):
                 "num_single_layers": single,
             },
             "vae": {"block_out_channels": (128, 256, 512, 512), "latent_channels": 32}, "encoder_bytes": 2 * parameters,  # bf16
-            "published": _PUBLISHED[name],
         }
         for name, (pipeline, double, single, heads, text, parameters) in _MODELS.items()
     }  # fmt: skip

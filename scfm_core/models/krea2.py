@@ -14,7 +14,6 @@ from scfm_core.models import original_names, qwen_vae
 from scfm_core.models.conditioning import Conditioning
 from scfm_core.models.flux import image_ids, pack_latents, unpack_latents
 from scfm_core.models.protocol import FieldKind, dtype_of, rounded
-from scfm_core.models.published import Published
 
 _TRANSFORMER = {
     "attention_head_dim": 128,
@@ -48,9 +47,6 @@ class Krea2(qwen_vae.QwenVAE):
             # bf16: Qwen3-VL 4B with its vision tower 4.438 B, the VAE 0.127 B parameters
             "encoder_bytes": 2 * (4_438_000_000 + qwen_vae.PARAMETERS),
             "vae": qwen_vae.ARCHITECTURE,
-            "published": Published(
-                name="krea2-raw", architecture="Krea-2", version="krea2", license_name="krea-2-community-license"
-            ),
         }
     }
 

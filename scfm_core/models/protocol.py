@@ -1,8 +1,8 @@
 """The interface of a model family."""
 
 import json
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -11,25 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from scfm_core.errors import UserError
-from scfm_core.filling import materialise, stored_tensors
 from scfm_core.flow.path import per_sample
 from scfm_core.flow.schedule import MuPoints, dynamic_shift
 from scfm_core.kernels.ops import Ops
 from scfm_core.models.conditioning import Conditioning
-from scfm_core.models.fingerprint import different_network, network_fingerprint
-from scfm_core.models.fused_base import Change, FusedAdapter, FusedFiles, read_changes
-from scfm_core.models.initial import RandomWeights, parameters_on_meta
 from scfm_core.models.original_names import OtherTools
+from scfm_core.models.pretrained import Pretrained
 from scfm_core.models.processors import choose_backend
-from scfm_core.models.tensor_files import TensorFiles
-from scfm_core.models.weights import GUIDANCE_MARK, component_config, read_weights
+from scfm_core.models.weights import GUIDANCE_MARK, component_config
 
 FieldKind = Literal["tokens", "masked", "vector"]
 """Of a field of text. tokens: [B, L, ...] of one length; the network sees the padding. masked: [B, L, ...] with lengths; the
 network does not see the padding. vector: [B, D]."""
 
 
-class ModelFamily(ABC):
+class ModelFamily(Pretrained):
     """How to load and call one architecture of diffusers. Each family is one file, listed in `families.py`.
 
     What most families share has a default here; a family replaces what is different.
@@ -44,7 +40,7 @@ class ModelFamily(ABC):
     """Class names of diffusers' pipelines of this family."""
     known: ClassVar[dict[str, dict[str, Any]]]
     """Architectures by hub id, for dry runs and cards: `transformer`, `vae`, perhaps `scheduler` as in their config.json; `encoder_bytes`
-    of text encoders and VAE in bf16; `pipeline`, if it is not the first of `pipelines`; and `published`, a `Published`."""
+    of text encoders and VAE in bf16; and `pipeline`, if it is not the first of `pipelines`. `published.py` has their names."""
     fields: ClassVar[dict[str, FieldKind]]
     """What the text encoders give, by name. Not the names of other tensors in a shard: `latents`, `velocities`, `sigmas`, `guidance`."""
     tokenizer: ClassVar[str] = "tokenizer"
@@ -73,12 +69,11 @@ class ModelFamily(ABC):
 
     def __init__(self, folder: Path, architecture: dict[str, Any] | None = None) -> None:
         self.folder = folder
-        self.adapters: tuple[FusedAdapter, ...] = ()
-        """Fused into the pre-trained weights; set by `open_family`."""
         self.unconditional: Conditioning | None = None
         """The empty caption, one row; set by `TextEncoders`."""
         self.has_learned_guidance = (folder / GUIDANCE_MARK).is_file()
         """Whether the model was made with `method.distil_guidance`."""
+        self._architecture = architecture
         if architecture is not None:
             self.pipeline: str = architecture.get("pipeline", self.pipelines[0])
             self.pipeline_config: dict[str, Any] = {}
@@ -107,14 +102,9 @@ class ModelFamily(ABC):
     @cached_property
     def scheduler_config(self) -> dict[str, Any]:
         """`scheduler/scheduler_config.json`."""
-        if (known := self.known.get(str(self.folder))) is not None:
-            return dict(known.get("scheduler", {}))
+        if self._architecture is not None:
+            return dict(self._architecture.get("scheduler", {}))
         return component_config(self.folder, "scheduler", "scheduler_config.json")
-
-    @property
-    @abstractmethod
-    def network_class(self) -> Any:
-        """The class of diffusers' transformer."""
 
     @property
     def vae_class(self) -> Any:
@@ -276,87 +266,6 @@ class ModelFamily(ABC):
             text_length: `model.text_length`.
         """
         return {"guidance_scale": guidance, "max_sequence_length": text_length}
-
-    def load_network(self, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
-        """The pre-trained transformer on one device, in `dtype`; see `empty_network`.
-
-        Raises:
-            UserError: if its weights are missing, damaged or of another architecture.
-        """
-        network = self.empty_network(dtype)
-        with self.open_weights(network) as files:
-            materialise(network, device, files.fill)
-        return network
-
-    def empty_network(self, dtype: torch.dtype) -> nn.Module:
-        """The transformer without weights: parameters of `dtype` on the meta device, buffers on the CPU; in eval mode.
-
-        Parameters that diffusers keeps in fp32 are fp32: norms of Krea 2, whose scale is 1 + weight.
-        """
-        with parameters_on_meta():
-            network: nn.Module = self.network_class.from_config(dict(self.network_config))
-        network = nn.Module.to(network, dtype).eval()  # diffusers' own `to` would warn
-        kept = set(getattr(network, "_keep_in_fp32_modules", None) or ())
-        for name, parameter in network.named_parameters():
-            if kept.intersection(name.split(".")):
-                parameter.data = parameter.data.float()
-        return network
-
-    def open_weights(self, network: nn.Module) -> FusedFiles:
-        """The files of the pre-trained weights, checked against `network` as `empty_network` makes it. Local work.
-
-        What `adapters` add to the weights is added while they are read.
-
-        Raises:
-            UserError: if they, or the adapters, are missing, damaged or of another architecture.
-        """
-        files = TensorFiles(self.folder / "transformer")
-        files.check(stored_tensors(network))
-        return FusedFiles(files, self.changes(network))
-
-    def changes(self, network: nn.Module) -> dict[str, Change]:
-        """What `adapters` add to the pre-trained weights, by name; see `read_changes`."""
-        import diffusers
-
-        return read_changes(self.adapters, getattr(diffusers, self.pipeline), network) if self.adapters else {}
-
-    def read_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every pre-trained weight by name, one at a time; fp32 if `adapters` change it, else as it is stored."""
-        changes = self.changes(self.meta_network())
-        for name, weight in read_weights(self.folder, "transformer"):
-            if name in changes:
-                weight = weight.float().contiguous()
-                changes[name].add_to(weight.view(-1), 0)
-            yield name, weight
-
-    def random_weights(self, seed: int) -> RandomWeights:
-        """Random initial weights, for training from scratch."""
-        with parameters_on_meta(only_drawn=True):
-            return RandomWeights(self.network_class.from_config(dict(self.network_config)), seed)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """The fingerprint of the pre-trained network with its adapters, as the files were when this was first read."""
-        return network_fingerprint(self.folder, self._adapter_files)
-
-    def different_network(self, recorded: str | None, *, with_adapters: bool = True) -> str | None:
-        """In which files the pre-trained network now differs from a recorded fingerprint; None if it is the same.
-
-        Args:
-            recorded: a `fingerprint`.
-            with_adapters: compare the adapters too.
-        """
-        return different_network(recorded, self.folder, self._adapter_files if with_adapters else None)
-
-    @property
-    def _adapter_files(self) -> list[tuple[Path, float]]:
-        return [(adapter.file, adapter.weight) for adapter in self.adapters]
-
-    def meta_network(self) -> nn.Module:
-        """The transformer on the meta device: its architecture without weights."""
-        with torch.device("meta"):
-            network: nn.Module = self.network_class.from_config(dict(self.network_config))
-        return network
 
     @property
     def passes(self) -> int:

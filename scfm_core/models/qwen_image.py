@@ -13,7 +13,6 @@ from scfm_core.models import original_names
 from scfm_core.models.conditioning import Conditioning
 from scfm_core.models.flux import PATCH, pack_latents, unpack_latents
 from scfm_core.models.protocol import FieldKind, dtype_of, rounded
-from scfm_core.models.published import Published
 from scfm_core.models.qwen_vae import ARCHITECTURE, PARAMETERS, QwenVAE
 
 _NETWORK = {
@@ -50,9 +49,6 @@ class QwenImage(QwenVAE):
             # bf16: Qwen2.5-VL-7B with its vision tower and output layer, which the pipeline loads too, and the VAE
             "encoder_bytes": 2 * (8_292_166_656 + PARAMETERS),
             "vae": ARCHITECTURE,
-            "published": Published(
-                name=f"qwen-image{version}", architecture="Qwen-Image", version="qwen_image", license="apache-2.0"
-            ),
         }
         for version in ("", "-2512")
     }

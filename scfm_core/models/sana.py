@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from scfm_core.models.conditioning import Conditioning
 from scfm_core.models.protocol import FieldKind, ModelFamily, dtype_of
-from scfm_core.models.published import Published
 
 _TRANSFORMER = {
     "attention_bias": False,
@@ -49,12 +48,6 @@ class Sana(ModelFamily):
             # bf16: Gemma 2 2B without its head 2.614 B, DC-AE 0.312 B parameters
             "encoder_bytes": 2 * 2_926_000_000,
             "vae": {"encoder_block_out_channels": (128, 256, 512, 512, 1024, 1024), "latent_channels": 32},
-            "published": Published(
-                name=name.removesuffix("_diffusers").replace("_", "-").lower(),
-                architecture="Sana",
-                version="sana",
-                license_name="nvidia-nscl-v2-custom",
-            ),
         }
         for name, transformer in _MODELS.items()
     }

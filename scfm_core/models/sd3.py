@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from scfm_core.models import original_names
 from scfm_core.models.conditioning import Conditioning
 from scfm_core.models.protocol import FieldKind, ModelFamily, dtype_of
-from scfm_core.models.published import Published
 
 _LARGE = {
     "attention_head_dim": 64,
@@ -53,12 +52,6 @@ class SD3(ModelFamily):
             # bf16: T5-XXL's encoder 4.76 B, CLIP-G's text model 0.69 B, CLIP-L's 0.12 B, the VAE 0.08 B parameters
             "encoder_bytes": 2 * 5_664_000_000,
             "vae": _VAE,
-            "published": Published(
-                name=f"sd3.5-{size}",
-                architecture=f"stable-diffusion-3-5-{size}",
-                version=f"sd3_5-{size}",
-                license_name="stabilityai-ai-community",
-            ),
         }
         for size, transformer in (("large", _LARGE), ("medium", _MEDIUM))
     }

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from scfm_core.models import original_names
 from scfm_core.models.conditioning import Conditioning
 from scfm_core.models.protocol import FieldKind, ModelFamily, dtype_of
-from scfm_core.models.published import Published
 
 _NETWORK = {
     "all_f_patch_size": (1,),
@@ -53,7 +52,6 @@ class ZImage(ModelFamily):
             "encoder_bytes": 2 * (4_022_468_096 + 83_819_683),
             "vae": {"block_out_channels": (128, 256, 512, 512), "latent_channels": 16},
             "scheduler": {"shift": shift},
-            "published": Published(name=name.lower(), architecture="Z-Image", version="zimage", license="apache-2.0"),
         }
         for name, shift in (("Z-Image", 6.0), ("Z-Image-Turbo", 3.0))
     }

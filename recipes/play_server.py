@@ -1,0 +1,210 @@
+"""The server of `scfm play`: the page of Gradio, the images, and no other address.
+
+Gradio can also serve files of this machine, take uploads and pass requests on to other servers. Nothing here uses that, and these
+addresses are closed.
+"""
+
+import importlib
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import warnings
+from typing import Any
+from urllib.parse import quote
+
+from recipes.play import Player
+from scfm_core.errors import UserError, missing_extra
+
+_PORT = 7860
+_GRADIO = re.compile(
+    r"/(|config|theme\.css|favicon\.ico|(assets|static|svelte)/[\w./@-]+|gradio_api/(info|startup-events|app_id|reset|cancel|heartbeat/\w+|"
+    r"queue/join|queue/data|run/predict))/?"
+)
+"""The addresses of Gradio that the page needs. Under assets/ and static/ are its scripts, fonts and icons."""
+_IMAGE = re.compile(r"/images/([\w-]+)/[^/]+")
+_HEADERS = {
+    # The browser asks no other server than this one: Gradio's page names a script of a public server, for pages in frames.
+    "content-security-policy": "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
+    "style-src 'self' 'unsafe-inline'",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+}
+
+
+def require_packages() -> None:
+    """UserError if the packages of the page are missing."""
+    # Read when gradio is imported. It counts its users otherwise, and asks its makers' server for newer versions.
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    warnings.filterwarnings(
+        "ignore", module="gradio"
+    )  # it uses names that newer versions of its own packages deprecate
+    try:
+        importlib.import_module("gradio")
+    except ImportError as error:
+        raise missing_extra("`scfm play`", "play", error) from error
+
+
+def open_socket(host: str, port: int | None) -> socket.socket:
+    """A socket that listens.
+
+    Args:
+        host: address or name.
+        port: None: 7860, or a free one if that is taken; 0: a free one.
+
+    Raises:
+        UserError: if the port is taken, or the host is not an address of this machine.
+    """
+    if port is not None and not 0 <= port <= 65535:
+        raise UserError(f"--port must be from 0 to 65535, got {port}")
+    for candidate in (_PORT, 0) if port is None else (port,):
+        try:
+            return _listen(host, candidate)
+        except (OSError, UnicodeError) as error:
+            if candidate != _PORT or port is not None:
+                advice = "; without --port a free one is taken" if port else ""
+                raise UserError(f"cannot listen on {host} port {candidate} ({error}){advice}") from error
+    raise AssertionError
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(128)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def address_of(listener: socket.socket, host: str) -> str:
+    """What a browser on this machine opens."""
+    name = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"http://{name}:{listener.getsockname()[1]}"
+
+
+def make_app(player: Player) -> Any:
+    """The page as an ASGI application."""
+    import gradio
+    from fastapi import FastAPI
+
+    from recipes.play_html import STYLE
+    from recipes.play_page import build_page
+
+    # System fonts: the fonts of Gradio's themes come from a public server.
+    theme = gradio.themes.Default(
+        primary_hue="teal",
+        neutral_hue="slate",
+        font=("system-ui", "sans-serif"),
+        font_mono=("ui-monospace", "monospace"),
+    )
+    app = gradio.mount_gradio_app(
+        FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
+        build_page(player),
+        path="/",
+        theme=theme,
+        css=STYLE,
+        footer_links=[],
+        ssr_mode=False,
+        mcp_server=False,
+        enable_monitoring=False,
+        pwa=False,
+        show_error=False,
+    )
+    return _Gate(app, player)
+
+
+class _Gate:
+    """ASGI: the images of `player`, and the addresses of `app` that the page needs."""
+
+    def __init__(self, app: Any, player: Player) -> None:
+        self._app, self._player = app, player
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """See the ASGI specification."""
+        if scope["type"] == "websocket":
+            return
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        path = scope["path"]
+
+        async def guarded(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), *_encoded(_HEADERS)]
+            await send(message)
+
+        if image := _IMAGE.fullmatch(path):
+            await self._send_image(image[1], guarded)
+        elif _GRADIO.fullmatch(path) and ".." not in path:
+            await self._app(scope, receive, guarded)
+        else:
+            await _respond(guarded, 404, b"not found", {"content-type": "text/plain"})
+
+    async def _send_image(self, id: str, send: Any) -> None:
+        picture = self._player.find(id)
+        if picture is None:
+            await _respond(send, 404, b"this image is no longer kept: make it again", {"content-type": "text/plain"})
+            return
+        name = f"inline; filename*=UTF-8''{quote(picture.name)}"
+        headers = {"content-type": "image/png", "content-disposition": name, "cache-control": "private, max-age=3600"}
+        await _respond(send, 200, picture.png, headers)
+
+
+async def _respond(send: Any, status: int, body: bytes, headers: dict[str, str]) -> None:
+    headers = headers | {"content-length": str(len(body))}
+    await send({"type": "http.response.start", "status": status, "headers": _encoded(headers)})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _encoded(headers: dict[str, str]) -> list[tuple[bytes, bytes]]:
+    return [(name.encode(), value.encode()) for name, value in headers.items()]
+
+
+def make_server(player: Player) -> Any:
+    """The server, which listens on a socket with `run(sockets=[...])`. `handle_exit(signal.SIGINT, None)` ends it."""
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        was_busy = False
+
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            # Open pages hold their connections: nothing waits for them.
+            self.should_exit = self.force_exit = True
+            self.was_busy = player.stop()
+
+    # "critical": at the end it would print an error for each open page. Errors of Gradio's events are printed by Gradio.
+    config = uvicorn.Config(make_app(player), log_level="critical", ws="none", timeout_graceful_shutdown=1)
+    return Server(config)
+
+
+def serve(player: Player, listener: socket.socket, host: str) -> None:
+    """Serve the page until Ctrl-C or SIGTERM."""
+    server = make_server(player)
+    print(f"\n{address_of(listener, host)}    (Ctrl-C ends it)", flush=True)
+    if host not in ("127.0.0.1", "localhost", "::1"):
+        print(f"it listens on {host}: who can reach this machine can use the page", flush=True)
+    server.run(sockets=[listener])
+    print("\nstopped", flush=True)
+    if server.was_busy:
+        # The thread with the model works on: the exit of the interpreter would take its memory away.
+        sys.stdout.flush()
+        os._exit(0)
+
+
+def serve_in_thread(player: Player) -> tuple[str, Any]:
+    """Serve the page on a free port; returns its address, and a function that stops it. For tests and screenshots."""
+    listener, server = open_socket("127.0.0.1", 0), make_server(player)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+
+    def stop() -> None:
+        server.handle_exit(signal.SIGINT, None)
+        thread.join(timeout=20)
+
+    return address_of(listener, "127.0.0.1"), stop

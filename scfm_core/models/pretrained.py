@@ -1,0 +1,116 @@
+"""The pre-trained network of a pipeline's folder: its weights with fused adapters, its fingerprint, its architecture alone."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scfm_core.filling import materialise, stored_tensors
+from scfm_core.models.fingerprint import different_network, network_fingerprint
+from scfm_core.models.fused_base import Change, FusedAdapter, FusedFiles, read_changes
+from scfm_core.models.initial import RandomWeights, parameters_on_meta
+from scfm_core.models.tensor_files import TensorFiles
+from scfm_core.models.weights import read_weights
+
+
+class Pretrained(ABC):
+    """How the network of a folder in diffusers' format is made. `ModelFamily` adds how it is called."""
+
+    folder: Path
+    """The pipeline."""
+    pipeline: str
+    """Class name of diffusers' pipeline."""
+    network_config: dict[str, Any]
+    """`config.json` of the transformer."""
+    adapters: tuple[FusedAdapter, ...] = ()
+    """Fused into the pre-trained weights; set by `open_family`."""
+
+    @property
+    @abstractmethod
+    def network_class(self) -> Any:
+        """The class of diffusers' transformer."""
+
+    def load_network(self, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
+        """The pre-trained transformer on one device, in `dtype`; see `empty_network`.
+
+        Raises:
+            UserError: if its weights are missing, damaged or of another architecture.
+        """
+        network = self.empty_network(dtype)
+        with self.open_weights(network) as files:
+            materialise(network, device, files.fill)
+        return network
+
+    def empty_network(self, dtype: torch.dtype) -> nn.Module:
+        """The transformer without weights: parameters of `dtype` on the meta device, buffers on the CPU; in eval mode.
+
+        Parameters that diffusers keeps in fp32 are fp32: norms of Krea 2, whose scale is 1 + weight.
+        """
+        with parameters_on_meta():
+            network: nn.Module = self.network_class.from_config(dict(self.network_config))
+        network = nn.Module.to(network, dtype).eval()  # diffusers' own `to` would warn
+        kept = set(getattr(network, "_keep_in_fp32_modules", None) or ())
+        for name, parameter in network.named_parameters():
+            if kept.intersection(name.split(".")):
+                parameter.data = parameter.data.float()
+        return network
+
+    def open_weights(self, network: nn.Module) -> FusedFiles:
+        """The files of the pre-trained weights, checked against `network` as `empty_network` makes it. Local work.
+
+        What `adapters` add to the weights is added while they are read.
+
+        Raises:
+            UserError: if they, or the adapters, are missing, damaged or of another architecture.
+        """
+        files = TensorFiles(self.folder / "transformer")
+        files.check(stored_tensors(network))
+        return FusedFiles(files, self.changes(network))
+
+    def changes(self, network: nn.Module) -> dict[str, Change]:
+        """What `adapters` add to the pre-trained weights, by name; see `read_changes`."""
+        import diffusers
+
+        return read_changes(self.adapters, getattr(diffusers, self.pipeline), network) if self.adapters else {}
+
+    def read_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every pre-trained weight by name, one at a time; fp32 if `adapters` change it, else as it is stored."""
+        changes = self.changes(self.meta_network())
+        for name, weight in read_weights(self.folder, "transformer"):
+            if name in changes:
+                weight = weight.float().contiguous()
+                changes[name].add_to(weight.view(-1), 0)
+            yield name, weight
+
+    def random_weights(self, seed: int) -> RandomWeights:
+        """Random initial weights, for training from scratch."""
+        with parameters_on_meta(only_drawn=True):
+            return RandomWeights(self.network_class.from_config(dict(self.network_config)), seed)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The fingerprint of the pre-trained network with its adapters, as the files were when this was first read."""
+        return network_fingerprint(self.folder, self._adapter_files)
+
+    def different_network(self, recorded: str | None, *, with_adapters: bool = True) -> str | None:
+        """In which files the pre-trained network now differs from a recorded fingerprint; None if it is the same.
+
+        Args:
+            recorded: a `fingerprint`.
+            with_adapters: compare the adapters too.
+        """
+        return different_network(recorded, self.folder, self._adapter_files if with_adapters else None)
+
+    @property
+    def _adapter_files(self) -> list[tuple[Path, float]]:
+        return [(adapter.file, adapter.weight) for adapter in self.adapters]
+
+    def meta_network(self) -> nn.Module:
+        """The transformer on the meta device: its architecture without weights."""
+        with torch.device("meta"):
+            network: nn.Module = self.network_class.from_config(dict(self.network_config))
+        return network
