@@ -1,20 +1,18 @@
-"""`scfm data`: commands that make and examine data sets."""
+"""`scfm data`: its commands, and those that make data sets."""
 
 import argparse
-import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recipes.data_checks import add_inspect, add_validate, inspect, validate
+from recipes.data_options import add_buckets, add_resolution, add_source, bar_of, open_corpus
 from scfm_core.errors import UserError
 from scfm_core.files import check_writable
 from scfm_core.wording import count
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from data_tools.encode import EncodeConfig
-    from scfm_core.data.corpus import Corpus
 
 Command = Callable[..., argparse.ArgumentParser]
 
@@ -25,22 +23,8 @@ def add_commands(group: Any, command: Command) -> None:
     _add_encode(command(group, "encode", "Encode images with captions into shards of latents and embeddings.", _encode))
     _add_pack(command(group, "pack", "Copy samples, byte for byte, into shards of another format.", _pack))
     _add_index(command(group, "index", "Make the manifest for shards of other tools.", _index))
-    _add_inspect(command(group, "inspect", "Print statistics of a data set, and show samples.", _inspect))
-    _add_validate(command(group, "validate", "Hash and decode everything; list every invalid sample.", _validate))
-
-
-def _add_source(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "source",
-        help="folder of images (captions in .txt files of the same names, in metadata.jsonl or metadata.csv) or of shards; addresses of "
-        "shards ('s3://bucket/{000..127}.tar'); or a data recipe (.yaml)",
-    )
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="data.key=value",
-        help="change the recipe, for example data.max_bad_fraction=0.01",
-    )
+    add_inspect(command(group, "inspect", "Print statistics of a data set, and show samples.", inspect))
+    add_validate(command(group, "validate", "Hash and decode everything; list every invalid sample.", validate))
 
 
 def _add_cache_options(parser: argparse.ArgumentParser) -> None:
@@ -71,19 +55,7 @@ def _add_cache_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cuda, cpu")
     parser.add_argument("--batch-size", type=int, default=16, help="images in a forward pass (default 16)")
     parser.add_argument("--samples-per-shard", type=int, help="at most; default 1000, fewer for less than 8000 samples")
-    _add_resolution(parser)
-
-
-def _add_resolution(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--resolution", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="pixels (default 512 512, or the recipe's)"
-    )
-
-
-def _add_buckets(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--buckets", choices=("none", "auto"), help="aspect-ratio buckets (default: the recipe's, or none)"
-    )
+    add_resolution(parser)
 
 
 def _cache_config(arguments: argparse.Namespace, samples: int) -> "EncodeConfig":
@@ -105,58 +77,11 @@ def _cache_config(arguments: argparse.Namespace, samples: int) -> "EncodeConfig"
     )
 
 
-def open_corpus(source: str, overrides: list[str], **changes: Any) -> "Corpus":
-    """Open a folder, shards, or a data recipe. A cache without a recipe has the sizes of its manifest.
-
-    Args:
-        source: as on the command line.
-        overrides: `data.key=value`.
-        changes: values for keys of the recipe; None keeps the value of the recipe.
-
-    Raises:
-        UserError: if it cannot be opened.
-    """
-    from scfm_core.data.corpus import Corpus
-    from scfm_core.data.source import open_source
-    from scfm_core.train.parse import load_data_config
-
-    changes = {key: value for key, value in changes.items() if value is not None}
-    config = load_data_config(source, overrides, changes)
-    named = {word.partition("=")[0].removeprefix("data.") for word in overrides} | changes.keys()
-    has_sizes = bool(named & {"resolution", "buckets"})
-    [first, *_] = config.mixture()
-    if not source.endswith((".yaml", ".yml")) and not has_sizes and first.format != "folder":
-        manifest = open_source(first, None, config.cache.timeout).manifest
-        if manifest.encoder is not None:
-            sizes = tuple(sorted(manifest.sizes))
-            config = dataclasses.replace(config, resolution=sizes[-1], buckets=sizes)
-    return Corpus(config)
-
-
-def _bar(name: str, unit: str = "shard") -> Callable[[Iterable[Any], int], Iterator[Any]]:
-    from scfm_core.train.metrics import progress_bar
-
-    def with_bar(items: Iterable[Any], total: int) -> Iterator[Any]:
-        with progress_bar(name, total, unit=unit) as bar:
-            for item in items:
-                yield item
-                bar.update()
-
-    return with_bar
-
-
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompts", help="text file with one prompt per line")
     parser.add_argument("--output", "-o", type=Path, required=True, help="folder of the shards")
     _add_cache_options(parser)
-    parser.add_argument(
-        "--adapter",
-        nargs=2,
-        action="append",
-        default=[],
-        metavar=("FILE", "WEIGHT"),
-        help="a LoRA that is fused into the model, as model.adapters of the training; may be given several times",
-    )
+    parser.add_argument("--adapter", action="append", metavar="FILE=WEIGHT", help="fuse a LoRA, as model.adapters")
     parser.add_argument("--buckets", choices=("none", "auto"), default="none", help="auto: all aspect ratios in turn")
     parser.add_argument("--per-prompt", type=int, default=1, help="number of samples of each prompt (default 1)")
     parser.add_argument(
@@ -182,13 +107,9 @@ def _generate(arguments: argparse.Namespace) -> None:
     from data_tools.job import processes
     from scfm_core.data.recipe import DataConfig
     from scfm_core.models.families import open_family
-    from scfm_core.models.fused_base import FusedAdapter
+    from scfm_core.models.fused_base import parse_adapter
     from scfm_core.train.prompts import read_prompts
 
-    try:
-        adapters = [FusedAdapter(path=path, weight=float(weight)) for path, weight in arguments.adapter]
-    except ValueError as error:
-        raise UserError(f"--adapter needs a file and a number: {error}") from None
     try:
         shift = arguments.shift if arguments.shift == "dynamic" else float(arguments.shift)
     except ValueError:
@@ -205,7 +126,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     result = generate(
         prompts,
         arguments.output,
-        open_family(arguments.model, adapters=adapters),
+        open_family(arguments.model, adapters=[parse_adapter(text) for text in arguments.adapter or ()]),
         _cache_config(arguments, len(prompts) * arguments.per_prompt),
         SamplerConfig(
             sizes=sizes,
@@ -219,13 +140,13 @@ def _generate(arguments: argparse.Namespace) -> None:
         ),
         rank=rank,
         world_size=world_size,
-        progress=_bar("generate", unit="sample"),
+        progress=bar_of("generate", unit="sample"),
     )
     print(format_result(result, arguments.output))
 
 
 def _add_pack(parser: argparse.ArgumentParser) -> None:
-    _add_source(parser)
+    add_source(parser)
     parser.add_argument("--output", "-o", type=Path, required=True, help="folder of the shards")
     parser.add_argument("--to", choices=("webdataset", "mds"), required=True)
     parser.add_argument("--samples-per-shard", type=int, default=1000, help="for tars (default 1000)")
@@ -247,13 +168,13 @@ def _pack(arguments: argparse.Namespace) -> None:
         samples_per_shard=arguments.samples_per_shard,
         shard_bytes=int(arguments.shard_mb * 1e6),
         compression=arguments.compression,
-        progress=_bar("pack", unit="sample"),
+        progress=bar_of("pack", unit="sample"),
     )
     print(format_result(Encoded(manifest, None, {}), arguments.output, corpus.notes))
 
 
 def _add_index(parser: argparse.ArgumentParser) -> None:
-    _add_source(parser)
+    add_source(parser)
     parser.add_argument(
         "--output",
         "-o",
@@ -280,111 +201,17 @@ def _index(arguments: argparse.Namespace) -> None:
         timeout=config.cache.timeout,
         threads=arguments.threads,
         max_bad_fraction=config.max_bad_fraction,
-        progress=_bar("index"),
+        progress=bar_of("index"),
     )
     sizes = count(len(manifest.sizes), "size")
     print(f"{count(manifest.samples, 'sample')} in {count(len(manifest.shards), 'shard')}, of {sizes}: {output}")
 
 
-def _add_inspect(parser: argparse.ArgumentParser) -> None:
-    _add_source(parser)
-    parser.add_argument("--html", type=Path, metavar="FILE", help="also write a contact sheet")
-    parser.add_argument(
-        "--model",
-        help="hub id or local folder: of images, its tokenizer counts the captions that will be cut; of a cache, its VAE decodes the "
-        "latents for the contact sheet",
-    )
-    parser.add_argument(
-        "--text-length",
-        type=int,
-        default=256,
-        help="of images: tokens of a caption, as model.text_length (default 256)",
-    )
-    _add_resolution(parser)
-    _add_buckets(parser)
-    parser.add_argument("--device", default="auto", help="of the VAE: auto, cuda, cpu")
-    parser.add_argument("--samples", type=int, default=2000, help="number of captions to read (default 2000)")
-    parser.add_argument("--count", type=int, default=48, help="number of samples on the contact sheet (default 48)")
-    parser.add_argument("--batch-size", type=int, default=16, help="global batch size of the run (default 16)")
-
-
-def _inspect(arguments: argparse.Namespace) -> None:
-    from data_tools.contact_sheet import write_contact_sheet
-    from data_tools.inspect import summarise
-    from data_tools.tables import format_summary
-
-    if arguments.html is not None:
-        check_writable(arguments.html.parent, "--html", "Choose another folder")
-    # Above 0: unusable samples are what it tells.
-    corpus = open_corpus(
-        arguments.source,
-        arguments.overrides,
-        resolution=arguments.resolution,
-        buckets=arguments.buckets,
-        max_bad_fraction=0.5,
-    )
-    is_counted = arguments.model and not corpus.is_cached
-    summary = summarise(
-        corpus,
-        sample=arguments.samples,
-        global_batch_size=arguments.batch_size,
-        count_tokens=_token_counter(arguments.model) if is_counted else None,
-        text_length=arguments.text_length,
-    )
-    print(format_summary(summary))
-    if arguments.html is not None:
-        decode = _decoder(arguments.model, arguments.device) if arguments.model and corpus.is_cached else None
-        print(write_contact_sheet(corpus, summary, arguments.html, decode=decode, count=arguments.count))
-
-
-def _token_counter(model: str) -> "Callable[[Sequence[str]], list[int]]":
-    from scfm_core.models.encoders import load_tokenizer
-    from scfm_core.models.families import open_family
-
-    family = open_family(model)
-    tokenizer = load_tokenizer(family)
-    return lambda captions: family.count_tokens(tokenizer, captions)
-
-
-def _decoder(model: str, device: str) -> "Callable[[Tensor], Tensor]":
-    import torch
-
-    from scfm_core.models.encoders import Autoencoder
-    from scfm_core.models.families import open_family
-    from scfm_core.train.device import resolve_device
-
-    target = resolve_device(device)
-    vae = Autoencoder(open_family(model), torch.bfloat16 if target.type == "cuda" else torch.float32, target)
-    return lambda latents: vae.decode(latents).cpu()
-
-
-def _add_validate(parser: argparse.ArgumentParser) -> None:
-    _add_source(parser)
-    parser.add_argument("--no-decode", action="store_true", help="check only hashes, counts and fields")
-    parser.add_argument(
-        "--processes", type=int, default=1, help="number of processes that share the shards (default 1)"
-    )
-
-
-def _validate(arguments: argparse.Namespace) -> int:
-    from data_tools.validate import format_problems, printable, validate
-
-    # With 0 the corpus would not open if a shard is missing or truncated, and finding those is the purpose.
-    corpus = open_corpus(arguments.source, arguments.overrides, max_bad_fraction=0.5)
-    problems = validate(
-        corpus, decode=not arguments.no_decode, processes=arguments.processes, progress=_bar("validate")
-    )
-    for note in corpus.notes:
-        print(printable(f"left out: {note}"))
-    print(format_problems(problems) if problems else f"all {len(corpus)} samples are valid")
-    return 1 if problems else 0
-
-
 def _add_encode(parser: argparse.ArgumentParser) -> None:
-    _add_source(parser)
+    add_source(parser)
     parser.add_argument("--output", "-o", type=Path, required=True, help="folder of the shards")
     _add_cache_options(parser)
-    _add_buckets(parser)
+    add_buckets(parser)
 
 
 def _encode(arguments: argparse.Namespace) -> None:
@@ -403,6 +230,6 @@ def _encode(arguments: argparse.Namespace) -> None:
         _cache_config(arguments, len(corpus)),
         rank=rank,
         world_size=world_size,
-        progress=_bar("encode", unit="image"),
+        progress=bar_of("encode", unit="image"),
     )
     print(format_result(result, arguments.output, corpus.notes))

@@ -134,10 +134,8 @@ def permit_reading(path: Path) -> None:
     safetensors writes files of mode 0600, and copies keep the mode of their source.
     """
     probe = path.with_name(f".{path.name}.{os.getpid()}.mode")
-    with probe.open(
-        "x"
-    ) as file:  # a default ACL of the folder may decide too; and os.umask cannot be read without a change
-        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+    probe.touch()  # os.umask cannot be read without a change, and a default ACL of the folder may decide too
+    mode = stat.S_IMODE(probe.stat().st_mode)
     probe.unlink()
     for entry in (path, *path.rglob("*")):
         entry.chmod(mode | (mode & 0o444) >> 2 if entry.is_dir() else mode)

@@ -1,9 +1,11 @@
 """scfm from Python: the images of the command line, with other adapters beside it, and every mistake."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +22,12 @@ from scfm_core.train.parse import dump_config
 from scfm_core.train.trainer import Trainer
 
 PROMPTS = ["a handwritten digit three", "a handwritten digit eight"]
-FILE = "pytorch_lora_weights.safetensors"
+
+
+def exported(run_dir):
+    """The file of `scfm export`."""
+    [path] = (run_dir / "adapter").glob("*.safetensors")
+    return path
 
 
 @pytest.fixture
@@ -92,7 +99,8 @@ def test_an_adapter_gives_the_images_of_its_run(run_dir, pipe, tiny):
 
 def test_a_style_beside_the_adapter_keeps_its_weight(run_dir, pipe, tmp_path):
     """Loaded before or after; the same as the style fused into the base of the run."""
-    down, up = torch.randn(3, 64) * 0.3, torch.randn(256, 3) * 0.3
+    generator = torch.Generator().manual_seed(0)
+    down, up = torch.randn(3, 64, generator=generator), torch.randn(256, 3, generator=generator)
     name = "transformer.single_transformer_blocks.0.proj_mlp"
     save_file({f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}, tmp_path / "style.safetensors")
     style = f"model.adapters=[{{path: {tmp_path / 'style.safetensors'}, weight: 0.7}}]"
@@ -125,7 +133,7 @@ def test_a_dynamic_shift_is_the_familys(run_dir, pipe, tiny):
 
 def rewrite(run_dir, **changes):
     """Change the header of the exported file."""
-    path = run_dir / "adapter" / FILE
+    path = exported(run_dir)
     with safe_open(path, "pt") as file:
         header = dict(file.metadata())
     header["scfm"] = json.dumps({**json.loads(header["scfm"]), **changes})
@@ -134,7 +142,7 @@ def rewrite(run_dir, **changes):
 
 def test_a_folded_file_has_weight_one_at_its_step_count(run_dir, pipe):
     expected = load(run_dir).sample(PROMPTS, steps=4, seed=77)
-    path = run_dir / "adapter" / FILE
+    path = exported(run_dir)
     with safe_open(path, "pt") as file:
         header = dict(file.metadata())
     save_file({n: t * 0.5 if "lora_B" in n else t for n, t in load_file(path).items()}, path, metadata=header)
@@ -153,6 +161,12 @@ def test_mistakes_name_what_to_do(run_dir, pipe, tiny, tmp_path):
         load(tmp_path / "nowhere")
     with pytest.raises(UserError, match="is not a run, which `overrides` are for"):
         load(run_dir / "adapter", overrides=["sample.weights=ema_slow"])
+    with pytest.raises(
+        UserError, match=r"does not name its base model, which was a local folder: give it, `load\(.*base="
+    ):
+        load(run_dir / "adapter")
+    with pytest.raises(UserError, match="there is no folder './nowhere'"):
+        load(run_dir / "adapter", base="./nowhere")
     student = load(run_dir)
     for arguments, message in (
         ({"prompts": []}, "there is no prompt"),
@@ -169,7 +183,7 @@ def test_mistakes_name_what_to_do(run_dir, pipe, tiny, tmp_path):
     save_file({"transformer.x_embedder.lora_A.weight": torch.zeros(2, 4)}, foreign)
     with pytest.raises(UserError, match="is not an adapter of `scfm export`"):
         with_steps(pipe, foreign)
-    with safe_open(run_dir / "adapter" / FILE, "pt") as file:
+    with safe_open(exported(run_dir), "pt") as file:
         header = file.metadata()
     factors = {
         f"transformer.x_embedder.lora_{side}.weight": torch.zeros(shape)
@@ -180,3 +194,22 @@ def test_mistakes_name_what_to_do(run_dir, pipe, tiny, tmp_path):
         with_steps(pipe, foreign)
     with pytest.raises(UserError, match="scfm does not know the pipeline int"):
         with_steps(3, run_dir / "adapter")
+
+
+def test_the_code_of_the_readme_runs(run_dir, tiny, tmp_path, monkeypatch):
+    """With the tiny model in place of Flux.1-dev, and the test's run under the name of the recipe's."""
+    page = (Path(__file__).parents[1] / "README.md").read_text()
+    [code] = [
+        block for block in re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL) if "scfm_core" in block
+    ]
+    assert len(code.strip().splitlines()) <= 10
+    code = code.replace("black-forest-labs/FLUX.1-dev", str(tiny / "flux"))
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "flux_dev_lora").symlink_to(run_dir)
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    exec(code, found)
+    [expected] = found["student"].sample(["a red fox in fresh snow"], steps=3, seed=5)
+    image = found["pipe"]("a red fox in fresh snow", num_inference_steps=3, generator=torch.Generator().manual_seed(5))
+    assert difference([expected], image.images) <= 2
+    assert found["image"].size == found["teacher"].size == (16, 16)

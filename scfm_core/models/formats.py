@@ -89,7 +89,7 @@ def _named(family: ModelFamily, format: Format, layer: str, down: Tensor, up: Te
         name = "lora_unet_" + layer.replace(".", "_")
         alpha = torch.tensor(float(len(down)))
         return {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": alpha}
-    prefix, (a, b) = ("transformer", ("lora_A", "lora_B"))
     if format == "comfyui":
-        prefix, (a, b) = "diffusion_model", family.other_tools.comfyui_factors
-    return {f"{prefix}.{layer}.{a}.weight": down, f"{prefix}.{layer}.{b}.weight": up}
+        a, b = family.other_tools.comfyui_factors
+        return {f"diffusion_model.{layer}.{a}.weight": down, f"diffusion_model.{layer}.{b}.weight": up}
+    return {f"transformer.{layer}{_DOWN}": down, f"transformer.{layer}{_UP}": up}

@@ -50,6 +50,19 @@ class FusedAdapter:
         return adapter_file(self.path)
 
 
+def parse_adapter(text: str) -> FusedAdapter:
+    """An adapter of the command line: `style.safetensors=0.8`, or the file alone with weight 1.
+
+    Raises:
+        UserError: if the weight is not a number, or 0.
+    """
+    path, equals, weight = text.rpartition("=")
+    try:
+        return FusedAdapter(path=path, weight=float(weight)) if equals else FusedAdapter(path=text)
+    except ValueError as error:
+        raise UserError(f"--adapter {text!r} is not of the form FILE=WEIGHT: {error}") from error
+
+
 def adapter_file(path: str | Path) -> Path:
     """The safetensors file of an adapter: `path`, or the only one in this folder.
 

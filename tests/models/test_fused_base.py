@@ -4,20 +4,26 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline
 from safetensors.torch import save_file
 
+from recipes.cli import main
+from scfm_core import load, with_steps
 from scfm_core.errors import UserError
 from scfm_core.models.families import open_family
-from scfm_core.models.fused_base import FusedAdapter
+from scfm_core.models.fused_base import FusedAdapter, parse_adapter
 from scfm_core.train.assemble import build_family
+from scfm_core.train.fit import fit
+from scfm_core.train.parse import dump_config
 from scfm_core.train.runs import load_trained
 from scfm_core.train.trainer import Trainer
 
 WEIGHT = 0.8
 RANK = 3
+PROMPT = "a handwritten digit three"
 
 
 def linears(tiny) -> dict[str, tuple[int, int]]:
@@ -201,6 +207,66 @@ def test_a_run_trains_and_samples_on_the_styled_base(make_config, style, tiny):
         load_trained(trainer.run_dir, make_config(config_of(style)), with_teacher=False)
     # Another style than the run's is what a person asks for.
     load_trained(trainer.run_dir, make_config(config_of(style, 0.5)), with_teacher=False)
+
+
+def test_stored_paths_are_of_the_styled_model(make_config, style, tiny, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a handwritten digit three\na handwritten digit five\n")
+
+    def generate(name: str, *words: str) -> str:
+        made = [
+            "data", "generate", str(prompts), "-o", str(tmp_path / name), "--model", str(tiny / "flux"), "--trajectories", "--steps",
+            "4", "--resolution", "16", "16", "--text-length", "8", "--dtype", "float32", "--shift", "3", *words,
+        ]  # fmt: skip
+        assert main(made) == 0
+        return str(tmp_path / name)
+
+    plain, styled = generate("plain"), generate("styled", "--adapter", f"{style}={WEIGHT}")
+    method = {"method.trajectory_fraction": 1.0, "method.trajectory_grids": [1, 2, 4], "method.teacher_fraction": 0.0}
+    small = {"train.global_batch_size": 2, "train.micro_batch_size": 2}
+    list(Trainer(make_config(config_of(style, **{"data.path": styled}, **method, **small))).train_steps())
+    with pytest.raises(UserError, match=r"sampled from another network .*: model.adapters.0\(weight=0.8\) \(new\)"):
+        Trainer(make_config({"data.path": plain}))
+    with pytest.raises(
+        UserError, match=r"sampled from another network .*: model.adapters.0\(weight=0.8\) \(missing now\)"
+    ):
+        Trainer(make_config({"data.path": styled, "model.adapters": []}))
+
+
+@pytest.mark.parametrize("text", ["style.safetensors=much", "style.safetensors=0", "style.safetensors=nan"])
+def test_a_wrong_weight_on_the_command_line(text):
+    with pytest.raises(UserError, match=rf"--adapter '{text}' is not of the form FILE=WEIGHT"):
+        parse_adapter(text)
+
+
+def test_the_exported_adapter_belongs_to_the_styled_model(make_config, style, tiny, tmp_path):
+    """Merged: base, style and adapter in one; the card names the style."""
+    config = make_config(config_of(style, **{"method.step_gain": {"gamma": 0.5}}))
+    trainer = Trainer(config)
+    fit(trainer)
+    (trainer.run_dir / "config.yaml").write_text(dump_config(config))
+    [image] = load(trainer.run_dir).sample(PROMPT, steps=2, seed=4)
+    assert main(["export", str(trainer.run_dir)]) == 0
+    assert main(["export", str(trainer.run_dir), "--merged", str(tmp_path / "merged"), "--steps", "2"]) == 0
+    card = (trainer.run_dir / "adapter" / "README.md").read_text()
+    assert 'pipe.load_lora_weights("style.safetensors", adapter_name="style0")' in card and "weight 0.8" in card
+    merged = FluxPipeline.from_pretrained(tmp_path / "merged")
+    both = FluxPipeline.from_pretrained(tiny / "flux")
+    both.load_lora_weights(style.parent, weight_name=style.name, adapter_name="style")
+    both.set_adapters("style", WEIGHT)
+    for pipe in (merged, with_steps(both, trainer.run_dir / "adapter")):
+        pipe.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(4)
+        found = pipe(
+            PROMPT,
+            num_inference_steps=2,
+            guidance_scale=3.5,
+            height=16,
+            width=16,
+            max_sequence_length=8,
+            generator=generator,
+        )
+        assert np.abs(np.asarray(found.images[0], dtype=int) - np.asarray(image, dtype=int)).max() <= 2
 
 
 def text_encoder(tensors):
