@@ -48,6 +48,7 @@ footer { display: none !important; }
   padding: .4rem .75rem .4rem 0; vertical-align: top; }
 .scfm .facts th { white-space: nowrap; width: 9rem; }
 #scfm-random { align-self: end; margin-bottom: 12px; }
+@media (min-width: 701px) { #scfm-results { position: sticky; top: 12px; } }
 #scfm-generate { bottom: 12px; position: sticky; z-index: 5; }
 @media (max-width: 700px) { .scfm .cards { grid-template-columns: repeat(min(2, var(--columns)), minmax(0, 1fr)); } }
 """

@@ -149,7 +149,7 @@ def build_page(player: Player) -> Any:
         with gradio.Row(equal_height=False):
             with gradio.Column(scale=2, min_width=300):
                 controls = _add_controls(gradio, player)
-            with gradio.Column(scale=5, min_width=320), gradio.Tabs():
+            with gradio.Column(scale=5, min_width=320, elem_id="scfm-results"), gradio.Tabs():
                 with gradio.Tab("Images"):
                     _add_images(gradio, player, controls)
                 with gradio.Tab("Grid"):
@@ -229,9 +229,7 @@ def _add_images(gradio: Any, player: Player, controls: _Controls) -> None:
     triggers = [controls.button.click, controls.inputs[0].submit]
     gradio.on(triggers, generate, [controls.steps, *controls.inputs], images, **_LONG)
     # On a phone the images are below the inputs.
-    to_images = (
-        "() => { if (innerWidth < 700) document.querySelector('#scfm-images').scrollIntoView({behavior: 'smooth'}) }"
-    )
+    to_images = "() => { if (innerWidth <= 700) document.querySelector('#scfm-images').scrollIntoView() }"
     controls.button.click(None, None, None, js=to_images, api_visibility="private")
 
 

@@ -166,7 +166,8 @@ def test_prompt_to_images_slider_to_strength_and_the_file(visit, address):
 
 
 def test_what_is_wrong_is_a_message_and_the_page_goes_on(visit):
-    page = visit()
+    """On a phone, where the images are below the inputs."""
+    page = visit(width=390)
     problem = page.locator("#scfm-images [role=alert]")
     for prompt, message in (("", "There is no prompt"), ("a \ud800 b", "half of a character")):
         # As a script writes it: the driver cannot send half of a character.
@@ -176,6 +177,7 @@ def test_what_is_wrong_is_a_message_and_the_page_goes_on(visit):
         )
         generate(page)
         sync_api.expect(problem).to_contain_text(message, timeout=WAIT)
+        sync_api.expect(problem).to_be_in_viewport()
     page.get_by_label("Prompt").fill("a " * 12)
     page.get_by_label("Seed", exact=True).fill("first")
     generate(page)
