@@ -165,7 +165,7 @@ def test_mistakes_name_what_to_do(run_dir, pipe, tiny, tmp_path):
         UserError, match=r"does not name its base model, which was a local folder: give it, `load\(.*base="
     ):
         load(run_dir / "adapter")
-    with pytest.raises(UserError, match="there is no folder './nowhere'"):
+    with pytest.raises(UserError, match=r"there is no folder '\./nowhere'"):
         load(run_dir / "adapter", base="./nowhere")
     student = load(run_dir)
     for arguments, message in (
