@@ -72,10 +72,9 @@ def sample(
 def origin(run_dir: Path, config: RunConfig) -> dict[str, Any]:
     """The weights of an image."""
     checkpoint = newest_complete(run_dir)
-    adapters = {Path(adapter.path).name: adapter.weight for adapter in config.model.adapters}
     return {
         "model": Path(config.model.path).name if Path(config.model.path).is_dir() else config.model.path,
-        **({"adapters": adapters} if adapters else {}),
+        "adapters": {Path(adapter.path).name: adapter.weight for adapter in config.model.adapters},
         "run": run_dir.absolute().name,
         "weights": config.sample.weights,
         "checkpoint": checkpoint.name if checkpoint else None,

@@ -173,8 +173,12 @@ class AdapterModel(FewStepModel):
         from diffusers.utils import logging
 
         self.header = read_header(path)
-        target = resolve_device(device)
-        folder = resolve_folder(base or self.header.base_model)
+        base = base or self.header.base_model
+        if base is None:
+            raise UserError(
+                f"{path} does not name its base model, which was a local folder: give it, `load({str(path)!r}, base=FOLDER_OR_HUB_ID)`"
+            )
+        target, folder = resolve_device(device), resolve_folder(base)
         logging.disable_progress_bar()  # "Loading pipeline components"
         dtype = torch.float32 if target.type == "cpu" else torch.bfloat16
         pipe = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)

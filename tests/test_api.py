@@ -99,7 +99,8 @@ def test_an_adapter_gives_the_images_of_its_run(run_dir, pipe, tiny):
 
 def test_a_style_beside_the_adapter_keeps_its_weight(run_dir, pipe, tmp_path):
     """Loaded before or after; the same as the style fused into the base of the run."""
-    down, up = torch.randn(3, 64) * 0.3, torch.randn(256, 3) * 0.3
+    generator = torch.Generator().manual_seed(0)
+    down, up = torch.randn(3, 64, generator=generator), torch.randn(256, 3, generator=generator)
     name = "transformer.single_transformer_blocks.0.proj_mlp"
     save_file({f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}, tmp_path / "style.safetensors")
     style = f"model.adapters=[{{path: {tmp_path / 'style.safetensors'}, weight: 0.7}}]"
@@ -160,6 +161,12 @@ def test_mistakes_name_what_to_do(run_dir, pipe, tiny, tmp_path):
         load(tmp_path / "nowhere")
     with pytest.raises(UserError, match="is not a run, which `overrides` are for"):
         load(run_dir / "adapter", overrides=["sample.weights=ema_slow"])
+    with pytest.raises(
+        UserError, match=r"does not name its base model, which was a local folder: give it, `load\(.*base="
+    ):
+        load(run_dir / "adapter")
+    with pytest.raises(UserError, match="there is no folder './nowhere'"):
+        load(run_dir / "adapter", base="./nowhere")
     student = load(run_dir)
     for arguments, message in (
         ({"prompts": []}, "there is no prompt"),

@@ -6,7 +6,7 @@ import inspect
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -28,10 +28,11 @@ _STEPS = 4
 class AdapterHeader:
     """What `scfm export` writes into the header of an adapter's file, under `scfm`."""
 
-    base_model: str
+    base_model: str | None
+    """Hub id; None: the base was a local folder."""
     step_gain_gamma: float | None
     """gamma of step-scaled adapters; None: the weight does not depend on the step count."""
-    shift: float | str
+    shift: float | Literal["dynamic"]
     guidance: float
     """Of the student."""
     text_length: int
