@@ -14,6 +14,7 @@ from PIL import Image
 from scfm_core.errors import UserError
 from scfm_core.models.encoders import Autoencoder, TextEncoders
 from scfm_core.models.families import family_of_pipeline
+from scfm_core.models.fused_base import adapter_file
 from scfm_core.models.protocol import ModelFamily
 from scfm_core.models.student import FullModel
 from scfm_core.models.weights import resolve_folder
@@ -36,7 +37,8 @@ def load(
     Args:
         path: folder of a run (`run.dir`), safetensors file of an adapter, or a folder with one.
         overrides: of a run: changes of its configuration, such as `sample.weights=ema_slow`.
-        base: of an adapter: its base model, a hub id or a folder; None: the one that the file names.
+        base: of an adapter: its base model, a hub id or a folder; None: the one that the file names, or that of the run in whose
+            folder it is.
         device: `auto` (a GPU if there is one), `cuda`, `cuda:1`, `cpu`.
 
     Raises:
@@ -173,12 +175,13 @@ class AdapterModel(FewStepModel):
         from diffusers.utils import logging
 
         self.header = read_header(path)
-        base = base or self.header.base_model
-        if base is None:
+        self.base = base or self.header.base_model or _base_of_run(path)
+        """Hub id or folder of the base model."""
+        if self.base is None:
             raise UserError(
                 f"{path} does not name its base model, which was a local folder: give it, `load({str(path)!r}, base=FOLDER_OR_HUB_ID)`"
             )
-        target, folder = resolve_device(device), resolve_folder(base)
+        target, folder = resolve_device(device), resolve_folder(self.base)
         logging.disable_progress_bar()  # "Loading pipeline components"
         dtype = torch.float32 if target.type == "cpu" else torch.bfloat16
         pipe = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
@@ -228,3 +231,9 @@ class AdapterModel(FewStepModel):
                 **call,
             ).images
         return images
+
+
+def _base_of_run(path: Path) -> str | None:
+    """The base model of the run in whose folder `adapter/` an adapter is; None if it is elsewhere."""
+    run_dir = adapter_file(path).absolute().parents[1]
+    return open_run(run_dir, []).model.path if (run_dir / "config.yaml").is_file() else None
