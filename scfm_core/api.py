@@ -19,8 +19,9 @@ from scfm_core.models.protocol import ModelFamily
 from scfm_core.models.student import FullModel
 from scfm_core.models.weights import resolve_folder
 from scfm_core.scfm.method import sampling_strength
+from scfm_core.train.config import RunConfig
 from scfm_core.train.device import compute_dtype, resolve_device
-from scfm_core.train.pipelines import read_header, shift_of
+from scfm_core.train.pipelines import load_fused, read_header, shift_of
 from scfm_core.train.pipelines import with_steps as with_steps
 from scfm_core.train.runs import load_trained, open_run
 from scfm_core.train.sampling import generate, to_uint8
@@ -175,16 +176,25 @@ class AdapterModel(FewStepModel):
         from diffusers.utils import logging
 
         self.header = read_header(path)
-        self.base = base or self.header.base_model or _base_of_run(path)
-        """Hub id or folder of the base model."""
-        if self.base is None:
+        run = _run_of(path)
+        found = base or self.header.base_model or (None if run is None else run.model.path)
+        if found is None:
             raise UserError(
                 f"{path} does not name its base model, which was a local folder: give it, `load({str(path)!r}, base=FOLDER_OR_HUB_ID)`"
             )
-        target, folder = resolve_device(device), resolve_folder(self.base)
+        if self.header.adapters and run is None:
+            raise UserError(
+                f"{path} was distilled on its base model together with {', '.join(self.header.adapters)}: load them into a pipeline of "
+                f"diffusers, and this one with `with_steps(pipe, ...)`"
+            )
+        self.base: str = found
+        """Hub id or folder of the base model."""
+        target, folder = resolve_device(device), resolve_folder(found)
         logging.disable_progress_bar()  # "Loading pipeline components"
         dtype = torch.float32 if target.type == "cpu" else torch.bfloat16
         pipe = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
+        if run is not None:
+            load_fused(pipe, run.model.adapters)
         self.pipe = with_steps(pipe.to(target), path)
         self.pipe.set_progress_bar_config(disable=True)
         self.family = family_of_pipeline(pipe)
@@ -233,7 +243,7 @@ class AdapterModel(FewStepModel):
         return images
 
 
-def _base_of_run(path: Path) -> str | None:
-    """The base model of the run in whose folder `adapter/` an adapter is; None if it is elsewhere."""
+def _run_of(path: Path) -> RunConfig | None:
+    """The run in whose folder `adapter/` an adapter is; None if it is elsewhere."""
     run_dir = adapter_file(path).absolute().parents[1]
-    return open_run(run_dir, []).model.path if (run_dir / "config.yaml").is_file() else None
+    return open_run(run_dir, []) if (run_dir / "config.yaml").is_file() else None
