@@ -73,8 +73,7 @@ class Entry:
             self.has_teacher = not isinstance(model.model, FullModel) or "teacher" in model.model.networks
             self.prompt = _first_prompt(config)
         elif isinstance(model, AdapterModel):
-            self.name = adapter_file(path).stem
-            found = base or str(model.header.base_model)
+            self.name, found = adapter_file(path).stem, model.base
             self.origin = {"model": Path(found).name if Path(found).is_dir() else found, "adapter": self.name}
             self.text_length = model.header.text_length
             self.has_strength = self.has_teacher = True

@@ -14,12 +14,14 @@ from PIL import Image
 from scfm_core.errors import UserError
 from scfm_core.models.encoders import Autoencoder, TextEncoders
 from scfm_core.models.families import family_of_pipeline
+from scfm_core.models.fused_base import adapter_file
 from scfm_core.models.protocol import ModelFamily
 from scfm_core.models.student import FullModel
 from scfm_core.models.weights import resolve_folder
 from scfm_core.scfm.method import sampling_strength
+from scfm_core.train.config import RunConfig
 from scfm_core.train.device import compute_dtype, resolve_device
-from scfm_core.train.pipelines import read_header, shift_of
+from scfm_core.train.pipelines import load_fused, read_header, shift_of
 from scfm_core.train.pipelines import with_steps as with_steps
 from scfm_core.train.runs import load_trained, open_run
 from scfm_core.train.sampling import generate, to_uint8
@@ -36,7 +38,8 @@ def load(
     Args:
         path: folder of a run (`run.dir`), safetensors file of an adapter, or a folder with one.
         overrides: of a run: changes of its configuration, such as `sample.weights=ema_slow`.
-        base: of an adapter: its base model, a hub id or a folder; None: the one that the file names.
+        base: of an adapter: its base model, a hub id or a folder; None: the one that the file names, or that of the run in whose
+            folder it is.
         device: `auto` (a GPU if there is one), `cuda`, `cuda:1`, `cpu`.
 
     Raises:
@@ -173,17 +176,26 @@ class AdapterModel(FewStepModel):
         from diffusers.utils import logging
 
         self.header = read_header(path)
-        target = resolve_device(device)
-        base = base or self.header.base_model
-        if base is None:
+        run = _run_of(path)
+        found = base or self.header.base_model or (None if run is None else run.model.path)
+        if found is None:
             raise UserError(
                 f"the adapter {path} names no base model, because that was a folder. Give it: `load(..., base=...)`, or "
                 f"`scfm play ... --model MODEL`"
             )
-        folder = resolve_folder(base)
+        if self.header.adapters and run is None:
+            raise UserError(
+                f"{path} was distilled on its base model together with {', '.join(self.header.adapters)}: load them into a pipeline of "
+                f"diffusers, and this one with `with_steps(pipe, ...)`"
+            )
+        self.base: str = found
+        """Hub id or folder of the base model."""
+        target, folder = resolve_device(device), resolve_folder(found)
         logging.disable_progress_bar()  # "Loading pipeline components"
         dtype = torch.float32 if target.type == "cpu" else torch.bfloat16
         pipe = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
+        if run is not None:
+            load_fused(pipe, run.model.adapters)
         self.pipe = with_steps(pipe.to(target), path)
         self.pipe.set_progress_bar_config(disable=True)
         self.family = family_of_pipeline(pipe)
@@ -230,3 +242,9 @@ class AdapterModel(FewStepModel):
                 **call,
             ).images
         return images
+
+
+def _run_of(path: Path) -> RunConfig | None:
+    """The run in whose folder `adapter/` an adapter is; None if it is elsewhere."""
+    run_dir = adapter_file(path).absolute().parents[1]
+    return open_run(run_dir, []) if (run_dir / "config.yaml").is_file() else None

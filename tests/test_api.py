@@ -73,7 +73,8 @@ def test_importing_scfm_core_imports_no_torch():
 
 def test_an_adapter_gives_the_images_of_its_run(run_dir, pipe, tiny):
     """At every step count, size and guidance; the pipeline keeps its class, its other methods and its object."""
-    student, adapter = load(run_dir), load(run_dir / "adapter", base=str(tiny / "flux"))
+    student, adapter = load(run_dir), load(run_dir / "adapter")
+    assert adapter.base == str(tiny / "flux")  # a local folder, which the file does not name, but the run
     assert with_steps(pipe, run_dir / "adapter") is pipe and isinstance(pipe, FluxPipeline)
     pipe = pipe.to("cpu")
     images = {}
@@ -161,11 +162,9 @@ def test_mistakes_name_what_to_do(run_dir, pipe, tiny, tmp_path):
         load(tmp_path / "nowhere")
     with pytest.raises(UserError, match="is not a run, which `overrides` are for"):
         load(run_dir / "adapter", overrides=["sample.weights=ema_slow"])
-    with pytest.raises(
-        UserError, match=r"does not name its base model, which was a local folder: give it, `load\(.*base="
-    ):
-        load(run_dir / "adapter")
-    with pytest.raises(UserError, match="there is no folder './nowhere'"):
+    with pytest.raises(UserError, match=r"names no base model, because that was a folder. Give it: `load\(.*base="):
+        load(shutil.copytree(run_dir / "adapter", tmp_path / "elsewhere"))
+    with pytest.raises(UserError, match=r"there is no folder '\./nowhere'"):
         load(run_dir / "adapter", base="./nowhere")
     student = load(run_dir)
     for arguments, message in (

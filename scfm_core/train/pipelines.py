@@ -4,7 +4,9 @@ import dataclasses
 import functools
 import inspect
 import json
-from dataclasses import dataclass
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +14,7 @@ import torch
 
 from scfm_core.errors import UserError
 from scfm_core.models.families import family_of_pipeline
-from scfm_core.models.fused_base import adapter_file, read_adapter
+from scfm_core.models.fused_base import FusedAdapter, adapter_file, read_adapter
 from scfm_core.models.protocol import ModelFamily
 from scfm_core.scfm.method import StepGain, sampling_strength
 from scfm_core.train.config import SampleConfig
@@ -38,6 +40,8 @@ class AdapterHeader:
     text_length: int
     resolution: tuple[int, int]
     teacher_guidance: float
+    adapters: dict[str, float] = field(default_factory=dict)
+    """File names and weights of the adapters that were fused into the base model."""
     folded_steps: int | None = None
     """The step count whose weight is folded into the factors; None: the factors have weight 1."""
 
@@ -108,6 +112,12 @@ def with_steps(pipe: Any, adapter: str | Path) -> Any:
         for module, both in factors.items()
         for side, factor in zip("AB", both, strict=True)
     }
+    if header.adapters and not pipe.get_list_adapters():
+        names = ", ".join(f"{name} (weight {weight:g})" for name, weight in header.adapters.items())
+        warnings.warn(
+            f"{path} was distilled on its base model together with {names}, which this pipeline does not have: load them too",
+            stacklevel=2,
+        )
     _add_adapter(pipe, state)
     steps = _Steps(header, family, getattr(pipe, "_scfm_scheduler", pipe.scheduler))
     signature = inspect.signature(own.__call__)
@@ -161,6 +171,16 @@ class _Steps:
             return own
         shift = shift_of(self.header.shift, self.family, size, count)
         return FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=False)
+
+
+def load_fused(pipe: Any, adapters: Sequence[FusedAdapter]) -> None:
+    """Load the adapters of `model.adapters` into a pipeline, which is the same as fusing them."""
+    for number, adapter in enumerate(adapters):
+        file = adapter.file
+        pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name=f"fused{number}")
+    if adapters:
+        names = [f"fused{number}" for number in range(len(adapters))]
+        pipe.set_adapters(names, [adapter.weight for adapter in adapters])
 
 
 def shift_of(shift: Any, family: ModelFamily, size: tuple[int, int], steps: int) -> float:

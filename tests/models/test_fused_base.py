@@ -254,6 +254,14 @@ def test_the_exported_adapter_belongs_to_the_styled_model(make_config, style, ti
     both = FluxPipeline.from_pretrained(tiny / "flux")
     both.load_lora_weights(style.parent, weight_name=style.name, adapter_name="style")
     both.set_adapters("style", WEIGHT)
+    [again] = load(trainer.run_dir / "adapter").sample(PROMPT, steps=2, seed=4)
+    assert np.abs(np.asarray(again, dtype=int) - np.asarray(image, dtype=int)).max() <= 2
+    with pytest.raises(UserError, match=r"together with style\.safetensors: load them into a pipeline of diffusers"):
+        load(shutil.copytree(trainer.run_dir / "adapter", tmp_path / "elsewhere"), base=str(tiny / "flux"))
+    with pytest.warns(
+        UserWarning, match=r"together with style\.safetensors \(weight 0\.8\), which this pipeline does not have"
+    ):
+        with_steps(FluxPipeline.from_pretrained(tiny / "flux"), trainer.run_dir / "adapter")
     for pipe in (merged, with_steps(both, trainer.run_dir / "adapter")):
         pipe.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(4)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
 from recipes.cli import main
 from scfm_core.train.fit import fit
@@ -81,6 +82,16 @@ def broken_yaml(recipe, tiny, tmp_path):
 
 def missing_model(recipe, tiny, tmp_path):
     return train(recipe, "model.path=./nowhere"), "model.path: there is no folder './nowhere'"
+
+
+def missing_style(recipe, tiny, tmp_path):
+    return train(recipe, "model.adapters=[{path: nowhere.safetensors}]"), "there is no adapter 'nowhere.safetensors'"
+
+
+def style_of_another_model(recipe, tiny, tmp_path):
+    path = tmp_path / "style.safetensors"
+    save_file({f"transformer.blocks.0.to_q.lora_{side}.weight": torch.zeros(2, 2) for side in "AB"}, path)
+    return train(recipe, f"model.adapters=[{{path: {path}, weight: 0.8}}]"), "there is no linear for 2 tensors of 2"
 
 
 def hub_without_network(recipe, tiny, tmp_path):
@@ -431,7 +442,7 @@ def missing_json(recipe, tiny, tmp_path):
 
 CASES = [
     unknown_key, unknown_section, wrong_type, wrong_choice, zero_steps, override_without_value,
-    missing_recipe, broken_yaml, missing_model, hub_without_network, wrong_model_folder, wrong_pipeline,
+    missing_recipe, broken_yaml, missing_model, missing_style, style_of_another_model, hub_without_network, wrong_model_folder, wrong_pipeline,
     interrupted_download, missing_weights, missing_data, images_instead_of_cache, empty_data, image_without_caption,
     corrupt_image, pytest.param(corrupt_image_in_a_worker, marks=pytest.mark.processes), cut_shard, flipped_bit,
     cache_of_another_model, cache_of_another_text_length, resolution_not_divisible, no_permission, unknown_prompt_file,

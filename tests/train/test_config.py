@@ -503,7 +503,7 @@ INVALID = [
     (
         "method={distil_guidance: true, teacher_fraction: 0, flow_fraction: 1}",
         "method.distil_guidance teaches one scale, because the network has no input for the scale: give method.guidance "
-        "equal ends above 1, e.g. [4.5, 4.5], got [0.0, 8.0]",
+        "equal ends, e.g. [4.5, 4.5], got [0.0, 8.0]",
     ),
     (
         "method={distil_guidance: true, teacher_fraction: 0, flow_fraction: 1, guidance: [4.5, 4.5]}",
