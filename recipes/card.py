@@ -87,13 +87,13 @@ def _front_matter(card: Card, images: list[_Image]) -> ModelCardData:
     more: dict[str, Any] = {
         "widget": [{"text": image.prompt, "output": {"url": image.file}} for image in images] or None
     }
-    if base.id is not None:
+    if base.id is not None and card.config.model.init == "pretrained":
         more["base_model_relation"] = "finetune" if card.is_merged else "adapter"
     return ModelCardData(
         license=base.license,
         license_name=base.license_name,
         license_link=base.license_link,
-        base_model=base.id,
+        base_model=base.id if card.config.model.init == "pretrained" else None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=["text-to-image", "diffusers", *kind, "scfm", "few-step", "distillation"],
@@ -108,31 +108,39 @@ def _body(card: Card, images: list[_Image]) -> str:
 
 def _title(card: Card) -> str:
     config, base = card.config, card.base
-    only = advice.is_guidance_only(config)
-    if card.is_merged:
-        title = "A model with built-in guidance" if only else "A few-step model"
-        if config.method.step_gain is not None:
-            title = f"A model for {count(card.steps, 'step')}"
-    else:
-        title = "An adapter with built-in guidance" if only else "A few-step adapter"
     name = "" if base.id is None else f" of [{base.id}](https://huggingface.co/{base.id})"
-    lines = [f"# {title}{name}, made with scfm", ""]
+    lines = [f"# {_kind(card)}{name}, made with scfm", ""]
     if base.id is None:
         lines += [
             "The base model is not named: it is not on the hub, or its id was not given (`--base OWNER/NAME`).",
             "",
         ]
-    kind = "SCFM" if config.method.step_gain is None else "SCFM with step-scaled adapters"
-    lines.append(
-        f"{'Guidance was distilled' if only else 'Few-step sampling was distilled'} from the base model by {kind} "
-        f"([arXiv 2510.17858](https://arxiv.org/abs/2510.17858))."
-    )
+    method = "SCFM" if config.method.step_gain is None else "SCFM with step-scaled adapters"
+    paper = "([arXiv 2510.17858](https://arxiv.org/abs/2510.17858))"
+    if config.model.init == "random":
+        lines.append(
+            "Trained from random weights, with the architecture, the text encoders and the VAE of the base model."
+        )
+    elif advice.is_guidance_only(config):
+        lines.append(f"Guidance was distilled from the base model: a stage before {method} {paper}.")
+    else:
+        lines.append(f"Few-step sampling was distilled from the base model by {method} {paper}.")
     if card.is_merged and config.method.step_gain is not None:
         lines.append(f"The strength for {count(card.steps, 'step')} is merged into the weights: use this step count.")
     lines.append(advice.guidance_advice(config, card.family))
     if base.license is None:
         lines.append("The licence is that of the base model.")
-    return "\n".join(line for line in lines if line or line == "").rstrip()
+    return "\n".join(lines).rstrip()
+
+
+def _kind(card: Card) -> str:
+    """What the card is about, as the beginning of its title."""
+    noun = "model" if card.is_merged else "adapter"
+    if advice.is_guidance_only(card.config):
+        return f"{'A model' if card.is_merged else 'An adapter'} with built-in guidance"
+    if card.is_merged and card.config.method.step_gain is not None:
+        return f"A {card.steps}-step model"
+    return f"A {noun} with the architecture" if card.config.model.init == "random" else f"A few-step {noun}"
 
 
 def _pictures(images: list[_Image]) -> str:
@@ -157,8 +165,8 @@ def _weights(card: Card) -> str:
         for steps in sorted({*advice.CARD_STEPS, *(folded for folded in folds if folded)})
     ]
     said = [advice.weight_advice(config)] if None in folds else []
-    if folded := [str(steps) for steps in folds if steps]:
-        said.append(f"Files with the strength for {' or '.join(folded)} steps in them have weight 1.0 there.")
+    if any(folds):
+        said.append("A file for N steps has their strength folded in: use it with weight 1.0 at N steps.")
     return "## Weight of the adapter\n\n" + " ".join(said) + "\n\n" + "\n".join(rows)
 
 
@@ -319,7 +327,8 @@ def _training(card: Card) -> str:
 
 def _copy_images(card: Card, folder: Path) -> list[_Image]:
     """Copy pictures of these weights: images of `scfm sample`, else the newest comparison."""
-    shutil.rmtree(folder, ignore_errors=True)
+    for name in (*(f"{place}.png" for place in range(1, _MAX_IMAGES + 1)), "evaluation.png", "samples.png"):
+        (folder / name).unlink(missing_ok=True)  # of other weights
     found = list(_find_images(card))
     for path, image in found:
         target = folder.parent / image.file

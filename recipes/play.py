@@ -2,7 +2,6 @@
 
 import io
 import queue
-import re
 import secrets
 import sys
 import threading
@@ -23,6 +22,7 @@ from recipes.sample import file_name, origin, save_image
 from scfm_core.api import AdapterModel, FewStepModel, RunModel, load
 from scfm_core.errors import UserError
 from scfm_core.models.encoders import load_tokenizer
+from scfm_core.models.fused_base import adapter_file
 from scfm_core.models.student import FullModel
 from scfm_core.train.config import RunConfig
 from scfm_core.train.prompts import read_prompts
@@ -73,7 +73,7 @@ class Entry:
             self.has_teacher = not isinstance(model.model, FullModel) or "teacher" in model.model.networks
             self.prompt = _first_prompt(config)
         elif isinstance(model, AdapterModel):
-            found = model.base
+            self.name, found = adapter_file(path).stem, model.base
             self.origin = {"model": Path(found).name if Path(found).is_dir() else found, "adapter": self.name}
             self.text_length = model.header.text_length
             self.has_strength = self.has_teacher = True
@@ -102,6 +102,7 @@ class Entry:
     def facts(self) -> dict[str, str]:
         """What the images come from, for people."""
         usual, model, rows = self.usual, self.model, {}
+        shift: float | str
         if isinstance(model, RunModel):
             config = model.config
             rows["Run"] = f"{self.name}, {self.origin['checkpoint']}, weights {self.origin['weights']}"
@@ -303,37 +304,3 @@ def _for_visitors(error: Exception) -> UserError:
     return UserError(
         f"The image could not be made ({type(error).__name__}). The terminal of `scfm play` has the details."
     )
-
-
-def play(words: Sequence[str], *, base: str | None = None, host: str = "127.0.0.1", port: int | None = None) -> None:
-    """Load the models and serve the page until Ctrl-C.
-
-    Args:
-        words: folders of runs, adapters of `scfm export`, and changes of the configuration of the runs, as `section.key=value`.
-        base: base model, a hub id or a folder; None: the one that the run or the adapter names.
-        host: address to listen on.
-        port: None: 7860, or a free one if that is taken; 0: a free one.
-
-    Raises:
-        UserError: if a model cannot be used, or the port is taken.
-    """
-    from recipes.play_server import open_socket, require_packages, serve
-
-    require_packages()
-    overrides = [word for word in words if re.match(r"[a-z_]+(\.[a-z_]+)*=", word)]
-    paths = [word for word in words if word not in overrides]
-    if not paths:
-        raise UserError("give the folder of a run, or an adapter that `scfm export` wrote")
-    socket = open_socket(host, port)  # a taken port is found before the models are loaded
-    entries = []
-    for path in dict.fromkeys(paths):
-        start = time.perf_counter()
-        entries.append(Entry(Path(path), overrides, base))
-        print(f"{path}: loaded in {time.perf_counter() - start:.1f} s", flush=True)
-    names = [entry.name for entry in entries]
-    for path, entry in zip(dict.fromkeys(paths), entries, strict=True):
-        if names.count(entry.name) > 1:
-            entry.name = path
-    player = Player(entries)
-    player.warm_up()
-    serve(player, socket, host)

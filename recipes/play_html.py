@@ -12,7 +12,7 @@ _SMALL = 256
 """Pixels: smaller images are enlarged without smoothing."""
 
 STYLE = """
-.gradio-container { max-width: 1280px !important; }
+.gradio-container { max-width: 1280px !important; overflow: clip !important; }
 footer { display: none !important; }
 .scfm { --quiet: color-mix(in srgb, var(--body-text-color) 72%, transparent); color: var(--body-text-color); line-height: 1.45; }
 .scfm h1 { font-size: 1.5rem; font-weight: 650; margin: 0; }

@@ -50,6 +50,7 @@ def show_images(player: Player, steps: Any, inputs: Inputs) -> Iterator[str]:
             slots.append(Slot("Undistilled model", first, ask, count, undistilled=True))
         if inputs.teacher and first.has_teacher:
             slots.append(Slot("Teacher", first, ask, TEACHER_STEPS, undistilled=True))
+        _check_steps(slots)
     except UserError as error:
         yield wrapped(problem(error))
         return
@@ -68,18 +69,16 @@ def show_grid(player: Player, rows: str | None, columns: Any, inputs: Inputs) ->
             planned.append(("Undistilled model", first, counts, True))
         if inputs.teacher and first.has_teacher:
             planned.append(("Teacher", first, [TEACHER_STEPS], True))
-        for _, entry, own, undistilled in planned:
-            for count in own:
-                entry.model.settings(steps=count, undistilled=undistilled)  # a folded adapter has one step count
+        slots = [
+            Slot(title, entry, each, count, undistilled)
+            for title, entry, own, undistilled in planned
+            for count in own
+            for each in asks
+        ]
+        _check_steps(slots)
     except UserError as error:
         yield wrapped(problem(error))
         return
-    slots = [
-        Slot(title, entry, each, count, undistilled)
-        for title, entry, own, undistilled in planned
-        for count in own
-        for each in asks
-    ]
     yield from _filled(player, slots, lambda made: notes(ask) + tables(slots, made))
 
 
@@ -107,6 +106,13 @@ def _read(player: Player, inputs: Inputs) -> tuple[list[Entry], Ask]:
         width=inputs.width,
     )
     return entries, ask
+
+
+def _check_steps(slots: Sequence[Slot]) -> None:
+    """UserError if an adapter does not have a step count: it may have been exported for another one."""
+    for slot in slots:
+        strength = None if slot.undistilled else slot.ask.strength
+        slot.entry.model.settings(steps=slot.steps, strength=strength, undistilled=slot.undistilled)
 
 
 def _filled(player: Player, slots: Sequence[Slot], render: Callable[[Sequence[Picture | None]], str]) -> Iterator[str]:

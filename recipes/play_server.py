@@ -11,11 +11,14 @@ import signal
 import socket
 import sys
 import threading
+import time
 import warnings
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from recipes.play import Player
+from recipes.play import Entry, Player
 from scfm_core.errors import UserError, missing_extra
 
 _PORT = 7860
@@ -195,6 +198,38 @@ def serve(player: Player, listener: socket.socket, host: str) -> None:
         # The thread with the model works on: the exit of the interpreter would take its memory away.
         sys.stdout.flush()
         os._exit(0)
+
+
+def play(words: Sequence[str], *, base: str | None = None, host: str = "127.0.0.1", port: int | None = None) -> None:
+    """Load the models and serve the page until Ctrl-C.
+
+    Args:
+        words: folders of runs, adapters of `scfm export`, and changes of the configuration of the runs, as `section.key=value`.
+        base: base model, a hub id or a folder; None: the one that the run or the adapter names.
+        host: address to listen on.
+        port: None: 7860, or a free one if that is taken; 0: a free one.
+
+    Raises:
+        UserError: if a model cannot be used, or the port is taken.
+    """
+    require_packages()
+    overrides = [word for word in words if re.match(r"[a-z_]+(\.[a-z_]+)*=", word)]
+    paths = [word for word in words if word not in overrides]
+    if not paths:
+        raise UserError("give the folder of a run, or an adapter that `scfm export` wrote")
+    listener = open_socket(host, port)  # a taken port is found before the models are loaded
+    entries = []
+    for path in dict.fromkeys(paths):
+        start = time.perf_counter()
+        entries.append(Entry(Path(path), overrides, base))
+        print(f"{path}: loaded in {time.perf_counter() - start:.1f} s", flush=True)
+    names = [entry.name for entry in entries]
+    for path, entry in zip(dict.fromkeys(paths), entries, strict=True):
+        if names.count(entry.name) > 1:
+            entry.name = path
+    player = Player(entries)
+    player.warm_up()
+    serve(player, listener, host)
 
 
 def serve_in_thread(player: Player) -> tuple[str, Any]:

@@ -57,7 +57,8 @@ def _files(folder: Path) -> list[str]:
     if (folder / "model_index.json").is_file():
         return ["*"]
     card = (folder / "README.md").read_text(encoding="utf-8")
-    return ["README.md", "images/*", *(path.name for path in folder.iterdir() if path.is_file() and path.name in card)]
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    return ["README.md", *(name for name in names if name in card)]
 
 
 @contextmanager

@@ -45,7 +45,7 @@ def _add_play(commands: Any) -> None:
 
 
 def _play(arguments: argparse.Namespace) -> None:
-    from recipes.play import play
+    from recipes.play_server import play
 
     play(arguments.words, base=arguments.model, host=arguments.host, port=arguments.port)
 

@@ -180,7 +180,8 @@ class AdapterModel(FewStepModel):
         found = base or self.header.base_model or (None if run is None else run.model.path)
         if found is None:
             raise UserError(
-                f"{path} does not name its base model, which was a local folder: give it, `load({str(path)!r}, base=FOLDER_OR_HUB_ID)`"
+                f"the adapter {path} names no base model, because that was a folder. Give it: `load(..., base=...)`, or "
+                f"`scfm play ... --model MODEL`"
             )
         if self.header.adapters and run is None:
             raise UserError(

@@ -162,9 +162,7 @@ def test_mistakes_name_what_to_do(run_dir, pipe, tiny, tmp_path):
         load(tmp_path / "nowhere")
     with pytest.raises(UserError, match="is not a run, which `overrides` are for"):
         load(run_dir / "adapter", overrides=["sample.weights=ema_slow"])
-    with pytest.raises(
-        UserError, match=r"does not name its base model, which was a local folder: give it, `load\(.*base="
-    ):
+    with pytest.raises(UserError, match=r"names no base model, because that was a folder. Give it: `load\(.*base="):
         load(shutil.copytree(run_dir / "adapter", tmp_path / "elsewhere"))
     with pytest.raises(UserError, match=r"there is no folder '\./nowhere'"):
         load(run_dir / "adapter", base="./nowhere")

@@ -130,6 +130,7 @@ class TestWheel:
             "s3fs",
             "torchmetrics",
             "torchvision",
+            "gradio",
             "pytest",
         )
         [site] = slim.glob("lib/python*/site-packages")

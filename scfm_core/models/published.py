@@ -10,7 +10,7 @@ class Published:
     name: str
     """A short name, for names of files."""
     architecture: str
-    """Its name in the metadata of kohya"s trainers (`modelspec.architecture`), which other tools read."""
+    """Its name in the metadata of kohya's trainers (`modelspec.architecture`), which other tools read."""
     version: str
     """Its name as a base model of an adapter (`ss_base_model_version`)."""
     license: str = "other"
@@ -24,7 +24,7 @@ PUBLISHED: dict[str, Published] = {
         name="flux-dev", architecture="flux-1-dev", version="flux1", license_name="flux-1-dev-non-commercial-license"
     ),
     "black-forest-labs/FLUX.2-dev": Published(
-        name="flux2-dev", architecture="Flux.2-dev", version="flux2", license_name="flux-dev-non-commercial-license"
+        name="flux2-dev", architecture="Flux.2-dev", version="flux2", license_name="flux-non-commercial-license"
     ),
     "black-forest-labs/FLUX.2-klein-base-4B": Published(
         name="flux2-klein-base-4b", architecture="Flux.2-klein-4b", version="flux2_klein_4b", license="apache-2.0"

@@ -202,7 +202,7 @@ def test_the_code_on_a_merged_models_card(run, tiny, tmp_path, monkeypatch, word
         == 0
     )
     card = ModelCard.load(tmp_path / "merged" / "README.md")
-    assert card.data.base_model_relation == "finetune" and "A model for 4 steps" in card.text
+    assert card.data.base_model_relation == "finetune" and "# A 4-step model of [me/digits]" in card.text
     assert [path.suffix for path in (tmp_path / "merged").glob("*.safetensors")] == [".safetensors"] * len(words)
     code = re.search(r"```python\n(.*?)```", card.text, re.S)
     monkeypatch.chdir(tmp_path)

@@ -5,11 +5,13 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import sys
 import threading
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -280,22 +282,28 @@ def test_the_end_of_the_server_ends_all_waits(player):
     assert not busy.stop()
 
 
-def test_an_exported_adapter(player, runs, tiny):
-    assert main(["export", str(runs[0])]) == 0
-    [file] = (runs[0] / "adapter").glob("*.safetensors")
+def test_an_exported_adapter(player, runs, tiny, tmp_path):
+    """In one file for all step counts, and in one for 4 steps."""
+    folder, base = runs[0] / "adapter", str(tiny / "flux")
     [expected] = pictures(player, last(show_images(player, 4, inputs())))
-    for path, base in ((file, None), (file.parent, str(tiny / "flux"))):
-        alone = Player([Entry(path, base=base)])
-        html = last(show_images(alone, 4, inputs(run=None, undistilled=True)))
-        found, undistilled = pictures(alone, html)
+    shutil.rmtree(folder, ignore_errors=True)
+    for words, strength, fact in (([], 0.5, "1 / steps^0.5"), (["--steps", "4"], 1, "4 steps")):
+        assert main(["export", str(runs[0]), "--dtype", "float32", *words]) == 0
+        [file] = folder.glob("*_4steps_*" if words else "*.safetensors")
+        alone = Player([Entry(file if words else folder, base=base)])
+        found, undistilled = pictures(alone, last(show_images(alone, 4, inputs(run=None, undistilled=True))))
         assert np.abs(pixels(found.png) - pixels(expected.png)).max() <= 2
         assert np.abs(pixels(undistilled.png) - pixels(expected.png)).max() > 10
-        assert (found.settings["adapter"], found.settings["model"], found.settings["strength"]) == (
-            path.name,
-            "flux",
-            0.5,
-        )
-        assert "1 / steps^0.5" in facts_html(alone)
+        assert (found.settings["adapter"], found.settings["model"]) == (file.stem, "flux")
+        assert found.settings["strength"] == strength and fact in facts_html(alone)
+    [page] = show_images(alone, 3, inputs(run=None))
+    assert "This adapter is folded for 4 steps" in page
+    [page] = show_grid(alone, "4, 3", 1, inputs(run=None))
+    assert "This adapter is folded for 4 steps" in page
+    assert strength_of(alone.entries[0], 3) is None and alone.entries[0].first_steps == 4
+    assert Entry(file).origin["model"] == "flux"  # as its run says
+    with pytest.raises(UserError, match="names no base model"):
+        Entry(Path(shutil.copy(file, tmp_path)))
 
 
 class TestServer:

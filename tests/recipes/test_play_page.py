@@ -82,6 +82,7 @@ def visit(browser, address, asked):
         )
         page.goto(address)
         page.get_by_role("button", name="Generate", exact=True).wait_for()
+        page.wait_for_load_state("networkidle")  # until then Gradio may set an input again
         return page
 
     yield open_page
