@@ -124,9 +124,9 @@ class CacheWriter:
         self.draft = Manifest(
             encoder=encoder_fingerprint(family.folder),
             fields=self.kinds,
-            text_length=family.text_tokens(config.text_length) if needs_text else None,
+            text_length=None if config.latents_only else family.text_tokens(config.text_length),
             padding=digest,
-            settings={"model.text_length": config.text_length} if needs_text else {},
+            settings={} if config.latents_only else {"model.text_length": config.text_length},
         )
         self._error = [0.0, 0.0]
 

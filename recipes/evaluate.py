@@ -39,6 +39,8 @@ from scfm_core.train.sampling import generate, to_uint8
 from scfm_core.wording import count, duration, number
 
 Result = dict[str, dict[str, dict[str, float]]]
+_SAMPLER = 2
+"""Changes with what a model's images are made of. 2: Flux's timesteps in bf16 are those of diffusers' pipeline."""
 GRID_COLUMNS = 10
 SINGULAR = (
     "there are no more samples than features, so the covariance is singular: these Frechet distances can be compared with each "
@@ -273,7 +275,13 @@ class Evaluator:
     def _images_key(self, first: int) -> str:
         """A hash of everything that the frozen model's images depend on."""
         config, folder, sample = self.config, self.model.family.folder, self.config.sample
-        known: list[Any] = [self.model.family.fingerprint, encoder_fingerprint(folder), self.prompts, str(self.device)]
+        known: list[Any] = [
+            _SAMPLER,
+            self.model.family.fingerprint,
+            encoder_fingerprint(folder),
+            self.prompts,
+            str(self.device),
+        ]
         known += [first, sample.seed, sample.shift, sample.guidance, self.model.family.has_learned_guidance]
         known += [config.run.seed] if config.model.init == "random" else []
         known += [config.data.resolution, config.model.text_length, config.train.compute_dtype]

@@ -163,7 +163,7 @@ class Player:
             UserError: with a message for the visitor.
         """
         usual = entry.usual
-        text, notes = checked_prompt(prompt)
+        (text, notes), number = checked_prompt(prompt), checked_seed(seed)
         size = checked_size(height, width, usual)
         entry.model.family.latent_shape(*size)
         if strength is not None and not (is_number(strength) and abs(strength) <= 10):
@@ -175,7 +175,7 @@ class Player:
             notes = (*notes, f"The prompt has {count} tokens. The model reads the first {entry.text_length}.")
         return Ask(
             prompt=text,
-            seed=checked_seed(seed),
+            seed=number,
             strength=strength if entry.has_strength else None,
             guidance=None if guidance == usual["guidance"] else guidance,
             height=size[0],

@@ -51,6 +51,8 @@ class AttentionShape:
     head_dim: int
     dtype: torch.dtype
     device: torch.device
+    kv_heads: int | None = None
+    """Heads of key and value; None: as many as of the query. Only `SDPA` takes fewer."""
     masked: bool = False
     """Whether keys are masked, by a bool mask [batch, 1, 1, tokens]. Only `SDPA` takes masks."""
 
@@ -58,13 +60,16 @@ class AttentionShape:
     def key(self) -> str:
         """A string of everything that the fastest backend depends on."""
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
-        shape = f"{self.batch}x{self.tokens}x{self.heads}x{self.head_dim}"
+        heads = f"{self.heads}" if self.kv_heads in (None, self.heads) else f"{self.heads}/{self.kv_heads}"
+        shape = f"{self.batch}x{self.tokens}x{heads}x{self.head_dim}"
         return f"{device}, {shape}, {str(self.dtype).removeprefix('torch.')}{', masked' * self.masked}, torch {torch.__version__}"
 
     def draw(self) -> tuple[Tensor, Tensor, Tensor]:
         """Random query, key and value that require gradients."""
-        shape = (3, self.batch, self.tokens, self.heads, self.head_dim)
-        query, key, value = torch.randn(shape, dtype=self.dtype, device=self.device)
+        query, key, value = (
+            torch.randn(self.batch, self.tokens, heads, self.head_dim, dtype=self.dtype, device=self.device)
+            for heads in (self.heads, self.kv_heads or self.heads, self.kv_heads or self.heads)
+        )
         return query.requires_grad_(), key.requires_grad_(), value.requires_grad_()
 
     def mask(self) -> Tensor | None:
@@ -84,7 +89,9 @@ def attention(query: Tensor, key: Tensor, value: Tensor, backend: str, mask: Ten
     if backend in SDPA:
         with sdpa_kernel(SDPA[backend]):
             query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-            return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
+            grouped = query.shape[1] != key.shape[1]
+            result = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=grouped)
+            return result.transpose(1, 2)
     if mask is not None:
         raise ValueError(f"{backend} attention takes no mask, and the text of this model is masked")
     if backend == "triton":
@@ -117,7 +124,7 @@ def _flash3(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def why_unavailable(backend: str, shape: AttentionShape) -> str | None:
-    """Why `backend` cannot run `shape`; None if it can. It tries a forward and backward of one head on a few tokens."""
+    """Why `backend` cannot run `shape`; None if it can. It tries a forward and backward of one head of keys on a few tokens."""
     if backend == "triton":
         from scfm_core.kernels.launch import why_no_triton
 
@@ -127,7 +134,8 @@ def why_unavailable(backend: str, shape: AttentionShape) -> str | None:
         return "xformers has no kernel for a CPU"
     failures: tuple[type[Exception], ...] = (RuntimeError, ValueError, *_triton_errors())
     try:
-        probed = replace(shape, batch=1, tokens=min(_PROBE_TOKENS, shape.tokens), heads=1)
+        heads = shape.heads // (shape.kv_heads or shape.heads)
+        probed = replace(shape, batch=1, tokens=min(_PROBE_TOKENS, shape.tokens), heads=heads, kv_heads=1)
         inputs = probed.draw()
         attention(*inputs, backend, probed.mask()).sum().backward()
         if shape.device.type == "cuda":

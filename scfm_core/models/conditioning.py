@@ -44,6 +44,12 @@ class Conditioning:
         lengths = torch.tensor(self.lengths).to(self.device, non_blocking=True)
         return torch.arange(max(self.lengths), device=self.device) < lengths[:, None]
 
+    @property
+    def mask_if_needed(self) -> Tensor | None:
+        """`mask`; None if all rows are equally long, which more backends of attention take."""
+        assert self.lengths is not None
+        return self.mask if len(set(self.lengths)) > 1 else None
+
     def with_guidance(self, guidance: Tensor | None) -> "Conditioning":
         """The same rows with another guidance, fp32 [B]."""
         return dataclasses.replace(self, guidance=guidance)

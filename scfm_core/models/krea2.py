@@ -57,6 +57,11 @@ class Krea2(qwen_vae.QwenVAE):
 
         return Krea2Transformer2DModel
 
+    @property
+    def kv_heads(self) -> int:
+        """See `ModelFamily`."""
+        return int(self.network_config["num_key_value_heads"])
+
     def shapes(self, text_length: int) -> dict[str, tuple[int, ...]]:
         """See `ModelFamily`. A token has the hidden states of several layers, [layers, D]."""
         return {"text": (text_length, self.network_config["num_text_layers"], self.network_config["text_hidden_dim"])}
@@ -69,7 +74,7 @@ class Krea2(qwen_vae.QwenVAE):
         packed = network(
             hidden_states=pack_latents(x).to(dtype),
             encoder_hidden_states=text.to(dtype),
-            encoder_attention_mask=cond.mask,
+            encoder_attention_mask=cond.mask_if_needed,
             timestep=rounded(sigma, network),
             position_ids=torch.cat([positions.new_zeros(text.shape[1], 3), positions]),
             return_dict=False,

@@ -134,6 +134,11 @@ class ModelFamily(Pretrained):
         return int(self.network_config["num_attention_heads"])
 
     @property
+    def kv_heads(self) -> int:
+        """Number of heads of keys and values; fewer than `heads` for grouped queries."""
+        return self.heads
+
+    @property
     def width(self) -> int:
         """Features of a token inside the network."""
         return int(self.heads * self.network_config["attention_head_dim"])
@@ -183,7 +188,7 @@ class ModelFamily(Pretrained):
         Args:
             cond: the velocity with the caption, [B, C, H, W].
             uncond: the velocity with the empty caption.
-            scale: as the users of diffusers' pipeline give it, [B, 1, 1, 1] in the dtype of `cond`.
+            scale: as the users of diffusers' pipeline give it, fp32 [B, 1, 1, 1].
         """
         return uncond + scale * (cond - uncond)
 
@@ -195,7 +200,7 @@ class ModelFamily(Pretrained):
         if not self._needs_two_passes(cond):
             return self.predict(network, x, sigma, cond)
         assert self.unconditional is not None and cond.guidance is not None, "TextEncoders sets the empty caption"
-        empty, scale = self.unconditional.expand(len(cond)), per_sample(cond.guidance, x).to(x.dtype)
+        empty, scale = self.unconditional.expand(len(cond)), per_sample(cond.guidance, x)
         if self.rows_per_sample(cond) == 2:
             both = Conditioning.cat([cond.with_guidance(None), empty])
             conditional, unconditional = self.predict(network, x.repeat(2, 1, 1, 1), sigma.repeat(2), both).chunk(2)

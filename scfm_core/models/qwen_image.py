@@ -26,6 +26,7 @@ _NETWORK = {
     "out_channels": 16,
     "patch_size": 2,
 }
+_SMALL = 1e-6  # norm of a token of the velocity, which is about 10
 
 
 class QwenImage(QwenVAE):
@@ -66,13 +67,14 @@ class QwenImage(QwenVAE):
 
     def predict(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         """See `ModelFamily`. As in the pipeline, there is no mask if all captions are equally long."""
-        assert cond.lengths is not None
         height, width = x.shape[-2:]
+        with torch.inference_mode(False):  # diffusers caches this table, and passes with gradient save slices of it
+            network.pos_embed._get_device_freqs(x.device)  # type: ignore[operator, union-attr]
         dtype = dtype_of(network)
         packed = network(
             hidden_states=pack_latents(x).to(dtype),
             encoder_hidden_states=cond.fields["text"].to(dtype),
-            encoder_hidden_states_mask=cond.mask if len(set(cond.lengths)) > 1 else None,
+            encoder_hidden_states_mask=cond.mask_if_needed,
             # The network multiplies by 1000. The pipeline rounds 1000 sigma to bf16, and the quotient again.
             timestep=rounded(1000 * sigma, network) / 1000,
             img_shapes=[[(1, height // PATCH, width // PATCH)]] * len(x),
@@ -84,8 +86,10 @@ class QwenImage(QwenVAE):
         """See `ModelFamily`. Each token of the guided velocity gets the norm that it has with the caption alone. In fp32."""
         conditional, unconditional = pack_latents(cond.float()), pack_latents(uncond.float())
         guided = unconditional + scale[..., 0].float() * (conditional - unconditional)
-        norm = guided.norm(dim=-1, keepdim=True).clamp_min(1e-12)  # a new network's velocity is 0
-        return unpack_latents(guided * (conditional.norm(dim=-1, keepdim=True) / norm), *cond.shape[-2:])
+        norm = guided.norm(dim=-1, keepdim=True)
+        ratio = conditional.norm(dim=-1, keepdim=True) / norm.clamp_min(_SMALL)
+        # The velocity of a new network is 0, where a ratio has no slope: it would never learn.
+        return unpack_latents(guided * torch.where(norm > _SMALL, ratio, 1.0), *cond.shape[-2:])
 
     def encode_prompt(
         self, pipeline: Any, captions: Sequence[str], device: torch.device, text_length: int

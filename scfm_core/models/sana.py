@@ -81,7 +81,7 @@ class Sana(ModelFamily):
         velocity: Tensor = network(
             hidden_states=x.to(dtype),
             encoder_hidden_states=cond.fields["text"].to(dtype),
-            encoder_attention_mask=cond.mask,
+            encoder_attention_mask=cond.mask_if_needed,
             timestep=1000 * sigma * self.network_config.get("timestep_scale", 1.0),
             return_dict=False,
         )[0]

@@ -199,7 +199,9 @@ def save_pipeline(
         _edit_json(temporary / "model_index.json", {"scheduler": ["diffusers", type(scheduler).__name__]})
     if has_learned_guidance:
         (temporary / GUIDANCE_MARK).write_text(
-            "Guidance was distilled into these weights: sample with guidance_scale=1.\n", encoding="utf-8"
+            "Guidance was distilled into these weights: sample with one pass a step, without guidance (guidance_scale=1; 0 for models\n"
+            "whose scale counts from the conditional velocity).\n",
+            encoding="utf-8",
         )
     describe(temporary)
     for path in (*temporary.glob("*.json"), *temporary.glob("*/*config.json")):

@@ -197,10 +197,10 @@ class PlanConfig:
                 "step_gain to none here, and use it in the next run, which distils the result of this one to few steps"
             )
         low, high = self.guidance
-        if not 1 < low == high:
+        if not 0 < low == high:
             raise ValueError(
                 f"method.distil_guidance teaches one scale, because the network has no input for the scale: give method.guidance "
-                f"equal ends above 1, e.g. [4.5, 4.5], got {[low, high]}"
+                f"equal ends, e.g. [4.5, 4.5], got {[low, high]}"
             )
 
     def check_pairs_at(self, shift: float) -> None:

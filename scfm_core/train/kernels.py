@@ -95,5 +95,6 @@ def _shape(config: RunConfig, family: ModelFamily, device: torch.device) -> Atte
         head_dim=family.width // family.heads,
         dtype=dtype,
         device=device,
+        kv_heads=family.kv_heads,
         masked="masked" in family.fields.values(),
     )

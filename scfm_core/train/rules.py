@@ -71,6 +71,11 @@ def check_model(config: RunConfig, family: ModelFamily) -> None:
             f"method.distil_guidance is for models with classifier-free guidance in two passes; {path} needs only one. Set "
             f"it to false"
         )
+    if method.distil_guidance and method.guidance[0] <= family.neutral_guidance:
+        raise UserError(
+            f"method.distil_guidance needs a scale above {family.neutral_guidance:g}, which is no guidance for {path}: method.guidance has "
+            f"{method.guidance[0]:g}. Give the scale with which the model is sampled, twice"
+        )
     draws_guidance = method.has_pairs or method.trajectory_steps is not None
     if family.passes == 2 and draws_guidance and method.guidance[0] < family.neutral_guidance:
         raise UserError(

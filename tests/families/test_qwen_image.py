@@ -1,5 +1,6 @@
 """Qwen-Image's classes against diffusers' own pipeline."""
 
+import functools
 import math
 
 import pytest
@@ -100,6 +101,29 @@ def test_guidance_keeps_the_norm_of_each_token(fp32):
     plain = pack_latents(uncond + scale * (cond - uncond))
     torch.testing.assert_close(torch.cosine_similarity(pack_latents(guided), plain, dim=-1), torch.ones(2, 16))
     assert not fp32.family.guide(torch.zeros_like(cond), torch.zeros_like(cond), scale).any()
+
+
+def test_a_new_network_learns_under_guidance(fp32):
+    """Its velocity is zero, where a ratio of norms has no slope."""
+    network = fp32.family.load_network(torch.float32, "cpu")
+    for parameter in network.proj_out.parameters():
+        torch.nn.init.zeros_(parameter)
+    cond, x = fp32.encoders.encode(PROMPTS, 4.0), torch.randn(2, 4, 8, 8)
+    (fp32.family.velocity(network, x, torch.tensor([0.9, 0.5]), cond) - x).square().mean().backward()
+    assert network.proj_out.weight.grad.abs().max() > 1e-3
+
+
+def test_a_pass_in_inference_mode_does_not_spoil_the_next_one(fp32):
+    """diffusers caches a copy of a table for each device. On a CPU it is the table itself; here it is a copy, as on a GPU."""
+    network = fp32.family.load_network(torch.float32, "cpu")
+    table = network.pos_embed
+    table._get_device_freqs = functools.cache(lambda device: (table.pos_freqs.clone(), table.neg_freqs.clone()))
+    cond, x, sigma = fp32.encoders.encode(PROMPTS), torch.randn(2, 4, 8, 8), torch.tensor([0.9, 0.5])
+    with torch.inference_mode():
+        before = fp32.family.predict(network, x, sigma, cond).clone()
+    after = fp32.family.predict(network, x, sigma, cond)
+    after.sum().backward()
+    assert torch.equal(before, after) and network.proj_out.weight.grad is not None
 
 
 def test_latents_are_normalised_per_channel(fp32):

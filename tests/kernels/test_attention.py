@@ -1,6 +1,7 @@
 """The choice of an attention backend: which are available, measured times, and the file with earlier measurements."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -33,6 +34,18 @@ def times(**milliseconds):
         return milliseconds.get(backend, 100.0)
 
     return time, measured
+
+
+def test_grouped_queries_and_masks_are_tried_as_they_are():
+    grouped = replace(SHAPE, heads=6, kv_heads=2, masked=True)
+    assert why_unavailable("math", grouped) is None
+    assert "takes no mask" in why_unavailable("xformers" if DEVICE.type == "cuda" else "triton", grouped)
+    assert len({SHAPE.key, grouped.key, replace(grouped, masked=False).key}) == 3
+    query, key, value = (tensor.detach() for tensor in grouped.draw())
+    wide = [tensor.repeat_interleave(3, dim=2) for tensor in (key, value)]
+    kept = grouped.tokens // 2
+    expected = attention(query, *(tensor[:, :kept] for tensor in wide), "math")
+    torch.testing.assert_close(attention(query, key, value, "math", grouped.mask()), expected, **TOLERANCE)
 
 
 def test_the_backends_of_a_cpu():

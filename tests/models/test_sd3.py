@@ -376,6 +376,12 @@ def test_kernels_of_other_blocks_are_refused(make_sd3, changes, message):
         Trainer(make_sd3(changes))
 
 
+def test_the_scale_that_is_distilled_must_guide(make_sd3):
+    stage = {**STAGE_1, "method.flow_fraction": 1.0, "method.guidance": [1.0, 1.0], "sample.guidance": 1.0}
+    with pytest.raises(UserError, match=r"needs a scale above 1, which is no guidance"):
+        Trainer(make_sd3(stage))
+
+
 def test_a_backend_of_pytorchs_attention(make_sd3):
     assert "math attention (asked for)" in str(Trainer(make_sd3({"kernels.attention": "math"})).kernels)
 

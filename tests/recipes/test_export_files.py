@@ -143,6 +143,19 @@ def test_a_merged_pipeline_names_no_place_that_it_was_loaded_from(tiny, tmp_path
     assert not (tmp_path / "new" / "README.md").exists()
 
 
+def test_a_fixed_shift_replaces_a_scheduler_of_another_class(tiny, tmp_path):
+    """Sana's pipeline has DPM-Solver."""
+    source = Path(shutil.copytree(tiny / "flux", tmp_path / "source"))
+    path, own = source / "model_index.json", source / "scheduler" / "scheduler_config.json"
+    index = json.loads(path.read_text())
+    path.write_text(json.dumps(index | {"scheduler": ["diffusers", "DPMSolverMultistepScheduler"]}))
+    own.write_text(json.dumps({"_class_name": "DPMSolverMultistepScheduler", "flow_shift": 3.0}))
+    network = open_family(str(source)).load_network(torch.float32, "cpu")
+    save_pipeline(source, tmp_path / "new", network.state_dict().items(), torch.float32, 2.5)
+    scheduler = FluxPipeline.from_pretrained(tmp_path / "new").scheduler
+    assert (type(scheduler).__name__, scheduler.config.shift) == ("FlowMatchEulerDiscreteScheduler", 2.5)
+
+
 def test_the_card_of_an_adapter(run):
     assert main(["export", str(run), "--base", FLUX, "--dtype", "bfloat16"]) == 0
     assert main(["export", str(run), "--base", FLUX, "--dtype", "bfloat16", "--steps", "4"]) == 0

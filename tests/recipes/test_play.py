@@ -32,10 +32,11 @@ from scfm_core.train.trainer import Trainer
 PROMPT = "a digit"
 
 
-def write_run(tiny, folder, **method):
+def write_run(tiny, folder, weights="lora", **method):
     """A run whose adapter changes the images, without training."""
     tree = smallest_tree(tiny, folder)
     tree["method"] |= method
+    tree["train"]["weights"] = weights
     tree["sample"]["prompts"] = [PROMPT]
     config = parse_config(tree, source="test")
     trainer = Trainer(config)
@@ -280,6 +281,15 @@ def test_the_end_of_the_server_ends_all_waits(player):
     release.set()
     assert busy._worker.call(lambda: 3) == 3 and len(errors) == 2 and "ran" not in errors
     assert not busy.stop()
+
+
+def test_full_weights_without_teacher(tiny, tmp_path):
+    """There is no strength to choose, and nothing to compare with."""
+    alone = Player([Entry(write_run(tiny, tmp_path / "full", "full", teacher_fraction=0.0, flow_fraction=1.0))])
+    [picture] = pictures(
+        alone, last(show_images(alone, 2, inputs(run=None, by_hand=True, strength=0.3, undistilled=True, teacher=True)))
+    )
+    assert picture.settings["strength"] == 1 and "none: full weights" in facts_html(alone)
 
 
 def test_an_exported_adapter(player, runs, tiny, tmp_path):
