@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -291,7 +292,7 @@ def test_full_weights_without_teacher(tiny, tmp_path):
     assert picture.settings["strength"] == 1 and "none: full weights" in facts_html(alone)
 
 
-def test_an_exported_adapter(player, runs, tiny):
+def test_an_exported_adapter(player, runs, tiny, tmp_path):
     """In one file for all step counts, and in one for 4 steps."""
     folder, base = runs[0] / "adapter", str(tiny / "flux")
     [expected] = pictures(player, last(show_images(player, 4, inputs())))
@@ -310,8 +311,9 @@ def test_an_exported_adapter(player, runs, tiny):
     [page] = show_grid(alone, "4, 3", 1, inputs(run=None))
     assert "This adapter is folded for 4 steps" in page
     assert strength_of(alone.entries[0], 3) is None and alone.entries[0].first_steps == 4
+    assert Entry(file).origin["model"] == "flux"  # as its run says
     with pytest.raises(UserError, match="names no base model"):
-        Entry(file)
+        Entry(Path(shutil.copy(file, tmp_path)))
 
 
 class TestServer:
