@@ -15,7 +15,7 @@ $(STAMP): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(not (3, 11) <= v < (3, 14) and \
 	    f"scfm needs Python 3.11 to 3.13, {sys.executable} is {v[0]}.{v[1]}: make setup PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@echo "installing requirements.lock into .venv: 8.5 GB, and for a while the downloads too"
+	@echo "installing requirements.lock into .venv: 8.8 GB, and for a while the downloads too"
 	@mkdir -p .venv/tmp
 	@while sleep 10 && kill -0 $$$$; do du -sm .venv | awk '{printf "  %.1f GB\n", $$1 / 1000}'; done 2>/dev/null & \
 	trap "kill $$!" EXIT; \
