@@ -24,6 +24,7 @@ from scfm_core import load, with_steps
 from scfm_core.data.corpus import Corpus
 from scfm_core.data.recipe import DataConfig
 from scfm_core.data.schema import collate
+from scfm_core.errors import UserError
 from scfm_core.models.families import FAMILIES, open_family
 from scfm_core.scfm.loss import LossMeter
 from scfm_core.train.checkpoint import find_checkpoint
@@ -284,6 +285,18 @@ EXPLAINED = {
     "scfm_core/train/config.py": 1,  # the paper's clip norms, by model
 }
 """Lines of documentation that name a family."""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_network_without_blocks_is_an_error(family, monkeypatch):
+    """Checkpointing and compilation would otherwise do nothing."""
+    path = next(iter(family.known))
+    opened = open_family(path, offline=True)
+    network = opened.meta_network()
+    assert len(opened.blocks(network)) > 10
+    monkeypatch.setattr(family, "block_lists", ("renamed_blocks",))
+    with pytest.raises(UserError, match=f"the {type(network).__name__} of {path} has no blocks in renamed_blocks"):
+        opened.blocks(network)
 
 
 def test_only_models_and_kernels_name_families():
