@@ -210,7 +210,9 @@ class Corpus:
         shard = self._open(shard_number)
         try:
             if self.is_cached:
-                record = cached_record(shard, at, number, self.fields, source.padding, self.with_paths)
+                record = cached_record(
+                    shard, at, number, self.fields, self.text_length, source.padding, self.with_paths
+                )
                 return pad_tokens(record, source.padding) if padded else record
             return image_record(
                 shard, at, source.config, size, self.config.seed or 0, sample_id, self.config.background

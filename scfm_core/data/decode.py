@@ -108,6 +108,7 @@ def cached_record(
     at: int,
     source: int,
     kinds: Mapping[str, FieldKind],
+    text_length: int | None,
     padding: Mapping[str, Tensor] | None,
     with_path: bool,
 ) -> Record:
@@ -118,11 +119,12 @@ def cached_record(
         at: its place in the shard.
         source: number of the source, which identifies the padding.
         kinds: of the source's fields, by name.
+        text_length: L of the fields of tokens.
         padding: [L, ...] of each field of tokens, if those of the source are trimmed.
         with_path: read the teacher's path too.
 
     Raises:
-        BadData: if a file or tensor is missing.
+        BadData: if a file or tensor is missing, or tokens have another length.
         DECODING_ERRORS: if one cannot be decoded.
     """
     content, caption = shard.read(at, "safetensors"), shard.read(at, "txt")
@@ -142,6 +144,13 @@ def cached_record(
             f"`scfm data generate --trajectories`"
         )
     fields = {name: tensors[name] for name in kinds}
+    for name in (name for name, kind in kinds.items() if kind == "tokens"):
+        whole = fields[name] if padding is None else padding[name]
+        if whole.shape[:1] != (text_length,):
+            raise BadData(
+                f"data: sample {key!r} of shard {shard.name} has {name} of the shape {list(whole.shape)}, not [{text_length}, ...]. "
+                f"Encode it again"
+            )
     _check_fields(fields, kinds, padding)
     return Record(
         key=key,

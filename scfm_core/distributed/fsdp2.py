@@ -18,7 +18,7 @@ from scfm_core.distributed.engine import MOMENTS, Engine, EngineConfig, Layout, 
 from scfm_core.distributed.reader import DCP_FOLDER
 from scfm_core.distributed.world import World, quiet_gloo
 from scfm_core.distributed.written import Written
-from scfm_core.filling import Fill, allocate, materialise, stored_tensors
+from scfm_core.filling import Fill, allocate, kept_in_fp32, materialise, stored_tensors
 
 
 class Fsdp2Layout(Layout):
@@ -54,7 +54,10 @@ class Fsdp2Layout(Layout):
         return self.mesh is not None
 
     def prepare(self, network: nn.Module, blocks: list[nn.Module], fill: Fill) -> None:
-        """See `Layout`. Each block is a unit; all other parameters form the last unit. Nothing is communicated."""
+        """See `Layout`. Each block is a unit; all other parameters form the last unit. Nothing is communicated.
+
+        A unit is gathered in one dtype, so parameters that must stay fp32 are not sharded: every process holds them.
+        """
         if self.mesh is None:
             materialise(network, self._device, fill)
             return
@@ -65,15 +68,22 @@ class Fsdp2Layout(Layout):
             # Also for the root, which FSDP2 would otherwise keep gathered until its backward. An EMA has no backward,
             # so it would use the weights of the first step forever.
             "reshard_after_forward": True,
+            "ignored_params": set(self._replicated(network)),
         }
         for block in blocks:
             fully_shard(block, **options)
         fully_shard(network, **options)
         allocate(network, "cpu" if self._is_offloaded else self._device, others_on=self._device)
+        for parameter in self._replicated(network):
+            parameter.data = parameter.data.to(self._device)
         with torch.no_grad():
             for name, tensor in stored_tensors(network).items():
                 slot = _slot(tensor)
                 fill(name, slot.local.view(-1), slot.start)
+
+    def _replicated(self, network: nn.Module) -> list[nn.Parameter]:
+        """Small parameters that would lose their precision if they were gathered."""
+        return [] if self._policy.param_dtype is None else list(kept_in_fp32(network).values())
 
 
 class Fsdp2Engine(Engine):
@@ -114,17 +124,13 @@ class Fsdp2Engine(Engine):
             }
         self._micro_batches = 0
         self._norm = torch.zeros(())
+        replicated = {name: p for name, p in self._student.items() if world.size > 1 and not isinstance(p, DTensor)}
+        self._sharded_names = [name for name in self._student if name not in replicated]
+        """Also those of a single process."""
         self._flat: Tensor | None = None
-        if world.size > 1 and layout.mesh is None:
-            self._flatten_gradients()
-
-    def _flatten_gradients(self) -> None:
-        """Make the replicas' gradients views of one vector, so that a step needs one all-reduce and no copy."""
-        sizes = [local.numel() for local in self._local.values()]
-        first = next(iter(self._local.values()))
-        self._flat = torch.zeros(sum(sizes), dtype=torch.float32, device=first.device)
-        for parameter, part in zip(self._student.values(), self._flat.split(sizes), strict=True):
-            parameter.grad = part.view_as(parameter)
+        """The gradients of replicated weights: of all, or beside shards of those that stay fp32."""
+        if replicated:
+            self._flat = _flattened_gradients(list(replicated.values()))
 
     def forward(self, call: Callable[[], Tensor]) -> Tensor:
         """See `Engine`."""
@@ -135,7 +141,7 @@ class Fsdp2Engine(Engine):
         self._micro_batches += 1
         for network in self._sharded:  # HSDP: reducing between replicas once per step is enough
             network.set_requires_all_reduce(self._micro_batches == self._config.accumulation)
-        divisor = self._config.accumulation * (self._world.size if self._flat is not None else 1)
+        divisor = self._config.accumulation * (self._world.size if self._mesh is None else 1)  # FSDP2 takes the mean
         (loss / divisor).backward()
 
     def reduce(self) -> float:
@@ -143,17 +149,22 @@ class Fsdp2Engine(Engine):
         self._micro_batches = 0
         if self._flat is not None:
             dist.all_reduce(self._flat)
+            if self._mesh is not None:
+                self._flat /= self._world.size
         for name, local in self._local.items():
             gradient = self._student[name].grad
             local.grad = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-        gradients = [local.grad for local in self._local.values() if local.grad is not None]
+        names = self._local if self._mesh is None else self._sharded_names
+        gradients = [gradient for name in names if (gradient := self._local[name].grad) is not None]
         self._norm = nn.utils.get_total_norm(gradients)
         if self._mesh is not None:
             # Over all ranks, so that all have the same bits: replicas that summed on their own could differ in the last one,
             # and clipping would let them drift apart.
-            squared = self._norm.square()
+            squared, shards = self._norm.square(), self._mesh["shard"].size()
+            if self._flat is not None:  # the same on all ranks: each of a group of shards adds its share
+                squared += self._flat.square().sum().to(squared.device) / shards
             dist.all_reduce(squared)
-            self._norm = (squared * self._mesh["shard"].size() / self._world.size).sqrt()
+            self._norm = (squared * shards / self._world.size).sqrt()
         return self._norm.item()
 
     def step(self, lr: float) -> None:
@@ -168,9 +179,8 @@ class Fsdp2Engine(Engine):
         """See `Engine`."""
         if self._flat is not None:
             self._flat.zero_()
-            return
-        for name, local in self._local.items():
-            local.grad = self._student[name].grad = None
+        for name in self._sharded_names:
+            self._local[name].grad = self._student[name].grad = None
 
     def ema_tensors(self, role: str) -> dict[str, Tensor]:
         """See `Engine`."""
@@ -201,6 +211,15 @@ class Fsdp2Engine(Engine):
         """See `Engine`."""
         for state in self._optimizer.state.values():
             state["step"].fill_(updates)
+
+
+def _flattened_gradients(parameters: list[nn.Parameter]) -> Tensor:
+    """Make the replicas' gradients views of one vector, so that a step needs one all-reduce and no copy."""
+    sizes = [parameter.numel() for parameter in parameters]
+    flat = torch.zeros(sum(sizes), dtype=torch.float32, device=parameters[0].device)
+    for parameter, part in zip(parameters, flat.split(sizes), strict=True):
+        parameter.grad = part.view_as(parameter)
+    return flat
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -22,9 +22,10 @@ class Conditioning:
     """Guidance, fp32 [B]: an input of the network, or the scale of classifier-free guidance. None: no guidance."""
 
     def __getitem__(self, rows: slice | Tensor) -> "Conditioning":
-        lengths = None
-        if self.lengths is not None:  # it is short; indices on a GPU are waited for
-            lengths = tuple(torch.tensor(self.lengths)[rows.cpu() if isinstance(rows, Tensor) else rows].tolist())
+        """Some rows: a slice, or a tensor on the CPU, their numbers int64 [n]. Nothing waits for a GPU."""
+        lengths = None if self.lengths is None else tuple(torch.tensor(self.lengths)[rows].tolist())
+        if isinstance(rows, Tensor):
+            rows = rows.to(self.device, non_blocking=True)
         guidance = None if self.guidance is None else self.guidance[rows]
         fields = {name: _fit(tensor[rows], lengths) for name, tensor in self.fields.items()}
         return Conditioning(fields=fields, lengths=lengths, guidance=guidance)

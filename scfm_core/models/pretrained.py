@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scfm_core.filling import materialise, stored_tensors
+from scfm_core.filling import kept_in_fp32, materialise, stored_tensors
 from scfm_core.models.fingerprint import different_network, network_fingerprint
 from scfm_core.models.fused_base import Change, FusedAdapter, FusedFiles, read_changes
 from scfm_core.models.initial import RandomWeights, parameters_on_meta
@@ -48,15 +48,13 @@ class Pretrained(ABC):
     def empty_network(self, dtype: torch.dtype) -> nn.Module:
         """The transformer without weights: parameters of `dtype` on the meta device, buffers on the CPU; in eval mode.
 
-        Parameters that diffusers keeps in fp32 are fp32: norms of Krea 2, whose scale is 1 + weight.
+        Parameters that diffusers keeps in fp32 are fp32; see `kept_in_fp32`.
         """
         with parameters_on_meta():
             network: nn.Module = self.network_class.from_config(dict(self.network_config))
         network = nn.Module.to(network, dtype).eval()  # diffusers' own `to` would warn
-        kept = set(getattr(network, "_keep_in_fp32_modules", None) or ())
-        for name, parameter in network.named_parameters():
-            if kept.intersection(name.split(".")):
-                parameter.data = parameter.data.float()
+        for parameter in kept_in_fp32(network).values():
+            parameter.data = parameter.data.float()
         return network
 
     def open_weights(self, network: nn.Module) -> FusedFiles:

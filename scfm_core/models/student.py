@@ -170,8 +170,9 @@ class FullModel(ShortcutModel):
         output = torch.empty_like(x)
         for name, value in (("teacher", 0.0), (role, 1.0)):
             rows = [row for row, own in enumerate(strengths) if own == value]
-            used = torch.tensor(rows or [0]).to(x.device, non_blocking=True)
-            part = self._run(name, x[used], sigma[used], cond[used]).to(x.dtype)
+            on_host = torch.tensor(rows or [0])
+            used = on_host.to(x.device, non_blocking=True)
+            part = self._run(name, x[used], sigma[used], cond[on_host]).to(x.dtype)
             if rows:
                 output = output.index_copy(0, used, part)
         return output

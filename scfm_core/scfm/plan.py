@@ -52,9 +52,10 @@ class ShortcutPlan:
     """bool: rows without their caption."""
     pair_rows: Tensor
     """int64: numbers of the rows that need near and far passes; row 0 if there are none. They are computed on the CPU, where
-    the plan is drawn: on a GPU this would wait for its queue. They stay there, and so do the strengths, which full weights read."""
+    the plan is drawn: on a GPU this would wait for its queue. They stay there, because the lengths of masked text are on the CPU
+    too, and so do the strengths, which full weights read."""
     trajectory_rows: Tensor
-    """int64: numbers of the trajectory rows; row 0 if there are none."""
+    """int64: numbers of the trajectory rows; row 0 if there are none. They stay on the CPU too."""
 
     @property
     def has_known_target(self) -> Tensor:
@@ -65,8 +66,8 @@ class ShortcutPlan:
         return self.sigma_start.shape[0]
 
     def to(self, device: torch.device | str) -> "ShortcutPlan":
-        """The same plan with its tensors on `device`, except for the strengths and `pair_rows`, which stay where they are."""
-        kept = ("student_strength", "near_strength", "far_strength", "pair_rows")
+        """The same plan with its tensors on `device`, except for the strengths and the row numbers, which stay where they are."""
+        kept = ("student_strength", "near_strength", "far_strength", "pair_rows", "trajectory_rows")
         moved: dict[str, Any] = {
             field.name: value.to(device, non_blocking=True)
             for field in dataclasses.fields(self)

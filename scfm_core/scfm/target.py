@@ -28,8 +28,8 @@ def scfm_target(
     Args:
         plan: sigmas, strengths and slices, [B].
         noised_latents: x at `plan.sigma_start`, fp32 [B, ...].
-        cond: the conditioning for `near` and `far`; `cond[rows]` must select rows if the plan has rows with a known target
-            (None is passed through).
+        cond: the conditioning for `near` and `far`; `cond[rows]` must select rows, numbers on the CPU, if the plan has rows
+            with a known target (None is passed through).
         near: velocity of the first half: the teacher on rows of strength 0, the fast EMA on the others.
         far: velocity of the second half: the slow EMA.
         flow_velocity: the known targets, [B, ...]: `noise - latents` on flow-matching rows, the mean velocity of the path on
@@ -55,7 +55,7 @@ def scfm_target(
     # Only pairs need the two passes. At least one row always runs them, because in a sharded run every process must enter
     # the network. If this row is not a pair, its result is overwritten below.
     rows = plan.pair_rows.to(noised_latents.device, non_blocking=True)
-    pair_cond = None if cond is None else cond[rows]
+    pair_cond = None if cond is None else cond[plan.pair_rows]
     pairs = _pair_target(plan, rows, plan.pair_rows, noised_latents[rows], pair_cond, near, far)
     target = flow_velocity.to(pairs.dtype).index_copy(0, rows, pairs)
     return torch.where(per_sample(plan.has_known_target, target), flow_velocity.to(pairs.dtype), target)

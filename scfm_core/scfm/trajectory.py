@@ -68,17 +68,17 @@ def take_paths(
     Args:
         plan: gives the trajectory rows, shifts and guidance.
         latents, noise: all rows, [B, ...].
-        cond: the conditioning for `teacher`, with the plan's guidance; `cond[rows]` must select rows.
+        cond: the conditioning for `teacher`, with the plan's guidance; `cond[rows]` must select rows, numbers on the CPU.
         teacher: called with strength 0.
         num_steps: K, the Euler steps of each path; each is an interval.
 
     Returns:
         the paths, which are meaningful on trajectory rows only, and their ends [B, ...]; on other rows these are `latents`.
     """
-    rows = plan.trajectory_rows
+    rows = plan.trajectory_rows.to(noise.device, non_blocking=True)
     u = 1 - torch.arange(num_steps + 1, dtype=torch.float64, device=noise.device) / num_steps
     sigmas = shift_sigma(u, plan.shift[:, None].double()).float()
-    row_cond, strength = cond[rows], torch.zeros_like(plan.shift[rows])
+    row_cond, strength = cond[plan.trajectory_rows], torch.zeros(len(rows))
     ends, velocities = roll_out(
         lambda x, sigma: teacher(x, sigma, row_cond, strength), noise[rows], sigmas[rows], intervals=num_steps
     )

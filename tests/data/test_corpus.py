@@ -1001,6 +1001,19 @@ class TestCachedRecords:
         whole = torch.stack([corpus.record(index).fields["text"] for index in range(5)])
         assert bits(text.padded(corpus.paddings["text"])) == bits(whole)
 
+    @pytest.mark.parametrize("length", [3, 5])
+    def test_a_text_that_is_not_trimmed_has_the_full_length(self, tmp_path, length):
+        """A batch with trimmed texts of another source would hide that it is damaged."""
+        records = [make_record(0), make_record(1)]
+        records[1].fields["text"] = torch.zeros(length, *records[1].fields["text"].shape[1:])
+        samples = [(record.key, fields_of(record), SIZE) for record in records]
+        corpus = open_corpus(write_tars(tmp_path / "cache", samples, CACHED))
+        assert len(corpus.record(0).fields["text"]) == CACHED.text_length
+        with pytest.raises(
+            BadData, match=rf"{records[1].key}.* of shard .*text of the shape \[{length}, 3\], not \[4, "
+        ):
+            corpus.record(1, padded=False)
+
     @pytest.mark.parametrize("replace_victim", [Path.unlink, lambda path: flip(path, -1)], ids=["gone", "damaged"])
     def test_without_their_padding_are_refused(self, tmp_path, replace_victim):
         folder = self.trimmed(tmp_path / "cache")

@@ -119,7 +119,7 @@ def test_validate_names_the_field(tmp_path):
     assert reasons(open_(write(tmp_path / "cache", samples), max_bad_fraction=0.5)) == {
         "0001": "hidden has the shape [7, 3, 2], not [at most 6, ...]",
         "0002": "hidden has the shape [2, 4, 2], most of samples have [n, 3, 2]; pooled has the shape [6], most of samples have [5]",
-        "0003": "mask_free has the shape [5, 2], not [6, ...]",
+        "0003": "has mask_free of the shape [5, 2], not [6, ...]. Encode it again",
         "0004": "has no hidden, but latents, mask_free, pooled. Encode it again",
         "0005": "hidden has 6 of 6 values that are not finite",
     }

@@ -377,7 +377,7 @@ class TestCaches:
         reasons = found(validate(open_(folder), processes=processes))
         assert [key for _, key in reasons] == ["00", "01", "02", "03", "05", "06", "07"]
         assert reasons["0.tar", "00"] == "latents has the shape [2, 8, 9], most of 16 x 16 pixels have [2, 8, 8]"
-        assert reasons["1.tar", "05"] == f"text has the shape [5, 3], not [{LENGTH}, ...]"
+        assert reasons["1.tar", "05"] == f"has text of the shape [5, 3], not [{LENGTH}, ...]. Encode it again"
         assert "text has the shape [6, 4]" in reasons["1.tar", "06"]
         assert "pooled has the shape [6], most of samples have [5]" in reasons["1.tar", "06"]
         assert "latents has the shape [8, 8]" in reasons["1.tar", "07"]
@@ -414,7 +414,7 @@ class TestCaches:
         dataclasses.replace(Manifest.parse(path.read_bytes(), "it"), text_length=7).write(path)
         reasons = found(validate(open_(folder)))
         assert len(reasons) == 12
-        assert reasons["0.tar", "00"] == "text has the shape [6, 3], not [7, ...]"
+        assert reasons["0.tar", "00"] == "has text of the shape [6, 3], not [7, ...]. Encode it again"
 
     def test_a_text_longer_than_its_padding(self, tmp_path):
         folder = tmp_path / "cache"

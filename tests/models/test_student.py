@@ -1,4 +1,5 @@
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from scfm_core.models.student import FullModel, LoRAModel
 from scfm_core.scfm.method import PlanConfig
 from scfm_core.scfm.plan import sample_plan
 from scfm_core.scfm.target import scfm_target
+from scfm_core.scfm.trajectory import take_paths
 
 
 @pytest.fixture
@@ -70,8 +72,9 @@ def test_full_weights_enter_both_networks_whatever_the_draw(family, batch, stren
     torch.testing.assert_close(near, model.velocity("student", x, sigma, cond, torch.ones(4)))
 
 
+@pytest.mark.parametrize("lengths", [None, tuple(range(1, 9)) * 2], ids=["whole", "masked"])
 @torch.no_grad()
-def test_a_target_with_full_weights_reads_nothing_from_the_device(family, monkeypatch):
+def test_a_target_with_full_weights_reads_nothing_from_the_device(family, monkeypatch, lengths):
     """A read from a GPU waits for its queue. Tensors on the meta device have nothing to read."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # there is none for the meta device
     networks = {role: family.empty_network(torch.float32) for role in (*ADAPTERS, "teacher")}
@@ -79,18 +82,36 @@ def test_a_target_with_full_weights_reads_nothing_from_the_device(family, monkey
     for config in (
         PlanConfig(self_grids=(16, 8)),
         PlanConfig(self_grids=(16, 8), teacher_fraction=0.4, flow_fraction=0.3),
+        PlanConfig(self_grids=(16, 8), trajectory_fraction=0.3, trajectory_grids=(2, 4), trajectory_steps=4),
     ):
         plan = sample_plan(config, torch.arange(16), seed=0)
         assert {0.0, 1.0} == set(plan.near_strength[plan.pair_rows].tolist())
         cond = Conditioning(
             fields={name: torch.empty(16, *shape, device="meta") for name, shape in family.shapes(8).items()},
+            lengths=lengths,
             guidance=plan.guidance.to("meta"),
         )
         x = torch.empty(16, 1, 8, 8, device="meta")
         moved = plan.to("meta")
+        if config.has_trajectory:
+            assert plan.is_trajectory.any()
+            _, ends = take_paths(moved, x, x, cond, partial(model.velocity, "teacher"), 4)
+            assert ends.shape == x.shape
         target = scfm_target(moved, x, cond, model.near_velocity, model.far_velocity, flow_velocity=x)
         assert target.shape == x.shape
         model.student_velocity(x, moved.sigma_start, cond, moved.student_strength)
+
+
+def test_rows_of_a_conditioning_keep_their_lengths():
+    """Their tokens are as long as the longest of them."""
+    text = torch.arange(1.0, 25).view(3, 4, 2)
+    cond = Conditioning(fields={"text": text, "pooled": text[:, 0]}, lengths=(4, 1, 2), guidance=torch.arange(3.0))
+    for rows in (torch.tensor([2, 1]), torch.tensor([False, True, True]), slice(1, None)):
+        part = cond[rows]
+        assert part.lengths == ((2, 1) if part.guidance[0] == 2 else (1, 2))
+        assert torch.equal(part.fields["text"], text[rows][:, :2])
+        assert torch.equal(part.fields["pooled"], text[rows][:, 0])
+        assert torch.equal(part.guidance, torch.arange(3.0)[rows])
 
 
 @pytest.mark.parametrize("weights", ["lora", "full"])
