@@ -74,7 +74,7 @@ class Chroma(ModelFamily):
             encoder_hidden_states=cond.fields["text"].to(dtype),
             attention_mask=torch.cat([seen, seen.new_ones(packed.shape[:2])], dim=1),
             # The network multiplies by 1000. The pipeline rounds 1000 sigma to bf16, and the quotient again.
-            timestep=rounded(1000 * sigma, network) / 1000,
+            timestep=rounded(1000 * sigma, dtype) / 1000,
             img_ids=image_ids(height, width, x.device),
             txt_ids=torch.zeros(seen.shape[1], 3, device=x.device),
             return_dict=False,

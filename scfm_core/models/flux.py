@@ -97,7 +97,7 @@ class Flux(ModelFamily):
             hidden_states=pack_latents(x).to(dtype),
             encoder_hidden_states=text.to(dtype),
             pooled_projections=cond.fields["pooled"].to(dtype),
-            timestep=timestep_of(sigma, network),
+            timestep=timestep_of(sigma, dtype),
             guidance=cond.guidance if self.guidance_kind == "input" else None,
             img_ids=image_ids(height, width, x.device),
             txt_ids=torch.zeros(text.shape[1], 3, device=x.device),
@@ -119,11 +119,11 @@ class Flux(ModelFamily):
         return {"text": text, "pooled": pooled}, None
 
 
-def timestep_of(sigma: Tensor, network: nn.Module) -> Tensor:
+def timestep_of(sigma: Tensor, dtype: torch.dtype) -> Tensor:
     """Flux's timestep is sigma; the network multiplies it by 1000, in its dtype.
 
     diffusers' pipeline rounds 1000 sigma to bf16 and divides again. Rounding sigma itself would tell the network another time for a
     quarter of all sigmas, by up to 4 of 1000. In fp32, where nothing is rounded, sigma stays as it is.
     """
-    timestep = rounded(1000 * sigma, network)
+    timestep = rounded(1000 * sigma, dtype)
     return sigma if timestep.dtype == torch.float32 else timestep / 1000

@@ -90,7 +90,7 @@ class Flux2(ModelFamily):
         tokens: Tensor = network(
             hidden_states=x.flatten(2).transpose(1, 2).to(dtype),
             encoder_hidden_states=text.to(dtype),
-            timestep=timestep_of(sigma, network),
+            timestep=timestep_of(sigma, dtype),
             guidance=cond.guidance if self.guidance_kind == "input" else None,
             img_ids=_position_ids(height, width, 1, x.device),
             txt_ids=_position_ids(1, 1, text.shape[1], x.device),

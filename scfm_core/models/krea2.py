@@ -75,7 +75,7 @@ class Krea2(qwen_vae.QwenVAE):
             hidden_states=pack_latents(x).to(dtype),
             encoder_hidden_states=text.to(dtype),
             encoder_attention_mask=cond.mask_if_needed,
-            timestep=rounded(sigma, network),
+            timestep=rounded(sigma, dtype),
             position_ids=torch.cat([positions.new_zeros(text.shape[1], 3), positions]),
             return_dict=False,
         )[0]

@@ -310,11 +310,11 @@ class ModelFamily(Pretrained):
         return self.extra_tokens + text_length
 
 
-def rounded(timestep: Tensor, network: nn.Module) -> Tensor:
-    """A timestep in the dtype of a network's products, which diffusers' pipelines use: bf16 under autocast, or the parameters'."""
+def rounded(timestep: Tensor, dtype: torch.dtype) -> Tensor:
+    """A timestep in the dtype of a network's products, as in diffusers' pipelines: that of autocast, or `dtype`, the parameters'."""
     device = timestep.device.type
     is_mixed = device != "meta" and torch.is_autocast_enabled(device)
-    return timestep.to(torch.get_autocast_dtype(device) if is_mixed else dtype_of(network))
+    return timestep.to(torch.get_autocast_dtype(device) if is_mixed else dtype)
 
 
 def dtype_of(network: nn.Module) -> torch.dtype:

@@ -76,7 +76,7 @@ class QwenImage(QwenVAE):
             encoder_hidden_states=cond.fields["text"].to(dtype),
             encoder_hidden_states_mask=cond.mask_if_needed,
             # The network multiplies by 1000. The pipeline rounds 1000 sigma to bf16, and the quotient again.
-            timestep=rounded(1000 * sigma, network) / 1000,
+            timestep=rounded(1000 * sigma, dtype) / 1000,
             img_shapes=[[(1, height // PATCH, width // PATCH)]] * len(x),
             return_dict=False,
         )[0]
