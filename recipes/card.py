@@ -1,12 +1,14 @@
 """The model card beside an export: what it is, how to use it, what was measured, how it was trained."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from recipes import advice
@@ -15,11 +17,13 @@ from recipes.comfyui import comfyui_settings, workflow
 from recipes.header import Contents
 from recipes.sample import read_settings
 from scfm_core import __version__
+from scfm_core.errors import UserError
 from scfm_core.files import permit_reading, written_whole
 from scfm_core.models.fused_base import describe
 from scfm_core.models.original_names import FLUX
 from scfm_core.models.protocol import ModelFamily
 from scfm_core.train.config import RunConfig
+from scfm_core.train.parse import dump_config, with_absolute_paths
 from scfm_core.wording import count, number
 
 UNNAMED_BASE = "path/to/the/base/model"
@@ -205,7 +209,13 @@ def _diffusers(card: Card) -> str:
         imports, setting = f"from diffusers import {family.pipeline}", []
     elif card.is_merged:
         imports += "\nfrom safetensors.torch import load_file"
-        setting.append(f'pipe.transformer.load_state_dict(load_file("{card.place}/{name}"))')
+        place = f'"{card.place}/{name}"'
+        if "/" in card.place:  # a repository
+            imports = imports.replace(
+                "from safetensors", "from huggingface_hub import hf_hub_download\nfrom safetensors"
+            )
+            place = f'hf_hub_download("{card.place}", "{name}")'
+        setting.append(f"pipe.transformer.load_state_dict(load_file({place}))")
     else:
         weight = advice.weight(config, steps, contents.folded)
         setting.append(f'pipe.load_lora_weights("{card.place}", weight_name="{name}", adapter_name="scfm")')
@@ -274,12 +284,28 @@ def _write_workflow(path: Path, card: Card) -> None:
         partial.write_text(json.dumps(nodes, indent=2) + "\n", encoding="utf-8")
 
 
+def _is_evaluated(card: Card) -> bool:
+    """Whether the run's evaluation is of these weights: the same checkpoint, average, fused adapters and guidance."""
+    path = card.run_dir / "evaluation.yaml"
+    if not path.is_file():
+        return False
+    text = path.read_text(encoding="utf-8")
+    checkpoint = re.match(r"# checkpoint (\S+)\n", text)
+    then, now = yaml.safe_load(text), yaml.safe_load(dump_config(with_absolute_paths(card.config)))
+    keys = (("sample", "weights"), ("sample", "guidance"), ("model", "adapters"))
+    same = all(then.get(section, {}).get(key) == now[section].get(key) for section, key in keys)
+    return same and checkpoint is not None and checkpoint[1] == card.checkpoint.name
+
+
 def _measured(card: Card) -> str:
     """The figures of `evaluation.json`, of which the first kinds are compared by step count."""
     path = card.run_dir / "evaluation.json"
-    if not path.is_file():
+    if not path.is_file() or not _is_evaluated(card):
         return ""
-    result: dict[str, dict[str, dict[str, Any]]] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        result: dict[str, dict[str, dict[str, Any]]] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}). Run `scfm evaluate` again, or delete it") from error
     kinds = [kind for kind in ("base", "student") if result.get(kind)]
     metrics = [key for key in _METRICS if any(key in row for kind in kinds for row in result[kind].values())]
     if "fid_teacher" in metrics:
@@ -355,7 +381,7 @@ def _find_images(card: Card) -> Iterator[tuple[Path, _Image]]:
     evaluation = samples / "evaluation.png"
     grid = samples / f"{card.checkpoint.name}.png"
     prompt = "student, undistilled model and teacher from the same noise, by number of steps"
-    if evaluation.is_file():
+    if evaluation.is_file() and _is_evaluated(card):
         yield evaluation, _Image(file=f"{_IMAGES}/evaluation.png", prompt=prompt, caption=prompt)
     elif grid.is_file():
         prompts = card.config.sample.prompts

@@ -226,8 +226,8 @@ def _evaluate(run_dir: Path, *overrides: str) -> int:
 
     before = run_dir / "evaluation.yaml"
     is_there = before.is_file() and (run_dir / "evaluation.json").is_file()
-    if is_there and before.read_text(encoding="utf-8") == dump_config(
-        with_absolute_paths(open_run(run_dir, list(overrides)))
+    if is_there and before.read_text(encoding="utf-8").endswith(
+        dump_config(with_absolute_paths(open_run(run_dir, list(overrides))))
     ):
         return 0
     return _scfm("evaluate", run_dir, *overrides)

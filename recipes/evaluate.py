@@ -99,7 +99,8 @@ def evaluate(run_dir: Path, overrides: list[str]) -> Result:
     order = sorted(grids, key=lambda name: list(result).index(name.split()[0]))
     try:
         with saving(run_dir / "evaluation.json", "RUN_DIR", _ADVICE):
-            _write(run_dir, config, result, [(name, grids[name]) for name in order], evaluator.prompts)
+            rows = [(name, grids[name]) for name in order]
+            _write(run_dir, config, evaluator.checkpoint, result, rows, evaluator.prompts)
     except UserError:
         print(format_evaluation(result))  # hours of work must not be lost
         raise
@@ -108,11 +109,16 @@ def evaluate(run_dir: Path, overrides: list[str]) -> Result:
 
 
 def _write(
-    run_dir: Path, config: RunConfig, result: Result, rows: list[tuple[str, Tensor]], prompts: list[str]
+    run_dir: Path,
+    config: RunConfig,
+    checkpoint: str,
+    result: Result,
+    rows: list[tuple[str, Tensor]],
+    prompts: list[str],
 ) -> None:
     save_grid(run_dir / "samples" / "evaluation.png", rows, prompts[:GRID_COLUMNS])
     for name, text in (
-        ("evaluation.yaml", dump_config(with_absolute_paths(config))),
+        ("evaluation.yaml", f"# checkpoint {checkpoint}\n{dump_config(with_absolute_paths(config))}"),
         ("evaluation.json", json.dumps(result, indent=2) + "\n"),
     ):
         with written_whole(run_dir / name, "RUN_DIR", _ADVICE) as path:
@@ -143,6 +149,7 @@ class Evaluator:
         self.folder = run_dir / ".evaluation"
         """Of an evaluation that has not ended."""
         weights = newest_complete(run_dir)
+        self.checkpoint = "" if weights is None else weights.name
         known = [
             dump_config(config),
             corpus.fingerprint,

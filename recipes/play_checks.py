@@ -87,7 +87,10 @@ def checked_size(height: Any, width: Any, usual: dict[str, Any]) -> tuple[int, i
 
 def is_number(value: Any) -> bool:
     """Whether a value of the page is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    is_real = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_real and (
+        (isinstance(value, float) and math.isfinite(value)) or (isinstance(value, int) and abs(value) < 1e18)
+    )
 
 
 def checked_steps(value: Any) -> int:

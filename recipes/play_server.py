@@ -5,6 +5,7 @@ addresses are closed.
 """
 
 import importlib
+import ipaddress
 import os
 import re
 import signal
@@ -16,7 +17,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from recipes.play import Entry, Player
 from scfm_core.errors import UserError, missing_extra
@@ -142,7 +143,9 @@ class _Gate:
                 message["headers"] = [*message.get("headers", ()), *_encoded(_HEADERS)]
             await send(message)
 
-        if image := _IMAGE.fullmatch(path):
+        if not _is_from_here(dict(scope["headers"])):
+            await _respond(guarded, 403, b"this page answers to its own address only", {"content-type": "text/plain"})
+        elif image := _IMAGE.fullmatch(path):
             await self._send_image(image[1], guarded)
         elif _GRADIO.fullmatch(path) and ".." not in path:
             await self._app(scope, receive, guarded)
@@ -157,6 +160,21 @@ class _Gate:
         name = f"inline; filename*=UTF-8''{quote(picture.name)}"
         headers = {"content-type": "image/png", "content-disposition": name, "cache-control": "private, max-age=3600"}
         await _respond(send, 200, picture.png, headers)
+
+
+def _is_from_here(headers: dict[bytes, bytes]) -> bool:
+    """Whether a request is for this page: not from another site, nor for a name that was bound to this address (DNS rebinding).
+
+    Names other than `localhost` are refused; an address is what the person who started the page has opened.
+    """
+    host, origin = headers.get(b"host", b"").decode("latin-1"), headers.get(b"origin", b"").decode("latin-1")
+    name = urlsplit(f"//{host}").hostname or ""
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        if name not in ("localhost", socket.gethostname().lower()):
+            return False
+    return not origin or urlsplit(origin).netloc == host
 
 
 async def _respond(send: Any, status: int, body: bytes, headers: dict[str, str]) -> None:

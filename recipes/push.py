@@ -1,5 +1,7 @@
 """Upload an export to the hub."""
 
+import glob
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,7 +37,7 @@ def push(folder: Path, repository: str, *, private: bool) -> str:
     Args:
         folder: of the export.
         repository: OWNER/NAME.
-        private: of a new repository; an existing one keeps its visibility.
+        private: of a new repository; an existing one keeps its visibility. False: the default of its owner.
 
     Returns:
         the repository's address.
@@ -45,20 +47,22 @@ def push(folder: Path, repository: str, *, private: bool) -> str:
     """
     api = HfApi()
     with _explained(repository):
-        address = api.create_repo(repository, private=private, exist_ok=True, repo_type="model")
+        address = api.create_repo(repository, private=private or None, exist_ok=True, repo_type="model")
+        patterns = [glob.escape(name) for name in _files(folder)] or ["*"]
         api.upload_folder(
-            repo_id=repository, folder_path=folder, allow_patterns=_files(folder), commit_message="Upload with scfm"
+            repo_id=repository, folder_path=folder, allow_patterns=patterns, commit_message="Upload with scfm"
         )
     return str(address)
 
 
 def _files(folder: Path) -> list[str]:
-    """Of a pipeline all files. Of an adapter those that its card names: others may be of earlier weights."""
+    """Of a pipeline all files: none is named. Of an adapter those that its card names: others may be of earlier weights."""
     if (folder / "model_index.json").is_file():
-        return ["*"]
+        return []
     card = (folder / "README.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"[\w.\-/]+", card))
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    return ["README.md", *(name for name in names if name in card)]
+    return ["README.md", *(name for name in names if "." in name and name in named and name != "README.md")]
 
 
 @contextmanager

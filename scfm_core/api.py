@@ -246,5 +246,6 @@ class AdapterModel(FewStepModel):
 
 def _run_of(path: Path) -> RunConfig | None:
     """The run in whose folder `adapter/` an adapter is; None if it is elsewhere."""
-    run_dir = adapter_file(path).absolute().parents[1]
-    return open_run(run_dir, []) if (run_dir / "config.yaml").is_file() else None
+    folder = adapter_file(path).absolute().parent
+    is_of_run = folder.name == "adapter" and (folder.parent / "config.yaml").is_file()
+    return open_run(folder.parent, []) if is_of_run else None

@@ -153,6 +153,10 @@ def test_a_folded_file_has_weight_one_at_its_step_count(run_dir, pipe):
     assert difference(expected, called(pipe, None)) <= 2
     with pytest.raises(UserError, match="is folded for 4 steps, and cannot be used with 3"):
         called(pipe, 3)
+    with pytest.raises(UserError, match="is folded for 4 steps, and cannot be used with 8"):
+        pipe(PROMPTS[0], sigmas=[1 - k / 8 for k in range(8)])
+    with pytest.raises(UserError, match="8 sigmas are not 4 steps"):
+        pipe(PROMPTS[0], num_inference_steps=4, sigmas=[1 - k / 8 for k in range(8)])
 
 
 def test_mistakes_name_what_to_do(run_dir, pipe, tiny, tmp_path):

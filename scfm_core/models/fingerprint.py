@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from scfm_core.errors import UserError
-from scfm_core.models.tensor_files import read_header
+from scfm_core.models.tensor_files import adapter_settings, read_header
 
 ENCODERS = (
     "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "text_encoder_3", "tokenizer_3",
@@ -79,7 +79,7 @@ def different_network(
 def _adapter_marks(adapters: Sequence[tuple[Path, float]]) -> list[str]:
     """Number, weight and hash of each adapter; its name and place do not count."""
     return [
-        f"{_ADAPTER}{number}(weight={weight:g})={_short(_weights_content(path))}"
+        f"{_ADAPTER}{number}(weight={weight:g})={_short(_weights_content(path) + adapter_settings(path).encode())}"
         for number, (path, weight) in enumerate(adapters)
     ]
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from scfm_core.errors import UserError
-from scfm_core.models.tensor_files import TensorFiles
+from scfm_core.models.tensor_files import TensorFiles, adapter_settings
 from scfm_core.wording import count
 
 _ROWS = 256
@@ -214,14 +214,13 @@ def read_adapter(path: Path, pipeline: Any, network: nn.Module) -> dict[str, tup
 
 
 def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors in fp32, and PEFT's own settings of the adapter, if diffusers wrote them into the header."""
+    """Tensors in fp32, and PEFT's own settings of the adapter: from the header, where diffusers writes them, or beside the file."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118  (not a dict)
-            header = file.metadata() or {}
-        settings = json.loads(header.get("lora_adapter_metadata", "{}"))
+        settings = json.loads(adapter_settings(path))
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"the adapter {path} cannot be read ({error}). Is it a complete safetensors file?") from error
     return tensors, {key.removeprefix("transformer."): value for key, value in settings.items()}

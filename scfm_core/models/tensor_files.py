@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from scfm_core.errors import UserError
@@ -46,6 +47,21 @@ class _Place:
     """Of the first byte in the file."""
     dtype: torch.dtype
     shape: tuple[int, ...]
+
+
+def adapter_settings(path: Path) -> str:
+    """PEFT's settings of an adapter, as JSON: from the file's header, where diffusers writes them, or from the file beside it.
+
+    Raises:
+        OSError: if a file cannot be read.
+        SafetensorError: if it has no valid header.
+    """
+    with safe_open(path, "pt") as file:
+        settings: str | None = (file.metadata() or {}).get("lora_adapter_metadata")
+    beside = path.with_name("adapter_config.json")  # as PEFT saves an adapter
+    if settings is None and beside.is_file():
+        settings = beside.read_text(encoding="utf-8")
+    return settings or "{}"
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], int]:

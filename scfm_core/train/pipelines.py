@@ -148,7 +148,10 @@ class _Steps:
     def prepare(self, pipe: Any, given: dict[str, Any], weight: float | None) -> dict[str, Any]:
         """Set weight and scheduler; returns the arguments of the call."""
         header, family = self.header, self.family
-        count = given.get("num_inference_steps") or header.folded_steps or _STEPS
+        sigmas, asked = given.get("sigmas"), given.get("num_inference_steps")
+        count = asked or (None if sigmas is None else len(sigmas)) or header.folded_steps or _STEPS
+        if sigmas is not None and len(sigmas) != count:
+            raise UserError(f"{len(sigmas)} sigmas are not {count} steps (num_inference_steps). Give one of them")
         weight = header.strength(count) if weight is None else weight
         for layer in _layers(pipe.transformer).values():
             if _NAME not in layer.active_adapters:

@@ -129,6 +129,28 @@ def test_the_names_of_other_tools(tiny, style, tmp_path, rename):
     assert all(torch.equal(expected[name], weight) for name, weight in found.items())
 
 
+def test_a_folder_of_peft_has_its_alpha_beside_it(tiny, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    network = open_family(str(tiny / "flux")).load_network(torch.float32, "cpu")
+    peft = get_peft_model(network, LoraConfig(r=2, lora_alpha=16, target_modules=["to_q", "proj_mlp"]))
+    for name, parameter in peft.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    peft.save_pretrained(tmp_path / "peft")
+    path = tmp_path / "peft" / "adapter_model.safetensors"
+    found, mark = fused(tiny, (path, 1.0)), open_family_with(tiny, path).fingerprint
+    merged = peft.merge_and_unload().state_dict()
+    assert all(torch.allclose(merged[name], weight, atol=1e-5) for name, weight in found.items())
+    config = tmp_path / "peft" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"lora_alpha": 16', '"lora_alpha": 8'))
+    assert open_family_with(tiny, path).fingerprint != mark
+
+
+def open_family_with(tiny, path: Path):
+    return open_family(str(tiny / "flux"), adapters=[FusedAdapter(path=str(path), weight=1.0)])
+
+
 def test_any_range_has_the_bits_of_the_whole_and_is_cast_after_the_sum(tiny, style):
     """Ranks read ranges: a shard of a base has the same bits with any number of ranks."""
     family = open_family(str(tiny / "flux"), adapters=[FusedAdapter(path=str(style), weight=WEIGHT)] * 2)

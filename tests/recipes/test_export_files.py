@@ -25,6 +25,7 @@ from scfm_core.files import permit_reading
 from scfm_core.models.families import open_family
 from scfm_core.models.weights import save_pipeline
 from scfm_core.train.parse import parse_config
+from scfm_core.train.run_dir import newest_complete
 
 FLUX = "black-forest-labs/FLUX.1-dev"
 
@@ -39,6 +40,8 @@ def run_dir(tiny, tmp_path_factory) -> Path:
     figures = {"fid_teacher": 0.25, "mse_teacher": 0.01, "fid_data": 3.0, "samples": 16, "features": 64}
     result = {"student": {"4": figures}, "base": {"4": figures | {"fid_teacher": 2.5}}, "teacher": {"32": {}}}
     (run_dir / "evaluation.json").write_text(json.dumps(result))
+    config = (run_dir / "config.yaml").read_text()
+    (run_dir / "evaluation.yaml").write_text(f"# checkpoint {newest_complete(run_dir).name}\n{config}")
     return run_dir
 
 

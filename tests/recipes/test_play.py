@@ -317,8 +317,9 @@ def test_an_exported_adapter(player, runs, tiny, tmp_path):
 
 
 class TestServer:
-    def get(self, player, path):
+    def get(self, player, path, **headers):
         """Status and headers of an address, and whether Gradio answered."""
+        given = [(name.encode(), value.encode()) for name, value in ({"host": "127.0.0.1:7860"} | headers).items()]
         passed, sent = [], []
 
         async def gradio(scope, receive, send):
@@ -329,7 +330,7 @@ class TestServer:
         async def send(message):
             sent.append(message)
 
-        asyncio.run(play_server._Gate(gradio, player)({"type": "http", "path": path}, None, send))
+        asyncio.run(play_server._Gate(gradio, player)({"type": "http", "path": path, "headers": given}, None, send))
         headers = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
         assert headers["content-security-policy"].startswith("default-src 'self'")
         return sent[0]["status"], headers, sent[1]["body"], bool(passed)
@@ -351,6 +352,22 @@ class TestServer:
     def test_no_path_of_the_machine_is_open(self, player, path):
         status, _, _, passed = self.get(player, path)
         assert status == 404 and not passed
+
+    @pytest.mark.parametrize(
+        ("headers", "status"),
+        [
+            ({"host": "localhost:7860", "origin": "http://localhost:7860"}, 200),
+            ({"host": "[::1]:7860"}, 200),
+            ({"host": "192.168.0.7:7860", "origin": "http://192.168.0.7:7860"}, 200),
+            ({"host": "evil.example:7860"}, 403),  # a name that was bound to this address
+            ({"origin": "http://evil.example"}, 403),  # another site's script
+            ({"origin": "null"}, 403),
+            ({"host": ""}, 403),
+        ],
+    )
+    def test_other_sites_get_no_answer(self, player, headers, status):
+        found, _, _, passed = self.get(player, "/gradio_api/queue/join", **headers)
+        assert (found, passed) == (status, status == 200)
 
     def test_an_image(self, player):
         [picture] = pictures(player, last(show_images(player, 1, inputs(prompt="é\r\n/../ï"))))
