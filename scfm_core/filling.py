@@ -33,7 +33,7 @@ def stored_tensors(network: nn.Module) -> dict[str, Tensor]:
 
 
 def kept_in_fp32(network: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that diffusers keeps in fp32 in a network of any dtype, by name: norms of Krea 2, whose scale is 1 + weight."""
+    """The parameters that diffusers keeps in fp32 in a network of any dtype, by name, such as norms whose scale is 1 + weight."""
     kept = set(getattr(network, "_keep_in_fp32_modules", None) or ())
     return {name: parameter for name, parameter in network.named_parameters() if kept.intersection(name.split("."))}
 

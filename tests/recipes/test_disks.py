@@ -76,7 +76,7 @@ def test_the_figures_of_an_evaluation_are_printed_anyway(run_dir, monkeypatch, c
         images = torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
 
         def __init__(self, folder: Path, _: object) -> None:
-            self.folder, self.key = folder / ".evaluation", "0"
+            self.folder, self.key, self.checkpoint = folder / ".evaluation", "0", "step_00000001"
 
         def plan(self, steps: list[int]) -> str:
             return ""
