@@ -144,7 +144,7 @@ class Fsdp2Engine(Engine):
         divisor = self._config.accumulation * (self._world.size if self._mesh is None else 1)  # FSDP2 takes the mean
         (loss / divisor).backward()
 
-    def reduce(self) -> float:
+    def reduce(self) -> Tensor:
         """See `Engine`."""
         self._micro_batches = 0
         if self._flat is not None:
@@ -165,7 +165,7 @@ class Fsdp2Engine(Engine):
                 squared += self._flat.square().sum().to(squared.device) / shards
             dist.all_reduce(squared)
             self._norm = (squared * shards / self._world.size).sqrt()
-        return self._norm.item()
+        return self._norm
 
     def step(self, lr: float) -> None:
         """See `Engine`."""

@@ -33,6 +33,7 @@ from scfm_core.train.fit import fit
 from scfm_core.train.grid import Validation
 from scfm_core.train.run_dir import checkpoint_path
 from scfm_core.train.runs import load_trained
+from scfm_core.train.sources import Sources
 from scfm_core.train.trainer import SkippedTooOften, Trainer, learning_rate
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_losses.json"
@@ -882,10 +883,9 @@ def test_a_run_from_scratch_has_no_teacher_to_compare_with(make_config):
         make_config({**VARIANTS["pretrain"], "sample.teacher_steps": 4})
 
 
-def test_missing_data_are_found_before_the_model_is_downloaded(make_config, monkeypatch):
+def test_missing_data_are_found_before_the_model_is_downloaded(make_config):
     def download(config):
         raise AssertionError("the model was opened")
 
-    monkeypatch.setattr("scfm_core.train.trainer.build_family", download)
     with pytest.raises(UserError, match="nowhere"):
-        Trainer(make_config({"data.path": "nowhere"}))
+        Trainer(make_config({"data.path": "nowhere"}), sources=Sources(family=download))
