@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from scfm_core.kernels.launch import accumulator, dense_rows, is_interpreted
 
@@ -135,6 +136,21 @@ def _gradients(ctx: torch.autograd.function.FunctionCtx, grad: Tensor | None, _:
 
 
 _flash.register_autograd(_gradients, setup_context=_setup)
+
+
+@register_flop_formula(torch.ops.scfm.flash_attention)
+def _flops(query: tuple[int, ...], key: tuple[int, ...], *_: object, **__: object) -> int:
+    """Of two products; a multiply-add counts as two."""
+    batch, queries, heads, dim = query
+    return 4 * batch * heads * queries * key[1] * dim
+
+
+@register_flop_formula(torch.ops.scfm.flash_attention_backward)
+def _backward_flops(
+    grad: tuple[int, ...], query: tuple[int, ...], key: tuple[int, ...], *_: object, **__: object
+) -> int:
+    """Of seven: each of the two kernels computes the scores and the gradient of the weights."""
+    return 7 * _flops(query, key) // 2
 
 
 @triton.jit
