@@ -114,6 +114,8 @@ def build_model(
             adapted = _adapted(config, family, network) if is_lora else None
         if adapted is not None:
             prepare(network, True, fill or adapted.bank.filling(start))
+            if layout is None or not layout.is_sharded:
+                adapted.bank.keep_copies()
             if config.kernels.fp8 and layout is not None:
                 adapted.bank.quantise(_traced_rows(config, family))
             return adapted

@@ -14,7 +14,9 @@ import torch
 from harness import DEVICE, copy_bandwidth, measure, parser, report
 from torch import Tensor
 
-from scfm_core.kernels.ops import REFERENCE, triton_ops
+from scfm_core.kernels import reference
+from scfm_core.kernels.lora import lora_linear
+from scfm_core.kernels.ops import triton_ops
 
 GPU = DEVICE.type == "cuda"
 HEADS, DIM, HIDDEN = (24, 128, 12288) if GPU else (2, 16, 64)
@@ -79,12 +81,13 @@ def passes(function: Callable[..., Any], arguments: list[Any]) -> tuple[Callable
 def main(argv: list[str] | None = None) -> None:
     arguments = parser(__doc__, "kernels", 20).parse_args(argv)
     bandwidth = copy_bandwidth()
-    reference, ours = REFERENCE, triton_ops()
+    ours = {**vars(triton_ops()), "lora_linear": lora_linear}
     rows = []
     for name, (inputs, forward_elements, backward_elements) in cases(arguments.batch).items():
-        functions = {"reference: eager": getattr(reference, name), "ours": getattr(ours, name)}
+        plain = getattr(reference, f"{name}_reference")
+        functions = {"reference: eager": plain, "ours": ours[name]}
         if GPU:
-            functions["reference: compiled"] = torch.compile(getattr(reference, name), dynamic=False)
+            functions["reference: compiled"] = torch.compile(plain, dynamic=False)
         arms = {arm: passes(function, inputs) for arm, function in functions.items()}
         width = torch.finfo(DTYPE).bits // 8
         for number, (kind, elements) in enumerate(
