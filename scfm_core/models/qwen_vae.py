@@ -53,7 +53,7 @@ class QwenVAE(ModelFamily):
 def _statistics(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and std of each channel of the latents, [C, 1, 1], in their dtype and on their device."""
     mean, std = (
-        to_device(torch.tensor(values, dtype=latents.dtype).view(-1, 1, 1), latents.device)
+        to_device(torch.tensor(values).view(-1, 1, 1).to(latents.dtype), latents.device)
         for values in (vae.config.latents_mean, vae.config.latents_std)
     )
     return mean, std
