@@ -2,6 +2,7 @@
 
 import gc
 import os
+import platform
 
 import torch
 
@@ -52,9 +53,11 @@ def _expand_segments() -> None:
     """Let the segments of GPU memory grow, unless the user chose options of the allocator.
 
     Otherwise each segment keeps its size: the free parts of two segments serve no tensor that is larger than each. FSDP2's gathered
-    weights, gradients and activations have many sizes, so some GiB stay unused.
+    weights, gradients and activations have many sizes, so some GiB stay unused. WSL2 may refuse the first such segment with an unknown
+    error (https://github.com/pytorch/pytorch/issues/192330).
     """
-    if not any(option in os.environ for option in ALLOCATOR_OPTIONS):
+    is_wsl = "microsoft" in platform.release().lower()
+    if not is_wsl and not any(option in os.environ for option in ALLOCATOR_OPTIONS):
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import os
+import platform
 import re
 import socket
 import time
@@ -246,13 +247,14 @@ def test_a_gpu_has_an_index(name, index, monkeypatch):
     assert chosen == [torch.device("cuda", index)]
 
 
-def segments_of_the_allocator(setting: dict[str, str]) -> tuple[bool, bool]:
+def segments_of_the_allocator(setting: dict[str, str], kernel: str) -> tuple[bool, bool]:
     """In a process: what PyTorch's allocator has read, after the device of a GPU was chosen; and whether a CPU changes nothing."""
     from unittest import mock
 
     for option in ALLOCATOR_OPTIONS:
         os.environ.pop(option, None)
     os.environ.update(setting)
+    platform.release = lambda: kernel
     before = dict(os.environ)
     resolve_device("cpu")
     is_unchanged = before == dict(os.environ)
@@ -265,15 +267,16 @@ def segments_of_the_allocator(setting: dict[str, str]) -> tuple[bool, bool]:
 
 
 @pytest.mark.parametrize(
-    ("setting", "expected"),
+    ("setting", "kernel", "expected"),
     [
-        ({}, True),
-        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512"}, False),
-        ({"PYTORCH_ALLOC_CONF": "expandable_segments:False"}, False),
+        ({}, "6.8.0-45-generic", True),
+        ({}, "5.15.167.4-microsoft-standard-WSL2", False),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512"}, "6.8.0-45-generic", False),
+        ({"PYTORCH_ALLOC_CONF": "expandable_segments:False"}, "6.8.0-45-generic", False),
     ],
 )
-def test_segments_of_gpu_memory_expand_unless_the_user_chose(setting, expected):
-    assert run_distributed(segments_of_the_allocator, 1, setting) == [(expected, True)]
+def test_segments_of_gpu_memory_expand_unless_the_user_chose(setting, kernel, expected):
+    assert run_distributed(segments_of_the_allocator, 1, setting, kernel) == [(expected, True)]
 
 
 def test_each_process_of_a_machine_takes_its_own_gpu(monkeypatch):
