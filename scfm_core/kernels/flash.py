@@ -11,9 +11,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import register_flop_formula, sdpa_flop_count
 
-from scfm_core.kernels.launch import accumulator, dense_rows, is_interpreted
+from scfm_core.kernels.launch import accumulator, dense_rows, heads_first, is_interpreted
 
 _LOG2_E = 1.4426950408889634
 
@@ -139,18 +139,16 @@ _flash.register_autograd(_gradients, setup_context=_setup)
 
 
 @register_flop_formula(torch.ops.scfm.flash_attention)
-def _flops(query: tuple[int, ...], key: tuple[int, ...], *_: object, **__: object) -> int:
-    """Of two products; a multiply-add counts as two."""
-    batch, queries, heads, dim = query
-    return 4 * batch * heads * queries * key[1] * dim
+def _flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object) -> int:
+    return sdpa_flop_count(*map(heads_first, (query, key, value)))
 
 
 @register_flop_formula(torch.ops.scfm.flash_attention_backward)
 def _backward_flops(
-    grad: tuple[int, ...], query: tuple[int, ...], key: tuple[int, ...], *_: object, **__: object
+    grad: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object
 ) -> int:
-    """Of seven: each of the two kernels computes the scores and the gradient of the weights."""
-    return 7 * _flops(query, key) // 2
+    """Seven products: both kernels compute the scores and the gradient of the probabilities. The forward has two."""
+    return sdpa_flop_count(*map(heads_first, (query, key, value))) * 7 // 2
 
 
 @triton.jit

@@ -22,6 +22,7 @@ _SAVED = {
     "scfm::lora_linear",
     "scfm::lora_add",
     "scfm::flash_attention",
+    "scfm::flash4_attention",
 }
 _SAVED_LIBRARIES = {"xformers", "xformers_flash", "xformers_flash3", "flash_attn_3"}  # all of their ops are attention
 
