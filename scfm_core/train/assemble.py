@@ -16,12 +16,13 @@ from scfm_core.filling import Fill, materialise, zeros
 from scfm_core.models.adapters import ADAPTERS
 from scfm_core.models.families import open_family
 from scfm_core.models.protocol import ModelFamily
+from scfm_core.models.quantised import quantise_linears
 from scfm_core.models.student import FullModel, LoRAModel, ShortcutModel
 from scfm_core.train.config import RunConfig
 from scfm_core.train.device import compute_dtype
 from scfm_core.train.kernels import Kernels
 from scfm_core.train.network import compile_blocks, set_activation_checkpointing
-from scfm_core.train.rules import check_model, check_shards, micro_batches
+from scfm_core.train.rules import check_base, check_model, check_shards, micro_batches
 from scfm_core.train.trace import forward_of
 
 
@@ -112,6 +113,10 @@ def build_model(
             shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
             start, pretrained = (fill, fill) if fill else _weights(config, family, network, stack, has_teacher)
             adapted = _adapted(config, family, network) if is_lora else None
+            base = config.model.base if layout is not None else config.sample.base
+            if adapted is not None and base != "bfloat16":
+                check_base(base)
+                quantise_linears(network, family.blocks(network), base, _traced_rows(config, family))
         if adapted is not None:
             prepare(network, True, fill or adapted.bank.filling(start))
             if config.kernels.fp8 and layout is not None:

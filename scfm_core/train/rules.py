@@ -8,10 +8,12 @@ from dataclasses import dataclass
 
 import torch
 
-from scfm_core.errors import UserError
+from scfm_core.errors import UserError, missing_extra
 from scfm_core.kernels.fp8 import why_no_fp8
+from scfm_core.kernels.quantised import why_no_nf4
 from scfm_core.launched import launched_size
 from scfm_core.models.protocol import ModelFamily
+from scfm_core.models.quantised import Base
 from scfm_core.train.config import RunConfig
 from scfm_core.wording import count
 
@@ -24,6 +26,13 @@ def broken_rules(config: RunConfig) -> Iterator[str]:
         yield "method.step_gain needs adapters: full weights have no strength. Set method.step_gain=none, or train.weights=lora"
     if method.step_embedding and not is_full:
         yield "method.step_embedding teaches the network a new input: it needs train.weights=full"
+    for key, base in (("model.base", config.model.base), ("sample.base", config.sample.base)):
+        if is_full and base != "bfloat16":
+            yield f"{key}={base} stores a frozen base, but train.weights=full trains the base. Set {key}=bfloat16, or train.weights=lora"
+    if config.kernels.fp8 and config.model.base in ("int8", "nf4"):
+        yield (
+            f"kernels.fp8 needs the weights in bfloat16 or float8, but model.base is {config.model.base}. Set model.base=float8, or kernels.fp8=false"
+        )
     if config.model.init == "random" and not is_full:
         yield "model.init=random leaves nothing for adapters to adapt. Set train.weights=full"
     if config.model.init == "random" and config.model.adapters:
@@ -85,12 +94,20 @@ def check_model(config: RunConfig, family: ModelFamily) -> None:
         )
 
 
+def check_base(base: Base) -> None:
+    """UserError if the package that packs such weights is not installed."""
+    if base == "nf4" and (error := why_no_nf4()) is not None:
+        raise missing_extra("a base in nf4", "nf4", error, "use int8")
+
+
 def check_kernels(config: RunConfig, device: torch.device) -> None:
-    """Rules of `kernels.fp8` and `kernels.cuda_graphs`, which need an unsharded, frozen base and a GPU.
+    """Rules of `model.base`, `kernels.fp8` and `kernels.cuda_graphs`, which need an unsharded, frozen base.
 
     Raises:
         UserError: it names the option and the reason.
     """
+    if config.model.base != "bfloat16" and (reason := _why_no_unsharded_base(config)) is not None:
+        raise UserError(f"model.base={config.model.base} cannot run here: {reason}. Or set model.base=bfloat16")
     for option, reason in (("fp8", _why_no_fp8(config, device)), ("cuda_graphs", _why_no_graphs(config, device))):
         if getattr(config.kernels, option) and (reason := _why_no_unsharded_base(config) or reason) is not None:
             raise UserError(f"kernels.{option}=true cannot run here: {reason}. Or set kernels.{option}=false")
