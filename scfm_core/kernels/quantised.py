@@ -8,12 +8,9 @@ autograd would otherwise keep the dequantised weight for the gradient of `x`, an
 |---|---|---|---|---|
 | int8 | -127 to 127 | fp32, one per row | 1 | 0.9 % |
 | float8 | float8_e4m3fn | fp32, one per row | 1 | 2.7 % |
-| nf4 | one of 16 quantiles of a normal distribution | fp32, one per 64 elements | 0.5625 | 9.2 % |
-
-NF4 is that of QLoRA (arXiv 2305.14314), with the kernels of bitsandbytes.
+| nf4 | see `scfm_core.kernels.nf4` | fp32, one per 64 elements | 0.5625 | 9.2 % |
 """
 
-import logging
 import math
 from typing import Any, Literal
 
@@ -22,34 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from scfm_core.kernels.fp8 import quantise as quantise_rows_to_fp8
+from scfm_core.kernels.fp8 import quantise as quantise_float8
+from scfm_core.kernels.nf4 import dequantise_nf4, quantise_nf4
 
 Packing = Literal["int8", "float8", "nf4"]
-BLOCK = 64
-"""Elements of an nf4 weight that share one scale."""
-
-
-def why_no_nf4() -> ImportError | None:
-    """Why weights cannot be packed in nf4; None if they can."""
-    try:
-        _bitsandbytes()
-    except ImportError as error:
-        return error
-    return None
-
-
-def _bitsandbytes() -> Any:
-    """The ops of bitsandbytes; ImportError if it is not installed."""
-    # It warns on CPUs that an optional package for a product that is not used here is missing.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    import bitsandbytes  # noqa: F401  (it registers its ops)
-
-    return torch.ops.bitsandbytes
-
-
-def fits_nf4(outputs: int, inputs: int) -> bool:
-    """Whether a weight can be packed in nf4: whole bytes in each row, whole blocks in the weight."""
-    return inputs % 2 == 0 and outputs * inputs % BLOCK == 0
 
 
 def quantise(weight: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
@@ -60,10 +33,9 @@ def quantise(weight: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
         scale: fp32 [out, 1], or for nf4 [out * in / 64].
     """
     if packing == "nf4":
-        values, scale = _bitsandbytes().quantize_4bit(weight.contiguous(), BLOCK, "nf4", torch.uint8)
-        return values.view(weight.shape[0], -1), scale
+        return quantise_nf4(weight)
     if packing == "float8":
-        return quantise_rows_to_fp8(weight)
+        return quantise_float8(weight)
     scale = weight.abs().amax(dim=-1, keepdim=True).float().clamp(min=1e-12) / 127
     return torch.round(weight / scale).to(torch.int8), scale
 
@@ -71,10 +43,7 @@ def quantise(weight: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
 def dequantise(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The weight [out, in] in `dtype`; the dtype of `values` tells how it is packed."""
     if values.dtype == torch.uint8:
-        shape = (values.shape[0], 2 * values.shape[1])
-        # As one row: on CPUs its kernel is wrong for rows that are no multiple of the block.
-        flat = _bitsandbytes().dequantize_4bit(values, scale, BLOCK, "nf4", [shape[0] * shape[1]], dtype)
-        return flat.view(shape)
+        return dequantise_nf4(values, scale, dtype)
     if values.dtype == torch.int8:
         return torch.mul(values, scale, out=torch.empty_like(values, dtype=dtype))
     return values.to(dtype).mul_(scale)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from scfm_core.filling import PackedModule
-from scfm_core.kernels.quantised import Packing, fits_nf4, quantise, quantised_linear, quantised_lora_linear
+from scfm_core.kernels.nf4 import fits_nf4
+from scfm_core.kernels.quantised import Packing, quantise, quantised_linear, quantised_lora_linear
 
 Base = Literal["bfloat16", "float8", "int8", "nf4"]
 """How a frozen network is stored. `bfloat16`: not quantised, in its own dtype."""

@@ -22,7 +22,7 @@ from scfm_core.train.config import RunConfig
 from scfm_core.train.device import compute_dtype
 from scfm_core.train.kernels import Kernels
 from scfm_core.train.network import compile_blocks, set_activation_checkpointing
-from scfm_core.train.rules import check_base, check_model, check_shards, micro_batches
+from scfm_core.train.rules import check_model, check_shards, micro_batches
 from scfm_core.train.trace import forward_of
 
 
@@ -115,7 +115,6 @@ def build_model(
             adapted = _adapted(config, family, network) if is_lora else None
             base = config.model.base if layout is not None else config.sample.base
             if adapted is not None and base != "bfloat16":
-                check_base(base)
                 quantise_linears(network, family.blocks(network), base, _traced_rows(config, family))
         if adapted is not None:
             prepare(network, True, fill or adapted.bank.filling(start))

@@ -47,7 +47,7 @@ class ModelConfig:
     base: Base = "bfloat16"
     """How the frozen base of adapters is stored while they are trained; products are computed in `train.compute_dtype`. `bfloat16`: in
     `train.compute_dtype`; `int8`: one byte for each weight of the blocks; `float8`: one byte too, and `kernels.fp8` needs no copy; `nf4`: half a
-    byte, for which the extra `nf4` must be installed. The teacher of the run is this base. Needs an unsharded base."""
+    byte. The teacher of the run is this base. Needs an unsharded base."""
     init: Literal["pretrained", "random"] = "pretrained"
     """`random` trains the network from scratch: architecture and encoders of `path`, random weights."""
     text_length: int = 256

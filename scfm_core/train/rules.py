@@ -8,12 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
-from scfm_core.errors import UserError, missing_extra
+from scfm_core.errors import UserError
 from scfm_core.kernels.fp8 import why_no_fp8
-from scfm_core.kernels.quantised import why_no_nf4
 from scfm_core.launched import launched_size
 from scfm_core.models.protocol import ModelFamily
-from scfm_core.models.quantised import Base
 from scfm_core.train.config import RunConfig
 from scfm_core.wording import count
 
@@ -92,12 +90,6 @@ def check_model(config: RunConfig, family: ModelFamily) -> None:
             f"{method.guidance[0]:g}: scales below {family.neutral_guidance:g} would weaken the caption. Start at "
             f"{family.neutral_guidance:g} or above, near the scale with which the model is sampled"
         )
-
-
-def check_base(base: Base) -> None:
-    """UserError if the package that packs such weights is not installed."""
-    if base == "nf4" and (error := why_no_nf4()) is not None:
-        raise missing_extra("a base in nf4", "nf4", error, "use int8")
 
 
 def check_kernels(config: RunConfig, device: torch.device) -> None:
