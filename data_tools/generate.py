@@ -51,6 +51,8 @@ class SamplerConfig:
     steps."""
     second_order: bool = False
     """Of stored paths: use the Adams-Bashforth method instead of Euler's."""
+    base: Base = "bfloat16"
+    """How the network's blocks are stored."""
 
     def __post_init__(self) -> None:
         counts = (("sizes", len(self.sizes)), ("samples of a prompt", self.per_prompt), ("steps", self.num_steps))
@@ -71,6 +73,8 @@ class SamplerConfig:
         names = ["sizes", "per_prompt", "num_steps", "shift", "guidance", "seed"]
         if self.intervals is not None:
             names += ["intervals", "second_order"]
+        if self.base != "bfloat16":
+            names.append("base")
         return {name: getattr(self, name) for name in names}
 
 
@@ -118,7 +122,7 @@ def generate(
     if job.finished is not None:
         return Encoded(job.finished, None, job.counts)
     writer = CacheWriter(output, family, config)
-    teacher = _Teacher(family, family.load_network(config.dtype, config.device), sampler)
+    teacher = _Teacher(family, family.load_network(config.dtype, config.device, sampler.base), sampler)
 
     def make(items: Sequence[int]) -> Made:
         return _make_batch(items, prompts, teacher, writer)

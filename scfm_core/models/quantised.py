@@ -1,6 +1,7 @@
 """Networks whose frozen linears are quantised (`scfm_core.kernels.quantised`)."""
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from scfm_core.filling import PackedModule
 from scfm_core.kernels.nf4 import fits_nf4
 from scfm_core.kernels.quantised import Packing, quantise, quantised_linear, quantised_lora_linear
+from scfm_core.models.initial import is_modulation
 
 Base = Literal["bfloat16", "float8", "int8", "nf4"]
 """How a frozen network is stored. `bfloat16`: not quantised, in its own dtype."""
@@ -55,25 +57,37 @@ class QuantisedLinear(PackedModule):
         return f"{self.in_features}, {self.out_features}, {self.packing}"
 
 
-def quantise_linears(network: nn.Module, parts: Iterable[nn.Module], base: Base, rows: Mapping[str, int]) -> None:
+def quantise_linears(network: nn.Module, parts: Iterable[nn.Module], base: Base) -> None:
     """Replace the frozen linears within `parts` of a network, adapted or not, by `QuantisedLinear`s that are not packed yet.
 
-    With nf4, linears with one input row for a sample (the modulations) get int8: their rounding error affects every token, and
-    they are a third of Flux.1-dev's weights. The same holds for shapes that do not fit nf4.
+    With nf4, modulations get int8: a sample has one row of them, their rounding error affects every token, and they are a quarter
+    of Flux.1-dev's weights. The same holds for shapes that do not fit nf4. A weight that is also used elsewhere, such as that of an
+    embedding, stays as it is.
 
     Args:
         network: changed in place.
         parts: of it, such as its blocks.
         base: type; nothing is done for `bfloat16`.
-        rows: input rows of each linear for one sample, by its name without adapters.
     """
     if base == "bfloat16":
         return
     inside = {module for part in parts for module in part.modules()}
+    uses = Counter(parameter for module in network.modules() for parameter in module._parameters.values())
     for name, module in list(network.named_modules()):
-        if isinstance(module, nn.Linear) and module in inside and not {"lora_A", "lora_B"} & set(name.split(".")):
-            is_small = rows.get(name.removesuffix(".base_layer"), 0) <= 1
-            fits = not is_small and fits_nf4(module.out_features, module.in_features)
+        if not isinstance(module, nn.Linear) or module not in inside or uses[module.weight] > 1:
+            continue
+        if not {"lora_A", "lora_B"} & set(name.split(".")):
+            plain = name.removesuffix(".base_layer")
+            fits = fits_nf4(module.out_features, module.in_features) and not is_modulation(plain, module)
             parent, _, child = name.rpartition(".")
             packed = QuantisedLinear(module, "int8" if base == "nf4" and not fits else base)
             setattr(network.get_submodule(parent), child, packed)
+
+
+def quantise_onto(network: nn.Module, base: Base, device: torch.device | str) -> None:
+    """Move a network whose weights are in host memory to a device, with packed linears; one of them at a time is there unpacked."""
+    quantise_linears(network, [network], base)
+    for module in network.modules():
+        if isinstance(module, QuantisedLinear):
+            module.to(device).pack()
+    network.to(device)

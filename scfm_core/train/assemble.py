@@ -114,8 +114,8 @@ def build_model(
             start, pretrained = (fill, fill) if fill else _weights(config, family, network, stack, has_teacher)
             adapted = _adapted(config, family, network) if is_lora else None
             base = config.model.base if layout is not None else config.sample.base
-            if adapted is not None and base != "bfloat16":
-                quantise_linears(network, family.blocks(network), base, _traced_rows(config, family))
+            if adapted is not None:
+                quantise_linears(network, family.blocks(network), base)
         if adapted is not None:
             prepare(network, True, fill or adapted.bank.filling(start))
             if config.kernels.fp8 and layout is not None:

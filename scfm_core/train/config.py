@@ -48,6 +48,9 @@ class ModelConfig:
     """How the frozen base of adapters is stored while they are trained; products are computed in `train.compute_dtype`. `bfloat16`: in
     `train.compute_dtype`; `int8`: one byte for each weight of the blocks; `float8`: one byte too, and `kernels.fp8` needs no copy; `nf4`: half a
     byte. The teacher of the run is this base. Needs an unsharded base."""
+    encoders: Base = "bfloat16"
+    """How text encoders of more than a gigabyte are stored, as `base`. The largest of them do not fit a GPU otherwise: with a cache of
+    `scfm data encode` they are loaded at the start, for the prompts of the grids, and freed before the base is loaded."""
     init: Literal["pretrained", "random"] = "pretrained"
     """`random` trains the network from scratch: architecture and encoders of `path`, random weights."""
     text_length: int = 256

@@ -4,12 +4,15 @@ import pytest
 import torch
 from torch import nn
 
+from data_tools.encode import CacheWriter, EncodeConfig
 from scfm_core.errors import UserError
 from scfm_core.filling import materialise
 from scfm_core.kernels.quantised import dequantise
+from scfm_core.models import encoders
 from scfm_core.models.adapters import LoRABank, LoRAConfig
+from scfm_core.models.encoders import TextEncoders
 from scfm_core.models.families import open_family
-from scfm_core.models.quantised import QuantisedLinear, quantise_linears
+from scfm_core.models.quantised import QuantisedLinear, quantise_linears, quantise_onto
 from scfm_core.train.rules import check_kernels
 from scfm_core.train.runs import load_trained
 from scfm_core.train.trainer import Trainer
@@ -53,7 +56,7 @@ def test_one_layer_at_a_time_is_unpacked_while_weights_are_read(tiny):
     family = open_family(str(tiny / "flux"))
     network = family.empty_network(torch.float32)
     bank = LoRABank(network, LoRAConfig(rank=2))
-    quantise_linears(network, family.blocks(network), "nf4", {})
+    quantise_linears(network, family.blocks(network), "nf4")
     layers, most = packed(network).values(), 0
 
     def fill(name, part, start):
@@ -126,3 +129,52 @@ def test_a_run_resumes_on_its_own_base_only(make_config):
     path = trainer.state.save()
     with pytest.raises(UserError, match=r"model\.base: nf4 in the checkpoint, bfloat16 now"):
         Trainer(make_config({"model.base": "bfloat16", "train.steps": 2}), path)
+
+
+class TestEncoders:
+    PROMPTS = ("a handwritten digit one", "")
+
+    def encoded(self, tiny, packing):
+        text = TextEncoders(open_family(str(tiny / "flux")), 8, torch.float32, CPU, packing)
+        return text, text.encode(self.PROMPTS).fields
+
+    def test_a_quantised_encoder_is_off_by_the_error_of_the_format(self, tiny, monkeypatch):
+        """Small ones, as CLIP, stay as they are."""
+        _, exact = self.encoded(tiny, "bfloat16")
+        assert torch.equal(self.encoded(tiny, "nf4")[1]["text"], exact["text"])
+        monkeypatch.setattr(encoders, "LARGE_ENCODER", 0)
+        errors = {}
+        for packing in ("int8", "float8", "nf4"):
+            text, found = self.encoded(tiny, packing)
+            modules = text._pipeline.text_encoder_2.modules()
+            assert all(isinstance(m, QuantisedLinear) for m in modules if hasattr(m, "in_features"))
+            errors[packing] = float((found["text"] - exact["text"]).norm() / exact["text"].norm())
+        assert 0 < errors["int8"] < errors["float8"] < errors["nf4"] < 0.3, errors
+
+    def test_the_run_and_the_cache_use_them(self, make_config, tiny, monkeypatch):
+        used = []
+        monkeypatch.setattr(encoders, "quantise_onto", lambda encoder, packing, device: used.append(packing))
+        monkeypatch.setattr(encoders, "LARGE_ENCODER", 0)
+        Trainer(make_config({"model.encoders": "int8", "sample.every": 2, "sample.prompts": ["a digit"]}))
+        assert set(used) == {"int8"}
+        used.clear()
+        config = EncodeConfig(text_length=8, dtype=torch.float32, encoders="nf4")
+        family = open_family(str(tiny / "flux"))
+        CacheWriter(tiny, family, config)
+        assert set(used) == {"nf4"} and config.parameters(family)["encoders"] == "nf4"
+
+
+def test_a_tied_weight_is_not_quantised():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.inner, self.head = (
+                nn.Embedding(64, 64),
+                nn.Linear(64, 64),
+                nn.Linear(64, 64, bias=False),
+            )
+            self.head.weight = self.embedding.weight
+
+    model = Model()
+    quantise_onto(model, "nf4", CPU)
+    assert packed(model).keys() == {"inner"} and model.head.weight is model.embedding.weight
