@@ -20,6 +20,7 @@ from scfm_core.flow.sampler import euler_sample, roll_out
 from scfm_core.flow.schedule import sigma_grid
 from scfm_core.models.conditioning import Conditioning
 from scfm_core.models.protocol import ModelFamily, dtype_of
+from scfm_core.models.quantised import Base
 
 # Larger than all sample ids of a run: a run with the same seed must not draw the noise from which its latents were
 # sampled.

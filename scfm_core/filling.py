@@ -48,7 +48,10 @@ def kept_in_fp32(network: nn.Module) -> dict[str, nn.Parameter]:
 
 @torch.no_grad()
 def materialise(network: nn.Module, device: torch.device | str, fill: Fill) -> None:
-    """Allocate a whole network on `device`, and fill it, one module after the other."""
+    """Allocate a whole network on `device`, and fill it, one module after the other.
+
+    A module with an attribute `filled_on`, a device, is moved there after that.
+    """
     for prefix, module in network.named_modules():
         own = _without_children(module)
         allocate(own, device)
@@ -56,6 +59,8 @@ def materialise(network: nn.Module, device: torch.device | str, fill: Fill) -> N
             fill(f"{prefix}.{name}".removeprefix("."), tensor.detach().view(-1), 0)
         if isinstance(module, PackedModule):
             module.pack()
+        if place := getattr(module, "filled_on", None):
+            own._apply(lambda tensor: tensor.to(place))
 
 
 def _without_children(module: nn.Module) -> nn.Module:

@@ -15,6 +15,7 @@ from scfm_core.errors import UserError
 from scfm_core.filling import Fill, materialise, zeros
 from scfm_core.models.adapters import ADAPTERS
 from scfm_core.models.families import open_family
+from scfm_core.models.offload import Offload, fill_on_host, spread
 from scfm_core.models.protocol import ModelFamily
 from scfm_core.models.quantised import quantise_linears
 from scfm_core.models.student import FullModel, LoRAModel, ShortcutModel
@@ -117,7 +118,11 @@ def build_model(
             if adapted is not None:
                 quantise_linears(network, family.blocks(network), base)
         if adapted is not None:
+            offloaded = spread(family.blocks(network), config.model.offload_blocks) if layout is not None else []
+            fill_on_host(offloaded)
             prepare(network, True, fill or adapted.bank.filling(start))
+            if offloaded:
+                Offload(offloaded, device)
             if config.kernels.fp8 and layout is not None:
                 adapted.bank.quantise(_traced_rows(config, family))
             return adapted

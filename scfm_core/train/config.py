@@ -48,6 +48,10 @@ class ModelConfig:
     """How the frozen base of adapters is stored while they are trained; products are computed in `train.compute_dtype`. `bfloat16`: in
     `train.compute_dtype`; `int8`: one byte for each weight of the blocks; `float8`: one byte too, and `kernels.fp8` needs no copy; `nf4`: half a
     byte. The teacher of the run is this base. Needs an unsharded base."""
+    offload_blocks: int = 0
+    """This number of blocks keep the base's weights in host memory, and on the GPU only while they run: for a base that does not fit even
+    in nf4, or for an exact base on a small GPU. Each pass copies them over PCIe while other blocks compute, so large micro-batches
+    hide the copies. 0: none; else at least 2."""
     encoders: Base = "bfloat16"
     """How text encoders of more than a gigabyte are stored, as `base`. The largest of them do not fit a GPU otherwise: with a cache of
     `scfm data encode` they are loaded at the start, for the prompts of the grids, and freed before the base is loaded."""
@@ -59,6 +63,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if not 1 <= self.text_length <= 512:
             raise ValueError(f"model.text_length must be in 1..512, got {self.text_length}")
+        if self.offload_blocks < 0 or self.offload_blocks == 1:
+            raise ValueError(f"model.offload_blocks must be 0 or at least 2, got {self.offload_blocks}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,6 +31,8 @@ def broken_rules(config: RunConfig) -> Iterator[str]:
         yield (
             f"kernels.fp8 needs the weights in bfloat16 or float8, but model.base is {config.model.base}. Set model.base=float8, or kernels.fp8=false"
         )
+    if config.model.offload_blocks:
+        yield from _broken_by_offload(config)
     if config.model.init == "random" and not is_full:
         yield "model.init=random leaves nothing for adapters to adapt. Set train.weights=full"
     if config.model.init == "random" and config.model.adapters:
@@ -54,6 +56,21 @@ def broken_rules(config: RunConfig) -> Iterator[str]:
         )
 
 
+def _broken_by_offload(config: RunConfig) -> Iterator[str]:
+    for is_broken, what, remedy in (
+        (config.train.weights == "full", "train.weights=full trains the base", "set train.weights=lora"),
+        (
+            config.engine.name == "deepspeed",
+            "DeepSpeed sends the weights of all blocks at the start",
+            "set engine.name=fsdp2",
+        ),
+        (config.kernels.fp8, "kernels.fp8 keeps copies of the weights", "set kernels.fp8=false"),
+        (config.kernels.cuda_graphs, "a CUDA graph cannot wait for copies", "set kernels.cuda_graphs=false"),
+    ):
+        if is_broken:
+            yield f"model.offload_blocks={config.model.offload_blocks} cannot work: {what}. Set model.offload_blocks=0, or {remedy}"
+
+
 def check_model(config: RunConfig, family: ModelFamily) -> None:
     """Rules between the configuration and the model.
 
@@ -63,6 +80,8 @@ def check_model(config: RunConfig, family: ModelFamily) -> None:
     method, path = config.method, config.model.path
     for size in {config.data.resolution, *config.data.sizes()}:
         family.latent_shape(*size)
+    if (wanted := config.model.offload_blocks) and wanted > (blocks := len(family.blocks(family.meta_network()))):
+        raise UserError(f"model.offload_blocks is {wanted}, but {path} has {blocks} blocks. Set it to {blocks} or fewer")
     if method.step_embedding and family.guidance_kind != "input":
         raise UserError(
             f"method.step_embedding gives the step size to the network's embedded guidance, but {path} has none. "
@@ -98,8 +117,9 @@ def check_kernels(config: RunConfig, device: torch.device) -> None:
     Raises:
         UserError: it names the option and the reason.
     """
-    if config.model.base != "bfloat16" and (reason := _why_no_unsharded_base(config)) is not None:
-        raise UserError(f"model.base={config.model.base} cannot run here: {reason}. Or set model.base=bfloat16")
+    for key, default in (("base", "bfloat16"), ("offload_blocks", 0)):
+        if (value := getattr(config.model, key)) != default and (reason := _why_no_unsharded_base(config)) is not None:
+            raise UserError(f"model.{key}={value} cannot run here: {reason}. Or set model.{key}={default}")
     for option, reason in (("fp8", _why_no_fp8(config, device)), ("cuda_graphs", _why_no_graphs(config, device))):
         if getattr(config.kernels, option) and (reason := _why_no_unsharded_base(config) or reason) is not None:
             raise UserError(f"kernels.{option}=true cannot run here: {reason}. Or set kernels.{option}=false")

@@ -260,12 +260,10 @@ def test_full_checkpointing_recomputes_every_block(make_config):
     assert forwards("selective") == 4
 
 
-@pytest.mark.parametrize(
-    ("checkpointing", "base"), [("none", "bfloat16"), ("selective", "bfloat16"), ("selective", "nf4")]
-)
-def test_compiled_blocks_agree(make_config, monkeypatch, checkpointing, base):
+@pytest.mark.parametrize("checkpointing", ["none", "selective"])
+def test_compiled_blocks_agree(make_config, monkeypatch, checkpointing):
     """Capture, guards on the selected adapter, and the joint graph. Inductor would take two minutes on two cores."""
-    loss, gradients, _ = one_global_batch(make_config({"model.base": base}), 8)
+    loss, gradients, _ = one_global_batch(make_config(), 8)
     torch._dynamo.reset()
     compile_block, compiled = torch.nn.Module.compile, []
 
