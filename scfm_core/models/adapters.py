@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from scfm_core.filling import Fill
 from scfm_core.kernels.fp8 import Fp8Weight, fits, fp8_linear, quantise
 from scfm_core.kernels.lora import Copies, lora_add, lora_linear
+from scfm_core.models.quantised import QuantisedLinear
 
 ADAPTERS = ("student", "ema_fast", "ema_slow")
 
@@ -59,6 +60,8 @@ class AdapterSelection:
 class LoRALinear(nn.Module):
     """A frozen linear with one low-rank correction per adapter of the bank. Parameter names are those of PEFT."""
 
+    base_layer: nn.Linear | QuantisedLinear
+
     def __init__(self, base_layer: nn.Linear, config: LoRAConfig, selection: AdapterSelection) -> None:
         super().__init__()
         self.base_layer = base_layer
@@ -87,6 +90,8 @@ class LoRALinear(nn.Module):
         if scale is None:
             return fp8_linear(x, self.fp8, base.bias) if in_fp8 else base(x)  # type: ignore[arg-type]
         down, up, copies = self._selected()
+        if isinstance(base, QuantisedLinear) and not in_fp8:
+            return base.with_adapter(x, down.to(x.dtype), up.to(x.dtype), scale)
         if in_fp8:
             return lora_add(fp8_linear(x, self.fp8, base.bias), x, down, up, scale, copies)  # type: ignore[arg-type]
         return lora_linear(x, base.weight, base.bias, down, up, scale, copies)
@@ -111,7 +116,8 @@ def is_for_fp8(layer: LoRALinear, rows: int) -> bool:
     Layers of one row per sample (modulations, embedders of the time) do not: they cost little, and their rounding error affects
     every token.
     """
-    return rows > 1 and fits(layer.base_layer.weight)
+    base = layer.base_layer
+    return rows > 1 and fits(base.values if isinstance(base, QuantisedLinear) else base.weight)
 
 
 class LoRABank:
@@ -230,14 +236,17 @@ class LoRABank:
 
     @torch.no_grad()
     def quantise(self, rows: Mapping[str, int]) -> None:
-        """Make fp8 copies of the adapted linears' base weights, for forwards with `select(..., in_fp8=True)`.
+        """Make fp8 copies of the adapted linears' base weights, for forwards with `select(..., in_fp8=True)`. A base in float8 is
+        used as it is.
 
         Args:
             rows: input rows of each linear for one sample, by name; a linear without a number is not used.
         """
         for name, layer in self.layers.items():
             if is_for_fp8(layer, rows.get(name, 0)):
-                layer.fp8 = Fp8Weight(*quantise(layer.base_layer.weight))
+                base = layer.base_layer
+                is_packed = isinstance(base, QuantisedLinear)
+                layer.fp8 = Fp8Weight(base.values, base.scale) if is_packed else Fp8Weight(*quantise(base.weight))
 
     def parameters(self, adapter: str) -> dict[str, nn.Parameter]:
         """An adapter's factors, fp32, by canonical name: `<module>.lora_A.weight`, without the adapter's name."""

@@ -15,7 +15,9 @@ from scfm_core.errors import UserError
 from scfm_core.filling import Fill, materialise, zeros
 from scfm_core.models.adapters import ADAPTERS
 from scfm_core.models.families import open_family
+from scfm_core.models.offload import Offload, fill_on_host, spread
 from scfm_core.models.protocol import ModelFamily
+from scfm_core.models.quantised import quantise_linears
 from scfm_core.models.student import FullModel, LoRAModel, ShortcutModel
 from scfm_core.train.config import RunConfig
 from scfm_core.train.device import compute_dtype
@@ -112,10 +114,17 @@ def build_model(
             shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
             start, pretrained = (fill, fill) if fill else _weights(config, family, network, stack, has_teacher)
             adapted = _adapted(config, family, network) if is_lora else None
+            base = config.model.base if layout is not None else config.sample.base
+            if adapted is not None:
+                quantise_linears(network, family.blocks(network), base)
         if adapted is not None:
+            offloaded = spread(family.blocks(network), config.model.offload_blocks) if layout is not None else []
+            fill_on_host(offloaded)
             prepare(network, True, fill or adapted.bank.filling(start))
             if layout is None or not layout.is_sharded:
                 adapted.bank.keep_copies()
+            if offloaded:
+                Offload(offloaded, device)
             if config.kernels.fp8 and layout is not None:
                 adapted.bank.quantise(_traced_rows(config, family))
             return adapted

@@ -75,7 +75,9 @@ class BatchEncoder:
 
     def _encode_captions(self, config: RunConfig, family: ModelFamily) -> None:
         """Load the text encoders; encode the empty caption and the prompts."""
-        self.text = TextEncoders(family, config.model.text_length, compute_dtype(config), self.device)
+        self.text = TextEncoders(
+            family, config.model.text_length, compute_dtype(config), self.device, config.model.encoders
+        )
         if self.prompts:
             self.prompt_cond = self.text.encode(self.prompts, guidance=config.sample.guidance)
 

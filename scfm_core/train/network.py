@@ -21,6 +21,8 @@ _SAVED = {
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "scfm::lora_linear",
     "scfm::lora_add",
+    "scfm::quantised_linear",
+    "scfm::quantised_lora_linear",
     "scfm::flash_attention",
     "scfm::flash4_attention",
 }

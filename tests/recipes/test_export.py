@@ -58,9 +58,11 @@ def largest_difference(left, right):
     return max(int(abs(a - b).max()) for a, b in zip(left, right, strict=True))
 
 
-@pytest.mark.parametrize("alpha", [4.0, 10.0])
-def test_the_adapter_gives_the_same_images_in_diffusers(make_config, tiny, tmp_path, monkeypatch, alpha):
-    run_dir = train(make_config({"lora.alpha": alpha}))
+@pytest.mark.parametrize(
+    "changes", [{}, {"lora.alpha": 10.0}, {"model.base": "nf4"}], ids=["", "alpha", "quantised base"]
+)
+def test_the_adapter_gives_the_same_images_in_diffusers(make_config, tiny, tmp_path, monkeypatch, changes):
+    run_dir = train(make_config(changes))
     assert main(["export", str(run_dir)]) == 0
     ours = our_images(run_dir, tmp_path / "images", "--steps", "3")
     pipe = FluxPipeline.from_pretrained(tiny / "flux")

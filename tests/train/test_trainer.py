@@ -43,6 +43,7 @@ GOLDEN_METHOD = {"method.step_gain": {"gamma": 0.5}, "method.flow_fraction": 0.1
 VARIANTS = {
     "lora": {},
     "step_gain": {"method.step_gain": {"gamma": 0.5}},
+    "quantised": {"model.base": "nf4", "method.step_gain": {"gamma": 0.5}},
     "full": {"train.weights": "full", "method.flow_fraction": 0.25},
     "pretrain": {"train.weights": "full", "method.flow_fraction": 1.0, "method.teacher_fraction": 0.0},
     "step_embedding": {
@@ -227,9 +228,11 @@ def test_restart_sets_the_averages_to_the_student(make_config):
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
-@pytest.mark.parametrize("weights", ["lora", "full"])
-def test_activation_checkpointing_changes_no_gradient(make_config, mode, weights):
-    loss, gradients, _ = one_global_batch(make_config({"train.weights": weights}), 8)
+@pytest.mark.parametrize(
+    "changes", [{}, {"train.weights": "full"}, {"model.base": "nf4"}], ids=["lora", "full", "quantised"]
+)
+def test_activation_checkpointing_changes_no_gradient(make_config, mode, changes):
+    loss, gradients, _ = one_global_batch(make_config(changes), 8)
     other_loss, other, _ = one_global_batch(make_config({"train.activation_checkpointing": mode}), 8)
     assert other_loss == loss
     assert_bitwise(other, gradients)
