@@ -100,11 +100,15 @@ class Setting:
 
 
 class Parking:
-    """A place on the host for storages of the GPU, in pinned memory. The tensors stay the same objects."""
+    """A place on the host for storages of the GPU, in pinned memory. The tensors stay the same objects.
+
+    On a null device there are no values, so nothing is copied.
+    """
 
     _CHUNK = 2**30  # torch rounds pinned memory up to a power of two
 
     def __init__(self) -> None:
+        self._sizes: dict[torch.UntypedStorage, int] = {}
         self._places: dict[torch.UntypedStorage, Tensor] = {}
         self._free = torch.empty(0, dtype=torch.uint8)
 
@@ -112,6 +116,9 @@ class Parking:
         """Move storages to the host; on the GPU they have no bytes then."""
         parked = list(storages)
         for storage in parked:
+            self._sizes[storage] = storage.nbytes()
+            if NULL:
+                continue
             if storage not in self._places:
                 self._places[storage] = self._take(storage.nbytes())
             self._places[storage].copy_(_bytes(storage), non_blocking=True)
@@ -121,10 +128,11 @@ class Parking:
 
     def back(self) -> None:
         """Move all that are out back to the GPU."""
-        for storage, place in self._places.items():
+        for storage, size in self._sizes.items():
             if not storage.nbytes():
-                storage.resize_(len(place))
-                _bytes(storage).copy_(place, non_blocking=True)
+                storage.resize_(size)
+                if not NULL:
+                    _bytes(storage).copy_(self._places[storage], non_blocking=True)
 
     def _take(self, size: int) -> Tensor:
         if size > len(self._free):

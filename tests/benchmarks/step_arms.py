@@ -282,7 +282,9 @@ def automodel(setting: Setting, backend: str) -> Arm:
             parent, _, child = name.rpartition(".")
             setattr(network.get_submodule(parent), child, _AutomodelLinear(module, setting.rank))
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    called = nn.parallel.DistributedDataParallel(network) if dist.is_initialized() else network
+    called: nn.Module = network
+    if dist.is_initialized() and dist.get_backend() != "fake":  # DDP needs the results of its collectives
+        called = nn.parallel.DistributedDataParallel(network, init_sync=False)  # one process: nothing to compare
     optimizer = torch.optim.AdamW(trained, lr=LR, betas=(0.9, 0.999), weight_decay=0.01, fused=True)
     cond = setting.cond.with_guidance(torch.ones(setting.batch, device=setting.device))
 
