@@ -16,8 +16,10 @@ from torch.utils._pytree import tree_leaves
 
 SCRIPTS = sorted((Path(__file__).parent / "benchmarks").glob("bench_*.py"))
 LOADER, STARTUP = (next(path for path in SCRIPTS if path.stem == name) for name in ("bench_loader", "bench_startup"))
-WITHOUT_TENSORS = {"bench_ranks"}
+DIFFERENT_INPUTS = {"bench_ranks", "bench_forward"}
+"""One has no tensors; of the other one arm has no adapters."""
 REFERENCE = {
+    "bench_forward": "reference: diffusers",
     "bench_fsdp": "reference",
     "bench_kernels": "reference: eager",
     "bench_memory": "reference: none",
@@ -113,7 +115,7 @@ def test_figures_ratios_and_inputs(path, tmp_path, capsys, monkeypatch):
         for arm, row in group.items():
             assert row["x_reference"] == pytest.approx(times[reference] / times[arm], rel=1e-12), arm
 
-    if path.stem in WITHOUT_TENSORS:
+    if path.stem in DIFFERENT_INPUTS:
         return
     if all(len(arms) == 1 for arms in measured):  # each alone on the device, so measured one by one
         measured = [{name: read for arms in measured for name, read in arms.items()}]

@@ -26,6 +26,8 @@ WARM_UP = 3
 HEAD_START = 4_000_000
 """Cycles (about 2 ms) that the GPU waits while the CPU launches: a small kernel runs faster than it is launched."""
 STARTED = time.monotonic()
+RATIOS = {"x_reference", "x_tuned", "of_peak", "of_copy", "TFLOPS", "cost"}
+"""Columns without a meaning on a null device."""
 
 
 def parser(description: str | None, name: str, repeats: int, batch: int = 8) -> argparse.ArgumentParser:
@@ -112,10 +114,14 @@ def copy_bandwidth() -> float:
 
 def save(title: str, rows: tables.Rows, columns: dict[str, str], path: Path) -> None:
     """Write the rows as JSON, so that they are kept if the process is killed before its end."""
+    if NULL:
+        columns = {key: form for key, form in columns.items() if key not in RATIOS}
+        rows = [{key: value for key, value in row.items() if key not in RATIOS} for row in rows]
     tables.save(path, {"title": title, "machine": machine(), "columns": columns, "rows": list(rows)})
 
 
 def report(title: str, rows: tables.Rows, columns: dict[str, str], path: Path) -> None:
     """Print `columns` (key -> format) of the rows as one table, and write the rows as JSON."""
     save(title, rows, columns, path)
-    print(f"{title}\n{machine()}\n{tables.text(rows, columns)}", flush=True)
+    found = tables.load(path)
+    print(f"{title}\n{found['machine']}\n{tables.text(found['rows'], found['columns'])}", flush=True)

@@ -36,3 +36,9 @@ def write(path: Path, content: str) -> None:
     temporary = path.with_name(f".{path.name}.part")
     temporary.write_text(content, encoding="utf-8")
     temporary.replace(path)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """What `save` wrote."""
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
