@@ -41,6 +41,8 @@ class Setting:
         self, batch: int, text_length: int = 256, *, device: torch.device = DEVICE, tiny: bool = not GPU
     ) -> None:
         self.batch, self.device, self.is_tiny = batch, device, tiny
+        self.phase: Callable[[str], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
+        """`with setting.phase(name)` is around each phase of an arm's step, for who looks at them one by one."""
         self.dtype = torch.float32 if tiny else torch.bfloat16
         self.family = open_family("black-forest-labs/FLUX.1-dev", offline=True)
         if tiny:

@@ -8,6 +8,7 @@ and no averages, so its step is not this method's step: compare samples/s and th
 import contextlib
 import re
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -63,6 +64,16 @@ def _own(*networks: nn.Module) -> Iterator[Tensor]:
         yield from network.buffers()
 
 
+def _update(setting: Setting, engine: Fsdp2Engine, loss: Tensor) -> None:
+    """From the loss to the optimizer's step."""
+    with setting.phase("backward"):
+        engine.backward(loss)
+    with setting.phase("reduce"):
+        engine.reduce()
+    with setting.phase("adam"):
+        engine.step(LR)
+
+
 def ours(
     setting: Setting,
     *,
@@ -85,16 +96,24 @@ def ours(
     engine = make_engine(setting, model.parameters, model.networks)
     emas = DualEMA(*(engine.ema_tensors(role) for role in ("student", "ema_fast", "ema_slow")))
 
+    def near(*inputs: Any) -> Tensor:
+        with setting.phase("near"):
+            return model.near_velocity(*inputs)
+
+    def far(*inputs: Any) -> Tensor:
+        with setting.phase("far"):
+            return model.far_velocity(*inputs)
+
     def step() -> None:
         plan, noised, cond = setting.draw()
         with torch.inference_mode(prepare is None):  # as train/step.py
-            target = scfm_target(plan, noised, cond, model.near_velocity, model.far_velocity)
+            target = scfm_target(plan, noised, cond, near, far)
         target = target.clone()
-        prediction = model.student_velocity(noised, plan.sigma_start, cond, plan.student_strength)
-        engine.backward(scfm_loss(prediction, target, plan))
-        engine.reduce()
-        engine.step(LR)
-        emas.update()
+        with setting.phase("student"):
+            prediction = model.student_velocity(noised, plan.sigma_start, cond, plan.student_strength)
+        _update(setting, engine, scfm_loss(prediction, target, plan))
+        with setting.phase("ema"):
+            emas.update()
 
     def held() -> Iterator[Tensor]:
         yield from _own(network)
@@ -125,9 +144,9 @@ class _Peft:
         part = f".{adapter}."
         return {n.replace(part, "."): p for n, p in self.network.named_parameters() if "lora_" in n and part in n}
 
-    def velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        setting = self.setting
-        with torch.autocast(setting.device.type, dtype=torch.bfloat16, enabled=not setting.is_tiny):
+    def velocity(self, phase: str, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        setting, enabled = self.setting, not self.setting.is_tiny
+        with setting.phase(phase), torch.autocast(setting.device.type, dtype=torch.bfloat16, enabled=enabled):
             return setting.family.velocity(self.network, x, sigma, cond)
 
     @torch.no_grad()
@@ -144,14 +163,14 @@ class _Peft:
         self._rows_of_near(near, (~is_teacher).nonzero()[:, 0], plan, x, cond)
         delta1, delta2 = plan.sigma_start - plan.sigma_mid, plan.sigma_mid - plan.sigma_end
         slow()
-        far = self.velocity(euler_step(x, near, delta1), plan.sigma_mid, cond)
+        far = self.velocity("far", euler_step(x, near, delta1), plan.sigma_mid, cond)
         weight1, weight2 = per_sample(delta1, x), per_sample(delta2, x)
         return (weight1 * near + weight2 * far) / (weight1 + weight2)
 
     def _rows_of_near(self, near: Tensor, rows: Tensor, plan: ShortcutPlan, x: Tensor, cond: Conditioning) -> None:
         if len(rows):
             there = rows.to(x.device)
-            near[there] = self.velocity(x[there], plan.sigma_start[there], cond[rows]).to(x.dtype)
+            near[there] = self.velocity("near", x[there], plan.sigma_start[there], cond[rows]).to(x.dtype)
 
 
 def _use_backend(network: nn.Module, backend: str) -> None:
@@ -182,10 +201,8 @@ def reference(setting: Setting, backend: str) -> Arm:
         plan, noised, cond = setting.draw()
         target = peft.target(plan, noised, cond, lambda: put(fast), lambda: put(slow))
         put(student)
-        engine.backward(scfm_loss(peft.velocity(noised, plan.sigma_start, cond), target, plan))
-        engine.reduce()
-        engine.step(LR)
-        with torch.no_grad():
+        _update(setting, engine, scfm_loss(peft.velocity("student", noised, plan.sigma_start, cond), target, plan))
+        with torch.no_grad(), setting.phase("ema"):
             for name, parameter in trained.items():
                 student[name].copy_(parameter)
                 fast[name].lerp_(parameter, 0.01)
@@ -223,11 +240,10 @@ def tuned_reference(setting: Setting, backend: str, *, compiled: bool = GPU and 
             plan, noised, cond, lambda: network.set_adapter("ema_fast"), lambda: network.set_adapter("ema_slow")
         )
         network.set_adapter("student")
-        engine.backward(scfm_loss(peft.velocity(noised, plan.sigma_start, cond), target, plan))
-        engine.reduce()
-        engine.step(LR)
-        torch._foreach_lerp_(tensors["ema_fast"], tensors["student"], 0.01)
-        torch._foreach_lerp_(tensors["ema_slow"], tensors["student"], 0.001)
+        _update(setting, engine, scfm_loss(peft.velocity("student", noised, plan.sigma_start, cond), target, plan))
+        with setting.phase("ema"):
+            torch._foreach_lerp_(tensors["ema_fast"], tensors["student"], 0.01)
+            torch._foreach_lerp_(tensors["ema_slow"], tensors["student"], 0.001)
 
     def held() -> Iterator[Tensor]:
         yield from _own(network)
@@ -293,11 +309,15 @@ def automodel(setting: Setting, backend: str) -> Arm:
         sigma = torch.randn(setting.batch, device=setting.device).sigmoid()
         noise = torch.randn_like(setting.latents)
         noised = noise_latents(setting.latents, noise, sigma)
-        prediction = setting.family.velocity(called, noised, sigma, cond)
+        with setting.phase("student"):
+            prediction = setting.family.velocity(called, noised, sigma, cond)
         loss = F.mse_loss(prediction.float(), flow_velocity(setting.latents, noise))
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained, 1.0, foreach=True).item()
-        optimizer.step()
+        with setting.phase("backward"):
+            loss.backward()
+        with setting.phase("reduce"):
+            nn.utils.clip_grad_norm_(trained, 1.0, foreach=True).item()
+        with setting.phase("adam"):
+            optimizer.step()
         loss.item()
 
     def held() -> Iterator[Tensor]:
