@@ -24,6 +24,8 @@ COLUMNS = {
 def measure_shape(shape: AttentionShape, repeats: int) -> list[dict[str, object]]:
     """A row for each backend and pass."""
     available = [backend for backend in BACKENDS if why_unavailable(backend, shape) is None]
+    if shape.tokens > 2000 and len(available) > 1:
+        available.remove("math")  # whole matrices of scores: gigabytes, and never the fastest
     inputs = shape.draw()
     grad = torch.randn_like(inputs[0])
 

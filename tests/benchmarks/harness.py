@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -26,6 +27,8 @@ WARM_UP = 3
 HEAD_START = 4_000_000
 """Cycles (about 2 ms) that the GPU waits while the CPU launches: a small kernel runs faster than it is launched."""
 STARTED = time.monotonic()
+LAUNCHES: dict[str, int] = {}
+"""On a null device: kernels of an arm's last call."""
 RATIOS = {"x_reference", "x_tuned", "of_peak", "of_copy", "TFLOPS", "cost"}
 """Columns without a meaning on a null device."""
 
@@ -78,7 +81,9 @@ def measure(
             with turn(name):
                 for _ in range(warm_up if number == 0 else block > 1):
                     timed(run)
+                before = launches()
                 seconds[name] += [timed(run) for _ in range(block)]
+                LAUNCHES[name] = (launches() - before) // block
         if after_round is not None:
             after_round(_medians(seconds), (number + 1) * block)
         if time.monotonic() > until:
@@ -105,6 +110,16 @@ def timed(run: Callable[[], object]) -> float:
     return start.elapsed_time(end) / 1e3
 
 
+def launches() -> int:
+    """Kernels so far, as a null device counts them; a GPU does not count."""
+    if not NULL:
+        return 0
+    sys.path.append(str(Path(__file__).resolve().parents[1] / "null_device"))
+    from null_driver import Device
+
+    return int(Device().counters.launches)
+
+
 def copy_bandwidth() -> float:
     """Bytes per second that a large copy reads and writes: an upper bound for elementwise kernels."""
     source = torch.empty(2**28 if GPU else 2**22, dtype=torch.uint8, device=DEVICE)
@@ -117,6 +132,9 @@ def save(title: str, rows: tables.Rows, columns: dict[str, str], path: Path) -> 
     if NULL:
         columns = {key: form for key, form in columns.items() if key not in RATIOS}
         rows = [{key: value for key, value in row.items() if key not in RATIOS} for row in rows]
+        if len({row.get("arm") for row in rows}) == len(rows):  # one measurement of each arm
+            columns = columns | {"launches": "d"}
+            rows = [{"launches": LAUNCHES.get(row.get("arm", "")), **row} for row in rows]
     tables.save(path, {"title": title, "machine": machine(), "columns": columns, "rows": list(rows)})
 
 
