@@ -4,7 +4,7 @@
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,7 @@ class FewStepModel(ABC):
         width: int | None = None,
         strength: float | None = None,
         undistilled: bool = False,
+        before_step: Callable[[], None] | None = None,
     ) -> list[Image.Image]:
         """Sample an image for each prompt.
 
@@ -99,6 +100,7 @@ class FewStepModel(ABC):
             height, width: in pixels; None: those of the training.
             strength: of the adapter; None: the one that was trained for this number of steps.
             undistilled: sample from the base model, without the adapter; with many steps it is the teacher.
+            before_step: called before each step. What it raises ends the sampling.
 
         Raises:
             UserError: if an argument is invalid, or if there is no base model.
@@ -112,11 +114,18 @@ class FewStepModel(ABC):
             steps=steps, guidance=guidance, height=height, width=width, strength=strength, undistilled=undistilled
         )
         self.family.latent_shape(settings["height"], settings["width"])
-        return self._sample(rows, [seed + i for i in range(len(rows))], settings, undistilled=undistilled)
+        seeds = [seed + i for i in range(len(rows))]
+        return self._sample(rows, seeds, settings, undistilled=undistilled, before_step=before_step or (lambda: None))
 
     @abstractmethod
     def _sample(
-        self, prompts: list[str], seeds: list[int], settings: dict[str, Any], *, undistilled: bool
+        self,
+        prompts: list[str],
+        seeds: list[int],
+        settings: dict[str, Any],
+        *,
+        undistilled: bool,
+        before_step: Callable[[], None],
     ) -> list[Image.Image]: ...
 
 
@@ -156,7 +165,13 @@ class RunModel(FewStepModel):
         }
 
     def _sample(
-        self, prompts: list[str], seeds: list[int], settings: dict[str, Any], *, undistilled: bool
+        self,
+        prompts: list[str],
+        seeds: list[int],
+        settings: dict[str, Any],
+        *,
+        undistilled: bool,
+        before_step: Callable[[], None],
     ) -> list[Image.Image]:
         if undistilled and isinstance(self.model, FullModel) and "teacher" not in self.model.networks:
             raise UserError(f"the run {self.config.run.dir} has no teacher: it trained full weights from data alone")
@@ -164,7 +179,18 @@ class RunModel(FewStepModel):
         cond = self._text.encode(prompts, settings["guidance"])
         size = settings["height"], settings["width"]
         strength = None if undistilled else settings["strength"]
-        images = generate(self.config, self.model, role, self._vae, cond, seeds, settings["steps"], strength, size=size)
+        images = generate(
+            self.config,
+            self.model,
+            role,
+            self._vae,
+            cond,
+            seeds,
+            settings["steps"],
+            strength,
+            size=size,
+            before_step=before_step,
+        )
         return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in to_uint8(images)]
 
 
@@ -226,8 +252,19 @@ class AdapterModel(FewStepModel):
         }
 
     def _sample(
-        self, prompts: list[str], seeds: list[int], settings: dict[str, Any], *, undistilled: bool
+        self,
+        prompts: list[str],
+        seeds: list[int],
+        settings: dict[str, Any],
+        *,
+        undistilled: bool,
+        before_step: Callable[[], None],
     ) -> list[Image.Image]:
+        def end_of_step(*_: Any) -> dict[str, Any]:
+            before_step()
+            return {}
+
+        before_step()
         images: list[Image.Image] = []
         call = self.family.call_arguments(settings["guidance"], self.header.text_length)
         for at in range(0, len(prompts), _BATCH):
@@ -239,6 +276,7 @@ class AdapterModel(FewStepModel):
                 height=settings["height"],
                 width=settings["width"],
                 generator=generators,
+                callback_on_step_end=end_of_step,
                 **call,
             ).images
         return images
