@@ -238,7 +238,7 @@ def config_of(style: Path, weight: float = WEIGHT, **changes):
     }
 
 
-def test_a_run_trains_and_samples_on_the_styled_base(make_config, style, tiny):
+def test_a_run_trains_and_samples_on_the_styled_base(make_config, style, tiny, tmp_path, capsys):
     """Its teacher is the fused network; a resumed run and its own samples need the same style."""
     config = make_config(config_of(style))
     trainer = Trainer(config)
@@ -262,16 +262,27 @@ def test_a_run_trains_and_samples_on_the_styled_base(make_config, style, tiny):
     ):
         with pytest.raises(UserError, match=message):
             Trainer(make_config(changes), checkpoint)
-    # The same path with other content.
+    # Another folder.
+    moved = Path(shutil.copytree(style.parent, tmp_path / "moved")) / style.name
+    renamed = Path(shutil.copy(style, tmp_path / "renamed.safetensors"))
+    capsys.readouterr()
+    for path in (moved, renamed):
+        load_trained(trainer.run_dir, make_config(config_of(path)), with_teacher=False)
+    assert "note" not in capsys.readouterr().err
+    # The same name with other content.
     save_file({f"transformer.{n}": 2 * t for n, t in factors(linears(tiny)).items()}, style)
     with pytest.raises(
         UserError, match=r"model.adapters contain now: model.adapters.0\(weight=0.8\) \(other content\)"
     ):
         Trainer(make_config(config_of(style)), checkpoint)
-    with pytest.raises(UserError, match=r"is not the model that .* was trained on: model.adapters.0"):
-        load_trained(trainer.run_dir, make_config(config_of(style)), with_teacher=False)
+    shutil.copy(style, moved)
+    for path in (style, moved):
+        with pytest.raises(UserError, match=r"is not the model that .* was trained on: model.adapters.0"):
+            load_trained(trainer.run_dir, make_config(config_of(path)), with_teacher=False)
     # Another style than the run's is what a person asks for.
     load_trained(trainer.run_dir, make_config(config_of(style, 0.5)), with_teacher=False)
+    note = "was trained with other model.adapters: model.adapters.0(weight=0.5) (new), model.adapters.0(weight=0.8) (missing now)"
+    assert note in capsys.readouterr().err
 
 
 def test_stored_paths_are_of_the_styled_model(make_config, style, tiny, tmp_path):
