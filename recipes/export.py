@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -172,8 +173,13 @@ def _export_adapters(
             family, factors, options.format, scale=folded, dtype=getattr(torch, dtype), leave_out=left_out
         )
         path = folder / file_name(config, base, contents)
-        with saving(folder, "the export", _ADVICE, *([] if any(folder.iterdir()) else [folder])):
-            save_tensors(path, tensors, header(config, family, base, checkpoint, contents))
+        try:
+            with saving(folder, "the export", _ADVICE):
+                save_tensors(path, tensors, header(config, family, base, checkpoint, contents))
+        except BaseException:
+            with suppress(OSError):  # another export may have written into it
+                folder.rmdir()
+            raise
         files.append(path)
     same = describe(config, family, base, checkpoint, contents)
     with saving(folder, "the export", _ADVICE):

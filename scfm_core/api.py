@@ -64,7 +64,6 @@ class FewStepModel(ABC):
 
     family: ModelFamily
 
-    @abstractmethod
     def settings(
         self,
         *,
@@ -76,6 +75,28 @@ class FewStepModel(ABC):
         undistilled: bool = False,
     ) -> dict[str, Any]:
         """What the images of `sample` depend on, beside prompt and seed: steps, strength, guidance, shift, width, height, ..."""
+        resolution, shift, usual = self._trained(undistilled=undistilled)
+        size = height or resolution[0], width or resolution[1]
+        if undistilled:
+            strength = 0.0
+        elif strength is None:
+            strength = self._strength(steps)
+        return {
+            "steps": steps,
+            "strength": strength,
+            "guidance": usual if guidance is None else guidance,
+            "shift": shift_of(shift, self.family, size, steps),
+            "width": size[1],
+            "height": size[0],
+        }
+
+    @abstractmethod
+    def _trained(self, *, undistilled: bool) -> tuple[tuple[int, int], float | str, float]:
+        """Height and width, shift, and guidance of the training."""
+
+    @abstractmethod
+    def _strength(self, steps: int) -> float:
+        """Of the adapter, for a number of steps."""
 
     def sample(
         self,
@@ -140,29 +161,12 @@ class RunModel(FewStepModel):
         self._text = TextEncoders(self.family, self.config.model.text_length, dtype, device)
         self._vae = Autoencoder(self.family, dtype, device)
 
-    def settings(
-        self,
-        *,
-        steps: int = 4,
-        guidance: float | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        strength: float | None = None,
-        undistilled: bool = False,
-    ) -> dict[str, Any]:
-        """See `FewStepModel`."""
+    def _trained(self, *, undistilled: bool) -> tuple[tuple[int, int], float | str, float]:
         config = self.config
-        size = height or config.data.resolution[0], width or config.data.resolution[1]
-        if strength is None:
-            strength = sampling_strength(config.method.step_gain, steps)
-        return {
-            "steps": steps,
-            "strength": 0.0 if undistilled else strength,
-            "guidance": config.sample.guidance if guidance is None else guidance,
-            "shift": shift_of(config.sample.shift, self.family, size, steps),
-            "width": size[1],
-            "height": size[0],
-        }
+        return config.data.resolution, config.sample.shift, config.sample.guidance
+
+    def _strength(self, steps: int) -> float:
+        return sampling_strength(self.config.method.step_gain, steps)
 
     def _sample(
         self,
@@ -226,30 +230,12 @@ class AdapterModel(FewStepModel):
         self.pipe.set_progress_bar_config(disable=True)
         self.family = family_of_pipeline(pipe)
 
-    def settings(
-        self,
-        *,
-        steps: int = 4,
-        guidance: float | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        strength: float | None = None,
-        undistilled: bool = False,
-    ) -> dict[str, Any]:
-        """See `FewStepModel`."""
+    def _trained(self, *, undistilled: bool) -> tuple[tuple[int, int], float | str, float]:
         header = self.header
-        size = height or header.resolution[0], width or header.resolution[1]
-        usual = header.teacher_guidance if undistilled else header.guidance
-        if strength is None and not undistilled:
-            strength = header.strength(steps)
-        return {
-            "steps": steps,
-            "strength": 0.0 if undistilled else strength,
-            "guidance": usual if guidance is None else guidance,
-            "shift": shift_of(header.shift, self.family, size, steps),
-            "width": size[1],
-            "height": size[0],
-        }
+        return header.resolution, header.shift, header.teacher_guidance if undistilled else header.guidance
+
+    def _strength(self, steps: int) -> float:
+        return self.header.strength(steps)
 
     def _sample(
         self,
