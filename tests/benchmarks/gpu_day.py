@@ -32,7 +32,12 @@ import tables
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-CUDA_TESTS = ("tests/kernels/test_kernels.py", "tests/kernels", "tests/models/test_fused.py", "tests/models/test_graphs.py")
+CUDA_TESTS = (
+    "tests/kernels/test_kernels.py",
+    "tests/kernels",
+    "tests/models/test_fused.py",
+    "tests/models/test_graphs.py",
+)
 """Tests that use a GPU where there is one, the most telling first: kernels against fp64."""
 GRACE = 0.85
 """Share of its limit after which a benchmark begins no further repeat."""
