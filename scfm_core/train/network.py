@@ -20,6 +20,7 @@ _SAVED = {
     "aten::_scaled_dot_product_cudnn_attention",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "scfm::lora_linear",
+    "scfm::lora_linears",
     "scfm::lora_add",
     "scfm::quantised_linear",
     "scfm::quantised_lora_linear",
