@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from scfm_core.kernels.quantised import dequantise
+
 
 class Tile(NamedTuple):
     """Of `lora_gemm`: rows and columns of the result that a program owns, elements that it reads of each at a time, launch options."""
@@ -56,6 +58,13 @@ def add_product(rows: Tensor, weight: Tensor, low: Tensor, factor: Tensor, bias:
 def rows_of(x: Tensor) -> Tensor:
     """[..., in] -> [rows, in]."""
     return x.reshape(-1, x.shape[-1])
+
+
+def unpacked(weights: Sequence[Tensor], scales: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Weights [out, in] for a product in `dtype`; `scales` are those of packed ones, see `quantised.quantise`."""
+    if not scales:
+        return list(weights)
+    return [dequantise(weight, scale, dtype) for weight, scale in zip(weights, scales, strict=True)]
 
 
 def _values(

@@ -92,11 +92,15 @@ class LoRALinear(nn.Module):
         if scale is None:
             return fp8_linear(x, self.fp8, base.bias) if in_fp8 else base(x)  # type: ignore[arg-type]
         down, up, copies = self.selected()
-        if isinstance(base, QuantisedLinear) and not in_fp8:
-            return base.with_adapter(x, down.to(x.dtype), up.to(x.dtype), scale)
         if in_fp8:
             return lora_add(fp8_linear(x, self.fp8, base.bias), x, down, up, scale, copies)  # type: ignore[arg-type]
-        return lora_linear(x, base.weight, base.bias, down, up, scale, copies)
+        weight, weight_scale = self.weight()
+        return lora_linear(x, weight, base.bias, down, up, scale, copies, weight_scale)
+
+    def weight(self) -> tuple[Tensor, Tensor | None]:
+        """The base's weight; if it is packed, with its scale."""
+        base = self.base_layer
+        return (base.values, base.scale) if isinstance(base, QuantisedLinear) else (base.weight, None)
 
     def selected(self) -> tuple[Tensor, Tensor, Copies | None]:
         """The selected adapter's factors, which get gradients, and their copies."""
@@ -113,17 +117,19 @@ class LoRALinear(nn.Module):
 
 
 def linears(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor]:
-    """`layer(x)` of each layer; adapted linears are one operation, unless their base is quantised."""
+    """`layer(x)` of each layer; adapted linears of one kind are one operation."""
     adapted = [layer for layer in layers if isinstance(layer, LoRALinear)]
-    weights = [layer.base_layer.weight for layer in adapted if isinstance(layer.base_layer, nn.Linear)]
-    biases = [layer.base_layer.bias for layer in adapted if layer.base_layer.bias is not None]
-    selection = adapted[0].selection if adapted else None
+    selection = adapted[0].selection if len(adapted) == len(layers) else None
     if selection is None or selection.scale is None or selection.in_fp8:
         return [layer(x) for layer in layers]
-    if len(weights) < len(layers) or len(biases) not in (0, len(layers)):
+    weights, scales = zip(*(layer.weight() for layer in adapted), strict=True)
+    biases = [layer.base_layer.bias for layer in adapted if layer.base_layer.bias is not None]
+    packed = [scale for scale in scales if scale is not None]
+    if any(len(some) not in (0, len(layers)) for some in (biases, packed)):
         return [layer(x) for layer in layers]
     downs, ups, copies = zip(*(layer.selected() for layer in adapted), strict=True)
-    return lora_linears(x, weights, biases, downs, ups, selection.scale, [pair for pair in copies if pair is not None])
+    given = [pair for pair in copies if pair is not None]
+    return lora_linears(x, weights, biases, downs, ups, selection.scale, given, packed)
 
 
 def join(layers: Sequence[nn.Module]) -> None:

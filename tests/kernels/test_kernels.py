@@ -176,7 +176,7 @@ def lora_factors(x: Tensor) -> tuple:
 def in_lists(x: Tensor, factors: tuple) -> tuple:
     """Two linears with the same base: arguments of the op on lists."""
     weight, _, down, up, scale, *copies = factors
-    return x, [weight, 2 * weight], [], [down, down], [up, up], scale, [*copies, *copies]
+    return x, [weight, 2 * weight], [], [down, down], [up, up], scale, [*copies, *copies], []
 
 
 OPS = {
@@ -192,7 +192,7 @@ OPS = {
         torch.ops.scfm.flash_attention.default, tuple(x.detach().unflatten(-1, (HEADS, DIM)) for _ in range(3)),
     ),
     "lora_linear": lambda x, row, head: (
-        torch.ops.scfm.lora_linear.default, (x.detach().bfloat16().requires_grad_(), *lora_factors(x)),
+        torch.ops.scfm.lora_linear.default, (x.detach().bfloat16().requires_grad_(), *lora_factors(x), None),
     ),
     "lora_linears": lambda x, row, head: (
         torch.ops.scfm.lora_linears.default, in_lists(x.detach().bfloat16().requires_grad_(), lora_factors(x)),

@@ -6,6 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from scfm_core.kernels.fp8 import fits, fp8_linear
 from scfm_core.models.adapters import ADAPTERS, LoRABank, LoRAConfig, join, linears, merge
 from scfm_core.models.families import open_family
+from scfm_core.models.quantised import quantise_onto
 from scfm_core.train.trace import trace_forward
 
 
@@ -229,13 +230,14 @@ class Projections(nn.Module):
 class TestJoined:
     """Linears of one input as one operation."""
 
-    def make(self, dtype=torch.float32, *, bias=True, copies=False, targets=".*"):
+    def make(self, dtype=torch.float32, *, bias=True, copies=False, targets=".*", base="bfloat16"):
         torch.manual_seed(0)
         network = Projections(bias).to(dtype)
         bank = LoRABank(network, LoRAConfig(rank=3, alpha=6.0, targets=targets), seed=1)
         for adapter in ADAPTERS:
             for parameter in bank.parameters(adapter).values():
                 parameter.data.normal_()
+        quantise_onto(network, base, "cpu")
         if copies:
             join((network.query, network.key, network.value))
             bank.keep_copies()
@@ -251,8 +253,24 @@ class TestJoined:
 
     @pytest.mark.parametrize(
         "options",
-        [{}, {"bias": False}, {"dtype": torch.bfloat16}, {"dtype": torch.bfloat16, "copies": True}, {"targets": "key"}],
-        ids=["fp32", "no bias", "bf16", "bf16 with copies", "not all are adapted"],
+        [
+            {},
+            {"bias": False},
+            {"dtype": torch.bfloat16},
+            {"dtype": torch.bfloat16, "copies": True},
+            {"targets": "key"},
+            {"base": "int8"},
+            {"base": "int8", "targets": "key"},
+        ],
+        ids=[
+            "fp32",
+            "no bias",
+            "bf16",
+            "bf16 with copies",
+            "not all are adapted",
+            "packed",
+            "packed, not all are adapted",
+        ],
     )
     def test_results_and_gradients_are_those_of_the_layers_one_by_one(self, options):
         bank, dtype = self.make(**options), options.get("dtype", torch.float32)
