@@ -262,7 +262,11 @@ def _linears_gradients(ctx: Any, grads: list[Tensor | None]) -> tuple:
     n, (x, scale, low, *rest) = ctx.count, ctx.saved_tensors
     needs = [any(needed) if isinstance(needed, list) else needed for needed in ctx.needs_input_grad[:5]]
     weights, downs, ups, weight_scales = rest[:n], rest[n : 2 * n], rest[2 * n : 3 * n], rest[3 * n :]
-    found = _linears_backward(grads[:-1], x, weights, downs, ups, scale, low, needs, ctx.dtype, weight_scales)
+    given = [
+        x.new_zeros(*x.shape[:-1], weight.shape[0]) if grad is None else grad
+        for grad, weight in zip(grads[:-1], weights, strict=True)
+    ]
+    found = _linears_backward(given, x, weights, downs, ups, scale, low, needs, ctx.dtype, weight_scales)
     of_weights, of_biases, of_down, of_ups = found[1 : n + 1], found[n + 1 : 2 * n + 1], found[2 * n + 1], found[-n:]
     return (
         found[0] if needs[0] else None,

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from scfm_core.kernels.launch import why_no_triton
-from scfm_core.kernels.lora_products import Tile, add_product, shape_of, use_tiles
+from scfm_core.kernels.launch import Tile, why_no_triton
+from scfm_core.kernels.lora_products import add_product, shape_of, use_tiles
 
 TIE = 0.03
 """Triton must be faster by this fraction. Times vary between runs; the choice should not."""

@@ -10,8 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from scfm_core.kernels.launch import compute_type, dense_rows, is_interpreted
-from scfm_core.kernels.lora_products import Tile
+from scfm_core.kernels.launch import Tile, compute_type, dense_rows, is_interpreted
 
 # tests/kernels compiles all of them for compute capability 8.0 and 9.0: none spills registers in bf16.
 TILES = (Tile(128, 256, 32, 8, 4), Tile(128, 128, 64, 8, 3), Tile(128, 128, 32, 4, 4))

@@ -1,23 +1,14 @@
 """The matrix products of adapted linears, forward and backward, on plain tensors. `kernels/lora.py` makes operations of them."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from scfm_core.kernels.launch import Tile
 from scfm_core.kernels.quantised import dequantise
-
-
-class Tile(NamedTuple):
-    """Of `lora_gemm`: rows and columns of the result that a program owns, elements that it reads of each at a time, launch options."""
-
-    rows: int
-    columns: int
-    depth: int
-    num_warps: int
-    num_stages: int
 
 
 MIN_ROWS = 512
@@ -162,8 +153,8 @@ def _grad_x(grads: Sequence[Tensor], weights: Sequence[Tensor], grad_low: Tensor
 
 def _product(one: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:
     """A matrix product in `dtype`; on a GPU it is not rounded to the dtype of the factors before."""
-    if one.is_cuda and one.dtype != dtype == torch.float32:
-        return torch.mm(one, other, out_dtype=dtype)  # PyTorch has it for GPUs only
+    if one.device.type != "cpu" and one.dtype != dtype == torch.float32:
+        return torch.mm(one, other, out_dtype=dtype)  # PyTorch has none for CPUs
     return (one @ other).to(dtype)
 
 

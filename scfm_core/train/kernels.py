@@ -86,7 +86,7 @@ def choose_kernels(config: RunConfig, family: ModelFamily, device: torch.device,
         why = "a GPU that supports them" if fused == "triton" else reason or "on a CPU kernels would be interpreted"
     else:
         fused, why = requested.fused, "as configured"
-    products = _products(config, family, device) if training and requested.adapters == "auto" else ProductChoice()
+    products = _products(config, family, device) if training and requested.lora == "auto" else ProductChoice()
     if fused == "none" and requested.attention == "auto" and device.type != "cuda":
         return Kernels(fused, why, None, products)
     try:

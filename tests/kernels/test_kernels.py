@@ -283,6 +283,17 @@ def test_the_copies_of_linears_of_one_input_are_not_joined_again_if_they_are_adj
         assert torch.equal(lora_products.joined(others), torch.cat(others))
 
 
+def test_one_of_several_adapted_linears_is_enough_for_a_gradient():
+    inputs, (strengths,) = draw(CASES["lora_linears"], torch.float32), CASES["lora_linears"].fixed()
+    kernel, plain = CASES["lora_linears"].kernel, CASES["lora_linears"].reference
+    found, expected = (
+        torch.autograd.grad(f(*inputs, strengths)[1].sum(), inputs, allow_unused=True, materialize_grads=True)
+        for f in (kernel, plain)
+    )
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("trains_base", [False, True])
 def test_flops_of_an_adapted_linear(trains_base):
     """Products alone: two FLOPs for each pair of elements."""

@@ -72,7 +72,7 @@ def test_products_of_adapters_are_chosen_for_the_linears_of_a_micro_batch(make_c
     used = []
     monkeypatch.setattr(kernels, "use_tiles", used.append)
     assert not choose_kernels(make_config(), family, CPU).products.tiles and not asked  # `library` is the default
-    config = make_config({"kernels.adapters": "auto", "lora.targets": r".*(to_q|proj_mlp|norm1\.linear)"})
+    config = make_config({"kernels.lora": "auto", "lora.targets": r".*(to_q|proj_mlp|norm1\.linear)"})
     chosen = choose_kernels(config, family, CPU)
     width = family.width
     # 8 samples of 16 tokens of an image and 8 of text, joined in single blocks; modulations have one row for each sample.
@@ -81,7 +81,7 @@ def test_products_of_adapters_are_chosen_for_the_linears_of_a_micro_batch(make_c
     assert "by Triton for 32 x 32" in str(chosen)
     chosen.apply(family, family.load_network(torch.float32, CPU))
     assert used == [chosen.products.tiles]
-    full = choose_kernels(make_config({"kernels.adapters": "auto", "train.weights": "full"}), family, CPU)
+    full = choose_kernels(make_config({"kernels.lora": "auto", "train.weights": "full"}), family, CPU)
     assert "there are no adapters" in str(full)
 
 
