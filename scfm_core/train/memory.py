@@ -7,6 +7,7 @@ from torch import nn
 
 from scfm_core.models.adapters import LoRALinear, is_for_fp8
 from scfm_core.models.protocol import ModelFamily
+from scfm_core.models.quantised import saved_bytes
 from scfm_core.models.tensor_files import CHUNK
 from scfm_core.train.config import RunConfig
 from scfm_core.train.from_cache import is_without_text
@@ -81,9 +82,10 @@ def estimate_memory(
     width = 2 if config.train.compute_dtype == "bfloat16" else 4
     zero = engine.name == "deepspeed"
     has_teacher = lora or config.method.has_teacher
+    saved = saved_bytes(network, family.blocks(network), config.model.base, width)
     weights = {
-        "frozen base" if lora else "teacher": base * width * has_teacher / share.weights,
-        "fp8 copies of it": _fp8_copies(network, rows) * config.kernels.fp8,
+        "frozen base" if lora else "teacher": (base * width - saved) * has_teacher / share.weights,
+        "fp8 copies of it": _fp8_copies(network, rows) * (config.kernels.fp8 and config.model.base == "bfloat16"),
         "student (fp32)": 4 * trained / share.weights,
         "EMAs, fast and slow (fp32)": 8 * trained / share.weights,
     }

@@ -81,7 +81,9 @@ def check_model(config: RunConfig, family: ModelFamily) -> None:
     for size in {config.data.resolution, *config.data.sizes()}:
         family.latent_shape(*size)
     if (wanted := config.model.offload_blocks) and wanted > (blocks := len(family.blocks(family.meta_network()))):
-        raise UserError(f"model.offload_blocks is {wanted}, but {path} has {blocks} blocks. Set it to {blocks} or fewer")
+        raise UserError(
+            f"model.offload_blocks is {wanted}, but {path} has {blocks} blocks. Set it to {blocks} or fewer"
+        )
     if method.step_embedding and family.guidance_kind != "input":
         raise UserError(
             f"method.step_embedding gives the step size to the network's embedded guidance, but {path} has none. "
