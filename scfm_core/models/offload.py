@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from scfm_core.models.quantised import Base, saved_bytes
+
 _ALIGNMENT = 256
 """Bytes; kernels assume that tensors start at such addresses."""
 
@@ -19,6 +21,25 @@ _ALIGNMENT = 256
 def spread(blocks: Sequence[nn.Module], number: int) -> list[nn.Module]:
     """`number` of the blocks, evenly spaced: so the blocks between them give the copies time."""
     return [blocks[place * len(blocks) // number] for place in range(number)]
+
+
+def offloaded_bytes(
+    network: nn.Module, blocks: Sequence[nn.Module], number: int, base: Base, width: int
+) -> tuple[int, int]:
+    """Bytes in host memory, and of the two slots, if `number` of a network's blocks are offloaded; it may be on the meta device.
+
+    Args:
+        network, blocks: not quantised.
+        number: see `spread`.
+        base: how the blocks are stored.
+        width: bytes of an element that is not packed.
+    """
+    sizes = [
+        width * sum(tensors[key].numel() for tensors, key in _frozen(block))
+        - saved_bytes(network, [block], base, width)
+        for block in spread(blocks, number)
+    ]
+    return sum(sizes), 2 * max(sizes, default=0)
 
 
 def fill_on_host(blocks: Sequence[nn.Module]) -> None:
