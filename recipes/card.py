@@ -1,42 +1,33 @@
 """The model card beside an export: what it is, how to use it, what was measured, how it was trained."""
 
 import json
-import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from recipes import advice
 from recipes.base_model import BaseModel
 from recipes.comfyui import comfyui_settings, workflow
 from recipes.header import Contents
+from recipes.measured import is_evaluated
 from recipes.sample import read_settings
 from scfm_core import __version__
-from scfm_core.errors import UserError
-from scfm_core.files import permit_reading, written_whole
+from scfm_core.files import permit_reading, renamed_at_end, written_whole
 from scfm_core.models.fused_base import describe
 from scfm_core.models.original_names import FLUX
 from scfm_core.models.protocol import ModelFamily
 from scfm_core.train.config import RunConfig
-from scfm_core.train.parse import dump_config, with_absolute_paths
-from scfm_core.wording import count, number
+from scfm_core.wording import count
 
 UNNAMED_BASE = "path/to/the/base/model"
 """In the card's code, in place of a folder of this machine."""
 _IMAGES = "images"
 _WORKFLOW = "comfyui_workflow.json"
 _MAX_IMAGES = 4
-_METRICS = {
-    "fid_teacher": "Fréchet distance to the teacher",
-    "mse_teacher": "MSE to the teacher's images",
-    "clip_score": "CLIP score",
-    "fid_data": "Fréchet distance to the data",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +41,8 @@ class Card:
     run_dir: Path
     place: str
     """Folder or repository of the files, in the card's code."""
+    measured: str = ""
+    """The section of `recipes.measured`."""
     files: tuple[tuple[str, Contents], ...] = ()
     """Name and contents of each file; the name of a merged pipeline, which is a folder, is empty."""
     is_merged: bool = False
@@ -107,7 +100,7 @@ def _front_matter(card: Card, images: list[_Image]) -> ModelCardData:
 
 def _body(card: Card, images: list[_Image]) -> str:
     parts = [_title(card), _pictures(images), _weights(card), _files(card), _diffusers(card), _comfyui(card)]
-    return "\n\n".join(part for part in (*parts, _measured(card), _training(card)) if part) + "\n"
+    return "\n\n".join(part for part in (*parts, card.measured, _training(card)) if part) + "\n"
 
 
 def _title(card: Card) -> str:
@@ -284,50 +277,6 @@ def _write_workflow(path: Path, card: Card) -> None:
         partial.write_text(json.dumps(nodes, indent=2) + "\n", encoding="utf-8")
 
 
-def _is_evaluated(card: Card) -> bool:
-    """Whether the run's evaluation is of these weights: the same checkpoint, average, fused adapters and guidance."""
-    path = card.run_dir / "evaluation.yaml"
-    if not path.is_file():
-        return False
-    text = path.read_text(encoding="utf-8")
-    checkpoint = re.match(r"# checkpoint (\S+)\n", text)
-    then, now = yaml.safe_load(text), yaml.safe_load(dump_config(with_absolute_paths(card.config)))
-    keys = (("sample", "weights"), ("sample", "guidance"), ("model", "adapters"))
-    same = all(then.get(section, {}).get(key) == now[section].get(key) for section, key in keys)
-    return same and checkpoint is not None and checkpoint[1] == card.checkpoint.name
-
-
-def _measured(card: Card) -> str:
-    """The figures of `evaluation.json`, of which the first kinds are compared by step count."""
-    path = card.run_dir / "evaluation.json"
-    if not path.is_file() or not _is_evaluated(card):
-        return ""
-    try:
-        result: dict[str, dict[str, dict[str, Any]]] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}). Run `scfm evaluate` again, or delete it") from error
-    kinds = [kind for kind in ("base", "student") if result.get(kind)]
-    metrics = [key for key in _METRICS if any(key in row for kind in kinds for row in result[kind].values())]
-    if "fid_teacher" in metrics:
-        metrics.remove("fid_data")
-    names = {"base": "undistilled", "student": "distilled"}
-    columns = [(kind, key) for key in metrics for kind in kinds]
-    titles = [f"{_METRICS[key]}, {names[kind]}" for kind, key in columns]
-    rows = [f"| steps | {' | '.join(titles)} |", "|---" * (len(columns) + 1) + "|"]
-    for steps in sorted({int(steps) for kind in kinds for steps in result[kind]}):
-        cells = [result[kind].get(str(steps), {}).get(key) for kind, key in columns]
-        rows.append(f"| {steps} | {' | '.join('-' if cell is None else number(cell) for cell in cells)} |")
-    some = next(iter(result["student"].values()))
-    height, width = card.config.data.resolution
-    teacher = "".join(f" The teacher is the base model at {steps} steps." for steps in result.get("teacher", {}))
-    return (
-        "## Measured\n\n"
-        + "\n".join(rows)
-        + f"\n\n{count(int(some['samples']), 'image')} of {height} x {width} pixels from the same "
-        f"noise, {some['features']} features ({card.config.evaluate.features}); lower distances are better.{teacher}"
-    )
-
-
 def _training(card: Card) -> str:
     config = card.config
     method, train, gain = config.method, config.train, config.method.step_gain
@@ -358,9 +307,9 @@ def _copy_images(card: Card, folder: Path) -> list[_Image]:
     found = list(_find_images(card))
     for path, image in found:
         target = folder.parent / image.file
-        target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, target)
-        permit_reading(target)
+        with renamed_at_end(target) as partial:
+            shutil.copyfile(path, partial)
+            permit_reading(partial)
     return [image for _, image in found]
 
 
@@ -381,7 +330,7 @@ def _find_images(card: Card) -> Iterator[tuple[Path, _Image]]:
     evaluation = samples / "evaluation.png"
     grid = samples / f"{card.checkpoint.name}.png"
     prompt = "student, undistilled model and teacher from the same noise, by number of steps"
-    if evaluation.is_file() and _is_evaluated(card):
+    if evaluation.is_file() and is_evaluated(card.config, card.run_dir, card.checkpoint):
         yield evaluation, _Image(file=f"{_IMAGES}/evaluation.png", prompt=prompt, caption=prompt)
     elif grid.is_file():
         prompts = card.config.sample.prompts

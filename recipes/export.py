@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -12,6 +13,7 @@ from torch import Tensor
 from recipes.base_model import NOT_ON_THE_HUB, BaseModel, checked_id, find_base_model
 from recipes.card import Card, write_card
 from recipes.header import Contents, describe, file_name, header
+from recipes.measured import measured
 from recipes.merged import save_merged
 from recipes.push import check_access, push
 from scfm_core.errors import UserError
@@ -96,6 +98,7 @@ def export(run_dir: Path, overrides: list[str], options: ExportOptions | None = 
         checkpoint=checkpoint.path,
         run_dir=run_dir,
         place=options.push or folder.name,
+        measured=measured(config, run_dir, checkpoint.path),
     )
     if options.merged is None:
         files = _export_adapters(folder, config, checkpoint, family, base, options, card)
@@ -105,7 +108,7 @@ def export(run_dir: Path, overrides: list[str], options: ExportOptions | None = 
             format="diffusers",
             dtype=options.dtype or config.train.compute_dtype,
         )
-        with saving(folder, "the export", _ADVICE, folder.with_name(f".{folder.name}.tmp")):
+        with saving(folder, "the export", _ADVICE):
             files = [
                 save_merged(folder, config, checkpoint, family, base, contents, card, single_file=options.single_file)
             ]
@@ -170,8 +173,13 @@ def _export_adapters(
             family, factors, options.format, scale=folded, dtype=getattr(torch, dtype), leave_out=left_out
         )
         path = folder / file_name(config, base, contents)
-        with saving(folder, "the export", _ADVICE, *([] if any(folder.iterdir()) else [folder])):
-            save_tensors(path, tensors, header(config, family, base, checkpoint, contents))
+        try:
+            with saving(folder, "the export", _ADVICE):
+                save_tensors(path, tensors, header(config, family, base, checkpoint, contents))
+        except BaseException:
+            with suppress(OSError):  # another export may have written into it
+                folder.rmdir()
+            raise
         files.append(path)
     same = describe(config, family, base, checkpoint, contents)
     with saving(folder, "the export", _ADVICE):

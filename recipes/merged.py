@@ -1,6 +1,5 @@
 """The trained weights merged into a model that needs no adapter."""
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from recipes import advice
 from recipes.base_model import BaseModel
 from recipes.card import Card, write_card
 from recipes.header import Contents, file_name, header
-from scfm_core.files import permit_reading
+from scfm_core.files import permit_reading, renamed_at_end
 from scfm_core.models.adapters import merge
 from scfm_core.models.protocol import ModelFamily
 from scfm_core.models.weights import component_config, save_pipeline, save_tensors
@@ -53,13 +52,11 @@ def save_merged(
     card = replace(card, files=((file_name(config, base, contents) if single_file else "", contents),), is_merged=True)
     if single_file:
         name, _ = card.files[0]
-        temporary = folder.with_name(f".{folder.name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
         metadata = header(config, family, base, checkpoint, contents, is_adapter=False)
-        save_tensors(temporary / name, {key: weight.to(dtype) for key, weight in weights}, metadata)
-        write_card(temporary, card)
-        permit_reading(temporary)
-        temporary.rename(folder)
+        with renamed_at_end(folder) as temporary:
+            save_tensors(temporary / name, {key: weight.to(dtype) for key, weight in weights}, metadata)
+            write_card(temporary, card)
+            permit_reading(temporary)
         return folder / name
     save_pipeline(
         family.folder,

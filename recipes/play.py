@@ -8,9 +8,9 @@ import threading
 import time
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,37 @@ class Picture:
     def name(self) -> str:
         """Of the file."""
         return f"{file_name(self.settings)}_{self.settings['steps']}steps.png"
+
+
+class Stopped(Exception):
+    """Nobody waits for the images of a job any more."""
+
+
+class Job:
+    """What a visitor waits for, image by image. It can be stopped from other threads."""
+
+    def __init__(self) -> None:
+        self._lock, self._is_stopped = threading.Lock(), False
+        self._future: Future[Any] = Future()
+
+    def check(self) -> None:
+        """Raise `Stopped` if it was stopped. Called before each step of an image."""
+        if self._is_stopped:
+            raise Stopped
+
+    def wait(self, future: Future[Any]) -> Any:
+        """The result of a future; `Stopped` as soon as the job is stopped."""
+        with self._lock:
+            self._future = future
+            if self._is_stopped:
+                _fail(future, Stopped())
+        return future.result()
+
+    def stop(self) -> None:
+        """End the wait, and the image that is being made at its next step."""
+        with self._lock:
+            self._is_stopped = True
+            _fail(self._future, Stopped())
 
 
 class Entry:
@@ -145,6 +176,31 @@ class Player:
         self._worker = _Worker()
         self._by_settings: OrderedDict[tuple[Any, ...], Picture] = OrderedDict()
         self._by_id: dict[str, Picture] = {}
+        self._jobs: dict[tuple[str | None, str], Job] = {}
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def job(self, session: str | None, tab: str) -> Iterator[Job]:
+        """A visitor's job of a tab. It stops the job before it: a visitor has one in each tab."""
+        job, key = Job(), (session, tab)
+        with self._lock:
+            before, self._jobs[key] = self._jobs.get(key), job
+        if before is not None:
+            before.stop()
+        try:
+            yield job
+        finally:
+            job.stop()
+            with self._lock:
+                if self._jobs[key] is job:
+                    del self._jobs[key]
+
+    def leave(self, session: str | None) -> None:
+        """Stop the jobs of a visitor who has closed the page."""
+        with self._lock:
+            jobs = [job for (own, _), job in self._jobs.items() if own == session]
+        for job in jobs:
+            job.stop()
 
     def check(
         self,
@@ -183,11 +239,12 @@ class Player:
             notes=notes,
         )
 
-    def picture(self, entry: Entry, ask: Ask, steps: int, *, undistilled: bool = False) -> Picture:
+    def picture(self, entry: Entry, ask: Ask, steps: int, job: Job, *, undistilled: bool = False) -> Picture:
         """Make an image, or take one that was made with these settings. Visitors take turns, image by image.
 
         Raises:
             UserError: with a message for the visitor.
+            Stopped: if the job was stopped.
         """
         settings = entry.model.settings(
             steps=steps,
@@ -200,10 +257,10 @@ class Player:
         source = {"model": entry.origin["model"], "weights": "teacher"} if undistilled else entry.origin
         settings = settings | source | {"prompt": ask.prompt, "seed": ask.seed}
         key = (self.entries.index(entry), undistilled, repr(settings))
-        return self._worker.call(lambda: self._made(key, entry, ask, settings, undistilled=undistilled))
+        return self._worker.call(lambda: self._made(key, entry, ask, settings, job, undistilled=undistilled), job)
 
     def _made(
-        self, key: tuple[Any, ...], entry: Entry, ask: Ask, settings: dict[str, Any], *, undistilled: bool
+        self, key: tuple[Any, ...], entry: Entry, ask: Ask, settings: dict[str, Any], job: Job, *, undistilled: bool
     ) -> Picture:
         if key in self._by_settings:
             self._by_settings.move_to_end(key)
@@ -211,7 +268,9 @@ class Player:
         names = ("steps", "guidance", "height", "width")
         chosen = {name: settings[name] for name in names} | ({} if undistilled else {"strength": settings["strength"]})
         start = time.perf_counter()
-        [image] = entry.model.sample(ask.prompt, seed=ask.seed, undistilled=undistilled, **chosen)
+        [image] = entry.model.sample(
+            ask.prompt, seed=ask.seed, undistilled=undistilled, before_step=job.check, **chosen
+        )
         seconds = time.perf_counter() - start
         file = io.BytesIO()
         save_image(file, image, settings)
@@ -255,13 +314,13 @@ class _Worker:
         self._waiting: set[Future[Any]] = set()
         threading.Thread(target=self._work, daemon=True, name="scfm play").start()
 
-    def call(self, function: Callable[[], Any]) -> Any:
-        """The result of a function in the thread."""
+    def call(self, function: Callable[[], Any], job: Job | None = None) -> Any:
+        """The result of a function in the thread; `Stopped` as soon as the job is stopped."""
         future: Future[Any] = Future()
         self._waiting.add(future)
         self._tasks.put((future, function))
         try:
-            return future.result()
+            return (job or Job()).wait(future)
         finally:
             self._waiting.discard(future)
 
@@ -269,8 +328,7 @@ class _Worker:
         """Fail all that wait; returns whether there were any."""
         waiting = list(self._waiting)
         for future in waiting:
-            with suppress(InvalidStateError):
-                future.set_exception(UserError("The page was stopped."))
+            _fail(future, UserError("The page was stopped."))
         return bool(waiting)
 
     def _work(self) -> None:
@@ -281,11 +339,16 @@ class _Worker:
             try:
                 result = function()
             except Exception as error:
-                with suppress(InvalidStateError):
-                    future.set_exception(_for_visitors(error))
+                _fail(future, _for_visitors(error))
             else:
                 with suppress(InvalidStateError):
                     future.set_result(result)
+
+
+def _fail(future: Future[Any], error: Exception) -> None:
+    """End the wait for a future, unless it has ended."""
+    with suppress(InvalidStateError):
+        future.set_exception(error)
 
 
 def _first_prompt(config: RunConfig) -> str:
@@ -294,8 +357,8 @@ def _first_prompt(config: RunConfig) -> str:
     return ""
 
 
-def _for_visitors(error: Exception) -> UserError:
-    if isinstance(error, UserError):
+def _for_visitors(error: Exception) -> Exception:
+    if isinstance(error, UserError | Stopped):
         return error
     if isinstance(error, torch.OutOfMemoryError):
         torch.cuda.empty_cache()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from recipes.play import Entry, Picture, Player
+from recipes.play import Entry, Job, Picture, Player, Stopped
 from recipes.play_checks import MOST_SEEDS, MOST_STEPS, TEACHER_STEPS, Ask, checked_rows, checked_steps, seeds_of
 from recipes.play_html import Slot, cards, facts_html, notes, problem, tables, wrapped
 from scfm_core.errors import UserError
@@ -18,8 +18,10 @@ _LONG: dict[str, Any] = {
     "show_progress": "hidden",
     "api_visibility": "private",
     "concurrency_limit": 16,
+    "trigger_mode": "multiple",
 }
-"""Events that make images. Those of several visitors run at once, and their images take turns. The values are checked here."""
+"""Events that make images. Those of several visitors run at once, and their images take turns. The values are checked here. A visitor
+may start another one at any time, which stops the one before."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,12 @@ class Inputs:
     guidance: Any
 
 
-def show_images(player: Player, steps: Any, inputs: Inputs) -> Iterator[str]:
-    """The images side by side, as HTML, after each image anew."""
+def show_images(player: Player, steps: Any, inputs: Inputs, job: Job | None = None) -> Iterator[str]:
+    """The images side by side, as HTML, after each image anew.
+
+    Raises:
+        Stopped: if the job was stopped.
+    """
     try:
         count = checked_steps(steps)
         entries, ask = _read(player, inputs)
@@ -54,11 +60,11 @@ def show_images(player: Player, steps: Any, inputs: Inputs) -> Iterator[str]:
     except UserError as error:
         yield wrapped(problem(error))
         return
-    yield from _filled(player, slots, lambda made: notes(ask) + cards(slots, made))
+    yield from _filled(player, slots, job or Job(), lambda made: notes(ask) + cards(slots, made))
 
 
-def show_grid(player: Player, rows: str | None, columns: Any, inputs: Inputs) -> Iterator[str]:
-    """Images of several steps and seeds, as HTML, after each image anew."""
+def show_grid(player: Player, rows: str | None, columns: Any, inputs: Inputs, job: Job | None = None) -> Iterator[str]:
+    """Images of several steps and seeds, as HTML, after each image anew. Errors as in `show_images`."""
     try:
         counts = checked_rows(rows)
         entries, ask = _read(player, inputs)
@@ -79,7 +85,7 @@ def show_grid(player: Player, rows: str | None, columns: Any, inputs: Inputs) ->
     except UserError as error:
         yield wrapped(problem(error))
         return
-    yield from _filled(player, slots, lambda made: notes(ask) + tables(slots, made))
+    yield from _filled(player, slots, job or Job(), lambda made: notes(ask) + tables(slots, made))
 
 
 def strength_of(entry: Entry, steps: Any) -> float | None:
@@ -115,13 +121,15 @@ def _check_steps(slots: Sequence[Slot]) -> None:
         slot.entry.model.settings(steps=slot.steps, strength=strength, undistilled=slot.undistilled)
 
 
-def _filled(player: Player, slots: Sequence[Slot], render: Callable[[Sequence[Picture | None]], str]) -> Iterator[str]:
+def _filled(
+    player: Player, slots: Sequence[Slot], job: Job, render: Callable[[Sequence[Picture | None]], str]
+) -> Iterator[str]:
     """The page after each image."""
     made: list[Picture | None] = [None] * len(slots)
     yield wrapped(render(made))
     for number, slot in enumerate(slots):
         try:
-            made[number] = player.picture(slot.entry, slot.ask, slot.steps, undistilled=slot.undistilled)
+            made[number] = player.picture(slot.entry, slot.ask, slot.steps, job, undistilled=slot.undistilled)
         except UserError as error:
             yield wrapped(problem(error) + render(made))
             return
@@ -156,6 +164,11 @@ def build_page(player: Player) -> Any:
                     _add_grid(gradio, player, controls)
                 with gradio.Tab("Details"):
                     _html(gradio, facts_html(player), "scfm-details")
+
+        def leave(request: gradio.Request) -> None:
+            player.leave(request.session_hash)
+
+        page.unload(leave)
     page.queue(max_size=64)
     return page
 
@@ -218,13 +231,22 @@ def _add_controls(gradio: Any, player: Player) -> _Controls:
     )
 
 
+def _until_stopped(gradio: Any, pages: Iterator[str]) -> Iterator[Any]:
+    """The pages. A stopped job ends without a page: the place on the screen is that of the job after it."""
+    try:
+        yield from pages
+    except Stopped:
+        yield gradio.skip()
+
+
 def _add_images(gradio: Any, player: Player, controls: _Controls) -> None:
     images = gradio.HTML(
         wrapped('<p class="empty">The images appear here.</p>'), js_on_load=None, elem_id="scfm-images"
     )
 
-    def generate(steps: Any, *values: Any) -> Iterator[str]:
-        yield from show_images(player, steps, Inputs(*values))
+    def generate(request: gradio.Request, steps: Any, *values: Any) -> Iterator[Any]:
+        with player.job(request.session_hash, "images") as job:
+            yield from _until_stopped(gradio, show_images(player, steps, Inputs(*values), job))
 
     triggers = [controls.button.click, controls.inputs[0].submit]
     gradio.on(triggers, generate, [controls.steps, *controls.inputs], images, **_LONG)
@@ -241,7 +263,8 @@ def _add_grid(gradio: Any, player: Player, controls: _Controls) -> None:
     button = gradio.Button("Generate grid", variant="primary")
     grid = _html(gradio, '<p class="empty">The grid appears here.</p>', "scfm-grid")
 
-    def generate(counts: Any, number: Any, *values: Any) -> Iterator[str]:
-        yield from show_grid(player, counts, number, Inputs(*values))
+    def generate(request: gradio.Request, counts: Any, number: Any, *values: Any) -> Iterator[Any]:
+        with player.job(request.session_hash, "grid") as job:
+            yield from _until_stopped(gradio, show_grid(player, counts, number, Inputs(*values), job))
 
     button.click(generate, [rows, columns, *controls.inputs], grid, **_LONG)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import requests
-from huggingface_hub import HfApi, get_token
+from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from scfm_core.errors import UserError
@@ -67,17 +67,40 @@ def _files(folder: Path) -> list[str]:
 
 @contextmanager
 def _explained(repository: str) -> Iterator[None]:
-    """Errors of the hub as UserErrors."""
+    """Errors of the hub as UserErrors. huggingface_hub, requests and hf_xet raise dozens of types."""
     try:
         yield
-    except (requests.ConnectionError, requests.Timeout, OfflineModeIsEnabled) as error:
-        raise UserError(
-            f"--push {repository}: the hub cannot be reached ({type(error).__name__}). Check the network, HF_ENDPOINT and "
-            f"HF_HUB_OFFLINE; the files are on this machine"
-        ) from error
-    except LocalTokenNotFoundError as error:
-        raise UserError(f"--push {repository}: there is no token of the hub. Log in with `hf auth login`") from error
-    except requests.HTTPError as error:  # those of huggingface_hub are of this kind
-        status = 0 if error.response is None else error.response.status_code
-        said = _REASONS.get(status) or str(error).strip().splitlines()[0]
-        raise UserError(f"--push {repository}: the hub answered {status}: {said}") from error
+    except Exception as error:
+        raise UserError(f"--push {repository}: {_reason(error)}; the files are on this machine") from error
+
+
+def _reason(error: Exception) -> str:
+    """What happened, and what to do."""
+    wrong_address = requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema, requests.exceptions.MissingSchema
+    if isinstance(error, (*wrong_address, requests.JSONDecodeError)) or _status(error, "/whoami") == 404:
+        return (
+            f"HF_ENDPOINT is {constants.ENDPOINT!r}, which is not the address of a hub ({_said(error)}). Unset it, or give one such as "
+            f"https://huggingface.co"
+        )
+    if isinstance(error, LocalTokenNotFoundError):
+        return "there is no token of the hub. Log in with `hf auth login`"
+    if isinstance(error, requests.HTTPError):  # those of huggingface_hub are of this kind
+        return f"the hub answered {_status(error)}: {_REASONS.get(_status(error)) or _said(error)}"
+    if isinstance(error, requests.ConnectionError | requests.Timeout | OfflineModeIsEnabled):
+        return f"the hub cannot be reached ({_said(error)}). Check the network, HF_ENDPOINT and HF_HUB_OFFLINE"
+    cause = error.__cause__ or error
+    return (
+        f"the upload failed ({_said(error)}{'' if cause is error else f'; {_said(cause)}'}). Run the same command again"
+    )
+
+
+def _status(error: Exception, part: str = "") -> int:
+    """Of the hub's answer to a request whose address has `part`; 0 if there is none."""
+    response = error.response if isinstance(error, requests.HTTPError) else None
+    return 0 if response is None or part not in response.url else response.status_code
+
+
+def _said(error: BaseException) -> str:
+    """Type and first line of an error."""
+    line = (str(error).strip().splitlines() or [""])[0][:200]
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__

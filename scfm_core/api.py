@@ -4,7 +4,7 @@
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,6 @@ class FewStepModel(ABC):
 
     family: ModelFamily
 
-    @abstractmethod
     def settings(
         self,
         *,
@@ -76,6 +75,28 @@ class FewStepModel(ABC):
         undistilled: bool = False,
     ) -> dict[str, Any]:
         """What the images of `sample` depend on, beside prompt and seed: steps, strength, guidance, shift, width, height, ..."""
+        resolution, shift, usual = self._trained(undistilled=undistilled)
+        size = height or resolution[0], width or resolution[1]
+        if undistilled:
+            strength = 0.0
+        elif strength is None:
+            strength = self._strength(steps)
+        return {
+            "steps": steps,
+            "strength": strength,
+            "guidance": usual if guidance is None else guidance,
+            "shift": shift_of(shift, self.family, size, steps),
+            "width": size[1],
+            "height": size[0],
+        }
+
+    @abstractmethod
+    def _trained(self, *, undistilled: bool) -> tuple[tuple[int, int], float | str, float]:
+        """Height and width, shift, and guidance of the training."""
+
+    @abstractmethod
+    def _strength(self, steps: int) -> float:
+        """Of the adapter, for a number of steps."""
 
     def sample(
         self,
@@ -88,6 +109,7 @@ class FewStepModel(ABC):
         width: int | None = None,
         strength: float | None = None,
         undistilled: bool = False,
+        before_step: Callable[[], None] | None = None,
     ) -> list[Image.Image]:
         """Sample an image for each prompt.
 
@@ -99,6 +121,7 @@ class FewStepModel(ABC):
             height, width: in pixels; None: those of the training.
             strength: of the adapter; None: the one that was trained for this number of steps.
             undistilled: sample from the base model, without the adapter; with many steps it is the teacher.
+            before_step: called before each step. What it raises ends the sampling.
 
         Raises:
             UserError: if an argument is invalid, or if there is no base model.
@@ -112,11 +135,18 @@ class FewStepModel(ABC):
             steps=steps, guidance=guidance, height=height, width=width, strength=strength, undistilled=undistilled
         )
         self.family.latent_shape(settings["height"], settings["width"])
-        return self._sample(rows, [seed + i for i in range(len(rows))], settings, undistilled=undistilled)
+        seeds = [seed + i for i in range(len(rows))]
+        return self._sample(rows, seeds, settings, undistilled=undistilled, before_step=before_step or (lambda: None))
 
     @abstractmethod
     def _sample(
-        self, prompts: list[str], seeds: list[int], settings: dict[str, Any], *, undistilled: bool
+        self,
+        prompts: list[str],
+        seeds: list[int],
+        settings: dict[str, Any],
+        *,
+        undistilled: bool,
+        before_step: Callable[[], None],
     ) -> list[Image.Image]: ...
 
 
@@ -131,32 +161,21 @@ class RunModel(FewStepModel):
         self._text = TextEncoders(self.family, self.config.model.text_length, dtype, device, self.config.model.encoders)
         self._vae = Autoencoder(self.family, dtype, device)
 
-    def settings(
-        self,
-        *,
-        steps: int = 4,
-        guidance: float | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        strength: float | None = None,
-        undistilled: bool = False,
-    ) -> dict[str, Any]:
-        """See `FewStepModel`."""
+    def _trained(self, *, undistilled: bool) -> tuple[tuple[int, int], float | str, float]:
         config = self.config
-        size = height or config.data.resolution[0], width or config.data.resolution[1]
-        if strength is None:
-            strength = sampling_strength(config.method.step_gain, steps)
-        return {
-            "steps": steps,
-            "strength": 0.0 if undistilled else strength,
-            "guidance": config.sample.guidance if guidance is None else guidance,
-            "shift": shift_of(config.sample.shift, self.family, size, steps),
-            "width": size[1],
-            "height": size[0],
-        }
+        return config.data.resolution, config.sample.shift, config.sample.guidance
+
+    def _strength(self, steps: int) -> float:
+        return sampling_strength(self.config.method.step_gain, steps)
 
     def _sample(
-        self, prompts: list[str], seeds: list[int], settings: dict[str, Any], *, undistilled: bool
+        self,
+        prompts: list[str],
+        seeds: list[int],
+        settings: dict[str, Any],
+        *,
+        undistilled: bool,
+        before_step: Callable[[], None],
     ) -> list[Image.Image]:
         if undistilled and isinstance(self.model, FullModel) and "teacher" not in self.model.networks:
             raise UserError(f"the run {self.config.run.dir} has no teacher: it trained full weights from data alone")
@@ -164,7 +183,18 @@ class RunModel(FewStepModel):
         cond = self._text.encode(prompts, settings["guidance"])
         size = settings["height"], settings["width"]
         strength = None if undistilled else settings["strength"]
-        images = generate(self.config, self.model, role, self._vae, cond, seeds, settings["steps"], strength, size=size)
+        images = generate(
+            self.config,
+            self.model,
+            role,
+            self._vae,
+            cond,
+            seeds,
+            settings["steps"],
+            strength,
+            size=size,
+            before_step=before_step,
+        )
         return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in to_uint8(images)]
 
 
@@ -200,34 +230,27 @@ class AdapterModel(FewStepModel):
         self.pipe.set_progress_bar_config(disable=True)
         self.family = family_of_pipeline(pipe)
 
-    def settings(
-        self,
-        *,
-        steps: int = 4,
-        guidance: float | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        strength: float | None = None,
-        undistilled: bool = False,
-    ) -> dict[str, Any]:
-        """See `FewStepModel`."""
+    def _trained(self, *, undistilled: bool) -> tuple[tuple[int, int], float | str, float]:
         header = self.header
-        size = height or header.resolution[0], width or header.resolution[1]
-        usual = header.teacher_guidance if undistilled else header.guidance
-        if strength is None and not undistilled:
-            strength = header.strength(steps)
-        return {
-            "steps": steps,
-            "strength": 0.0 if undistilled else strength,
-            "guidance": usual if guidance is None else guidance,
-            "shift": shift_of(header.shift, self.family, size, steps),
-            "width": size[1],
-            "height": size[0],
-        }
+        return header.resolution, header.shift, header.teacher_guidance if undistilled else header.guidance
+
+    def _strength(self, steps: int) -> float:
+        return self.header.strength(steps)
 
     def _sample(
-        self, prompts: list[str], seeds: list[int], settings: dict[str, Any], *, undistilled: bool
+        self,
+        prompts: list[str],
+        seeds: list[int],
+        settings: dict[str, Any],
+        *,
+        undistilled: bool,
+        before_step: Callable[[], None],
     ) -> list[Image.Image]:
+        def end_of_step(*_: Any) -> dict[str, Any]:
+            before_step()
+            return {}
+
+        before_step()
         images: list[Image.Image] = []
         call = self.family.call_arguments(settings["guidance"], self.header.text_length)
         for at in range(0, len(prompts), _BATCH):
@@ -239,6 +262,7 @@ class AdapterModel(FewStepModel):
                 height=settings["height"],
                 width=settings["width"],
                 generator=generators,
+                callback_on_step_end=end_of_step,
                 **call,
             ).images
         return images

@@ -6,6 +6,7 @@ import fcntl
 import glob
 import hashlib
 import io
+import itertools
 import os
 import resource
 import shutil
@@ -271,7 +272,7 @@ def saving(target: Path, what: str, advice: str, *partial: Path) -> Iterator[Non
         yield
     except BaseException as error:
         for path in partial:
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+            _remove(path)
         if isinstance(error, UserError) or (reason := disk_problem(error)) is None:
             raise
         raise UserError(f"{what}: {target} cannot be written ({reason}). {advice}") from error
@@ -285,15 +286,52 @@ def written_whole(path: Path, what: str, advice: str) -> Iterator[Path]:
         path: a file; its folder is made.
         what, advice: as in `check_writable`.
     """
-    host, name, ending = os.uname().nodename, f".{path.stem}.", f".tmp{path.suffix}"  # libraries look at the suffix
-    partial = path.with_name(f"{name}{host}-{os.getpid()}{ending}")  # other processes may write the same file
-    with saving(path, what, advice, partial):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for other in path.parent.glob(f"{glob.escape(name + host)}-*{glob.escape(ending)}"):
-            if not _is_alive(other.name.removeprefix(f"{name}{host}-").removesuffix(ending)):
-                other.unlink(missing_ok=True)  # of a process that was killed
+    # Libraries look at the suffix.
+    with saving(path, what, advice), renamed_at_end(path, ending=f".tmp{path.suffix}") as partial:
         yield partial
+
+
+@contextlib.contextmanager
+def renamed_at_end(path: Path, *, ending: str = ".tmp") -> Iterator[Path]:
+    """Within `with`, write the file or folder that this gives; at the end it is renamed to `path`.
+
+    Others may write the same path at the same time: each has a name of its own, and a name shows its process. What a killed process of
+    this machine has left is removed, and so is what the block leaves when it fails.
+
+    Args:
+        path: a file, which is replaced, or a folder, which must not exist at the end; the folder above is made.
+        ending: of the name.
+
+    Raises:
+        UserError: if `path` is a folder that another process has written meanwhile.
+    """
+    host, name = os.uname().nodename, f".{path.name.removesuffix(path.suffix)}."
+    partial = path.with_name(f"{name}{host}-{os.getpid()}-{next(_numbers)}{ending}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for other in path.parent.glob(f"{glob.escape(name + host)}-*{glob.escape(ending)}"):
+        if not _is_alive(other.name.removeprefix(f"{name}{host}-").removesuffix(ending).partition("-")[0]):
+            _remove(other)
+    try:
+        yield partial
+        if partial.is_dir() and path.exists():
+            raise UserError(
+                f"{path} exists already: another process has written it. Choose another folder, or delete it"
+            )
         partial.replace(path)
+    finally:
+        _remove(partial)
+
+
+_numbers = itertools.count()
+"""Of the files of `renamed_at_end` in this process."""
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a folder, if it exists."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _is_alive(process: str) -> bool:

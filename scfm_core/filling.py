@@ -24,7 +24,10 @@ def allocate(network: nn.Module, device: torch.device | str, *, others_on: torch
         others_on: where the network computes, if its weights are kept elsewhere; None: `device`.
     """
     place = device if others_on is None else others_on
-    network._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(place))
+    stays = torch.device(device).type == "meta"  # a trace: FSDP2 would also keep what is replaced
+    network._apply(
+        lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta and not stays else tensor.to(place)
+    )
 
 
 class PackedModule(nn.Module):

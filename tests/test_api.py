@@ -159,6 +159,26 @@ def test_a_folded_file_has_weight_one_at_its_step_count(run_dir, pipe):
         pipe(PROMPTS[0], num_inference_steps=4, sigmas=[1 - k / 8 for k in range(8)])
 
 
+def test_methods_that_change_the_adapter_are_found(run_dir, pipe):
+    """After them the weight of the step count would have no effect."""
+    with_steps(pipe, run_dir / "adapter")
+    base, expected = called(pipe, 2, adapter_weight=0), called(pipe, 2)
+    pipe.fuse_lora()
+    with pytest.raises(UserError, match=r"`fuse_lora` fixed the weight .* Call `pipe.unfuse_lora\(\)`"):
+        called(pipe, 2)
+    pipe.unfuse_lora()
+    pipe.disable_lora()
+    with pytest.raises(UserError, match=r"Call `pipe.enable_lora\(\)`"):
+        called(pipe, 2)
+    pipe.enable_lora()
+    assert difference(expected, called(pipe, 2)) <= 2 < 20 < difference(expected, base)
+    pipe.unload_lora_weights()
+    with pytest.raises(UserError, match=r"is no longer in this pipeline .* Call `with_steps` again"):
+        called(pipe, 2)
+    assert difference(base, called(pipe, 2, adapter_weight=0)) <= 2
+    assert difference(expected, called(with_steps(pipe, run_dir / "adapter"), 2)) <= 2
+
+
 def test_mistakes_name_what_to_do(run_dir, pipe, tiny, tmp_path):
     with pytest.raises(UserError, match=r"is neither a run .* nor the folder of an adapter"):
         load(tiny)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from scfm_core.errors import UserError
+from scfm_core.models.original_names import OtherTools
 from scfm_core.models.tensor_files import TensorFiles, adapter_settings
 from scfm_core.wording import count
 
@@ -26,9 +27,10 @@ _PREFIXES = ("transformer.", "base_model.model.transformer.", "base_model.model.
 """Prefixes of different tools before the name of a module."""
 _FLAT_PREFIXES = ("lora_transformer_", "lora_unet_")
 """Prefixes of kohya's names, where `_` stands for `.` too."""
-_FACTORS = {"lora_A": "A", "lora_down": "A", "lora_B": "B", "lora_up": "B"}
-_FACTOR = re.compile(r"(.+)\.(lora_A|lora_B|lora_down|lora_up)(?:\.\w+)?\.weight")
-"""`<module>.lora_A.weight`, also with the name of an adapter, as PEFT keeps it in memory: `<module>.lora_A.default.weight`."""
+_FACTORS = {"lora_A": "A", "lora_down": "A", "down": "A", "lora_B": "B", "lora_up": "B", "up": "B"}
+_FACTOR = re.compile(r"(.+)\.(lora_A|lora_B|lora_down|lora_up)(?:\.\w+)?\.weight|(.+_lora[12]?)\.(down|up)\.weight")
+"""`<layer>.lora_A.weight`, also with the name of an adapter, as PEFT keeps it in memory: `<layer>.lora_A.default.weight`. XLabs:
+`<layer>_lora.down.weight`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +38,7 @@ class FusedAdapter:
     """A LoRA that is fused into the pre-trained network."""
 
     path: str
-    """Safetensors file with the names of diffusers, PEFT or kohya; or a folder with one such file."""
+    """Safetensors file with the names of diffusers, PEFT, ComfyUI or kohya; or a folder with one such file."""
     weight: float = 1.0
     """Factor of its change of the weights, as in diffusers' `set_adapters`."""
 
@@ -156,12 +158,12 @@ class FusedFiles:
         self._files.close()
 
 
-def read_changes(adapters: Sequence[FusedAdapter], pipeline: Any, network: nn.Module) -> dict[str, Change]:
+def read_changes(adapters: Sequence[FusedAdapter], tools: OtherTools, network: nn.Module) -> dict[str, Change]:
     """What the adapters together add to the weights of `network`, by name of the weight.
 
     Args:
         adapters: the files and their weights.
-        pipeline: diffusers' class of the pipeline, which knows the names of other tools.
+        tools: names of the network's layers in other tools.
         network: with diffusers' modules, adapted by PEFT or not; also on the meta device.
 
     Raises:
@@ -169,28 +171,23 @@ def read_changes(adapters: Sequence[FusedAdapter], pipeline: Any, network: nn.Mo
     """
     changes: dict[str, Change] = {}
     for adapter in adapters:
-        for module, (down, up) in read_adapter(adapter.file, pipeline, network).items():
+        for module, (down, up) in read_adapter(adapter.file, tools, network).items():
             changes.setdefault(f"{module}.weight", Change()).factors.append((down, up * adapter.weight))
     return changes
 
 
-def read_adapter(path: Path, pipeline: Any, network: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+def read_adapter(path: Path, tools: OtherTools, network: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     """A LoRA's factors by name of the linear: A [rank, in] and B [out, rank], fp32; B is multiplied by alpha / rank.
+
+    Every tensor of the file is used, or the file is refused. diffusers' own conversions lose layers of some files without a message,
+    and its loader scales all layers of a file without alpha by the rank of one of them.
 
     Arguments and errors are those of `read_changes`.
     """
-    tensors, metadata = _load(path)
+    tensors, settings = _load(path)
     linears = _linears(network)
-    names = _Names(list(linears))
-    if not all(names.is_known(name) for name in tensors):
-        tensors = _convert(path, tensors, pipeline)
-    factors: dict[str, dict[str, Tensor]] = {}
-    unknown: list[str] = []
-    for name, tensor in tensors.items():
-        if (place := names.place(name)) is None:
-            unknown.append(name)
-        else:
-            factors.setdefault(place[0], {})[place[1]] = tensor
+    names = _Names(linears, tools)
+    factors, unknown = names.sort(path, tensors)
     kind = type(network).__name__
     if unknown or not factors:
         found = (
@@ -198,19 +195,27 @@ def read_adapter(path: Path, pipeline: Any, network: nn.Module) -> dict[str, tup
         )
         raise UserError(
             f"the adapter {path} does not fit this {kind}: only a LoRA of its linears can be used, and there is no linear for "
-            f"{found}. Use a LoRA of this model, without text encoders, DoRA, or layers that are not linear"
+            f"{found}. Use a LoRA of this model with the names of diffusers, PEFT, ComfyUI or kohya, without text encoders, DoRA, or "
+            f"layers that are not linear"
         )
+    shapes = {layer: names.shape(layer) for layer in factors}
     wrong = [
-        f"{module} {sorted((side, list(tensor.shape)) for side, tensor in own.items())}"
-        for module, own in factors.items()
-        if not _fits(own, linears[module])
+        f"{layer} {sorted((side, list(tensor.shape)) for side, tensor in own.items())}"
+        for layer, own in factors.items()
+        if not _fits(own, shapes[layer])
     ]
     if wrong:
         raise UserError(
             f"the adapter {path} does not fit this {kind}: a factor is missing or has another shape in {count(len(wrong), 'linear')} of "
             f"{len(factors)}: {_some(wrong)}. It was made for another model"
         )
-    return {module: (own["A"], own["B"] * _scale(module, own, metadata)) for module, own in factors.items()}
+    pairs: dict[str, tuple[Tensor, Tensor]] = {}
+    for layer, own in factors.items():
+        for module, pair in names.parts(layer, own["A"], own["B"] * _scale(layer, own, settings)).items():
+            if module in pairs:
+                raise UserError(f"the adapter {path} has factors of {module} twice, by two names. Keep one of them")
+            pairs[module] = pair
+    return pairs
 
 
 def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -226,47 +231,72 @@ def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, {key.removeprefix("transformer."): value for key, value in settings.items()}
 
 
-def _convert(path: Path, tensors: dict[str, Tensor], pipeline: Any) -> dict[str, Tensor]:
-    """The names that diffusers gives to an adapter of another tool."""
-    if dora := [name for name in tensors if "dora_scale" in name]:
-        raise UserError(f"the adapter {path} is a DoRA ({dora[0]}), which cannot be fused. Use a LoRA")
-    try:
-        # Only Flux's returns alphas apart; all others ignore the argument.
-        found = pipeline.lora_state_dict(dict(tensors), return_alphas=True)
-    except Exception as error:  # it fails in many ways with names that it does not know
-        raise UserError(
-            f"the adapter {path} has names of no tool that diffusers knows for {pipeline.__name__} ({type(error).__name__}: "
-            f"{str(error)[:200]}). Names: {_some(list(tensors))}"
-        ) from error
-    state, alphas = found if isinstance(found, tuple) else (found, None)
-    return {**state, **(alphas or {})}
-
-
 class _Names:
-    """Finds the linear of a tensor by the names of several tools."""
+    """Finds the linears of a tensor by the names of several tools.
 
-    def __init__(self, linears: Sequence[str]) -> None:
-        self._linears = set(linears)
-        self._flat = {name.replace(".", "_"): name for name in linears}
+    Args:
+        linears: (out, in) of each linear of the network.
+        tools: names of its layers in other tools.
+    """
 
-    def place(self, name: str) -> tuple[str, str] | None:
-        """The linear, and `A`, `B` or `alpha`; None if no linear has this name."""
+    def __init__(self, linears: Mapping[str, tuple[int, int]], tools: OtherTools) -> None:
+        self._linears = linears
+        self._layers = tools.original_layers(linears) | tools.read_layers(linears) | {name: (name,) for name in linears}
+        self._flat = {name.replace(".", "_"): name for name in self._layers}
+        self._swapped = tools.swapped_modules(linears)
+
+    def sort(self, path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+        """`A`, `B` and `alpha` of each layer of a file, and the names that are of no layer.
+
+        Raises:
+            UserError: for a DoRA, or a layer with two names.
+        """
+        factors: dict[str, dict[str, Tensor]] = {}
+        unknown: list[str] = []
+        for name, tensor in tensors.items():
+            if "dora_scale" in name or "lora_magnitude_vector" in name:
+                raise UserError(f"the adapter {path} is a DoRA ({name}), which cannot be used. Use a LoRA")
+            if (place := self._place(name)) is None:
+                unknown.append(name)
+                continue
+            layer, part = place
+            if part in factors.setdefault(layer, {}):
+                raise UserError(f"the adapter {path} has factors of {layer} twice, by two names. Keep one of them")
+            factors[layer][part] = tensor
+        return factors, unknown
+
+    def _place(self, name: str) -> tuple[str, str] | None:
+        """The layer, and `A`, `B` or `alpha`; None if no layer has this name."""
         if match := _FACTOR.fullmatch(name):
-            module, part = match[1], _FACTORS[match[2]]
+            layer, part = match[1] or match[3], _FACTORS[match[2] or match[4]]
         elif name.endswith(".alpha"):
-            module, part = name.removesuffix(".alpha"), "alpha"
-            module = re.sub(r"\.(lora_A|lora_down)$", "", module)
+            layer, part = name.removesuffix(".alpha"), "alpha"
+            layer = re.sub(r"\.(lora_A|lora_down)$", "", layer)
         else:
             return None
-        found = next((rest for rest in _without(module, _PREFIXES) if rest in self._linears), None)
+        found = next((rest for rest in _without(layer, _PREFIXES) if rest in self._layers), None)
         found = found or next(
-            (self._flat[rest] for rest in _without(module, _FLAT_PREFIXES) if rest in self._flat), None
+            (self._flat[rest] for rest in _without(layer, _FLAT_PREFIXES) if rest in self._flat), None
         )
         return None if found is None else (found, part)
 
-    def is_known(self, name: str) -> bool:
-        """Whether `place` finds a linear."""
-        return self.place(name) is not None
+    def shape(self, layer: str) -> tuple[int, int]:
+        """(out, in) of a layer, which may join several linears."""
+        shapes = [self._linears[module] for module in self._layers[layer]]
+        return sum(outputs for outputs, _ in shapes), shapes[0][1]
+
+    def parts(self, layer: str, down: Tensor, up: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """A and B of each of our linears that a layer joins."""
+        modules = self._layers[layer]
+        pairs = {}
+        for module, rows in zip(modules, up.split([self._linears[module][0] for module in modules]), strict=True):
+            if module in self._swapped and layer != module:
+                rows = torch.cat(rows.chunk(2)[::-1])
+            # The B of a joined layer may be block-diagonal: each linear needs the columns of its own block.
+            used = rows.any(dim=0) if len(modules) > 1 else torch.ones(len(down), dtype=torch.bool)
+            used[0] |= not used.any()
+            pairs[module] = (down, rows) if used.all() else (down[used], rows[:, used])
+        return pairs
 
 
 def _without(name: str, prefixes: Sequence[str]) -> list[str]:
@@ -295,7 +325,7 @@ def _scale(module: str, own: Mapping[str, Tensor], settings: Mapping[str, Any]) 
     if "alpha" in own:
         return float(own["alpha"]) / rank
     patterns: dict[str, float] = settings.get("alpha_pattern") or {}
-    alpha = next((value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?{key}", module)), None)
+    alpha = next((value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", module)), None)
     alpha = settings.get("lora_alpha", rank) if alpha is None else alpha
     return float(alpha) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 

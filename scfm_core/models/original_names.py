@@ -17,6 +17,8 @@ class OtherTools:
     layers: Mapping[str, str] = field(default_factory=dict)
     """Layers of the original code -> our modules whose rows they join, in order, separated by spaces. `{}` is the number of a block.
     Other layers have the same name in both."""
+    also_read: Mapping[str, str] = field(default_factory=dict)
+    """As `layers`: other names in files that are read, and never written."""
     swapped: tuple[str, ...] = ()
     """Our modules whose output is (scale, shift), but (shift, scale) in the original code. `{}` is the number
     of the last block."""
@@ -35,18 +37,27 @@ class OtherTools:
             modules: names of all linears of our network.
         """
         names = list(modules)
-        found: dict[str, tuple[str, ...]] = {}
-        for original, template in self.layers.items():
-            parts = template.split()
-            for block in _blocks(parts[0], names):
-                found[original.format(block)] = tuple(part.format(block) for part in parts)
+        found = _filled(self.layers, names)
         joined = {part for parts in found.values() for part in parts}
         return found | {name: (name,) for name in names if name not in joined}
+
+    def read_layers(self, modules: Iterable[str]) -> dict[str, tuple[str, ...]]:
+        """Layers of `also_read` -> our modules; `modules` are all linears of our network."""
+        return _filled(self.also_read, list(modules))
 
     def swapped_modules(self, modules: Iterable[str]) -> frozenset[str]:
         """Our modules whose halves of the output change places in the original code; `modules` are all linears of our network."""
         names = list(modules)
         return frozenset(name.format(block) for name in self.swapped for block in _blocks(name, names)[-1:])
+
+
+def _filled(layers: Mapping[str, str], names: list[str]) -> dict[str, tuple[str, ...]]:
+    """`layers` with the numbers of the blocks."""
+    return {
+        original.format(block): tuple(part.format(block) for part in template.split())
+        for original, template in layers.items()
+        for block in _blocks(template.split()[0], names)
+    }
 
 
 def _blocks(template: str, names: Iterable[str]) -> list[str]:
@@ -98,6 +109,24 @@ FLUX = OtherTools(
         ),
         "final_layer.adaLN_modulation.1": "norm_out.linear",
         "final_layer.linear": "proj_out",
+    },
+    # XLabs' trainer, as diffusers' _convert_xlabs_flux_lora_to_diffusers reads it.
+    also_read={
+        **_within(
+            "double_blocks.{}.processor",
+            "transformer_blocks.{}.attn",
+            {
+                "qkv_lora1": "to_q to_k to_v",
+                "qkv_lora2": "add_q_proj add_k_proj add_v_proj",
+                "proj_lora1": "to_out.0",
+                "proj_lora2": "to_add_out",
+            },
+        ),
+        **_within(
+            "single_blocks.{}.processor",
+            "single_transformer_blocks.{}",
+            {"qkv_lora": "attn.to_q attn.to_k attn.to_v", "proj_lora": "proj_out"},
+        ),
     },
     swapped=("norm_out.linear",),
     formats={"comfyui": "original", "kohya": "original"},

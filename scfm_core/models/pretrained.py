@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from scfm_core.filling import kept_in_fp32, materialise, stored_tensors
 from scfm_core.models.fingerprint import different_network, network_fingerprint
 from scfm_core.models.fused_base import Change, FusedAdapter, FusedFiles, read_changes
 from scfm_core.models.initial import RandomWeights, parameters_on_meta
+from scfm_core.models.original_names import OtherTools
 from scfm_core.models.quantised import Base, quantise_linears
 from scfm_core.models.tensor_files import TensorFiles
 from scfm_core.models.weights import read_weights
@@ -29,6 +30,8 @@ class Pretrained(ABC):
     """`config.json` of the transformer."""
     adapters: tuple[FusedAdapter, ...] = ()
     """Fused into the pre-trained weights; set by `open_family`."""
+    other_tools: ClassVar[OtherTools] = OtherTools()
+    """Names of the network's layers in other tools."""
 
     @property
     @abstractmethod
@@ -77,9 +80,7 @@ class Pretrained(ABC):
 
     def changes(self, network: nn.Module) -> dict[str, Change]:
         """What `adapters` add to the pre-trained weights, by name; see `read_changes`."""
-        import diffusers
-
-        return read_changes(self.adapters, getattr(diffusers, self.pipeline), network) if self.adapters else {}
+        return read_changes(self.adapters, self.other_tools, network) if self.adapters else {}
 
     def read_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every pre-trained weight by name, one at a time; fp32 if `adapters` change it, else as it is stored."""

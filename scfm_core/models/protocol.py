@@ -15,7 +15,6 @@ from scfm_core.flow.path import per_sample
 from scfm_core.flow.schedule import MuPoints, dynamic_shift
 from scfm_core.kernels.ops import Ops
 from scfm_core.models.conditioning import Conditioning
-from scfm_core.models.original_names import OtherTools
 from scfm_core.models.pretrained import Pretrained
 from scfm_core.models.processors import choose_backend
 from scfm_core.models.weights import GUIDANCE_MARK, component_config
@@ -64,8 +63,6 @@ class ModelFamily(Pretrained):
     """Whether all batches of a size have the same shapes, which CUDA graphs need."""
     has_kernels: ClassVar[bool] = False
     """Whether it has fused blocks, which can use every backend of attention; see `fuse`."""
-    other_tools: ClassVar[OtherTools] = OtherTools()
-    """Names of its layers in other tools."""
 
     def __init__(self, folder: Path, architecture: dict[str, Any] | None = None) -> None:
         self.folder = folder
@@ -258,7 +255,7 @@ class ModelFamily(Pretrained):
             network: with diffusers' own blocks; it is changed in place.
             ops: the operations that the fused modules call.
             attention_backend: one of `scfm_core.kernels.attention.BACKENDS`.
-            blocks: also replace the blocks and the adapters' products; only with `has_kernels`.
+            blocks: also replace the blocks; only with `has_kernels`.
         """
         assert not blocks, "a family with fused blocks has its own method"
         choose_backend(network, attention_backend)

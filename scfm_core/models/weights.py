@@ -1,7 +1,6 @@
 """Loading and exporting weights, in diffusers' own folder layout, as safetensors."""
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,11 +11,17 @@ import torch
 from torch import Tensor
 
 from scfm_core.errors import UserError
-from scfm_core.files import permit_reading
+from scfm_core.files import permit_reading, renamed_at_end
 
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 
 _LOCAL_PATH = re.compile(r"[/~.]|[A-Za-z]:[\\/]")
+_OF_A_COMPONENT = re.compile(
+    r"(diffusion_pytorch_model|model)(-\d{5}-of-\d{5})?\.safetensors|[\w-]+\.safetensors\.index\.json|[\w-]+\.(json|txt|model|jinja)|"
+    r"additional_chat_templates"
+)
+"""What diffusers loads of a component: weights without a variant, their index, configurations, tokenizers."""
+_LICENCE = re.compile(r"(licen[cs]e|notice|use_policy)", re.IGNORECASE)
 GUIDANCE_MARK = "GUIDANCE_IS_DISTILLED.txt"
 """A file that marks a pipeline's folder: guidance was distilled, so one pass of the network is guided."""
 
@@ -110,15 +115,10 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     """
     from safetensors.torch import save_file
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    with renamed_at_end(path) as temporary:
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(contiguous, temporary, metadata={"format": "pt", **(metadata or {})})
         permit_reading(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def adapter_files(folder: Path) -> list[Path]:
@@ -165,8 +165,8 @@ def save_pipeline(
 ) -> None:
     """Write a complete pipeline folder: `source` with other weights of the transformer.
 
-    The other components are copied, so `target` does not need `source`. `target` appears only when it is complete. Its configurations
-    do not name folders of this machine.
+    The other components are copied, so `target` does not need `source`; see `_copy_components`. `target` appears only when it is
+    complete. Its configurations do not name folders of this machine.
 
     Args:
         source: a pipeline's folder.
@@ -184,9 +184,25 @@ def save_pipeline(
     """
     if target.exists():
         raise UserError(f"{target} exists already; choose another folder, or delete it")
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(source, temporary, ignore=shutil.ignore_patterns("transformer", "README.md", ".*"))
+    with renamed_at_end(target) as temporary:
+        _write_pipeline(source, temporary, weights, dtype, shift, has_learned_guidance, shard_bytes)
+        describe(temporary)
+        for path in (*temporary.glob("*.json"), *temporary.glob("*/*config.json")):
+            _edit_json(path, {})
+        permit_reading(temporary)
+
+
+def _write_pipeline(
+    source: Path,
+    temporary: Path,
+    weights: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype,
+    shift: float | None,
+    has_learned_guidance: bool,
+    shard_bytes: int,
+) -> None:
+    """Components, weights and scheduler of `save_pipeline`."""
+    _copy_components(source, temporary)
     (temporary / "transformer").mkdir()
     shutil.copy(source / "transformer" / "config.json", temporary / "transformer" / "config.json")
     _save_sharded(temporary / "transformer", ((name, weight.to(dtype)) for name, weight in weights), shard_bytes)
@@ -203,11 +219,27 @@ def save_pipeline(
             "whose scale counts from the conditional velocity).\n",
             encoding="utf-8",
         )
-    describe(temporary)
-    for path in (*temporary.glob("*.json"), *temporary.glob("*/*config.json")):
-        _edit_json(path, {})
-    permit_reading(temporary)
-    temporary.rename(target)
+
+
+def _copy_components(source: Path, target: Path) -> None:
+    """Copy what a pipeline consists of: `model_index.json`, its components but the transformer, the mark of guidance, licences.
+
+    Of a component: configurations, tokenizer, and the weights that are loaded without a variant. Nothing else that is in the folder,
+    such as notes, checkpoints of a training and other formats of the weights: the copy may be published.
+    """
+    target.mkdir()
+    for path in source.iterdir():
+        if path.name in ("model_index.json", GUIDANCE_MARK) or (path.is_file() and _LICENCE.match(path.name)):
+            shutil.copy(path, target)
+    index = component_config(source, ".", "model_index.json")
+    for name, component in index.items():
+        if isinstance(component, list) and name != "transformer" and (source / name).is_dir():
+            shutil.copytree(source / name, target / name, ignore=_unneeded)
+
+
+def _unneeded(folder: str, names: list[str]) -> list[str]:
+    """The entries of a component's folder that are not copied; `shutil.copytree` calls it."""
+    return [name for name in names if not _OF_A_COMPONENT.fullmatch(name)]
 
 
 def _edit_json(path: Path, changes: Mapping[str, Any]) -> None:

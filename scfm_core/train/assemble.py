@@ -121,6 +121,8 @@ def build_model(
             offloaded = spread(family.blocks(network), config.model.offload_blocks) if layout is not None else []
             fill_on_host(offloaded)
             prepare(network, True, fill or adapted.bank.filling(start))
+            if layout is None or not layout.is_sharded:
+                adapted.bank.keep_copies()
             if offloaded:
                 Offload(offloaded, device)
             if config.kernels.fp8 and layout is not None:

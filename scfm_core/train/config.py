@@ -132,7 +132,7 @@ class KernelConfig:
     fused: Literal["auto", "triton", "reference", "none"] = "auto"
     """`triton`: fused kernels; `reference`: the same blocks in plain PyTorch; `none`: diffusers' own blocks; `auto`:
     `triton` on a GPU, `none` on a CPU."""
-    attention: Literal["auto", "cudnn", "flash3", "flash", "xformers", "triton", "efficient", "math"] = "auto"
+    attention: Literal["auto", "cudnn", "flash3", "flash4", "flash", "xformers", "triton", "efficient", "math"] = "auto"
     """Backend of attention; `auto` measures the available ones, once for each device, shape and dtype. Networks without fused blocks
     have those of PyTorch: cudnn, flash, efficient, math."""
     fp8: bool = False

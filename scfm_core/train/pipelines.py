@@ -4,13 +4,15 @@ import dataclasses
 import functools
 import inspect
 import json
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from scfm_core.errors import UserError
 from scfm_core.models.families import family_of_pipeline
@@ -106,20 +108,15 @@ def with_steps(pipe: Any, adapter: str | Path) -> Any:
     header, path = read_header(adapter), adapter_file(adapter)
     own = getattr(type(pipe), "_scfm_original", type(pipe))
     family = family_of_pipeline(pipe)
-    factors = read_adapter(path, own, pipe.transformer)
-    state = {
-        f"transformer.{module}.lora_{side}.weight": factor
-        for module, both in factors.items()
-        for side, factor in zip("AB", both, strict=True)
-    }
+    factors = read_adapter(path, family.other_tools, pipe.transformer)
     if header.adapters and not pipe.get_list_adapters():
         names = ", ".join(f"{name} (weight {weight:g})" for name, weight in header.adapters.items())
         warnings.warn(
             f"{path} was distilled on its base model together with {names}, which this pipeline does not have: load them too",
             stacklevel=2,
         )
-    _add_adapter(pipe, state)
-    steps = _Steps(header, family, getattr(pipe, "_scfm_scheduler", pipe.scheduler))
+    _add_adapter(pipe, factors)
+    steps = _Steps(header, family, getattr(pipe, "_scfm_scheduler", pipe.scheduler), tuple(factors))
     signature = inspect.signature(own.__call__)
 
     @functools.wraps(own.__call__)
@@ -144,6 +141,8 @@ class _Steps:
     family: ModelFamily
     scheduler: Any
     """The pipeline's own."""
+    modules: tuple[str, ...]
+    """Names of the linears that have the adapter."""
 
     def prepare(self, pipe: Any, given: dict[str, Any], weight: float | None) -> dict[str, Any]:
         """Set weight and scheduler; returns the arguments of the call."""
@@ -153,7 +152,9 @@ class _Steps:
         if sigmas is not None and len(sigmas) != count:
             raise UserError(f"{len(sigmas)} sigmas are not {count} steps (num_inference_steps). Give one of them")
         weight = header.strength(count) if weight is None else weight
-        for layer in _layers(pipe.transformer).values():
+        layers = _layers(pipe.transformer)
+        self._check(layers, weight)
+        for layer in layers.values():
             if _NAME not in layer.active_adapters:
                 layer.set_adapter([*layer.active_adapters, _NAME], inference_mode=True)
             layer.set_scale(_NAME, weight)
@@ -164,6 +165,25 @@ class _Steps:
         call = family.call_arguments(header.guidance if guidance is None else guidance, header.text_length)
         usual = {"sigmas": [1 - k / count for k in range(count)], "height": size[0], "width": size[1], **call}
         return {**usual, **given, "num_inference_steps": count}
+
+    def _check(self, layers: Mapping[str, Any], weight: float) -> None:
+        """UserError if a method of the pipeline has changed the adapter, so that its weight would have no effect."""
+        own = [layers[name] for name in self.modules if name in layers and _NAME in layers[name].scaling]
+        if any(layer.merged for layer in own):
+            raise UserError(
+                "`fuse_lora` fixed the weight of the adapter in this pipeline, so it cannot follow the number of steps. Call "
+                "`pipe.unfuse_lora()`. To fuse another adapter: `fuse_lora` and `unload_lora_weights` before `with_steps`"
+            )
+        if weight != 0 and len(own) < len(self.modules):
+            raise UserError(
+                "the adapter of `with_steps` is no longer in this pipeline (`unload_lora_weights`, `delete_adapters`, or another "
+                "transformer). Call `with_steps` again; for the base model give `adapter_weight=0`"
+            )
+        if weight != 0 and any(layer.disable_adapters for layer in own):
+            raise UserError(
+                "`disable_lora` switched all adapters of this pipeline off. Call `pipe.enable_lora()`; for the base model give "
+                "`adapter_weight=0`"
+            )
 
     def _scheduler(self, size: tuple[int, int], count: int) -> Any:
         from diffusers import FlowMatchEulerDiscreteScheduler
@@ -177,10 +197,14 @@ class _Steps:
 
 
 def load_fused(pipe: Any, adapters: Sequence[FusedAdapter]) -> None:
-    """Load the adapters of `model.adapters` into a pipeline, which is the same as fusing them."""
+    """Load the adapters of `model.adapters` into a pipeline, which is the same as fusing them.
+
+    Raises:
+        UserError: as `read_adapter`.
+    """
+    tools = family_of_pipeline(pipe).other_tools
     for number, adapter in enumerate(adapters):
-        file = adapter.file
-        pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name=f"fused{number}")
+        _load(pipe, f"fused{number}", read_adapter(adapter.file, tools, pipe.transformer))
     if adapters:
         names = [f"fused{number}" for number in range(len(adapters))]
         pipe.set_adapters(names, [adapter.weight for adapter in adapters])
@@ -199,19 +223,35 @@ def _layers(network: Any) -> dict[str, Any]:
     return {name: module for name, module in network.named_modules() if isinstance(module, BaseTunerLayer)}
 
 
-def _add_adapter(pipe: Any, state: dict[str, Any]) -> None:
+def _add_adapter(pipe: Any, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
     """Load the factors, in place of an earlier adapter of scfm. Other adapters keep their weights and stay active."""
-    from diffusers.utils import logging
-
     if _NAME in pipe.get_list_adapters().get("transformer", []):
         pipe.delete_adapters(_NAME)
     active = {name: list(layer.active_adapters) for name, layer in _layers(pipe.transformer).items()}
-    logger = logging.get_logger("diffusers.loaders.lora_base")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # it warns that there are no factors for the text encoders
-    try:
-        pipe.load_lora_weights(state, adapter_name=_NAME)
-    finally:
-        logger.setLevel(level)
+    _load(pipe, _NAME, factors)
     for name, layer in _layers(pipe.transformer).items():
         layer.set_adapter([*active.get(name, []), _NAME], inference_mode=True)
+
+
+def _load(pipe: Any, name: str, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Load the factors of `read_adapter` into the transformer. At weight 1 they add `B A`, whatever their ranks."""
+    state = {
+        f"transformer.{module}.lora_{side}.weight": factor
+        for module, both in factors.items()
+        for side, factor in zip("AB", both, strict=True)
+    }
+    # PEFT multiplies by alpha / rank, with one alpha for all linears unless it has patterns. `^`: only the whole name matches.
+    ranks = {f"^{re.escape(module)}": len(down) for module, (down, _) in factors.items()}
+    rank = next(iter(ranks.values()))
+    patterns = {pattern: own for pattern, own in ranks.items() if own != rank}
+    settings = {
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": patterns,
+        "alpha_pattern": dict(patterns),
+        "target_modules": list(factors),
+    }
+    metadata = {f"transformer.{key}": value for key, value in settings.items()}
+    pipe.transformer.load_lora_adapter(
+        state, adapter_name=name, metadata=metadata, _pipeline=pipe, low_cpu_mem_usage=True
+    )

@@ -1,6 +1,6 @@
 """Opening a run that has finished or is running: configuration and weights, for sampling, evaluation and export."""
 
-import dataclasses
+import sys
 from pathlib import Path
 
 from scfm_core.distributed.engine import Slot
@@ -43,16 +43,22 @@ def open_trained(run_dir: Path, config: RunConfig) -> tuple[Checkpoint, ModelFam
 def check_same_model(checkpoint: Checkpoint, family: ModelFamily, run_dir: Path) -> None:
     """UserError unless the checkpoint was trained on this model.
 
-    With other `model.adapters` than the run's own only the rest of the model is compared: a run's weights can be used together with
-    adapters that they were not trained with.
+    The files of `model.adapters` are compared by content if they have the names and weights of the run's own, in whatever folder they
+    are. Others are what a person asks for: a run's weights can be used together with adapters that they were not trained with. Then
+    the rest of the model is compared, and a note names the adapters that differ.
     """
+    recorded = checkpoint.state["base_fingerprint"]
     trained = checkpoint.state["config"]["model"].get("adapters", [])
-    is_own = trained == [dataclasses.asdict(adapter) for adapter in family.adapters]
-    difference = family.different_network(checkpoint.state["base_fingerprint"], with_adapters=is_own)
+    now = [(Path(adapter.path).name, adapter.weight) for adapter in family.adapters]
+    is_own = now == [(Path(adapter["path"]).name, adapter["weight"]) for adapter in trained]
+    difference = family.different_network(recorded, with_adapters=is_own)
     if difference is not None:
         raise UserError(
-            f"{family.folder} is not the model that {run_dir} was trained on: {difference}. Set model.path to that model"
+            f"{family.folder} is not the model that {run_dir} was trained on: {difference}. Set model.path and model.adapters to that "
+            f"model"
         )
+    if not is_own and (others := family.different_network(recorded)) is not None:
+        print(f"scfm: note: {run_dir} was trained with other model.adapters: {others}", file=sys.stderr)
 
 
 def load_trained(run_dir: Path, config: RunConfig, *, with_teacher: bool) -> ShortcutModel:

@@ -1,6 +1,6 @@
 """Sampling from a shortcut model: the noise, the shift, Euler's method, decoding."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ def sample_latents(
     num_steps: int,
     shift: float,
     strength: float | None = None,
+    before_step: Callable[[], None] | None = None,
 ) -> Tensor:
     """Sample with Euler's method from `noise` [B, C, H, W]; returns latents at sigma 0, at least fp32.
 
@@ -54,6 +55,7 @@ def sample_latents(
         num_steps: Euler steps.
         shift: timestep shift.
         strength: strength of the adapter; None: the one that `method` trained for this number of steps.
+        before_step: called before each step. What it raises ends the sampling.
     """
     if strength is None:
         strength = sampling_strength(method.step_gain, num_steps)
@@ -64,6 +66,8 @@ def sample_latents(
         cond = cond.with_guidance(None)  # the student has learned the teacher's guidance
 
     def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+        if before_step is not None:
+            before_step()
         return model.velocity(role, x, sigma, cond, strengths)
 
     return euler_sample(velocity, noise, sigma_grid(num_steps, shift))
@@ -80,10 +84,11 @@ def generate(
     strength: float | None = None,
     *,
     size: tuple[int, int] | None = None,
+    before_step: Callable[[], None] | None = None,
 ) -> Tensor:
     """Images from the weights of `role`, one for each row of `cond` and seed; fp32 [N, 3, H, W] in [0, 1] on the CPU.
 
-    `size` is height and width in pixels, by default `data.resolution`.
+    `size` is height and width in pixels, by default `data.resolution`. `before_step` as in `sample_latents`.
     """
     shape, batch = model.family.latent_shape(*(size or config.data.resolution)), config.evaluate.batch_size
     latents = []
@@ -91,7 +96,12 @@ def generate(
         rows = cond[at : at + batch]
         noise = initial_noise(shape, seeds[at : at + batch], compute_dtype(config)).to(rows.device)
         shift = sampling_shift(config.sample, model.family, noise, num_steps)
-        settings: dict[str, Any] = {"num_steps": num_steps, "shift": shift, "strength": strength}
+        settings: dict[str, Any] = {
+            "num_steps": num_steps,
+            "shift": shift,
+            "strength": strength,
+            "before_step": before_step,
+        }
         latents.append(sample_latents(model, role, noise, rows, method=config.method, **settings))
     with torch.no_grad():
         return decode(vae, torch.cat(latents), batch)

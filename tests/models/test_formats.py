@@ -10,12 +10,14 @@ import pytest
 import torch
 from diffusers.loaders import single_file_utils
 from other_loaders import KOHYA_READS, ComfyUI
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from scfm_core.errors import UserError
 from scfm_core.models.adapters import LoRABank, LoRAConfig, LoRALinear
 from scfm_core.models.families import FAMILIES, open_family
 from scfm_core.models.formats import convert, formats_of
+from scfm_core.models.fused_base import read_adapter
 from scfm_core.models.protocol import ModelFamily
 
 # Linears of the network, and those that get the adapter's output: in ComfyUI's loader and its bypass loader, in kohya's trainers,
@@ -278,6 +280,19 @@ def test_weight_one_is_the_live_adapter_at_its_strength(name, format):
         assert (found.keys() == live.deltas.keys()) == (REACHED[name, format][1] == REACHED[name, format][0])
         for module, delta in found.items():
             assert float((delta - live.deltas[module]).abs().max()) < 1e-6, module
+
+
+@pytest.mark.parametrize("format", ["diffusers", "comfyui", "kohya"])
+@pytest.mark.parametrize("name", TINY)
+def test_we_read_every_linear_of_our_files(name, format, tmp_path):
+    """Of all tools, also those that diffusers cannot read or reads in part. Ranks are those of our linears again."""
+    live = Live(name)
+    save_file(live.file(format), tmp_path / "adapter.safetensors")
+    found = read_adapter(tmp_path / "adapter.safetensors", live.family.other_tools, live.family.meta_network())
+    assert found.keys() == live.deltas.keys()
+    for module, (down, up) in found.items():
+        assert len(down) == 2
+        assert float((up @ down - live.deltas[module]).abs().max()) < 1e-6, module
 
 
 DIFFUSERS_LOADS = {

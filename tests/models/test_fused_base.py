@@ -18,6 +18,7 @@ from scfm_core.models.fused_base import FusedAdapter, parse_adapter
 from scfm_core.train.assemble import build_family
 from scfm_core.train.fit import fit
 from scfm_core.train.parse import dump_config
+from scfm_core.train.pipelines import load_fused
 from scfm_core.train.runs import load_trained
 from scfm_core.train.trainer import Trainer
 
@@ -84,10 +85,21 @@ def write_kohya(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     save_file({**wide, **alphas}, path)
 
 
+def write_xlabs(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    shapes = {
+        "double_blocks.0.processor.qkv_lora1": (3 * 64, 64),
+        "double_blocks.0.processor.proj_lora2": (64, 64),
+        "single_blocks.0.processor.qkv_lora": (3 * 64, 64),
+        "single_blocks.0.processor.proj_lora": (64, 320),
+    }
+    save_file(factors(shapes, "down", "up"), path)
+
+
 WRITERS = {
     "diffusers": lambda path, tensors: save_file({f"transformer.{n}": t for n, t in tensors.items()}, path),
     "alpha in the header": write_with_settings,
     "kohya": write_kohya,
+    "XLabs": write_xlabs,
 }
 
 
@@ -100,6 +112,37 @@ def test_the_weights_are_those_that_diffusers_fuses(tiny, tmp_path, write):
     assert len(changed) > 3 and expected.keys() == found.keys()
     for name, weight in expected.items():
         torch.testing.assert_close(found[name], weight, rtol=0, atol=1e-6)
+
+
+def test_without_alpha_the_scale_is_1_whatever_the_rank(tiny, tmp_path):
+    """As in ComfyUI; diffusers takes the rank of one linear as the alpha of all. Loading is the same as fusing."""
+    generator, base = torch.Generator().manual_seed(7), fused(tiny)
+    sizes, tensors = (
+        {
+            "x_embedder": 1,
+            "transformer_blocks.0.attn.to_q": 2,
+            "proj_out": 3,
+            "single_transformer_blocks.0.proj_out": 5,
+        },
+        {},
+    )
+    for name, rank in sizes.items():
+        outputs, inputs = base[f"{name}.weight"].shape
+        for side, shape in (("A", (rank, inputs)), ("B", (outputs, rank))):
+            tensors[f"transformer.{name}.lora_{side}.weight"] = torch.randn(shape, generator=generator) * 0.1
+    path = tmp_path / "style.safetensors"
+    save_file(tensors, path)
+    pipe = FluxPipeline.from_pretrained(tiny / "flux", text_encoder=None, text_encoder_2=None)
+    load_fused(pipe, [FusedAdapter(path=str(path), weight=WEIGHT)])
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    found, loaded = fused(tiny, (path, WEIGHT)), pipe.transformer.state_dict()
+    for name in sizes:
+        down, up = (tensors[f"transformer.{name}.lora_{side}.weight"] for side in "AB")
+        expected = base[f"{name}.weight"] + WEIGHT * up @ down
+        torch.testing.assert_close(found[f"{name}.weight"], expected, rtol=0, atol=1e-6)
+    for name, weight in found.items():
+        torch.testing.assert_close(loaded[name], weight, rtol=0, atol=1e-6)
 
 
 def kohya_flat(tensors):
@@ -195,7 +238,7 @@ def config_of(style: Path, weight: float = WEIGHT, **changes):
     }
 
 
-def test_a_run_trains_and_samples_on_the_styled_base(make_config, style, tiny):
+def test_a_run_trains_and_samples_on_the_styled_base(make_config, style, tiny, tmp_path, capsys):
     """Its teacher is the fused network; a resumed run and its own samples need the same style."""
     config = make_config(config_of(style))
     trainer = Trainer(config)
@@ -219,16 +262,27 @@ def test_a_run_trains_and_samples_on_the_styled_base(make_config, style, tiny):
     ):
         with pytest.raises(UserError, match=message):
             Trainer(make_config(changes), checkpoint)
-    # The same path with other content.
+    # Another folder.
+    moved = Path(shutil.copytree(style.parent, tmp_path / "moved")) / style.name
+    renamed = Path(shutil.copy(style, tmp_path / "renamed.safetensors"))
+    capsys.readouterr()
+    for path in (moved, renamed):
+        load_trained(trainer.run_dir, make_config(config_of(path)), with_teacher=False)
+    assert "note" not in capsys.readouterr().err
+    # The same name with other content.
     save_file({f"transformer.{n}": 2 * t for n, t in factors(linears(tiny)).items()}, style)
     with pytest.raises(
         UserError, match=r"model.adapters contain now: model.adapters.0\(weight=0.8\) \(other content\)"
     ):
         Trainer(make_config(config_of(style)), checkpoint)
-    with pytest.raises(UserError, match=r"is not the model that .* was trained on: model.adapters.0"):
-        load_trained(trainer.run_dir, make_config(config_of(style)), with_teacher=False)
+    shutil.copy(style, moved)
+    for path in (style, moved):
+        with pytest.raises(UserError, match=r"is not the model that .* was trained on: model.adapters.0"):
+            load_trained(trainer.run_dir, make_config(config_of(path)), with_teacher=False)
     # Another style than the run's is what a person asks for.
     load_trained(trainer.run_dir, make_config(config_of(style, 0.5)), with_teacher=False)
+    note = "was trained with other model.adapters: model.adapters.0(weight=0.5) (new), model.adapters.0(weight=0.8) (missing now)"
+    assert note in capsys.readouterr().err
 
 
 def test_stored_paths_are_of_the_styled_model(make_config, style, tiny, tmp_path):
@@ -311,6 +365,8 @@ MISTAKES = {
     "text encoder": (text_encoder, "no linear for 1 tensor of .*: text_encoder.layers.0.q_proj.lora_A.weight. Use a LoRA of this model"),
     "another model": (lambda t: factors({"x_embedder": (64, 99)}), r"another shape in 1 linear of 1: x_embedder \[\('A', \[3, 99\]"),
     "half": (lambda t: {n: x for n, x in t.items() if "lora_A" in n}, "a factor is missing or has another shape"),
+    "twice": (lambda t: {**t, "lora_unet_txt_in.lora_up.weight": torch.zeros(64, 3), "lora_unet_txt_in.lora_down.weight": torch.zeros(3, 32)},
+              "has factors of context_embedder twice, by two names"),
     "DoRA": (lambda t: {**t, "x_embedder.dora_scale": torch.zeros(1)}, r"is a DoRA \(x_embedder.dora_scale\)"),
     "empty": (lambda t: {}, "it has no tensors"),
 }  # fmt: skip

@@ -10,7 +10,8 @@ import torch
 from recipes import evaluate as evaluate_module
 from recipes import report as report_module
 from recipes.cli import main
-from scfm_core.files import written_whole
+from scfm_core.errors import UserError
+from scfm_core.files import renamed_at_end, written_whole
 from scfm_core.train import checkpoint
 from scfm_core.train.history import write_event
 from scfm_core.train.parse import dump_config
@@ -136,12 +137,27 @@ def test_a_file_is_written_as_a_whole_or_not_at_all(tmp_path):
     with written_whole(path, "x", "y") as partial:
         partial.write_text("first")
     host = os.uname().nodename
-    (path.parent / f".figure.{host}-{2**22 + 1}.tmp.json").write_text("of a process that was killed")
+    (path.parent / f".figure.{host}-{2**22 + 1}-0.tmp.json").write_text("of a process that was killed")
     for error in (KeyError, KeyboardInterrupt):
         with pytest.raises(error), written_whole(path, "x", "y") as partial:
             partial.write_text("sec")
             raise error
     assert [file.read_text() for file in path.parent.iterdir()] == ["first"]
+
+
+def test_two_writers_of_one_folder_do_not_mix(tmp_path):
+    """The first that ends has it. What a killed process left goes."""
+    path = tmp_path / "new" / "pipeline"
+    left = path.with_name(f".pipeline.{os.uname().nodename}-{2**22 + 1}-0.tmp")
+    left.mkdir(parents=True)
+    with pytest.raises(UserError, match="exists already: another process has written it"), renamed_at_end(path) as late:
+        late.mkdir()
+        with renamed_at_end(path) as early:
+            early.mkdir()
+            (early / "of").write_text("early")
+        (late / "of").write_text("late")
+    assert [entry.name for entry in path.parent.iterdir()] == ["pipeline"]
+    assert (path / "of").read_text() == "early"
 
 
 def test_a_full_disk_does_not_empty_the_configuration_of_a_run(run_dir, monkeypatch, capsys):

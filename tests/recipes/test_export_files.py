@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from conftest import smallest_tree
 from diffusers import FluxPipeline
@@ -23,7 +24,7 @@ from recipes.export import ExportOptions, export, rounding_error
 from scfm_core.errors import UserError
 from scfm_core.files import permit_reading
 from scfm_core.models.families import open_family
-from scfm_core.models.weights import save_pipeline
+from scfm_core.models.weights import save_pipeline, save_tensors
 from scfm_core.train.parse import parse_config
 from scfm_core.train.run_dir import newest_complete
 
@@ -144,6 +145,58 @@ def test_a_merged_pipeline_names_no_place_that_it_was_loaded_from(tiny, tmp_path
     before, after = (json.loads((tmp_path / name / "model_index.json").read_text()) for name in ("source", "new"))
     assert after == {key: value for key, value in before.items() if key != "_name_or_path"}
     assert not (tmp_path / "new" / "README.md").exists()
+
+
+def test_a_merged_pipeline_has_only_what_diffusers_loads(tiny, tmp_path):
+    """It may be published. Licences stay; what else is in the folder of the base does not."""
+    source = Path(shutil.copytree(tiny / "flux", tmp_path / "source"))
+    save_pipeline(source, tmp_path / "before", [("x", torch.zeros(2))], torch.float32, None)
+    for name in (
+        "notes.txt", "flux.safetensors", "samples/1.png", "vae/pytorch_model.bin", "vae/diffusion_pytorch_model.fp16.safetensors",
+        "vae/.secret.json", "text_encoder/checkpoint-3/model.safetensors", "text_encoder/optimizer.pt", "unet/config.json",
+    ):  # fmt: skip
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text("x")
+    (source / "LICENSE.md").write_text("terms")
+    save_pipeline(source, tmp_path / "after", [("x", torch.zeros(2))], torch.float32, None)
+
+    def files(folder):
+        return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+    assert files(tmp_path / "after") == files(tmp_path / "before") | {"LICENSE.md"}
+    assert files(tmp_path / "before") == files(tiny / "flux")
+
+
+def test_two_exports_of_one_file_do_not_mix(tmp_path, monkeypatch):
+    path, save_file, first = tmp_path / "adapter.safetensors", safetensors.torch.save_file, torch.zeros(3)
+
+    def slow(tensors, place, **named):
+        save_file(tensors, place, **named)
+        if tensors["x"] is first:  # another process writes the whole file meanwhile
+            save_tensors(path, {"x": torch.ones(5)})
+
+    monkeypatch.setattr(safetensors.torch, "save_file", slow)
+    save_tensors(path, {"x": first})
+    assert safetensors.torch.load_file(path)["x"].tolist() == [0, 0, 0]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["adapter.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("evaluation.json", '{"student": {"4": {"fid_te'),
+        ("evaluation.json", '{"base": {"4": {"fid_teacher": 0.5}}}'),
+        ("evaluation.json", "[]"),
+        ("evaluation.yaml", "sample: {weights: ["),
+    ],
+)
+def test_a_damaged_evaluation_is_found_before_the_weights_are_written(run, capsys, name, content):
+    (run / name).write_text(content)
+    assert main(["export", str(run)]) == 2
+    assert re.search(
+        rf"{name} is damaged .*Run `scfm evaluate` again, or delete it", capsys.readouterr().err, re.DOTALL
+    )
+    assert not list((run / "adapter").iterdir())
 
 
 def test_a_fixed_shift_replaces_a_scheduler_of_another_class(tiny, tmp_path):

@@ -1,15 +1,18 @@
 """`scfm play` without a browser: its images, what visitors write, several visitors, the addresses of its server."""
 
 import asyncio
+import dataclasses
 import io
 import json
 import os
+import queue
 import re
 import shutil
 import signal
 import socket
 import sys
 import threading
+import time
 import urllib.request
 from pathlib import Path
 
@@ -21,7 +24,7 @@ from PIL import Image
 
 from recipes import play, play_page, play_server
 from recipes.cli import main
-from recipes.play import Entry, Player
+from recipes.play import Entry, Job, Player, Stopped
 from recipes.play_checks import checked_rows, seeds_of
 from recipes.play_html import facts_html
 from recipes.play_page import Inputs, show_grid, show_images, strength_of
@@ -257,6 +260,49 @@ def test_a_failure_is_a_message_without_traceback(player, monkeypatch, capsys, e
     )
 
 
+class ThreeSteps(Job):
+    """A job that is stopped before its fourth step."""
+
+    steps = 0
+
+    def check(self):
+        self.steps += 1
+        if self.steps > 3:
+            self.stop()
+        super().check()
+
+
+def test_a_stopped_job_ends_at_the_next_step(player):
+    job = ThreeSteps()
+    with pytest.raises(Stopped):
+        last(show_grid(player, "8, 9", 2, inputs(seed="41"), job))
+    assert job.steps == 4
+    assert len(pictures(player, last(show_images(player, 1, inputs(seed="41"))))) == 1
+
+
+def test_a_stopped_job_does_not_wait_for_its_turn(player):
+    busy, entered, release = Player(player.entries), threading.Event(), threading.Event()
+    first = threading.Thread(target=busy._worker.call, args=(lambda: (entered.set(), release.wait()),))
+    first.start()
+    assert entered.wait(10)
+    ended = []
+
+    def wait():
+        with busy.job("a", "grid") as job, pytest.raises(Stopped):
+            ended.append(busy._worker.call(lambda: ended.append("ran"), job))
+
+    second = threading.Thread(target=wait)
+    second.start()
+    while len(busy._worker._waiting) < 2:
+        second.join(0.001)
+    busy.leave("b")
+    busy.leave("a")
+    second.join(10)
+    release.set()
+    first.join(10)
+    assert not second.is_alive() and not ended and not busy._jobs
+
+
 def test_the_end_of_the_server_ends_all_waits(player):
     busy, entered, release = Player(player.entries), threading.Event(), threading.Event()
     errors = []
@@ -304,6 +350,10 @@ def test_an_exported_adapter(player, runs, tiny, tmp_path):
         found, undistilled = pictures(alone, last(show_images(alone, 4, inputs(run=None, undistilled=True))))
         assert np.abs(pixels(found.png) - pixels(expected.png)).max() <= 2
         assert np.abs(pixels(undistilled.png) - pixels(expected.png)).max() > 10
+        job = ThreeSteps()
+        with pytest.raises(Stopped):
+            last(show_images(alone, 4, inputs(run=None, seed="6"), job))
+        assert job.steps == 4
         assert (found.settings["adapter"], found.settings["model"]) == (file.stem, "flux")
         assert found.settings["strength"] == strength and fact in facts_html(alone)
     [page] = show_images(alone, 3, inputs(run=None))
@@ -429,6 +479,44 @@ class TestServer:
         assert err == "" and out == f"\n{address}    (Ctrl-C ends it)\n\nstopped\n"
         with pytest.raises(OSError):
             socket.create_connection(target)
+
+
+def test_a_visitor_who_leaves_or_starts_another_job_stops_the_first(player, monkeypatch):
+    pytest.importorskip("gradio")
+    started, stopped = queue.SimpleQueue(), queue.SimpleQueue()
+
+    def sample(prompt, *, seed, before_step, **settings):
+        started.put(seed)
+        try:
+            while True:
+                before_step()
+                time.sleep(0.005)
+        finally:
+            stopped.put(seed)
+
+    monkeypatch.setattr(player.entries[0].model, "sample", sample)
+    address, stop = play_server.serve_in_thread(player)
+    try:
+        with urllib.request.urlopen(f"{address}/config", timeout=20) as answer:
+            [images] = [each for each in json.load(answer)["dependencies"] if len(each["inputs"]) == 12]
+
+        def generate(seed):
+            values = [4, *dataclasses.astuple(inputs(seed=str(seed)))]
+            body = json.dumps({"data": values, "fn_index": images["id"], "session_hash": "a1"}).encode()
+            request = urllib.request.Request(
+                f"{address}/gradio_api/queue/join", body, {"content-type": "application/json"}
+            )
+            urllib.request.urlopen(request, timeout=20).close()
+            assert started.get(timeout=20) == seed
+
+        visit = urllib.request.urlopen(f"{address}/gradio_api/heartbeat/a1", timeout=20)
+        generate(101)
+        generate(102)
+        assert stopped.get(timeout=20) == 101
+        visit.close()
+        assert stopped.get(timeout=20) == 102
+    finally:
+        stop()
 
 
 def test_the_page_has_no_inputs_that_take_files(player):

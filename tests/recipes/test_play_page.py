@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import socket
+import time
 
 import pytest
 from PIL import Image
@@ -80,15 +81,40 @@ def visit(browser, address, asked):
         page.on(
             "request", lambda request: request.url.startswith((address, "data:", "blob:")) or asked.append(request.url)
         )
+        quiet = wait_for_quiet(page)
         page.goto(address)
         page.get_by_role("button", name="Generate", exact=True).wait_for()
-        page.wait_for_load_state("networkidle")  # until then Gradio may set an input again
+        quiet()  # until then Gradio may set an input again
         return page
 
     yield open_page
     for context in contexts:
         context.close()
     assert errors == [] and asked == []
+
+
+def wait_for_quiet(page):
+    """A function that waits until there was no request for half a second. The page's heartbeat, which stays open, does not count."""
+    pending, latest = set(), [time.monotonic()]
+
+    def begin(request):
+        if "/heartbeat/" not in request.url:
+            pending.add(request)
+            latest[0] = time.monotonic()
+
+    def end(request):
+        pending.discard(request)
+        latest[0] = time.monotonic()
+
+    page.on("request", begin)
+    page.on("requestfinished", end)
+    page.on("requestfailed", end)
+
+    def wait():
+        while pending or time.monotonic() - latest[0] < 0.5:
+            page.wait_for_timeout(50)
+
+    return wait
 
 
 def generate(page):
