@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from scfm_core.kernels.fp8 import quantise as quantise_float8
+from scfm_core.kernels.lora import Copies
 from scfm_core.kernels.nf4 import dequantise_nf4, quantise_nf4
 
 Packing = Literal["int8", "float8", "nf4"]
@@ -55,15 +56,17 @@ def quantised_linear(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | No
 
 
 def quantised_lora_linear(
-    x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, strength: Tensor
+    x: Tensor,
+    values: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    strength: Tensor,
+    copies: Copies | None = None,
 ) -> Tensor:
     """`x W^T + bias + strength * (x A^T) B^T`; see `scfm_core.kernels.lora.lora_linear`. W and bias get no gradient."""
-    return _lora_linear(x, values, scale, bias, down, up, strength)[0]
-
-
-def _weighted(low: Tensor, strength: Tensor) -> Tensor:
-    """Rows [B * n, rank], each multiplied by the strength of its sample, in fp32."""
-    return (low.view(strength.shape[0], -1, low.shape[-1]) * strength[:, None, None]).to(low.dtype).view_as(low)
+    return _lora_linear(x, values, scale, bias, down, up, strength, *(copies or (None, None)))[0]
 
 
 @torch.library.custom_op("scfm::quantised_linear", mutates_args=())
@@ -104,64 +107,67 @@ _linear.register_autograd(_linear_gradients, setup_context=_keep_weight)
 
 @torch.library.custom_op("scfm::quantised_lora_linear", mutates_args=())
 def _lora_linear(
-    x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, strength: Tensor
+    x: Tensor,
+    values: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    strength: Tensor,
+    down_copy: Tensor | None,
+    up_copy: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The result, and the weighted `x A^T` [B * n, rank], which the gradient of B needs."""
-    rows = x.reshape(-1, x.shape[-1])
-    output = F.linear(rows, dequantise(values, scale, x.dtype), bias)
-    low = _weighted(rows @ down.T, strength)
-    output.addmm_(low, up.T)
-    return output.view(*x.shape[:-1], -1), low
+    """As `scfm::lora_linear`."""
+    weight = dequantise(values, scale, x.dtype)
+    return torch.ops.scfm.lora_linear(x, weight, bias, down, up, strength, down_copy, up_copy)  # type: ignore[no-any-return]
 
 
 @_lora_linear.register_fake
-def _(
-    x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, strength: Tensor
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None, down: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return x.new_empty(*x.shape[:-1], values.shape[0]), x.new_empty(x.numel() // x.shape[-1], down.shape[0])
 
 
-@torch.library.custom_op("scfm::quantised_lora_linear_backward", mutates_args=())
+@torch.library.custom_op("scfm::quantised_lora_backward", mutates_args=())
 def _lora_backward(
     grad: Tensor, x: Tensor, values: Tensor, scale: Tensor, down: Tensor, up: Tensor, strength: Tensor, low: Tensor,
-    needs: list[bool],
+    needs: list[bool], dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, A and B; an empty tensor for each that is not in `needs`."""
-    rows, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-    grad_low = _weighted(grad @ up, strength)
-    grad_x = grad.new_empty(0)
-    if needs[0]:
-        grad_x = grad @ dequantise(values, scale, grad.dtype)
-        grad_x = grad_x.addmm_(grad_low, down).view(x.shape)
-    return (
-        grad_x,
-        grad_low.T @ rows if needs[1] else grad.new_empty(0),
-        grad.T @ low if needs[2] else grad.new_empty(0),
+    """Gradients of x, A and B; an empty tensor for each that is not in `needs`. Those of A and B are of `dtype`."""
+    weight = dequantise(values, scale, x.dtype) if needs[0] else None
+    of_x, of_down, of_up = needs
+    needed = [of_x, False, False, of_down, of_up]
+    grad_x, _, _, grad_down, grad_up = torch.ops.scfm.lora_backward(
+        grad, x, weight, down, up, strength, low, needed, dtype
     )
+    return grad_x, grad_down, grad_up
 
 
 @_lora_backward.register_fake
 def _(
     grad: Tensor, x: Tensor, values: Tensor, scale: Tensor, down: Tensor, up: Tensor, strength: Tensor, low: Tensor,
-    needs: list[bool],
+    needs: list[bool], dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    shapes = (x.shape, down.shape, up.shape)
-    return tuple(grad.new_empty(shape if needed else 0) for shape, needed in zip(shapes, needs, strict=True))
+    kinds = ((x.shape, grad.dtype), (down.shape, dtype), (up.shape, dtype))
+    return tuple(
+        grad.new_empty(shape if needed else 0, dtype=kind) for (shape, kind), needed in zip(kinds, needs, strict=True)
+    )
 
 
 def _keep_all(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    x, values, scale, _, down, up, strength = inputs
+    x, values, scale, _, down, up, strength, down_copy, up_copy = inputs
     ctx.set_materialize_grads(False)  # only the backward uses the second output
-    ctx.save_for_backward(x, values, scale, down, up, strength, output[1])
+    ctx.dtype = down.dtype
+    factors = (down if down_copy is None else down_copy, up if up_copy is None else up_copy)
+    ctx.save_for_backward(x, values, scale, *factors, strength, output[1])
 
 
 def _lora_gradients(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple:
     if grad is None:
-        return (None,) * 7
+        return (None,) * 9
     needs = [ctx.needs_input_grad[place] for place in (0, 4, 5)]
-    found = _lora_backward(grad, *ctx.saved_tensors, needs)
+    found = _lora_backward(grad, *ctx.saved_tensors, needs, ctx.dtype)
     grad_x, grad_down, grad_up = (part if needed else None for part, needed in zip(found, needs, strict=True))
-    return grad_x, None, None, None, grad_down, grad_up, None
+    return grad_x, None, None, None, grad_down, grad_up, None, None, None
 
 
 _lora_linear.register_autograd(_lora_gradients, setup_context=_keep_all)
@@ -179,10 +185,10 @@ def _(x: list[int], values: list[int], scale: list[int], bias: Any, down: list[i
     return 2 * rows * (inputs * outputs + rank * (inputs + outputs))
 
 
-@register_flop_formula(torch.ops.scfm.quantised_lora_linear_backward)
+@register_flop_formula(torch.ops.scfm.quantised_lora_backward)
 def _(
     grad: list[int], x: list[int], values: list[int], scale: list[int], down: list[int], up: list[int],
-    strength: list[int], low: list[int], needs: list[bool], **_: Any,
+    strength: list[int], low: list[int], needs: list[bool], *_: Any, **__: Any,
 ) -> int:  # fmt: skip
     rows, inputs, outputs, rank = math.prod(x[:-1]), x[-1], values[0], down[0]
     product = inputs * outputs * needs[0]

@@ -91,7 +91,7 @@ class LoRALinear(nn.Module):
             return fp8_linear(x, self.fp8, base.bias) if in_fp8 else base(x)  # type: ignore[arg-type]
         down, up, copies = self._selected()
         if isinstance(base, QuantisedLinear) and not in_fp8:
-            return base.with_adapter(x, down.to(x.dtype), up.to(x.dtype), scale)
+            return base.with_adapter(x, down, up, scale, copies)
         if in_fp8:
             return lora_add(fp8_linear(x, self.fp8, base.bias), x, down, up, scale, copies)  # type: ignore[arg-type]
         return lora_linear(x, base.weight, base.bias, down, up, scale, copies)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from scfm_core.filling import PackedModule
+from scfm_core.kernels.lora import Copies
 from scfm_core.kernels.nf4 import BLOCK, fits_nf4
 from scfm_core.kernels.quantised import Packing, quantise, quantised_linear, quantised_lora_linear
 from scfm_core.models.initial import is_modulation
@@ -48,9 +49,11 @@ class QuantisedLinear(PackedModule):
         """`x W^T + bias`, [..., out] in the dtype of `x`."""
         return quantised_linear(x, self.values, self.scale, self.bias)
 
-    def with_adapter(self, x: Tensor, down: Tensor, up: Tensor, strength: Tensor) -> Tensor:
+    def with_adapter(
+        self, x: Tensor, down: Tensor, up: Tensor, strength: Tensor, copies: Copies | None = None
+    ) -> Tensor:
         """See `scfm_core.kernels.lora.lora_linear`."""
-        return quantised_lora_linear(x, self.values, self.scale, self.bias, down, up, strength)
+        return quantised_lora_linear(x, self.values, self.scale, self.bias, down, up, strength, copies)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.packing}"

@@ -29,6 +29,8 @@ def test_products_and_gradients_are_those_of_the_dequantised_weight(packing, dty
     x, down, up, values, scale, bias, strength = inputs(packing, dtype)
     weight = dequantise(values, scale, dtype)
     assert weight.shape == (48, 64) and weight.dtype == dtype
+    copies = (down.detach(), up.detach())
+    masters = [torch.zeros_like(factor, dtype=torch.float32).requires_grad_() for factor in copies]
     pairs = [
         (quantised_linear(x, values, scale, bias), F.linear(x, weight, bias), (x,)),
         (
@@ -36,12 +38,17 @@ def test_products_and_gradients_are_those_of_the_dequantised_weight(packing, dty
             lora_linear(x, weight, bias, down, up, strength),
             (x, down, up),
         ),
+        (  # fp32 masters that get the gradients, and copies that are read
+            quantised_lora_linear(x, values, scale, bias, *masters, strength, copies),
+            lora_linear(x, weight, bias, *masters, strength, copies),
+            (x, *masters),
+        ),
     ]
     for found, expected, trained in pairs:
         upstream = torch.randn_like(expected)
         assert torch.equal(found, expected)
         for a, b in zip(*(torch.autograd.grad(y, trained, upstream) for y in (found, expected)), strict=True):
-            assert torch.equal(a, b)
+            assert torch.equal(a, b) and a.dtype == b.dtype
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
@@ -71,7 +78,7 @@ def test_one_graph_without_breaks(packing):
         assert torch.equal(a, b)
     if packing == "nf4":  # opcheck compares inputs by operations that float8 does not have
         checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-        torch.library.opcheck(torch.ops.scfm.quantised_lora_linear, arguments, test_utils=checks)
+        torch.library.opcheck(torch.ops.scfm.quantised_lora_linear, (*arguments, None, None), test_utils=checks)
         torch.library.opcheck(torch.ops.scfm.quantised_linear, arguments[:4], test_utils=checks)
 
 
