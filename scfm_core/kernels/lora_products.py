@@ -10,7 +10,6 @@ from torch import Tensor
 from scfm_core.kernels.launch import Tile
 from scfm_core.kernels.quantised import dequantise
 
-
 MIN_ROWS = 512
 """Fewer rows, such as those of modulations, always use the vendor's library."""
 _tiles: dict[str, Tile] = {}

@@ -281,7 +281,7 @@ class LoRABank:
             if is_for_fp8(layer, rows.get(name, 0)):
                 base = layer.base_layer
                 is_packed = isinstance(base, QuantisedLinear)
-                layer.fp8 = Fp8Weight(base.values, base.scale) if is_packed else Fp8Weight(*quantise(base.weight))
+                layer.fp8 = Fp8Weight(*((base.values, base.scale) if is_packed else quantise(base.weight)))  # type: ignore[arg-type]
 
     def parameters(self, adapter: str) -> dict[str, nn.Parameter]:
         """An adapter's factors, fp32, by canonical name: `<module>.lora_A.weight`, without the adapter's name."""

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from scfm_core.models.quantised import Base, saved_bytes
+
 _ALIGNMENT = 256
 """Bytes; kernels assume that tensors start at such addresses."""
 
@@ -19,6 +21,25 @@ _ALIGNMENT = 256
 def spread(blocks: Sequence[nn.Module], number: int) -> list[nn.Module]:
     """`number` of the blocks, evenly spaced: so the blocks between them give the copies time."""
     return [blocks[place * len(blocks) // number] for place in range(number)]
+
+
+def offloaded_bytes(
+    network: nn.Module, blocks: Sequence[nn.Module], number: int, base: Base, width: int
+) -> tuple[int, int]:
+    """Bytes in host memory, and of the two slots, if `number` of a network's blocks are offloaded; it may be on the meta device.
+
+    Args:
+        network, blocks: not quantised.
+        number: see `spread`.
+        base: how the blocks are stored.
+        width: bytes of an element that is not packed.
+    """
+    sizes = [
+        width * sum(tensors[key].numel() for tensors, key in _frozen(block))
+        - saved_bytes(network, [block], base, width)
+        for block in spread(blocks, number)
+    ]
+    return sum(sizes), 2 * max(sizes, default=0)
 
 
 def fill_on_host(blocks: Sequence[nn.Module]) -> None:
@@ -54,7 +75,7 @@ class Offload:
     @staticmethod
     def _move(weights: list[tuple[dict[str, Any], str]], size: int, slot: Tensor) -> Tensor | None:
         """Copy a block's weights to host memory, `size` bytes, and replace them by views of its slot."""
-        host = None if slot.is_meta else torch.empty(size, dtype=torch.uint8, pin_memory=slot.is_cuda)
+        host = None if slot.is_meta else _host_memory(size, pinned=slot.is_cuda)
         start = 0
         for tensors, name in weights:
             weight = tensors[name]
@@ -134,6 +155,14 @@ def _frozen(block: nn.Module) -> list[tuple[dict[str, Any], str]]:
 
 def _without_adapters(block: nn.Module) -> list[nn.Module]:
     return [module for name, module in block.named_modules() if not {"lora_A", "lora_B"} & set(name.split("."))]
+
+
+def _host_memory(size: int, *, pinned: bool) -> Tensor:
+    """uint8 [size]. PyTorch's own pinned memory would take up to twice as much: it is rounded up to a power of two."""
+    memory = torch.empty(size, dtype=torch.uint8)
+    if pinned:
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0))
+    return memory
 
 
 def _padded(weight: Tensor) -> int:

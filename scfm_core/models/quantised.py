@@ -1,14 +1,14 @@
 """Networks whose frozen linears are quantised (`scfm_core.kernels.quantised`)."""
 
 from collections import Counter
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from scfm_core.filling import PackedModule
-from scfm_core.kernels.nf4 import fits_nf4
+from scfm_core.kernels.nf4 import BLOCK, fits_nf4
 from scfm_core.kernels.quantised import Packing, quantise, quantised_linear
 from scfm_core.models.initial import is_modulation
 
@@ -33,13 +33,12 @@ class QuantisedLinear(PackedModule):
     def __init__(self, linear: nn.Linear, packing: Packing) -> None:
         super().__init__()
         self.in_features, self.out_features, self.packing = linear.in_features, linear.out_features, packing
-        self.weight: nn.Parameter | None = linear.weight
+        self.weight: Any = linear.weight
         self.bias = linear.bias
 
     @torch.no_grad()
     def pack(self) -> None:
         """See `PackedModule`."""
-        assert self.weight is not None
         values, scale = quantise(self.weight, self.packing)
         self.weight = None
         self.register_buffer("values", values, persistent=False)
@@ -65,19 +64,34 @@ def quantise_linears(network: nn.Module, parts: Iterable[nn.Module], base: Base)
         parts: of it, such as its blocks.
         base: type; nothing is done for `bfloat16`.
     """
+    for name, linear, packing in list(_choices(network, parts, base)):
+        parent, _, child = name.rpartition(".")
+        setattr(network.get_submodule(parent), child, QuantisedLinear(linear, packing))
+
+
+def _choices(network: nn.Module, parts: Iterable[nn.Module], base: Base) -> Iterator[tuple[str, nn.Linear, Packing]]:
+    """The linears that `quantise_linears` replaces, by name, and their type."""
     if base == "bfloat16":
         return
     inside = {module for part in parts for module in part.modules()}
-    uses = Counter(parameter for module in network.modules() for parameter in module._parameters.values())
-    for name, module in list(network.named_modules()):
+    uses: Counter[Any] = Counter(parameter for module in network.modules() for parameter in module._parameters.values())
+    for name, module in network.named_modules():
         if not isinstance(module, nn.Linear) or module not in inside or uses[module.weight] > 1:
             continue
         if not {"lora_A", "lora_B"} & set(name.split(".")):
             plain = name.removesuffix(".base_layer")
             fits = fits_nf4(module.out_features, module.in_features) and not is_modulation(plain, module)
-            parent, _, child = name.rpartition(".")
-            packed = QuantisedLinear(module, "int8" if base == "nf4" and not fits else base)
-            setattr(network.get_submodule(parent), child, packed)
+            yield name, module, "int8" if base == "nf4" and not fits else base
+
+
+def saved_bytes(network: nn.Module, parts: Iterable[nn.Module], base: Base, width: int) -> int:
+    """Bytes by which `quantise_linears` makes a network smaller whose elements take `width` bytes; it may be on the meta device."""
+    total = 0
+    for _, linear, packing in _choices(network, parts, base):
+        elements, rows = linear.in_features * linear.out_features, linear.out_features
+        packed = elements // 2 + 4 * elements // BLOCK if packing == "nf4" else elements + 4 * rows
+        total += elements * width - packed
+    return total
 
 
 def quantise_onto(network: nn.Module, base: Base, device: torch.device | str) -> None:

@@ -6,13 +6,17 @@ from dataclasses import dataclass
 from torch import nn
 
 from scfm_core.models.adapters import LoRALinear, is_for_fp8
+from scfm_core.models.offload import offloaded_bytes
 from scfm_core.models.protocol import ModelFamily
+from scfm_core.models.quantised import saved_bytes
 from scfm_core.models.tensor_files import CHUNK
 from scfm_core.train.config import RunConfig
 from scfm_core.train.from_cache import is_without_text
 from scfm_core.train.rules import micro_batches
 
 REDUCE_BUCKET = 500_000_000  # elements; DeepSpeed's default
+ENCODER_SHARES = {"bfloat16": 1.0, "int8": 0.5, "float8": 0.5, "nf4": 0.3}
+"""Sizes of text encoders by `model.encoders`, roughly."""
 LIVE_PARAMETERS = 1_000_000_000  # elements that ZeRO-3 gathers at most at a time; DeepSpeed's default
 
 
@@ -81,9 +85,12 @@ def estimate_memory(
     width = 2 if config.train.compute_dtype == "bfloat16" else 4
     zero = engine.name == "deepspeed"
     has_teacher = lora or config.method.has_teacher
+    model, blocks = config.model, family.blocks(network)
+    on_host, slots = offloaded_bytes(network, blocks, model.offload_blocks, model.base, width)
+    saved = saved_bytes(network, blocks, model.base, width) + on_host - slots
     weights = {
-        "frozen base" if lora else "teacher": base * width * has_teacher / share.weights,
-        "fp8 copies of it": _fp8_copies(network, rows) * config.kernels.fp8,
+        "frozen base" if lora else "teacher": (base * width - saved) * has_teacher / share.weights,
+        "fp8 copies of it": _fp8_copies(network, rows) * (config.kernels.fp8 and config.model.base == "bfloat16"),
         "student (fp32)": 4 * trained / share.weights,
         "EMAs, fast and slow (fp32)": 8 * trained / share.weights,
     }
@@ -94,7 +101,7 @@ def estimate_memory(
         "Adam (fp32)": 8 * trained / share.optimizer,
     }
     working = {
-        "encoders (on the fly)": float(family.encoder_bytes * needs_encoders(config)),
+        "encoders (on the fly)": family.encoder_bytes * ENCODER_SHARES[config.model.encoders] * needs_encoders(config),
         "gathered weights (a guess)": _gathered(config, family, network, share, width),
         "reduce bucket (fp32)": 4 * min(REDUCE_BUCKET, trained) * zero,
         "activations (a guess)": micro_batches(config, world).size
@@ -104,7 +111,8 @@ def estimate_memory(
     if engine.cpu_offload:
         offloaded = optimizer if zero else {**weights, **optimizer}
     on_gpu = {name: size for name, size in {**weights, **optimizer}.items() if name not in offloaded}
-    return Memory({**on_gpu, **working}, _of_a_node(config, family, trained, world, a_node, offloaded))
+    host = _of_a_node(config, family, trained, world, a_node, {**offloaded, "blocks of the base": float(on_host)})
+    return Memory({**on_gpu, **working}, host)
 
 
 def _fp8_copies(network: nn.Module, rows: Mapping[str, int]) -> float:

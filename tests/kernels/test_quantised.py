@@ -23,8 +23,8 @@ def inputs(packing, dtype):
     return *trained, values, scale, bias.to(dtype), torch.tensor([0.0, 0.7], device=DEVICE)
 
 
-def adapted(x, values, scale, bias, down, up, strength):
-    return lora_linear(x, values, bias, down, up, strength, weight_scale=scale)
+def adapted(x, values, scale, bias, down, up, strength, copies=None):
+    return lora_linear(x, values, bias, down, up, strength, copies, scale)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -33,6 +33,8 @@ def test_products_and_gradients_are_those_of_the_dequantised_weight(packing, dty
     x, down, up, values, scale, bias, strength = inputs(packing, dtype)
     weight = dequantise(values, scale, dtype)
     assert weight.shape == (48, 64) and weight.dtype == dtype
+    copies = (down.detach(), up.detach())
+    masters = [torch.zeros_like(factor, dtype=torch.float32).requires_grad_() for factor in copies]
     pairs = [
         (quantised_linear(x, values, scale, bias), F.linear(x, weight, bias), (x,)),
         (
@@ -40,12 +42,17 @@ def test_products_and_gradients_are_those_of_the_dequantised_weight(packing, dty
             lora_linear(x, weight, bias, down, up, strength),
             (x, down, up),
         ),
+        (  # fp32 masters that get the gradients, and copies that are read
+            adapted(x, values, scale, bias, *masters, strength, copies),
+            lora_linear(x, weight, bias, *masters, strength, copies),
+            (x, *masters),
+        ),
     ]
     for found, expected, trained in pairs:
         upstream = torch.randn_like(expected)
         assert torch.equal(found, expected)
         for a, b in zip(*(torch.autograd.grad(y, trained, upstream) for y in (found, expected)), strict=True):
-            assert torch.equal(a, b)
+            assert torch.equal(a, b) and a.dtype == b.dtype
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
