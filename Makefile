@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 CORES := $(shell nproc)
 
-.PHONY: setup lock demo test test-fast coverage lint bench clean
+.PHONY: setup lock demo test test-fast coverage lint bench gpu gpu-wheels clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -60,6 +60,15 @@ lint: setup
 
 bench: setup
 	failed=0; for script in tests/benchmarks/bench_*.py; do $(BIN)/python $$script || failed=1; done; exit $$failed
+
+# What one GPU can tell in 12 minutes: tests, benchmarks, the step at true size. Without a GPU the same runs on a driver that computes
+# nothing. A machine without .venv and network needs a Python with torch, and the wheels of `make gpu-wheels`. DAY: more options.
+gpu: $(if $(wildcard runs/gpu_wheels/*.whl),,setup)
+	if test -e $(STAMP); then $(BIN)/python tests/benchmarks/gpu_day.py $(DAY); \
+	else $(PYTHON) tests/benchmarks/gpu_day.py --wheels runs/gpu_wheels $(DAY); fi
+
+gpu-wheels: setup
+	$(BIN)/python tests/benchmarks/gpu_wheels.py
 
 clean:
 	rm -rf .venv runs

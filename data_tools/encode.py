@@ -26,6 +26,7 @@ from scfm_core.models.conditioning import Conditioning
 from scfm_core.models.encoders import Autoencoder, TextEncoders, load_tokenizer
 from scfm_core.models.fingerprint import encoder_fingerprint
 from scfm_core.models.protocol import ModelFamily
+from scfm_core.models.quantised import Base
 from scfm_core.wording import count
 
 CUT = "captions longer than the text length, cut"
@@ -57,6 +58,8 @@ class EncodeConfig:
     """Store latents and captions, no text. Training then encodes the captions."""
     dtype: torch.dtype = torch.bfloat16
     """Of the encoders and the stored tensors."""
+    encoders: Base = "bfloat16"
+    """How text encoders of more than a gigabyte are stored."""
     device: torch.device | str = "cpu"
     """Of the encoders."""
     batch_size: int = 16
@@ -95,6 +98,7 @@ class EncodeConfig:
             "keep_padding": not self.trim_padding,
             **({"latents_only": True} if self.latents_only else {}),
             "dtype": str(self.dtype),
+            **({"encoders": self.encoders} if self.encoders != "bfloat16" else {}),
             "samples_per_shard": self.samples_per_shard,
         }
 
@@ -114,7 +118,11 @@ class CacheWriter:
 
     def __init__(self, output: Path, family: ModelFamily, config: EncodeConfig, *, needs_text: bool = True) -> None:
         self.config, self.kinds = config, {} if config.latents_only else family.fields
-        self.text = TextEncoders(family, config.text_length, config.dtype, config.device) if needs_text else None
+        self.text = (
+            TextEncoders(family, config.text_length, config.dtype, config.device, config.encoders)
+            if needs_text
+            else None
+        )
         self.padding: dict[str, Tensor] = {}
         digest = None
         if config.trim_padding:

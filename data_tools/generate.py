@@ -20,6 +20,7 @@ from scfm_core.flow.sampler import euler_sample, roll_out
 from scfm_core.flow.schedule import sigma_grid
 from scfm_core.models.conditioning import Conditioning
 from scfm_core.models.protocol import ModelFamily, dtype_of
+from scfm_core.models.quantised import Base
 
 # Larger than all sample ids of a run: a run with the same seed must not draw the noise from which its latents were
 # sampled.
@@ -51,6 +52,8 @@ class SamplerConfig:
     steps."""
     second_order: bool = False
     """Of stored paths: use the Adams-Bashforth method instead of Euler's."""
+    base: Base = "bfloat16"
+    """How the network's blocks are stored."""
 
     def __post_init__(self) -> None:
         counts = (("sizes", len(self.sizes)), ("samples of a prompt", self.per_prompt), ("steps", self.num_steps))
@@ -71,6 +74,8 @@ class SamplerConfig:
         names = ["sizes", "per_prompt", "num_steps", "shift", "guidance", "seed"]
         if self.intervals is not None:
             names += ["intervals", "second_order"]
+        if self.base != "bfloat16":
+            names.append("base")
         return {name: getattr(self, name) for name in names}
 
 
@@ -118,7 +123,7 @@ def generate(
     if job.finished is not None:
         return Encoded(job.finished, None, job.counts)
     writer = CacheWriter(output, family, config)
-    teacher = _Teacher(family, family.load_network(config.dtype, config.device), sampler)
+    teacher = _Teacher(family, family.load_network(config.dtype, config.device, sampler.base), sampler)
 
     def make(items: Sequence[int]) -> Made:
         return _make_batch(items, prompts, teacher, writer)

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from data_tools.encode import EncodeConfig
 
 Command = Callable[..., argparse.ArgumentParser]
+_PACKINGS = ("bfloat16", "float8", "int8", "nf4")
+"""The values of `scfm_core.models.quantised.Base`, whose module would take seconds to import."""
 
 
 def add_commands(group: Any, command: Command) -> None:
@@ -52,6 +54,12 @@ def _add_cache_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of encoders and stored tensors"
     )
+    parser.add_argument(
+        "--encoders",
+        choices=_PACKINGS,
+        default="bfloat16",
+        help="how text encoders of more than a gigabyte are stored, as model.encoders; bfloat16: in --dtype",
+    )
     parser.add_argument("--device", default="auto", help="auto, cuda, cpu")
     parser.add_argument("--batch-size", type=int, default=16, help="images in a forward pass (default 16)")
     parser.add_argument("--samples-per-shard", type=int, help="at most; default 1000, fewer for less than 8000 samples")
@@ -70,6 +78,7 @@ def _cache_config(arguments: argparse.Namespace, samples: int) -> "EncodeConfig"
         trim_padding=arguments.trim_padding,
         latents_only=arguments.latents_only,
         dtype=getattr(torch, arguments.dtype),
+        encoders=arguments.encoders,
         device=resolve_device(arguments.device),
         batch_size=arguments.batch_size,
         # At least eight shards, so that several processes can share a small data set.
@@ -81,6 +90,12 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompts", help="text file with one prompt per line")
     parser.add_argument("--output", "-o", type=Path, required=True, help="folder of the shards")
     _add_cache_options(parser)
+    parser.add_argument(
+        "--base",
+        choices=_PACKINGS,
+        default="bfloat16",
+        help="how the network's blocks are stored while they sample, as model.base; bfloat16: in --dtype",
+    )
     parser.add_argument("--adapter", action="append", metavar="FILE=WEIGHT", help="fuse a LoRA, as model.adapters")
     parser.add_argument("--buckets", choices=("none", "auto"), default="none", help="auto: all aspect ratios in turn")
     parser.add_argument("--per-prompt", type=int, default=1, help="number of samples of each prompt (default 1)")
@@ -137,6 +152,7 @@ def _generate(arguments: argparse.Namespace) -> None:
             seed=arguments.seed,
             intervals=intervals if arguments.trajectories else None,
             second_order=arguments.solver == "adams-bashforth",
+            base=arguments.base,
         ),
         rank=rank,
         world_size=world_size,

@@ -161,7 +161,8 @@ class Evaluator:
         self.vae = Autoencoder(self.model.family, dtype, self.device)
         distinct = sorted(set(self.prompts))
         self.cond = self._encode(
-            TextEncoders(self.model.family, config.model.text_length, dtype, self.device), distinct
+            TextEncoders(self.model.family, config.model.text_length, dtype, self.device, config.model.encoders),
+            distinct,
         )
         row_of = {prompt: row for row, prompt in enumerate(distinct)}
         self.rows = torch.tensor([row_of[prompt] for prompt in self.prompts])

@@ -158,7 +158,7 @@ class RunModel(FewStepModel):
         self.model = load_trained(run_dir, self.config, with_teacher=with_teacher)
         self.family = self.model.family
         device, dtype = resolve_device(self.config.run.device), compute_dtype(self.config)
-        self._text = TextEncoders(self.family, self.config.model.text_length, dtype, device)
+        self._text = TextEncoders(self.family, self.config.model.text_length, dtype, device, self.config.model.encoders)
         self._vae = Autoencoder(self.family, dtype, device)
 
     def _trained(self, *, undistilled: bool) -> tuple[tuple[int, int], float | str, float]:

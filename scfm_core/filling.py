@@ -24,7 +24,18 @@ def allocate(network: nn.Module, device: torch.device | str, *, others_on: torch
         others_on: where the network computes, if its weights are kept elsewhere; None: `device`.
     """
     place = device if others_on is None else others_on
-    network._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(place))
+    stays = torch.device(device).type == "meta"  # a trace: FSDP2 would also keep what is replaced
+    network._apply(
+        lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta and not stays else tensor.to(place)
+    )
+
+
+class PackedModule(nn.Module):
+    """A module that packs its weights when they have been filled: no device ever holds more than one such weight unpacked."""
+
+    def pack(self) -> None:
+        """Replace the weights, which are on the device of the network, by packed ones."""
+        raise NotImplementedError
 
 
 def stored_tensors(network: nn.Module) -> dict[str, Tensor]:
@@ -40,7 +51,24 @@ def kept_in_fp32(network: nn.Module) -> dict[str, nn.Parameter]:
 
 @torch.no_grad()
 def materialise(network: nn.Module, device: torch.device | str, fill: Fill) -> None:
-    """Allocate a whole network on `device`, and fill it."""
-    allocate(network, device)
-    for name, tensor in stored_tensors(network).items():
-        fill(name, tensor.detach().view(-1), 0)
+    """Allocate a whole network on `device`, and fill it, one module after the other.
+
+    A module with an attribute `filled_on`, a device, is moved there after that.
+    """
+    for prefix, module in network.named_modules():
+        own = _without_children(module)
+        allocate(own, device)
+        for name, tensor in stored_tensors(own).items():
+            fill(f"{prefix}.{name}".removeprefix("."), tensor.detach().view(-1), 0)
+        if isinstance(module, PackedModule):
+            module.pack()
+        if place := getattr(module, "filled_on", None):
+            own._apply(lambda tensor: tensor.to(place))
+
+
+def _without_children(module: nn.Module) -> nn.Module:
+    """A module with the same parameters and buffers, live, and no children."""
+    own = nn.Module()
+    own._parameters, own._buffers = module._parameters, module._buffers
+    own._non_persistent_buffers_set = module._non_persistent_buffers_set
+    return own

@@ -16,8 +16,10 @@ from torch.utils._pytree import tree_leaves
 
 SCRIPTS = sorted((Path(__file__).parent / "benchmarks").glob("bench_*.py"))
 LOADER, STARTUP = (next(path for path in SCRIPTS if path.stem == name) for name in ("bench_loader", "bench_startup"))
-WITHOUT_TENSORS = {"bench_ranks"}
+DIFFERENT_INPUTS = {"bench_ranks", "bench_forward"}
+"""One has no tensors; of the other one arm has no adapters."""
 REFERENCE = {
+    "bench_forward": "reference: diffusers",
     "bench_fsdp": "reference",
     "bench_kernels": "reference: eager",
     "bench_memory": "reference: none",
@@ -92,7 +94,7 @@ def test_figures_ratios_and_inputs(path, tmp_path, capsys, monkeypatch):
     """With times that the test sets: one second for the first arm that is measured, two for the next, and so on."""
     module, numbers, measured = load(path), itertools.count(1), []
 
-    def measure(arms, repeats):
+    def measure(arms, repeats, **_):
         assert repeats == 1
         measured.append({})
         for name, run in arms.items():
@@ -113,11 +115,12 @@ def test_figures_ratios_and_inputs(path, tmp_path, capsys, monkeypatch):
         for arm, row in group.items():
             assert row["x_reference"] == pytest.approx(times[reference] / times[arm], rel=1e-12), arm
 
-    if path.stem in WITHOUT_TENSORS:
+    if path.stem in DIFFERENT_INPUTS:
         return
     if all(len(arms) == 1 for arms in measured):  # each alone on the device, so measured one by one
         measured = [{name: read for arms in measured for name, read in arms.items()}]
     for arms in measured:
+        arms.pop("reference: automodel", None)  # other adapters, and no pairs
         first, *others = arms.values()
         assert first and others
         for read in others:

@@ -25,7 +25,7 @@ from scfm_core.errors import UserError
 from scfm_core.train.parse import find_recipe, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "tests" / "benchmarks" / "RESULTS.md"])
+PAGES = sorted(page for folder in (".", "docs", "tests/benchmarks") for page in (ROOT / folder).glob("*.md"))
 GUIDES = [page for page in PAGES if page.name != "CHANGELOG.md"]  # a changelog names what is gone
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 

@@ -26,6 +26,7 @@ LEAVES = tuple(
         "launched",
         "output",
         "progress",
+        "readback",
         "secrets",
         "user",
         "wording",
@@ -40,7 +41,7 @@ ALLOWED = {
     **dict.fromkeys(("scfm_core.launched", "scfm_core.user"), ("scfm_core.errors",)),
     "scfm_core.files": ("scfm_core.errors", "scfm_core.progress"),
     "scfm_core.flow": ("scfm_core.flow",),
-    "scfm_core.scfm": ("scfm_core.scfm", "scfm_core.flow"),
+    "scfm_core.scfm": ("scfm_core.scfm", "scfm_core.flow", "scfm_core.readback"),
     "scfm_core.kernels": ("scfm_core.kernels", "scfm_core.flow"),
     "scfm_core.models": ("scfm_core.models", "scfm_core.flow", "scfm_core.kernels", *LEAVES),
     "scfm_core.data": ("scfm_core.data", *LEAVES),
@@ -52,7 +53,12 @@ ALLOWED = {
 OURS = ("scfm_core", "recipes", "data_tools")
 
 # Third-party packages that these packages may import; the others may import any.
-THIRD_PARTIES = {"scfm_core.flow": {"torch"}, **{leaf: set() for leaf in LEAVES}, "scfm_core.filling": {"torch"}}
+THIRD_PARTIES = {
+    "scfm_core.flow": {"torch"},
+    **{leaf: set() for leaf in LEAVES},
+    "scfm_core.filling": {"torch"},
+    "scfm_core.readback": {"torch"},
+}
 
 # Heavy or optional packages: each is imported in one module, inside the function that needs it.
 LAZY = {"deepspeed", "streaming", "webdataset", "wandb", "xformers"}

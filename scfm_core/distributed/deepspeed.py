@@ -203,16 +203,16 @@ class ZeroEngine(Engine):
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
 
-    def reduce(self) -> float:
+    def reduce(self) -> Tensor:
         """See `Engine`. DeepSpeed's own norm replaces NaN and infinity by 1, so the guard cannot use it."""
         if self._zero.is_offloaded and self._stage < 3 and torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()  # DeepSpeed copies them off the GPU without waiting
         gradients = list(self._zero.reduced_gradients())
         norms = torch.stack(torch._foreach_norm(gradients)) if gradients else torch.zeros(1)  # type: ignore[arg-type]
-        squared = norms.double().square().sum().cpu()  # one wait for the GPU
+        squared = norms.double().square().sum()
         if self._world.size > 1:
             dist.all_reduce(squared, group=self._world.group)
-        return float(squared.sqrt().item())
+        return squared.sqrt()
 
     def step(self, lr: float) -> None:
         """See `Engine`."""

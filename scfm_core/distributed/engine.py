@@ -117,8 +117,9 @@ class Engine(Protocol):
         """Accumulate the gradients of one micro-batch's mean loss."""
         ...
 
-    def reduce(self) -> float:
-        """After the last micro-batch: the L2 norm of the global batch's gradient, the same on every rank."""
+    def reduce(self) -> Tensor:
+        """After the last micro-batch: the L2 norm of the global batch's gradient, the same on every rank. A scalar, fp32 or fp64, where
+        the gradients are: the host need not wait for it."""
         ...
 
     def step(self, lr: float) -> None:

@@ -1,4 +1,4 @@
-"""The choice of an attention backend: PyTorch's own, xformers, FlashAttention-3, or the Triton kernel of `flash.py`.
+"""The choice of an attention backend: PyTorch's own, xformers, FlashAttention-3 or 4, or the Triton kernel of `flash.py`.
 
 On Hopper PyTorch's default choice is half as fast as cuDNN. The best backend depends on device, shape and versions.
 `auto` therefore measures all available ones once, forward and backward, and saves the result in the user's cache.
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-BACKENDS = ("cudnn", "flash3", "flash", "xformers", "triton", "efficient", "math")
+BACKENDS = ("cudnn", "flash3", "flash4", "flash", "xformers", "triton", "efficient", "math")
 """In order of preference, if their times are equal."""
 TIE = 0.03
 """A later backend must be faster by this fraction. Times vary between runs; the choice should not."""
@@ -98,6 +98,10 @@ def attention(query: Tensor, key: Tensor, value: Tensor, backend: str, mask: Ten
         from scfm_core.kernels.flash import flash_attention
 
         return flash_attention(query, key, value)
+    if backend == "flash4":
+        from scfm_core.kernels.flash4 import flash4_attention
+
+        return flash4_attention(query, key, value)
     return _xformers(query, key, value) if backend == "xformers" else _flash3(query, key, value)
 
 
@@ -130,9 +134,16 @@ def why_unavailable(backend: str, shape: AttentionShape) -> str | None:
 
         if (reason := why_no_triton(shape.device)) is not None:
             return reason
+    if backend == "flash4":
+        from scfm_core.kernels.flash4 import why_no_flash4
+
+        if (reason := why_no_flash4(shape.device)) is not None:
+            return reason
     if backend == "xformers" and shape.device.type != "cuda":
         return "xformers has no kernel for a CPU"
     failures: tuple[type[Exception], ...] = (RuntimeError, ValueError, *_triton_errors())
+    if backend == "flash4":
+        failures = (Exception,)  # it checks by assertions, and its compiler has errors of its own
     try:
         heads = shape.heads // (shape.kv_heads or shape.heads)
         probed = replace(shape, batch=1, tokens=min(_PROBE_TOKENS, shape.tokens), heads=heads, kv_heads=1)

@@ -11,8 +11,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula, sdpa_flop_count
 
-from scfm_core.kernels.launch import accumulator, dense_rows, is_interpreted
+from scfm_core.kernels.launch import accumulator, dense_rows, heads_first, is_interpreted
 
 _LOG2_E = 1.4426950408889634
 
@@ -135,6 +136,19 @@ def _gradients(ctx: torch.autograd.function.FunctionCtx, grad: Tensor | None, _:
 
 
 _flash.register_autograd(_gradients, setup_context=_setup)
+
+
+@register_flop_formula(torch.ops.scfm.flash_attention)
+def _flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object) -> int:
+    return sdpa_flop_count(*map(heads_first, (query, key, value)))
+
+
+@register_flop_formula(torch.ops.scfm.flash_attention_backward)
+def _backward_flops(
+    grad: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object
+) -> int:
+    """Seven products: both kernels compute the scores and the gradient of the probabilities. The forward has two."""
+    return sdpa_flop_count(*map(heads_first, (query, key, value))) * 7 // 2
 
 
 @triton.jit

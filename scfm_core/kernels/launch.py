@@ -46,3 +46,9 @@ def accumulator(tensor: Tensor) -> torch.dtype:
 def dense_rows(tensor: Tensor) -> Tensor:
     """`tensor` with a contiguous last dimension; it is copied only if that dimension is not contiguous."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def heads_first(shape: torch.Size) -> tuple[int, int, int, int]:
+    """[B, S, H, D] -> [B, H, S, D], the order of torch's formulas of attention's FLOPs."""
+    batch, tokens, heads, dim = shape
+    return batch, heads, tokens, dim

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from scfm_core.kernels.lora import lora_linear, lora_linear_reference
 from scfm_core.kernels.reference import (
     gate_residual_reference,
     gated_modulate_reference,
@@ -26,7 +25,6 @@ class Ops:
     gated_modulate: Callable[..., tuple[Tensor, Tensor]]
     gelu_concat: Callable[..., Tensor]
     swiglu_concat: Callable[..., Tensor]
-    lora_linear: Callable[..., Tensor]
 
 
 def triton_ops() -> Ops:
@@ -36,7 +34,7 @@ def triton_ops() -> Ops:
     from scfm_core.kernels.norm_rope import norm_rope
     from scfm_core.kernels.swiglu_concat import swiglu_concat
 
-    return Ops(norm_rope, modulate, gate_residual, gated_modulate, gelu_concat, swiglu_concat, lora_linear)
+    return Ops(norm_rope, modulate, gate_residual, gated_modulate, gelu_concat, swiglu_concat)
 
 
 REFERENCE = Ops(
@@ -46,6 +44,5 @@ REFERENCE = Ops(
     gated_modulate_reference,
     gelu_concat_reference,
     swiglu_concat_reference,
-    lora_linear_reference,
 )
 """Plain PyTorch."""

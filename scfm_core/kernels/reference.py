@@ -1,4 +1,5 @@
-"""Each kernel in plain PyTorch: what the tests compare with, and what `kernels.fused: reference` runs."""
+"""Each operation in plain PyTorch: what the tests compare with. `kernels.fused: reference` runs those of a block; adapters
+always run `kernels/lora.py`."""
 
 import torch
 from torch import Tensor
@@ -62,3 +63,17 @@ def flash_attention_reference(query: Tensor, key: Tensor, value: Tensor) -> Tens
     """`flash_attention` in plain PyTorch; it allocates the whole matrix of scores."""
     scores = torch.einsum("bqhd,bkhd->bhqk", query, key) * query.shape[-1] ** -0.5
     return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), value)
+
+
+def lora_linear_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: Tensor
+) -> Tensor:
+    """`lora_linear` in plain PyTorch."""
+    return lora_add_reference(torch.nn.functional.linear(x, weight, bias), x, down, up, scale)
+
+
+def lora_add_reference(base: Tensor, x: Tensor, down: Tensor, up: Tensor, scale: Tensor) -> Tensor:
+    """`lora_add` in plain PyTorch."""
+    low = x @ down.T
+    low = (low.view(scale.shape[0], -1, low.shape[-1]) * scale[:, None, None]).to(x.dtype).view_as(low)
+    return base + low @ up.T

@@ -5,12 +5,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scfm_core.errors import UserError
 from scfm_core.models.conditioning import Conditioning
 from scfm_core.models.protocol import ModelFamily
+from scfm_core.models.quantised import Base, quantise_onto
 from scfm_core.models.weights import load_component
+
+LARGE_ENCODER = 10**9
+"""Bytes above which an encoder can be quantised. CLIP is below."""
 
 
 class TextEncoders:
@@ -21,12 +25,20 @@ class TextEncoders:
         text_length: number of tokens of a caption, as `ModelFamily.encode_prompt` takes it.
         dtype: of the encoders.
         device: of the encoders.
+        packing: how the linears of encoders of more than a gigabyte are stored; products are in `dtype`.
 
     Raises:
         UserError: if the encoders cannot be loaded.
     """
 
-    def __init__(self, family: ModelFamily, text_length: int, dtype: torch.dtype, device: torch.device | str) -> None:
+    def __init__(
+        self,
+        family: ModelFamily,
+        text_length: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        packing: Base = "bfloat16",
+    ) -> None:
         import diffusers
         from diffusers.utils import logging
 
@@ -38,7 +50,11 @@ class TextEncoders:
         try:
             self._pipeline = cls.from_pretrained(
                 family.folder, transformer=None, vae=None, torch_dtype=dtype, use_safetensors=True
-            ).to(self.device)
+            )
+            for encoder in self._pipeline.components.values():
+                if isinstance(encoder, nn.Module) and sum(p.nbytes for p in encoder.parameters()) > LARGE_ENCODER:
+                    quantise_onto(encoder, packing, self.device)
+            self._pipeline.to(self.device)
             family.unconditional = self.encode([family.empty_caption])  # a missing chat template is found here
         except (OSError, ValueError) as error:
             raise UserError(

@@ -8,7 +8,6 @@ from typing import Any
 from torch import nn
 
 from scfm_core.kernels.ops import Ops
-from scfm_core.models.adapters import LoRALinear
 from scfm_core.models.fused_flux import FusedAttnProcessor, FusedBlock, FusedDoubleBlock, FusedSingleBlock
 from scfm_core.models.fused_flux2 import FusedFlux2DoubleBlock, FusedFlux2SingleBlock, FusedParallelAttnProcessor
 
@@ -28,7 +27,7 @@ def fuse(network: nn.Module, ops: Ops, attention_backend: str, *, blocks: bool =
         network: with diffusers' own blocks, of the kinds in `_FUSED`.
         ops: the operations that the fused modules call.
         attention_backend: one of `scfm_core.kernels.attention.BACKENDS`.
-        blocks: also replace the blocks and the adapters' products; else only the attention processors.
+        blocks: also replace the blocks; else only the attention processors.
     """
     for stack in (network.transformer_blocks, network.single_transformer_blocks):
         assert isinstance(stack, nn.ModuleList)
@@ -37,7 +36,3 @@ def fuse(network: nn.Module, ops: Ops, attention_backend: str, *, blocks: bool =
             block.attn.set_processor(processor(ops, attention_backend))  # type: ignore[operator, union-attr]
             if blocks:
                 stack[number] = fused(block, ops)
-    if blocks:
-        for module in network.modules():
-            if isinstance(module, LoRALinear):
-                module.product = ops.lora_linear

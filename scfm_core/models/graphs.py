@@ -1,7 +1,9 @@
 """CUDA graphs of the passes without gradient: one launch per pass. They help where launches cost more than the work."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +26,8 @@ class GraphedVelocity:
     """A velocity as a CUDA graph, captured once per set of shapes and dtypes.
 
     Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs. Other tensors that the velocity reads
-    (weights, adapters) must keep their addresses; their values may change. A graph keeps the memory of one pass.
+    (weights, adapters) must keep their addresses; their values may change. All graphs share the memory of one pass: they run one after
+    the other, and a result is copied before the next one runs.
 
     Args:
         velocity: `velocity(x, sigma, cond, strength)`, without gradient, without synchronisation with the host.
@@ -58,6 +61,12 @@ class GraphedVelocity:
                 self._velocity(x, sigma, cond, strength)
         torch.cuda.current_stream().wait_stream(side_stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=_pool()):
             output = self._velocity(x, sigma, cond, strength)
         return _Captured(inputs, output, graph)
+
+
+@functools.cache
+def _pool() -> Any:
+    """The memory of all graphs of this process."""
+    return torch.cuda.graph_pool_handle()

@@ -14,6 +14,7 @@ from scfm_core.models.fingerprint import different_network, network_fingerprint
 from scfm_core.models.fused_base import Change, FusedAdapter, FusedFiles, read_changes
 from scfm_core.models.initial import RandomWeights, parameters_on_meta
 from scfm_core.models.original_names import OtherTools
+from scfm_core.models.quantised import Base, quantise_linears
 from scfm_core.models.tensor_files import TensorFiles
 from scfm_core.models.weights import read_weights
 
@@ -37,14 +38,19 @@ class Pretrained(ABC):
     def network_class(self) -> Any:
         """The class of diffusers' transformer."""
 
-    def load_network(self, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
-        """The pre-trained transformer on one device, in `dtype`; see `empty_network`.
+    @abstractmethod
+    def blocks(self, network: nn.Module) -> list[nn.Module]:
+        """The network's blocks, which are sharded, checkpointed, compiled and quantised one by one."""
+
+    def load_network(self, dtype: torch.dtype, device: torch.device | str, base: Base = "bfloat16") -> nn.Module:
+        """The pre-trained transformer on one device, in `dtype`; see `empty_network`. `base`: how its blocks are stored.
 
         Raises:
             UserError: if its weights are missing, damaged or of another architecture.
         """
         network = self.empty_network(dtype)
         with self.open_weights(network) as files:
+            quantise_linears(network, self.blocks(network), base)
             materialise(network, device, files.fill)
         return network
 

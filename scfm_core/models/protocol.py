@@ -255,7 +255,7 @@ class ModelFamily(Pretrained):
             network: with diffusers' own blocks; it is changed in place.
             ops: the operations that the fused modules call.
             attention_backend: one of `scfm_core.kernels.attention.BACKENDS`.
-            blocks: also replace the blocks and the adapters' products; only with `has_kernels`.
+            blocks: also replace the blocks; only with `has_kernels`.
         """
         assert not blocks, "a family with fused blocks has its own method"
         choose_backend(network, attention_backend)

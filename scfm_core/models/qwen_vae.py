@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from scfm_core.models.protocol import ModelFamily
+from scfm_core.readback import to_device
 
 ARCHITECTURE: dict[str, Any] = {"z_dim": 16, "temperal_downsample": (False, True, True)}
 """What `known` needs of the VAE's config.json; diffusers spells it so."""
@@ -52,6 +53,7 @@ class QwenVAE(ModelFamily):
 def _statistics(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and std of each channel of the latents, [C, 1, 1], in their dtype and on their device."""
     mean, std = (
-        torch.tensor(values).view(-1, 1, 1).to(latents) for values in (vae.config.latents_mean, vae.config.latents_std)
+        to_device(torch.tensor(values).view(-1, 1, 1).to(latents.dtype), latents.device)
+        for values in (vae.config.latents_mean, vae.config.latents_std)
     )
     return mean, std

@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from scfm_core.readback import read_back
 from scfm_core.scfm.ema import DualEMA, EMAConfig
 
 CHECK_EVERY = 20
@@ -44,7 +45,7 @@ def lag_ratio(emas: DualEMA, total: Callable[[Tensor], Tensor] = lambda local: l
         .sum()
         for average in (emas.fast, emas.slow)
     ]
-    fast, slow = total(torch.stack(squares)).tolist()
+    [[fast, slow]] = read_back(total(torch.stack(squares)))
     return 1.0 if slow == 0 else float((fast / slow) ** 0.5)
 
 

@@ -15,7 +15,9 @@ from scfm_core.errors import UserError
 from scfm_core.filling import Fill, materialise, zeros
 from scfm_core.models.adapters import ADAPTERS
 from scfm_core.models.families import open_family
+from scfm_core.models.offload import Offload, fill_on_host, spread
 from scfm_core.models.protocol import ModelFamily
+from scfm_core.models.quantised import quantise_linears
 from scfm_core.models.student import FullModel, LoRAModel, ShortcutModel
 from scfm_core.train.config import RunConfig
 from scfm_core.train.device import compute_dtype
@@ -81,6 +83,7 @@ def build_model(
     layout: Layout | None = None,
     world: World | None = None,
     with_teacher: bool = True,
+    fill: Fill | None = None,
 ) -> ShortcutModel:
     """For training: student, EMAs and teacher. For sampling: the weights of `sample.weights`, and the teacher.
 
@@ -96,6 +99,7 @@ def build_model(
             None: for sampling; full weights are loaded in the compute dtype, as in an exported pipeline.
         world: the processes, each of which calls this.
         with_teacher: load the teacher of full weights, if the run has one; for sampling also if it made the stored paths.
+        fill: writes all weights, in place of the files and the initial values.
 
     Raises:
         UserError: on every rank, if weights are missing or damaged, or do not fit the configuration.
@@ -106,17 +110,21 @@ def build_model(
     prepare = _preparation(config, family, kernels, layout, device)
     with contextlib.ExitStack() as stack:
         with (world or World()).together():
-            family.fingerprint  # noqa: B018  (kept from now on: checkpoints name what is loaded here, also if the files go away)
             network = family.empty_network(dtype if is_lora or layout is None else torch.float32)
             shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
-            start = pretrained = zeros
-            if has_teacher or config.model.init != "random":
-                start = pretrained = stack.enter_context(family.open_weights(network)).fill
-            if config.model.init == "random":
-                start = family.random_weights(config.run.seed).fill
+            start, pretrained = (fill, fill) if fill else _weights(config, family, network, stack, has_teacher)
             adapted = _adapted(config, family, network) if is_lora else None
+            base = config.model.base if layout is not None else config.sample.base
+            if adapted is not None:
+                quantise_linears(network, family.blocks(network), base)
         if adapted is not None:
-            prepare(network, True, adapted.bank.filling(start))
+            offloaded = spread(family.blocks(network), config.model.offload_blocks) if layout is not None else []
+            fill_on_host(offloaded)
+            prepare(network, True, fill or adapted.bank.filling(start))
+            if layout is None or not layout.is_sharded:
+                adapted.bank.keep_copies()
+            if offloaded:
+                Offload(offloaded, device)
             if config.kernels.fp8 and layout is not None:
                 adapted.bank.quantise(_traced_rows(config, family))
             return adapted
@@ -132,6 +140,23 @@ def build_model(
             networks["teacher"] = family.empty_network(dtype)
             prepare(networks["teacher"], False, pretrained)
     return FullModel(family, networks, shapes, dtype)
+
+
+def _weights(
+    config: RunConfig, family: ModelFamily, network: nn.Module, stack: contextlib.ExitStack, has_teacher: bool
+) -> tuple[Fill, Fill]:
+    """What fills the trained network and the teacher. Files are open until `stack` closes.
+
+    Raises:
+        UserError: if files are missing or damaged, or do not fit `network`.
+    """
+    family.fingerprint  # noqa: B018  (kept from now on: checkpoints name what is loaded here, also if the files go away)
+    start = pretrained = zeros
+    if has_teacher or config.model.init != "random":
+        start = pretrained = stack.enter_context(family.open_weights(network)).fill
+    if config.model.init == "random":
+        start = family.random_weights(config.run.seed).fill
+    return start, pretrained
 
 
 def _traced_rows(config: RunConfig, family: ModelFamily) -> dict[str, int]:

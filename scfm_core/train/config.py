@@ -9,6 +9,7 @@ from scfm_core.data.recipe import DataConfig
 from scfm_core.distributed.engine import EngineConfig
 from scfm_core.models.adapters import LoRAConfig
 from scfm_core.models.fused_base import FusedAdapter
+from scfm_core.models.quantised import Base
 from scfm_core.scfm.ema import EMAConfig
 from scfm_core.scfm.method import PlanConfig
 
@@ -43,6 +44,17 @@ class ModelConfig:
     adapters: tuple[FusedAdapter, ...] = ()
     """LoRA files, such as a style's, that are fused into the pre-trained weights in fp32 before anything else happens:
     `[{path: style.safetensors, weight: 0.8}]`. Teacher, student and evaluation start from the fused model."""
+    base: Base = "bfloat16"
+    """How the frozen base of adapters is stored while they are trained; products are computed in `train.compute_dtype`. `bfloat16`: in
+    `train.compute_dtype`; `int8`: one byte for each weight of the blocks; `float8`: one byte too, and `kernels.fp8` needs no copy; `nf4`: half a
+    byte. The teacher of the run is this base. Needs an unsharded base."""
+    offload_blocks: int = 0
+    """This number of blocks keep the base's weights in host memory, and on the GPU only while they run: for a base that does not fit even
+    in nf4, or for an exact base on a small GPU. Each pass copies them over PCIe while other blocks compute, so large micro-batches
+    hide the copies. 0: none; else at least 2."""
+    encoders: Base = "bfloat16"
+    """How text encoders of more than a gigabyte are stored, as `base`. The largest of them do not fit a GPU otherwise: with a cache of
+    `scfm data encode` they are loaded at the start, for the prompts of the grids, and freed before the base is loaded."""
     init: Literal["pretrained", "random"] = "pretrained"
     """`random` trains the network from scratch: architecture and encoders of `path`, random weights."""
     text_length: int = 256
@@ -51,6 +63,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if not 1 <= self.text_length <= 512:
             raise ValueError(f"model.text_length must be in 1..512, got {self.text_length}")
+        if self.offload_blocks < 0 or self.offload_blocks == 1:
+            raise ValueError(f"model.offload_blocks must be 0 or at least 2, got {self.offload_blocks}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +132,7 @@ class KernelConfig:
     fused: Literal["auto", "triton", "reference", "none"] = "auto"
     """`triton`: fused kernels; `reference`: the same blocks in plain PyTorch; `none`: diffusers' own blocks; `auto`:
     `triton` on a GPU, `none` on a CPU."""
-    attention: Literal["auto", "cudnn", "flash3", "flash", "xformers", "triton", "efficient", "math"] = "auto"
+    attention: Literal["auto", "cudnn", "flash3", "flash4", "flash", "xformers", "triton", "efficient", "math"] = "auto"
     """Backend of attention; `auto` measures the available ones, once for each device, shape and dtype. Networks without fused blocks
     have those of PyTorch: cudnn, flash, efficient, math."""
     fp8: bool = False
@@ -164,6 +178,9 @@ class SampleConfig:
     """Guidance, in the convention of the model's pipeline in diffusers: embedded, or the scale of classifier-free guidance."""
     weights: Role = "student"
     """Which weights to sample from and to export."""
+    base: Base = "bfloat16"
+    """As `model.base`, for `scfm sample`, `scfm evaluate`, `scfm play` and the Python interface: by default they use adapters on the base
+    as it is, as other tools do. Grids during training use `model.base`."""
     teacher_steps: int = 0
     """Also sample the prompts of the grid with the teacher in this number of steps, and log the distance of the student's
     latents from the teacher's. On prompts that are not in the data it shows overfitting. 0: off."""

@@ -1,7 +1,6 @@
 """From a batch to the inputs of the networks; checks that caches and stored paths belong to the run's model."""
 
 import contextlib
-import gc
 import math
 from collections.abc import Collection, Mapping, Sequence
 
@@ -21,7 +20,7 @@ from scfm_core.models.fingerprint import different_encoders
 from scfm_core.models.protocol import ModelFamily
 from scfm_core.scfm.method import PlanConfig
 from scfm_core.train.config import RunConfig
-from scfm_core.train.device import compute_dtype
+from scfm_core.train.device import compute_dtype, free_unused
 from scfm_core.train.sampling import sampling_shift
 
 
@@ -76,15 +75,17 @@ class BatchEncoder:
 
     def _encode_captions(self, config: RunConfig, family: ModelFamily) -> None:
         """Load the text encoders; encode the empty caption and the prompts."""
-        self.text = TextEncoders(family, config.model.text_length, compute_dtype(config), self.device)
+        self.text = TextEncoders(
+            family, config.model.text_length, compute_dtype(config), self.device, config.model.encoders
+        )
         if self.prompts:
             self.prompt_cond = self.text.encode(self.prompts, guidance=config.sample.guidance)
 
     def _share_captions(self, family: ModelFamily, world: World) -> None:
         """Rank 0 sends what it encoded to the others, and frees the encoders."""
-        self.text = None
-        gc.collect()  # reference cycles keep the encoders alive
         encoded = [None if cond is None else cond.to("cpu") for cond in (family.unconditional, self.prompt_cond)]
+        self.text = family.unconditional = self.prompt_cond = None
+        free_unused(self.device)
         shared = [None if cond is None else cond.to(self.device) for cond in world.from_main(encoded)]
         family.unconditional, self.prompt_cond = shared
 

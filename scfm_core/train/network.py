@@ -20,7 +20,11 @@ _SAVED = {
     "aten::_scaled_dot_product_cudnn_attention",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "scfm::lora_linear",
+    "scfm::lora_add",
+    "scfm::quantised_linear",
+    "scfm::quantised_lora_linear",
     "scfm::flash_attention",
+    "scfm::flash4_attention",
 }
 _SAVED_LIBRARIES = {"xformers", "xformers_flash", "xformers_flash3", "flash_attn_3"}  # all of their ops are attention
 

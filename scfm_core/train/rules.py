@@ -24,6 +24,15 @@ def broken_rules(config: RunConfig) -> Iterator[str]:
         yield "method.step_gain needs adapters: full weights have no strength. Set method.step_gain=none, or train.weights=lora"
     if method.step_embedding and not is_full:
         yield "method.step_embedding teaches the network a new input: it needs train.weights=full"
+    for key, base in (("model.base", config.model.base), ("sample.base", config.sample.base)):
+        if is_full and base != "bfloat16":
+            yield f"{key}={base} stores a frozen base, but train.weights=full trains the base. Set {key}=bfloat16, or train.weights=lora"
+    if config.kernels.fp8 and config.model.base in ("int8", "nf4"):
+        yield (
+            f"kernels.fp8 needs the weights in bfloat16 or float8, but model.base is {config.model.base}. Set model.base=float8, or kernels.fp8=false"
+        )
+    if config.model.offload_blocks:
+        yield from _broken_by_offload(config)
     if config.model.init == "random" and not is_full:
         yield "model.init=random leaves nothing for adapters to adapt. Set train.weights=full"
     if config.model.init == "random" and config.model.adapters:
@@ -47,6 +56,21 @@ def broken_rules(config: RunConfig) -> Iterator[str]:
         )
 
 
+def _broken_by_offload(config: RunConfig) -> Iterator[str]:
+    for is_broken, what, remedy in (
+        (config.train.weights == "full", "train.weights=full trains the base", "set train.weights=lora"),
+        (
+            config.engine.name == "deepspeed",
+            "DeepSpeed sends the weights of all blocks at the start",
+            "set engine.name=fsdp2",
+        ),
+        (config.kernels.fp8, "kernels.fp8 keeps copies of the weights", "set kernels.fp8=false"),
+        (config.kernels.cuda_graphs, "a CUDA graph cannot wait for copies", "set kernels.cuda_graphs=false"),
+    ):
+        if is_broken:
+            yield f"model.offload_blocks={config.model.offload_blocks} cannot work: {what}. Set model.offload_blocks=0, or {remedy}"
+
+
 def check_model(config: RunConfig, family: ModelFamily) -> None:
     """Rules between the configuration and the model.
 
@@ -56,6 +80,10 @@ def check_model(config: RunConfig, family: ModelFamily) -> None:
     method, path = config.method, config.model.path
     for size in {config.data.resolution, *config.data.sizes()}:
         family.latent_shape(*size)
+    if (wanted := config.model.offload_blocks) and wanted > (blocks := len(family.blocks(family.meta_network()))):
+        raise UserError(
+            f"model.offload_blocks is {wanted}, but {path} has {blocks} blocks. Set it to {blocks} or fewer"
+        )
     if method.step_embedding and family.guidance_kind != "input":
         raise UserError(
             f"method.step_embedding gives the step size to the network's embedded guidance, but {path} has none. "
@@ -86,11 +114,14 @@ def check_model(config: RunConfig, family: ModelFamily) -> None:
 
 
 def check_kernels(config: RunConfig, device: torch.device) -> None:
-    """Rules of `kernels.fp8` and `kernels.cuda_graphs`, which need an unsharded, frozen base and a GPU.
+    """Rules of `model.base`, `kernels.fp8` and `kernels.cuda_graphs`, which need an unsharded, frozen base.
 
     Raises:
         UserError: it names the option and the reason.
     """
+    for key, default in (("base", "bfloat16"), ("offload_blocks", 0)):
+        if (value := getattr(config.model, key)) != default and (reason := _why_no_unsharded_base(config)) is not None:
+            raise UserError(f"model.{key}={value} cannot run here: {reason}. Or set model.{key}={default}")
     for option, reason in (("fp8", _why_no_fp8(config, device)), ("cuda_graphs", _why_no_graphs(config, device))):
         if getattr(config.kernels, option) and (reason := _why_no_unsharded_base(config) or reason) is not None:
             raise UserError(f"kernels.{option}=true cannot run here: {reason}. Or set kernels.{option}=false")

@@ -9,6 +9,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Literal
 
+from scfm_core.distributed.replicas import BUCKET
 from scfm_core.train.config import RunConfig
 from scfm_core.train.estimate import A100_PEAK, ASSUMED_UTILISATION, Estimate
 from scfm_core.train.memory import shares
@@ -53,7 +54,7 @@ class Cluster:
 
 @dataclass(frozen=True, kw_only=True)
 class Exchange:
-    """Equal collectives, one for each sharded unit of a network, or a single one."""
+    """Equal collectives, one for each sharded unit of a network, or one for each bucket of gradients."""
 
     what: str
     kind: Literal["all-gather", "reduce-scatter", "all-reduce"]
@@ -64,7 +65,7 @@ class Exchange:
     nodes: int
     """That a group spans."""
     calls: int
-    """Number of units."""
+    """Number of units or buckets."""
 
     @property
     def _turns(self) -> int:
@@ -111,7 +112,7 @@ class Phase:
         """Seconds that the exchanges add to the pass: with perfect overlap, and without any.
 
         With perfect overlap the links work at the same time as each other and as the computation. The first unit has nothing
-        before it behind which it could hide.
+        before it behind which it could hide; a replica's last bucket of gradients nothing after it.
         """
         links: dict[str, float] = defaultdict(float)
         for exchange in self.exchanges:
@@ -190,17 +191,15 @@ def plan_step(config: RunConfig, result: Estimate, units: int, cluster: Cluster 
     replicas = world // shard
     between = Exchange(
         what="gradients, replicas", kind="all-reduce", size=gradients / shard, ranks=replicas,
-        nodes=min(replicas, cluster.nodes(world)), calls=units if shard > 1 else 1,
+        nodes=min(replicas, cluster.nodes(world)), calls=units if shard > 1 else math.ceil(gradients / BUCKET),
     )  # fmt: skip
     phases: list[Phase] = []
     for number in range(micro.number):
         is_last = number == micro.number - 1
         reductions = [reduction] if shard > 1 else []
-        if shard > 1 and replicas > 1 and is_last:
+        if replicas > 1 and is_last:
             reductions.append(between)
         phases += [*forwards, one_pass("backward", backward_rows, *reductions)]
-    if shard == 1 and world > 1:  # one vector, after the backward
-        phases.append(Phase(what="after the backward", flops=0.0, exchanges=(between,)))
     return StepPlan(tuple(phases), config.train.global_batch_size, cluster)
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from scfm_core.data.corpus import Corpus
 from scfm_core.data.loader import batches
 from scfm_core.data.schema import Batch
 from scfm_core.data.workers import Stopped
@@ -17,17 +17,18 @@ from scfm_core.distributed.world import World, same_patience
 from scfm_core.errors import UserError, agreed_error
 from scfm_core.files import disk_problem
 from scfm_core.progress import beat, counting_io
+from scfm_core.readback import to_device
 from scfm_core.scfm.ema import DualEMA
 from scfm_core.scfm.loss import LossMeter
 from scfm_core.scfm.restart import restart_due
-from scfm_core.train.assemble import build_engine, build_family, build_layout, build_model
+from scfm_core.train.assemble import build_engine, build_layout, build_model
 from scfm_core.train.checkpoint import load_checkpoint
 from scfm_core.train.config import RunConfig, TrainConfig
-from scfm_core.train.device import resolve_device
-from scfm_core.train.inputs import BatchEncoder, check_paths
-from scfm_core.train.kernels import Kernels, choose_kernels
+from scfm_core.train.inputs import check_paths
+from scfm_core.train.kernels import Kernels
 from scfm_core.train.prompts import validation_prompts
 from scfm_core.train.rules import micro_batches
+from scfm_core.train.sources import Sources
 from scfm_core.train.state import Progress, RunState
 from scfm_core.train.step import Objective
 from scfm_core.train.stop import SIGNALS, StopRequest
@@ -48,6 +49,7 @@ class Trainer:
         resume: the checkpoint to resume from, if any; already verified.
         world: the processes; each of them has a trainer.
         data_may_change: allow other data than the checkpoint's, starting with their first sample.
+        sources: of data, weights and kernels, if they are not the configuration's own.
 
     Raises:
         UserError: on every rank, if model, data, prompts, engine or checkpoint do not match the configuration.
@@ -60,11 +62,13 @@ class Trainer:
         world: World | None = None,
         *,
         data_may_change: bool = False,
+        sources: Sources | None = None,
     ) -> None:
         self.config = config
+        self._sources = sources = sources or Sources()
         self.world = world or World()
         self.run_dir = Path(config.run.dir)
-        self.device = resolve_device(config.run.device)
+        self.device = sources.device(config.run.device)
         self.stop = StopRequest()
         self.stopping: int | None = None
         """The signal that requested a stop on any rank; the same on every rank at the same step."""
@@ -75,20 +79,26 @@ class Trainer:
         with self.world.together():
             self._open_data()  # before the model is downloaded, which may take an hour
         with self.world.together(), counting_io("the model's files"):
-            self.family = build_family(config)
-            kernels = choose_kernels(config, self.family, self.device)
+            self.family = sources.family(config)
+            kernels = sources.kernels(config, self.family, self.device)
             if config.method.has_stored_paths:
                 check_paths(config, self.family, self.corpus)
         self.kernels: Kernels = self.world.from_main(kernels)  # rank 0 decides: measured times differ between GPUs
         with self.world.together(), counting_io("the text encoders"):
-            self.encoder = BatchEncoder(config, self.family, self.corpus, self.device, self._prompts, self.world)
+            self.encoder = sources.encoder(config, self.family, self.corpus, self.device, self._prompts, self.world)
+        beat("the layout")
         with self.world.together():
-            beat("the layout")
             layout = build_layout(config, self.world, self.device)
+        beat("the networks")
         with self.world.together():
-            beat("the networks")
             self.model = build_model(
-                config, self.family, self.device, kernels=self.kernels, layout=layout, world=self.world
+                config,
+                self.family,
+                self.device,
+                kernels=self.kernels,
+                layout=layout,
+                world=self.world,
+                fill=sources.fill,
             )
         with self.world.together():
             beat("the engine")
@@ -100,22 +110,22 @@ class Trainer:
         )
         self.engine.after_ema_update()
         self.state = RunState(config, self.model, self.engine, self.corpus, self.world)
-        self.data_change: dict[str, Any] | None = None
+        self.data_change = None if resume is None else self._restore(resume, data_may_change)
         """Change of the data since the checkpoint, for the log."""
-        if resume is not None:
-            with self.world.together():
-                checkpoint = load_checkpoint(resume, verify=False)
-                self.data_change = self.state.restore(checkpoint, data_may_change=data_may_change)
 
     def _open_data(self) -> None:
         config = self.config
         self._prompts = validation_prompts(config.sample)
         micro_batches(config, self.world.size)  # an error comes here, before the data are opened
-        self.corpus = Corpus(config.data, with_paths=config.method.has_stored_paths)
+        self.corpus = self._sources.corpus(config.data, with_paths=config.method.has_stored_paths)
         if self.world.is_main:
             for note in self.corpus.notes:
                 print(f"data, left out: {note}", flush=True)
         self.corpus.order(config.train.global_batch_size, config.run.seed)  # checks that partitions divide the batch
+
+    def _restore(self, checkpoint: Path, data_may_change: bool) -> dict[str, Any] | None:
+        with self.world.together():
+            return self.state.restore(load_checkpoint(checkpoint, verify=False), data_may_change=data_may_change)
 
     @property
     def progress(self) -> Progress:
@@ -200,8 +210,7 @@ class Trainer:
     ) -> dict[str, Any]:
         """From the gradients to the row of metrics: the ranks exchange their status, then apply or skip the step."""
         train, progress = self.config.train, self.progress
-        grad_norm = self.engine.reduce()
-        bad = self._exchange_status(meter, data, upcoming)
+        bad, grad_norm = self._exchange_status(meter, self.engine.reduce(), data, upcoming)
         losses = meter.compute()
         lr = learning_rate(train, progress.step)
         first_sample = progress.samples
@@ -244,18 +253,23 @@ class Trainer:
         self.engine.after_ema_update()
         return ({} if ratio is None else {"ema_lag_ratio": ratio}) | ({"ema_restart": True} if due else {})
 
-    def _exchange_status(self, meter: LossMeter, data: list[Batch], upcoming: list[Batch] | Exception) -> list[str]:
+    def _exchange_status(
+        self, meter: LossMeter, norm: Tensor, data: list[Batch], upcoming: list[Batch] | Exception
+    ) -> tuple[list[str], float]:
         """Exchange losses, stop requests, invalid samples and missing data in one all-reduce of some 300 bytes.
 
+        This is the only place of a step where the host waits for the device.
+
         Returns:
-            why samples of this step were invalid, of all ranks.
+            why samples of this step were invalid, of all ranks; and the gradient norm.
         """
         bad = [reason for batch in data for reason in batch.bad]
         own = [*(self.stop.signal == number for number in SIGNALS), len(bad), isinstance(upcoming, Exception)]
-        status = torch.tensor(own, dtype=meter.sums.dtype, device=meter.sums.device)
+        status = to_device(torch.tensor(own, dtype=meter.sums.dtype), meter.sums.device)
         total = self.world.sum_(torch.cat([meter.sums.flatten(), status]))
-        meter.sums = total[: -len(own)].view_as(meter.sums)
-        *requested, bad_samples, failed = total[-len(own) :].tolist()
+        sums, status = total.split([meter.sums.numel(), len(own)])
+        losses, (*requested, bad_samples, failed), (grad_norm,) = self._sources.read_back(sums, status, norm)
+        meter.sums = torch.tensor(losses, dtype=meter.sums.dtype).view(meter.sums.shape)
         self.stopping = next((number for number, count in zip(SIGNALS, requested, strict=True) if count), None)
         if failed:
             try:
@@ -265,7 +279,7 @@ class Trainer:
         if bad_samples:
             bad = [reason for rank in self.world.gather(bad) for reason in rank]
             self.progress.bad_samples += len(bad)
-        return bad
+        return bad, grad_norm
 
     def _check_invalid_fraction(self) -> None:
         """Stop the run if more samples were invalid than the recipe tolerates."""

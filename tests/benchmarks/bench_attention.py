@@ -7,18 +7,25 @@ of 64 at 1280 (SD3.5-large). `x reference` is relative to the fastest library. `
 would choose. Per head a forward has 4 S^2 D FLOPs and a backward 10 S^2 D (five products).
 """
 
+import time
+
 import torch
-from harness import DEVICE, measure, parser, report
+from harness import DEVICE, GPU, STARTED, measure, parser, report, save
 
 from scfm_core.kernels.attention import BACKENDS, AttentionShape, attention, choose_attention, why_unavailable
 
-GPU = DEVICE.type == "cuda"
 SHAPES = [(1280, 24, 128), (1536, 24, 128), (4608, 24, 128), (1280, 38, 64)] if GPU else [(37, 2, 16)]
+
+COLUMNS = {
+    "tokens": "d", "heads": "", "pass": "", "arm": "", "milliseconds": ".3f", "TFLOPS": ".1f", "x_reference": ".2f", "goal": "",
+}  # fmt: skip
 
 
 def measure_shape(shape: AttentionShape, repeats: int) -> list[dict[str, object]]:
     """A row for each backend and pass."""
     available = [backend for backend in BACKENDS if why_unavailable(backend, shape) is None]
+    if shape.tokens > 2000 and len(available) > 1:
+        available.remove("math")  # whole matrices of scores: gigabytes, and never the fastest
     inputs = shape.draw()
     grad = torch.randn_like(inputs[0])
 
@@ -46,30 +53,27 @@ def measure_shape(shape: AttentionShape, repeats: int) -> list[dict[str, object]
                 "milliseconds": 1e3 * time,
                 "TFLOPS": flops * matrix / time / 1e12,
                 "x_reference": best / time,
+                "goal": goal(arm),
             }
             for arm, time in arms.items()
         ]
     return rows
 
 
+def goal(arm: str) -> str | None:
+    return "0.7 x" if arm == "ours: triton" else "0.98 x" if arm.startswith("ours: auto") else None
+
+
 def main(argv: list[str] | None = None) -> None:
-    arguments = parser(__doc__, "attention", 20).parse_args(argv)
+    arguments = parser(__doc__, "attention", 20, 4).parse_args(argv)
     dtype = torch.bfloat16 if GPU else torch.float32
-    rows = [
-        row
-        for tokens, heads, dim in SHAPES
-        for row in measure_shape(AttentionShape(arguments.batch, tokens, heads, dim, dtype, DEVICE), arguments.repeats)
-    ]
-    columns = {
-        "tokens": "d",
-        "heads": "",
-        "pass": "",
-        "arm": "",
-        "milliseconds": ".3f",
-        "TFLOPS": ".1f",
-        "x_reference": ".2f",
-    }
-    report(f"attention, batch {arguments.batch}, {str(dtype)[6:]}", rows, columns, arguments.json)
+    title, rows = f"attention, batch {arguments.batch}, {str(dtype)[6:]}", []
+    for tokens, heads, dim in SHAPES:
+        if rows and time.monotonic() > STARTED + arguments.seconds:
+            break
+        rows += measure_shape(AttentionShape(arguments.batch, tokens, heads, dim, dtype, DEVICE), arguments.repeats)
+        save(title, rows, COLUMNS, arguments.json)
+    report(title, rows, COLUMNS, arguments.json)
 
 
 if __name__ == "__main__":

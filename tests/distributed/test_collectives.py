@@ -120,9 +120,11 @@ def test_what_a_step_sends(name, weights, tiny, tmp_path):
         assert not any(parts.values())
         return
     assert parts["metrics"] == {"all-reduce": (1, 8 * (32 + len(SIGNALS) + 2))}  # losses; signals, and how the data are
-    if name == "replicas":  # one all-reduce of the trained weights' gradients, and nothing else
-        assert parts["passes"] == parts["backward"] == parts["update"] == {}
-        assert parts["reduce"] == {"all-reduce": (1, trained)}
+    if (
+        name == "replicas"
+    ):  # one all-reduce of the trained weights' gradients within the last backward, and nothing else
+        assert parts["passes"] == parts["reduce"] == parts["update"] == {}
+        assert parts["backward"] == {"all-reduce": (1, trained)}
     elif name in ("fsdp2", "hsdp"):
         assert set(parts["passes"]) == {"all-gather"} and parts["update"] == {}
         assert parts["reduce"] == {"all-reduce": (1, 4)}, "the squared norm"

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import os
+import platform
 import re
 import socket
 import time
@@ -23,7 +24,7 @@ from scfm_core.distributed import watchdog, world
 from scfm_core.distributed.watchdog import Watchdog, ranks_in_words
 from scfm_core.distributed.world import PATIENCE, join_world
 from scfm_core.errors import PeerLost, UserError
-from scfm_core.train.device import resolve_device
+from scfm_core.train.device import ALLOCATOR_OPTIONS, resolve_device
 
 
 @pytest.fixture
@@ -244,6 +245,38 @@ def test_a_gpu_has_an_index(name, index, monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     assert resolve_device(name) == torch.device("cuda", index)
     assert chosen == [torch.device("cuda", index)]
+
+
+def segments_of_the_allocator(setting: dict[str, str], kernel: str) -> tuple[bool, bool]:
+    """In a process: what PyTorch's allocator has read, after the device of a GPU was chosen; and whether a CPU changes nothing."""
+    from unittest import mock
+
+    for option in ALLOCATOR_OPTIONS:
+        os.environ.pop(option, None)
+    os.environ.update(setting)
+    platform.release = lambda: kernel
+    before = dict(os.environ)
+    resolve_device("cpu")
+    is_unchanged = before == dict(os.environ)
+    with mock.patch.multiple(
+        torch.cuda, is_available=lambda: True, device_count=lambda: 1, set_device=lambda device: None
+    ):
+        resolve_device("auto")
+    settings = torch._C._cuda_memorySnapshot(None)["allocator_settings"]  # type: ignore[attr-defined]
+    return settings["expandable_segments"], is_unchanged
+
+
+@pytest.mark.parametrize(
+    ("setting", "kernel", "expected"),
+    [
+        ({}, "6.8.0-45-generic", True),
+        ({}, "5.15.167.4-microsoft-standard-WSL2", False),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512"}, "6.8.0-45-generic", False),
+        ({"PYTORCH_ALLOC_CONF": "expandable_segments:False"}, "6.8.0-45-generic", False),
+    ],
+)
+def test_segments_of_gpu_memory_expand_unless_the_user_chose(setting, kernel, expected):
+    assert run_distributed(segments_of_the_allocator, 1, setting, kernel) == [(expected, True)]
 
 
 def test_each_process_of_a_machine_takes_its_own_gpu(monkeypatch):

@@ -27,6 +27,7 @@ from scfm_core.kernels.modulate import (
     _modulate_backward,
     gate_residual,
 )
+from scfm_core.kernels.nf4_unpack import unpack
 from scfm_core.kernels.norm_rope import _backward as _norm_rope_backward
 from scfm_core.kernels.norm_rope import norm_rope
 from scfm_core.kernels.swiglu_concat import _swiglu_backward, swiglu_concat
@@ -81,6 +82,7 @@ def launch_all(dtype: torch.dtype, width: int, dim: int) -> None:
     _gate_backward(x, x, row)
     gelu_concat(x, tensor(2, rows, 4 * width))
     _gelu_backward(tensor(2, rows, 4 * width), tensor(2, rows, 4 * width))
+    unpack(torch.empty(rows, width // 2, dtype=torch.uint8), torch.empty(rows * width // 64), torch.empty(16), dtype)
     for attention in (x, None):
         swiglu_concat(attention, tensor(2, rows, 6 * width))
     _swiglu_backward(tensor(2, rows, 3 * width), tensor(2, rows, 6 * width))

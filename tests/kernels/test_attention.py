@@ -1,14 +1,18 @@
 """The choice of an attention backend: which are available, measured times, and the file with earlier measurements."""
 
 import json
+import sys
 from dataclasses import replace
+from types import ModuleType
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import scfm_core.kernels.attention as module
 from scfm_core.kernels.attention import BACKENDS, TIE, AttentionShape, attention, choose_attention, why_unavailable
 from scfm_core.kernels.reference import flash_attention_reference
+from scfm_core.train.network import _SAVED
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32  # flash on a GPU does not support fp32
@@ -136,14 +140,93 @@ def test_math_is_chosen_if_nothing_else_is_available(monkeypatch):
     assert choose_attention("auto", SHAPE, time=time).backend == "math" and asked == ["math"]
 
 
-def test_an_unavailable_backend_is_refused_with_the_reason_and_the_available_ones():
-    if "flash3" in available():
-        pytest.skip("FlashAttention-3 is installed")
-    with pytest.raises(ValueError, match="FlashAttention-3 cannot be imported") as raised:
-        choose_attention("flash3", SHAPE)
+@pytest.mark.parametrize(
+    ("backend", "reason"),
+    [
+        ("flash3", "FlashAttention-3 cannot be imported"),
+        (
+            "flash4",
+            "FlashAttention-4 has no kernel for a CPU|compute capability 9.0|FlashAttention-4 cannot be imported",
+        ),
+    ],
+)
+def test_an_unavailable_backend_is_refused_with_the_reason_and_the_available_ones(backend, reason):
+    if backend in available():
+        pytest.skip(f"{backend} is installed")
+    with pytest.raises(ValueError, match=reason) as raised:
+        choose_attention(backend, SHAPE)
     assert "Choose among" in str(raised.value) and "triton" in str(raised.value)
 
 
 def test_a_named_backend_is_not_measured():
     time, asked = times()
     assert choose_attention("triton", SHAPE, time=time).backend == "triton" and not asked
+
+
+@pytest.fixture
+def flash4(monkeypatch):
+    """A stand-in with the two functions of FlashAttention-4 that are called: their arguments and results as of 4.0.0b36."""
+
+    def heads_first(*tensors):
+        return (tensor.transpose(1, 2) for tensor in tensors)
+
+    def forward(q, k, v, *, return_lse):
+        assert return_lse
+        scores = torch.einsum("bshd,bthd->bhst", q, k) * q.shape[-1] ** -0.5
+        output = torch.einsum("bhst,bthd->bshd", scores.softmax(-1), v).contiguous()
+        return output, scores.logsumexp(-1).float(), None, None, None
+
+    def backward(q, k, v, out, dout, lse):
+        scale = q.shape[-1] ** -0.5
+        probabilities = (torch.einsum("bshd,bthd->bhst", q, k) * scale - lse[..., None]).exp()
+        delta = (out * dout).sum(-1).transpose(1, 2)[..., None]
+        scores = probabilities * (torch.einsum("bshd,bthd->bhst", dout, v) - delta) * scale
+        found = (
+            torch.einsum("bhst,bthd->bshd", scores, k),
+            torch.einsum("bhst,bshd->bthd", scores, q),
+            torch.einsum("bhst,bshd->bthd", probabilities, dout),
+        )
+        return tuple(torch.empty_like(x).copy_(grad) for x, grad in zip((q, k, v), found, strict=True))
+
+    package, interface = ModuleType("flash_attn.cute"), ModuleType("flash_attn.cute.interface")
+    interface._flash_attn_fwd, interface._flash_attn_bwd = forward, backward
+    for part in (ModuleType("flash_attn"), package, interface):
+        monkeypatch.setitem(sys.modules, part.__name__, part)
+
+
+def test_flash4_is_one_node_with_gradients(flash4):
+    """Under `torch.compile` without a graph break, and under selective checkpointing."""
+    query, key, value = AttentionShape(2, 40, 3, 16, torch.float32, torch.device("cpu")).draw()
+    value = value.transpose(1, 2).contiguous().transpose(1, 2).detach().requires_grad_()  # strides as of a split linear
+    weights = torch.randn(2, 40, 3, 16)
+
+    def gradients(function):
+        output = function(query, key, value)
+        return [output, *torch.autograd.grad((output * weights).sum(), (query, key, value))]
+
+    expected = gradients(flash_attention_reference)
+    for function in (attention, torch.compile(attention, fullgraph=True, backend="aot_eager")):
+        found = gradients(lambda *inputs, function=function: function(*inputs, "flash4"))
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    torch.library.opcheck(torch.ops.scfm.flash4_attention.default, (query, key, value))
+    assert torch.ops.scfm.flash4_attention.default.name() in _SAVED
+
+
+@pytest.mark.parametrize(("backend", "products"), [("triton", 2 + 7), ("flash4", 2 + 5)])
+def test_products_of_forward_and_backward_are_counted_without_a_gpu(backend, products):
+    """The Triton kernel computes the scores and the gradient of the probabilities twice in its backward."""
+    inputs = AttentionShape(2, 40, 3, 16, torch.bfloat16, torch.device("meta")).draw()
+    with FlopCounterMode(display=False) as counter:
+        attention(*inputs, backend).sum().backward()
+    assert counter.get_total_flops() == products * 2 * 2 * 3 * 40 * 40 * 16
+
+
+def test_flash4_needs_a_gpu_with_its_backward(monkeypatch):
+    shape = AttentionShape(1, 8, 1, 16, torch.bfloat16, torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert "needs compute capability 9.0" in why_unavailable("flash4", shape)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    assert "pip install flash-attn-4" in why_unavailable("flash4", shape)

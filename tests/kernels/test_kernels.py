@@ -61,12 +61,16 @@ CASES = {
         flash.flash_attention, reference.flash_attention_reference, ((1, 33, 1, 128), (1, 33, 1, 128), (1, 33, 1, 128))
     ),
     "lora_linear": Case(
-        lora.lora_linear, lora.lora_linear_reference,
+        lora.lora_linear, reference.lora_linear_reference,
         ((2, 7, 12), (10, 12), (10,), (4, 12), (10, 4)), lambda: (torch.tensor([0.0, 0.7], device=DEVICE),),
     ),
     "lora_linear of a vector": Case(
-        lora.lora_linear, lora.lora_linear_reference,
+        lora.lora_linear, reference.lora_linear_reference,
         ((3, 12), (10, 12), None, (4, 12), (10, 4)), lambda: (torch.tensor([1.0, 0.0, 0.3], device=DEVICE),),
+    ),
+    "lora_add": Case(
+        lora.lora_add, reference.lora_add_reference,
+        ((2, 7, 10), (2, 7, 12), (4, 12), (10, 4)), lambda: (torch.tensor([0.0, 0.7], device=DEVICE),),
     ),
 }  # fmt: skip
 
@@ -145,6 +149,15 @@ def test_a_compiled_call_is_one_graph_with_the_same_results(name):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
 
+def lora_factors(x: Tensor) -> tuple:
+    """Frozen base of bf16, fp32 A and B with their copies, and a strength for each of two samples."""
+    inputs = x.shape[-1]
+    weight, down, up = (torch.randn(*shape, device=x.device) for shape in ((20, inputs), (4, inputs), (20, 4)))
+    strengths = torch.tensor([0.3, 1.0], device=x.device)
+    masters, copies = (down.requires_grad_(), up.requires_grad_()), (down.detach().bfloat16(), up.detach().bfloat16())
+    return weight.bfloat16(), None, *masters, strengths, *copies
+
+
 OPS = {
     "norm_rope": lambda x, row, head: (
         torch.ops.scfm.norm_rope.default, (x, x, head, head, *rotation(14), HEADS, 1e-6),
@@ -157,6 +170,10 @@ OPS = {
     "flash_attention": lambda x, row, head: (
         torch.ops.scfm.flash_attention.default, tuple(x.detach().unflatten(-1, (HEADS, DIM)) for _ in range(3)),
     ),
+    "lora_linear": lambda x, row, head: (
+        torch.ops.scfm.lora_linear.default, (x.detach().bfloat16().requires_grad_(), *lora_factors(x)),
+    ),
+    "lora_add": lambda x, row, head: (torch.ops.scfm.lora_add.default, (torch.ones(2, 7, 20), x, *lora_factors(x)[2:5], None, None)),
 }  # fmt: skip
 
 
@@ -207,3 +224,40 @@ def test_one_result_of_two_is_enough_for_a_gradient(unused):
     wanted = torch.autograd.grad(expected(*inputs).sum(), inputs, allow_unused=True, materialize_grads=True)
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("has_copies", [False, True])
+def test_adapters_in_fp32_beside_products_in_bf16(has_copies):
+    """The masters get fp32 gradients. With copies their own values do not matter: NaN here."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 7, 48, device=DEVICE).bfloat16().requires_grad_()
+    weight, _, down, up, strengths, *copies = lora_factors(x)
+    inputs = [x, weight, down, up]
+    expected = run(
+        lambda x, weight, down, up: reference.lora_linear_reference(x, weight, None, down, up, strengths.double()),
+        [wide(tensor.bfloat16()) for tensor in inputs], (),
+    )  # fmt: skip
+    if has_copies:
+        inputs[2:] = [torch.full_like(factor, torch.nan).requires_grad_() for factor in (down, up)]
+    given = tuple(copies) if has_copies else None
+    function = lambda x, weight, down, up: lora.lora_linear(x, weight, None, down, up, strengths, given)  # noqa: E731
+    found = run(function, inputs, ())
+    assert [gradient.dtype for gradient in found[1]] == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32]
+    assert_close(found[0], expected[0], BOUND[torch.bfloat16])
+    assert_close(found[1], expected[1], BOUND[torch.bfloat16])
+
+
+@pytest.mark.parametrize("trains_base", [False, True])
+def test_flops_of_an_adapted_linear(trains_base):
+    """Products alone: two FLOPs for each pair of elements."""
+    rows, inputs, outputs, rank = 14, 48, 20, 4
+    x = torch.randn(2, 7, inputs, requires_grad=True)
+    weight, bias, down, up, strengths, *_ = lora_factors(x)
+    weight = weight.float().requires_grad_(trains_base)
+    low = rank * (inputs + outputs)
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        lora.lora_linear(x, weight, bias, down, up, strengths).sum().backward()
+    assert counter.get_total_flops() == 2 * rows * ((2 + trains_base) * inputs * outputs + 3 * low)
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        lora.lora_add(torch.ones(2, 7, outputs), x.detach(), down, up, strengths).sum().backward()
+    assert counter.get_total_flops() == 2 * rows * (2 * low + rank * outputs)

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from scfm_core.kernels.fp8 import fits, fp8_linear
 from scfm_core.models.adapters import ADAPTERS, LoRABank, LoRAConfig, merge
@@ -143,6 +144,75 @@ def test_standard_deviation_of_the_initial_factors(init, inputs, std):
     error = std / (2 * down.numel()) ** 0.5  # standard error of a normal sample's deviation; a uniform one's is smaller
     assert abs(down.std().item() - std) < 4 * error
     assert abs(down.mean().item()) < 4 * std / down.numel() ** 0.5
+
+
+class TestCopies:
+    """One set of bf16 factors, cast at the start of each pass."""
+
+    @pytest.fixture
+    def bank(self):
+        bank = make_bank(torch.bfloat16)
+        bank.keep_copies()
+        return bank
+
+    def run(self, bank, role, x):
+        bank.select(role, torch.tensor([0.3, 1.0]))
+        return bank.network(x)
+
+    def test_outputs_and_gradients_are_those_of_casts_in_each_layer(self, bank):
+        plain, x = make_bank(torch.bfloat16), torch.randn(2, 7, 6, dtype=torch.bfloat16)
+        for role in ADAPTERS:
+            assert torch.equal(self.run(bank, role, x), self.run(plain, role, x))
+        for one in (bank, plain):
+            self.run(one, "student", x).float().square().sum().backward()
+        for name, factor in plain.parameters("student").items():
+            gradient = bank.parameters("student")[name].grad
+            assert gradient.dtype == torch.float32 and torch.equal(gradient, factor.grad)
+
+    def test_a_pass_casts_once_and_sees_every_change_of_the_masters(self, bank):
+        class Casts(TorchDispatchMode):
+            def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+                if op in (torch.ops.aten._foreach_copy_.default, torch.ops.aten._to_copy.default):
+                    seen.append(op)
+                return op(*args, **(kwargs or {}))
+
+        x = torch.randn(2, 6, dtype=torch.bfloat16)
+        for change in (torch.no_grad, torch.inference_mode):
+            seen = []
+            with change():
+                before = self.run(bank, "ema_slow", x)
+                for factor in bank.parameters("ema_slow").values():
+                    factor.data.mul_(2)  # no version counter sees this
+                with Casts():
+                    after = self.run(bank, "ema_slow", x)
+            assert seen == [torch.ops.aten._foreach_copy_.default]
+            assert torch.equal(after, self.run(self.with_factors(bank), "ema_slow", x))
+            assert not torch.equal(after, before)
+
+    def with_factors(self, bank):
+        """A bank without copies that has the factors of `bank`."""
+        plain = make_bank(torch.bfloat16)
+        for role in ADAPTERS:
+            for name, factor in plain.parameters(role).items():
+                factor.data.copy_(bank.parameters(role)[name])
+        return plain
+
+    @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+    def test_another_pass_before_the_backward_is_an_error(self, bank, mode):
+        x = torch.randn(2, 6, dtype=torch.bfloat16)
+        loss = self.run(bank, "student", x).sum()
+        with mode():
+            self.run(bank, "ema_fast", x)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+    def test_factors_in_the_dtype_of_the_products_are_used_as_they_are(self):
+        bank = make_bank()
+        bank.keep_copies()
+        assert all(layer.copies is None for layer in bank.layers.values())
+
+    def test_neither_names_nor_checkpoints_change(self, bank):
+        assert bank.network.state_dict().keys() == make_bank().network.state_dict().keys()
 
 
 class TestFp8:

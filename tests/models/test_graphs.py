@@ -5,6 +5,7 @@ streams are ordered correctly.
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from scfm_core.models import graphs
 from scfm_core.models.adapters import ADAPTERS, LoRAConfig
 from scfm_core.models.conditioning import Conditioning
 from scfm_core.models.families import open_family
@@ -34,12 +36,14 @@ class RecordedGraph(TorchDispatchMode):
     """The operations that ran within the capture, with the tensors that they ran on.
 
     As a CUDA graph: `replay` enters no Python of the model, reads what those tensors hold now and writes into the
-    tensors that the capture made; the capture itself computes nothing; within it no value may be read on the host.
+    tensors that the capture made; the capture itself computes nothing; within it no value may be read on the host. Graphs of one
+    pool share memory: a replay may overwrite what others have made.
     """
 
     def __init__(self):
         super().__init__()
         self.operations = []
+        self.pool = [self]
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         if function is torch.ops.aten._local_scalar_dense.default:
@@ -49,6 +53,8 @@ class RecordedGraph(TorchDispatchMode):
         return result
 
     def replay(self):
+        for other in self.pool:
+            other.forget_results()
         for function, arguments, keywords, result in self.operations:
             again = function(*arguments, **keywords)
             for old, new in zip(tensors(result), tensors(again), strict=True):
@@ -69,15 +75,18 @@ def graphs_without_a_gpu(monkeypatch):
         return
 
     @contextlib.contextmanager
-    def capture(graph: RecordedGraph) -> Iterator[None]:
+    def capture(graph: RecordedGraph, pool: list[RecordedGraph]) -> Iterator[None]:
         with graph:
             yield
+        pool.append(graph)
+        graph.pool = pool
         graph.forget_results()
 
     class Stream:
         def wait_stream(self, other):
             pass
 
+    monkeypatch.setattr(graphs, "_pool", functools.cache(list))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
     monkeypatch.setattr(torch.cuda, "Stream", Stream)

@@ -68,6 +68,7 @@ def exported(tiny, tmp_path_factory):
         tree = smallest_tree(tiny, tmp_path_factory.mktemp(kind) / "run")
         tree["method"] |= {"step-scaled": {"step_gain": {"gamma": 0.5}}}.get(kind, {})
         tree["lora"] |= {"large alpha": {"alpha": 10.0}}.get(kind, {})
+        tree["model"] |= {"quantised base": {"base": "nf4"}}.get(kind, {})
         run_dir = train(parse_config(tree, "test"))
         assert main(["export", str(run_dir)]) == 0
         return run_dir
@@ -75,7 +76,7 @@ def exported(tiny, tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize("kind", ["plain", "large alpha"])
+@pytest.mark.parametrize("kind", ["plain", "large alpha", "quantised base"])
 def test_the_adapter_gives_the_same_images_in_diffusers(exported, tiny, tmp_path, monkeypatch, kind):
     run_dir = exported(kind)
     ours = our_images(run_dir, tmp_path / "images", "--steps", "3")

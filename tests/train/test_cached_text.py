@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import shutil
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +26,8 @@ from scfm_core.models.encoders import TextEncoders
 from scfm_core.models.families import open_family
 from scfm_core.models.flux import Flux
 from scfm_core.models.protocol import FieldKind
+from scfm_core.train import inputs
+from scfm_core.train.device import free_unused
 from scfm_core.train.estimate import estimate
 from scfm_core.train.inputs import BatchEncoder
 from scfm_core.train.trainer import Trainer
@@ -232,3 +235,32 @@ class TestMaskedText:
         ):
             encoded(tiny, tmp_path / "cache", trim_padding=True)
         assert not (tmp_path / "cache").exists()
+
+
+def test_the_encoders_memory_is_free_before_the_network_is_made(make_config, monkeypatch):
+    """Neither they nor what they encoded on the device are left when the allocator returns what is unused."""
+    made, left = [], []
+
+    class Watched(TextEncoders):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            made.extend((weakref.ref(self), weakref.ref(self.family.unconditional)))
+
+    def freeing(device: torch.device) -> None:
+        free_unused(device)
+        left.append([reference() for reference in made])
+
+    monkeypatch.setattr(inputs, "TextEncoders", Watched)
+    monkeypatch.setattr(inputs, "free_unused", freeing)
+    trainer = Trainer(make_config({"method.caption_dropout": 0.5}))
+    assert left == [[None, None]]
+    assert trainer.encoder.text is None and trainer.family.unconditional is not None
+
+
+def test_unused_memory_goes_back_to_a_gpu(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty"))
+    free_unused(torch.device("cpu"))
+    assert calls == []
+    free_unused(torch.device("cuda", 0))
+    assert calls == ["empty"]

@@ -33,6 +33,7 @@ from scfm_core.train.fit import fit
 from scfm_core.train.grid import Validation
 from scfm_core.train.run_dir import checkpoint_path
 from scfm_core.train.runs import load_trained
+from scfm_core.train.sources import Sources
 from scfm_core.train.trainer import SkippedTooOften, Trainer, learning_rate
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_losses.json"
@@ -42,6 +43,7 @@ GOLDEN_METHOD = {"method.step_gain": {"gamma": 0.5}, "method.flow_fraction": 0.1
 VARIANTS = {
     "lora": {},
     "step_gain": {"method.step_gain": {"gamma": 0.5}},
+    "quantised": {"model.base": "nf4", "method.step_gain": {"gamma": 0.5}},
     "full": {"train.weights": "full", "method.flow_fraction": 0.25},
     "pretrain": {"train.weights": "full", "method.flow_fraction": 1.0, "method.teacher_fraction": 0.0},
     "step_embedding": {
@@ -226,9 +228,11 @@ def test_restart_sets_the_averages_to_the_student(make_config):
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
-@pytest.mark.parametrize("weights", ["lora", "full"])
-def test_activation_checkpointing_changes_no_gradient(make_config, mode, weights):
-    loss, gradients, _ = one_global_batch(make_config({"train.weights": weights}), 8)
+@pytest.mark.parametrize(
+    "changes", [{}, {"train.weights": "full"}, {"model.base": "nf4"}], ids=["lora", "full", "quantised"]
+)
+def test_activation_checkpointing_changes_no_gradient(make_config, mode, changes):
+    loss, gradients, _ = one_global_batch(make_config(changes), 8)
     other_loss, other, _ = one_global_batch(make_config({"train.activation_checkpointing": mode}), 8)
     assert other_loss == loss
     assert_bitwise(other, gradients)
@@ -882,10 +886,9 @@ def test_a_run_from_scratch_has_no_teacher_to_compare_with(make_config):
         make_config({**VARIANTS["pretrain"], "sample.teacher_steps": 4})
 
 
-def test_missing_data_are_found_before_the_model_is_downloaded(make_config, monkeypatch):
+def test_missing_data_are_found_before_the_model_is_downloaded(make_config):
     def download(config):
         raise AssertionError("the model was opened")
 
-    monkeypatch.setattr("scfm_core.train.trainer.build_family", download)
     with pytest.raises(UserError, match="nowhere"):
-        Trainer(make_config({"data.path": "nowhere"}))
+        Trainer(make_config({"data.path": "nowhere"}), sources=Sources(family=download))
