@@ -140,13 +140,14 @@ sys.meta_path.insert(0, _AfterTorch())
 '''
 
 
-def environment(*, card: str = "a100", cards: int = 1, memory: float | None = None) -> dict[str, str]:
+def environment(*, card: str = "a100", cards: int = 1, memory: float | None = None, fill: int = 0) -> dict[str, str]:
     """The environment of a process that starts on the null device.
 
     Args:
         card: `a100` or `h100`, both with 80 GB.
         cards: their number.
         memory: GiB of a card instead of its own; a peak of any size is measured on a card that holds it.
+        fill: the byte of which every value that the host reads consists. With 63, losses are finite and steps are applied.
     """
     folder = build()
     values = dict(os.environ) | {
@@ -155,10 +156,12 @@ def environment(*, card: str = "a100", cards: int = 1, memory: float | None = No
         "PYTHONPATH": os.pathsep.join(filter(None, (str(folder), str(ROOT), os.environ.get("PYTHONPATH")))),
         "NULL_DEVICE_CARD": card,
         "NULL_DEVICE_COUNT": str(cards),
+        "NULL_DEVICE_FILL": str(fill),
         "TRITON_LIBCUDA_PATH": str(folder),
         "TRITON_CACHE_DIR": str(folder / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
+        "XDG_CACHE_HOME": str(folder / "cache"),  # what this "GPU" measures stays out of the user's cache
         "HF_HUB_OFFLINE": "1",
     }
     values.pop("TRITON_INTERPRET", None)
@@ -217,11 +220,17 @@ class Device:
 
 
 def _place(frame: Any) -> str:
-    """The innermost line of this project on the stack; without one, the innermost of all."""
-    inner, stack = frame, frame
-    while stack is not None:
-        path = Path(stack.f_code.co_filename)
-        if path.is_relative_to(ROOT) and ".venv" not in path.parts and not path.is_relative_to(HERE):
-            return f"{path.relative_to(ROOT)}:{stack.f_lineno}"
-        stack = stack.f_back
-    return f"{inner.f_code.co_filename}:{inner.f_lineno}" if inner is not None else "?"
+    """The innermost line of this project on the stack, and the line of a library in which it waits."""
+    while frame is not None and f"{os.sep}torch{os.sep}" in frame.f_code.co_filename:
+        frame = frame.f_back
+    inner = frame
+    while frame is not None and not _is_ours(Path(frame.f_code.co_filename)):
+        frame = frame.f_back
+    lines = [] if frame is None else [f"{Path(frame.f_code.co_filename).relative_to(ROOT)}:{frame.f_lineno}"]
+    if inner is not None and inner is not frame:
+        lines.append(f"{inner.f_code.co_filename.rpartition('site-packages' + os.sep)[2]}:{inner.f_lineno}")
+    return " via ".join(lines) or "?"
+
+
+def _is_ours(path: Path) -> bool:
+    return path.is_relative_to(ROOT) and ".venv" not in path.parts and not path.is_relative_to(HERE)
