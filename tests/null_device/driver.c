@@ -1,13 +1,13 @@
 /* A CUDA driver and runtime without a GPU, for tests: torch's own CUDA code runs on it at true size.
  *
- * Kernels do nothing. Device memory is addresses without memory behind them. What the host reads back is zero, or bytes of
- * NULL_DEVICE_FILL: with 63, floating-point numbers of any size are finite and positive. What is counted is real: launches, copies, waits of the host, bytes that the allocator holds. What a GPU would refuse is refused too: more memory than
+ * Kernels do nothing. Device memory is addresses without memory behind them. What the host reads back is zero. What is counted is
+ * real: launches, copies, waits of the host, bytes that the allocator holds. What a GPU would refuse is refused too: more memory than
  * the card has, a launch with an invalid grid, a wait during the capture of a graph.
  *
  * Every function has the signature of NVIDIA's headers, so a compiler error tells of a changed interface. Functions that torch needs
  * and that are missing here end the process and give their name (stubs.py).
  *
- * Environment: NULL_DEVICE_CARD=a100|h100, NULL_DEVICE_COUNT, NULL_DEVICE_BYTES (memory of the card), NULL_DEVICE_FILL. */
+ * Environment: NULL_DEVICE_CARD=a100|h100, NULL_DEVICE_COUNT, NULL_DEVICE_BYTES (memory of the card). */
 #define _GNU_SOURCE
 #define __CUDA_FP16_H__ /* these two headers need one of a package that torch does not install */
 #define __CUDA_BF16_H__
@@ -51,7 +51,7 @@ static const struct card cards[] = {
 };
 static const struct card *card = cards;
 static size_t card_bytes;
-static int device_count = 1, fill;
+static int device_count = 1;
 static __thread int current_device;
 
 /* The attributes have the same numbers in the runtime and in the driver. Most are zero: "unsupported". */
@@ -299,7 +299,7 @@ static void copied(void *to, const void *from, size_t n) {
   ADD(copies, 1);
   const void *host = on_device(to) ? from : to;
   if (!pinned(host)) { ADD(pageable, 1); if (null_on_wait) null_on_wait("pageable copy"); }
-  if (!on_device(to)) memset(to, fill, n);
+  if (!on_device(to)) memset(to, 0, n);
 }
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t n, enum cudaMemcpyKind kind, cudaStream_t s) { copied(to, from, n); return cudaSuccess; }
 cudaError_t cudaMemcpy(void *to, const void *from, size_t n, enum cudaMemcpyKind kind) { copied(to, from, n); return wait("cudaMemcpy"); }
@@ -404,6 +404,10 @@ CUresult cuFuncSetAttribute(CUfunction f, CUfunction_attribute which, int v) { r
 CUresult cuFuncSetCacheConfig(CUfunction f, CUfunc_cache c) { return CUDA_SUCCESS; }
 CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int *n, CUfunction f, int threads, size_t shared) { *n = 2; return CUDA_SUCCESS; }
 CUresult cuOccupancyMaxActiveClusters(int *n, CUfunction f, const CUlaunchConfig *c) { *n = 1; return CUDA_SUCCESS; }
+CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *at, const cuuint64_t *dim, const cuuint64_t *strides,
+    const cuuint32_t *box, const cuuint32_t *steps, CUtensorMapInterleave i, CUtensorMapSwizzle s, CUtensorMapL2promotion p, CUtensorMapFloatOOBfill o) {
+  return CUDA_SUCCESS;
+}
 CUresult cuLaunchKernel(CUfunction f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared,
                         CUstream s, void **arguments, void **extra) {
   return launch(f, (dim3){gx, gy, gz}, (dim3){bx, by, bz}, shared) ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
@@ -441,9 +445,8 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t h, cublasLtMatmul
 }
 
 __attribute__((constructor)) static void start(void) {
-  const char *name = getenv("NULL_DEVICE_CARD"), *count = getenv("NULL_DEVICE_COUNT"), *bytes = getenv("NULL_DEVICE_BYTES"), *byte = getenv("NULL_DEVICE_FILL");
+  const char *name = getenv("NULL_DEVICE_CARD"), *count = getenv("NULL_DEVICE_COUNT"), *bytes = getenv("NULL_DEVICE_BYTES");
   if (name && !strcmp(name, "h100")) card = &cards[1];
-  if (byte) fill = atoi(byte);
   if (count) device_count = atoi(count);
   card_bytes = bytes ? strtoull(bytes, NULL, 10) : card->bytes;
   arena = next_address = mmap(NULL, ARENA, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);

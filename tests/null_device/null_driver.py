@@ -5,6 +5,7 @@
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import importlib.util
 import os
@@ -140,14 +141,13 @@ sys.meta_path.insert(0, _AfterTorch())
 '''
 
 
-def environment(*, card: str = "a100", cards: int = 1, memory: float | None = None, fill: int = 0) -> dict[str, str]:
+def environment(*, card: str = "a100", cards: int = 1, memory: float | None = None) -> dict[str, str]:
     """The environment of a process that starts on the null device.
 
     Args:
         card: `a100` or `h100`, both with 80 GB.
         cards: their number.
         memory: GiB of a card instead of its own; a peak of any size is measured on a card that holds it.
-        fill: the byte of which every value that the host reads consists. With 63, losses are finite and steps are applied.
     """
     folder = build()
     values = dict(os.environ) | {
@@ -156,7 +156,6 @@ def environment(*, card: str = "a100", cards: int = 1, memory: float | None = No
         "PYTHONPATH": os.pathsep.join(filter(None, (str(folder), str(ROOT), os.environ.get("PYTHONPATH")))),
         "NULL_DEVICE_CARD": card,
         "NULL_DEVICE_COUNT": str(cards),
-        "NULL_DEVICE_FILL": str(fill),
         "TRITON_LIBCUDA_PATH": str(folder),
         "TRITON_CACHE_DIR": str(folder / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
@@ -193,11 +192,11 @@ class Device:
         self.counters = Counters.in_dll(self._library, "null_counters")
 
     def kernels(self) -> Counter[str]:
-        """Launches since the start, by the kernel's name as the compiler wrote it."""
+        """Launches since the start, by a short name of the kernel; products of cuBLAS are not among them."""
         at, name, count = ctypes.c_long(0), ctypes.c_char_p(), ctypes.c_long()
         found: Counter[str] = Counter()
         while self._library.null_kernel(ctypes.byref(at), ctypes.byref(name), ctypes.byref(count)):
-            found[(name.value or b"?").decode()] += count.value
+            found[short_name((name.value or b"?").decode())] += count.value
         return found
 
     @contextlib.contextmanager
@@ -217,6 +216,26 @@ class Device:
             yield seen
         finally:
             pointer.value = None
+
+
+_GENERIC = re.compile(
+    r"void|bool|at|native|c10|std|cutlass|pytorch_flash|anonymous|namespace|unnamed|type|array|memory|binary_internal|templates|cuda|\d.*"
+    r"|\w*elementwise_kernel|\w*reduce_kernel|gpu_kernel_impl\w*|func_wrapper_t|ReduceOp|multi_tensor_apply_kernel|TensorListMetadata"
+    r"|FusedOptimizerTensorListMetadata|[AB]?UnaryFunctor|BinaryFunctor|float|double|int|long|char|unsigned|BFloat16|Half"
+)
+"""Words that PyTorch's names of kernels have in common."""
+
+
+@functools.cache
+def short_name(mangled: str) -> str:
+    """The telling word of a kernel's name: the function that PyTorch's generic kernels are made for; Triton's without numbers."""
+    if not mangled.startswith("_Z"):
+        return re.sub(r"(_\d+)+$", "", mangled)
+    library = ctypes.CDLL("libstdc++.so.6")
+    library.__cxa_demangle.restype = ctypes.c_char_p
+    name = (library.__cxa_demangle(mangled.encode(), None, None, None) or mangled.encode()).decode()
+    words = re.findall(r"\w+", name)
+    return next((word for word in words if not _GENERIC.fullmatch(word)), words[0])
 
 
 def _place(frame: Any) -> str:
