@@ -25,7 +25,13 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 _LIBRARY = "libcuda.so.1"
-_TORCH_LIBRARIES = ("libc10_cuda.so", "libtorch_cuda.so", "libtorch_cuda_linalg.so", "libtorch_python.so", "libcaffe2_nvrtc.so")
+_TORCH_LIBRARIES = (
+    "libc10_cuda.so",
+    "libtorch_cuda.so",
+    "libtorch_cuda_linalg.so",
+    "libtorch_python.so",
+    "libcaffe2_nvrtc.so",
+)
 _PRODUCT = re.compile("gemm|Gemm|gemv|dot|Dot|trsm|LtMatmul$")
 """Names of the functions of cuBLAS that launch kernels in this project."""
 
@@ -94,7 +100,9 @@ def _compile(folder: Path) -> None:
     torch_folder = _folder("torch")
     assert torch_folder is not None
     libraries = [path for name in _TORCH_LIBRARIES if (path := torch_folder / "lib" / name).is_file()]
-    listed = subprocess.run(["nm", "-D", "--undefined-only", *libraries], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        ["nm", "-D", "--undefined-only", *libraries], capture_output=True, text=True, check=True
+    ).stdout
     wanted = set(re.findall(r" U ((?:__cuda|cuda|cu|cublas)[A-Z]\w*)", listed))
     lines = ["void null_product(void);", "void null_missing(const char *);"]
     for name in sorted(wanted):
@@ -240,7 +248,7 @@ def short_name(mangled: str) -> str:
 
 def _place(frame: Any) -> str:
     """The innermost line of this project on the stack, and the line of a library in which it waits."""
-    while frame is not None and f"{os.sep}torch{os.sep}" in frame.f_code.co_filename:
+    while frame is not None and _is_between(frame.f_code.co_filename):
         frame = frame.f_back
     inner = frame
     while frame is not None and not _is_ours(Path(frame.f_code.co_filename)):
@@ -251,5 +259,9 @@ def _place(frame: Any) -> str:
     return " via ".join(lines) or "?"
 
 
+def _is_between(file: str) -> bool:
+    return f"{os.sep}torch{os.sep}" in file or Path(file).is_relative_to(HERE)
+
+
 def _is_ours(path: Path) -> bool:
-    return path.is_relative_to(ROOT) and ".venv" not in path.parts and not path.is_relative_to(HERE)
+    return path.is_relative_to(ROOT) and ".venv" not in path.parts

@@ -8,6 +8,7 @@ import functools
 import gc
 import io
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -43,7 +44,7 @@ A100: dict[str, Tree] = {
     },
 }
 H100: dict[str, Tree] = {
-    "fp8, compiled": {"kernels": {"fp8": True}, "train": {"compile": True}},
+    "compiled, fp8": {"kernels": {"fp8": True}, "train": {"compile": True}},
 }
 
 
@@ -73,6 +74,7 @@ def train_path(tiny: Path, run_dir: Path, changes: Tree) -> dict[str, Any]:
     return {
         "row": row,
         "resident": resident,
+        "is_expandable": any(segment["is_expandable"] for segment in torch.cuda.memory_snapshot()),
         "kernels": dict(device.kernels() - launched),
         "lines": dict(lines),
         "chosen": str(trainer.kernels),
@@ -93,13 +95,17 @@ def commands(tiny: Path, run_dir: Path) -> dict[str, Any]:
             scfm(["sample", str(run_dir), "--steps", "2", "--prompt", "a handwritten digit one"]),
         ]
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return {"codes": codes, "printed": printed.getvalue()[-3000:], "steps": [row["step"] for row in rows if "loss" in row]}
+    return {
+        "codes": codes,
+        "printed": printed.getvalue()[-3000:],
+        "steps": [row["step"] for row in rows if "loss" in row],
+    }
 
 
 def main() -> None:
     tiny, folder = Path(sys.argv[1]), Path(sys.argv[2])
     trainer_module.Sources = functools.partial(Sources, read_back=read_finite)  # type: ignore[misc]
-    is_h100 = torch.cuda.get_device_capability() == (9, 0)
+    is_h100 = os.environ["NULL_DEVICE_CARD"] == "h100"
     paths: dict[str, Callable[[Path], dict[str, Any]]] = {
         name: lambda run_dir, changes=changes: train_path(tiny, run_dir, changes)  # type: ignore[misc]
         for name, changes in (H100 if is_h100 else A100).items()

@@ -1,7 +1,7 @@
 """Numbers that a change must not worsen: launches, waits, copies, memory, collectives and compiled graphs of each case.
 
-    python tests/null_device/ratchets.py [CASE ...]            measure, and compare with ratchets.json
-    python tests/null_device/ratchets.py --accept [CASE ...]   and write the new numbers into it
+python tests/null_device/ratchets.py [CASE ...]            measure, and compare with ratchets.json
+python tests/null_device/ratchets.py --accept [CASE ...]   and write the new numbers into it
 """
 
 import argparse
@@ -36,7 +36,11 @@ def read() -> dict[str, Any]:
 def numbers(result: dict[str, Any]) -> dict[str, Any]:
     """What is kept of a result."""
     kept = {name: result[name] for name in (*_BYTES, *_COUNTS) if name in result}
-    return kept | ({"collectives": result["collectives"]} if result["collectives"] else {}) | {"kernels": result["kernels"]}
+    return (
+        kept
+        | ({"collectives": result["collectives"]} if result["collectives"] else {})
+        | {"kernels": result["kernels"]}
+    )
 
 
 def worse(result: dict[str, Any], kept: dict[str, Any]) -> list[str]:
