@@ -1,12 +1,10 @@
-"""The steps whose numbers are kept, and one process that measures several of them.
-
-`python tests/null_device/run.py tests/null_device/null_cases.py CASE ...` prints a line of JSON for each.
-"""
+"""The steps whose numbers are kept, and a process that measures several steps."""
 
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,10 @@ class Case:
     recipe: str
     overrides: tuple[str, ...] = ("train.compile=false",)
     world: int = 1
+
+    @property
+    def is_compiled(self) -> bool:
+        return self.world == 1 and "train.compile=false" not in self.overrides
 
 
 CASES = {
@@ -48,37 +50,43 @@ CASES = {
     "flux_dev_full, 8 x 8": Case("flux_dev_full", ("engine.shard=8", "train.global_batch_size=64"), 64),
     "flux_dev_lora, compiled": Case("flux_dev_lora", ()),
 }
-GROUPS = {
-    "one GPU": tuple(name for name, case in CASES.items() if case.world == 1 and "compiled" not in name),
-    "several GPUs": tuple(name for name, case in CASES.items() if case.world > 1),
-    "compiled": ("flux_dev_lora, compiled",),
+GROUPS: dict[str, dict[str, Case]] = {
+    "one GPU": {name: case for name, case in CASES.items() if case.world == 1 and not case.is_compiled},
+    "several GPUs": {name: case for name, case in CASES.items() if case.world > 1},
+    "compiled": {name: case for name, case in CASES.items() if case.is_compiled},
 }
 """Cases that one process measures."""
 
 
-def measure_in_process(names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    """Results by case, measured by a new process on the null device.
+def measure_in_process(cases: Mapping[str, Case]) -> dict[str, dict[str, Any]]:
+    """Results by name, measured by a new process on the null device.
 
     Raises:
         RuntimeError: if it fails, with the end of what it printed.
     """
-    environment = null_driver.environment(cards=8, memory=MEMORY)
+    if not cases:
+        return {}
     done = subprocess.run(
-        [sys.executable, HERE / "null_cases.py", *names], env=environment, capture_output=True, text=True
+        [sys.executable, HERE / "null_cases.py"],
+        input=json.dumps({name: asdict(case) for name, case in cases.items()}),
+        env=null_driver.environment(cards=8, memory=MEMORY),
+        capture_output=True,
+        text=True,
     )
     results = dict(json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
     if done.returncode:
-        raise RuntimeError(f"measured {list(results)} of {list(names)}, then:\n{done.stderr[-4000:]}")
+        raise RuntimeError(f"measured {list(results)} of {list(cases)}, then:\n{done.stderr[-4000:]}")
     return results
 
 
 def main() -> None:
+    """Cases as JSON on standard input; a line of JSON for each on standard output."""
     import null_step
 
-    for name in sys.argv[1:]:
-        case = CASES[name]
-        config = null_step.load(f"{case.recipe}.yaml", list(case.overrides))
-        print(json.dumps([name, null_step.measure(config, world=case.world)]), flush=True)
+    for name, values in json.load(sys.stdin).items():
+        case = Case(**values)
+        result = null_step.measure(null_step.load(case.recipe, case.overrides), world=case.world)
+        print(json.dumps([name, result]), flush=True)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from null_driver import Device
 from null_step import read_finite
 
 from recipes.cli import main as scfm
-from scfm_core.train.parse import parse_config
 from scfm_core.train import trainer as trainer_module
+from scfm_core.train.parse import parse_config
 from scfm_core.train.sources import Sources
 from scfm_core.train.trainer import Trainer
 

@@ -1,14 +1,10 @@
-"""One training step of a recipe at its true size on the null device: the real trainer, without data, weights or a GPU.
+"""One training step of a recipe at its true size on the null device: the real trainer, without data, weights or a GPU."""
 
-`python tests/null_device/run.py tests/null_device/null_step.py RECIPE [KEY=VALUE ...] [--world N]` prints what it needs as JSON.
-"""
-
-import argparse
 import contextlib
 import gc
-import json
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -131,20 +127,6 @@ def _kernels(config: RunConfig, family: ModelFamily, device: torch.device) -> Ke
     return replace(kernels, attention=replace(kernels.attention, backend=backend))
 
 
-def load(recipe: str, overrides: list[str]) -> RunConfig:
-    return load_config(recipe, ["sample.every=0", "sample.teacher_steps=0", *overrides])
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("recipe")
-    parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--world", type=int, default=1)
-    parser.add_argument("--micro-batches", type=int, default=2)
-    options = parser.parse_args()
-    config = load(options.recipe, options.overrides)
-    print(json.dumps(measure(config, world=options.world, micro_batches=options.micro_batches), indent=2))
-
-
-if __name__ == "__main__":
-    main()
+def load(recipe: str, overrides: Iterable[str]) -> RunConfig:
+    """A shipped recipe without validation grids."""
+    return load_config(f"{recipe}.yaml", ["sample.every=0", "sample.teacher_steps=0", *overrides])

@@ -108,7 +108,8 @@ def main() -> None:
     kept = read()["cases"] if FILE.exists() else {}
     is_worse = False
     for group in null_cases.GROUPS.values():
-        for name, result in null_cases.measure_in_process(tuple(name for name in group if name in names)).items():
+        chosen = {name: case for name, case in group.items() if name in names}
+        for name, result in null_cases.measure_in_process(chosen).items():
             found = worse(result, kept[name]) if name in kept else ["new"]
             is_worse |= bool(found)
             print("\n  ".join([f"{name}: {'no worse' if not found else ''}", *found]), flush=True)
