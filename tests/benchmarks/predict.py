@@ -19,6 +19,7 @@ from typing import Any
 
 import tables
 import torch
+from peak import RUNS, load
 from setting import Setting
 from step_arms import AUTOMODEL_BATCH, automodel, ours, reference, tuned_reference
 
@@ -26,6 +27,7 @@ from scfm_core.train import trace_mode
 from scfm_core.train.roofline import CARDS, roofline
 from scfm_core.train.trace_device import GpuFunctions, as_gpu
 from scfm_core.train.trace_mode import Operation, Recorder
+from scfm_core.train.trace_step import trace_step
 
 META = torch.device("meta")
 PARTS = {
@@ -128,6 +130,17 @@ def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (row["card"], row["arm"] == "reference: automodel", row["batch"]))
 
 
+def traced_peaks(path: Path) -> None:
+    """Peaks of the runs of peak.py, as the dry run traces them."""
+    rows: list[dict[str, Any]] = []
+    for name in RUNS:
+        traced = trace_step(load(name, compiled=True))
+        rows.append({"run": name, "traced_GiB": traced.peak / 2**30, "reserved_GiB": traced.reserved / 2**30})
+        columns = {"run": "", "traced_GiB": ".2f", "reserved_GiB": ".2f"}
+        tables.save(path, {"title": "peaks, traced", "machine": "no GPU", "columns": columns, "rows": rows})
+    print(tables.text(rows, columns), flush=True)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", default="4,8")
@@ -152,7 +165,8 @@ def main(argv: list[str] | None = None) -> None:
             rows += rows_of(name, trace(name, batch), cards)
             print(f"{name}, batch {rows[-1]['batch']}: {time.process_time() - began:.0f} s of the CPU", flush=True)
             save()
-    print(f"{title}\n{tables.text(with_ratios(rows), COLUMNS)}")
+    print(f"{title}\n{tables.text(with_ratios(rows), COLUMNS)}", flush=True)
+    traced_peaks(options.json.with_name("predict_peak.json"))
 
 
 if __name__ == "__main__":
