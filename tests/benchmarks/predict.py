@@ -23,19 +23,20 @@ from peak import RUNS, load
 from setting import Setting
 from step_arms import AUTOMODEL_BATCH, automodel, ours, reference, tuned_reference
 
-from scfm_core.train import trace_mode
+from scfm_core.train import trace_ops
 from scfm_core.train.roofline import CARDS, roofline
 from scfm_core.train.trace_device import GpuFunctions, as_gpu
-from scfm_core.train.trace_mode import Operation, Recorder
+from scfm_core.train.trace_mode import Recorder
+from scfm_core.train.trace_ops import Operation
 from scfm_core.train.trace_step import trace_step
 
 META = torch.device("meta")
 PARTS = {
-    "base": (trace_mode.BASE,),
-    "adapters": (trace_mode.ADAPTER,),
-    "attention": (trace_mode.ATTENTION,),
-    "elementwise": (trace_mode.FUSED, trace_mode.ELEMENTWISE, trace_mode.COMPILED, trace_mode.SHARDING),
-    "optimizer": (trace_mode.OPTIMIZER,),
+    "base": (trace_ops.BASE,),
+    "adapters": (trace_ops.ADAPTER,),
+    "attention": (trace_ops.ATTENTION,),
+    "elementwise": (trace_ops.FUSED, trace_ops.ELEMENTWISE, trace_ops.COMPILED, trace_ops.SHARDING),
+    "optimizer": (trace_ops.OPTIMIZER,),
 }
 COLUMNS = {
     "card": "", "arm": "", "batch": "d", **dict.fromkeys(PARTS, ".0f"), "total": ".0f", "70/85": ".0f", "samples_per_s": ".2f",
@@ -77,7 +78,7 @@ def trace(name: str, batch: int, *, tiny: bool = False) -> Traced:
     """One step of an arm, after a first one."""
     make, compiled = ARMS[name]
     recorder = Recorder(rank=4 if tiny else 64, compiled=compiled)
-    with as_gpu(recorder.memory) as functions, recorder:
+    with as_gpu(recorder) as functions, recorder:
         setting = Setting(AUTOMODEL_BATCH if name.endswith("automodel") else batch, device=META, tiny=tiny)
         setting.phase = partial(_phase, recorder, functions, name in ("reference", "reference: tuned") and not tiny)
         arm = make(setting)
