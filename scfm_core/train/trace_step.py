@@ -94,7 +94,7 @@ def trace_step(config: RunConfig, *, world: int = 1, micro_batches: int = 2) -> 
     recorder = Recorder(rank=config.lora.rank if is_lora else 0, compiled=config.train.compile)
     memory = recorder.memory
     with fake_world(world) as processes, as_gpu(recorder) as functions, recorder:
-        memory.part = "base"
+        memory.part = "inputs and targets"
         trainer = Trainer(variant, world=processes, sources=_sources(variant))
         _label(trainer, recorder)
         shape = micro_batches_of(config, world)
