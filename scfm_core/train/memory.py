@@ -5,10 +5,15 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from scfm_core.filling import materialise
 from scfm_core.models.adapters import LoRALinear, is_for_fp8
+from scfm_core.models.offload import spread
 from scfm_core.models.protocol import ModelFamily
+from scfm_core.models.quantised import quantise_linears
 from scfm_core.models.tensor_files import CHUNK
+from scfm_core.train.activations import activations_of
 from scfm_core.train.config import RunConfig
+from scfm_core.train.device import compute_dtype
 from scfm_core.train.from_cache import is_without_text
 from scfm_core.train.rules import micro_batches
 
@@ -58,13 +63,12 @@ def estimate_memory(
     rows: Mapping[str, int],
     base: int,
     trained: int,
-    tokens: int,
     world: int,
     a_node: int = 1,
 ) -> Memory:
     """Bytes of one GPU out of `world`, and of a node of `a_node` of them.
 
-    Weights, gradients and optimizer are exact up to padding; activations and gathered weights are rough estimates.
+    Weights, gradients and optimizer are exact up to padding. Activations are measured on a few blocks: see `activations_of`.
 
     Args:
         config: the run.
@@ -73,7 +77,6 @@ def estimate_memory(
         rows: input rows of each linear for one sample, by name.
         base: number of parameters of the pre-trained network.
         trained: number of trained parameters.
-        tokens: image and text tokens of a sample.
         world: number of processes.
         a_node: number of processes of one node.
     """
@@ -82,8 +85,10 @@ def estimate_memory(
     zero = engine.name == "deepspeed"
     has_teacher = lora or config.method.has_teacher
     weights = {
-        "frozen base" if lora else "teacher": base * width * has_teacher / share.weights,
-        "fp8 copies of it": _fp8_copies(network, rows) * config.kernels.fp8,
+        "frozen base" if lora else "teacher": (_base_bytes(config, family, base, width) if lora else base * width)
+        * has_teacher
+        / share.weights,
+        "fp8 copies of it": _fp8_copies(network, rows) * (config.kernels.fp8 and config.model.base != "float8"),
         "student (fp32)": 4 * trained / share.weights,
         "EMAs, fast and slow (fp32)": 8 * trained / share.weights,
     }
@@ -93,12 +98,14 @@ def estimate_memory(
         "gradients (fp32)": 4 * trained / share.gradients,
         "Adam (fp32)": 8 * trained / share.optimizer,
     }
+    activations, size = activations_of(config, family), micro_batches(config, world).size
     working = {
+        "adapter in the compute dtype": 2.0 * trained * (lora and width == 2 and share.weights == 1),
         "encoders (on the fly)": float(family.encoder_bytes * needs_encoders(config)),
-        "gathered weights (a guess)": _gathered(config, family, network, share, width),
+        **_gathered(config, family, network, share, width),
         "reduce bucket (fp32)": 4 * min(REDUCE_BUCKET, trained) * zero,
-        "activations (a guess)": micro_batches(config, world).size
-        * _activations(config, family, network, tokens, width),
+        "saved activations": size * activations.saved,
+        "temporaries of a pass": size * activations.temporary,
     }
     offloaded: dict[str, float] = {}
     if engine.cpu_offload:
@@ -135,22 +142,36 @@ def _of_a_node(
     }
 
 
-def _gathered(config: RunConfig, family: ModelFamily, network: nn.Module, share: Shares, width: int) -> float:
-    """Unsharded weights during a pass. With FSDP2: a block, the next block, and the weights outside of blocks."""
+def _base_bytes(config: RunConfig, family: ModelFamily, base: int, width: int) -> float:
+    """Bytes of the frozen network on a GPU that has all of it: packed, and without the blocks in host memory."""
+    if config.model.base == "bfloat16" and not config.model.offload_blocks:
+        return float(base * width)
+    network = family.empty_network(compute_dtype(config))
+    blocks = family.blocks(network)
+    quantise_linears(network, blocks, config.model.base)
+    materialise(network, "meta", lambda name, part, start: None)
+    sizes = [_nbytes(block) for block in spread(blocks, config.model.offload_blocks)]
+    return _nbytes(network) - sum(sizes) + 2 * max(sizes, default=0.0)
+
+
+def _nbytes(network: nn.Module) -> float:
+    return float(sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers())))
+
+
+def _gathered(
+    config: RunConfig, family: ModelFamily, network: nn.Module, share: Shares, width: int
+) -> dict[str, float]:
+    """What sharding needs during a pass. With FSDP2: the weights of a block, of the next block, and outside of blocks; a block's
+    gradients, and their sum over the processes in fp32."""
     if share.weights == 1:
-        return 0.0
+        return {}
     total = sum(p.numel() for p in network.parameters())
     if config.engine.name == "deepspeed":
-        return float(width * min(LIVE_PARAMETERS, total))
-    blocks = [sum(p.numel() for p in block.parameters()) for block in family.blocks(network)]
-    return float(width * (total - sum(blocks) + 2 * max(blocks)))
-
-
-def _activations(config: RunConfig, family: ModelFamily, network: nn.Module, tokens: int, width: int) -> float:
-    """Bytes that one sample saves for the backward pass."""
-    blocks = len(family.blocks(network))
-    # Saved for the backward pass, per token and block, in units of D elements: block input, norm outputs, q, k, v, the
-    # attention's output, the feed-forward's hidden activations and the gated residuals; without compilation.
-    mode = config.train.activation_checkpointing
-    saved = {"none": 34, "selective": 16, "full": 1}[mode] * blocks + (34 if mode == "full" else 0)
-    return float(tokens * family.width * saved * width)
+        return {"gathered weights": float(width * min(LIVE_PARAMETERS, total))}
+    blocks = family.blocks(network)
+    sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
+    trained = max(sum(p.numel() for p in block.parameters() if p.requires_grad) for block in blocks)
+    return {
+        "gathered weights": float(width * (total - sum(sizes) + 2 * max(sizes))),
+        "gradients of a block, and their sum (fp32)": float((width + 4) * trained),
+    }

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import flop_registry
 
 BASE, ADAPTER, ATTENTION = "base GEMM", "adapter GEMM", "attention"
 FUSED, ELEMENTWISE, COMPILED = "fused kernels", "elementwise", "elementwise, compiled"
-OPTIMIZER, SHARDING = "optimizer, EMA", "copies of shards"
+OPTIMIZER, SHARDING = "optimizer, EMA", "copies of weights"
 GROUPS = (BASE, ADAPTER, ATTENTION, FUSED, ELEMENTWISE, COMPILED, OPTIMIZER, SHARDING)
 """The groups of operators."""
 
