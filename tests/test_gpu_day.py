@@ -143,7 +143,9 @@ def test_predicted_step():
     from scfm_core.train.trace import trace_forward
 
     setting = Setting(2, tiny=True)
-    forward = trace_forward(setting.family, setting.family.meta_network(), setting.latents.shape[1:], setting.text_length)
+    forward = trace_forward(
+        setting.family, setting.family.meta_network(), setting.latents.shape[1:], setting.text_length
+    )
     passes, rows = {}, []
     for name in ("reference", "reference: tuned", "reference: automodel", "ours"):
         traced = predict.trace(name, 2, tiny=True)
