@@ -114,19 +114,12 @@ def build_model(
             shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
             start, pretrained = (fill, fill) if fill else _weights(config, family, network, stack, has_teacher)
             adapted = _adapted(config, family, network) if is_lora else None
-            base = config.model.base if layout is not None else config.sample.base
             if adapted is not None:
+                base = config.model.base if layout is not None else config.sample.base
                 quantise_linears(network, family.blocks(network), base)
         if adapted is not None:
-            offloaded = spread(family.blocks(network), config.model.offload_blocks) if layout is not None else []
-            fill_on_host(offloaded)
-            prepare(network, True, fill or adapted.bank.filling(start))
-            if layout is None or not layout.is_sharded:
-                adapted.bank.keep_copies()
-            if offloaded:
-                Offload(offloaded, device)
-            if config.kernels.fp8 and layout is not None:
-                adapted.bank.quantise(_traced_rows(config, family))
+            with_initial = fill or adapted.bank.filling(start)
+            _fill_adapted(config, adapted, layout, device, lambda: prepare(network, True, with_initial))
             return adapted
         networks = {}
         roles = ADAPTERS if layout is not None else (config.sample.weights,)
@@ -140,6 +133,31 @@ def build_model(
             networks["teacher"] = family.empty_network(dtype)
             prepare(networks["teacher"], False, pretrained)
     return FullModel(family, networks, shapes, dtype)
+
+
+def _fill_adapted(
+    config: RunConfig, adapted: LoRAModel, layout: Layout | None, device: torch.device, prepare: Callable[[], None]
+) -> None:
+    """Fill the network of a run with adapters, and make what it needs beside its weights.
+
+    Args:
+        config: the run.
+        adapted: its network has no weights yet.
+        layout: None for sampling.
+        device: of the network.
+        prepare: fills the network.
+    """
+    is_training = layout is not None
+    blocks = adapted.family.blocks(adapted.bank.network)
+    offloaded = spread(blocks, config.model.offload_blocks) if is_training else []
+    fill_on_host(offloaded)
+    prepare()
+    if layout is None or not layout.is_sharded:
+        adapted.bank.keep_copies()
+    if offloaded:
+        Offload(offloaded, device)
+    if config.kernels.fp8 and is_training:
+        adapted.bank.quantise(_traced_rows(config, adapted.family))
 
 
 def _weights(
