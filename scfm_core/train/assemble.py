@@ -113,20 +113,14 @@ def build_model(
             network = family.empty_network(dtype if is_lora or layout is None else torch.float32)
             shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
             start, pretrained = (fill, fill) if fill else _weights(config, family, network, stack, has_teacher)
-            adapted = _adapted(config, family, network) if is_lora else None
-            base = config.model.base if layout is not None else config.sample.base
-            if adapted is not None:
-                quantise_linears(network, family.blocks(network), base)
+            adapted = _adapted(config, family, network, layout) if is_lora else None
         if adapted is not None:
             offloaded = spread(family.blocks(network), config.model.offload_blocks) if layout is not None else []
             fill_on_host(offloaded)
             prepare(network, True, fill or adapted.bank.filling(start))
-            if layout is None or not layout.is_sharded:
-                adapted.bank.keep_copies()
             if offloaded:
                 Offload(offloaded, device)
-            if config.kernels.fp8 and layout is not None:
-                adapted.bank.quantise(_traced_rows(config, family))
+            _after_filling(config, family, adapted, layout)
             return adapted
         networks = {}
         roles = ADAPTERS if layout is not None else (config.sample.weights,)
@@ -140,6 +134,14 @@ def build_model(
             networks["teacher"] = family.empty_network(dtype)
             prepare(networks["teacher"], False, pretrained)
     return FullModel(family, networks, shapes, dtype)
+
+
+def _after_filling(config: RunConfig, family: ModelFamily, adapted: LoRAModel, layout: Layout | None) -> None:
+    """What needs the weights' values or their device."""
+    if layout is None or not layout.is_sharded:
+        adapted.bank.keep_copies()
+    if config.kernels.fp8 and layout is not None:
+        adapted.bank.quantise(_traced_rows(config, family))
 
 
 def _weights(
@@ -164,11 +166,14 @@ def _traced_rows(config: RunConfig, family: ModelFamily) -> dict[str, int]:
     return forward_of(family, family.latent_shape(*config.data.resolution), config.model.text_length).rows
 
 
-def _adapted(config: RunConfig, family: ModelFamily, network: nn.Module) -> LoRAModel:
+def _adapted(config: RunConfig, family: ModelFamily, network: nn.Module, layout: Layout | None) -> LoRAModel:
     try:
-        return LoRAModel(family, network, config.lora, config.run.seed)
+        adapted = LoRAModel(family, network, config.lora, config.run.seed)
     except ValueError as error:
         raise UserError(str(error)) from error
+    base = config.model.base if layout is not None else config.sample.base
+    quantise_linears(network, family.blocks(network), base)
+    return adapted
 
 
 def _preparation(

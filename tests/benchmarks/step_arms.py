@@ -91,7 +91,9 @@ def ours(
     set_activation_checkpointing(blocks, checkpointing)
     if compiled:
         compile_blocks(blocks)
-    if prepare is not None:
+    if prepare is None:
+        model.bank.keep_copies()
+    else:
         prepare(network)
     engine = make_engine(setting, model.parameters, model.networks)
     emas = DualEMA(*(engine.ema_tensors(role) for role in ("student", "ema_fast", "ema_slow")))
