@@ -30,7 +30,7 @@ def test_parts_have_limits_and_results_are_kept(tmp_path):
     # `slow` writes its table, starts a child and never ends.
     slow = f"{written}; sleep 1000 & echo $! > {tmp_path / 'child'}; wait"
     parts = [
-        Part(name="beside", command=("-c", slow.replace("child", "other")), limit=50, beside=True),
+        Part(name="beside", command=("-c", slow.replace("child", "other")), limit=50, on_cpu=True),
         Part(name="slow", command=("-c", slow), limit=1.0),
         Part(name="broken", command=("-c", "echo no such kernel; exit 3"), limit=50),
         Part(name="quick", command=("-c", written), limit=50),
@@ -133,3 +133,34 @@ def test_each_part_is_there(null):
         assert words[0] == "-m" or (gpu_day.ROOT / words[0]).is_file(), words
         assert not any("{" in word for word in words)
     assert all((gpu_day.ROOT / name).exists() for name in gpu_day.CUDA_TESTS)
+
+
+def test_predicted_step():
+    """Products with the base, in forward passes: near, far, student and the input gradients; a recomputed forward; two of an ordinary LoRA."""
+    import predict
+    from setting import Setting
+
+    from scfm_core.train.trace import trace_forward
+
+    setting = Setting(2, tiny=True)
+    forward = trace_forward(
+        setting.family, setting.family.meta_network(), setting.latents.shape[1:], setting.text_length
+    )
+    passes, rows = {}, []
+    for name in ("reference", "reference: tuned", "reference: automodel", "ours"):
+        traced = predict.trace(name, 2, tiny=True)
+        assert traced.batch == (6 if name == "reference: automodel" else 2)
+        base = sum(operation.flops for operation in traced.operators if operation.group == "base GEMM")
+        passes[name] = base / (traced.batch * forward.linear)
+        rows += predict.rows_of(name, traced, ["A100 80 GB", "H100"])
+    # The first linears get no input gradient, and only blocks are recomputed.
+    assert passes["reference"] == pytest.approx(5, rel=0.05)
+    assert passes["reference: tuned"] == passes["ours"] == pytest.approx(4, rel=0.05)
+    assert passes["reference: automodel"] == pytest.approx(2, rel=0.05)
+    rows = predict.with_ratios(rows)
+    for row in rows:
+        assert row["total"] == pytest.approx(sum(row[part] for part in predict.PARTS))
+        assert row["total"] < row["70/85"] < row["total"] / 0.7
+        tuned = next(other for other in rows if (other["card"], other["arm"]) == (row["card"], "reference: tuned"))
+        if row["batch"] == 2:
+            assert row["x_tuned"] == pytest.approx(tuned["70/85"] / row["70/85"])

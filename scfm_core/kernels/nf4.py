@@ -5,6 +5,7 @@ Packed weights are those of bitsandbytes, bit for bit. The package itself is not
 import it and with it all of inductor, 0.8 s at every start; and its kernel for CPUs is wrong for some sizes of rows (version 0.50.2).
 """
 
+import functools
 import importlib.util
 
 import torch
@@ -22,8 +23,9 @@ _LEVELS = (
 )  # fmt: skip
 
 
+@functools.cache
 def levels(device: torch.device) -> Tensor:
-    """The 16 values, fp32, ascending."""
+    """The 16 values, fp32, ascending. Made once: a copy of numbers of the host to a GPU waits for the GPU's queue."""
     return torch.tensor(_LEVELS, device=device)
 
 

@@ -90,7 +90,7 @@ def estimate(config: RunConfig, family: ModelFamily, world: int = 1) -> Estimate
 
     def memory_of(variant: RunConfig, processes: int = world) -> Memory:
         a_node = processes_a_node(processes)
-        return estimate_memory(variant, family, network, forward.rows, base, trained, tokens, processes, a_node)
+        return estimate_memory(variant, family, network, forward.rows, base, trained, processes, a_node)
 
     def gpu_bytes(variant: RunConfig, processes: int = world) -> float:
         return sum(memory_of(variant, processes).gpu.values())

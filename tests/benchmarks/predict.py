@@ -19,21 +19,24 @@ from typing import Any
 
 import tables
 import torch
+from peak import RUNS, load
 from setting import Setting
 from step_arms import AUTOMODEL_BATCH, automodel, ours, reference, tuned_reference
 
-from scfm_core.train import trace_mode
+from scfm_core.train import trace_ops
 from scfm_core.train.roofline import CARDS, roofline
 from scfm_core.train.trace_device import GpuFunctions, as_gpu
-from scfm_core.train.trace_mode import Operation, Recorder
+from scfm_core.train.trace_mode import Recorder
+from scfm_core.train.trace_ops import Operation
+from scfm_core.train.trace_step import trace_step
 
 META = torch.device("meta")
 PARTS = {
-    "base": (trace_mode.BASE,),
-    "adapters": (trace_mode.ADAPTER,),
-    "attention": (trace_mode.ATTENTION,),
-    "elementwise": (trace_mode.FUSED, trace_mode.ELEMENTWISE, trace_mode.COMPILED, trace_mode.SHARDING),
-    "optimizer": (trace_mode.OPTIMIZER,),
+    "base": (trace_ops.BASE,),
+    "adapters": (trace_ops.ADAPTER,),
+    "attention": (trace_ops.ATTENTION,),
+    "elementwise": (trace_ops.FUSED, trace_ops.ELEMENTWISE, trace_ops.COMPILED, trace_ops.SHARDING),
+    "optimizer": (trace_ops.OPTIMIZER,),
 }
 COLUMNS = {
     "card": "", "arm": "", "batch": "d", **dict.fromkeys(PARTS, ".0f"), "total": ".0f", "70/85": ".0f", "samples_per_s": ".2f",
@@ -75,7 +78,7 @@ def trace(name: str, batch: int, *, tiny: bool = False) -> Traced:
     """One step of an arm, after a first one."""
     make, compiled = ARMS[name]
     recorder = Recorder(rank=4 if tiny else 64, compiled=compiled)
-    with as_gpu(recorder.memory) as functions, recorder:
+    with as_gpu(recorder) as functions, recorder:
         setting = Setting(AUTOMODEL_BATCH if name.endswith("automodel") else batch, device=META, tiny=tiny)
         setting.phase = partial(_phase, recorder, functions, name in ("reference", "reference: tuned") and not tiny)
         arm = make(setting)
@@ -128,6 +131,17 @@ def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (row["card"], row["arm"] == "reference: automodel", row["batch"]))
 
 
+def traced_peaks(path: Path) -> None:
+    """Peaks of the runs of peak.py, as the dry run traces them."""
+    rows: list[dict[str, Any]] = []
+    for name in RUNS:
+        traced = trace_step(load(name, compiled=True))
+        rows.append({"run": name, "traced_GiB": traced.peak / 2**30, "reserved_GiB": traced.reserved / 2**30})
+        columns = {"run": "", "traced_GiB": ".2f", "reserved_GiB": ".2f"}
+        tables.save(path, {"title": "peaks, traced", "machine": "no GPU", "columns": columns, "rows": rows})
+    print(tables.text(rows, columns), flush=True)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", default="4,8")
@@ -152,7 +166,8 @@ def main(argv: list[str] | None = None) -> None:
             rows += rows_of(name, trace(name, batch), cards)
             print(f"{name}, batch {rows[-1]['batch']}: {time.process_time() - began:.0f} s of the CPU", flush=True)
             save()
-    print(f"{title}\n{tables.text(with_ratios(rows), COLUMNS)}")
+    print(f"{title}\n{tables.text(with_ratios(rows), COLUMNS)}", flush=True)
+    traced_peaks(options.json.with_name("predict_peak.json"))
 
 
 if __name__ == "__main__":
