@@ -113,13 +113,14 @@ def build_model(
             network = family.empty_network(dtype if is_lora or layout is None else torch.float32)
             shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
             start, pretrained = (fill, fill) if fill else _weights(config, family, network, stack, has_teacher)
-            adapted = _adapted(config, family, network) if is_lora else None
-            if adapted is not None:
-                base = config.model.base if layout is not None else config.sample.base
-                quantise_linears(network, family.blocks(network), base)
+            adapted = _adapted(config, family, network, layout) if is_lora else None
         if adapted is not None:
-            with_initial = fill or adapted.bank.filling(start)
-            _fill_adapted(config, adapted, layout, device, lambda: prepare(network, True, with_initial))
+            offloaded = spread(family.blocks(network), config.model.offload_blocks) if layout is not None else []
+            fill_on_host(offloaded)
+            prepare(network, True, fill or adapted.bank.filling(start))
+            if offloaded:
+                Offload(offloaded, device)
+            _after_filling(config, family, adapted, layout)
             return adapted
         networks = {}
         roles = ADAPTERS if layout is not None else (config.sample.weights,)
@@ -135,29 +136,12 @@ def build_model(
     return FullModel(family, networks, shapes, dtype)
 
 
-def _fill_adapted(
-    config: RunConfig, adapted: LoRAModel, layout: Layout | None, device: torch.device, prepare: Callable[[], None]
-) -> None:
-    """Fill the network of a run with adapters, and make what it needs beside its weights.
-
-    Args:
-        config: the run.
-        adapted: its network has no weights yet.
-        layout: None for sampling.
-        device: of the network.
-        prepare: fills the network.
-    """
-    is_training = layout is not None
-    blocks = adapted.family.blocks(adapted.bank.network)
-    offloaded = spread(blocks, config.model.offload_blocks) if is_training else []
-    fill_on_host(offloaded)
-    prepare()
+def _after_filling(config: RunConfig, family: ModelFamily, adapted: LoRAModel, layout: Layout | None) -> None:
+    """What needs the weights' values or their device."""
     if layout is None or not layout.is_sharded:
         adapted.bank.keep_copies()
-    if offloaded:
-        Offload(offloaded, device)
-    if config.kernels.fp8 and is_training:
-        adapted.bank.quantise(_traced_rows(config, adapted.family))
+    if config.kernels.fp8 and layout is not None:
+        adapted.bank.quantise(_traced_rows(config, family))
 
 
 def _weights(
@@ -182,11 +166,14 @@ def _traced_rows(config: RunConfig, family: ModelFamily) -> dict[str, int]:
     return forward_of(family, family.latent_shape(*config.data.resolution), config.model.text_length).rows
 
 
-def _adapted(config: RunConfig, family: ModelFamily, network: nn.Module) -> LoRAModel:
+def _adapted(config: RunConfig, family: ModelFamily, network: nn.Module, layout: Layout | None) -> LoRAModel:
     try:
-        return LoRAModel(family, network, config.lora, config.run.seed)
+        adapted = LoRAModel(family, network, config.lora, config.run.seed)
     except ValueError as error:
         raise UserError(str(error)) from error
+    base = config.model.base if layout is not None else config.sample.base
+    quantise_linears(network, family.blocks(network), base)
+    return adapted
 
 
 def _preparation(
