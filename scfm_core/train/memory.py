@@ -119,7 +119,7 @@ def estimate_memory(
 def _fp8_copies(network: nn.Module, rows: Mapping[str, int]) -> float:
     return float(
         sum(
-            layer.base_layer.weight.numel()
+            layer.base_layer.in_features * layer.base_layer.out_features
             for name, layer in network.named_modules()
             if isinstance(layer, LoRALinear) and is_for_fp8(layer, rows.get(name, 0))
         )

@@ -16,6 +16,9 @@ OPTIMIZER, SHARDING = "optimizer, EMA", "copies of weights"
 GROUPS = (BASE, ADAPTER, ATTENTION, FUSED, ELEMENTWISE, COMPILED, OPTIMIZER, SHARDING)
 """The groups of operators."""
 
+PASSES, UPDATES = ("near", "far", "student", "backward"), ("reduce", "adam", "ema")
+"""Phases of a micro-batch, and those after the last one."""
+
 _PRODUCTS = {
     "aten::mm",
     "aten::addmm",
@@ -54,7 +57,7 @@ class Operation:
     op: str
     """Name of the operator, as `aten::mm`; of a Triton kernel, `triton::` and its name."""
     calls: int
-    launches: int
+    launches: float
     """Kernels, estimated: one a call, but for operators on lists of tensors and the backward of attention."""
     bytes: float
     """Read and written."""

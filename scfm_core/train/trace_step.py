@@ -60,7 +60,7 @@ class Traced:
     @property
     def launches(self) -> int:
         """Kernels of the step, estimated."""
-        return sum(operation.launches for operation in self.operators)
+        return round(sum(operation.launches for operation in self.operators))
 
 
 def why_not_traced(config: RunConfig) -> str | None:
