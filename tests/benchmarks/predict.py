@@ -77,7 +77,7 @@ class Traced:
 def trace(name: str, batch: int, *, tiny: bool = False) -> Traced:
     """One step of an arm, after a first one."""
     make, compiled = ARMS[name]
-    recorder = Recorder(rank=4 if tiny else 64, compiled=compiled)
+    recorder = Recorder(rank=0 if tiny else 64, compiled=compiled)  # tiny layers are as narrow as a rank
     with as_gpu(recorder) as functions, recorder:
         setting = Setting(AUTOMODEL_BATCH if name.endswith("automodel") else batch, device=META, tiny=tiny)
         setting.phase = partial(_phase, recorder, functions, name in ("reference", "reference: tuned") and not tiny)
