@@ -230,7 +230,14 @@ def test_guided_paths_in_one_pass(make_sd3, folder, tmp_path):
 @pytest.mark.parametrize("weights", ["lora", "full"])
 def test_one_pass_learns_the_guidance_of_two(make_sd3, folder, tmp_path, weights):
     """The merged model is a one-pass model, and makes in diffusers the images that `scfm sample` makes."""
-    changes = {**STAGE_1, "method.flow_fraction": 1.0, "train.weights": weights, "train.steps": 40, "lora.rank": 16}
+    changes = {
+        **STAGE_1,
+        "method.flow_fraction": 1.0,
+        "train.weights": weights,
+        "train.steps": 40,
+        "lora.rank": 16,
+        "checkpoint.every": 40,
+    }
     rate = {"train.lr": 5e-3 if weights == "lora" else 1e-3, "lora.alpha": 16.0, "sample.guidance": 4.0}
     first = make_sd3({**changes, **rate, "run.dir": str(tmp_path / "guidance")})
     trainer = Trainer(first)
