@@ -130,7 +130,7 @@ def test_each_part_is_there(null):
     assert len({part.name for part in parts}) == len(parts)
     for part in parts:
         words = [word.format(json="out.json", seconds="60") for word in part.command]
-        assert words[0] == "-m" or (gpu_day.ROOT / words[0]).is_file(), words
+        assert (gpu_day.ROOT / words[0]).is_file(), words
         assert not any("{" in word for word in words)
     assert all((gpu_day.ROOT / name).exists() for name in gpu_day.CUDA_TESTS)
 
@@ -154,7 +154,7 @@ def test_predicted_step():
         passes[name] = attention / (traced.batch * forward.attention)
         for row in predict.rows_of(name, traced, ["A100 80 GB", "H100"]):
             assert row["total"] == pytest.approx(sum(row[part] for part in predict.PARTS))
-            assert 0 < row["total"] < row["70/85"]
+            assert 0 < row["total"] <= row["70/85"]  # a tiny kernel takes as long as its launch
             assert row["samples_per_s"] == pytest.approx(1e3 * traced.batch / row["70/85"])
     assert passes == pytest.approx({"reference: automodel": 1 + 2, "ours": 3 + 2})
 

@@ -4,8 +4,8 @@
 
 No GPU is needed, and nothing is computed. Times are milliseconds of one step at the peaks of the data sheets; `70/85` is the total with
 products and attention at 70 % of the peak and everything else at 85 % of the bandwidth, as assumed in train/roofline.py; the ratios are of
-these, in samples/s. Elementwise operators of compiled arms are a model of what `torch.compile` fuses (train/trace_mode.py), in all arms the
-same. `automodel` has its own batch and other passes: see step_arms.py.
+these, in samples/s. Elementwise operators of a compiled arm are those that compiled_traffic.py counted, or else a model of what
+`torch.compile` fuses (train/trace_mode.py); `counted` says which. `automodel` has its own batch and other passes: see step_arms.py.
 """
 
 import argparse
@@ -40,8 +40,9 @@ PARTS = {
 }
 COLUMNS = {
     "card": "", "arm": "", "batch": "d", **dict.fromkeys(PARTS, ".0f"), "total": ".0f", "70/85": ".0f", "samples_per_s": ".2f",
-    "x_reference": ".2f", "x_tuned": ".2f", "TFLOP": ".0f", "launches": "d", "peak_GiB": ".1f",
+    "x_reference": ".2f", "x_tuned": ".2f", "TFLOP": ".0f", "launches": "d", "peak_GiB": ".1f", "counted": "",
 }  # fmt: skip
+COMPILED_TRAFFIC = Path(__file__).with_name("compiled_traffic.json")
 BACKEND = "flash"
 """What attention saves does not depend on the backend."""
 TRITON = {"backend": BACKEND, "fused": "triton", "compiled": False}
@@ -64,6 +65,8 @@ class Traced:
     peak: int
     """Bytes of all tensors at the peak."""
     batch: int
+    is_counted: bool
+    """Whether the compiled kernels are those of the compiler."""
 
     @property
     def flops(self) -> float:
@@ -87,7 +90,13 @@ def trace(name: str, batch: int, *, tiny: bool = False) -> Traced:
         recorder.is_on = True
         arm()
         recorder.is_on = False
-        return Traced(recorder.operators(), recorder.memory.peak, setting.batch)
+        operators = recorder.operators()
+    known = tables.load(COMPILED_TRAFFIC).get(name) if compiled and not tiny and COMPILED_TRAFFIC.is_file() else None
+    if known is not None:
+        operators = [operation for operation in operators if operation.group != trace_ops.COMPILED]
+        launches, size = known["launches"], known["bytes"] * setting.batch / known["batch"]
+        operators.append(Operation("passes", trace_ops.COMPILED, "inductor", launches, launches, size, 0.0))
+    return Traced(operators, recorder.memory.peak, setting.batch, known is not None)
 
 
 @contextlib.contextmanager
@@ -116,6 +125,7 @@ def rows_of(name: str, traced: Traced, cards: list[str]) -> list[dict[str, Any]]
                 "TFLOP": traced.flops / 1e12,
                 "launches": traced.launches,
                 "peak_GiB": traced.peak / 2**30,
+                "counted": "yes" if traced.is_counted else "",
             }
         )
     return found
