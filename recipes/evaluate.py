@@ -299,7 +299,7 @@ class Evaluator:
     def _generate(self, role: str, steps: int, at: int, first: int = 0) -> Tensor:
         rows = self.rows[at : at + self.size]
         seeds = [self.config.sample.seed + first + at + i for i in range(len(rows))]
-        return generate(self.config, self.model, role, self.vae, self.cond[rows].to(self.device), seeds, steps)
+        return generate(self.config, self.model, role, self.vae, self.cond[rows.tolist()].to(self.device), seeds, steps)
 
     def _encode(self, text: TextEncoders, prompts: list[str]) -> Conditioning:
         guidance = self.config.sample.guidance

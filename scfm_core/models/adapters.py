@@ -48,13 +48,15 @@ class LoRAConfig:
 class AdapterSelection:
     """The adapter and the strength of the next forward; all layers of a bank share one object.
 
-    It must not change before the backward of that forward is done, because activation checkpointing reads it again.
+    Activation checkpointing reads it again in the backward: passes without gradient that come before it must restore it.
     """
 
     def __init__(self) -> None:
         self.adapter: str | None = None
         self.scale: Tensor | None = None
         self.in_fp8 = False
+        self.reads_own_copies = False
+        """Whether the student reads copies of its own: see `LoRABank.keep_copies`."""
 
 
 class LoRALinear(nn.Module):
@@ -72,6 +74,8 @@ class LoRALinear(nn.Module):
         """The factors of the selected adapter in that dtype, which `LoRABank.select` writes. None: each call casts."""
         self.joined: tuple[LoRALinear, ...] = (self,)
         """The layers that `linears` calls together with this one; their copies of A are adjacent."""
+        self.own_copies: Copies | None = None
+        """The student's, if it has its own."""
         self.fp8: Fp8Weight | None = None
         """The base's weight in fp8, if the target's passes run in fp8."""
         device = base_layer.weight.device
@@ -104,12 +108,20 @@ class LoRALinear(nn.Module):
 
     def selected(self) -> tuple[Tensor, Tensor, Copies | None]:
         """The selected adapter's factors, which get gradients, and their copies."""
-        if self.copies is None:
+        copies = self.own_copies if self.selection.reads_own_copies else self.copies
+        if copies is None:
             return *self.factors(self.selection.adapter), None  # type: ignore[arg-type]
         # Without gradients a compiled block must not depend on the adapter: both EMAs then share one graph.
         if torch.is_grad_enabled() and self.selection.adapter == "student":
-            return *self.factors("student"), self.copies
-        return *self.copies, None
+            return *self.factors("student"), copies
+        return *copies, None
+
+    def new_copies(self) -> list[Copies]:
+        """Memory for the copies of the joined layers, one pair each."""
+        down = self.factors("student")[0].detach()
+        downs = down.new_empty(len(self.joined), *down.shape, dtype=self.dtype)
+        ups = (member.factors("student")[1].detach() for member in self.joined)
+        return [(down, torch.empty_like(up, dtype=self.dtype)) for down, up in zip(downs, ups, strict=True)]
 
     def factors(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
         """An adapter's A [rank, in] and B [out, rank], fp32."""
@@ -184,6 +196,7 @@ class LoRABank:
                 for factor in layer.factors(name):
                     factor.requires_grad_(name == "student")
         self._copies: list[Tensor] = []
+        self._own_copies: list[Tensor] = []
         self._masters: dict[str, list[nn.Parameter]] = {}
         self._generator = torch.Generator().manual_seed(seed)
         self._drawn: tuple[str, Tensor] = ("", torch.empty(0))
@@ -236,38 +249,42 @@ class LoRABank:
         self.selection.in_fp8 = in_fp8
         self.selection.adapter = adapter
         self.selection.scale = None if strength is None else strength * (self.config.alpha / self.config.rank)
+        is_own = bool(self._own_copies) and adapter == "student" and torch.is_grad_enabled()
+        self.selection.reads_own_copies = is_own
         if adapter is not None and self._copies:
             with torch.no_grad():
-                torch._foreach_copy_(self._copies, self._masters[adapter])  # type: ignore[arg-type]
+                copies = self._own_copies if is_own else self._copies
+                torch._foreach_copy_(copies, self._masters[adapter])  # type: ignore[arg-type]
 
     @torch.inference_mode(False)
-    def keep_copies(self) -> None:
+    def keep_copies(self, *, of_student: bool = False) -> None:
         """From now on `select` casts the whole adapter to the dtype of the products, in a few launches instead of two for each layer.
 
         All adapters share one set of copies, so each pass casts again: a copy can be no older than its pass, whatever changed the
         masters (optimizer, EMA, restart, checkpoint). A set for each adapter would be cast once a step, and save 0.3 % of a step
         of Flux.1-dev for 1.4 GB at rank 64 (computed). If a pass changes the copies before the backward of another, autograd
-        raises.
+        raises. With `of_student` the student's pass with gradient has its own copies, so that other passes may come before its
+        backward.
 
         It is for masters that lie whole on this device. FSDP2 gathers shards in the compute dtype, so no cast is left; ZeRO-3
         gathers masters in fp32 layer by layer, and each layer casts its own.
         """
-        self._copies, self._masters = [], {name: [] for name in ADAPTERS}
+        self._copies, self._own_copies, self._masters = [], [], {name: [] for name in ADAPTERS}
         for layer in self.layers.values():
             layer.copies = None
         for layer in self.layers.values():
             down, _ = layer.factors("student")
             if layer.copies is not None or down.dtype == layer.dtype:
                 continue
-            downs = down.new_empty(len(layer.joined), *down.shape, dtype=layer.dtype)
-            for member, copy in zip(layer.joined, downs, strict=True):
-                member.copies = (
-                    copy,
-                    torch.empty_like(member.factors("student")[1], dtype=layer.dtype, requires_grad=False),
-                )
-                self._copies += member.copies
+            for member, copies in zip(layer.joined, layer.new_copies(), strict=True):
+                member.copies = copies
+                self._copies += copies
                 for name, masters in self._masters.items():
                     masters += member.factors(name)
+            if of_student:
+                for member, copies in zip(layer.joined, layer.new_copies(), strict=True):
+                    member.own_copies = copies
+                    self._own_copies += copies
 
     @torch.no_grad()
     def quantise(self, rows: Mapping[str, int]) -> None:

@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from scfm_core.flow.rows import put_rows, take_rows
+from scfm_core.readback import to_device
+
 
 @dataclass(frozen=True, kw_only=True)
 class Conditioning:
@@ -21,13 +24,17 @@ class Conditioning:
     guidance: Tensor | None = None
     """Guidance, fp32 [B]: an input of the network, or the scale of classifier-free guidance. None: no guidance."""
 
-    def __getitem__(self, rows: slice | Tensor) -> "Conditioning":
-        """Some rows: a slice, or a tensor on the CPU, their numbers int64 [n]. Nothing waits for a GPU."""
-        lengths = None if self.lengths is None else tuple(torch.tensor(self.lengths)[rows].tolist())
-        if isinstance(rows, Tensor):
-            rows = rows.to(self.device, non_blocking=True)
-        guidance = None if self.guidance is None else self.guidance[rows]
-        fields = {name: _fit(tensor[rows], lengths) for name, tensor in self.fields.items()}
+    def __getitem__(self, rows: slice | Sequence[int]) -> "Conditioning":
+        """Some rows: a slice, or their numbers. Nothing waits for a GPU."""
+
+        def chosen(tensor: Tensor) -> Tensor:
+            return tensor[rows] if isinstance(rows, slice) else take_rows(tensor, rows)
+
+        lengths = self.lengths
+        if lengths is not None:
+            lengths = lengths[rows] if isinstance(rows, slice) else tuple(lengths[row] for row in rows)
+        guidance = None if self.guidance is None else chosen(self.guidance)
+        fields = {name: _fit(chosen(tensor), lengths) for name, tensor in self.fields.items()}
         return Conditioning(fields=fields, lengths=lengths, guidance=guidance)
 
     def __len__(self) -> int:
@@ -42,7 +49,7 @@ class Conditioning:
     def mask(self) -> Tensor:
         """bool [B, L], true on the tokens that the network sees."""
         assert self.lengths is not None
-        lengths = torch.tensor(self.lengths).to(self.device, non_blocking=True)
+        lengths = to_device(torch.tensor(self.lengths), self.device)
         return torch.arange(max(self.lengths), device=self.device) < lengths[:, None]
 
     @property
@@ -55,21 +62,15 @@ class Conditioning:
         """The same rows with another guidance, fp32 [B]."""
         return dataclasses.replace(self, guidance=guidance)
 
-    def without_captions(self, rows: Tensor, empty: "Conditioning") -> "Conditioning":
-        """The same, but some rows have the empty caption.
-
-        Args:
-            rows: which, bool [B] on the CPU.
-            empty: the empty caption, one row.
-        """
-        lengths = None
-        if self.lengths is not None and empty.lengths is not None:
-            both = zip(rows.tolist(), self.lengths, strict=True)
-            lengths = tuple(empty.lengths[0] if is_dropped else own for is_dropped, own in both)
-        is_dropped, fields = rows.to(self.device, non_blocking=True), {}
+    def without_captions(self, rows: Sequence[int], empty: "Conditioning") -> "Conditioning":
+        """The same, but the rows with these numbers have the empty caption, the single row of `empty`."""
+        lengths = self.lengths
+        if lengths is not None and empty.lengths is not None:
+            lengths = tuple(empty.lengths[0] if row in rows else own for row, own in enumerate(lengths))
+        fields = {}
         for name, tensor in self.fields.items():
             other = _fit(empty.fields[name].to(tensor.dtype), lengths)
-            fields[name] = torch.where(is_dropped.view(-1, *[1] * (tensor.dim() - 1)), other, _fit(tensor, lengths))
+            fields[name] = put_rows(_fit(tensor, lengths), rows, other.expand(len(rows), *other.shape[1:]))
         return Conditioning(fields=fields, lengths=lengths, guidance=self.guidance)
 
     def expand(self, rows: int) -> "Conditioning":

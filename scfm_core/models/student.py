@@ -1,21 +1,27 @@
 """Teacher, student and the two EMAs behind one interface: as adapters over a shared base, or as full copies."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from scfm_core.flow.rows import put_rows, take_rows
 from scfm_core.models.adapters import LoRABank, LoRAConfig
 from scfm_core.models.conditioning import Conditioning
 from scfm_core.models.protocol import ModelFamily, dtype_of
 from scfm_core.progress import beat
+from scfm_core.readback import to_device
 
 
 class ShortcutModel(ABC):
     """The networks of a run. The trainer, the sampler and the evaluation call this."""
 
     family: ModelFamily
+    reads_strengths: ClassVar[bool] = False
+    """Whether passes read the strengths: a read from a GPU would wait for the GPU's queue, so they stay on the host."""
 
     @property
     @abstractmethod
@@ -41,8 +47,8 @@ class ShortcutModel(ABC):
             x: noised latents, [B, C, H, W].
             sigma: fp32 [B].
             cond: B rows.
-            strength: of the adapter, fp32 [B]; 0 is the teacher. Role `teacher` ignores it. On the CPU: full weights read it,
-                and a read from a GPU would wait for the GPU's queue.
+            strength: of the adapter, fp32 [B]; 0 is the teacher. Role `teacher` ignores it. It is on the device of `x`; on the
+                host for full weights, which read it (`reads_strengths`).
             for_target: a pass without gradient for the target, which may run in fp8.
 
         Returns:
@@ -56,6 +62,10 @@ class ShortcutModel(ABC):
     def near_velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning, strength: Tensor) -> Tensor:
         """First half of the target: the teacher where strength is 0, the fast EMA elsewhere."""
         return self.velocity("ema_fast", x, sigma, cond, strength, for_target=True)
+
+    def teacher_velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning, strength: Tensor) -> Tensor:
+        """First half of the target on teacher rows alone: the teacher, whatever the strength."""
+        return self.velocity("teacher", x, sigma, cond, strength, for_target=True)
 
     def far_velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning, strength: Tensor) -> Tensor:
         """Second half of the target: the slow EMA."""
@@ -96,12 +106,16 @@ class LoRAModel(ShortcutModel):
     ) -> Tensor:
         """See `ShortcutModel`. The result is in the network's dtype."""
         beat()
+        before = vars(self.bank.selection).copy()
         if role == "teacher":
-            self.bank.select(None)
+            self.bank.select(None, in_fp8=for_target)
         else:
-            rows = strength.repeat(self.family.rows_per_sample(cond))
-            self.bank.select(role, rows.to(x.device, non_blocking=True), in_fp8=for_target)
-        return self.family.velocity(self.bank.network, x, sigma, cond)
+            rows = to_device(strength, x.device).repeat(self.family.rows_per_sample(cond))
+            self.bank.select(role, rows, in_fp8=for_target)
+        velocity = self.family.velocity(self.bank.network, x, sigma, cond)
+        if not torch.is_grad_enabled():  # the backward of an earlier pass may still read its selection
+            vars(self.bank.selection).update(before)
+        return velocity
 
 
 class FullModel(ShortcutModel):
@@ -114,7 +128,13 @@ class FullModel(ShortcutModel):
         networks: by role: `student`, `ema_fast`, `ema_slow`, and `teacher` for teacher rows. Sampling needs one of them.
         shapes: whole shapes of the trained weights by name.
         compute_dtype: of matrix products; autocast is used for trained networks of another dtype.
+        near_is_collective: a near pass enters teacher and fast EMA on every process, in this order, also without a row for one of
+            them: weights of sharded networks are gathered collectively.
+        lockstep: for micro-batches of one row; within it a near pass runs only the network of its row, which differs between the
+            processes.
     """
+
+    reads_strengths = True
 
     def __init__(
         self,
@@ -122,9 +142,13 @@ class FullModel(ShortcutModel):
         networks: Mapping[str, nn.Module],
         shapes: Mapping[str, tuple[int, ...]],
         compute_dtype: torch.dtype,
+        *,
+        near_is_collective: bool = False,
+        lockstep: Callable[[], AbstractContextManager[None]] | None = None,
     ) -> None:
         self.family = family
         self.compute_dtype = compute_dtype
+        self._near_is_collective, self._lockstep = near_is_collective, lockstep
         self._shapes = dict(shapes)
         self._networks = dict(networks)
         trained = next(network for role, network in networks.items() if role != "teacher")
@@ -158,23 +182,25 @@ class FullModel(ShortcutModel):
             raise ValueError(
                 "full weights support only strengths 0 and 1; step-scaled strengths need train.weights: lora"
             )
-        is_near = role == "ema_fast" and for_target
-        if not is_near and 0.0 not in strengths:
-            return self._run(role, x, sigma, cond)
-        if "teacher" not in self._networks:
-            if 0.0 in strengths:
-                raise ValueError("this model was built without a teacher, but some rows have strength 0")
-            return self._run(role, x, sigma, cond)
-        # Every process runs both networks, also if no row needs one of them: a sharded network gathers its weights
-        # collectively. A network without rows runs on row 0, and its result is discarded.
-        output = torch.empty_like(x)
-        for name, value in (("teacher", 0.0), (role, 1.0)):
-            rows = [row for row, own in enumerate(strengths) if own == value]
-            on_host = torch.tensor(rows or [0])
-            used = on_host.to(x.device, non_blocking=True)
-            part = self._run(name, x[used], sigma[used], cond[on_host]).to(x.dtype)
-            if rows:
-                output = output.index_copy(0, used, part)
+        rows = {
+            name: [row for row, own in enumerate(strengths) if own == value]
+            for name, value in (("teacher", 0.0), (role, 1.0))
+        }
+        if rows["teacher"] and "teacher" not in self._networks:
+            raise ValueError("this model was built without a teacher, but some rows have strength 0")
+        runs_both = self._near_is_collective and role == "ema_fast" and for_target
+        needed = [name for name, own in rows.items() if own]
+        if len(needed) == 1 and not runs_both:
+            return self._run(needed[0], x, sigma, cond)
+        if runs_both and self._lockstep is not None:
+            [name] = needed
+            with self._lockstep():
+                return self._run(name, x, sigma, cond)
+        output = x
+        for name, own in rows.items():
+            used = own or [0]  # a sharded network without rows runs on row 0, and its result is not used
+            part = self._run(name, take_rows(x, used), take_rows(sigma, used), cond[used]).to(x.dtype)
+            output = put_rows(output, own, part)
         return output
 
     def _run(self, role: str, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:

@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from scfm_core.scfm.plan import ShortcutPlan
+from scfm_core.scfm.plan import SLICES, ShortcutPlan
 
-SLICES = ("teacher", "self", "flow", "trajectory")
 SIGMA_BINS = 4
 
 
@@ -36,12 +35,9 @@ class LossMeter:
     def add(self, prediction: Tensor, target: Tensor, plan: ShortcutPlan) -> None:
         """Add a micro-batch."""
         losses = (prediction.to(target.dtype) - target).square().flatten(1).mean(1).double()
-        known = torch.where(plan.is_trajectory, SLICES.index("trajectory"), SLICES.index("flow"))
-        pair = torch.where(plan.is_teacher, SLICES.index("teacher"), SLICES.index("self"))
-        sigma_bin = (plan.sigma_start * SIGMA_BINS).long().clamp(0, SIGMA_BINS - 1)
-        index = torch.where(plan.has_known_target, known, pair) * SIGMA_BINS + sigma_bin
-        self.sums[0].view(-1).index_add_(0, index, losses)
-        self.sums[1].view(-1).index_add_(0, index, torch.ones_like(losses))
+        sigma_bin = (plan.sigma_start * SIGMA_BINS).long().clamp_(0, SIGMA_BINS - 1)
+        index = torch.add(sigma_bin, plan.slice_number, alpha=SIGMA_BINS)
+        self.sums.view(2, -1).index_add_(1, index, torch.stack([losses, torch.ones_like(losses)]))
         self._samples.append((plan.sample_ids, losses))
 
     def by_sample(self) -> list[tuple[int, float]]:

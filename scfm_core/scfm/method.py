@@ -79,6 +79,10 @@ class PlanConfig:
 
     teacher_fraction: float = 0.4
     """Share of the batch whose near half is the frozen teacher, on neighbouring points of `teacher_grid`."""
+    near: Literal["ema", "student"] = "ema"
+    """Near half of the self rows. `ema`: the fast EMA (the paper). `student`: the student's own velocity, without gradient, which
+    is computed anyway for the loss at the same point: one pass less on self rows. Not with `step_gain` or `step_embedding`: there
+    a near pass jumps half as far as the student's pass, so it is another velocity."""
     flow_fraction: float = 0.0
     """Share of the batch with the plain flow-matching target (`distil_guidance` changes this target). The rows that remain
     after the teacher, flow-matching and trajectory rows are the self slice."""
@@ -161,6 +165,8 @@ class PlanConfig:
             )
         if self.distil_guidance:
             self._check_guidance_distillation()
+        if self.near == "student":
+            self._check_near_student()
         if not 0.9 < self.sigma_max <= 1:
             raise ValueError(f"method.sigma_max must be in (0.9, 1], got {self.sigma_max}")
         self.check_pairs_at(self.shift[1])
@@ -183,6 +189,16 @@ class PlanConfig:
             raise ValueError(
                 "method.step_embedding is for training from scratch: there is no teacher for method.trajectory_steps"
             )
+
+    def _check_near_student(self) -> None:
+        for name in ("step_gain", "step_embedding"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"method.near=student takes the student's velocity as the near pass, but with method.{name} a near pass jumps "
+                    f"half as far as the student, and needs a pass of its own. Set method.near=ema"
+                )
+        if not self.has_self:
+            raise ValueError("method.near=student has no effect: there are no self rows. Set method.near=ema")
 
     def _check_guidance_distillation(self) -> None:
         if self.has_pairs:
@@ -235,6 +251,11 @@ class PlanConfig:
         return self.flow_fraction + self.trajectory_fraction < 1
 
     @property
+    def has_self(self) -> bool:
+        """Whether any row can be of the self slice."""
+        return self.teacher_fraction + self.flow_fraction + self.trajectory_fraction < 1 - 1e-9
+
+    @property
     def has_teacher(self) -> bool:
         """Whether any target needs a pass of the frozen teacher."""
         return (
@@ -259,9 +280,10 @@ class PlanConfig:
         """
         velocity = guided if self.student_is_guided else 1
         pairs = 1 - self.flow_fraction - self.trajectory_fraction
+        near = self.teacher_fraction if self.near == "student" else pairs
         paths = guided * (self.trajectory_steps or 0) * self.trajectory_fraction
         # The teacher computes its guided velocity for the whole batch, not only for the flow-matching rows.
-        return velocity, 2 * velocity * pairs + paths + (guided if self.distil_guidance and self.has_flow else 0)
+        return velocity, velocity * (near + pairs) + paths + (guided if self.distil_guidance and self.has_flow else 0)
 
 
 def sampling_strength(step_gain: StepGain | None, num_steps: int) -> float:

@@ -3,29 +3,31 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from scfm_core.flow.random import Stream, uniform
 from scfm_core.flow.schedule import shift_sigma
+from scfm_core.readback import to_device
 from scfm_core.scfm.method import PlanConfig
 
 # One column of uniform draws each. The order determines a run's random numbers: append new columns at the end.
 _DRAWS = ("slice", "grid", "start", "shift", "dynamic", "guidance", "flow", "dropout")
 
+SLICES = ("teacher", "self", "flow", "trajectory")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ShortcutPlan:
-    """One jump for each sample of a batch, made by `sample_plan`. Tensors are [B], except for the row numbers at the end.
+    """One jump for each sample of a batch, made by `sample_plan`. Tensors are [B]; the row numbers at the end are on the host.
 
     `sigma_start > sigma_mid > sigma_end` on pairs. A flow-matching row is a jump of length zero: all three are equal. A
     trajectory row gets its sigmas from its path (`on_trajectories`), with sigma_mid equal to sigma_start.
     """
 
     config: PlanConfig
-    """The configuration of the draws. It alone decides which passes a batch needs, so that all processes run the same ones."""
+    """The configuration of the draws. In a sharded run it alone decides which passes a batch needs: all processes run the same."""
     sample_ids: Tensor
     """Global sample indices, int64."""
     sigma_start: Tensor
@@ -48,32 +50,32 @@ class ShortcutPlan:
     """bool, like the other slices."""
     is_flow: Tensor
     is_trajectory: Tensor
+    slice_number: Tensor
+    """int64: place of the row's slice in `SLICES`."""
     is_dropped: Tensor
     """bool: rows without their caption."""
-    pair_rows: Tensor
-    """int64: numbers of the rows that need near and far passes; row 0 if there are none. They are computed on the CPU, where
-    the plan is drawn: on a GPU this would wait for its queue. They stay there, because the lengths of masked text are on the CPU
-    too, and so do the strengths, which full weights read."""
-    trajectory_rows: Tensor
-    """int64: numbers of the trajectory rows; row 0 if there are none. They stay on the CPU too."""
-
-    @property
-    def has_known_target(self) -> Tensor:
-        """Rows whose target needs no near or far pass: flow-matching and trajectory rows. bool [B]."""
-        return self.is_flow | self.is_trajectory
+    pair_rows: list[int]
+    """Numbers of the rows that need near and far passes. They are known where the plan is drawn, on the host: to read them from a
+    GPU would wait for its queue."""
+    teacher_rows: list[int]
+    trajectory_rows: list[int]
 
     def __len__(self) -> int:
         return self.sigma_start.shape[0]
 
-    def to(self, device: torch.device | str) -> "ShortcutPlan":
-        """The same plan with its tensors on `device`, except for the strengths and the row numbers, which stay where they are."""
-        kept = ("student_strength", "near_strength", "far_strength", "pair_rows", "trajectory_rows")
-        moved: dict[str, Any] = {
-            field.name: value.to(device, non_blocking=True)
-            for field in dataclasses.fields(self)
-            if field.name not in kept and isinstance(value := getattr(self, field.name), Tensor)
+    def to(self, device: torch.device | str, *, with_strengths: bool = True) -> "ShortcutPlan":
+        """The same plan on `device`, by one copy that does not wait. Strengths may stay where they are: full weights read them."""
+        moved = {
+            name: value
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor) and (with_strengths or not name.endswith("_strength"))
         }
-        return dataclasses.replace(self, **moved)
+        moved = dict(
+            sorted(moved.items(), key=lambda item: -item[1].element_size())
+        )  # each part is aligned in the packed bytes
+        packed = to_device(torch.cat([value.view(torch.uint8) for value in moved.values()]), device)
+        parts = zip(moved.items(), packed.split([value.nbytes for value in moved.values()]), strict=True)
+        return dataclasses.replace(self, **{name: part.view(value.dtype) for (name, value), part in parts})
 
 
 def sample_plan(
@@ -126,8 +128,10 @@ def sample_plan(
         is_teacher=is_teacher,
         is_flow=is_flow,
         is_trajectory=is_trajectory,
+        slice_number=1 - is_teacher.long() + is_flow.long() + 2 * is_trajectory.long(),
         is_dropped=(draw["dropout"] < config.caption_dropout) & ~is_trajectory,
         pair_rows=_rows(~is_flow & ~is_trajectory),
+        teacher_rows=_rows(is_teacher),
         trajectory_rows=_rows(is_trajectory),
     )
 
@@ -164,10 +168,9 @@ def _sigmas(
     return tuple(torch.where(is_flow, flow_sigma, sigma).clamp(max=config.sigma_max).float() for sigma in on_grid)
 
 
-def _rows(mask: Tensor) -> Tensor:
-    """Numbers of the rows where `mask` is true, int64; row 0 if there is no such row."""
-    rows = mask.nonzero().squeeze(1)
-    return rows if rows.numel() else rows.new_zeros(1)
+def _rows(mask: Tensor) -> list[int]:
+    """Numbers of the rows where `mask` is true."""
+    return [row for row, chosen in enumerate(mask.tolist()) if chosen]
 
 
 def _slices(config: PlanConfig, draw: Tensor) -> tuple[Tensor, Tensor, Tensor]:

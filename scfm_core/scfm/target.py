@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from scfm_core.flow.path import euler_step, per_sample
+from scfm_core.flow.rows import put_rows, take_rows
 from scfm_core.scfm.plan import ShortcutPlan
 
 Velocity = Callable[[Tensor, Tensor, Any, Tensor], Tensor]
@@ -22,18 +23,22 @@ def scfm_target(
     far: Velocity,
     *,
     flow_velocity: Tensor | None = None,
+    student: Tensor | None = None,
+    is_sharded: bool = True,
 ) -> Tensor:
     """The regression target of each row (paper, Eq. 11-13, 21, 22); no gradient.
 
     Args:
         plan: sigmas, strengths and slices, [B].
         noised_latents: x at `plan.sigma_start`, fp32 [B, ...].
-        cond: the conditioning for `near` and `far`; `cond[rows]` must select rows, numbers on the CPU, if the plan has rows
-            with a known target (None is passed through).
+        cond: the conditioning for `near` and `far`, or None; `cond[rows]` must select rows, a list of their numbers.
         near: velocity of the first half: the teacher on rows of strength 0, the fast EMA on the others.
         far: velocity of the second half: the slow EMA.
-        flow_velocity: the known targets, [B, ...]: `noise - latents` on flow-matching rows, the mean velocity of the path on
-            trajectory rows; other rows are ignored.
+        flow_velocity: the known targets of flow-matching rows (`noise - latents`) and trajectory rows (the mean velocity of
+            the path), [B, ...]; other rows are ignored.
+        student: the student's velocity at `plan.sigma_start`, [B, ...], the first half of self rows. `near` then is the teacher
+            and gets teacher rows only. None: `near` gets all pairs.
+        is_sharded: every process must enter the networks: a pass without rows runs on row 0, and its result is not used.
 
     Returns:
         target velocity, fp32 [B, ...].
@@ -42,39 +47,30 @@ def scfm_target(
         ValueError: if the plan has rows with a known target and `flow_velocity` is missing.
     """
     method = plan.config
-    has_known = method.has_flow or method.has_trajectory
-    if has_known and flow_velocity is None:
+    if (method.has_flow or method.has_trajectory) and flow_velocity is None:
         raise ValueError("this plan has flow-matching rows: pass flow_velocity = noise - latents")
-    if not method.has_pairs:
+    rows = plan.pair_rows or [0] * is_sharded
+    if not method.has_pairs or not rows:
         assert flow_velocity is not None
         return flow_velocity.detach().to(noised_latents.dtype)
-    if not has_known:
-        return _pair_target(plan, slice(None), slice(None), noised_latents, cond, near, far)
 
-    assert flow_velocity is not None
-    # Only pairs need the two passes. At least one row always runs them, because in a sharded run every process must enter
-    # the network. If this row is not a pair, its result is overwritten below.
-    rows = plan.pair_rows.to(noised_latents.device, non_blocking=True)
-    pair_cond = None if cond is None else cond[plan.pair_rows]
-    pairs = _pair_target(plan, rows, plan.pair_rows, noised_latents[rows], pair_cond, near, far)
-    target = flow_velocity.to(pairs.dtype).index_copy(0, rows, pairs)
-    return torch.where(per_sample(plan.has_known_target, target), flow_velocity.to(pairs.dtype), target)
+    def run(network: Velocity, x: Tensor, sigma: Tensor, strength: Tensor, rows: list[int]) -> Tensor:
+        takes_all = cond is None or rows == list(range(len(plan)))
+        return network(x, sigma, cond if takes_all else cond[rows], take_rows(strength, rows)).to(x.dtype)
 
-
-def _pair_target(
-    plan: ShortcutPlan,
-    rows: slice | Tensor,
-    rows_of_strengths: slice | Tensor,
-    x_start: Tensor,
-    cond: Any,
-    near: Velocity,
-    far: Velocity,
-) -> Tensor:
-    """The target of `rows`; `rows_of_strengths` are the same numbers where the strengths are, on the CPU."""
-    sigma_start, sigma_mid, sigma_end = plan.sigma_start[rows], plan.sigma_mid[rows], plan.sigma_end[rows]
-    delta1, delta2 = sigma_start - sigma_mid, sigma_mid - sigma_end
-    v_near = near(x_start, sigma_start, cond, plan.near_strength[rows_of_strengths]).to(x_start.dtype)
+    x_start = take_rows(noised_latents, rows)
+    start, mid, end = (take_rows(sigma, rows) for sigma in (plan.sigma_start, plan.sigma_mid, plan.sigma_end))
+    if student is None:
+        v_near = run(near, x_start, start, plan.near_strength, rows)
+    else:
+        v_near = student.detach().to(x_start.dtype)
+        if taught := plan.teacher_rows or [0] * (is_sharded and method.teacher_fraction > 0):
+            x, sigma = take_rows(noised_latents, taught), take_rows(plan.sigma_start, taught)
+            v_near = put_rows(v_near, plan.teacher_rows, run(near, x, sigma, plan.near_strength, taught))
+        v_near = take_rows(v_near, rows)
+    delta1, delta2 = start - mid, mid - end
     x_mid = euler_step(x_start, v_near, delta1)  # Eq. 11: an Euler step, not new noise
-    v_far = far(x_mid, sigma_mid, cond, plan.far_strength[rows_of_strengths]).to(x_start.dtype)
+    v_far = run(far, x_mid, mid, plan.far_strength, rows)
     weight1, weight2 = per_sample(delta1, x_start), per_sample(delta2, x_start)
-    return (weight1 * v_near + weight2 * v_far) / (weight1 + weight2)  # Eq. 12-13
+    target = (weight1 * v_near + weight2 * v_far) / (weight1 + weight2)  # Eq. 12-13
+    return target if flow_velocity is None else put_rows(flow_velocity.to(target.dtype), plan.pair_rows, target)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from scfm_core.flow.path import per_sample
+from scfm_core.flow.rows import put_rows, take_rows
 from scfm_core.flow.sampler import roll_out
 from scfm_core.flow.schedule import shift_sigma
 from scfm_core.scfm.plan import ShortcutPlan
@@ -58,33 +59,47 @@ class Trajectory:
 
 
 def take_paths(
-    plan: ShortcutPlan, latents: Tensor, noise: Tensor, cond: Any, teacher: Velocity, num_steps: int
+    plan: ShortcutPlan,
+    latents: Tensor,
+    noise: Tensor,
+    cond: Any,
+    teacher: Velocity,
+    num_steps: int,
+    *,
+    is_sharded: bool = True,
 ) -> tuple[Trajectory, Tensor]:
     """The teacher's paths from `noise`, by Euler's method at each row's own shift; no gradient.
 
-    Only the plan's trajectory rows go through the network, but at least one row: in a sharded run every process must enter
-    the network equally often.
+    Only the plan's trajectory rows go through the network.
 
     Args:
         plan: gives the trajectory rows, shifts and guidance.
         latents, noise: all rows, [B, ...].
-        cond: the conditioning for `teacher`, with the plan's guidance; `cond[rows]` must select rows, numbers on the CPU.
+        cond: the conditioning for `teacher`, with the plan's guidance; `cond[rows]` must select rows, a list of their numbers.
         teacher: called with strength 0.
         num_steps: K, the Euler steps of each path; each is an interval.
+        is_sharded: one row goes through the network if no row needs it: in a sharded run every process must enter the network
+            equally often.
 
     Returns:
         the paths, which are meaningful on trajectory rows only, and their ends [B, ...]; on other rows these are `latents`.
     """
-    rows = plan.trajectory_rows.to(noise.device, non_blocking=True)
     u = 1 - torch.arange(num_steps + 1, dtype=torch.float64, device=noise.device) / num_steps
     sigmas = shift_sigma(u, plan.shift[:, None].double()).float()
-    row_cond, strength = cond[plan.trajectory_rows], torch.zeros(len(rows))
-    ends, velocities = roll_out(
-        lambda x, sigma: teacher(x, sigma, row_cond, strength), noise[rows], sigmas[rows], intervals=num_steps
-    )
-    all_velocities = velocities.new_zeros(len(plan), *velocities.shape[1:]).index_copy(0, rows, velocities)
-    path = Trajectory(velocities=all_velocities, sigmas=sigmas, guidance=plan.guidance)
-    return path, latents.to(ends.dtype).index_copy(0, rows, ends)
+    all_velocities = noise.new_zeros(len(plan), num_steps, *noise.shape[1:])
+    ends = latents.to(noise.dtype)
+    rows = plan.trajectory_rows or [0] * is_sharded
+    if rows:
+        row_cond, strength = cond[rows], torch.zeros(len(rows))
+        reached, velocities = roll_out(
+            lambda x, sigma: teacher(x, sigma, row_cond, strength),
+            take_rows(noise, rows),
+            take_rows(sigmas, rows),
+            intervals=num_steps,
+        )
+        all_velocities = put_rows(all_velocities, plan.trajectory_rows, velocities)
+        ends = put_rows(latents.to(reached.dtype), plan.trajectory_rows, reached)
+    return Trajectory(velocities=all_velocities, sigmas=sigmas, guidance=plan.guidance), ends
 
 
 def on_trajectories(

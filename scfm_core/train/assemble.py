@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ from scfm_core.distributed.deepspeed import ZeroEngine, ZeroLayout
 from scfm_core.distributed.deepspeed_config import deepspeed_config
 from scfm_core.distributed.engine import Engine, Layout, OptimizerConfig
 from scfm_core.distributed.fsdp2 import Fsdp2Engine, Fsdp2Layout
+from scfm_core.distributed.lockstep import Lockstep
 from scfm_core.distributed.world import World
 from scfm_core.errors import UserError
 from scfm_core.filling import Fill, materialise, zeros
@@ -133,13 +135,25 @@ def build_model(
         if has_teacher:
             networks["teacher"] = family.empty_network(dtype)
             prepare(networks["teacher"], False, pretrained)
-    return FullModel(family, networks, shapes, dtype)
+    return FullModel(family, networks, shapes, dtype, **_near_pass(config, networks, layout, world or World()))
+
+
+def _near_pass(
+    config: RunConfig, networks: dict[str, nn.Module], layout: Layout | None, world: World
+) -> dict[str, Any]:
+    """How a near pass of full weights runs, as options of `FullModel`."""
+    mixed = config.method.teacher_fraction > 0 and config.method.near == "ema"
+    if not mixed or layout is None or not layout.is_sharded:
+        return {}
+    if isinstance(layout, Fsdp2Layout) and micro_batches(config, world.size).size == 1:
+        return {"near_is_collective": True, "lockstep": Lockstep(networks["teacher"], networks["ema_fast"])}
+    return {"near_is_collective": True}
 
 
 def _after_filling(config: RunConfig, family: ModelFamily, adapted: LoRAModel, layout: Layout | None) -> None:
     """What needs the weights' values or their device."""
     if layout is None or not layout.is_sharded:
-        adapted.bank.keep_copies()
+        adapted.bank.keep_copies(of_student=config.method.near == "student")
     if config.kernels.fp8 and layout is not None:
         adapted.bank.quantise(_traced_rows(config, family))
 

@@ -152,6 +152,8 @@ def _why_no_graphs(config: RunConfig, device: torch.device) -> str | None:
         return f"CUDA graphs need a GPU, this is a {device.type.upper()}"
     if config.method.has_flow or config.method.has_trajectory:
         return "method.flow_fraction or method.trajectory_fraction > 0 makes the number of rows in the near and far passes vary"
+    if config.method.near == "student" and config.method.teacher_fraction > 0:
+        return "method.near=student makes the number of rows in the near pass vary: they are the teacher's alone"
     return None
 
 

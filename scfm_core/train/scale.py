@@ -153,8 +153,9 @@ def plan_step(config: RunConfig, result: Estimate, units: int, cluster: Cluster 
     """The passes of a step and their collectives, as `distributed/fsdp2.py` runs them.
 
     A pass gathers each block before it runs and frees it after that, so the backward gathers again; recomputation of activations
-    runs within the backward and gathers nothing. With full weights the near pass runs teacher and fast EMA, on at least one row
-    each. Gradients are reduced in fp32 after every micro-batch, and between replicas after the last.
+    runs within the backward and gathers nothing. With sharded full weights the near pass gathers teacher and fast EMA: in
+    micro-batches of one row each process runs one of them, in larger ones both, on at least one row each. Gradients are reduced
+    in fp32 after every micro-batch, and between replicas after the last.
 
     Args:
         config: of a run with `engine.name: fsdp2` whose rows are all pairs, of a model with one pass a velocity.
@@ -179,12 +180,15 @@ def plan_step(config: RunConfig, result: Estimate, units: int, cluster: Cluster 
         gather = Exchange(what=f"weights, {what}", kind="all-gather", size=gathered, **group)
         return Phase(what=what, flops=rows * result.forward_flops, exchanges=((gather,) if shard > 1 else ()) + others)
 
-    targets = {"near": float(micro.size), "far (slow EMA)": float(micro.size)}
-    if full and config.method.has_teacher:
+    near = [one_pass("near", micro.size)]
+    if full and config.method.has_teacher and shard > 1:
         share = config.method.teacher_fraction
         teacher, fast = _rows(micro.size, share), _rows(micro.size, 1 - share)
-        targets = {"near (teacher)": teacher, "near (fast EMA)": fast, "far (slow EMA)": float(micro.size)}
-    forwards = [one_pass(what, rows) for what, rows in targets.items()] + [one_pass("student", micro.size)]
+        near = [one_pass("near (teacher)", teacher), one_pass("near (fast EMA)", fast)]
+        if micro.size == 1:  # distributed/lockstep.py: both are gathered, one runs
+            both = tuple(each for phase in near for each in phase.exchanges)
+            near = [Phase(what="near", flops=result.forward_flops, exchanges=both)]
+    forwards = [*near, one_pass("far (slow EMA)", micro.size), one_pass("student", micro.size)]
     # What the dry run counts beyond the forward passes: backward, recomputation, adapters.
     backward_rows = micro.size * (result.step_flops / result.forward_flops - 3)
     reduction = Exchange(what="gradients", kind="reduce-scatter", size=gradients, **group)

@@ -26,17 +26,18 @@ class Objective:
         config: the run.
         model: student, EMAs and teacher.
         encoder: encodes the batches.
-        in_inference_mode: run the passes without gradient in inference mode. False for sharded weights: weights gathered in
-            inference mode could not be used by a pass with gradient.
+        is_sharded: the weights are gathered for each pass. Then every process runs the same passes, also without a row for
+            them. Otherwise the passes without gradient run in inference mode: weights gathered in it could not be used by a
+            pass with gradient.
     """
 
-    def __init__(
-        self, config: RunConfig, model: ShortcutModel, encoder: BatchEncoder, *, in_inference_mode: bool
-    ) -> None:
+    def __init__(self, config: RunConfig, model: ShortcutModel, encoder: BatchEncoder, *, is_sharded: bool) -> None:
         self.model, self.encoder = model, encoder
         self._method, self._seed = config.method, config.run.seed
-        self._in_inference_mode = in_inference_mode
+        self._is_sharded, self._in_inference_mode = is_sharded, not is_sharded
         self._near, self._far = model.near_velocity, model.far_velocity
+        if config.method.near == "student":
+            self._near = model.teacher_velocity
         if config.kernels.cuda_graphs:
             self._near, self._far = GraphedVelocity(self._near), GraphedVelocity(self._far)
 
@@ -57,27 +58,33 @@ class Objective:
         family = self.model.family
         dynamic_shift = functools.partial(family.shift, family.image_tokens(latents))
         plan = sample_plan(method, batch.sample_ids, self._seed, dynamic_shift=dynamic_shift)
-        is_dropped, plan = plan.is_dropped, plan.to(device)
-        noise = sample_noise(latents, batch.sample_ids, self._seed)
+        dropped = plan.is_dropped.nonzero()[:, 0].tolist()
+        plan = plan.to(device, with_strengths=not self.model.reads_strengths)
+        noise = sample_noise(latents, plan.sample_ids, self._seed)
         noised = noise_latents(latents, noise, plan.sigma_start)
         velocity = flow_velocity(latents, noise) if method.has_flow else None  # of the rows with a known target
         if method.has_trajectory:
             paths, ends = self._paths(batch, plan, latents, noise, cond)
             plan, noised, velocity = on_trajectories(plan, paths, ends, noised, velocity)
         if method.caption_dropout > 0:
-            assert self.model.family.unconditional is not None
-            cond = cond.without_captions(is_dropped, self.model.family.unconditional)
+            assert family.unconditional is not None
+            cond = cond.without_captions(dropped, family.unconditional)
         student_guidance, target_guidance = self._embedded_guidance(plan)
+        inputs = noised, plan.sigma_start, cond.with_guidance(student_guidance), plan.student_strength
+        # First if it is the target's near half; else last, so that its activations are not in memory during the target's passes.
+        prediction = self.model.student_velocity(*inputs) if method.near == "student" else None
         with torch.inference_mode(self._in_inference_mode):
             if method.distil_guidance and method.has_flow:
                 assert velocity is not None
                 velocity = self._guided(plan, noised, cond, velocity)
-            target_cond = cond.with_guidance(target_guidance)
-            target = scfm_target(plan, noised, target_cond, self._near, self._far, flow_velocity=velocity)
+            target = scfm_target(
+                plan, noised, cond.with_guidance(target_guidance), self._near, self._far,
+                flow_velocity=velocity, student=prediction, is_sharded=self._is_sharded,
+            )  # fmt: skip
         if self._in_inference_mode:
             target = target.clone()  # an ordinary tensor, which autograd may save for the backward pass
-        student_cond = cond.with_guidance(student_guidance)
-        prediction = self.model.student_velocity(noised, plan.sigma_start, student_cond, plan.student_strength)
+        if prediction is None:
+            prediction = self.model.student_velocity(*inputs)
         meter.add(prediction, target, plan)
         return scfm_loss(prediction, target, plan)
 
@@ -105,7 +112,8 @@ class Objective:
             return Trajectory(**batch.path).to(latents.device), latents
         teacher = functools.partial(self.model.velocity, "teacher")
         with torch.inference_mode(self._in_inference_mode):
-            return take_paths(plan, latents, noise, cond.with_guidance(plan.guidance), teacher, num_steps)
+            cond = cond.with_guidance(plan.guidance)
+            return take_paths(plan, latents, noise, cond, teacher, num_steps, is_sharded=self._is_sharded)
 
     @torch.no_grad()
     def _guided(self, plan: ShortcutPlan, noised: Tensor, cond: Conditioning, velocity: Tensor) -> Tensor:

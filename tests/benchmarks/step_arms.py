@@ -22,6 +22,7 @@ from scfm_core.distributed.engine import EngineConfig, OptimizerConfig, Paramete
 from scfm_core.distributed.fsdp2 import Fsdp2Engine, Fsdp2Layout
 from scfm_core.distributed.world import World
 from scfm_core.flow.path import euler_step, flow_velocity, noise_latents, per_sample
+from scfm_core.flow.rows import put_rows, take_rows
 from scfm_core.kernels.attention import AttentionChoice
 from scfm_core.models.adapters import LoRAConfig
 from scfm_core.models.conditioning import Conditioning
@@ -158,22 +159,24 @@ class _Peft:
     ) -> Tensor:
         """The target; `fast` and `slow` select the EMAs. The numbers of rows are known on the CPU, so nothing waits."""
         near = torch.zeros_like(x)
-        is_teacher = plan.near_strength == 0
+        rest = [row for row in range(len(plan)) if row not in plan.teacher_rows]
         self.network.disable_adapters()
-        self._rows_of_near(near, is_teacher.nonzero()[:, 0], plan, x, cond)
+        near = self._near(near, plan.teacher_rows, plan, x, cond)
         self.network.enable_adapters()
         fast()
-        self._rows_of_near(near, (~is_teacher).nonzero()[:, 0], plan, x, cond)
+        near = self._near(near, rest, plan, x, cond)
         delta1, delta2 = plan.sigma_start - plan.sigma_mid, plan.sigma_mid - plan.sigma_end
         slow()
         far = self.velocity("far", euler_step(x, near, delta1), plan.sigma_mid, cond)
         weight1, weight2 = per_sample(delta1, x), per_sample(delta2, x)
         return (weight1 * near + weight2 * far) / (weight1 + weight2)
 
-    def _rows_of_near(self, near: Tensor, rows: Tensor, plan: ShortcutPlan, x: Tensor, cond: Conditioning) -> None:
-        if len(rows):
-            there = rows.to(x.device)
-            near[there] = self.velocity("near", x[there], plan.sigma_start[there], cond[rows]).to(x.dtype)
+    def _near(self, near: Tensor, rows: list[int], plan: ShortcutPlan, x: Tensor, cond: Conditioning) -> Tensor:
+        """`near` with the velocity of the selected network at `rows`."""
+        if not rows:
+            return near
+        sigma = take_rows(plan.sigma_start, rows)
+        return put_rows(near, rows, self.velocity("near", take_rows(x, rows), sigma, cond[rows]).to(x.dtype))
 
 
 def _use_backend(network: nn.Module, backend: str) -> None:

@@ -142,3 +142,16 @@ def test_paths_taken_within_the_training(name, weights, tiny, tmp_path):
     two = run_distributed(train_all, world_size, tree)[0]
     assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-5)
     assert any("loss/trajectory" in row for row in one) and not all("loss/trajectory" in row for row in one)
+
+
+def test_the_students_pass_before_those_of_the_target(tiny, tmp_path):
+    """`method.near=student`, with activation checkpointing: the backward comes after passes of other adapters."""
+    changes = common("lora", "float32") | {"method__step_gain": None, "lora__targets": FEW_TARGETS, "train__steps": 3}
+    changes |= {"method__near": "student"}
+    [one] = run_distributed(train_all, 1, make_tree(tiny, tmp_path / "one", **changes, train__micro_batch_size=8))
+    changes |= {"train__activation_checkpointing": "full", "train__micro_batch_size": 1}
+    for name in ("FSDP2 on 2", "ZeRO-3 on 2"):
+        world_size, engine = CASES[name]
+        two = run_distributed(train_all, world_size, make_tree(tiny, tmp_path / name, **changes, engine=engine))[0]
+        for key in ("loss", "grad_norm"):
+            assert [row[key] for row in two] == pytest.approx([row[key] for row in one], rel=1e-5), name

@@ -207,6 +207,19 @@ class TestCopies:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
 
+    @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+    def test_the_students_own_copies_outlast_other_passes(self, mode):
+        bank, plain, x = make_bank(torch.bfloat16), make_bank(torch.bfloat16), torch.randn(2, 6, dtype=torch.bfloat16)
+        bank.keep_copies(of_student=True)
+        loss = self.run(bank, "student", x).float().square().sum()
+        with mode():
+            for role in ADAPTERS:
+                assert torch.equal(self.run(bank, role, x), self.run(plain, role, x))
+        loss.backward()
+        self.run(plain, "student", x).float().square().sum().backward()
+        for name, factor in plain.parameters("student").items():
+            assert torch.equal(bank.parameters("student")[name].grad, factor.grad)
+
     def test_factors_in_the_dtype_of_the_products_are_used_as_they_are(self):
         bank = make_bank()
         bank.keep_copies()

@@ -3,6 +3,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from scfm_core.models.adapters import ADAPTERS, LoRAConfig
 from scfm_core.models.conditioning import Conditioning
@@ -32,10 +33,10 @@ def perturb(model):
             parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
 
 
-def full_model(family, *, with_teacher=True):
+def full_model(family, *, with_teacher=True, is_sharded=False):
     roles = (*ADAPTERS, "teacher") if with_teacher else ADAPTERS
     networks = {role: family.load_network(torch.float32, "cpu") for role in roles}
-    return FullModel(family, networks, {}, torch.float32)
+    return FullModel(family, networks, {}, torch.float32, near_is_collective=is_sharded)
 
 
 @pytest.mark.parametrize("weights", ["lora", "full"])
@@ -58,23 +59,35 @@ def test_near_pass_is_the_teacher_where_strength_is_zero(family, batch, weights)
     assert not torch.allclose(fast, slow)
 
 
+@pytest.mark.parametrize("is_sharded", [True, False])
 @pytest.mark.parametrize("strength", [0.0, 1.0])
 @torch.no_grad()
-def test_full_weights_enter_both_networks_whatever_the_draw(family, batch, strength):
+def test_full_weights_enter_both_networks_only_if_they_are_sharded(family, batch, strength, is_sharded):
     """A sharded network gathers its weights collectively: a rank that skipped it would hang the others."""
-    model = full_model(family)
+    model = full_model(family, is_sharded=is_sharded)
     calls = []
     for role in ("teacher", "ema_fast"):
         model.networks[role].register_forward_hook(lambda *_, role=role: calls.append(role))
     x, sigma, cond = batch
     near = model.near_velocity(x, sigma, cond, torch.full((4,), strength))
-    assert sorted(calls) == ["ema_fast", "teacher"]
+    own = "teacher" if strength == 0 else "ema_fast"
+    assert sorted(calls) == (["ema_fast", "teacher"] if is_sharded else [own])
     torch.testing.assert_close(near, model.velocity("student", x, sigma, cond, torch.ones(4)))
+
+
+class NoCopies(TorchDispatchMode):
+    """Refuses copies of host tensors to a device."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.ops.aten._to_copy.default:
+            assert args[0].is_meta or kwargs.get("device", torch.device("cpu")).type == "cpu", "a copy in a pass"
+        return function(*args, **kwargs)
 
 
 @pytest.mark.parametrize("lengths", [None, tuple(range(1, 9)) * 2], ids=["whole", "masked"])
 @torch.no_grad()
-def test_a_target_with_full_weights_reads_nothing_from_the_device(family, monkeypatch, lengths):
+def test_a_target_with_full_weights_reads_and_copies_nothing(family, monkeypatch, lengths):
     """A read from a GPU waits for its queue. Tensors on the meta device have nothing to read."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # there is none for the meta device
     networks = {role: family.empty_network(torch.float32) for role in (*ADAPTERS, "teacher")}
@@ -92,21 +105,22 @@ def test_a_target_with_full_weights_reads_nothing_from_the_device(family, monkey
             guidance=plan.guidance.to("meta"),
         )
         x = torch.empty(16, 1, 8, 8, device="meta")
-        moved = plan.to("meta")
-        if config.has_trajectory:
-            assert plan.is_trajectory.any()
-            _, ends = take_paths(moved, x, x, cond, partial(model.velocity, "teacher"), 4)
-            assert ends.shape == x.shape
-        target = scfm_target(moved, x, cond, model.near_velocity, model.far_velocity, flow_velocity=x)
-        assert target.shape == x.shape
-        model.student_velocity(x, moved.sigma_start, cond, moved.student_strength)
+        moved = plan.to("meta", with_strengths=False)
+        with NoCopies():
+            if config.has_trajectory:
+                assert plan.is_trajectory.any()
+                _, ends = take_paths(moved, x, x, cond, partial(model.velocity, "teacher"), 4)
+                assert ends.shape == x.shape
+            target = scfm_target(moved, x, cond, model.near_velocity, model.far_velocity, flow_velocity=x)
+            assert target.shape == x.shape
+            model.student_velocity(x, moved.sigma_start, cond, moved.student_strength)
 
 
 def test_rows_of_a_conditioning_keep_their_lengths():
     """Their tokens are as long as the longest of them."""
     text = torch.arange(1.0, 25).view(3, 4, 2)
     cond = Conditioning(fields={"text": text, "pooled": text[:, 0]}, lengths=(4, 1, 2), guidance=torch.arange(3.0))
-    for rows in (torch.tensor([2, 1]), torch.tensor([False, True, True]), slice(1, None)):
+    for rows in ([2, 1], [1, 2], slice(1, None)):
         part = cond[rows]
         assert part.lengths == ((2, 1) if part.guidance[0] == 2 else (1, 2))
         assert torch.equal(part.fields["text"], text[rows][:, :2])

@@ -251,6 +251,12 @@ def number_for_a_section(recipe, tiny, tmp_path):
     return train(recipe, "method.step_gain=0.5"), "is a section: set its keys, such as method.step_gain.gamma=0.5"
 
 
+def near_student_with_strengths(recipe, tiny, tmp_path):
+    return train(
+        recipe, "method.near=student", "method.step_gain.gamma=0.5"
+    ), "and needs a pass of its own. Set method.near=ema"
+
+
 def run_dir_is_a_file(recipe, tiny, tmp_path):
     (tmp_path / "file").write_text("")
     return train(recipe, f"run.dir={tmp_path / 'file'}"), "cannot be written (it is a file)"
@@ -448,7 +454,7 @@ CASES = [
     cache_of_another_model, cache_of_another_text_length, resolution_not_divisible, no_permission, unknown_prompt_file,
     prompts_of_another_json,
     checkpoint_of_another_recipe, unknown_checkpoint, lora_without_targets, no_gpu, not_a_run, sample_without_prompt,
-    inception_without_weights, grids_without_prompts, missing_section_file, number_for_a_section,
+    inception_without_weights, grids_without_prompts, missing_section_file, number_for_a_section, near_student_with_strengths,
     run_dir_is_a_file, unknown_device, strength_without_number, export_into_existing_folder, encode_with_zero_batch_size,
     zero_shards, more_shards_than_processes, offload_of_one_process, deepspeed_json_for_fsdp2, shard_option_with_deepspeed,
     asynchronous_deepspeed, compiled_zero_3, triton_without_a_gpu, unavailable_attention, guidance_distillation_of_one_pass_model,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from scfm_core.flow.random import Stream, uniform
 from scfm_core.flow.schedule import dynamic_shift, sigma_grid
+from scfm_core.scfm import plan as plan_module
 from scfm_core.scfm.method import MODE_LIMIT, FlowSigma, PlanConfig, StepGain, sampling_strength
 from scfm_core.scfm.plan import ShortcutPlan, sample_plan
 
@@ -30,11 +31,7 @@ def flux_shift(num_steps: int) -> float:
 def tensors(plan: ShortcutPlan) -> dict[str, Tensor]:
     """The plan's tensors of shape [B], by name."""
     fields = ((field.name, getattr(plan, field.name)) for field in dataclasses.fields(plan))
-    return {
-        name: value
-        for name, value in fields
-        if isinstance(value, Tensor) and name not in ("pair_rows", "trajectory_rows")
-    }
+    return {name: value for name, value in fields if isinstance(value, Tensor)}
 
 
 def assert_share(mask: Tensor, probability: float) -> None:
@@ -64,7 +61,9 @@ def test_slices_have_their_fractions(teacher, flow):
     assert_share(plan.is_teacher, teacher)
     assert_share(plan.is_flow, flow)
     assert not (plan.is_teacher & plan.is_flow).any()
-    assert plan.pair_rows.tolist() == ((~plan.is_flow).nonzero().flatten().tolist() or [0])
+    assert plan.pair_rows == (~plan.is_flow).nonzero().flatten().tolist()
+    assert plan.teacher_rows == plan.is_teacher.nonzero().flatten().tolist()
+    assert torch.equal(plan.slice_number, torch.where(plan.is_flow, 2, torch.where(plan.is_teacher, 0, 1)))
 
 
 @pytest.mark.parametrize("flow", [0.0, 0.25])
@@ -340,18 +339,27 @@ def test_a_plan_is_1d_and_its_floats_are_fp32():
     assert len(plan) == N
     for name, values in tensors(plan).items():
         assert values.shape == (N,), name
-        assert values.dtype == dict.fromkeys(("sample_ids", "grid", "interval"), torch.int64).get(
+        assert values.dtype == dict.fromkeys(("sample_ids", "grid", "interval", "slice_number"), torch.int64).get(
             name, torch.bool if name.startswith("is_") else torch.float32
         ), name
 
 
-def test_a_plan_moves_to_a_device_but_for_what_is_read_on_the_host():
-    moved = draw(ALL_FEATURES).to("meta")
+def test_a_plan_moves_to_a_device_in_one_copy(monkeypatch):
+    plan, copied = draw(ALL_FEATURES), []
+    monkeypatch.setattr(plan_module, "to_device", lambda tensor, device: copied.append(tensor) or tensor.clone())
+    moved = plan.to("cpu")
+    assert len(copied) == 1
+    for name, values in tensors(plan).items():
+        assert torch.equal(tensors(moved)[name], values), name
+        assert tensors(moved)[name].dtype == values.dtype
+    assert (moved.config, moved.pair_rows) == (plan.config, plan.pair_rows)
+
+
+def test_strengths_may_stay_on_the_host():
+    moved = draw(ALL_FEATURES).to("meta", with_strengths=False)
     places = {name: values.device.type for name, values in tensors(moved).items()}
     on_host = {"student_strength", "near_strength", "far_strength"}
     assert places == {name: "cpu" if name in on_host else "meta" for name in places}
-    assert (moved.pair_rows.device.type, moved.trajectory_rows.device.type) == ("cpu", "cpu")
-    assert moved.config is ALL_FEATURES
 
 
 @pytest.mark.parametrize(
@@ -394,6 +402,12 @@ def test_limits_are_valid(change):
         ({"shift": (1e4, 1e4)}, r"at shift 10000 .* reaches sigma_max"),
         ({"shift": (2.5, math.inf)}, r"method.shift must be"),
         ({"guidance": (0.0, math.inf)}, r"method.guidance must be"),
+        (
+            {"near": "student", "step_gain": StepGain()},
+            r"method.near=student .* with method.step_gain a near pass jumps half",
+        ),
+        ({"near": "student", "step_embedding": True, "teacher_fraction": 0}, r"with method.step_embedding a near pass"),
+        ({"near": "student", "flow_fraction": 0.6}, r"method.near=student has no effect: there are no self rows"),
     ],
     ids=str,
 )
@@ -425,13 +439,15 @@ def test_captions_are_dropped_independently_except_on_trajectory_rows():
     without = draw(dataclasses.replace(config, caption_dropout=0.0))
     assert not without.is_dropped.any()
     others = {name: value for name, value in tensors(without).items() if name != "is_dropped"}
-    assert len(others) == 15 and all(torch.equal(value, tensors(plan)[name]) for name, value in others.items())
+    assert len(others) == 16 and all(torch.equal(value, tensors(plan)[name]) for name, value in others.items())
 
 
 @pytest.mark.parametrize(
     ("change", "student", "target"),
     [
         ({}, 2, 4),  # near and far, guided
+        ({"near": "student"}, 2, 2.8),  # no near pass on 60 % of the rows
+        ({"teacher_fraction": 0.0, "flow_fraction": 0.75, "near": "student"}, 2, 0.5),
         ({"teacher_fraction": 0.0, "flow_fraction": 0.75}, 2, 1),
         ({"teacher_fraction": 0.0, "flow_fraction": 1.0}, 1, 0),  # the data's velocity is not guided
         ({"teacher_fraction": 0.0, "trajectory_fraction": 1.0}, 2, 0),

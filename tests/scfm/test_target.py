@@ -1,5 +1,7 @@
 """The shortcut target, against closed forms."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -196,6 +198,42 @@ def test_a_batch_of_flow_rows_still_enters_the_network():
     target = scfm_target(plan, gaussian(rows=5), None, near, far, flow_velocity=velocity)
     assert [len(x) for x, *_ in near.calls + far.calls] == [1, 1]
     assert torch.equal(target, velocity)  # no 0/0 from a jump of length zero
+    alone = scfm_target(plan, gaussian(rows=5), None, no_pass, no_pass, flow_velocity=velocity, is_sharded=False)
+    assert torch.equal(alone, velocity)
+
+
+@pytest.mark.parametrize("flow_fraction", [0.0, 0.4])
+def test_the_students_velocity_is_the_near_half_of_self_rows(flow_fraction):
+    plan = make_plan(PlanConfig(teacher_fraction=0.3, flow_fraction=flow_fraction, near="student"))
+    x, student, velocity, cond = gaussian(), gaussian(1), gaussian(2), torch.arange(B) / B
+
+    def teacher(x, sigma, cond, strength):
+        return torch.cos(x) * per_sample(sigma + cond, x)
+
+    def far(x, sigma, cond, strength):
+        return torch.sin(x) * per_sample(sigma - cond, x)
+
+    def near(x, sigma, cond, strength):  # of all pairs, as in the paper, with the student in place of the fast EMA
+        rows = [int(row) for row in (cond * B).round()]
+        return torch.where(per_sample(strength, x) == 0, teacher(x, sigma, cond, strength), student[rows])
+
+    expected = scfm_target(plan, x, cond, near, far, flow_velocity=velocity)
+    only_teacher, only_far = Recorder(teacher), Recorder(far)
+    target = scfm_target(plan, x, cond, only_teacher, only_far, flow_velocity=velocity, student=student)
+    assert torch.equal(target, expected)
+    assert [len(x) for x, *_ in only_teacher.calls + only_far.calls] == [plan.is_teacher.sum(), (~plan.is_flow).sum()]
+
+
+@pytest.mark.parametrize(("is_sharded", "entered"), [(True, 1), (False, 0)])
+def test_a_batch_of_self_rows_needs_the_teacher_only_in_a_sharded_run(is_sharded, entered):
+    config = PlanConfig(near="student")
+    plan = make_plan(config, IDS[~make_plan(config).is_teacher][:5])
+    teacher, student = Recorder(lambda x, *_: torch.full_like(x, math.nan)), gaussian(1, rows=5)
+    target = scfm_target(
+        plan, gaussian(rows=5), None, teacher, lambda x, *_: x.sin(), student=student, is_sharded=is_sharded
+    )
+    assert len(teacher.calls) == entered
+    assert target.isfinite().all()
 
 
 def test_only_flow_rows_need_no_pass():

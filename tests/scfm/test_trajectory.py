@@ -182,7 +182,7 @@ class Rows(list):
     """A conditioning: the numbers of its rows."""
 
     def __getitem__(self, rows):
-        return Rows(rows.tolist())
+        return Rows(rows)
 
 
 def test_paths_computed_in_training_equal_stored_paths():
@@ -230,6 +230,9 @@ def test_a_batch_without_trajectory_rows_still_enters_the_network():
 
     take_paths(plan, latents, torch.randn(B, 3), Rows(range(B)), teacher, 4)
     assert seen == [1] * 4
+    _, ends = take_paths(plan, latents, torch.randn(B, 3), Rows(range(B)), teacher, 4, is_sharded=False)
+    assert seen == [1] * 4
+    assert torch.equal(ends, latents)
 
 
 def test_trajectory_rows_have_a_known_target_and_only_pairs_run():
@@ -244,9 +247,10 @@ def test_trajectory_rows_have_a_known_target_and_only_pairs_run():
         return x
 
     target = scfm_target(plan, start, None, near, near, flow_velocity=velocity)
-    pairs = int((~plan.has_known_target).sum())
+    known = plan.is_flow | plan.is_trajectory
+    pairs = int((~known).sum())
     assert entered == [pairs, pairs]
-    assert torch.equal(target[plan.has_known_target], velocity[plan.has_known_target])
+    assert torch.equal(target[known], velocity[known])
     assert target.isfinite().all()
 
 

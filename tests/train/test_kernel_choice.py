@@ -94,6 +94,14 @@ def test_fp8_needs_an_unsharded_base(make_config, family, monkeypatch):
     choose_kernels(make_config({"kernels.fp8": True, "engine.shard": 1}), family, CPU)
 
 
+def test_graphs_need_a_near_pass_of_one_shape(make_config):
+    """With the student as near half of self rows only the rows of the teacher are in the near pass."""
+    graphs = {"kernels.cuda_graphs": True, "method.near": "student"}
+    with pytest.raises(UserError, match=r"method\.near=student makes the number of rows in the near pass vary"):
+        rules.check_kernels(make_config(graphs), torch.device("cuda"))
+    rules.check_kernels(make_config({**graphs, "method.teacher_fraction": 0.0}), torch.device("cuda"))
+
+
 def test_a_run_of_a_gpu_can_be_sampled_on_a_cpu(make_config, family, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     config = make_config({"kernels.fused": "triton", "kernels.attention": "cudnn", "kernels.cuda_graphs": True})

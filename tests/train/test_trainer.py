@@ -44,6 +44,7 @@ VARIANTS = {
     "lora": {},
     "step_gain": {"method.step_gain": {"gamma": 0.5}},
     "quantised": {"model.base": "nf4", "method.step_gain": {"gamma": 0.5}},
+    "near_student": {"method.near": "student", "method.flow_fraction": 0.25},
     "full": {"train.weights": "full", "method.flow_fraction": 0.25},
     "pretrain": {"train.weights": "full", "method.flow_fraction": 1.0, "method.teacher_fraction": 0.0},
     "step_embedding": {
@@ -227,9 +228,41 @@ def test_restart_sets_the_averages_to_the_student(make_config):
         assert torch.equal(state[f"ema_slow.{name}"], state[f"student.{name}"])
 
 
+@pytest.mark.parametrize("weights", ["lora", "full"])
+def test_a_student_without_lag_is_its_own_average(make_config, weights):
+    """Where the fast EMA equals the student, its velocity as near half gives the same loss and gradients, at one pass less."""
+    found = {}
+    for near in ("ema", "student"):
+        trainer = Trainer(make_config({"train.weights": weights, "method.near": near}))
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in trainer.model.parameters("student").values():
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+        trainer.emas.restart()
+        passes, velocity = [], trainer.family.velocity
+        trainer.family.velocity = lambda *inputs, f=velocity, passes=passes: passes.append(len(inputs[1])) or f(*inputs)
+        [batch] = batches(trainer.corpus, seed=0, global_batch_size=8, micro_batch_size=8, start=0, stop=8)
+        loss = trainer.objective.micro_step(batch, LossMeter("cpu"))
+        loss.backward()
+        gradients = {name: parameter.grad for name, parameter in trainer.model.parameters("student").items()}
+        found[near] = loss.item(), gradients, sum(passes)
+    assert found["student"][0] == pytest.approx(found["ema"][0], rel=1e-5)
+    scale = max(gradient.abs().max() for gradient in found["ema"][1].values()).item()
+    for name, gradient in found["ema"][1].items():
+        torch.testing.assert_close(found["student"][1][name], gradient, rtol=1e-4, atol=1e-5 * scale)
+    assert found["ema"][2] == 3 * 8 and 2 * 8 < found["student"][2] < 3 * 8
+
+
 @pytest.mark.parametrize("mode", ["selective", "full"])
 @pytest.mark.parametrize(
-    "changes", [{}, {"train.weights": "full"}, {"model.base": "nf4"}], ids=["lora", "full", "quantised"]
+    "changes",
+    [
+        {},
+        {"train.weights": "full"},
+        {"model.base": "nf4"},
+        {"method.near": "student", "train.compute_dtype": "bfloat16"},
+    ],
+    ids=["lora", "full", "quantised", "near_student"],
 )
 def test_activation_checkpointing_changes_no_gradient(make_config, mode, changes):
     loss, gradients, _ = one_global_batch(make_config(changes), 8)
