@@ -52,7 +52,7 @@ def test_all_promised_recipes_exist():
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_dry_run(path, demo_root, monkeypatch, capsys):
     monkeypatch.chdir(demo_root)
-    assert main(["train", str(path), "--dry-run"]) == 0
+    assert main(["train", str(path), "--dry-run", "--estimate"]) == 0
     page = capsys.readouterr().out
     is_tiny = path.name.startswith("tiny")  # its FLOPs do not decide how long it takes
     headings = ("model", "base", "trained", "compute", "this run", "memory", *(() if is_tiny else ("A100-day", "fits")))
@@ -63,7 +63,7 @@ def test_dry_run(path, demo_root, monkeypatch, capsys):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine can run it")
 @pytest.mark.parametrize("override", ["run.device=cuda", "kernels.cuda_graphs=true", "kernels.attention=cudnn"])
 def test_a_dry_run_on_a_machine_that_cannot_run_it(override, capsys):
-    assert main(["train", "flux_dev_lora.yaml", "--dry-run", override]) == 0
+    assert main(["train", "flux_dev_lora.yaml", "--dry-run", "--estimate", override]) == 0
     page = capsys.readouterr().out
     assert "kernels     unavailable here: " in page and "this run" in page
 
@@ -89,7 +89,7 @@ def test_data_recipe_works_with_one_argument(path, demo_root, monkeypatch, capsy
     use = re.search(r"use: +scfm train (\S+) data=(\S+)(.*)", header)
     assert use and use[2] == path.name
     monkeypatch.chdir(demo_root)
-    assert main(["train", use[1], f"data={use[2]}", *use[3].replace("'", "").split(), "--dry-run"]) == 0
+    assert main(["train", use[1], f"data={use[2]}", *use[3].replace("'", "").split(), "--dry-run", "--estimate"]) == 0
     assert "memory" in capsys.readouterr().out
 
 
@@ -117,7 +117,7 @@ def test_tiny_recipes_train(name, demo_root, monkeypatch):
 
 
 def test_overrides_may_follow_options(capsys):
-    assert main(["train", "flux_dev_lora", "train.lr=1e-4", "--dry-run", "train.steps=7"]) == 0
+    assert main(["train", "flux_dev_lora", "train.lr=1e-4", "--dry-run", "--estimate", "train.steps=7"]) == 0
     assert "this run    7 steps" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["train", "flux_dev_lora", "--dryrun"])

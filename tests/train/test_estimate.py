@@ -69,7 +69,8 @@ def test_a_traced_forward_agrees_with_the_closed_form(flux):
 
 def test_the_output_of_a_dry_run():
     page = describe(
-        load_config("flux_dev_lora.yaml", ["train.activation_checkpointing=none", "train.global_batch_size=8"])
+        load_config("flux_dev_lora.yaml", ["train.activation_checkpointing=none", "train.global_batch_size=8"]),
+        by_formula=True,
     )
     for words in (
         "11.9 B parameters",
@@ -86,20 +87,21 @@ def test_the_output_of_a_dry_run():
     [("flux_dev_lora.yaml", "and if shards hold images"), ("flux_dev_fewshot.yaml", "encoders (on the fly)")],
 )
 def test_encoders_beside_the_network(recipe, words):
-    page = describe(load_config(recipe))
+    page = describe(load_config(recipe), by_formula=True)
     assert f"{words:<28}     9.26 GiB" in page
     assert ("and if shards hold images" in page) != ("on the fly" in page)
 
 
 def test_a_dry_run_says_on_which_cards_the_run_fits(flux):
     result = estimate(load_config("flux_dev_lora.yaml"), flux, 8)
-    assert [card.size for card in result.cards] == [80, 48, 40, 24]
-    assert [card.fits for card in result.cards] == [True] * 4
-    assert [card.settings for card in result.cards[:3]] == [(), (), ("train.activation_checkpointing=full",)]
+    assert [card.size for card in result.cards] == [141, 80, 48, 40, 32, 24]
+    assert [card.fits for card in result.cards] == [True] * 6
+    assert [card.settings for card in result.cards[:4]] == [(), (), (), ("train.activation_checkpointing=full",)]
     for card in result.cards:  # the settings do what they promise
         again = estimate(load_config("flux_dev_lora.yaml", list(card.settings)), flux, 8)
         assert sum(again.memory.values()) == card.memory <= 0.92 * card.size * 2**30
-    assert "40 GB: fits with train.activation_checkpointing=full" in describe(load_config("flux_dev_lora.yaml"), 8)
+    page = describe(load_config("flux_dev_lora.yaml"), 8, by_formula=True)
+    assert "40 GB (A100): fits with train.activation_checkpointing=full" in page
 
 
 def test_a_dry_run_says_how_many_gpus_a_large_run_needs(flux):
@@ -110,7 +112,7 @@ def test_a_dry_run_says_how_many_gpus_a_large_run_needs(flux):
 
 
 def test_a_dry_run_of_a_tiny_run_promises_no_duration(make_config):
-    page = describe(make_config())
+    page = describe(make_config(), by_formula=True)
     assert "A100" not in page and "fits" not in page and "this run" in page
 
 
@@ -125,7 +127,7 @@ def test_a_dry_run_says_what_a_node_and_its_disk_need(flux):
         "encoders while loading": flux.encoder_bytes,
         "copy of a checkpoint": 0,
     }
-    page = describe(load_config("flux_dev_full.yaml", words), 64)
+    page = describe(load_config("flux_dev_full.yaml", words), 64, by_formula=True)
     for line in (
         "host memory of a node with 8 processes, besides Python, CUDA and data workers",
         "  total                            9.32 GiB",
