@@ -5,6 +5,7 @@ Packed weights are those of bitsandbytes, bit for bit. The package itself is not
 import it and with it all of inductor, 0.8 s at every start; and its kernel for CPUs is wrong for some sizes of rows (version 0.50.2).
 """
 
+import functools
 import importlib.util
 
 import torch
@@ -22,6 +23,7 @@ _LEVELS = (
 )  # fmt: skip
 
 
+@functools.cache  # made anew for each product it would be a copy that the host waits for
 def levels(device: torch.device) -> Tensor:
     """The 16 values, fp32, ascending."""
     return torch.tensor(_LEVELS, device=device)

@@ -5,8 +5,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from scfm_core.kernels.nf4 import BLOCK
-
 _BYTES = 1024  # of a program
 
 
@@ -27,5 +25,5 @@ def unpack(values: Tensor, scale: Tensor, levels: Tensor, dtype: torch.dtype) ->
     """Packed weights uint8 [out, in / 2], their scales fp32 [out * in / 64] and the 16 levels -> [out, in] in `dtype`."""
     output = torch.empty(values.shape[0], 2 * values.shape[1], dtype=dtype, device=values.device)
     count = values.numel()
-    _unpack_kernel[(triton.cdiv(count, _BYTES),)](values, scale, levels, output, count, _BYTES, BLOCK // 2)
+    _unpack_kernel[(triton.cdiv(count, _BYTES),)](values, scale, levels, output, count, _BYTES, count // scale.numel())
     return output

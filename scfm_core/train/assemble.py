@@ -17,7 +17,7 @@ from scfm_core.models.adapters import ADAPTERS
 from scfm_core.models.families import open_family
 from scfm_core.models.offload import Offload, fill_on_host, spread
 from scfm_core.models.protocol import ModelFamily
-from scfm_core.models.quantised import quantise_linears
+from scfm_core.models.quantised import Base, quantise_linears
 from scfm_core.models.student import FullModel, LoRAModel, ShortcutModel
 from scfm_core.train.config import RunConfig
 from scfm_core.train.device import compute_dtype
@@ -113,20 +113,13 @@ def build_model(
             network = family.empty_network(dtype if is_lora or layout is None else torch.float32)
             shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
             start, pretrained = (fill, fill) if fill else _weights(config, family, network, stack, has_teacher)
-            adapted = _adapted(config, family, network) if is_lora else None
             base = config.model.base if layout is not None else config.sample.base
-            if adapted is not None:
-                quantise_linears(network, family.blocks(network), base)
+            adapted = _adapted(config, family, network, base) if is_lora else None
         if adapted is not None:
-            offloaded = spread(family.blocks(network), config.model.offload_blocks) if layout is not None else []
+            offloaded = spread(family.blocks(network), config.model.offload_blocks if layout is not None else 0)
             fill_on_host(offloaded)
             prepare(network, True, fill or adapted.bank.filling(start))
-            if layout is None or not layout.is_sharded:
-                adapted.bank.keep_copies()
-            if offloaded:
-                Offload(offloaded, device)
-            if config.kernels.fp8 and layout is not None:
-                adapted.bank.quantise(_traced_rows(config, family))
+            _finish_adapted(config, adapted, layout, offloaded, device)
             return adapted
         networks = {}
         roles = ADAPTERS if layout is not None else (config.sample.weights,)
@@ -164,11 +157,26 @@ def _traced_rows(config: RunConfig, family: ModelFamily) -> dict[str, int]:
     return forward_of(family, family.latent_shape(*config.data.resolution), config.model.text_length).rows
 
 
-def _adapted(config: RunConfig, family: ModelFamily, network: nn.Module) -> LoRAModel:
+def _adapted(config: RunConfig, family: ModelFamily, network: nn.Module, base: Base) -> LoRAModel:
+    """Adapters over a network on the meta device, whose blocks are stored as `base`."""
     try:
-        return LoRAModel(family, network, config.lora, config.run.seed)
+        model = LoRAModel(family, network, config.lora, config.run.seed)
     except ValueError as error:
         raise UserError(str(error)) from error
+    quantise_linears(network, family.blocks(network), base)
+    return model
+
+
+def _finish_adapted(
+    config: RunConfig, model: LoRAModel, layout: Layout | None, offloaded: list[nn.Module], device: torch.device
+) -> None:
+    """What needs the weights: copies of the adapters, slots of offloaded blocks, copies of the base in fp8."""
+    if layout is None or not layout.is_sharded:
+        model.bank.keep_copies()
+    if offloaded:
+        Offload(offloaded, device)
+    if config.kernels.fp8 and layout is not None:
+        model.bank.quantise(_traced_rows(config, model.family))
 
 
 def _preparation(
