@@ -67,7 +67,11 @@ def _add_train(commands: Any) -> None:
     parser.add_argument("config", help="a YAML file, or the name of a shipped recipe")
     add_overrides(parser)
     parser.add_argument(
-        "--dry-run", action="store_true", help="check the configuration and print size, memory and compute"
+        "--dry-run", action="store_true",
+        help="check the configuration, trace a step at its true size, and print memory, compute and on which GPUs it fits",
+    )  # fmt: skip
+    parser.add_argument(
+        "--estimate", action="store_true", help="with --dry-run: by formula alone, in seconds, without the trace"
     )
     parser.add_argument(
         "--show-config", action="store_true", help="print the complete configuration, and where each value comes from"
@@ -101,11 +105,14 @@ def _train(arguments: argparse.Namespace) -> int:
             f"--gpus N (at least 1) works only with --dry-run. To train on several GPUs: torchrun --nproc-per-node "
             f"{max(1, arguments.gpus)} --no-python scfm train {arguments.config}"
         )
+    if arguments.estimate and not arguments.dry_run:
+        raise UserError("--estimate works only with --dry-run")
     return train(
         arguments.config,
         arguments.overrides,
         resume=arguments.resume,
         dry_run=arguments.dry_run,
+        by_formula=arguments.estimate,
         processes=arguments.gpus,
         data_may_change=arguments.allow_data_change,
     )

@@ -30,6 +30,7 @@ from scfm_core.train.prompts import validation_prompts
 from scfm_core.train.resume import changed_keys
 from scfm_core.train.rules import check_shards, describe_micro_batches
 from scfm_core.train.run_dir import checkpoint_folders, checkpoint_path, locked, make_run_dir, step_of
+from scfm_core.train.trace_step import trace_step, why_not_traced
 from scfm_core.train.trainer import Trainer
 from scfm_core.wording import count
 
@@ -57,6 +58,7 @@ def train(
     *,
     resume: str = "auto",
     dry_run: bool = False,
+    by_formula: bool = False,
     processes: int | None = None,
     data_may_change: bool = False,
 ) -> int:
@@ -68,7 +70,7 @@ def train(
         error.agreed = launched_rank() == 0 or local_rank() != 0
         raise
     if dry_run:
-        page = describe(config, processes or launched_size())
+        page = describe(config, processes or launched_size(), by_formula=by_formula)
         if launched_rank() == 0:
             print(page)
         return 0
@@ -168,15 +170,24 @@ def _locked_run_dir(config: RunConfig, world: World) -> Iterator[None]:
         yield
 
 
-def describe(config: RunConfig, processes: int = 1) -> str:
-    """The dry run: check the configuration for `processes` processes, and estimate the cost."""
+def describe(config: RunConfig, processes: int = 1, *, by_formula: bool = False) -> str:
+    """The dry run: check the configuration for `processes` processes, trace a step at its true size, and compute the cost.
+
+    Args:
+        config: the run.
+        processes: their number.
+        by_formula: without the trace, which takes some ten seconds.
+    """
     validation_prompts(config.sample)
     optimizer = optimizer_config(config, processes)
     check_shards(config, processes)
     if config.engine.name == "deepspeed":
         deepspeed_config(config.engine, optimizer, processes, config.train.weights)
     family = build_family(config, offline=True)
-    return format_estimate(estimate(config, family, processes), config, _kernels_here(config, family))
+    reason = "--estimate" if by_formula else why_not_traced(config)
+    traced = trace_step(config, world=processes) if reason is None else None
+    page = format_estimate(estimate(config, family, processes, traced), config, _kernels_here(config, family))
+    return page if reason in (None, "--estimate") else f"{page}\nnot traced, all by formula: {reason}"
 
 
 def _kernels_here(config: RunConfig, family: ModelFamily) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import smallest_tree
 from diffusers import FluxPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -18,7 +19,7 @@ from recipes.cli import main
 from scfm_core import load, with_steps
 from scfm_core.errors import UserError
 from scfm_core.train.fit import fit
-from scfm_core.train.parse import dump_config
+from scfm_core.train.parse import dump_config, parse_config
 from scfm_core.train.trainer import Trainer
 
 PROMPTS = ["a handwritten digit three", "a handwritten digit eight"]
@@ -30,10 +31,12 @@ def exported(run_dir):
     return path
 
 
-@pytest.fixture
-def run_dir(make_config):
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
     """A step-scaled run whose adapter is strong enough to change the images, exported."""
-    config = make_config({"method.step_gain": {"gamma": 0.5}, "train.steps": 1, "data.resolution": [16, 16]})
+    tree = smallest_tree(tiny, tmp_path_factory.mktemp("api") / "run")
+    tree["method"]["step_gain"], tree["train"]["steps"] = {"gamma": 0.5}, 1
+    config = parse_config(tree, "test")
     trainer = Trainer(config)
     fit(trainer)
     with torch.no_grad():
@@ -44,6 +47,12 @@ def run_dir(make_config):
     (trainer.run_dir / "config.yaml").write_text(dump_config(config))
     assert main(["export", str(trainer.run_dir)]) == 0
     return trainer.run_dir
+
+
+@pytest.fixture
+def run_dir(finished, tmp_path):
+    """A copy of the run."""
+    return shutil.copytree(finished, tmp_path / "run")
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ def test_parts_have_limits_and_results_are_kept(tmp_path):
     # `slow` writes its table, starts a child and never ends.
     slow = f"{written}; sleep 1000 & echo $! > {tmp_path / 'child'}; wait"
     parts = [
-        Part(name="beside", command=("-c", slow.replace("child", "other")), limit=50, beside=True),
+        Part(name="beside", command=("-c", slow.replace("child", "other")), limit=50, on_cpu=True),
         Part(name="slow", command=("-c", slow), limit=1.0),
         Part(name="broken", command=("-c", "echo no such kernel; exit 3"), limit=50),
         Part(name="quick", command=("-c", written), limit=50),
@@ -130,6 +130,43 @@ def test_each_part_is_there(null):
     assert len({part.name for part in parts}) == len(parts)
     for part in parts:
         words = [word.format(json="out.json", seconds="60") for word in part.command]
-        assert words[0] == "-m" or (gpu_day.ROOT / words[0]).is_file(), words
+        assert (gpu_day.ROOT / words[0]).is_file(), words
         assert not any("{" in word for word in words)
     assert all((gpu_day.ROOT / name).exists() for name in gpu_day.CUDA_TESTS)
+
+
+def test_predicted_step():
+    """FLOPs of attention, in forwards: a backward counts as two of them. `automodel` has no pairs, and its own batch."""
+    import predict
+    from setting import Setting
+
+    from scfm_core.train.trace import trace_forward
+
+    setting = Setting(2, tiny=True)
+    forward = trace_forward(
+        setting.family, setting.family.meta_network(), setting.latents.shape[1:], setting.text_length
+    )
+    passes = {}
+    for name in ("reference: automodel", "ours"):
+        traced = predict.trace(name, 2, tiny=True)
+        assert traced.batch == (6 if name == "reference: automodel" else 2)
+        attention = sum(operation.flops for operation in traced.operators if operation.group == "attention")
+        passes[name] = attention / (traced.batch * forward.attention)
+        for row in predict.rows_of(name, traced, ["A100 80 GB", "H100"]):
+            assert row["total"] == pytest.approx(sum(row[part] for part in predict.PARTS))
+            assert 0 < row["total"] <= row["70/85"]  # a tiny kernel takes as long as its launch
+            assert row["samples_per_s"] == pytest.approx(1e3 * traced.batch / row["70/85"])
+    assert passes == pytest.approx({"reference: automodel": 1 + 2, "ours": 3 + 2})
+
+
+def test_predicted_ratios():
+    import predict
+
+    rates = {"reference": 2.0, "reference: tuned": 3.0, "ours": 4.5, "reference: automodel": 9.0}
+    rows = [
+        {"card": "A100 80 GB", "arm": arm, "batch": 6 if arm.endswith("automodel") else 4, "samples_per_s": rate}
+        for arm, rate in rates.items()
+    ]
+    ratios = {row["arm"]: (row["x_reference"], row["x_tuned"]) for row in predict.with_ratios(rows)}
+    assert ratios["ours"] == (2.25, 1.5) and ratios["reference: tuned"] == (1.5, 1.0)
+    assert ratios["reference: automodel"] == (None, None)  # of another batch

@@ -7,10 +7,20 @@ into it. A `triton_op` also cannot run in Triton's interpreter, so the tests wou
 
 import importlib.util
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Tile(NamedTuple):
+    """Of a matrix product (`lora_gemm`): rows and columns of the result that a program owns, elements that it reads of each at a time, launch options."""
+
+    rows: int
+    columns: int
+    depth: int
+    num_warps: int
+    num_stages: int
 
 
 def is_interpreted() -> bool:

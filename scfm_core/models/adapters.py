@@ -6,7 +6,7 @@ frozen base, so rows of the teacher and rows of an EMA share one forward.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from scfm_core.filling import Fill
 from scfm_core.kernels.fp8 import Fp8Weight, fits, fp8_linear, quantise
-from scfm_core.kernels.lora import Copies, lora_add, lora_linear
+from scfm_core.kernels.lora import Copies, lora_add, lora_linear, lora_linears
 from scfm_core.models.quantised import QuantisedLinear
 
 ADAPTERS = ("student", "ema_fast", "ema_slow")
@@ -70,6 +70,8 @@ class LoRALinear(nn.Module):
         self.selection = selection
         self.copies: Copies | None = None
         """The factors of the selected adapter in that dtype, which `LoRABank.select` writes. None: each call casts."""
+        self.joined: tuple[LoRALinear, ...] = (self,)
+        """The layers that `linears` calls together with this one; their copies of A are adjacent."""
         self.fp8: Fp8Weight | None = None
         """The base's weight in fp8, if the target's passes run in fp8."""
         device = base_layer.weight.device
@@ -89,14 +91,18 @@ class LoRALinear(nn.Module):
         in_fp8 = self.fp8 is not None and self.selection.in_fp8
         if scale is None:
             return fp8_linear(x, self.fp8, base.bias) if in_fp8 else base(x)  # type: ignore[arg-type]
-        down, up, copies = self._selected()
-        if isinstance(base, QuantisedLinear) and not in_fp8:
-            return base.with_adapter(x, down, up, scale, copies)
+        down, up, copies = self.selected()
         if in_fp8:
             return lora_add(fp8_linear(x, self.fp8, base.bias), x, down, up, scale, copies)  # type: ignore[arg-type]
-        return lora_linear(x, base.weight, base.bias, down, up, scale, copies)
+        weight, weight_scale = self.weight()
+        return lora_linear(x, weight, base.bias, down, up, scale, copies, weight_scale)
 
-    def _selected(self) -> tuple[Tensor, Tensor, Copies | None]:
+    def weight(self) -> tuple[Tensor, Tensor | None]:
+        """The base's weight; if it is packed, with its scale."""
+        base = self.base_layer
+        return (base.values, base.scale) if isinstance(base, QuantisedLinear) else (base.weight, None)
+
+    def selected(self) -> tuple[Tensor, Tensor, Copies | None]:
         """The selected adapter's factors, which get gradients, and their copies."""
         if self.copies is None:
             return *self.factors(self.selection.adapter), None  # type: ignore[arg-type]
@@ -108,6 +114,29 @@ class LoRALinear(nn.Module):
     def factors(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
         """An adapter's A [rank, in] and B [out, rank], fp32."""
         return self.lora_A[adapter].weight, self.lora_B[adapter].weight  # type: ignore[return-value]
+
+
+def linears(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor]:
+    """`layer(x)` of each layer; adapted linears of one kind are one operation."""
+    adapted = [layer for layer in layers if isinstance(layer, LoRALinear)]
+    selection = adapted[0].selection if len(adapted) == len(layers) else None
+    if selection is None or selection.scale is None or selection.in_fp8:
+        return [layer(x) for layer in layers]
+    weights, scales = zip(*(layer.weight() for layer in adapted), strict=True)
+    biases = [layer.base_layer.bias for layer in adapted if layer.base_layer.bias is not None]
+    packed = [scale for scale in scales if scale is not None]
+    if any(len(some) not in (0, len(layers)) for some in (biases, packed)):
+        return [layer(x) for layer in layers]
+    downs, ups, copies = zip(*(layer.selected() for layer in adapted), strict=True)
+    given = [pair for pair in copies if pair is not None]
+    return lora_linears(x, weights, biases, downs, ups, selection.scale, given, packed)
+
+
+def join(layers: Sequence[nn.Module]) -> None:
+    """Note that `linears` calls these layers together. Call it before `LoRABank.keep_copies`."""
+    group = tuple(layer for layer in layers if isinstance(layer, LoRALinear))
+    for layer in group:
+        layer.joined = group
 
 
 def is_for_fp8(layer: LoRALinear, rows: int) -> bool:
@@ -225,14 +254,20 @@ class LoRABank:
         """
         self._copies, self._masters = [], {name: [] for name in ADAPTERS}
         for layer in self.layers.values():
-            factors = layer.factors("student")
-            if factors[0].dtype == layer.dtype:
+            layer.copies = None
+        for layer in self.layers.values():
+            down, _ = layer.factors("student")
+            if layer.copies is not None or down.dtype == layer.dtype:
                 continue
-            down, up = (torch.empty_like(factor, dtype=layer.dtype, requires_grad=False) for factor in factors)
-            layer.copies = (down, up)
-            self._copies += layer.copies
-            for name, masters in self._masters.items():
-                masters += layer.factors(name)
+            downs = down.new_empty(len(layer.joined), *down.shape, dtype=layer.dtype)
+            for member, copy in zip(layer.joined, downs, strict=True):
+                member.copies = (
+                    copy,
+                    torch.empty_like(member.factors("student")[1], dtype=layer.dtype, requires_grad=False),
+                )
+                self._copies += member.copies
+                for name, masters in self._masters.items():
+                    masters += member.factors(name)
 
     @torch.no_grad()
     def quantise(self, rows: Mapping[str, int]) -> None:

@@ -5,6 +5,7 @@ Conventions are those of diffusers' `ChromaPipeline`. The model: https://hugging
 
 import warnings
 from collections.abc import Sequence
+from types import MethodType
 from typing import Any, ClassVar
 
 import torch
@@ -68,6 +69,8 @@ class Chroma(ModelFamily):
         """See `ModelFamily`."""
         height, width = x.shape[-2:]
         dtype = dtype_of(network)
+        embedding: Any = network.time_text_embed
+        embedding.forward = MethodType(_time_embedding, embedding)
         packed, seen = pack_latents(x).to(dtype), cond.fields["seen"].to(dtype)
         velocity = network(
             hidden_states=packed,
@@ -94,3 +97,14 @@ class Chroma(ModelFamily):
         """See `ModelFamily`. Dynamic or fixed, as the model's scheduler says; Chroma1-HD's is fixed."""
         is_dynamic = self.scheduler_config.get("use_dynamic_shifting", False)
         return super().shift(image_tokens, num_steps) if is_dynamic else float(self.scheduler_config.get("shift", 1.0))
+
+
+def _time_embedding(embedding: Any, timestep: Tensor) -> Tensor:
+    """diffusers' embedding of time, of guidance 0 and of the layers' numbers, [B, layers, D], without its copy from the host.
+
+    For this copy the host waits for the GPU in each pass, and a CUDA graph cannot hold it.
+    """
+    guidance = embedding.guidance_proj(torch.zeros_like(timestep)).to(timestep.dtype)
+    inputs = torch.cat([embedding.time_proj(timestep).to(timestep.dtype), guidance], dim=1)
+    layers = embedding.mod_proj.to(inputs)
+    return torch.cat([inputs[:, None].expand(-1, len(layers), -1), layers.expand(len(inputs), -1, -1)], dim=-1)

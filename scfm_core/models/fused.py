@@ -3,12 +3,20 @@
 Layers keep their names and weights, so checkpoints, adapters and exports do not change.
 """
 
+from types import MethodType
 from typing import Any
 
 from torch import nn
 
 from scfm_core.kernels.ops import Ops
-from scfm_core.models.fused_flux import FusedAttnProcessor, FusedBlock, FusedDoubleBlock, FusedSingleBlock
+from scfm_core.models.adapters import join
+from scfm_core.models.fused_flux import (
+    FusedAttnProcessor,
+    FusedBlock,
+    FusedDoubleBlock,
+    FusedSingleBlock,
+    joint_forward,
+)
 from scfm_core.models.fused_flux2 import FusedFlux2DoubleBlock, FusedFlux2SingleBlock, FusedParallelAttnProcessor
 
 _FUSED: dict[str, tuple[type[FusedBlock], Any]] = {
@@ -35,4 +43,8 @@ def fuse(network: nn.Module, ops: Ops, attention_backend: str, *, blocks: bool =
             fused, processor = _FUSED[type(block).__name__]
             block.attn.set_processor(processor(ops, attention_backend))  # type: ignore[operator, union-attr]
             if blocks:
-                stack[number] = fused(block, ops)
+                stack[number] = replacement = fused(block, ops)
+                for layers in replacement.joined():
+                    join(layers)
+    if blocks and type(network).__name__ == "FluxTransformer2DModel":
+        network.forward = MethodType(joint_forward, network)  # type: ignore[method-assign]

@@ -6,11 +6,11 @@ projects queries, keys, values and feed-forward at once.
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from scfm_core.kernels.attention import attention
 from scfm_core.kernels.ops import Ops
-from scfm_core.models.fused_flux import FusedBlock, Rotation
+from scfm_core.models.fused_flux import FusedBlock, Rotation, attention_inputs
 
 
 class FusedParallelAttnProcessor:
@@ -82,6 +82,10 @@ class FusedFlux2DoubleBlock(FusedBlock):
             self.ff_context, encoder_hidden_states, text_branch, text_gate, text_mlp, self.norm2_context.eps
         )
         return text, image
+
+    def joined(self) -> list[tuple[nn.Module, ...]]:
+        """See `FusedBlock`."""
+        return attention_inputs(self.attn)
 
     def _feed_forward(
         self, layers: Any, x: Tensor, branch: Tensor, gate: Tensor, modulation: list[Tensor], eps: float

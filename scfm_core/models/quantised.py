@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from scfm_core.filling import PackedModule
-from scfm_core.kernels.lora import Copies
 from scfm_core.kernels.nf4 import BLOCK, fits_nf4
-from scfm_core.kernels.quantised import Packing, quantise, quantised_linear, quantised_lora_linear
+from scfm_core.kernels.quantised import Packing, quantise, quantised_linear
 from scfm_core.models.initial import is_modulation
 
 Base = Literal["bfloat16", "float8", "int8", "nf4"]
@@ -48,12 +47,6 @@ class QuantisedLinear(PackedModule):
     def forward(self, x: Tensor) -> Tensor:
         """`x W^T + bias`, [..., out] in the dtype of `x`."""
         return quantised_linear(x, self.values, self.scale, self.bias)
-
-    def with_adapter(
-        self, x: Tensor, down: Tensor, up: Tensor, strength: Tensor, copies: Copies | None = None
-    ) -> Tensor:
-        """See `scfm_core.kernels.lora.lora_linear`."""
-        return quantised_lora_linear(x, self.values, self.scale, self.bias, down, up, strength, copies)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.packing}"

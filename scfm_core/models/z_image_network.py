@@ -6,6 +6,8 @@ from diffusers import ZImageTransformer2DModel
 from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
 from torch import Tensor
 
+from scfm_core.readback import to_device
+
 
 class ZImageNetwork(ZImageTransformer2DModel):
     """diffusers' weights and blocks with another forward.
@@ -29,10 +31,7 @@ class ZImageNetwork(ZImageTransformer2DModel):
         batch, channels, height, width = latents.shape
         rows, columns = height // 2, width // 2
         padded = [_padded(length) for length in lengths]
-        # Copies from the host that do not wait for the GPU's queue.
-        text_lengths, text_ends = (
-            torch.tensor(ends).to(latents.device, non_blocking=True) for ends in (lengths, padded)
-        )
+        text_lengths, text_ends = (to_device(torch.tensor(ends), latents.device) for ends in (lengths, padded))
         patches = latents.reshape(batch, channels, rows, 2, columns, 2).permute(0, 2, 4, 3, 5, 1)
         image = self.all_x_embedder["2-1"](patches.flatten(3).flatten(1, 2))
         image_pad = self.x_pad_token.to(image.dtype).expand(batch, -rows * columns % SEQ_MULTI_OF, -1)

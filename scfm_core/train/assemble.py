@@ -113,13 +113,23 @@ def build_model(
             network = family.empty_network(dtype if is_lora or layout is None else torch.float32)
             shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
             start, pretrained = (fill, fill) if fill else _weights(config, family, network, stack, has_teacher)
+<<<<<<< HEAD
             base = config.model.base if layout is not None else config.sample.base
             adapted = _adapted(config, family, network, base) if is_lora else None
+=======
+            adapted = _adapted(config, family, network, layout) if is_lora else None
+>>>>>>> aa98808b58d53088f4ff8e7163bd7ae8640d2c1a
         if adapted is not None:
             offloaded = spread(family.blocks(network), config.model.offload_blocks if layout is not None else 0)
             fill_on_host(offloaded)
             prepare(network, True, fill or adapted.bank.filling(start))
+<<<<<<< HEAD
             _finish_adapted(config, adapted, layout, offloaded, device)
+=======
+            if offloaded:
+                Offload(offloaded, device)
+            _after_filling(config, family, adapted, layout)
+>>>>>>> aa98808b58d53088f4ff8e7163bd7ae8640d2c1a
             return adapted
         networks = {}
         roles = ADAPTERS if layout is not None else (config.sample.weights,)
@@ -133,6 +143,14 @@ def build_model(
             networks["teacher"] = family.empty_network(dtype)
             prepare(networks["teacher"], False, pretrained)
     return FullModel(family, networks, shapes, dtype)
+
+
+def _after_filling(config: RunConfig, family: ModelFamily, adapted: LoRAModel, layout: Layout | None) -> None:
+    """What needs the weights' values or their device."""
+    if layout is None or not layout.is_sharded:
+        adapted.bank.keep_copies()
+    if config.kernels.fp8 and layout is not None:
+        adapted.bank.quantise(_traced_rows(config, family))
 
 
 def _weights(
@@ -157,6 +175,7 @@ def _traced_rows(config: RunConfig, family: ModelFamily) -> dict[str, int]:
     return forward_of(family, family.latent_shape(*config.data.resolution), config.model.text_length).rows
 
 
+<<<<<<< HEAD
 def _adapted(config: RunConfig, family: ModelFamily, network: nn.Module, base: Base) -> LoRAModel:
     """Adapters over a network on the meta device, whose blocks are stored as `base`."""
     try:
@@ -177,6 +196,16 @@ def _finish_adapted(
         Offload(offloaded, device)
     if config.kernels.fp8 and layout is not None:
         model.bank.quantise(_traced_rows(config, model.family))
+=======
+def _adapted(config: RunConfig, family: ModelFamily, network: nn.Module, layout: Layout | None) -> LoRAModel:
+    try:
+        adapted = LoRAModel(family, network, config.lora, config.run.seed)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    base = config.model.base if layout is not None else config.sample.base
+    quantise_linears(network, family.blocks(network), base)
+    return adapted
+>>>>>>> aa98808b58d53088f4ff8e7163bd7ae8640d2c1a
 
 
 def _preparation(

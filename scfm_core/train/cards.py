@@ -1,12 +1,15 @@
-"""Which GPUs a run fits on by its estimate, and which settings make it fit on smaller ones."""
+"""Which GPUs a run fits on, and which settings make it fit on smaller ones."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from scfm_core.train.config import RunConfig
+from scfm_core.train.roofline import CARDS
 
-SIZES_GIB = (80, 48, 40, 24)
+SIZES_GIB = tuple(sorted({card.memory for card in CARDS.values()}, reverse=True))
+LARGE_GIB = 80
+"""Of the GPUs on which a run is spread that fits none alone: most clusters have them."""
 USABLE = 0.92
 """Assumed: the rest is CUDA's context, NCCL's buffers and gaps between allocations."""
 GIB = 2**30
@@ -30,9 +33,12 @@ class Fit:
 
     def __str__(self) -> str:
         settings, memory = " ".join(self.settings), f"({self.memory / GIB:.1f} GiB)"
+        names = ", ".join(
+            name.removesuffix(f" {self.size} GB") for name, card in CARDS.items() if card.memory == self.size
+        )
         if self.fits:
-            return f"{self.size} GB: fits {f'with {settings} ' * bool(settings)}{memory}"
-        return f"{self.size} GB: does not fit{f', not even with {settings}' * bool(settings)} {memory}"
+            return f"{self.size} GB ({names}): fits {f'with {settings} ' * bool(settings)}{memory}"
+        return f"{self.size} GB ({names}): does not fit{f', not even with {settings}' * bool(settings)} {memory}"
 
 
 def fits(config: RunConfig, world: int, memory: Callable[[RunConfig], float]) -> list[Fit]:
@@ -53,7 +59,7 @@ def fits(config: RunConfig, world: int, memory: Callable[[RunConfig], float]) ->
 
 
 def gpus_needed(config: RunConfig, world: int, memory: Callable[[int], float]) -> int | None:
-    """The smallest doubling of `world` on which the run fits the largest GPUs; None if the global batch allows none.
+    """The smallest doubling of `world` on which the run fits GPUs of 80 GB; None if the global batch allows none.
 
     Args:
         config: the run.
@@ -62,7 +68,7 @@ def gpus_needed(config: RunConfig, world: int, memory: Callable[[int], float]) -
     """
     number = world * 2
     while config.train.global_batch_size % number == 0:
-        if Fit(max(SIZES_GIB), memory(number), ()).fits:
+        if Fit(LARGE_GIB, memory(number), ()).fits:
             return number
         number *= 2
     return None

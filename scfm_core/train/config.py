@@ -135,6 +135,10 @@ class KernelConfig:
     attention: Literal["auto", "cudnn", "flash3", "flash4", "flash", "xformers", "triton", "efficient", "math"] = "auto"
     """Backend of attention; `auto` measures the available ones, once for each device, shape and dtype. Networks without fused blocks
     have those of PyTorch: cudnn, flash, efficient, math."""
+    lora: Literal["library", "auto"] = "library"
+    """Matrix products of adapted linears. `library`: those of the GPU's vendor, base and adapter one after the other; `auto`: also
+    measure a Triton kernel that computes both at once, for each device and shape, and use it where it is faster. Nobody has measured it
+    on a GPU yet."""
     fp8: bool = False
     """Use fp8 matrix products with the base in the near and far passes. Needs adapters on a base that is not sharded, and an
     H100 or later. It takes one byte of memory for each parameter, and adds rounding errors of some per cent."""

@@ -1,18 +1,22 @@
 """The cost of a run, computed from the architecture on the meta device: parameters, memory, FLOPs, steps a day."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from scfm_core.errors import UserError
 from scfm_core.launched import launched_size, local_size
 from scfm_core.models.adapters import LoRABank
 from scfm_core.models.protocol import ModelFamily
-from scfm_core.train.cards import GIB, SIZES_GIB, USABLE, Fit, fits, gpus_needed
+from scfm_core.train.activations import activations_of
+from scfm_core.train.cards import GIB, LARGE_GIB, USABLE, Fit, fits, gpus_needed
 from scfm_core.train.config import RunConfig
 from scfm_core.train.disk import checkpoint_bytes, disk_bytes
 from scfm_core.train.memory import Memory, estimate_memory, needs_encoders, shares
-from scfm_core.train.rules import describe_micro_batches
+from scfm_core.train.rules import describe_micro_batches, micro_batches
 from scfm_core.train.trace import Forward, forward_of
+from scfm_core.train.trace_page import format_memory, format_roofline, format_traced, gib, table
+from scfm_core.train.trace_step import Traced
 from scfm_core.wording import count, duration
 
 A100_PEAK = 312e12  # bf16 FLOP/s, dense (NVIDIA A100 data sheet)
@@ -54,6 +58,10 @@ class Estimate:
     """On which sizes of a GPU the run fits."""
     gpus_needed: int | None
     """A number of GPUs on which it fits, if it fits none of the sizes now."""
+    activations: dict[str, float]
+    """Bytes that the passes of a micro-batch save, by mode of checkpointing."""
+    traced: Traced | None
+    """The traced step. Then FLOPs, and what fits where, are the trace's."""
 
     @property
     def samples_per_day(self) -> float:
@@ -66,8 +74,15 @@ def processes_a_node(world: int) -> int:
     return min(world, local_size() if launched_size() > 1 else ASSUMED_A_NODE)
 
 
-def estimate(config: RunConfig, family: ModelFamily, world: int = 1) -> Estimate:
-    """Estimate a run on `world` processes, without loading anything."""
+def estimate(config: RunConfig, family: ModelFamily, world: int = 1, traced: Traced | None = None) -> Estimate:
+    """Estimate a run on `world` processes, without loading anything.
+
+    Args:
+        config: the run.
+        family: its model.
+        world: number of processes.
+        traced: its traced step on as many processes. Variants of the run differ from it by as much as their formulas do.
+    """
     network = family.meta_network()
     shapes = [tuple(parameter.shape) for parameter in network.parameters()]
     base = sum(p.numel() for p in network.parameters())
@@ -87,15 +102,20 @@ def estimate(config: RunConfig, family: ModelFamily, world: int = 1) -> Estimate
         adapted, trained = len(bank.layers), sum(p.numel() for p in factors.values())
         lora = 2.0 * sum(p.numel() * forward.rows.get(name.rpartition(".lora_")[0], 0) for name, p in factors.items())
     step = _step_flops(config, forward, lora, family.passes)
+    if traced is not None:
+        step = traced.flops / (traced.micro_batches * traced.micro_batch_size)
 
     def memory_of(variant: RunConfig, processes: int = world) -> Memory:
         a_node = processes_a_node(processes)
-        return estimate_memory(variant, family, network, forward.rows, base, trained, tokens, processes, a_node)
+        return estimate_memory(variant, family, network, forward.rows, base, trained, processes, a_node)
 
     def gpu_bytes(variant: RunConfig, processes: int = world) -> float:
-        return sum(memory_of(variant, processes).gpu.values())
+        return correction + sum(memory_of(variant, processes).gpu.values())
 
-    memory, cards = memory_of(config), fits(config, world, gpu_bytes)
+    memory, correction = memory_of(config), 0.0
+    if traced is not None:
+        correction = traced.peak + memory.gpu["encoders (on the fly)"] - sum(memory.gpu.values())
+    cards = fits(config, world, gpu_bytes)
     fitting = any(card.fits for card in cards)
     return Estimate(
         base_parameters=base,
@@ -113,7 +133,16 @@ def estimate(config: RunConfig, family: ModelFamily, world: int = 1) -> Estimate
         world=world,
         cards=cards,
         gpus_needed=None if fitting else gpus_needed(config, world, lambda number: gpu_bytes(config, number)),
+        activations={mode: _activations(config, family, world, mode) for mode in ("none", "selective", "full")},
+        traced=traced,
     )
+
+
+def _activations(
+    config: RunConfig, family: ModelFamily, world: int, mode: Literal["none", "selective", "full"]
+) -> float:
+    variant = replace(config, train=replace(config.train, activation_checkpointing=mode))
+    return micro_batches(config, world).size * activations_of(variant, family).saved
 
 
 def _step_flops(config: RunConfig, forward: Forward, lora: float, guided: int) -> float:
@@ -143,29 +172,38 @@ def format_estimate(result: Estimate, config: RunConfig, kernels: str) -> str:
         f"engine      {_engine(config, result.world)}",
         f"kernels     {kernels}",
         f"micro-batch {describe_micro_batches(config, result.world)}",
-        "memory of one GPU",
-        *_table(result.memory),
+        *(format_memory(result.memory) if result.traced is None else format_traced(result.traced, result.memory)),
     ]
     if result.encoders_if_images:
-        lines.append(f"  {'and if shards hold images':<28} {_gib(result.encoders_if_images)} of encoders")
+        lines.append(f"  {'and if shards hold images':<28} {gib(result.encoders_if_images)} of encoders")
     elif needs_encoders(config):
         lines.append("  a cache of `scfm data encode` saves the encoders' part")
     lines += [
         f"host memory of a node with {count(result.a_node, 'process', 'processes')}, besides Python, CUDA and data workers",
-        *_table(result.host_memory),
+        *table(result.host_memory),
     ]
     more = result.a_node * result.encoders_if_images - result.host_memory["encoders while loading"]
     if result.encoders_if_images and more:
-        lines.append(f"  {'and if shards hold images':<28} {_gib(more)} of encoders")
+        lines.append(f"  {'and if shards hold images':<28} {gib(more)} of encoders")
+    by_mode = ", ".join(f"{mode} {size / GIB:.2f}" for mode, size in result.activations.items())
+    lines.append(f"activations that a micro-batch saves, by checkpointing: {by_mode} GiB (formula)")
     lines += _disk(result, config)
     if sum(result.memory.values()) > GIB:  # a smaller run fits anywhere
         lines += [
-            f"fits, if {USABLE:.0%} of a GPU's memory is usable (assumed)",
+            f"fits, if {USABLE:.0%} of a GPU's memory is usable (assumed); {_source(result)}",
             *(f"  {card}" for card in result.cards),
         ]
     if result.gpus_needed:
-        lines.append(f"  {max(SIZES_GIB)} GB: fits on {result.gpus_needed} GPUs (--gpus {result.gpus_needed})")
+        lines.append(f"  {LARGE_GIB} GB: fits on {result.gpus_needed} GPUs (--gpus {result.gpus_needed})")
+    if result.traced is not None and sum(result.memory.values()) > GIB:
+        lines += format_roofline(result.traced, micro_batches(config, result.world).number)
     return "\n".join(lines)
+
+
+def _source(result: Estimate) -> str:
+    if result.traced is None:
+        return "all of it by formula"
+    return "this run by the trace, with other settings by the trace and formulas of the difference"
 
 
 def _trained(result: Estimate, config: RunConfig) -> str:
@@ -226,15 +264,6 @@ def _engine(config: RunConfig, world: int) -> str:
         return f"{world} GPUs, each with all weights; gradients of the trained ones are reduced"
     kind = "FSDP2" if share.weights == world else f"HSDP, {world // share.weights} replicas of {share.weights} shards"
     return f"{kind} on {world} GPUs{offload}"
-
-
-def _table(parts: dict[str, float]) -> list[str]:
-    rows = [f"  {name:<28} {_gib(size)}" for name, size in parts.items() if size]
-    return [*rows, f"  {'total':<28} {_gib(sum(parts.values()))}"]
-
-
-def _gib(size: float) -> str:
-    return f"{size / GIB:8.2f} GiB" if size >= 0.01 * GIB else f"{size / 2**20:8.2f} MiB"
 
 
 def _flops(number: float) -> str:

@@ -1,6 +1,7 @@
 """From the section `kernels` of the configuration to the kernels of a run on its device."""
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -9,9 +10,13 @@ from scfm_core.distributed.world import launched_size
 from scfm_core.errors import UserError
 from scfm_core.kernels.attention import BACKENDS, SDPA, AttentionChoice, AttentionShape, choose_attention
 from scfm_core.kernels.launch import why_no_triton
+from scfm_core.kernels.lora_choice import ProductChoice, choose_products
+from scfm_core.kernels.lora_products import MIN_ROWS, use_tiles
 from scfm_core.models.protocol import ModelFamily
 from scfm_core.train.config import KernelConfig, RunConfig
+from scfm_core.train.device import compute_dtype
 from scfm_core.train.rules import check_kernels, micro_batches
+from scfm_core.train.trace import forward_of
 
 
 @dataclass(frozen=True)
@@ -24,9 +29,15 @@ class Kernels:
     """The reason for `fused`."""
     attention: AttentionChoice | None
     """None: diffusers' own processor, with PyTorch's default attention."""
+    products: ProductChoice = field(default_factory=ProductChoice)
+    """Of adapted linears."""
 
     def apply(self, family: ModelFamily, network: nn.Module) -> None:
-        """Use these kernels in a network of `family` with diffusers' blocks, with or without adapters."""
+        """Use these kernels in a network of `family` with diffusers' blocks, with or without adapters.
+
+        The choice of products holds for all networks of the process.
+        """
+        use_tiles(self.products.tiles)
         if self.attention is None:
             return
         from scfm_core.kernels.ops import REFERENCE, triton_ops
@@ -37,6 +48,7 @@ class Kernels:
     def __str__(self) -> str:
         blocks = {"triton": "fused Triton kernels", "reference": "fused blocks in plain PyTorch"}
         name = f"{blocks.get(self.fused, 'the blocks of diffusers')} ({self.why})"
+        name += str(self.products)
         if self.attention is None:
             return f"{name}, PyTorch's default attention"
         times = ", ".join(f"{backend} {time:.2f} ms" for backend, time in self.attention.milliseconds.items())
@@ -74,14 +86,30 @@ def choose_kernels(config: RunConfig, family: ModelFamily, device: torch.device,
         why = "a GPU that supports them" if fused == "triton" else reason or "on a CPU kernels would be interpreted"
     else:
         fused, why = requested.fused, "as configured"
+    products = _products(config, family, device) if training and requested.lora == "auto" else ProductChoice()
     if fused == "none" and requested.attention == "auto" and device.type != "cuda":
-        return Kernels(fused, why, None)
+        return Kernels(fused, why, None, products)
     try:
         backends = BACKENDS if family.has_kernels else tuple(SDPA)
         choice = choose_attention(requested.attention, _shape(config, family, device), backends=backends)
-        return Kernels(fused, why, choice)
+        return Kernels(fused, why, choice, products)
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def _products(config: RunConfig, family: ModelFamily, device: torch.device) -> ProductChoice:
+    """The choice for the adapted linears of a training step."""
+    if config.train.weights != "lora":
+        return ProductChoice("there are no adapters")
+    size = micro_batches(config, launched_size()).size
+    rows = forward_of(family, family.latent_shape(*config.data.resolution), config.model.text_length).rows
+    linears = [
+        (size * rows.get(name, 0), module.in_features, module.out_features)
+        for name, module in family.meta_network().named_modules()
+        if isinstance(module, nn.Linear) and re.fullmatch(config.lora.targets, name)
+    ]
+    shapes = [shape for shape in linears if shape[0] >= MIN_ROWS]
+    return choose_products(shapes, config.lora.rank, compute_dtype(config), device)
 
 
 def _shape(config: RunConfig, family: ModelFamily, device: torch.device) -> AttentionShape:

@@ -10,6 +10,7 @@ from scfm_core.models.offload import offloaded_bytes
 from scfm_core.models.protocol import ModelFamily
 from scfm_core.models.quantised import saved_bytes
 from scfm_core.models.tensor_files import CHUNK
+from scfm_core.train.activations import activations_of
 from scfm_core.train.config import RunConfig
 from scfm_core.train.from_cache import is_without_text
 from scfm_core.train.rules import micro_batches
@@ -62,13 +63,12 @@ def estimate_memory(
     rows: Mapping[str, int],
     base: int,
     trained: int,
-    tokens: int,
     world: int,
     a_node: int = 1,
 ) -> Memory:
     """Bytes of one GPU out of `world`, and of a node of `a_node` of them.
 
-    Weights, gradients and optimizer are exact up to padding; activations and gathered weights are rough estimates.
+    Weights, gradients and optimizer are exact up to padding. Activations are measured on a few blocks: see `activations_of`.
 
     Args:
         config: the run.
@@ -77,7 +77,6 @@ def estimate_memory(
         rows: input rows of each linear for one sample, by name.
         base: number of parameters of the pre-trained network.
         trained: number of trained parameters.
-        tokens: image and text tokens of a sample.
         world: number of processes.
         a_node: number of processes of one node.
     """
@@ -100,12 +99,14 @@ def estimate_memory(
         "gradients (fp32)": 4 * trained / share.gradients,
         "Adam (fp32)": 8 * trained / share.optimizer,
     }
+    activations, size = activations_of(config, family), micro_batches(config, world).size
     working = {
+        "adapter in the compute dtype": 2.0 * trained * (lora and width == 2 and share.weights == 1),
         "encoders (on the fly)": family.encoder_bytes * ENCODER_SHARES[config.model.encoders] * needs_encoders(config),
-        "gathered weights (a guess)": _gathered(config, family, network, share, width),
+        **_gathered(config, family, network, share, width),
         "reduce bucket (fp32)": 4 * min(REDUCE_BUCKET, trained) * zero,
-        "activations (a guess)": micro_batches(config, world).size
-        * _activations(config, family, network, tokens, width),
+        "saved activations": size * activations.saved,
+        "temporaries of a pass": size * activations.temporary,
     }
     offloaded: dict[str, float] = {}
     if engine.cpu_offload:
@@ -118,7 +119,7 @@ def estimate_memory(
 def _fp8_copies(network: nn.Module, rows: Mapping[str, int]) -> float:
     return float(
         sum(
-            layer.base_layer.weight.numel()
+            layer.base_layer.in_features * layer.base_layer.out_features
             for name, layer in network.named_modules()
             if isinstance(layer, LoRALinear) and is_for_fp8(layer, rows.get(name, 0))
         )
@@ -143,22 +144,20 @@ def _of_a_node(
     }
 
 
-def _gathered(config: RunConfig, family: ModelFamily, network: nn.Module, share: Shares, width: int) -> float:
-    """Unsharded weights during a pass. With FSDP2: a block, the next block, and the weights outside of blocks."""
+def _gathered(
+    config: RunConfig, family: ModelFamily, network: nn.Module, share: Shares, width: int
+) -> dict[str, float]:
+    """What sharding needs during a pass. With FSDP2: the weights of a block, of the next block, and outside of blocks; a block's
+    gradients, and their sum over the processes in fp32."""
     if share.weights == 1:
-        return 0.0
+        return {}
     total = sum(p.numel() for p in network.parameters())
     if config.engine.name == "deepspeed":
-        return float(width * min(LIVE_PARAMETERS, total))
-    blocks = [sum(p.numel() for p in block.parameters()) for block in family.blocks(network)]
-    return float(width * (total - sum(blocks) + 2 * max(blocks)))
-
-
-def _activations(config: RunConfig, family: ModelFamily, network: nn.Module, tokens: int, width: int) -> float:
-    """Bytes that one sample saves for the backward pass."""
-    blocks = len(family.blocks(network))
-    # Saved for the backward pass, per token and block, in units of D elements: block input, norm outputs, q, k, v, the
-    # attention's output, the feed-forward's hidden activations and the gated residuals; without compilation.
-    mode = config.train.activation_checkpointing
-    saved = {"none": 34, "selective": 16, "full": 1}[mode] * blocks + (34 if mode == "full" else 0)
-    return float(tokens * family.width * saved * width)
+        return {"gathered weights": float(width * min(LIVE_PARAMETERS, total))}
+    blocks = family.blocks(network)
+    sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
+    trained = max(sum(p.numel() for p in block.parameters() if p.requires_grad) for block in blocks)
+    return {
+        "gathered weights": float(width * (total - sum(sizes) + 2 * max(sizes))),
+        "gradients of a block, and their sum (fp32)": float((width + 4) * trained),
+    }

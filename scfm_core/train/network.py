@@ -1,6 +1,8 @@
 """Changes to a network's blocks for training: activation checkpointing and compilation."""
 
+import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -8,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from scfm_core import kernels
 from scfm_core.progress import beat
 
 # Results that selective checkpointing saves: matrix products and attention. The rest of a block is elementwise and cheap.
@@ -20,9 +23,9 @@ _SAVED = {
     "aten::_scaled_dot_product_cudnn_attention",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "scfm::lora_linear",
+    "scfm::lora_linears",
     "scfm::lora_add",
     "scfm::quantised_linear",
-    "scfm::quantised_lora_linear",
     "scfm::flash_attention",
     "scfm::flash4_attention",
 }
@@ -70,9 +73,10 @@ def _save_expensive_results(context: object, op: object, *_: object, **__: objec
 
 def compile_blocks(blocks: Sequence[nn.Module]) -> None:
     """`torch.compile` on every block of a network: one graph for each kind of block, shared by all blocks of that kind."""
-    # Graphs of one function: two kinds of block x (three adapters and none) x (all, some or one of the rows) x (strides of
-    # the first and of later blocks). Above the limit, 8 by default, dynamo runs eagerly.
+    # Graphs of one function: two kinds of block x (student, EMAs, no adapter) x (all, some or one of the rows); with diffusers' blocks
+    # also x (strides of the first and of later blocks). Above the limit, 8 by default, dynamo runs eagerly.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    torch.compiler.config.cache_key_tag = torch.compiler.config.cache_key_tag or _kernels_tag()
     from torch._dynamo.callback import callback_handler  # it loads all of dynamo
 
     if _compiling not in callback_handler.start_callbacks:
@@ -80,6 +84,13 @@ def compile_blocks(blocks: Sequence[nn.Module]) -> None:
         callback_handler.register_end_callback(_compiling)
     for block in blocks:
         block.compile()
+
+
+def _kernels_tag() -> str:
+    """A hash of our operations. PyTorch's cache on the disk finds a backward graph by the forward graph alone, so it would return one
+    with operations as they were before an update."""
+    sources = sorted(Path(kernels.__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
 
 
 def _compiling(_: object) -> None:

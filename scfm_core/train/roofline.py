@@ -29,7 +29,7 @@ class Card:
     """FLOP/s; a card without fp8 has its bf16 figure."""
     bandwidth: float
     """Bytes/s of its memory."""
-    memory: float
+    memory: int
     """GiB, as the vendor counts its gigabytes."""
     source: str
     """The data sheet."""
@@ -59,7 +59,9 @@ CARDS: dict[str, Card] = {
 class Operations(Protocol):
     """A `Traced`, or something else that has operators."""
 
-    operators: list[Operation]
+    @property
+    def operators(self) -> list[Operation]:
+        """Of a step."""
 
 
 def seconds(operation: Operation, card: Card, *, at_peak: bool = True) -> float:

@@ -48,11 +48,11 @@ class GpuFunctions(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is Tensor.backward:
             with self:  # also for what it recomputes
-                return torch.autograd.backward(args[0])
+                return torch.autograd.backward(args[0], kwargs.get("gradient"))
         if self.dtype is not None and (func in _IN_COMPUTE_DTYPE or func in _IN_FP32):
             cast = self._narrow if func in _IN_COMPUTE_DTYPE else _widen
             args, kwargs = _map(cast, args), {name: _map(cast, value) for name, value in kwargs.items()}
-        if func is F.scaled_dot_product_attention and args[0].is_meta:
+        if func is F.scaled_dot_product_attention and (args[0] if args else kwargs["query"]).is_meta:
             return _attention(*args, **kwargs)
         return func(*args, **kwargs)
 

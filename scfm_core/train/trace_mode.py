@@ -18,7 +18,9 @@ from scfm_core.train.trace_ops import (
     ELEMENTWISE,
     FUSED,
     OPTIMIZER,
+    PASSES,
     SHARDING,
+    UPDATES,
     About,
     Operation,
     about_operator,
@@ -30,8 +32,6 @@ from scfm_core.train.trace_ops import (
     traffic,
 )
 
-_PASSES = ("near", "far", "student", "backward")
-_UPDATES = ("reduce", "adam", "ema")
 _Cost = tuple[str, int, float, float]
 """Group, launches, bytes and FLOPs of a call."""
 
@@ -199,8 +199,8 @@ class Recorder(TorchDispatchMode):
         out: tuple,
     ) -> None:
         if group in (ELEMENTWISE, OPTIMIZER):
-            group = OPTIMIZER if self.phase in _UPDATES else SHARDING if about.is_multi_tensor else ELEMENTWISE
-        if group == ELEMENTWISE and self._compiled and self.phase in _PASSES:
+            group = OPTIMIZER if self.phase in UPDATES else SHARDING if about.is_multi_tensor else ELEMENTWISE
+        if group == ELEMENTWISE and self._compiled and self.phase in PASSES:
             reads, written = traffic(about, args, kwargs, out)
             for tensor in reads:
                 self._region_reads.setdefault(self.memory.key_of(tensor), touched(tensor))

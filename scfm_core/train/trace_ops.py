@@ -12,9 +12,12 @@ from torch.utils.flop_counter import flop_registry
 
 BASE, ADAPTER, ATTENTION = "base GEMM", "adapter GEMM", "attention"
 FUSED, ELEMENTWISE, COMPILED = "fused kernels", "elementwise", "elementwise, compiled"
-OPTIMIZER, SHARDING = "optimizer, EMA", "copies of shards"
+OPTIMIZER, SHARDING = "optimizer, EMA", "copies of weights"
 GROUPS = (BASE, ADAPTER, ATTENTION, FUSED, ELEMENTWISE, COMPILED, OPTIMIZER, SHARDING)
 """The groups of operators."""
+
+PASSES, UPDATES = ("near", "far", "student", "backward"), ("reduce", "adam", "ema")
+"""Phases of a micro-batch, and those after the last one."""
 
 _PRODUCTS = {
     "aten::mm",
@@ -54,7 +57,7 @@ class Operation:
     op: str
     """Name of the operator, as `aten::mm`; of a Triton kernel, `triton::` and its name."""
     calls: int
-    launches: int
+    launches: float
     """Kernels, estimated: one a call, but for operators on lists of tensors and the backward of attention."""
     bytes: float
     """Read and written."""
@@ -114,9 +117,20 @@ def about_operator(func: Any) -> About:
         is_sharding=func.namespace == "fsdp" or name in ("aten::split_with_sizes_copy", "aten::_chunk_cat"),
         is_collective=func.namespace == "c10d",
         may_be_known=func.namespace == "aten" and not func._schema.is_mutable and not has_alias,
-        flops=flop_registry.get(func._overloadpacket),
+        flops=_attention_flops(name) if "_scaled_dot_product" in name else flop_registry.get(func._overloadpacket),
         body=body,
     )
+
+
+def _attention_flops(name: str) -> Callable[..., float]:
+    """PyTorch's own formula does not take fewer heads of keys than of queries. The backward computes the scores again: five products."""
+    first, products = (1, 5) if "backward" in name else (0, 2)
+
+    def flops(*args: Any, **_: Any) -> float:
+        query, key, value = args[first : first + 3]
+        return float(products * query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1]))
+
+    return flops
 
 
 def group_of(about: About, args: tuple, rank: int) -> str:

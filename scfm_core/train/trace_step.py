@@ -60,7 +60,7 @@ class Traced:
     @property
     def launches(self) -> int:
         """Kernels of the step, estimated."""
-        return sum(operation.launches for operation in self.operators)
+        return round(sum(operation.launches for operation in self.operators))
 
 
 def why_not_traced(config: RunConfig) -> str | None:
@@ -94,7 +94,7 @@ def trace_step(config: RunConfig, *, world: int = 1, micro_batches: int = 2) -> 
     recorder = Recorder(rank=config.lora.rank if is_lora else 0, compiled=config.train.compile)
     memory = recorder.memory
     with fake_world(world) as processes, as_gpu(recorder) as functions, recorder:
-        memory.part = "base"
+        memory.part = "inputs and targets"
         trainer = Trainer(variant, world=processes, sources=_sources(variant))
         _label(trainer, recorder)
         shape = micro_batches_of(config, world)
@@ -138,7 +138,7 @@ def _sources(config: RunConfig) -> Sources:
         device=lambda _: META,
         corpus=_corpus,
         family=family,
-        kernels=_kernels,
+        kernels=assumed_kernels,
         encoder=_Encoder,
         fill=lambda name, part, start: None,
     )
@@ -157,7 +157,7 @@ def _corpus(config: Any, *, with_paths: bool = False) -> Any:
     )
 
 
-def _kernels(config: RunConfig, family: ModelFamily, device: torch.device) -> Kernels:
+def assumed_kernels(config: RunConfig, family: ModelFamily, device: torch.device = META) -> Kernels:
     """As `choose_kernels` on a GPU that supports all kernels, without measurements."""
     fused = config.kernels.fused if family.has_kernels else "none"
     if fused == "auto":
@@ -165,7 +165,7 @@ def _kernels(config: RunConfig, family: ModelFamily, device: torch.device) -> Ke
     backend = config.kernels.attention
     if backend == "auto":
         backend = "cudnn" if "masked" in family.fields.values() else "flash"
-    elif backend in ("flash3", "xformers"):  # they save and return the same tensors
+    elif backend in ("flash3", "flash4", "xformers"):  # they save and return the same tensors
         backend = "flash"
     return Kernels(fused, "assumed", AttentionChoice(backend, "assumed"))
 
@@ -182,13 +182,17 @@ class _Encoder(BatchEncoder):
             None,
             {},
         )
-        length = config.model.text_length
-        fields = {
-            name: torch.empty(1, *shape, device=device, dtype=torch.bfloat16)
-            for name, shape in family.shapes(length).items()
-        }
-        is_masked = "masked" in family.fields.values()
-        family.unconditional = Conditioning(fields=fields, lengths=(family.text_tokens(length),) if is_masked else None)
+        family.unconditional = any_caption(family, config.model.text_length)
+
+
+def any_caption(family: ModelFamily, text_length: int) -> Conditioning:
+    """One row on the meta device, of the full length."""
+    fields = {
+        name: torch.empty(1, *shape, device=META, dtype=torch.bfloat16)
+        for name, shape in family.shapes(text_length).items()
+    }
+    is_masked = "masked" in family.fields.values()
+    return Conditioning(fields=fields, lengths=(family.text_tokens(text_length),) if is_masked else None)
 
 
 def _batch(config: RunConfig, family: ModelFamily, number: int, size: int) -> Batch:
@@ -231,6 +235,9 @@ def _label(trainer: Trainer, recorder: Recorder) -> None:
     for role, part in (("student", "student"), ("ema_fast", "EMAs"), ("ema_slow", "EMAs")):
         for tensor in trainer.model.parameters(role).values():
             memory.label(_local(tensor), part)
+    for layer in getattr(trainer.model, "bank", SimpleNamespace(layers={})).layers.values():
+        for copy in layer.copies or ():
+            memory.label(copy, "adapter in the compute dtype")
     for state in trainer.engine._optimizer.state.values():  # type: ignore[attr-defined]
         for tensor in state.values():
             memory.label(tensor, "Adam")

@@ -35,6 +35,7 @@ def arms(setting: Setting, backend: str) -> dict[str, Callable[[], Tensor]]:
         Kernels(fused, "benchmark", AttentionChoice(backend, "benchmark")).apply(family, each)
         if compiled:
             compile_blocks(family.blocks(each))
+    model.bank.keep_copies()
     plan, noised, cond = setting.draw()
 
     def run(call: Callable[[], Tensor]) -> Callable[[], Tensor]:

@@ -1,6 +1,6 @@
 """Time of one training step: ours, diffusers + PEFT plain and tuned, and NeMo Automodel's Flux LoRA recipe.
 
-    python tests/benchmarks/bench_step.py [--repeats 20] [--batch N] [--seconds S] [--eager] [--profile] [--json PATH]
+    python tests/benchmarks/bench_step.py [--repeats 20] [--batch N] [--seconds S] [--eager] [--arms NAME,...] [--profile] [--json PATH]
 
 On a GPU: the architecture of Flux.1-dev with random weights, 512 x 512 pixels, T5 length 256, LoRA rank 64, encoders cached in all arms,
 the fastest attention in all arms. `reference` works as the authors' release; `reference: tuned` is compiled, without checkpointing and
@@ -24,6 +24,8 @@ from step_arms import AUTOMODEL_BATCH, automodel, ours, process_group, reference
 from scfm_core.train.trace import trace_forward
 
 PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # bf16 without sparsity, from NVIDIA's data sheets
+ARMS = ("reference", "reference: automodel", "ours", "reference: tuned", "ours: diffusers' blocks")
+"""The eager ones come first: they need no minutes to compile."""
 GOALS = {"ours": "2.2 x reference, 1.15 x tuned, 50% of peak"}
 COLUMNS = {
     "arm": "", "batch": "d", "milliseconds": ".1f", "samples_per_s": ".2f", "x_reference": ".2f", "x_tuned": ".2f", "of_peak": ".1%",
@@ -60,7 +62,7 @@ def profile(step: Callable[[], object]) -> list[dict[str, object]]:
 
 
 def makers(setting: Setting, backend: str, eager: bool) -> dict[str, Callable[[], Arm]]:
-    """All arms, by name. The eager ones come first: they need no minutes to compile."""
+    """How to make each arm, by name."""
     compiled = GPU and not eager
     return {
         "reference": partial(reference, setting, backend),
@@ -68,6 +70,7 @@ def makers(setting: Setting, backend: str, eager: bool) -> dict[str, Callable[[]
         "ours": partial(ours, setting, backend=backend, compiled=compiled),
         "reference: tuned": partial(tuned_reference, setting, backend, compiled=compiled),
         "ours: diffusers' blocks": partial(ours, setting, backend=backend, fused="none", compiled=compiled),
+        "ours: selective": partial(ours, setting, backend=backend, compiled=compiled, checkpointing="selective"),
     }
 
 
@@ -124,13 +127,15 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser(__doc__, "step", 20, BATCH)
     arguments.add_argument("--eager", action="store_true", default=NULL, help="compile nothing")
     arguments.add_argument("--profile", action="store_true")
+    arguments.add_argument("--arms", default=",".join(ARMS), help="the default leaves out `ours: selective`")
     arguments = arguments.parse_args(argv)
     setting = Setting(arguments.batch)
     backend = setting.attention()
     size = "tiny Flux, base fp32" if setting.is_tiny else "Flux.1-dev, base bf16"
     title = f"one step, {size}, batch {arguments.batch}, {backend} attention"
     with process_group():
-        arms = build(makers(setting, backend, arguments.eager))
+        every = makers(setting, backend, arguments.eager)
+        arms = build({name: every[name] for name in arguments.arms.split(",")})
         table = Table(setting, arms, title, arguments.json)
         seconds = measure(
             {name: arm.step for name, arm in arms.items()},

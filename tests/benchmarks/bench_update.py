@@ -21,6 +21,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser(__doc__, "update", 20).parse_args(argv)
     setting = Setting(1)
     model = LoRAModel(setting.family, setting.network(), LoRAConfig(rank=setting.rank, alpha=float(setting.rank)))
+    model.bank.keep_copies()
     engine = make_engine(setting, model.parameters, model.networks)
     emas = DualEMA(*(engine.ema_tensors(role) for role in ("student", "ema_fast", "ema_slow")))
     student = model.parameters("student")

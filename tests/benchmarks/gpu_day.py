@@ -52,8 +52,8 @@ class Part:
     """After `python`. `{json}` is the path of its table, `{seconds}` the time it should take."""
     limit: float
     """Seconds after which it is killed."""
-    beside: bool = False
-    """Starts with the day and runs beside the others, on the CPU alone."""
+    on_cpu: bool = False
+    """Needs no GPU: it sees none, and starts with the day, beside the others."""
     tables: tuple[str, ...] = ()
     """Names of further JSON files, which it writes beside its table."""
 
@@ -77,9 +77,8 @@ def benchmark(name: str, limit: float, *options: str, **more: Any) -> Part:
 
 
 def tests(name: str, limit: float, files: Sequence[str], *options: str) -> Part:
-    """A part that is pytest, with a table of the files (gpu_tests.py)."""
-    options = ("-p", "gpu_tests", "--gpu-tests={json}", "-p", "no:cacheprovider", "-q", "--tb=short", *options)
-    return Part(name=name, command=("-m", "pytest", *options, *files), limit=limit)
+    """A part that is pytest, with a table of the files."""
+    return Part(name=name, command=("tests/benchmarks/gpu_tests.py", "{json}", *options, *files), limit=limit)
 
 
 def parts(null: bool) -> list[Part]:
@@ -88,8 +87,10 @@ def parts(null: bool) -> list[Part]:
     slow = 10.0 if null else 1.0  # on two cores, without a GPU
     predict = ("tests/benchmarks/predict.py", "--json", "{json}")
     return [
-        Part(name="predict", command=predict, limit=600 * slow, beside=not null, tables=("predict_peak",)),
-        tests("tests", 110 * slow, CUDA_TESTS, *collected),
+        Part(name="predict", command=predict, limit=600 * slow, on_cpu=True, tables=("predict_peak",)),
+        tests(
+            "tests", 110 * slow, CUDA_TESTS, "--ignore=tests/kernels/test_compilation.py", *collected
+        ),  # needs no GPU
         benchmark("attention", 50 * slow),
         benchmark("step", 260 * slow, "--profile", tables=("step_profile",)),
         Part(
@@ -114,7 +115,7 @@ class Day:
         work: folder of tables and logs.
         to: folder of `RESULTS.md` and `gpu/`; None: only `work`.
         seconds: of the whole day.
-        launcher: put before a part's command: how to start python.
+        launcher: put before a part's command: a program, and what only parts on a GPU need.
         environment: of the parts.
         shortest: seconds below which no part is started.
         commit: of this repository, for the results.
@@ -152,10 +153,10 @@ class Day:
             beside = [
                 (outcome, stack.enter_context(self._started(outcome, outcome.part.limit)))
                 for outcome in self.outcomes
-                if outcome.part.beside
+                if outcome.part.on_cpu
             ]
             for outcome in self.outcomes:
-                if outcome.part.beside:
+                if outcome.part.on_cpu:
                     continue
                 left = self.ends - time.monotonic()
                 if left < self.shortest:
@@ -173,11 +174,14 @@ class Day:
         """A part's process. It and its children are killed at the end, also if this script is."""
         part = outcome.part
         values = {"json": self.work / f"{part.name}.json", "seconds": f"{GRACE * limit:.0f}"}
-        command = [*self.launcher, *(word.format(**values) for word in part.command)]
+        launcher, environment = self.launcher, self.environment
+        if part.on_cpu:
+            launcher, environment = launcher[:1], environment | {"CUDA_VISIBLE_DEVICES": ""}
+        command = [*launcher, *(word.format(**values) for word in part.command)]
         print(f"{time.monotonic() - self.began:5.0f} s  {part.name}, at most {limit:.0f} s", flush=True)
         with (self.work / f"{part.name}.log").open("wb") as log:
             process = subprocess.Popen(
-                command, cwd=ROOT, env=self.environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                command, cwd=ROOT, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
                 start_new_session=True, preexec_fn=_die_with_parent,
             )  # fmt: skip
         outcome.state, outcome.seconds = "running", -time.monotonic()
@@ -333,7 +337,7 @@ def main(argv: list[str] | None = None) -> None:
         if reason := why_unavailable():
             sys.exit(f"no GPU, and {reason}")
         print("no GPU: the parts run on the null device, which computes nothing", flush=True)
-        launcher.append("tests/null_device/run.py")
+        launcher += ["tests/null_device/run.py", "--card", "h100"]
     chosen = parts(name is None)
     if options.parts:
         names = options.parts.split(",")

@@ -1,10 +1,11 @@
-"""A plugin of pytest: a table of the test files, written after each test, so that a killed run keeps what it found.
+"""Run tests, and write a table of their files after each test, so that a killed run keeps what it found.
 
-python -m pytest -p gpu_tests --gpu-tests=TABLE.json FILE ...
+python tests/benchmarks/gpu_tests.py TABLE.json [OPTION OF PYTEST ...] FILE ...
 """
 
 import datetime
 import platform
+import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -58,3 +59,10 @@ class Counter:
         rows = [{"file": name, **row} for name, row in self.rows.items()]
         machine = f"{datetime.date.today()}, python {platform.python_version()}"
         tables.save(self.path, {"title": "CUDA tests", "machine": machine, "columns": COLUMNS, "rows": rows})
+
+
+if __name__ == "__main__":
+    table, *words = sys.argv[1:]
+    sys.exit(
+        pytest.main(["-p", "gpu_tests", f"--gpu-tests={table}", "-p", "no:cacheprovider", "-q", "--tb=short", *words])
+    )

@@ -10,23 +10,22 @@ import gc
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from harness import GPU, NULL, STARTED, parser, report, save
+from harness import GPU, NULL, STARTED, launches, parser, report, save
 from torch import Tensor
 
+from scfm_core.data.schema import Batch
 from scfm_core.errors import UserError
 from scfm_core.readback import read_back
+from scfm_core.train import trace_step
 from scfm_core.train.config import RunConfig
+from scfm_core.train.device import resolve_device
 from scfm_core.train.kernels import choose_kernels
 from scfm_core.train.parse import load_config
 from scfm_core.train.rules import micro_batches
 from scfm_core.train.trainer import Trainer
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "null_device"))
-from null_step import batch, sources, step
 
 RUNS = {
     "flux_dev_lora": ("flux_dev_lora.yaml",),
@@ -53,41 +52,54 @@ def random_weights(name: str, part: Tensor, start: int) -> None:
     part.normal_(std=0.02)
 
 
+def read_finite(sums: Tensor, status: Tensor, norm: Tensor) -> list[list[float]]:
+    """Waits as the trainer's own. Losses and norm of random weights, or of a null device, would make it skip the step."""
+    read_back(sums, status, norm)
+    return [[1.0] * sums.numel(), [0.0] * status.numel(), [1.0]]
+
+
+def step(trainer: Trainer, data: list[Batch]) -> None:
+    """The trainer's own step, without its loader, as if it had these micro-batches."""
+    trainer.engine._config = replace(trainer.engine._config, accumulation=len(data))  # type: ignore[attr-defined]
+    trainer._finish_step(trainer._backward(data), data, [], time.perf_counter())
+
+
 def measured(config: RunConfig) -> dict[str, Any]:
-    """Peak, time and launches of one step."""
-    stubs = sources()
+    """Peak, time and launches of one step. Data and encoders are those of the trace."""
+    stubs = replace(
+        trace_step._sources(config), device=lambda _: resolve_device("cuda"), fill=random_weights, read_back=read_finite
+    )
     if not NULL:
-        stubs = replace(stubs, kernels=choose_kernels, fill=random_weights, read_back=read_back)
+        stubs = replace(stubs, kernels=choose_kernels)
     torch.cuda.empty_cache()
     trainer = Trainer(config, sources=stubs)
-    trainer.state.guard.judge = lambda *_: None  # type: ignore[method-assign]
     shape = micro_batches(config, 1)
-    data = [batch(config, trainer.family, number, shape.size) for number in range(min(2, shape.number))]
-    step(trainer, data, accumulated=len(data))
+    numbers = range(min(2, shape.number))
+    data = [trace_step._batch(config, trainer.family, number, shape.size) for number in numbers]
+    step(trainer, data)
     torch.cuda.reset_peak_memory_stats()
-    counters = _counters()
+    before = launches(), waits()
     began = time.perf_counter()
-    step(trainer, data, accumulated=len(data))
+    step(trainer, data)
     torch.cuda.synchronize()
     seconds = time.perf_counter() - began
-    counted = {name: value - counters[name] for name, value in _counters().items()}
     return {
         "micro_batch": shape.size,
         "peak_GiB": torch.cuda.max_memory_allocated() / 2**30,
         "reserved_GiB": torch.cuda.max_memory_reserved() / 2**30,
         "milliseconds": 1e3 * seconds,
-        "launches": counted.get("launches"),
-        "waits": counted.get("waits"),
+        "launches": launches() - before[0] if NULL else None,
+        "waits": waits() - before[1] if NULL else None,
     }
 
 
-def _counters() -> dict[str, int]:
-    """What the null device counts; a GPU counts nothing."""
+def waits() -> int:
+    """How often the host has waited for the null device."""
     if not NULL:
-        return {}
+        return 0
     from null_driver import Device
 
-    return Device().counters.values()
+    return int(Device().counters.waits)
 
 
 def main(argv: list[str] | None = None) -> None:

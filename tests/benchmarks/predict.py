@@ -4,8 +4,8 @@
 
 No GPU is needed, and nothing is computed. Times are milliseconds of one step at the peaks of the data sheets; `70/85` is the total with
 products and attention at 70 % of the peak and everything else at 85 % of the bandwidth, as assumed in train/roofline.py; the ratios are of
-these, in samples/s. Elementwise operators of compiled arms are a model of what `torch.compile` fuses (train/trace_mode.py), in all arms the
-same. `automodel` has its own batch and other passes: see step_arms.py.
+these, in samples/s. Elementwise operators of a compiled arm are those that compiled_traffic.py counted, or else a model of what
+`torch.compile` fuses (train/trace_mode.py); `counted` says which. `automodel` has its own batch and other passes: see step_arms.py.
 """
 
 import argparse
@@ -19,26 +19,30 @@ from typing import Any
 
 import tables
 import torch
+from peak import RUNS, load
 from setting import Setting
 from step_arms import AUTOMODEL_BATCH, automodel, ours, reference, tuned_reference
 
-from scfm_core.train import trace_mode
+from scfm_core.train import trace_ops
 from scfm_core.train.roofline import CARDS, roofline
 from scfm_core.train.trace_device import GpuFunctions, as_gpu
-from scfm_core.train.trace_mode import Operation, Recorder
+from scfm_core.train.trace_mode import Recorder
+from scfm_core.train.trace_ops import Operation
+from scfm_core.train.trace_step import trace_step
 
 META = torch.device("meta")
 PARTS = {
-    "base": (trace_mode.BASE,),
-    "adapters": (trace_mode.ADAPTER,),
-    "attention": (trace_mode.ATTENTION,),
-    "elementwise": (trace_mode.FUSED, trace_mode.ELEMENTWISE, trace_mode.COMPILED, trace_mode.SHARDING),
-    "optimizer": (trace_mode.OPTIMIZER,),
+    "base": (trace_ops.BASE,),
+    "adapters": (trace_ops.ADAPTER,),
+    "attention": (trace_ops.ATTENTION,),
+    "elementwise": (trace_ops.FUSED, trace_ops.ELEMENTWISE, trace_ops.COMPILED, trace_ops.SHARDING),
+    "optimizer": (trace_ops.OPTIMIZER,),
 }
 COLUMNS = {
     "card": "", "arm": "", "batch": "d", **dict.fromkeys(PARTS, ".0f"), "total": ".0f", "70/85": ".0f", "samples_per_s": ".2f",
-    "x_reference": ".2f", "x_tuned": ".2f", "TFLOP": ".0f", "launches": "d", "peak_GiB": ".1f",
+    "x_reference": ".2f", "x_tuned": ".2f", "TFLOP": ".0f", "launches": "d", "peak_GiB": ".1f", "counted": "",
 }  # fmt: skip
+COMPILED_TRAFFIC = Path(__file__).with_name("compiled_traffic.json")
 BACKEND = "flash"
 """What attention saves does not depend on the backend."""
 TRITON = {"backend": BACKEND, "fused": "triton", "compiled": False}
@@ -61,6 +65,8 @@ class Traced:
     peak: int
     """Bytes of all tensors at the peak."""
     batch: int
+    is_counted: bool
+    """Whether the compiled kernels are those of the compiler."""
 
     @property
     def flops(self) -> float:
@@ -74,8 +80,8 @@ class Traced:
 def trace(name: str, batch: int, *, tiny: bool = False) -> Traced:
     """One step of an arm, after a first one."""
     make, compiled = ARMS[name]
-    recorder = Recorder(rank=4 if tiny else 64, compiled=compiled)
-    with as_gpu(recorder.memory) as functions, recorder:
+    recorder = Recorder(rank=0 if tiny else 64, compiled=compiled)  # tiny layers are as narrow as a rank
+    with as_gpu(recorder) as functions, recorder:
         setting = Setting(AUTOMODEL_BATCH if name.endswith("automodel") else batch, device=META, tiny=tiny)
         setting.phase = partial(_phase, recorder, functions, name in ("reference", "reference: tuned") and not tiny)
         arm = make(setting)
@@ -84,7 +90,13 @@ def trace(name: str, batch: int, *, tiny: bool = False) -> Traced:
         recorder.is_on = True
         arm()
         recorder.is_on = False
-        return Traced(recorder.operators(), recorder.memory.peak, setting.batch)
+        operators = recorder.operators()
+    known = tables.load(COMPILED_TRAFFIC).get(name) if compiled and not tiny and COMPILED_TRAFFIC.is_file() else None
+    if known is not None:
+        operators = [operation for operation in operators if operation.group != trace_ops.COMPILED]
+        launches, size = known["launches"], known["bytes"] * setting.batch / known["batch"]
+        operators.append(Operation("passes", trace_ops.COMPILED, "inductor", launches, launches, size, 0.0))
+    return Traced(operators, recorder.memory.peak, setting.batch, known is not None)
 
 
 @contextlib.contextmanager
@@ -113,6 +125,7 @@ def rows_of(name: str, traced: Traced, cards: list[str]) -> list[dict[str, Any]]
                 "TFLOP": traced.flops / 1e12,
                 "launches": traced.launches,
                 "peak_GiB": traced.peak / 2**30,
+                "counted": "yes" if traced.is_counted else "",
             }
         )
     return found
@@ -126,6 +139,17 @@ def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             rate = rates.get((row["card"], row["batch"], arm))
             row[key] = None if rate is None else row["samples_per_s"] / rate
     return sorted(rows, key=lambda row: (row["card"], row["arm"] == "reference: automodel", row["batch"]))
+
+
+def traced_peaks(path: Path) -> None:
+    """Peaks of the runs of peak.py, as the dry run traces them."""
+    rows: list[dict[str, Any]] = []
+    for name in RUNS:
+        traced = trace_step(load(name, compiled=True))
+        rows.append({"run": name, "traced_GiB": traced.peak / 2**30, "reserved_GiB": traced.reserved / 2**30})
+        columns = {"run": "", "traced_GiB": ".2f", "reserved_GiB": ".2f"}
+        tables.save(path, {"title": "peaks, traced", "machine": "no GPU", "columns": columns, "rows": rows})
+    print(tables.text(rows, columns), flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -152,7 +176,8 @@ def main(argv: list[str] | None = None) -> None:
             rows += rows_of(name, trace(name, batch), cards)
             print(f"{name}, batch {rows[-1]['batch']}: {time.process_time() - began:.0f} s of the CPU", flush=True)
             save()
-    print(f"{title}\n{tables.text(with_ratios(rows), COLUMNS)}")
+    print(f"{title}\n{tables.text(with_ratios(rows), COLUMNS)}", flush=True)
+    traced_peaks(options.json.with_name("predict_peak.json"))
 
 
 if __name__ == "__main__":

@@ -91,7 +91,9 @@ def ours(
     set_activation_checkpointing(blocks, checkpointing)
     if compiled:
         compile_blocks(blocks)
-    if prepare is not None:
+    if prepare is None:
+        model.bank.keep_copies()
+    else:
         prepare(network)
     engine = make_engine(setting, model.parameters, model.networks)
     emas = DualEMA(*(engine.ema_tensors(role) for role in ("student", "ema_fast", "ema_slow")))
@@ -135,7 +137,8 @@ class _Peft:
         linears = [name for name, module in self.network.named_modules() if isinstance(module, nn.Linear)]
         for adapter in adapters:
             config = LoraConfig(r=setting.rank, lora_alpha=setting.rank, target_modules=linears)
-            self.network.add_adapter(config, adapter_name=adapter)
+            with setting.device:  # beside a base on the meta device PEFT would make them on the CPU
+                self.network.add_adapter(config, adapter_name=adapter)
         for name, parameter in self.network.named_parameters():
             if "lora_" in name:
                 parameter.data = parameter.data.float()

@@ -19,6 +19,7 @@ from triton.runtime import JITFunction
 
 from scfm_core.kernels.flash import _flash, _flash_backward
 from scfm_core.kernels.gelu_concat import _gelu_backward, gelu_concat
+from scfm_core.kernels.lora_gemm import TILES, lora_gemm
 from scfm_core.kernels.modulate import (
     _gate_backward,
     _gated_backward,
@@ -86,6 +87,9 @@ def launch_all(dtype: torch.dtype, width: int, dim: int) -> None:
     for attention in (x, None):
         swiglu_concat(attention, tensor(2, rows, 6 * width))
     _swiglu_backward(tensor(2, rows, 3 * width), tensor(2, rows, 6 * width))
+    for tile in TILES:
+        for weight in (tensor(width, width), tensor(width, width).T):  # as in the backward, and in the forward
+            lora_gemm(x[0], weight, tensor(rows, 64), tensor(64, width), row[0], tile)
     for keys in (128, 133):
         query, key = tensor(2, keys, heads, dim), tensor(2, keys, heads, dim)
         _flash(query, key, key)

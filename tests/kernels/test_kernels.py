@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from scfm_core.kernels import flash, gelu_concat, lora, modulate, norm_rope, reference, swiglu_concat
+from scfm_core.kernels import flash, gelu_concat, lora, lora_products, modulate, norm_rope, reference, swiglu_concat
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HEADS, DIM = 3, 16
@@ -19,6 +19,16 @@ BOUND = {torch.bfloat16: (2 if DEVICE.type == "cuda" else 4) * 2**-8, torch.floa
 def rotation(tokens: int) -> tuple[Tensor, Tensor]:
     angles = torch.rand(tokens, DIM // 2, device=DEVICE).repeat_interleave(2, dim=1) * 6
     return angles.cos(), angles.sin()
+
+
+def two(function: Callable[..., list[Tensor]]) -> Callable[..., tuple[Tensor, ...]]:
+    """Two linears of one x, from a function of lists."""
+    return lambda x, w, v, b, c, a, d, e, u, scale: tuple(function(x, [w, v], [b, c], [a, d], [e, u], scale))
+
+
+def linears_reference(x: Tensor, *groups: list[Tensor]) -> list[Tensor]:
+    *each, scale = groups
+    return [reference.lora_linear_reference(x, *one, scale) for one in zip(*each, strict=True)]
 
 
 @dataclass
@@ -67,6 +77,11 @@ CASES = {
     "lora_linear of a vector": Case(
         lora.lora_linear, reference.lora_linear_reference,
         ((3, 12), (10, 12), None, (4, 12), (10, 4)), lambda: (torch.tensor([1.0, 0.0, 0.3], device=DEVICE),),
+    ),
+    "lora_linears": Case(
+        two(lora.lora_linears), two(linears_reference),
+        ((2, 7, 12), (10, 12), (6, 12), (10,), (6,), (4, 12), (4, 12), (10, 4), (6, 4)),
+        lambda: (torch.tensor([0.2, 0.7], device=DEVICE),),
     ),
     "lora_add": Case(
         lora.lora_add, reference.lora_add_reference,
@@ -158,6 +173,12 @@ def lora_factors(x: Tensor) -> tuple:
     return weight.bfloat16(), None, *masters, strengths, *copies
 
 
+def in_lists(x: Tensor, factors: tuple) -> tuple:
+    """Two linears with the same base: arguments of the op on lists."""
+    weight, _, down, up, scale, *copies = factors
+    return x, [weight, 2 * weight], [], [down, down], [up, up], scale, [*copies, *copies], []
+
+
 OPS = {
     "norm_rope": lambda x, row, head: (
         torch.ops.scfm.norm_rope.default, (x, x, head, head, *rotation(14), HEADS, 1e-6),
@@ -171,7 +192,10 @@ OPS = {
         torch.ops.scfm.flash_attention.default, tuple(x.detach().unflatten(-1, (HEADS, DIM)) for _ in range(3)),
     ),
     "lora_linear": lambda x, row, head: (
-        torch.ops.scfm.lora_linear.default, (x.detach().bfloat16().requires_grad_(), *lora_factors(x)),
+        torch.ops.scfm.lora_linear.default, (x.detach().bfloat16().requires_grad_(), *lora_factors(x), None),
+    ),
+    "lora_linears": lambda x, row, head: (
+        torch.ops.scfm.lora_linears.default, in_lists(x.detach().bfloat16().requires_grad_(), lora_factors(x)),
     ),
     "lora_add": lambda x, row, head: (torch.ops.scfm.lora_add.default, (torch.ones(2, 7, 20), x, *lora_factors(x)[2:5], None, None)),
 }  # fmt: skip
@@ -247,6 +271,29 @@ def test_adapters_in_fp32_beside_products_in_bf16(has_copies):
     assert_close(found[1], expected[1], BOUND[torch.bfloat16])
 
 
+def test_the_copies_of_linears_of_one_input_are_not_joined_again_if_they_are_adjacent():
+    parts = torch.randn(3, 4, 12, device=DEVICE)
+    assert lora_products.joined(list(parts)).data_ptr() == parts.data_ptr()
+    for others in (
+        [parts[1], parts[0]],
+        [parts[0], parts[2]],
+        [part[:, :6] for part in parts],
+        [parts[0], parts[1].clone()],
+    ):
+        assert torch.equal(lora_products.joined(others), torch.cat(others))
+
+
+def test_one_of_several_adapted_linears_is_enough_for_a_gradient():
+    inputs, (strengths,) = draw(CASES["lora_linears"], torch.float32), CASES["lora_linears"].fixed()
+    kernel, plain = CASES["lora_linears"].kernel, CASES["lora_linears"].reference
+    found, expected = (
+        torch.autograd.grad(f(*inputs, strengths)[1].sum(), inputs, allow_unused=True, materialize_grads=True)
+        for f in (kernel, plain)
+    )
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("trains_base", [False, True])
 def test_flops_of_an_adapted_linear(trains_base):
     """Products alone: two FLOPs for each pair of elements."""
@@ -257,7 +304,12 @@ def test_flops_of_an_adapted_linear(trains_base):
     low = rank * (inputs + outputs)
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
         lora.lora_linear(x, weight, bias, down, up, strengths).sum().backward()
-    assert counter.get_total_flops() == 2 * rows * ((2 + trains_base) * inputs * outputs + 3 * low)
+    expected = 2 * rows * ((2 + trains_base) * inputs * outputs + 3 * low)
+    assert counter.get_total_flops() == expected
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        both = lora.lora_linears(x, [weight] * 2, [], [down] * 2, [up] * 2, strengths)
+        torch.cat(both).sum().backward()
+    assert counter.get_total_flops() == 2 * expected
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
         lora.lora_add(torch.ones(2, 7, outputs), x.detach(), down, up, strengths).sum().backward()
     assert counter.get_total_flops() == 2 * rows * (2 * low + rank * outputs)

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scfm_core.kernels import nf4
 from scfm_core.kernels.lora import lora_linear
-from scfm_core.kernels.quantised import dequantise, quantise, quantised_linear, quantised_lora_linear
+from scfm_core.kernels.quantised import dequantise, quantise, quantised_linear
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PACKINGS = ("int8", "float8", "nf4")
@@ -23,6 +23,10 @@ def inputs(packing, dtype):
     return *trained, values, scale, bias.to(dtype), torch.tensor([0.0, 0.7], device=DEVICE)
 
 
+def adapted(x, values, scale, bias, down, up, strength, copies=None):
+    return lora_linear(x, values, bias, down, up, strength, copies, scale)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_products_and_gradients_are_those_of_the_dequantised_weight(packing, dtype):
@@ -34,12 +38,12 @@ def test_products_and_gradients_are_those_of_the_dequantised_weight(packing, dty
     pairs = [
         (quantised_linear(x, values, scale, bias), F.linear(x, weight, bias), (x,)),
         (
-            quantised_lora_linear(x, values, scale, bias, down, up, strength),
+            adapted(x, values, scale, bias, down, up, strength),
             lora_linear(x, weight, bias, down, up, strength),
             (x, down, up),
         ),
         (  # fp32 masters that get the gradients, and copies that are read
-            quantised_lora_linear(x, values, scale, bias, *masters, strength, copies),
+            adapted(x, values, scale, bias, *masters, strength, copies),
             lora_linear(x, weight, bias, *masters, strength, copies),
             (x, *masters),
         ),
@@ -64,7 +68,7 @@ def test_only_packed_weights_are_kept_for_the_backward_pass(packing):
         quantised_linear(x, values, scale, bias)
         assert {tensor.data_ptr() for tensor in kept} == {values.data_ptr(), scale.data_ptr()}
         kept.clear()
-        quantised_lora_linear(x, values, scale, bias, down, up, strength)
+        adapted(x, values, scale, bias, down, up, strength)
     shapes = {tuple(tensor.shape) for tensor in kept if tensor.is_floating_point() and tensor.dtype != values.dtype}
     assert shapes == {(2, 3, 64), (4, 64), (48, 4), (2,), (6, 4), tuple(scale.shape)}
 
@@ -73,12 +77,13 @@ def test_only_packed_weights_are_kept_for_the_backward_pass(packing):
 def test_one_graph_without_breaks(packing):
     x, down, up, values, scale, bias, strength = inputs(packing, torch.float32)
     arguments = (x, values, scale, bias, down, up, strength)
-    compiled = torch.compile(quantised_lora_linear, fullgraph=True, backend="aot_eager")
-    for a, b in zip(*(torch.autograd.grad(f(*arguments).sum(), (x, down, up)) for f in (compiled, quantised_lora_linear)), strict=True):  # fmt: skip
+    compiled = torch.compile(adapted, fullgraph=True, backend="aot_eager")
+    for a, b in zip(*(torch.autograd.grad(f(*arguments).sum(), (x, down, up)) for f in (compiled, adapted)), strict=True):  # fmt: skip
         assert torch.equal(a, b)
     if packing == "nf4":  # opcheck compares inputs by operations that float8 does not have
         checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-        torch.library.opcheck(torch.ops.scfm.quantised_lora_linear, (*arguments, None, None), test_utils=checks)
+        factors = (bias, down, up, strength, None, None, scale)
+        torch.library.opcheck(torch.ops.scfm.lora_linear, (x, values, *factors), test_utils=checks)
         torch.library.opcheck(torch.ops.scfm.quantised_linear, arguments[:4], test_utils=checks)
 
 
@@ -91,7 +96,7 @@ def test_bytes_and_flops_are_counted_on_the_meta_device(packing):
     x, down, up = (torch.empty(*s, device="meta", dtype=torch.bfloat16, requires_grad=True) for s in ((2, 5, 128), (8, 128), (256, 8)))  # fmt: skip
     product, factors = 2 * 10 * 256 * 128, 2 * 10 * 8 * (256 + 128)
     with FlopCounterMode(display=False) as counter:
-        y = quantised_lora_linear(x, values, scale, None, down, up, torch.empty(2, device="meta"))
+        y = adapted(x, values, scale, None, down, up, torch.empty(2, device="meta"))
         assert counter.get_total_flops() == product + factors
         y.sum().backward()
         assert counter.get_total_flops() == 2 * product + 3 * factors

@@ -4,8 +4,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scfm_core.kernels.fp8 import fits, fp8_linear
-from scfm_core.models.adapters import ADAPTERS, LoRABank, LoRAConfig, merge
+from scfm_core.models.adapters import ADAPTERS, LoRABank, LoRAConfig, join, linears, merge
 from scfm_core.models.families import open_family
+from scfm_core.models.quantised import quantise_onto
 from scfm_core.train.trace import trace_forward
 
 
@@ -213,6 +214,84 @@ class TestCopies:
 
     def test_neither_names_nor_checkpoints_change(self, bank):
         assert bank.network.state_dict().keys() == make_bank().network.state_dict().keys()
+
+
+class Projections(nn.Module):
+    """Three linears of the same input."""
+
+    def __init__(self, bias=True):
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(6, width, bias=bias) for width in (8, 8, 4))
+
+    def forward(self, x):
+        return torch.cat(linears(x, (self.query, self.key, self.value)), dim=-1)
+
+
+class TestJoined:
+    """Linears of one input as one operation."""
+
+    def make(self, dtype=torch.float32, *, bias=True, copies=False, targets=".*", base="bfloat16"):
+        torch.manual_seed(0)
+        network = Projections(bias).to(dtype)
+        bank = LoRABank(network, LoRAConfig(rank=3, alpha=6.0, targets=targets), seed=1)
+        for adapter in ADAPTERS:
+            for parameter in bank.parameters(adapter).values():
+                parameter.data.normal_()
+        quantise_onto(network, base, "cpu")
+        if copies:
+            join((network.query, network.key, network.value))
+            bank.keep_copies()
+        bank.select("student", torch.tensor([0.3, 1.0]))
+        return bank
+
+    def run(self, function, bank, dtype):
+        x = torch.linspace(-1, 1, 84).view(2, 7, 6).to(dtype).requires_grad_()
+        result = function(x)
+        bank.network.zero_grad()
+        (result * torch.linspace(-1, 1, result.shape[-1])).float().sum().backward()
+        return [result, x.grad, *(factor.grad for factor in bank.parameters("student").values())]
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {},
+            {"bias": False},
+            {"dtype": torch.bfloat16},
+            {"dtype": torch.bfloat16, "copies": True},
+            {"targets": "key"},
+            {"base": "int8"},
+            {"base": "int8", "targets": "key"},
+        ],
+        ids=[
+            "fp32",
+            "no bias",
+            "bf16",
+            "bf16 with copies",
+            "not all are adapted",
+            "packed",
+            "packed, not all are adapted",
+        ],
+    )
+    def test_results_and_gradients_are_those_of_the_layers_one_by_one(self, options):
+        bank, dtype = self.make(**options), options.get("dtype", torch.float32)
+        layers = list(bank.network.children())
+        alone = self.run(lambda x: torch.cat([layer(x) for layer in layers], dim=-1), bank, dtype)
+        for one, other in zip(self.run(bank.network, bank, dtype), alone, strict=True):
+            assert one.dtype == other.dtype
+            torch.testing.assert_close(
+                one,
+                other,
+                rtol=1e-2 if dtype == torch.bfloat16 else 1e-5,
+                atol=1e-2 if dtype == torch.bfloat16 else 1e-5,
+            )
+
+    def test_the_copies_of_joined_layers_are_adjacent(self):
+        bank = self.make(torch.bfloat16, copies=True)
+        downs = [layer.copies[0] for layer in bank.layers.values()]
+        assert [down.data_ptr() for down in downs] == [downs[0].data_ptr() + 2 * n * downs[0].numel() for n in range(3)]
+        for layer in bank.layers.values():
+            for copy, master in zip(layer.copies, layer.factors("student"), strict=True):
+                assert torch.equal(copy, master.bfloat16())
 
 
 class TestFp8:

@@ -120,7 +120,9 @@ def test_triton_blocks_train_eagerly_and_compiled(family):
     """The first block of each kind is compiled to one graph, the others are eager; adapters and all base weights train."""
     from scfm_core.train.network import set_activation_checkpointing
 
-    plain = adapted(family.load_network(torch.float32, DEVICE))
+    network = family.load_network(torch.float32, DEVICE)
+    network.single_transformer_blocks = network.single_transformer_blocks[:2]  # the interpreter is slow
+    plain = adapted(network)
     for name, parameter in plain.named_parameters():
         parameter.requires_grad_("lora_" not in name or ".student." in name)
     expected = outputs_and_gradients(family, plain, torch.float32)
@@ -132,6 +134,33 @@ def test_triton_blocks_train_eagerly_and_compiled(family):
     for blocks in (plain.transformer_blocks, plain.single_transformer_blocks):
         blocks[0].compile(backend="aot_eager", fullgraph=True)
     assert_same(outputs_and_gradients(family, plain, torch.float32), expected, BOUND)
+
+
+def test_number_of_compiled_graphs(family, monkeypatch):
+    """Per kind of block one graph for the student, and one for both EMAs, whose passes have no gradient."""
+    from torch._dynamo.testing import CompileCounter
+
+    from scfm_core.train.network import compile_blocks
+
+    network = family.load_network(torch.bfloat16, DEVICE)
+    for blocks in (network.transformer_blocks, network.single_transformer_blocks):
+        blocks.append(copy.deepcopy(blocks[0]))  # so that a later block differs from the first, if it can
+    bank = LoRABank(network, LoRAConfig(rank=4, alpha=4.0))
+    fuse(network, REFERENCE, "math")
+    bank.keep_copies()
+    counter, compile_block = CompileCounter(), nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda block: compile_block(block, backend=counter, fullgraph=True))
+    torch._dynamo.reset()
+    compile_blocks(family.blocks(network))
+    assert torch.compiler.config.cache_key_tag  # else an update of our operations would find graphs of before
+    x, sigma, cond = inputs(family, torch.bfloat16)
+    for _ in range(2):
+        for role in ADAPTERS[::-1]:
+            bank.select(role, torch.tensor([0.5, 1.0], device=DEVICE))
+            with torch.inference_mode(role != "student"):
+                velocity = family.predict(network, x, sigma, cond)
+        velocity.sum().backward()
+    assert counter.frame_count == 4
 
 
 def test_a_mask_is_refused(family):

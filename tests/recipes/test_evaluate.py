@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import smallest_tree
 from PIL import Image
 
 from recipes import evaluate as evaluate_module
@@ -15,19 +16,27 @@ from recipes.evaluate import Evaluator, evaluate, spread
 from recipes.sample import read_settings
 from scfm_core.errors import UserError
 from scfm_core.train.fit import fit
-from scfm_core.train.parse import dump_config
+from scfm_core.train.parse import dump_config, parse_config
 from scfm_core.train.prompts import read_prompts
 from scfm_core.train.trainer import Trainer
 from scfm_core.wording import number
 
 
-@pytest.fixture
-def run_dir(make_config):
-    config = make_config({"sample.every": 2, "sample.prompts": ["a handwritten digit two"], "sample.steps": [2]})
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    tree = smallest_tree(tiny, tmp_path_factory.mktemp("evaluate") / "run")
+    tree["sample"] |= {"every": 2, "prompts": ["a handwritten digit two"], "steps": [2]}
+    config = parse_config(tree, "test")
     trainer = Trainer(config)
     fit(trainer)
     (trainer.run_dir / "config.yaml").write_text(dump_config(config))
     return trainer.run_dir
+
+
+@pytest.fixture
+def run_dir(finished, tmp_path):
+    """A copy of a finished run."""
+    return shutil.copytree(finished, tmp_path / "run")
 
 
 def test_an_untrained_student_equals_base_and_teacher(make_config):

@@ -1,12 +1,13 @@
 """Exported weights give the same images in diffusers as here."""
 
 import dataclasses
+import functools
 import json
 
 import numpy as np
 import pytest
 import torch
-from conftest import adapter_file, adapter_metadata, load_adapter
+from conftest import adapter_file, adapter_metadata, load_adapter, smallest_tree
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from PIL import Image
 from safetensors import safe_open
@@ -15,7 +16,7 @@ from recipes.cli import main
 from scfm_core.models.weights import save_pipeline
 from scfm_core.train.checkpoint import find_checkpoint, load_checkpoint
 from scfm_core.train.fit import fit
-from scfm_core.train.parse import dump_config
+from scfm_core.train.parse import dump_config, parse_config
 from scfm_core.train.runs import load_trained
 from scfm_core.train.trainer import Trainer
 
@@ -58,12 +59,26 @@ def largest_difference(left, right):
     return max(int(abs(a - b).max()) for a, b in zip(left, right, strict=True))
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, {"lora.alpha": 10.0}, {"model.base": "nf4"}], ids=["", "alpha", "quantised base"]
-)
-def test_the_adapter_gives_the_same_images_in_diffusers(make_config, tiny, tmp_path, monkeypatch, changes):
-    run_dir = train(make_config(changes))
-    assert main(["export", str(run_dir)]) == 0
+@pytest.fixture(scope="module")
+def exported(tiny, tmp_path_factory):
+    """A run of each kind, made when a test first asks for it; with its exported adapter."""
+
+    @functools.cache
+    def make(kind):
+        tree = smallest_tree(tiny, tmp_path_factory.mktemp(kind) / "run")
+        tree["method"] |= {"step-scaled": {"step_gain": {"gamma": 0.5}}}.get(kind, {})
+        tree["lora"] |= {"large alpha": {"alpha": 10.0}}.get(kind, {})
+        tree["model"] |= {"quantised base": {"base": "nf4"}}.get(kind, {})
+        run_dir = train(parse_config(tree, "test"))
+        assert main(["export", str(run_dir)]) == 0
+        return run_dir
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["plain", "large alpha", "quantised base"])
+def test_the_adapter_gives_the_same_images_in_diffusers(exported, tiny, tmp_path, monkeypatch, kind):
+    run_dir = exported(kind)
     ours = our_images(run_dir, tmp_path / "images", "--steps", "3")
     pipe = FluxPipeline.from_pretrained(tiny / "flux")
     plain = diffusers_images(pipe, 3)
@@ -74,24 +89,22 @@ def test_the_adapter_gives_the_same_images_in_diffusers(make_config, tiny, tmp_p
     assert largest_difference(ours, plain) > 20  # the adapter changes the images
 
 
-@pytest.mark.parametrize("steps", [1, 3, 4, 8])
-def test_a_step_scaled_adapter_with_the_weight_of_its_readme(make_config, tiny, tmp_path, steps):
-    run_dir = train(make_config({"method.step_gain": {"gamma": 0.5}}))
-    assert main(["export", str(run_dir)]) == 0
-    ours = our_images(run_dir, tmp_path / "images", "--steps", str(steps))
+def test_a_step_scaled_adapter_with_the_weights_of_its_readme(exported, tiny, tmp_path):
+    run_dir = exported("step-scaled")
     metadata = adapter_metadata(adapter_file(run_dir / "adapter"))
-    weight = metadata["strength_by_steps"][str(steps)]
-    assert weight == pytest.approx(steps**-0.5, abs=1e-6)
-    assert f"| {steps} | {weight:.3f} |" in (run_dir / "adapter" / "README.md").read_text()
     pipe = FluxPipeline.from_pretrained(tiny / "flux")
     load_adapter(pipe, run_dir / "adapter")
-    pipe.set_adapters("scfm", weight)
-    assert largest_difference(ours, diffusers_images(pipe, steps)) <= 2
+    for steps in (1, 3, 4, 8):
+        ours = our_images(run_dir, tmp_path / f"{steps}", "--steps", str(steps))
+        weight = metadata["strength_by_steps"][str(steps)]
+        assert weight == pytest.approx(steps**-0.5, abs=1e-6)
+        assert f"| {steps} | {weight:.3f} |" in (run_dir / "adapter" / "README.md").read_text()
+        pipe.set_adapters("scfm", weight)
+        assert largest_difference(ours, diffusers_images(pipe, steps)) <= 2, steps
 
 
-def test_a_strength_above_one(make_config, tiny, tmp_path):
-    run_dir = train(make_config())
-    main(["export", str(run_dir)])
+def test_a_strength_above_one(exported, tiny, tmp_path):
+    run_dir = exported("plain")
     ours = our_images(run_dir, tmp_path / "strong", "--steps", "2", "--strength", "1.6")
     weaker = our_images(run_dir, tmp_path / "plain", "--steps", "2")
     pipe = FluxPipeline.from_pretrained(tiny / "flux")
@@ -102,11 +115,8 @@ def test_a_strength_above_one(make_config, tiny, tmp_path):
 
 
 @pytest.mark.parametrize("weights", ["lora", "full"])
-def test_a_merged_pipeline_needs_no_adapter(make_config, tmp_path, weights):
-    changes = {"train.weights": weights}
-    if weights == "lora":
-        changes["method.step_gain"] = {"gamma": 0.5}
-    run_dir = train(make_config(changes))
+def test_a_merged_pipeline_needs_no_adapter(exported, make_config, tmp_path, weights):
+    run_dir = exported("step-scaled") if weights == "lora" else train(make_config({"train.weights": weights}))
     steps = ["--steps", "4"] if weights == "lora" else []
     assert main(["export", str(run_dir), "--merged", str(tmp_path / "merged"), *steps]) == 0
     ours = our_images(run_dir, tmp_path / "images", "--steps", "4")

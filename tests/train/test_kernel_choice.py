@@ -5,6 +5,8 @@ import torch
 
 from scfm_core.errors import UserError
 from scfm_core.kernels.attention import BACKENDS, AttentionChoice
+from scfm_core.kernels.lora_choice import ProductChoice
+from scfm_core.kernels.lora_gemm import TILES
 from scfm_core.models.families import open_family
 from scfm_core.train import kernels, rules
 from scfm_core.train.kernels import choose_kernels
@@ -56,6 +58,31 @@ def test_only_the_attention(make_config, family):
     chosen = choose_kernels(make_config({"kernels.attention": "math"}), family, CPU)
     assert (chosen.fused, chosen.attention.backend) == ("none", "math")
     assert "blocks of diffusers" in str(chosen) and "math attention (asked for)" in str(chosen)
+
+
+def test_products_of_adapters_are_chosen_for_the_linears_of_a_micro_batch(make_config, family, monkeypatch):
+    asked = []
+
+    def choose(shapes, *others):
+        asked.extend([sorted(set(shapes)), others])
+        return ProductChoice("measured here", {"32 x 32, rows, float32": TILES[0]})
+
+    monkeypatch.setattr(kernels, "choose_products", choose)
+    monkeypatch.setattr(kernels, "MIN_ROWS", 8 * 8)
+    used = []
+    monkeypatch.setattr(kernels, "use_tiles", used.append)
+    assert not choose_kernels(make_config(), family, CPU).products.tiles and not asked  # `library` is the default
+    config = make_config({"kernels.lora": "auto", "lora.targets": r".*(to_q|proj_mlp|norm1\.linear)"})
+    chosen = choose_kernels(config, family, CPU)
+    width = family.width
+    # 8 samples of 16 tokens of an image and 8 of text, joined in single blocks; modulations have one row for each sample.
+    assert asked[0] == [(8 * 16, width, width), (8 * 24, width, width), (8 * 24, width, 4 * width)]
+    assert asked[1] == (config.lora.rank, torch.float32, CPU)
+    assert "by Triton for 32 x 32" in str(chosen)
+    chosen.apply(family, family.load_network(torch.float32, CPU))
+    assert used == [chosen.products.tiles]
+    full = choose_kernels(make_config({"kernels.lora": "auto", "train.weights": "full"}), family, CPU)
+    assert "there are no adapters" in str(full)
 
 
 def test_fp8_needs_an_unsharded_base(make_config, family, monkeypatch):

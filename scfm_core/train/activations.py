@@ -1,0 +1,130 @@
+"""Memory of the activations of one sample, measured on the meta device with a few of the network's blocks."""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from scfm_core.filling import materialise
+from scfm_core.kernels.attention import AttentionChoice
+from scfm_core.models.adapters import LoRAConfig
+from scfm_core.models.protocol import ModelFamily
+from scfm_core.models.quantised import Base, quantise_linears
+from scfm_core.models.student import LoRAModel
+from scfm_core.train.config import RunConfig
+from scfm_core.train.device import compute_dtype
+from scfm_core.train.kernels import Kernels
+from scfm_core.train.network import set_activation_checkpointing
+from scfm_core.train.trace_device import as_gpu
+from scfm_core.train.trace_mode import Recorder
+from scfm_core.train.trace_step import META, any_caption, assumed_kernels
+
+_FEW = 2
+"""Blocks of each list that run: the others cost the same again."""
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of one sample."""
+
+    saved: float
+    """What the student's pass saves for the backward."""
+    temporary: float
+    """What the backward pass needs beyond that, recomputed activations too; or a pass without gradient, if it needs more than both."""
+
+
+def activations_of(config: RunConfig, family: ModelFamily) -> Activations:
+    """The activations of a run, for a sample with a caption of the full length."""
+    is_lora, kernels = config.train.weights == "lora", assumed_kernels(config, family)
+    assert kernels.attention is not None
+    return _measured(
+        family,
+        (*config.data.resolution, config.model.text_length),
+        config.lora if is_lora else None,
+        config.model.base,
+        config.train.activation_checkpointing,
+        kernels.fused,
+        kernels.attention.backend,
+        compute_dtype(config),
+        config.method.student_is_guided or family.guidance_kind == "input",
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _measured(
+    family: ModelFamily, size: tuple[int, int, int], lora: LoRAConfig | None, base: Base, checkpointing: str, fused: str, backend: str,
+    dtype: torch.dtype, is_guided: bool,
+) -> Activations:  # fmt: skip
+    recorder = Recorder()
+    memory = recorder.memory
+    with as_gpu(recorder) as functions, recorder, _with_empty_caption(family, size[2]):
+        network = family.empty_network(dtype)
+        counts = {name: len(getattr(network, name)) for name in family.block_lists}
+        _keep(network, dict.fromkeys(counts, _FEW))
+        model = None
+        if lora is not None:
+            model = LoRAModel(family, network, lora)
+            quantise_linears(network, family.blocks(network), base)
+        Kernels(fused, "", AttentionChoice(backend, "")).apply(family, network)
+        set_activation_checkpointing(family.blocks(network), checkpointing)
+        materialise(network, META, lambda name, part, start: None)
+        if model is not None:
+            model.bank.keep_copies()
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(lambda p: memory.label(p.grad, "gradients"))
+        kept = {name: list(getattr(network, name)) for name in counts}
+
+        def velocity(role: str) -> Tensor:
+            x = torch.empty(1, *family.latent_shape(*size[:2]), device=META)
+            cond = any_caption(family, size[2]).with_guidance(torch.ones(1, device=META) if is_guided else None)
+            if model is not None:
+                return model.velocity(role, x, torch.ones(1, device=META), cond, torch.ones(1))
+            return family.velocity(network, x, torch.ones(1, device=META), cond)
+
+        def measure(numbers: dict[str, int]) -> tuple[float, float, float]:
+            """Bytes saved; at the peak of the backward, without the gradients of weights; at the peak of a pass without gradient."""
+            for name, number in numbers.items():
+                setattr(network, name, nn.ModuleList(kept[name][:number]))
+            before = memory.total
+            memory.start()
+            with torch.inference_mode(), functions.autocast(None if lora or dtype == torch.float32 else dtype):
+                velocity("ema_slow")
+            without = memory.peak - before
+            with functions.autocast(None if lora or dtype == torch.float32 else dtype):
+                out = velocity("student")
+                saved = memory.total - before
+                memory.start()
+                out.backward(torch.empty_like(out))
+            peak = memory.peak - before - memory.peak_by_part().get("gradients", 0)
+            for parameter in network.parameters():
+                parameter.grad = None
+            return saved, peak, without
+
+        ones = {name: min(1, count) for name, count in counts.items()}
+        saved, peak, without = measure(ones)
+        temporary, total = peak - saved, saved
+        for name, count in counts.items():
+            if count > 1:
+                more = measure({**ones, name: 2})
+                total += (count - 1) * (more[0] - saved)
+                temporary = max(temporary, more[1] - more[0])
+    return Activations(total, max(temporary, without - total, 0.0))
+
+
+def _keep(network: nn.Module, numbers: dict[str, int]) -> None:
+    for name, number in numbers.items():
+        setattr(network, name, getattr(network, name)[:number])
+
+
+@contextlib.contextmanager
+def _with_empty_caption(family: ModelFamily, text_length: int) -> Iterator[None]:
+    before = family.unconditional
+    family.unconditional = any_caption(family, text_length)
+    try:
+        yield
+    finally:
+        family.unconditional = before
