@@ -23,11 +23,7 @@ _LEVELS = (
 )  # fmt: skip
 
 
-<<<<<<< HEAD
-@functools.cache  # made anew for each product it would be a copy that the host waits for
-=======
 @functools.cache
->>>>>>> aa98808b58d53088f4ff8e7163bd7ae8640d2c1a
 def levels(device: torch.device) -> Tensor:
     """The 16 values, fp32, ascending. Made once: a copy of numbers of the host to a GPU waits for the GPU's queue."""
     return torch.tensor(_LEVELS, device=device)

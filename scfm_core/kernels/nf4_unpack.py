@@ -25,10 +25,6 @@ def unpack(values: Tensor, scale: Tensor, levels: Tensor, dtype: torch.dtype) ->
     """Packed weights uint8 [out, in / 2], their scales fp32 [out * in / 64] and the 16 levels -> [out, in] in `dtype`."""
     output = torch.empty(values.shape[0], 2 * values.shape[1], dtype=dtype, device=values.device)
     count = values.numel()
-<<<<<<< HEAD
-    _unpack_kernel[(triton.cdiv(count, _BYTES),)](values, scale, levels, output, count, _BYTES, count // scale.numel())
-=======
     half_block = count // scale.numel()  # bytes that share a scale
     _unpack_kernel[(triton.cdiv(count, _BYTES),)](values, scale, levels, output, count, _BYTES, half_block)
->>>>>>> aa98808b58d53088f4ff8e7163bd7ae8640d2c1a
     return output

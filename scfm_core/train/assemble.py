@@ -17,7 +17,7 @@ from scfm_core.models.adapters import ADAPTERS
 from scfm_core.models.families import open_family
 from scfm_core.models.offload import Offload, fill_on_host, spread
 from scfm_core.models.protocol import ModelFamily
-from scfm_core.models.quantised import Base, quantise_linears
+from scfm_core.models.quantised import quantise_linears
 from scfm_core.models.student import FullModel, LoRAModel, ShortcutModel
 from scfm_core.train.config import RunConfig
 from scfm_core.train.device import compute_dtype
@@ -113,23 +113,14 @@ def build_model(
             network = family.empty_network(dtype if is_lora or layout is None else torch.float32)
             shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
             start, pretrained = (fill, fill) if fill else _weights(config, family, network, stack, has_teacher)
-<<<<<<< HEAD
-            base = config.model.base if layout is not None else config.sample.base
-            adapted = _adapted(config, family, network, base) if is_lora else None
-=======
             adapted = _adapted(config, family, network, layout) if is_lora else None
->>>>>>> aa98808b58d53088f4ff8e7163bd7ae8640d2c1a
         if adapted is not None:
-            offloaded = spread(family.blocks(network), config.model.offload_blocks if layout is not None else 0)
+            offloaded = spread(family.blocks(network), config.model.offload_blocks) if layout is not None else []
             fill_on_host(offloaded)
             prepare(network, True, fill or adapted.bank.filling(start))
-<<<<<<< HEAD
-            _finish_adapted(config, adapted, layout, offloaded, device)
-=======
             if offloaded:
                 Offload(offloaded, device)
             _after_filling(config, family, adapted, layout)
->>>>>>> aa98808b58d53088f4ff8e7163bd7ae8640d2c1a
             return adapted
         networks = {}
         roles = ADAPTERS if layout is not None else (config.sample.weights,)
@@ -175,28 +166,6 @@ def _traced_rows(config: RunConfig, family: ModelFamily) -> dict[str, int]:
     return forward_of(family, family.latent_shape(*config.data.resolution), config.model.text_length).rows
 
 
-<<<<<<< HEAD
-def _adapted(config: RunConfig, family: ModelFamily, network: nn.Module, base: Base) -> LoRAModel:
-    """Adapters over a network on the meta device, whose blocks are stored as `base`."""
-    try:
-        model = LoRAModel(family, network, config.lora, config.run.seed)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    quantise_linears(network, family.blocks(network), base)
-    return model
-
-
-def _finish_adapted(
-    config: RunConfig, model: LoRAModel, layout: Layout | None, offloaded: list[nn.Module], device: torch.device
-) -> None:
-    """What needs the weights: copies of the adapters, slots of offloaded blocks, copies of the base in fp8."""
-    if layout is None or not layout.is_sharded:
-        model.bank.keep_copies()
-    if offloaded:
-        Offload(offloaded, device)
-    if config.kernels.fp8 and layout is not None:
-        model.bank.quantise(_traced_rows(config, model.family))
-=======
 def _adapted(config: RunConfig, family: ModelFamily, network: nn.Module, layout: Layout | None) -> LoRAModel:
     try:
         adapted = LoRAModel(family, network, config.lora, config.run.seed)
@@ -205,7 +174,6 @@ def _adapted(config: RunConfig, family: ModelFamily, network: nn.Module, layout:
     base = config.model.base if layout is not None else config.sample.base
     quantise_linears(network, family.blocks(network), base)
     return adapted
->>>>>>> aa98808b58d53088f4ff8e7163bd7ae8640d2c1a
 
 
 def _preparation(

@@ -151,8 +151,6 @@ class Recorder(TorchDispatchMode):
         with self:
             out = about.body(*args, **kwargs)  # type: ignore[misc]
         counted = self._flops_within.pop()
-        if self._flops_within:  # an operation within another one
-            self._flops_within[-1] += counted
         if about.flops is not None and not counted and self.is_on:
             self._add(
                 ATTENTION if "attention" in about.name else BASE,
