@@ -24,15 +24,7 @@ def broken_rules(config: RunConfig) -> Iterator[str]:
         yield "method.step_gain needs adapters: full weights have no strength. Set method.step_gain=none, or train.weights=lora"
     if method.step_embedding and not is_full:
         yield "method.step_embedding teaches the network a new input: it needs train.weights=full"
-    for key, base in (("model.base", config.model.base), ("sample.base", config.sample.base)):
-        if is_full and base != "bfloat16":
-            yield f"{key}={base} stores a frozen base, but train.weights=full trains the base. Set {key}=bfloat16, or train.weights=lora"
-    if config.kernels.fp8 and config.model.base in ("int8", "nf4"):
-        yield (
-            f"kernels.fp8 needs the weights in bfloat16 or float8, but model.base is {config.model.base}. Set model.base=float8, or kernels.fp8=false"
-        )
-    if config.model.offload_blocks:
-        yield from _broken_by_offload(config)
+    yield from _broken_by_base(config)
     if config.model.init == "random" and not is_full:
         yield "model.init=random leaves nothing for adapters to adapt. Set train.weights=full"
     if config.model.init == "random" and config.model.adapters:
@@ -56,7 +48,18 @@ def broken_rules(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _broken_by_offload(config: RunConfig) -> Iterator[str]:
+def _broken_by_base(config: RunConfig) -> Iterator[str]:
+    """Rules of how the frozen base is stored."""
+    for key, base in (("model.base", config.model.base), ("sample.base", config.sample.base)):
+        if config.train.weights == "full" and base != "bfloat16":
+            yield f"{key}={base} stores a frozen base, but train.weights=full trains the base. Set {key}=bfloat16, or train.weights=lora"
+    if config.kernels.fp8 and config.model.base in ("int8", "nf4"):
+        yield (
+            f"kernels.fp8 needs the weights in bfloat16 or float8, but model.base is {config.model.base}. Set model.base=float8, or "
+            f"kernels.fp8=false"
+        )
+    if not config.model.offload_blocks:
+        return
     for is_broken, what, remedy in (
         (config.train.weights == "full", "train.weights=full trains the base", "set train.weights=lora"),
         (

@@ -123,6 +123,7 @@ def test_a_dry_run_says_what_a_node_and_its_disk_need(flux):
     checkpoint = sum(result.checkpoint.values())
     assert checkpoint == pytest.approx(20 * result.trained_parameters, rel=0.005)
     assert result.host_memory == {
+        "blocks of the base": 0,
         "weights while loading": 8 * 2**23,
         "encoders while loading": flux.encoder_bytes,
         "copy of a checkpoint": 0,
