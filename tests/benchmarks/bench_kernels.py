@@ -2,9 +2,9 @@
 
     python tests/benchmarks/bench_kernels.py [--repeats 20] [--batch 8] [--json PATH]
 
-On a GPU: the shapes of Flux.1-dev at 512 x 512 with 256 text tokens, bf16. `of copy` is the bandwidth as a share of a
-large copy's, `at least` the time at the bandwidth of the data sheet. It counts each tensor that must be read or written once, also if an arm reads it more often. On a CPU:
-tiny shapes in Triton's interpreter, without compilation.
+On a GPU: the shapes of Flux.1-dev at 512 x 512 with 256 text tokens, bf16. `of copy` is the bandwidth as a share of a large copy's,
+`at least` the time at the bandwidth of the data sheet. Both count each tensor that must be read or written once, also if an arm reads it
+more often. On a CPU: tiny shapes in Triton's interpreter, without compilation.
 """
 
 import time
