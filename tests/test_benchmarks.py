@@ -23,6 +23,7 @@ REFERENCE = {
     "bench_fsdp": "reference",
     "bench_kernels": "reference: eager",
     "bench_memory": "reference: none",
+    "bench_products": "reference: library",
     "bench_ranks": "reference",
     "bench_step": "reference",
     "bench_update": "reference",
