@@ -23,6 +23,7 @@ REFERENCE = {
     "bench_fsdp": "reference",
     "bench_kernels": "reference: eager",
     "bench_memory": "reference: none",
+    "bench_products": "reference: library",
     "bench_ranks": "reference",
     "bench_step": "reference",
     "bench_update": "reference",
@@ -126,6 +127,24 @@ def test_figures_ratios_and_inputs(path, tmp_path, capsys, monkeypatch):
         for read in others:
             # FSDP2 gathers the weights that do not change within the call, so they are not among what it reads.
             assert read < first if path.stem == "bench_fsdp" else read == first, read ^ first
+
+
+def test_parked_tensors_come_back(monkeypatch):
+    """Views, parameters and what an optimizer holds keep their storages; a second time they take new values along."""
+    import setting
+
+    monkeypatch.setattr(setting.Parking, "_CHUNK", 24)  # some storages share a chunk, one is larger
+    tensors = [torch.arange(4.0), torch.ones(3, dtype=torch.bfloat16), torch.nn.Parameter(torch.arange(20.0))]
+    view, parking = tensors[0][1:3], setting.Parking()
+    for change in (0.0, 5.0):
+        with torch.no_grad():
+            tensors[0].add_(change)
+        expected = [tensor.detach().clone() for tensor in tensors]
+        parking.out(tensor.untyped_storage() for tensor in tensors)
+        assert all(tensor.untyped_storage().nbytes() == 0 for tensor in tensors)
+        parking.back()
+        assert all(torch.equal(tensor, value) for tensor, value in zip(tensors, expected, strict=True))
+        assert view.tolist() == [1 + change, 2 + change]
 
 
 @pytest.mark.processes

@@ -99,6 +99,7 @@ def parts(null: bool) -> list[Part]:
             limit=70 * slow,
         ),
         benchmark("kernels", 80 * slow),
+        benchmark("products", 40 * slow),
         benchmark("forward", 50 * slow),
         benchmark("fsdp", 70 * slow),
         benchmark("update", 25 * slow),

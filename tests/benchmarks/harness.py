@@ -120,6 +120,15 @@ def launches() -> int:
     return int(Device().counters.launches)
 
 
+def at_least(flops: float, size: float) -> float | None:
+    """Seconds that this GPU needs for so many FLOPs and bytes, by its data sheet; None: it is not in the list."""
+    from scfm_core.train.roofline import CARDS
+
+    name = torch.cuda.get_device_name() if GPU else ""
+    card = next((card for key, card in CARDS.items() if key.split()[0] in name), None)
+    return None if card is None else max(flops / card.bf16, size / card.bandwidth)
+
+
 def copy_bandwidth() -> float:
     """Bytes per second that a large copy reads and writes: an upper bound for elementwise kernels."""
     source = torch.empty(2**28 if GPU else 2**22, dtype=torch.uint8, device=DEVICE)

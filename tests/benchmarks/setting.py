@@ -124,7 +124,8 @@ class Parking:
             if storage not in self._places:
                 self._places[storage] = self._take(storage.nbytes())
             self._places[storage].copy_(_bytes(storage), non_blocking=True)
-        torch.cuda.synchronize()
+        if GPU:
+            torch.cuda.synchronize()
         for storage in parked:
             storage.resize_(0)
 
@@ -138,7 +139,7 @@ class Parking:
 
     def _take(self, size: int) -> Tensor:
         if size > len(self._free):
-            self._free = torch.empty(max(self._CHUNK, size), dtype=torch.uint8, pin_memory=True)
+            self._free = torch.empty(max(self._CHUNK, size), dtype=torch.uint8, pin_memory=GPU)
         place, self._free = self._free[:size], self._free[size:]
         return place
 
