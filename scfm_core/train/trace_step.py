@@ -58,6 +58,11 @@ class Traced:
     """The kernels that the trace assumes."""
 
     @property
+    def sample_flops(self) -> float:
+        """FLOPs of one sample."""
+        return self.flops / (self.micro_batches * self.micro_batch_size)
+
+    @property
     def launches(self) -> int:
         """Kernels of the step, estimated."""
         return round(sum(operation.launches for operation in self.operators))
