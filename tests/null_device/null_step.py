@@ -121,7 +121,7 @@ def read_finite(sums: torch.Tensor, status: torch.Tensor, norm: torch.Tensor) ->
 
 def _kernels(config: RunConfig, family: ModelFamily, device: torch.device) -> Kernels:
     """As the trace's; the null device has no cuDNN."""
-    kernels = trace_step._kernels(config, family, device)
+    kernels = trace_step.assumed_kernels(config, family, device)
     assert kernels.attention is not None
     backend = "efficient" if kernels.attention.backend == "cudnn" else kernels.attention.backend
     return replace(kernels, attention=replace(kernels.attention, backend=backend))
