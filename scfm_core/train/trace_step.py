@@ -216,7 +216,7 @@ def _batch(config: RunConfig, family: ModelFamily, number: int, size: int) -> Ba
         intervals = math.lcm(*config.method.trajectory_grids)
         path = {
             "velocities": torch.empty(size, intervals, channels, height, width, dtype=torch.bfloat16),
-            "sigmas": torch.linspace(1, 0, intervals + 1).expand(size, -1),
+            "sigmas": torch.linspace(1, 0, intervals + 1).repeat(size, 1),
             "guidance": torch.full((size,), float(config.method.guidance[0])),
         }
     return Batch(
