@@ -16,12 +16,13 @@ def rows(config):
 
 
 @pytest.mark.parametrize(
-    ("base", "checkpointing", "number"), [("bfloat16", "none", 2), ("nf4", "none", 3), ("nf4", "full", 4)]
+    ("base", "checkpointing", "number", "blocks"),
+    [("bfloat16", "none", 2, "none"), ("nf4", "none", 3, "reference"), ("nf4", "full", 4, "none")],
 )
-def test_a_run_is_the_same(make_config, base, checkpointing, number):
+def test_a_run_is_the_same(make_config, base, checkpointing, number, blocks):
     """Without checkpointing, the backward pass reads what the forward pass saved: views of slots with other weights since."""
     changes = {"model.base": base, "train.activation_checkpointing": checkpointing, "train.steps": 2}
-    changes |= {"train.micro_batch_size": 4, "method.step_gain": {"gamma": 0.5}}
+    changes |= {"train.micro_batch_size": 4, "method.step_gain": {"gamma": 0.5}, "kernels.fused": blocks}
     expected = rows(make_config(changes))
     assert rows(make_config({"model.offload_blocks": number})) == expected
 
