@@ -158,8 +158,9 @@ def _backward(
     low: Tensor,
     needs: list[bool],
     dtype: torch.dtype,
-    weight_scale: Tensor | None,
+    weight_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    # `weight_scale` has a default: inductor (torch 2.10) leaves out a last argument that is None.
     weights = [] if weight is None else [weight]
     weights = unpacked(weights, [] if weight_scale is None else [weight_scale], x.dtype) if needs[0] else weights
     groups = gradients([grad], x, weights, [down], [up], scale, low, needs, dtype)
@@ -178,7 +179,7 @@ def _(
     low: Tensor,
     needs: list[bool],
     dtype: torch.dtype,
-    weight_scale: Tensor | None,
+    weight_scale: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     return tuple(group[0] for group in gradient_shapes([grad], x, [up], low, needs, dtype))
 
