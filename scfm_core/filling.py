@@ -63,7 +63,7 @@ def materialise(network: nn.Module, device: torch.device | str, fill: Fill) -> N
         if isinstance(module, PackedModule):
             module.pack()
         if place := getattr(module, "filled_on", None):
-            own._apply(lambda tensor: tensor.to(place))
+            own._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(place))
 
 
 def _without_children(module: nn.Module) -> nn.Module:

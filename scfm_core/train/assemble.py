@@ -117,11 +117,11 @@ def build_model(
             start, pretrained = (fill, fill) if fill else _weights(config, family, network, stack, has_teacher)
             adapted = _adapted(config, family, network, layout) if is_lora else None
         if adapted is not None:
-            offloaded = spread(family.blocks(network), config.model.offload_blocks) if layout is not None else []
-            fill_on_host(offloaded)
+            number = config.model.offload_blocks if layout is not None else 0
+            fill_on_host(spread(family.blocks(network), number))
             prepare(network, True, fill or adapted.bank.filling(start))
-            if offloaded:
-                Offload(offloaded, device)
+            if number:  # `prepare` may have replaced the blocks
+                Offload(spread(family.blocks(network), number), device)
             _after_filling(config, family, adapted, layout)
             return adapted
         networks = {}

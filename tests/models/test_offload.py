@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from scfm_core.errors import UserError
-from scfm_core.models.offload import Offload, spread
+from scfm_core.models.offload import Offload, offloaded_bytes, spread
 from scfm_core.train.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -16,12 +16,13 @@ def rows(config):
 
 
 @pytest.mark.parametrize(
-    ("base", "checkpointing", "number"), [("bfloat16", "none", 2), ("nf4", "none", 3), ("nf4", "full", 4)]
+    ("base", "checkpointing", "number", "blocks"),
+    [("bfloat16", "none", 2, "none"), ("nf4", "none", 3, "reference"), ("nf4", "full", 4, "none")],
 )
-def test_a_run_is_the_same(make_config, base, checkpointing, number):
+def test_a_run_is_the_same(make_config, base, checkpointing, number, blocks):
     """Without checkpointing, the backward pass reads what the forward pass saved: views of slots with other weights since."""
     changes = {"model.base": base, "train.activation_checkpointing": checkpointing, "train.steps": 2}
-    changes |= {"train.micro_batch_size": 4, "method.step_gain": {"gamma": 0.5}}
+    changes |= {"train.micro_batch_size": 4, "method.step_gain": {"gamma": 0.5}, "kernels.fused": blocks}
     expected = rows(make_config(changes))
     assert rows(make_config({"model.offload_blocks": number})) == expected
 
@@ -86,6 +87,11 @@ class TestBlocks:
         offload = Offload(meta, torch.device("meta"))
         assert offload._host == [None] * 4
         assert meta[0](torch.empty(2, 5, device="meta", dtype=torch.bfloat16)).is_meta
+
+    def test_the_estimate_counts_their_bytes(self, blocks):
+        network = torch.nn.Sequential(*blocks)
+        assert offloaded_bytes(network, blocks, 0, "bfloat16", 2) == (0, 0)
+        assert offloaded_bytes(network, blocks, 3, "bfloat16", 2) == (3 * 60, 2 * 60)  # 5 x 5 weights and 5 of the bias
 
     def test_offloaded_blocks_are_evenly_spaced(self, blocks):
         assert spread(blocks, 2) == [blocks[0], blocks[2]] and spread(blocks, 4) == blocks

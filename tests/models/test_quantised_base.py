@@ -12,7 +12,7 @@ from scfm_core.models import encoders
 from scfm_core.models.adapters import LoRABank, LoRAConfig
 from scfm_core.models.encoders import TextEncoders
 from scfm_core.models.families import open_family
-from scfm_core.models.quantised import QuantisedLinear, quantise_linears, quantise_onto
+from scfm_core.models.quantised import QuantisedLinear, quantise_linears, quantise_onto, saved_bytes
 from scfm_core.train.rules import check_kernels
 from scfm_core.train.runs import load_trained
 from scfm_core.train.trainer import Trainer
@@ -67,6 +67,15 @@ def test_one_layer_at_a_time_is_unpacked_while_weights_are_read(tiny):
 
     materialise(network, CPU, bank.filling(fill))
     assert most == 1 and all(layer.weight is None for layer in layers)
+
+
+@pytest.mark.parametrize("base", ["int8", "float8", "nf4"])
+def test_the_estimate_counts_the_bytes_that_are_saved(tiny, base):
+    """Of the teacher of `scfm data generate --base` too."""
+    family = open_family(str(tiny / "flux"))
+    plain, network = family.meta_network(), family.load_network(torch.float32, CPU, base)
+    sizes = [sum(t.nbytes for t in (*net.parameters(), *net.buffers())) for net in (plain, network)]
+    assert saved_bytes(plain, family.blocks(plain), base, 4) == sizes[0] - sizes[1]
 
 
 @pytest.mark.parametrize("base", ["int8", "float8", "nf4"])
