@@ -114,7 +114,7 @@ class Fsdp2Engine(Engine):
         # The optimizer gets plain tensors, which are views of the shards: the arithmetic is the same on one process and
         # on many, and DTensor's dispatch does not cost time for each of a thousand factors.
         self._local = {name: _local(parameter) for name, parameter in self._student.items()}
-        # The fused kernel: some 40 launches for the thousand factors of Flux. It exists for CPUs too, with the same results.
+        # The fused kernel: some 40 launches for the thousand factors of a 12-B model. It exists for CPUs too, with the same results.
         self._optimizer = torch.optim.AdamW(
             list(self._local.values()), lr=0.0, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )

@@ -12,8 +12,8 @@ from scfm_core.train.trace_ops import Operation
 LAUNCH = 3e-6
 """Seconds of the smallest kernel, assumed."""
 ASSUMED_COMPUTE = 0.7
-"""Share of the peak FLOP/s that products and attention reach, assumed: the best bf16 products measured on an H200 at the shapes of Flux
-are at 68 %."""
+"""Share of the peak FLOP/s that products and attention reach, assumed: the best bf16 products measured on an H200 at
+such shapes are at 68 %."""
 ASSUMED_BANDWIDTH = 0.85
 """Share of the peak bandwidth that other kernels reach, assumed."""
 _IN_FP8 = ("aten::_scaled_mm",)

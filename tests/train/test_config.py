@@ -115,7 +115,10 @@ class TestDumping:
         """Every field differs from its default, and the strings resemble other YAML types."""
         config = RunConfig(
             run=RunSection(dir="123", seed=7, device="cuda:3"),
-            model=ModelConfig(path="~", adapters=(FusedAdapter(path="0x10", weight=0.1 + 0.2),), text_length=77),
+            model=ModelConfig(
+                path="~", adapters=(FusedAdapter(path="0x10", weight=0.1 + 0.2),), text_length=77, base="float8",
+                encoders="int8",
+            ),
             data=DataConfig(
                 sources=(
                     SourceConfig(
@@ -167,11 +170,11 @@ class TestDumping:
             engine=EngineConfig(
                 name="deepspeed", cpu_offload=True, zero_stage=1, deepspeed_config="0777", timeout=1e-3
             ),
-            kernels=KernelConfig(fused="reference", attention="math", fp8=True, cuda_graphs=True),
+            kernels=KernelConfig(fused="reference", attention="math", lora="auto", fp8=True, cuda_graphs=True),
             checkpoint=CheckpointConfig(every=1, keep=1),
             sample=SampleConfig(
                 every=0, prompts=("none", "yes", "猫: 🐈", "a\nb"), steps=(5,), seed=0, shift="dynamic", guidance=0.0,
-                weights="ema_fast", teacher_steps=5,
+                weights="ema_fast", base="float8", teacher_steps=5,
             ),
             evaluate=EvaluateConfig(
                 steps=(2,), teacher_steps=50, samples=2, prompts="null", batch_size=1, features="classifier",
@@ -185,9 +188,9 @@ class TestDumping:
             for field in dataclasses.fields(getattr(config, section.name))
             if getattr(getattr(config, section.name), field.name) == field.default
         ]
-        # Two need a single path; three exclude step_gain and one LoRA; two are for fsdp2 only.
+        # Two need a single path; four exclude step_gain and one LoRA; three are for fsdp2 only.
         expected = [
-            "model.init", "data.path", "data.format", "method.distil_guidance", "method.step_embedding", "train.weights", "engine.shard",
+            "model.offload_blocks", "model.init", "data.path", "data.format", "method.near", "method.distil_guidance", "method.step_embedding", "train.weights", "engine.shard",
             "checkpoint.asynchronous",
         ]  # fmt: skip
         assert unchanged == expected, "a field is missing above"
