@@ -208,7 +208,8 @@ class ZeroEngine(Engine):
         if self._zero.is_offloaded and self._stage < 3 and torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()  # DeepSpeed copies them off the GPU without waiting
         gradients = list(self._zero.reduced_gradients())
-        norms = torch.stack(torch._foreach_norm(gradients)) if gradients else torch.zeros(1)  # type: ignore[arg-type]
+        assert gradients  # on every rank: the all-reduce is that of their device
+        norms = torch.stack(torch._foreach_norm(gradients))  # type: ignore[arg-type]
         squared = norms.double().square().sum()
         if self._world.size > 1:
             dist.all_reduce(squared, group=self._world.group)

@@ -185,6 +185,8 @@ class Fsdp2Engine(Engine):
             self._replicated.flat.zero_()
         for name in self._sharded_names:
             self._local[name].grad = self._student[name].grad = None
+        for network in self._sharded:
+            _forget_passes(network)
 
     def ema_tensors(self, role: str) -> dict[str, Tensor]:
         """See `Engine`."""
@@ -215,6 +217,17 @@ class Fsdp2Engine(Engine):
         """See `Engine`."""
         for state in self._optimizer.state.values():
             state["step"].fill_(updates)
+
+
+def _forget_passes(network: FSDPModule) -> None:
+    """Empty FSDP2's list of passes. It has every pass, and a backward of the network empties it; teacher and EMAs have none."""
+    state = network._get_fsdp_state()
+    if not hasattr(state._comm_ctx, "post_forward_order"):  # no pass yet
+        return
+    state._comm_ctx.post_forward_order.clear()
+    for unit in state._state_ctx.all_states:
+        if unit._fsdp_param_group is not None:
+            unit._fsdp_param_group._post_forward_indices.clear()
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -137,10 +137,10 @@ def linears(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor]:
     weights, scales = zip(*(layer.weight() for layer in adapted), strict=True)
     biases = [layer.base_layer.bias for layer in adapted if layer.base_layer.bias is not None]
     packed = [scale for scale in scales if scale is not None]
-    if any(len(some) not in (0, len(layers)) for some in (biases, packed)):
-        return [layer(x) for layer in layers]
     downs, ups, copies = zip(*(layer.selected() for layer in adapted), strict=True)
     given = [pair for pair in copies if pair is not None]
+    if any(len(some) not in (0, len(layers)) for some in (biases, packed, given)):
+        return [layer(x) for layer in layers]
     return lora_linears(x, weights, biases, downs, ups, selection.scale, given, packed)
 
 

@@ -1,6 +1,5 @@
 """CUDA graphs of the passes without gradient: one launch per pass. They help where launches cost more than the work."""
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -31,10 +30,13 @@ class GraphedVelocity:
 
     Args:
         velocity: `velocity(x, sigma, cond, strength)`, without gradient, without synchronisation with the host.
+        shared: its graphs' memory is used too.
     """
 
-    def __init__(self, velocity: Velocity) -> None:
+    def __init__(self, velocity: Velocity, shared: "GraphedVelocity | None" = None) -> None:
         self._velocity = velocity
+        # Not one pool for the process: PyTorch drops it with its last graph, and fails if it is used again.
+        self._pool: Any = torch.cuda.graph_pool_handle() if shared is None else shared._pool
         self._captured: dict[tuple, _Captured] = {}
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Conditioning, strength: Tensor) -> Tensor:
@@ -61,12 +63,6 @@ class GraphedVelocity:
                 self._velocity(x, sigma, cond, strength)
         torch.cuda.current_stream().wait_stream(side_stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=_pool()):
+        with torch.cuda.graph(graph, pool=self._pool):
             output = self._velocity(x, sigma, cond, strength)
         return _Captured(inputs, output, graph)
-
-
-@functools.cache
-def _pool() -> Any:
-    """The memory of all graphs of this process."""
-    return torch.cuda.graph_pool_handle()

@@ -5,6 +5,7 @@ one is copied into the other slot, in the opposite order in the backward pass. A
 always the same, and what autograd or a compiled graph has saved of it is right again when the block's backward pass begins.
 """
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -161,8 +162,16 @@ def _host_memory(size: int, *, pinned: bool) -> Tensor:
     """uint8 [size]. PyTorch's own pinned memory would take up to twice as much: it is rounded up to a power of two."""
     memory = torch.empty(size, dtype=torch.uint8)
     if pinned:
-        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0))
+        address = memory.data_ptr()
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address, size, 0))
+        # Else memory at the same address could not be pinned again.
+        weakref.finalize(memory.untyped_storage(), _unpin, address)
     return memory
+
+
+def _unpin(address: int) -> None:
+    torch.cuda.synchronize()  # a copy from it may not have ended
+    torch.cuda.cudart().cudaHostUnregister(address)
 
 
 def _padded(weight: Tensor) -> int:

@@ -137,8 +137,8 @@ class KernelConfig:
     have those of PyTorch: cudnn, flash, efficient, math."""
     lora: Literal["library", "auto"] = "library"
     """Matrix products of adapted linears. `library`: those of the GPU's vendor, base and adapter one after the other; `auto`: also
-    measure a Triton kernel that computes both at once, for each device and shape, and use it where it is faster. Nobody has measured it
-    on a GPU yet."""
+    measure a Triton kernel that computes both at once, for each device and shape, and use it where it is faster. A run that resumes on
+    another machine may measure otherwise, and then its last bits differ. Nobody has measured the kernel on a GPU yet."""
     fp8: bool = False
     """Use fp8 matrix products with the base in the near and far passes. Needs adapters on a base that is not sharded, and an
     H100 or later. It takes one byte of memory for each parameter, and adds rounding errors of some per cent: on

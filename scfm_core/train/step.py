@@ -39,7 +39,8 @@ class Objective:
         if config.method.near == "student":
             self._near = model.teacher_velocity
         if config.kernels.cuda_graphs:
-            self._near, self._far = GraphedVelocity(self._near), GraphedVelocity(self._far)
+            self._near = GraphedVelocity(self._near)
+            self._far = GraphedVelocity(self._far, shared=self._near)
 
     def micro_step(self, batch: Batch, meter: LossMeter) -> Tensor:
         """Loss of one micro-batch.

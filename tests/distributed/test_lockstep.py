@@ -22,6 +22,10 @@ def train(tree: dict[str, Any], in_lockstep: bool) -> tuple[list[float], dict[st
         for role, network in model.networks.items():
             network.register_forward_pre_hook(lambda _, args, kwargs, role=role: count(role, kwargs), with_kwargs=True)
         losses = [row["loss"] for row in trainer.train_steps()]
+        # FSDP2 lists the passes of teacher and EMAs, which have no backward that would empty the list.
+        assert [len(network._get_fsdp_state()._comm_ctx.post_forward_order) for network in model.networks.values()] == [
+            0
+        ] * 4
         trainer.state.save()
         trainer.state.wait()
         return losses, rows

@@ -5,7 +5,6 @@ streams are ordered correctly.
 """
 
 import contextlib
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +13,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from scfm_core.models import graphs
 from scfm_core.models.adapters import ADAPTERS, LoRAConfig
 from scfm_core.models.conditioning import Conditioning
 from scfm_core.models.families import open_family
@@ -86,7 +84,7 @@ def graphs_without_a_gpu(monkeypatch):
         def wait_stream(self, other):
             pass
 
-    monkeypatch.setattr(graphs, "_pool", functools.cache(list))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", list)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
@@ -173,7 +171,8 @@ def test_the_passes_of_an_adapted_flux_can_be_replayed(tiny):
     for role in ADAPTERS:
         for factor in model.parameters(role).values():
             factor.normal_(std=0.1)
-    near, far = GraphedVelocity(model.near_velocity), GraphedVelocity(model.far_velocity)
+    near = GraphedVelocity(model.near_velocity)
+    far = GraphedVelocity(model.far_velocity, shared=near)
 
     def inputs():
         cond = Conditioning(
