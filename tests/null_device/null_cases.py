@@ -3,7 +3,8 @@
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -58,27 +59,34 @@ GROUPS: dict[str, dict[str, Case]] = {
 """Cases that one process measures."""
 
 
-def measure_in_process(cases: Mapping[str, Case]) -> dict[str, dict[str, Any]]:
-    """Results by name, measured by a new process on the null device.
+def measure_in_process(cases: Mapping[str, Case]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Names and results, one after another, measured by a new process on the null device.
 
     Raises:
         RuntimeError: if it fails, with the end of what it printed.
     """
     if not cases:
-        return {}
-    done = subprocess.run(
-        [sys.executable, "-X", "faulthandler", HERE / "null_cases.py"],
-        input=json.dumps({name: asdict(case) for name, case in cases.items()}),
-        env=null_driver.environment(cards=8, memory=MEMORY),
-        capture_output=True,
-        text=True,
-    )
-    results = dict(json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
-    if done.returncode:
-        state = f"measured {list(results)} of {list(cases)}, then exit code {done.returncode}"
-        message = done.stderr.partition("Extension modules")[0][-4000:]
-        raise RuntimeError(f"{state}:\n{message}")
-    return results
+        return
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-X", "faulthandler", HERE / "null_cases.py"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env=null_driver.environment(cards=8, memory=MEMORY),
+            text=True,
+        )
+        assert process.stdin is not None and process.stdout is not None
+        json.dump({name: asdict(case) for name, case in cases.items()}, process.stdin)
+        process.stdin.close()
+        for line in process.stdout:
+            if line.startswith("["):
+                name, result = json.loads(line)
+                yield name, result
+        if process.wait():
+            errors.seek(0)
+            message = errors.read().partition("Extension modules")[0][-4000:]
+            raise RuntimeError(f"exit code {process.returncode}:\n{message}")
 
 
 def main() -> None:

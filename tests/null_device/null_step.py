@@ -19,6 +19,7 @@ from scfm_core.readback import read_back
 from scfm_core.train import trace_step
 from scfm_core.train.config import RunConfig
 from scfm_core.train.device import resolve_device
+from scfm_core.train.inputs import BatchEncoder
 from scfm_core.train.kernels import Kernels
 from scfm_core.train.parse import load_config
 from scfm_core.train.rules import micro_batches as micro_batches_of
@@ -109,8 +110,22 @@ def step(trainer: Trainer, data: list[Batch]) -> dict[str, Any]:
 def sources(config: RunConfig) -> Sources:
     """The trace's stand-ins for data, weights and encoders, on the null device."""
     return replace(
-        trace_step._sources(config), device=lambda _: torch.device("cuda", 0), kernels=_kernels, read_back=read_finite
+        trace_step._sources(config),
+        device=lambda _: torch.device("cuda", 0),
+        kernels=_kernels,
+        encoder=_encoder,
+        read_back=read_finite,
     )
+
+
+def _encoder(config: RunConfig, family: ModelFamily, corpus: Any, device: torch.device, *others: Any) -> BatchEncoder:
+    """The trace's, with the empty caption on the null device."""
+    encoder = trace_step._Encoder(config, family, corpus, device, *others)
+    empty = family.unconditional
+    if empty is not None:
+        fields = {name: torch.empty_like(value, device=device) for name, value in empty.fields.items()}
+        family.unconditional = replace(empty, fields=fields)
+    return encoder
 
 
 def read_finite(sums: torch.Tensor, status: torch.Tensor, norm: torch.Tensor) -> list[list[float]]:

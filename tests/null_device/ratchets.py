@@ -109,13 +109,13 @@ def main() -> None:
     is_worse = False
     for group in null_cases.GROUPS.values():
         chosen = {name: case for name, case in group.items() if name in names}
-        for name, result in null_cases.measure_in_process(chosen).items():
+        for name, result in null_cases.measure_in_process(chosen):
             found = worse(result, kept[name]) if name in kept else ["new"]
             is_worse |= bool(found)
             print("\n  ".join([f"{name}: {'no worse' if not found else ''}", *found]), flush=True)
             kept[name] = numbers(result)
-    if options.accept:
-        write(kept)
+            if options.accept:
+                write(kept)
     sys.exit(is_worse and not options.accept)
 
 

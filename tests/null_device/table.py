@@ -24,7 +24,7 @@ FULL = {
 
 def compared(cases: dict[str, Case]) -> dict[str, str]:
     """`null device / trace GiB (difference)` by name."""
-    measured = null_cases.measure_in_process(cases)
+    measured = dict(null_cases.measure_in_process(cases))
     cells = {}
     for name, case in cases.items():
         traced = trace_step(null_step.load(case.recipe, case.overrides), world=case.world)

@@ -23,7 +23,7 @@ GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
 @functools.cache
 def results(group: str) -> dict[str, dict[str, Any]]:
     """Of all cases of a group, from one process. pytest-xdist runs a group on one worker."""
-    return null_cases.measure_in_process(GROUPS[group])
+    return dict(null_cases.measure_in_process(GROUPS[group]))
 
 
 def case(name: str) -> Any:
