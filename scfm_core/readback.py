@@ -19,7 +19,7 @@ def read_back(*tensors: Tensor) -> list[list[float]]:
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """A small tensor of the host on `device`. The host does not wait: a copy to a GPU starts from pinned memory."""
-    if torch.device(device).type == "cuda" and not tensor.is_pinned():
+    """A small tensor, of the host or of `device`, on `device`. The host does not wait: a copy to a GPU starts from pinned memory."""
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

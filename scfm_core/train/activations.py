@@ -1,7 +1,7 @@
 """Memory of the activations of one sample, measured on the meta device with a few of the network's blocks."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from scfm_core.train.config import RunConfig
 from scfm_core.train.device import compute_dtype
 from scfm_core.train.kernels import Kernels
 from scfm_core.train.network import set_activation_checkpointing
-from scfm_core.train.trace_device import as_gpu
+from scfm_core.train.trace_device import GpuFunctions, as_gpu
 from scfm_core.train.trace_mode import Recorder
 from scfm_core.train.trace_step import META, any_caption, assumed_kernels
 
@@ -68,12 +68,13 @@ def _measured(
     family: ModelFamily, size: tuple[int, int, int], lora: LoRAConfig | None, base: Base, checkpointing: str, fused: str, backend: str,
     dtype: torch.dtype, is_guided: bool,
 ) -> Activations:  # fmt: skip
-    recorder = Recorder()
+    recorder, narrow = Recorder(), None if lora or dtype == torch.float32 else dtype
     memory = recorder.memory
     with as_gpu(recorder) as functions, recorder, _with_empty_caption(family, size[2]):
         network = family.empty_network(dtype)
         counts = {name: len(getattr(network, name)) for name in family.block_lists}
-        _keep(network, dict.fromkeys(counts, _FEW))
+        for name in counts:
+            setattr(network, name, getattr(network, name)[:_FEW])
         model = None
         if lora is not None:
             model = LoRAModel(family, network, lora)
@@ -89,45 +90,48 @@ def _measured(
         kept = {name: list(getattr(network, name)) for name in counts}
 
         def velocity(role: str) -> Tensor:
-            x = torch.empty(1, *family.latent_shape(*size[:2]), device=META)
-            cond = any_caption(family, size[2]).with_guidance(torch.ones(1, device=META) if is_guided else None)
-            if model is not None:
-                return model.velocity(role, x, torch.ones(1, device=META), cond, torch.ones(1))
-            return family.velocity(network, x, torch.ones(1, device=META), cond)
+            x, ones = torch.empty(1, *family.latent_shape(*size[:2]), device=META), torch.ones(1, device=META)
+            cond = any_caption(family, size[2]).with_guidance(ones if is_guided else None)
+            with functions.autocast(narrow):
+                if model is not None:
+                    return model.velocity(role, x, ones, cond, torch.ones(1))
+                return family.velocity(network, x, ones, cond)
 
         def measure(numbers: dict[str, int]) -> tuple[float, float, float]:
-            """Bytes saved; at the peak of the backward, without the gradients of weights; at the peak of a pass without gradient."""
+            """Bytes saved; at the peak of the backward, without the weights' gradients; at the peak of a pass without gradient."""
             for name, number in numbers.items():
                 setattr(network, name, nn.ModuleList(kept[name][:number]))
-            before = memory.total
-            memory.start()
-            with torch.inference_mode(), functions.autocast(None if lora or dtype == torch.float32 else dtype):
-                velocity("ema_slow")
-            without = memory.peak - before
-            with functions.autocast(None if lora or dtype == torch.float32 else dtype):
-                out = velocity("student")
-                saved = memory.total - before
-                memory.start()
-                out.backward(torch.empty_like(out))
-            peak = memory.peak - before - memory.peak_by_part().get("gradients", 0)
-            for parameter in network.parameters():
-                parameter.grad = None
-            return saved, peak, without
+            return _passes(network, recorder, functions, velocity, narrow)
 
         ones = {name: min(1, count) for name, count in counts.items()}
         saved, peak, without = measure(ones)
         temporary, total = peak - saved, saved
         for name, count in counts.items():
             if count > 1:
-                more = measure({**ones, name: 2})
+                more = measure({**ones, name: _FEW})
                 total += (count - 1) * (more[0] - saved)
                 temporary = max(temporary, more[1] - more[0])
     return Activations(total, max(temporary, without - total, 0.0))
 
 
-def _keep(network: nn.Module, numbers: dict[str, int]) -> None:
-    for name, number in numbers.items():
-        setattr(network, name, getattr(network, name)[:number])
+def _passes(
+    network: nn.Module, recorder: Recorder, functions: GpuFunctions, velocity: Callable[[str], Tensor], narrow: torch.dtype | None
+) -> tuple[float, float, float]:  # fmt: skip
+    memory = recorder.memory
+    before = memory.total
+    memory.start()
+    with torch.inference_mode():
+        velocity("ema_slow")
+    without = memory.peak - before
+    out = velocity("student")
+    saved = memory.total - before
+    memory.start()
+    with functions.autocast(narrow):  # for recomputed blocks
+        out.backward(torch.empty_like(out))
+    peak = memory.peak - before - memory.peak_by_part().get("gradients", 0)
+    for parameter in network.parameters():
+        parameter.grad = None
+    return saved, peak, without
 
 
 @contextlib.contextmanager

@@ -101,9 +101,7 @@ def estimate(config: RunConfig, family: ModelFamily, world: int = 1, traced: Tra
         shapes = [tuple(factor.shape) for factor in factors.values()]
         adapted, trained = len(bank.layers), sum(p.numel() for p in factors.values())
         lora = 2.0 * sum(p.numel() * forward.rows.get(name.rpartition(".lora_")[0], 0) for name, p in factors.items())
-    step = _step_flops(config, forward, lora, family.passes)
-    if traced is not None:
-        step = traced.flops / (traced.micro_batches * traced.micro_batch_size)
+    step = traced.sample_flops if traced is not None else _step_flops(config, forward, lora, family.passes)
 
     def memory_of(variant: RunConfig, processes: int = world) -> Memory:
         a_node = processes_a_node(processes)
@@ -112,9 +110,8 @@ def estimate(config: RunConfig, family: ModelFamily, world: int = 1, traced: Tra
     def gpu_bytes(variant: RunConfig, processes: int = world) -> float:
         return correction + sum(memory_of(variant, processes).gpu.values())
 
-    memory, correction = memory_of(config), 0.0
-    if traced is not None:
-        correction = traced.peak + memory.gpu["encoders (on the fly)"] - sum(memory.gpu.values())
+    memory = memory_of(config)
+    correction = 0.0 if traced is None else traced.peak + memory.gpu["encoders (on the fly)"] - sum(memory.gpu.values())
     cards = fits(config, world, gpu_bytes)
     fitting = any(card.fits for card in cards)
     return Estimate(

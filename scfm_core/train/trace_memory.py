@@ -149,13 +149,7 @@ def reserved_bytes(events: list[_Event]) -> int:
                 found, start = pool.pop(at)
                 is_free.discard(start)
             else:
-                found = (
-                    _SMALL_SEGMENT
-                    if is_small
-                    else _MIDDLE_SEGMENT
-                    if size < _MIDDLE
-                    else -(-size // _LARGE_ROUND) * _LARGE_ROUND
-                )
+                found = _segment(size)
                 start, address = address, address + found + 1  # segments never touch
                 reserved += found
             left = found - size
@@ -190,6 +184,13 @@ def reserved_bytes(events: list[_Event]) -> int:
         is_free.add(start)
         bisect.insort(pool, (size, start))
     return reserved
+
+
+def _segment(size: int) -> int:
+    """Bytes that are reserved for a request for which there is no free block."""
+    if size <= _SMALL:
+        return _SMALL_SEGMENT
+    return _MIDDLE_SEGMENT if size < _MIDDLE else -(-size // _LARGE_ROUND) * _LARGE_ROUND
 
 
 def _take(pool: list[tuple[int, int]], is_free: set[int], size_of: dict[int, int], start: int) -> None:

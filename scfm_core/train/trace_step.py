@@ -58,6 +58,11 @@ class Traced:
     """The kernels that the trace assumes."""
 
     @property
+    def sample_flops(self) -> float:
+        """FLOPs of one sample."""
+        return self.flops / (self.micro_batches * self.micro_batch_size)
+
+    @property
     def launches(self) -> int:
         """Kernels of the step, estimated."""
         return round(sum(operation.launches for operation in self.operators))
@@ -211,7 +216,7 @@ def _batch(config: RunConfig, family: ModelFamily, number: int, size: int) -> Ba
         intervals = math.lcm(*config.method.trajectory_grids)
         path = {
             "velocities": torch.empty(size, intervals, channels, height, width, dtype=torch.bfloat16),
-            "sigmas": torch.linspace(1, 0, intervals + 1).expand(size, -1),
+            "sigmas": torch.linspace(1, 0, intervals + 1).repeat(size, 1),
             "guidance": torch.full((size,), float(config.method.guidance[0])),
         }
     return Batch(

@@ -122,7 +122,7 @@ cudaError_t cudaProfilerStart(void) { return cudaSuccess; }
 cudaError_t cudaProfilerStop(void) { return cudaSuccess; }
 
 /* ---- memory ---- */
-#define ARENA ((size_t)1 << 45) /* addresses of the device; never used twice */
+#define ARENA ((size_t)1 << 46) /* addresses of the device; never used twice */
 #define PAGE ((size_t)2 << 20)
 #define BLOCKS 65536
 static char *arena, *next_address;
@@ -132,7 +132,11 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
 static int on_device(const void *p) { return (char *)p >= arena && (char *)p < arena + ARENA; }
 static size_t pages(size_t n) { return (n + PAGE - 1) & ~(PAGE - 1); }
-static char *addresses(size_t n) { return __atomic_fetch_add(&next_address, pages(n) + PAGE, __ATOMIC_RELAXED); }
+static char *addresses(size_t n) {
+  char *at = __atomic_fetch_add(&next_address, pages(n) + PAGE, __ATOMIC_RELAXED);
+  if (at + n > arena + ARENA) { fputs("null device: no addresses are left\n", stderr); abort(); }
+  return at;
+}
 
 static void keep(void *at, size_t size) {
   int free = 0;

@@ -11,8 +11,8 @@ from typing import Any
 import null_driver
 
 HERE = Path(__file__).resolve().parent
-MEMORY = 10_000
-"""GiB of each card: a peak is measured on one that holds it."""
+MEMORY = 200
+"""GiB of each card: a peak is measured on one that holds it. An expandable segment reserves the addresses of all of it."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def measure_in_process(cases: Mapping[str, Case]) -> dict[str, dict[str, Any]]:
     if not cases:
         return {}
     done = subprocess.run(
-        [sys.executable, HERE / "null_cases.py"],
+        [sys.executable, "-X", "faulthandler", HERE / "null_cases.py"],
         input=json.dumps({name: asdict(case) for name, case in cases.items()}),
         env=null_driver.environment(cards=8, memory=MEMORY),
         capture_output=True,
@@ -75,7 +75,9 @@ def measure_in_process(cases: Mapping[str, Case]) -> dict[str, dict[str, Any]]:
     )
     results = dict(json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
     if done.returncode:
-        raise RuntimeError(f"measured {list(results)} of {list(cases)}, then:\n{done.stderr[-4000:]}")
+        state = f"measured {list(results)} of {list(cases)}, then exit code {done.returncode}"
+        message = done.stderr.partition("Extension modules")[0][-4000:]
+        raise RuntimeError(f"{state}:\n{message}")
     return results
 
 

@@ -52,6 +52,9 @@ def measure(config: RunConfig, *, world: int = 1, micro_batches: int = 2) -> dic
         world: number of processes; the others do not exist.
         micro_batches: of the step, at most.
     """
+    shape = micro_batches_of(config, world)
+    number = min(micro_batches, shape.number)
+    config = replace(config, train=replace(config.train, global_batch_size=number * shape.size * world))
     device, compiled = Device(), config.train.compile
     resolve_device("cuda")  # it sets the allocator's options, before anything else starts the allocator
     torch._dynamo.reset()
@@ -63,16 +66,14 @@ def measure(config: RunConfig, *, world: int = 1, micro_batches: int = 2) -> dic
         trainer = Trainer(config, world=processes, sources=sources(config))
         torch.cuda.empty_cache()
         resident = torch.cuda.memory_allocated()
-        shape = micro_batches_of(config, world)
-        numbers = range(min(micro_batches, shape.number))
-        data = [trace_step._batch(config, trainer.family, number, shape.size) for number in numbers]
-        first = step(trainer, data if compiled else data[:1], accumulated=len(data))
+        data = [trace_step._batch(config, trainer.family, index, shape.size) for index in range(number)]
+        step(trainer, data)
         torch.cuda.reset_peak_memory_stats()
         built = time.process_time() - began
         before, launched = device.counters.values(), device.kernels()
         collectives = Collectives()
         with device.waits() as waits, collectives if world > 1 and not compiled else contextlib.nullcontext():
-            row = step(trainer, data, accumulated=len(data))
+            step(trainer, data)
         counted = {name: value - before[name] for name, value in device.counters.values().items()}
         memory = torch.cuda.memory_stats()
         result = {
@@ -93,15 +94,14 @@ def measure(config: RunConfig, *, world: int = 1, micro_batches: int = 2) -> dic
         if compiled:
             stats = torch._dynamo.utils.counters
             result |= {"graphs": stats["stats"]["unique_graphs"], "graph_breaks": sum(stats["graph_break"].values())}
-        del trainer, data, first, row
+        del trainer, data
     gc.collect()
     torch.cuda.empty_cache()
     return result
 
 
-def step(trainer: Trainer, data: list[Batch], *, accumulated: int) -> dict[str, Any]:
+def step(trainer: Trainer, data: list[Batch]) -> dict[str, Any]:
     """The trainer's own step, without its loader."""
-    trainer.engine._config = replace(trainer.engine._config, accumulation=accumulated)  # type: ignore[attr-defined]
     began = time.perf_counter()
     return trainer._finish_step(trainer._backward(data), data, [], began)
 
@@ -121,7 +121,7 @@ def read_finite(sums: torch.Tensor, status: torch.Tensor, norm: torch.Tensor) ->
 
 def _kernels(config: RunConfig, family: ModelFamily, device: torch.device) -> Kernels:
     """As the trace's; the null device has no cuDNN."""
-    kernels = trace_step._kernels(config, family, device)
+    kernels = trace_step.assumed_kernels(config, family, device)
     assert kernels.attention is not None
     backend = "efficient" if kernels.attention.backend == "cudnn" else kernels.attention.backend
     return replace(kernels, attention=replace(kernels.attention, backend=backend))
