@@ -1,7 +1,6 @@
 """The day on a GPU: limits, results that are kept, sections of RESULTS.md. What its parts measure is in test_benchmarks.py."""
 
 import json
-import time
 from pathlib import Path
 
 import goals
@@ -30,20 +29,18 @@ def test_parts_have_limits_and_results_are_kept(tmp_path):
     # `slow` writes its table, starts a child and never ends.
     slow = f"{written}; sleep 1000 & echo $! > {tmp_path / 'child'}; wait"
     parts = [
-        Part(name="beside", command=("-c", slow.replace("child", "other")), limit=50, on_cpu=True),
+        Part(name="beside", command=("-c", slow.replace("child", "other")), limit=1.5, on_cpu=True),
         Part(name="slow", command=("-c", slow), limit=1.0),
         Part(name="broken", command=("-c", "echo no such kernel; exit 3"), limit=50),
         Part(name="quick", command=("-c", written), limit=50),
     ]
-    began = time.monotonic()
-    running = day(tmp_path, *parts, seconds=2.0)
+    running = day(tmp_path, *parts)
     running.run()
-    assert 2.0 <= time.monotonic() - began < 20
     content = json.loads((tmp_path / "to" / "gpu" / "A_GPU_80GB.json").read_text())
-    states = {part["name"]: part["state"] for part in content["parts"]}
-    assert states == {
-        "beside": "stopped after 2 s", "slow": "stopped after 1 s", "broken": "failed (exit 3)", "quick": "done",
-    }  # fmt: skip
+    states = {part["name"]: part["state"].partition(" after")[0] for part in content["parts"]}
+    assert states == {"beside": "stopped", "slow": "stopped", "broken": "failed (exit 3)", "quick": "done"}
+    seconds = {part["name"]: part["seconds"] for part in content["parts"]}
+    assert seconds["slow"] >= 1.0 and seconds["beside"] >= 1.5
     assert {part["name"] for part in content["parts"] if part["tables"]} == {"beside", "slow", "quick"}
     assert next(part["log"] for part in content["parts"] if part["name"] == "broken") == ["no such kernel"]
     text = (tmp_path / "to" / "RESULTS.md").read_text()

@@ -167,7 +167,7 @@ class Day:
                 with self._started(outcome, limit) as process:
                     self._wait(outcome, process, limit)
             for outcome, process in beside:
-                self._wait(outcome, process, self.ends - self.began)
+                self._wait(outcome, process, min(outcome.part.limit, self.ends - self.began))
         self.publish()
 
     @contextlib.contextmanager
