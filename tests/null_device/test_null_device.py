@@ -9,9 +9,12 @@ from typing import Any
 
 import null_cases
 import null_driver
+import null_step
 import pytest
 import ratchets
 from null_cases import CASES, GROUPS
+
+from scfm_core.train.trace_step import trace_step
 
 pytestmark = pytest.mark.skipif(
     bool(reason := null_driver.why_unavailable() or null_driver.why_no_triton()), reason=str(reason)
@@ -21,9 +24,21 @@ GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
 
 
 @functools.cache
-def results(group: str) -> dict[str, dict[str, Any]]:
-    """Of all cases of a group, from one process. pytest-xdist runs a group on one worker."""
-    return dict(null_cases.measure_in_process(GROUPS[group]))
+def _measured(group: str) -> tuple[dict[str, dict[str, Any]], Exception | None]:
+    found: dict[str, dict[str, Any]] = {}
+    try:
+        found.update(null_cases.measure_in_process(GROUPS[group]))
+    except RuntimeError as error:
+        return found, error
+    return found, None
+
+
+def result_of(name: str) -> dict[str, Any]:
+    """Of a case; one process measures all of its group. pytest-xdist runs a group on one worker."""
+    found, error = _measured(GROUP_OF[name])
+    if name not in found:
+        raise error or RuntimeError(f"nothing was measured for {name}")
+    return found[name]
 
 
 def case(name: str) -> Any:
@@ -36,15 +51,29 @@ def test_step_is_no_worse(name: str) -> None:
     kept = ratchets.read()
     if ratchets.versions() != kept["versions"]:
         pytest.skip(f"the numbers are of {kept['versions']}, installed are {ratchets.versions()}")
-    found = ratchets.worse(results(GROUP_OF[name])[name], kept["cases"][name])
+    found = ratchets.worse(result_of(name), kept["cases"][name])
     assert not found, ratchets.report(name, found)
 
 
 @pytest.mark.processes
 @pytest.mark.parametrize("name", map(case, CASES))
 def test_host_waits_once_a_step(name: str) -> None:
-    result = results(GROUP_OF[name])[name]
+    result = result_of(name)
     assert result["waits"] == 1, result["lines"]
+
+
+TRACED = ("flux_dev_lora", "sd35_large_lora", "flux_dev_full, 8 shards")
+"""table.py compares all; a trace takes 10 seconds."""
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("name", map(case, TRACED))
+def test_dry_run_knows_the_peak(name: str) -> None:
+    """Within 5 % of the allocator's, and the same collectives."""
+    traced = trace_step(null_step.load(CASES[name].recipe, CASES[name].overrides), world=CASES[name].world)
+    result = result_of(name)
+    assert traced.peak == pytest.approx(result["peak"], rel=0.05)
+    assert {kind: list(seen) for kind, seen in traced.collectives.items()} == result["collectives"]
 
 
 def test_ratchet_says_what_grew() -> None:
