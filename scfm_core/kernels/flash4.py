@@ -24,7 +24,7 @@ def why_no_flash4(device: torch.device) -> str | None:
         return f"the backward of FlashAttention-4 needs compute capability 9.0 (H100, B200, RTX 5090), {name} has less"
     try:
         import flash_attn.cute.interface  # noqa: F401
-    except ImportError as error:
+    except Exception as error:  # it compiles while it is imported, which can fail in many ways
         return f"FlashAttention-4 cannot be imported ({error}); install it with: pip install flash-attn-4"
     return None
 

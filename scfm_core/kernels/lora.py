@@ -101,6 +101,7 @@ def _(x: Tensor, weights: list[Tensor], biases: list[Tensor], downs: list[Tensor
     return [*(x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights), low]
 
 
+# Last arguments that may be None have it as their default: inductor (torch 2.10) leaves such arguments out.
 @torch.library.custom_op("scfm::lora_linear", mutates_args=())
 def _lora_linear(
     x: Tensor,
@@ -111,7 +112,7 @@ def _lora_linear(
     scale: Tensor,
     down_copy: Tensor | None,
     up_copy: Tensor | None,
-    weight_scale: Tensor | None,
+    weight_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `products`."""
     copies = [] if down_copy is None or up_copy is None else [down_copy, up_copy]
@@ -132,8 +133,8 @@ def _lora_add(
     down: Tensor,
     up: Tensor,
     scale: Tensor,
-    down_copy: Tensor | None,
-    up_copy: Tensor | None,
+    down_copy: Tensor | None = None,
+    up_copy: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The result and the scaled `x A^T`."""
     down, up = (down if down_copy is None else down_copy).to(x.dtype), (up if up_copy is None else up_copy).to(x.dtype)
@@ -160,10 +161,8 @@ def _backward(
     dtype: torch.dtype,
     weight_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    # `weight_scale` has a default: inductor (torch 2.10) leaves out a last argument that is None.
-    weights = [] if weight is None else [weight]
-    weights = unpacked(weights, [] if weight_scale is None else [weight_scale], x.dtype) if needs[0] else weights
-    groups = gradients([grad], x, weights, [down], [up], scale, low, needs, dtype)
+    dense = unpacked([] if weight is None else [weight], [] if weight_scale is None else [weight_scale], x.dtype)
+    groups = gradients([grad], x, dense, [down], [up], scale, low, needs, dtype)
     of_x, of_weight, of_bias, of_down, of_up = (group[0] for group in groups)
     return of_x, of_weight, of_bias, of_down, of_up
 
@@ -197,8 +196,8 @@ def _linears_backward(
     dtype: torch.dtype,
     weight_scales: list[Tensor],
 ) -> list[Tensor]:
-    weights = unpacked(weights, weight_scales, x.dtype) if needs[0] else weights
-    return [one for group in gradients(grads, x, weights, downs, ups, scale, low, needs, dtype) for one in group]
+    dense = unpacked(weights, weight_scales, x.dtype)
+    return [one for group in gradients(grads, x, dense, downs, ups, scale, low, needs, dtype) for one in group]
 
 
 @_linears_backward.register_fake

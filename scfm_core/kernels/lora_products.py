@@ -1,6 +1,6 @@
 """The matrix products of adapted linears, forward and backward, on plain tensors. `kernels/lora.py` makes operations of them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,11 +50,13 @@ def rows_of(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def unpacked(weights: Sequence[Tensor], scales: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Weights [out, in] for a product in `dtype`; `scales` are those of packed ones, see `quantised.quantise`."""
+def unpacked(weights: Sequence[Tensor], scales: Sequence[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
+    """Weights [out, in] for a product in `dtype`; `scales` are those of packed ones, see `quantised.quantise`. One is unpacked at a time."""
     if not scales:
-        return list(weights)
-    return [dequantise(weight, scale, dtype) for weight, scale in zip(weights, scales, strict=True)]
+        yield from weights
+    else:
+        for weight, scale in zip(weights, scales, strict=True):
+            yield dequantise(weight, scale, dtype)
 
 
 def _values(
@@ -87,7 +89,7 @@ def scale_rows(low: Tensor, scale: Tensor) -> Tensor:
 
 def products(
     x: Tensor,
-    weights: Sequence[Tensor],
+    weights: Iterable[Tensor],
     biases: Sequence[Tensor | None],
     downs: Sequence[Tensor],
     ups: Sequence[Tensor],
@@ -109,7 +111,7 @@ def products(
 def gradients(
     grads: Sequence[Tensor],
     x: Tensor,
-    weights: Sequence[Tensor],
+    weights: Iterable[Tensor],
     downs: Sequence[Tensor],
     ups: Sequence[Tensor],
     scale: Tensor,
@@ -141,13 +143,14 @@ def gradients(
     ]
 
 
-def _grad_x(grads: Sequence[Tensor], weights: Sequence[Tensor], grad_low: Tensor, down: Tensor) -> Tensor:
-    if not weights:
-        return grad_low @ down
-    grad_x = add_product(grads[0], weights[0], grad_low, down)
-    for grad, weight in zip(grads[1:], weights[1:], strict=True):
-        grad_x.addmm_(grad, weight)
-    return grad_x
+def _grad_x(grads: Sequence[Tensor], weights: Iterable[Tensor], grad_low: Tensor, down: Tensor) -> Tensor:
+    grad_x: Tensor | None = None
+    for number, weight in enumerate(weights):
+        if grad_x is None:
+            grad_x = add_product(grads[0], weight, grad_low, down)
+        else:
+            grad_x.addmm_(grads[number], weight)
+    return grad_low @ down if grad_x is None else grad_x
 
 
 def _product(one: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:

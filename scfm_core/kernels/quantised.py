@@ -55,12 +55,12 @@ def quantised_linear(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | No
 
 
 @torch.library.custom_op("scfm::quantised_linear", mutates_args=())
-def _linear(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def _linear(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, dequantise(values, scale, x.dtype), bias)
 
 
 @_linear.register_fake
-def _(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def _(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     return x.new_empty(*x.shape[:-1], values.shape[0])
 
 

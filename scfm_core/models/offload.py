@@ -13,10 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from scfm_core.errors import UserError
 from scfm_core.models.quantised import Base, saved_bytes
 
 _ALIGNMENT = 256
 """Bytes; kernels assume that tensors start at such addresses."""
+_PAGE = 4096
+"""Bytes."""
 
 
 def spread(blocks: Sequence[nn.Module], number: int) -> list[nn.Module]:
@@ -159,14 +162,26 @@ def _without_adapters(block: nn.Module) -> list[nn.Module]:
 
 
 def _host_memory(size: int, *, pinned: bool) -> Tensor:
-    """uint8 [size]. PyTorch's own pinned memory would take up to twice as much: it is rounded up to a power of two."""
-    memory = torch.empty(size, dtype=torch.uint8)
-    if pinned:
-        address = memory.data_ptr()
-        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address, size, 0))
-        # Else memory at the same address could not be pinned again.
-        weakref.finalize(memory.untyped_storage(), _unpin, address)
-    return memory
+    """uint8 [size]. PyTorch's own pinned memory would take up to twice as much: it is rounded up to a power of two.
+
+    Raises:
+        UserError: if the system pins no memory.
+    """
+    if not pinned:
+        return torch.empty(size, dtype=torch.uint8)
+    pages = -(-size // _PAGE)
+    whole = torch.empty((pages + 1) * _PAGE, dtype=torch.uint8)
+    start = -whole.data_ptr() % _PAGE  # whole pages are pinned, so two blocks must not share one
+    address = whole.data_ptr() + start
+    try:
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address, pages * _PAGE, 0))
+    except RuntimeError as error:
+        raise UserError(
+            f"model.offload_blocks: {size / 2**20:.0f} MiB of host memory cannot be pinned ({error}). Free host memory, raise its limit "
+            f"(`ulimit -l`; WSL2 allows half of it), or offload fewer blocks"
+        ) from error
+    weakref.finalize(whole.untyped_storage(), _unpin, address)  # else memory at this address could not be pinned again
+    return whole[start : start + size]
 
 
 def _unpin(address: int) -> None:

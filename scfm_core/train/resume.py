@@ -12,6 +12,7 @@ _FREE_KEYS = (
     "run.dir",
     "run.device",
     "model.path",  # for this and the data the fingerprints of the content are compared
+    "model.offload_blocks",
     "data.path",
     "data.format",
     "data.num_workers",
