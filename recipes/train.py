@@ -28,7 +28,7 @@ from scfm_core.train.kernels import choose_kernels
 from scfm_core.train.parse import dump_config, load_config, to_plain, with_absolute_paths
 from scfm_core.train.prompts import validation_prompts
 from scfm_core.train.resume import changed_keys
-from scfm_core.train.rules import check_shards, describe_micro_batches
+from scfm_core.train.rules import check_base, check_shards, describe_micro_batches
 from scfm_core.train.run_dir import checkpoint_folders, checkpoint_path, locked, make_run_dir, step_of
 from scfm_core.train.trace_step import trace_step, why_not_traced
 from scfm_core.train.trainer import Trainer
@@ -181,6 +181,7 @@ def describe(config: RunConfig, processes: int = 1, *, by_formula: bool = False)
     validation_prompts(config.sample)
     optimizer = optimizer_config(config, processes)
     check_shards(config, processes)
+    check_base(config, processes)
     if config.engine.name == "deepspeed":
         deepspeed_config(config.engine, optimizer, processes, config.train.weights)
     family = build_family(config, offline=True)

@@ -117,23 +117,41 @@ def check_model(config: RunConfig, family: ModelFamily) -> None:
 
 
 def check_kernels(config: RunConfig, device: torch.device) -> None:
-    """Rules of `model.base`, `kernels.fp8` and `kernels.cuda_graphs`, which need an unsharded, frozen base.
+    """Rules of `check_base` for the launched processes, and of `kernels.fp8` and `kernels.cuda_graphs` on a device.
 
     Raises:
         UserError: it names the option and the reason.
     """
-    for key, default in (("base", "bfloat16"), ("offload_blocks", 0)):
-        if (value := getattr(config.model, key)) != default and (reason := _why_no_unsharded_base(config)) is not None:
-            raise UserError(f"model.{key}={value} cannot run here: {reason}. Or set model.{key}={default}")
+    check_base(config, launched_size())
     for option, reason in (("fp8", _why_no_fp8(config, device)), ("cuda_graphs", _why_no_graphs(config, device))):
-        if getattr(config.kernels, option) and (reason := _why_no_unsharded_base(config) or reason) is not None:
+        if getattr(config.kernels, option) and reason is not None:
             raise UserError(f"kernels.{option}=true cannot run here: {reason}. Or set kernels.{option}=false")
 
 
-def _why_no_unsharded_base(config: RunConfig) -> str | None:
+def check_base(config: RunConfig, processes: int) -> None:
+    """Rules of the options that need an unsharded, frozen base: `model.base`, `model.offload_blocks`, `kernels.fp8` and `cuda_graphs`.
+
+    Raises:
+        UserError: it names the option and the reason.
+    """
+    reason = why_no_unsharded_base(config, processes)
+    for section, key, default in (
+        ("model", "base", "bfloat16"),
+        ("model", "offload_blocks", 0),
+        ("kernels", "fp8", False),
+        ("kernels", "cuda_graphs", False),
+    ):
+        value = getattr(getattr(config, section), key)
+        if value != default and reason is not None:
+            shown, other = (str(word).lower() if isinstance(word, bool) else word for word in (value, default))
+            raise UserError(f"{section}.{key}={shown} cannot run here: {reason}. Or set {section}.{key}={other}")
+
+
+def why_no_unsharded_base(config: RunConfig, processes: int) -> str | None:
+    """Why not every one of `processes` has a whole frozen base; None if it has."""
     if config.train.weights != "lora":
         return "train.weights=full has no frozen base"
-    if config.engine.name == "fsdp2" and config.engine.shard != 1 and launched_size() > 1:
+    if config.engine.name == "fsdp2" and config.engine.shard != 1 and processes > 1:
         return "the base is sharded; set engine.shard=1, which keeps a full copy on every GPU"
     if config.engine.name == "deepspeed" and config.engine.zero_stage == 3:
         return "ZeRO-3 shards the base; set engine.zero_stage to 1 or 2"

@@ -152,7 +152,8 @@ def touched(tensor: Tensor) -> float:
 
 def traffic(about: About, args: tuple, kwargs: dict, out: tuple) -> tuple[list[Tensor], list[Tensor]]:
     """The tensors that a call reads, and those that it writes."""
-    inputs = [tensor for tensor in tensors_in((*args, *kwargs.values())) if tensor.is_meta]
+    named = [value for name, value in kwargs.items() if name != "out"]  # `out` is only written
+    inputs = [tensor for tensor in tensors_in((*args, *named)) if tensor.is_meta]
     distinct = {id(tensor): tensor for tensor in inputs}
     written = [
         tensor for tensor in tensors_in(out) if tensor.is_meta and (about.is_mutable or id(tensor) not in distinct)

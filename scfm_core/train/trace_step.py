@@ -23,6 +23,7 @@ from scfm_core.train.assemble import build_family
 from scfm_core.train.config import RunConfig
 from scfm_core.train.inputs import BatchEncoder
 from scfm_core.train.kernels import Kernels
+from scfm_core.train.rules import check_base
 from scfm_core.train.rules import micro_batches as micro_batches_of
 from scfm_core.train.sources import Sources
 from scfm_core.train.trace_device import GpuFunctions, as_gpu, fake_world
@@ -94,6 +95,7 @@ def trace_step(config: RunConfig, *, world: int = 1, micro_batches: int = 2) -> 
     """
     if (reason := why_not_traced(config)) is not None:
         raise UserError(f"this run cannot be traced: {reason}. Use the estimate: scfm train ... --dry-run --estimate")
+    check_base(config, world)
     variant = _without_outputs(config)
     is_lora = config.train.weights == "lora"
     recorder = Recorder(rank=config.lora.rank if is_lora else 0, compiled=config.train.compile)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from recipes.cli import main
+from recipes.train import describe
 from scfm_core.errors import UserError
 from scfm_core.models.families import FAMILIES
 from scfm_core.train.activations import activations_of
@@ -104,6 +105,13 @@ def test_operators_have_their_bytes_and_flops():
     )
     assert added == Operation("student", ELEMENTWISE, "aten::add_", 1, 1, 2 * 2 * 32 * 128, 0)
     assert (total.op, total.bytes) == ("aten::sum", 2 * 32 * 128 + 2)
+
+
+def test_an_output_that_is_given_is_only_written():
+    packed = torch.empty(32, 64, device="meta", dtype=torch.int8)
+    scale, result = (torch.empty(*shape, device="meta", dtype=torch.bfloat16) for shape in ((32, 1), (32, 64)))
+    (product,) = recorded(lambda _: torch.mul(packed, scale, out=result)).operators()
+    assert product.bytes == (1 + 2) * 32 * 64 + 2 * 32
 
 
 def test_a_compiled_region_reads_its_inputs_and_writes_what_is_kept_once():
@@ -206,6 +214,22 @@ def test_a_run_that_cannot_be_traced_says_so(few_blocks, capsys):
     assert main(["train", "flux_dev_lora", "--dry-run", "engine.name=deepspeed", "engine.shard=-1"]) == 0
     page = capsys.readouterr().out
     assert "not traced, all by formula: DeepSpeed's step" in page and "traced  " not in page
+
+
+@pytest.mark.parametrize(
+    "words", [["model.base=int8"], ["model.offload_blocks=2"], ["kernels.fp8=true"], ["kernels.cuda_graphs=true"]]
+)
+def test_a_dry_run_refuses_what_two_processes_refuse(words):
+    """The launcher has not started them: `--gpus` says how many there will be."""
+    config = load_config("flux_dev_lora.yaml", ["engine.shard=-1", *words])
+    refused = pytest.raises(UserError, match=rf"^{words[0]} cannot run here: the base is sharded; set engine\.shard=1")
+    for run in (
+        lambda: describe(config, 2),
+        lambda: describe(config, 2, by_formula=True),
+        lambda: trace_step(config, world=2),
+    ):
+        with refused:
+            run()
 
 
 def test_a_dry_run_prints_the_trace(few_blocks, capsys):
