@@ -173,7 +173,11 @@ def format_estimate(result: Estimate, config: RunConfig, kernels: str) -> str:
         f"engine      {_engine(config, result.world)}",
         f"kernels     {kernels}",
         f"micro-batch {describe_micro_batches(config, result.world)}",
-        *(format_memory(result.memory) if result.traced is None else format_traced(result.traced, result.memory)),
+        *(
+            format_memory(result.memory)
+            if result.traced is None
+            else format_traced(result.traced, result.memory, compiled=config.train.compile)
+        ),
     ]
     if result.encoders_if_images:
         lines.append(f"  {'and if shards hold images':<28} {gib(result.encoders_if_images)} of encoders")
@@ -197,7 +201,7 @@ def format_estimate(result: Estimate, config: RunConfig, kernels: str) -> str:
     if result.gpus_needed:
         lines.append(f"  {LARGE} GB: fits on {result.gpus_needed} GPUs (--gpus {result.gpus_needed})")
     if result.traced is not None and sum(result.memory.values()) > GIB:
-        lines += format_roofline(result.traced, micro_batches(config, result.world).number)
+        lines += format_roofline(result.traced, micro_batches(config, result.world).number, config.train.steps)
     return "\n".join(lines)
 
 
