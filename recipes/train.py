@@ -30,10 +30,11 @@ from scfm_core.train.prompts import validation_prompts
 from scfm_core.train.resume import changed_keys
 from scfm_core.train.rules import check_base, check_shards, describe_micro_batches
 from scfm_core.train.run_dir import checkpoint_folders, checkpoint_path, locked, make_run_dir, step_of
-from scfm_core.train.trace_step import trace_step, why_not_traced
+from scfm_core.train.trace_step import Traced, trace_step, why_not_traced
 from scfm_core.train.trainer import Trainer
 from scfm_core.wording import count
 
+_CPU = "this CPU; on a GPU the choice may differ"
 # Files of an attempt at a run; `--resume never` moves them to another folder.
 _ATTEMPT_FILES = (
     "config.yaml",
@@ -187,7 +188,8 @@ def describe(config: RunConfig, processes: int = 1, *, by_formula: bool = False)
     family = build_family(config, offline=True)
     reason = "--estimate" if by_formula else why_not_traced(config)
     traced = trace_step(config, world=processes) if reason is None else None
-    page = format_estimate(estimate(config, family, processes, traced), config, _kernels_here(config, family))
+    kernels = _kernels_here(config, family) if traced is None else _kernels_of_trace(config, family, traced)
+    page = format_estimate(estimate(config, family, processes, traced), config, kernels)
     return page if reason in (None, "--estimate") else f"{page}\nnot traced, all by formula: {reason}"
 
 
@@ -198,8 +200,14 @@ def _kernels_here(config: RunConfig, family: ModelFamily) -> str:
         kernels = choose_kernels(config, family, device)
     except UserError as error:
         return f"unavailable here: {error}"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU; on a GPU the choice may differ"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _CPU
     return f"{kernels}; on {name}"
+
+
+def _kernels_of_trace(config: RunConfig, family: ModelFamily, traced: Traced) -> str:
+    """Those that the trace assumes, and those of this machine if it has a GPU, or cannot run the configuration."""
+    here = _kernels_here(config, family)
+    return f"{traced.kernels}, in the trace" + f"\n            here: {here}" * (_CPU not in here)
 
 
 def _find_start(run_dir: Path, resume: str, world: World) -> Path | None:

@@ -9,10 +9,10 @@ from scfm_core.launched import launched_size, local_size
 from scfm_core.models.adapters import LoRABank
 from scfm_core.models.protocol import ModelFamily
 from scfm_core.train.activations import activations_of
-from scfm_core.train.cards import GIB, LARGE_GIB, USABLE, Fit, fits, gpus_needed
+from scfm_core.train.cards import GIB, LARGE, USABLE, Fit, fits, gpus_needed
 from scfm_core.train.config import RunConfig
 from scfm_core.train.disk import checkpoint_bytes, disk_bytes
-from scfm_core.train.memory import Memory, estimate_memory, needs_encoders, shares
+from scfm_core.train.memory import Memory, encoders_on_gpu, estimate_memory, needs_encoders, shares
 from scfm_core.train.rules import describe_micro_batches, micro_batches
 from scfm_core.train.trace import Forward, forward_of
 from scfm_core.train.trace_page import format_memory, format_roofline, format_traced, gib, table
@@ -50,8 +50,10 @@ class Estimate:
     checkpoint: dict[str, float]
     """Bytes of one checkpoint, by kind of file."""
     encoders_if_images: float
-    """Bytes of VAE and text encoders, which are needed in addition if the shards hold images. 0 for a folder of images: there
-    `memory` includes them."""
+    """Bytes of VAE and text encoders on a GPU, which are needed in addition if the shards hold images. 0 for a folder of images:
+    there `memory` includes them."""
+    encoders_on_host: float
+    """Bytes of VAE and text encoders in the host memory of one process, while it loads them."""
     world: int
     """Number of processes."""
     cards: list[Fit]
@@ -112,7 +114,8 @@ def estimate(config: RunConfig, family: ModelFamily, world: int = 1, traced: Tra
 
     memory = memory_of(config)
     correction = 0.0 if traced is None else traced.peak + memory.gpu["encoders (on the fly)"] - sum(memory.gpu.values())
-    cards = fits(config, world, gpu_bytes)
+    encoders = 0.0 if needs_encoders(config) else encoders_on_gpu(config, family)
+    cards = fits(config, world, gpu_bytes, len(family.blocks(network)), encoders)
     fitting = any(card.fits for card in cards)
     return Estimate(
         base_parameters=base,
@@ -126,7 +129,8 @@ def estimate(config: RunConfig, family: ModelFamily, world: int = 1, traced: Tra
         host_memory=memory.host,
         a_node=processes_a_node(world),
         checkpoint=checkpoint_bytes(config, shapes, world),
-        encoders_if_images=0.0 if needs_encoders(config) else float(family.encoder_bytes),
+        encoders_if_images=encoders,
+        encoders_on_host=float(family.encoder_bytes),
         world=world,
         cards=cards,
         gpus_needed=None if fitting else gpus_needed(config, world, lambda number: gpu_bytes(config, number)),
@@ -169,7 +173,11 @@ def format_estimate(result: Estimate, config: RunConfig, kernels: str) -> str:
         f"engine      {_engine(config, result.world)}",
         f"kernels     {kernels}",
         f"micro-batch {describe_micro_batches(config, result.world)}",
-        *(format_memory(result.memory) if result.traced is None else format_traced(result.traced, result.memory)),
+        *(
+            format_memory(result.memory)
+            if result.traced is None
+            else format_traced(result.traced, result.memory, compiled=config.train.compile)
+        ),
     ]
     if result.encoders_if_images:
         lines.append(f"  {'and if shards hold images':<28} {gib(result.encoders_if_images)} of encoders")
@@ -179,7 +187,7 @@ def format_estimate(result: Estimate, config: RunConfig, kernels: str) -> str:
         f"host memory of a node with {count(result.a_node, 'process', 'processes')}, besides Python, CUDA and data workers",
         *table(result.host_memory),
     ]
-    more = result.a_node * result.encoders_if_images - result.host_memory["encoders while loading"]
+    more = result.a_node * result.encoders_on_host - result.host_memory["encoders while loading"]
     if result.encoders_if_images and more:
         lines.append(f"  {'and if shards hold images':<28} {gib(more)} of encoders")
     by_mode = ", ".join(f"{mode} {size / GIB:.2f}" for mode, size in result.activations.items())
@@ -187,13 +195,13 @@ def format_estimate(result: Estimate, config: RunConfig, kernels: str) -> str:
     lines += _disk(result, config)
     if sum(result.memory.values()) > GIB:  # a smaller run fits anywhere
         lines += [
-            f"fits, if {USABLE:.0%} of a GPU's memory is usable (assumed); {_source(result)}",
+            f"fits, if the total at the peak is at most {USABLE:.0%} of the memory that the driver reports (assumed); {_source(result)}",
             *(f"  {card}" for card in result.cards),
         ]
     if result.gpus_needed:
-        lines.append(f"  {LARGE_GIB} GB: fits on {result.gpus_needed} GPUs (--gpus {result.gpus_needed})")
+        lines.append(f"  {LARGE} GB: fits on {result.gpus_needed} GPUs (--gpus {result.gpus_needed})")
     if result.traced is not None and sum(result.memory.values()) > GIB:
-        lines += format_roofline(result.traced, micro_batches(config, result.world).number)
+        lines += format_roofline(result.traced, micro_batches(config, result.world).number, config.train.steps)
     return "\n".join(lines)
 
 

@@ -17,7 +17,7 @@ from scfm_core.train.rules import micro_batches
 
 REDUCE_BUCKET = 500_000_000  # elements; DeepSpeed's default
 ENCODER_SHARES = {"bfloat16": 1.0, "int8": 0.5, "float8": 0.5, "nf4": 0.3}
-"""Sizes of text encoders by `model.encoders`, roughly."""
+"""Sizes of the encoders by `model.encoders`, roughly: the VAE, a few percent of them, stays in bfloat16."""
 LIVE_PARAMETERS = 1_000_000_000  # elements that ZeRO-3 gathers at most at a time; DeepSpeed's default
 
 
@@ -54,6 +54,11 @@ def needs_encoders(config: RunConfig) -> bool:
     Other shards may hold images, or a cache.
     """
     return any(source.format == "folder" or is_without_text(source) for source in config.data.mixture())
+
+
+def encoders_on_gpu(config: RunConfig, family: ModelFamily) -> float:
+    """Bytes of the text encoders and the VAE on a GPU. They are read into host memory in bfloat16."""
+    return family.encoder_bytes * ENCODER_SHARES[config.model.encoders]
 
 
 def estimate_memory(
@@ -102,7 +107,7 @@ def estimate_memory(
     activations, size = activations_of(config, family), micro_batches(config, world).size
     working = {
         "adapter in the compute dtype": 2.0 * trained * (lora and width == 2 and share.weights == 1),
-        "encoders (on the fly)": family.encoder_bytes * ENCODER_SHARES[config.model.encoders] * needs_encoders(config),
+        "encoders (on the fly)": encoders_on_gpu(config, family) * needs_encoders(config),
         **_gathered(config, family, network, share, width),
         "reduce bucket (fp32)": 4 * min(REDUCE_BUCKET, trained) * zero,
         "saved activations": size * activations.saved,

@@ -30,7 +30,9 @@ class Card:
     bandwidth: float
     """Bytes/s of its memory."""
     memory: int
-    """GiB, as the vendor counts its gigabytes."""
+    """GB in its name."""
+    usable: float
+    """GiB that the driver reports, with ECC on data-centre cards."""
     source: str
     """The data sheet."""
 
@@ -39,19 +41,34 @@ _A100 = "https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/a100/pdf
 _ADA = "https://images.nvidia.com/aem-dam/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf"
 _BLACKWELL = "https://images.nvidia.com/aem-dam/Solutions/geforce/blackwell/nvidia-rtx-blackwell-gpu-architecture.pdf"
 CARDS: dict[str, Card] = {
-    "A100 40 GB": Card(bf16=312e12, fp8=312e12, bandwidth=1.555e12, memory=40, source=_A100),
-    "A100 80 GB": Card(bf16=312e12, fp8=312e12, bandwidth=2.039e12, memory=80, source=_A100),
+    "A100 40 GB": Card(bf16=312e12, fp8=312e12, bandwidth=1.555e12, memory=40, usable=39.4, source=_A100),
+    "A100 80 GB": Card(bf16=312e12, fp8=312e12, bandwidth=2.039e12, memory=80, usable=79.3, source=_A100),
     "H100": Card(
-        bf16=989e12, fp8=1979e12, bandwidth=3.35e12, memory=80, source="https://www.nvidia.com/en-us/data-center/h100/"
+        bf16=989e12,
+        fp8=1979e12,
+        bandwidth=3.35e12,
+        memory=80,
+        usable=79.6,
+        source="https://www.nvidia.com/en-us/data-center/h100/",
     ),
     "H200": Card(
-        bf16=989e12, fp8=1979e12, bandwidth=4.8e12, memory=141, source="https://www.nvidia.com/en-us/data-center/h200/"
+        bf16=989e12,
+        fp8=1979e12,
+        bandwidth=4.8e12,
+        memory=141,
+        usable=140.4,
+        source="https://www.nvidia.com/en-us/data-center/h200/",
     ),
     "L40S": Card(
-        bf16=362e12, fp8=733e12, bandwidth=0.864e12, memory=48, source="https://www.nvidia.com/en-us/data-center/l40s/"
+        bf16=362e12,
+        fp8=733e12,
+        bandwidth=0.864e12,
+        memory=48,
+        usable=45.0,
+        source="https://www.nvidia.com/en-us/data-center/l40s/",
     ),
-    "RTX 4090": Card(bf16=165.2e12, fp8=330.3e12, bandwidth=1.008e12, memory=24, source=_ADA),
-    "RTX 5090": Card(bf16=209.5e12, fp8=419e12, bandwidth=1.792e12, memory=32, source=_BLACKWELL),
+    "RTX 4090": Card(bf16=165.2e12, fp8=330.3e12, bandwidth=1.008e12, memory=24, usable=23.9, source=_ADA),
+    "RTX 5090": Card(bf16=209.5e12, fp8=419e12, bandwidth=1.792e12, memory=32, usable=31.8, source=_BLACKWELL),
 }
 """By name. A100 and H100 are the SXM ones."""
 

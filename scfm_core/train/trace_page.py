@@ -17,8 +17,8 @@ def format_memory(parts: dict[str, float]) -> list[str]:
     return ["memory of one GPU, by formula", *table(parts)]
 
 
-def format_traced(traced: Traced, formula: dict[str, float]) -> list[str]:
-    """Memory, kernels and collectives of a traced step; `formula` has the parts that no trace has."""
+def format_traced(traced: Traced, formula: dict[str, float], *, compiled: bool) -> list[str]:
+    """Memory, number of kernels and collectives of a traced step; `formula` has the parts that no trace has, `compiled` is `train.compile`."""
     encoders = formula["encoders (on the fly)"]
     parts: dict[str, float] = {**traced.peak_by_part, "encoders (on the fly, by formula)": encoders}
     reserved = traced.reserved + encoders
@@ -27,18 +27,19 @@ def format_traced(traced: Traced, formula: dict[str, float]) -> list[str]:
         f"{kind} {calls} x, {size / 1e9:,.3g} GB" for kind, (calls, size) in traced.collectives.items()
     )
     return [
-        f"memory of one GPU at the peak, traced: {number} and the optimizer, at the true size",
+        f"memory of one GPU at the peak, traced: {number} and the optimizer, at the true size"
+        + "; blocks are eager, although train.compile=true" * compiled,
         *table(parts),
-        f"  {'reserved':<28} {gib(reserved)} by a model of PyTorch's allocator; {gib(reserved + OUTSIDE).strip()} with 2 GiB for CUDA's context, "
+        f"  {'reserved':<28} {gib(reserved)} by a model of PyTorch's allocator without expandable segments, which are the default and leave fewer gaps; {gib(reserved + OUTSIDE).strip()} with 2 GiB for CUDA's context, "
         f"NCCL and cuBLAS (assumed)",
         f"traced      {traced.flops / 1e12:,.4g} TFLOPs and {traced.launches:,} kernels in {number}; the host waits "
-        f"{count(traced.reads, 'time', 'times')}; {traced.kernels}",
+        f"{count(traced.reads, 'time', 'times')}",
         *([f"collectives {collectives}, in {number}"] if collectives else []),
     ]
 
 
-def format_roofline(traced: Traced, number: int) -> list[str]:
-    """Milliseconds of a step of `number` micro-batches by group, on each card."""
+def format_roofline(traced: Traced, number: int, steps: int) -> list[str]:
+    """Milliseconds of a step of `number` micro-batches by group on each card, and hours of `steps` of them."""
     scale = number / traced.micro_batches
     step = replace(
         traced,
@@ -76,9 +77,10 @@ def format_roofline(traced: Traced, number: int) -> list[str]:
             f"at {ASSUMED_COMPUTE:.0%} and {ASSUMED_BANDWIDTH:.0%} (assumed)",
             [f"{1e3 * total:,.0f}" for total in totals],
         ),
-        row("samples/s of a GPU, at these", [f"{samples / total:,.3g}" for total in totals]),
+        row("samples/s of a GPU, at these", [f"{samples / total:,.2f}" for total in totals]),
+        row("hours of this run, at these", [f"{steps * total / 3600:,.1f}" for total in totals]),
         "  elementwise operators of compiled blocks are modelled: what lies between two other kernels reads its inputs and writes what is "
-        "used later, once",
+        "used later, once; packed weights are dequantised in them",
     ]
 
 

@@ -4,8 +4,10 @@ import pytest
 
 from recipes.train import describe
 from scfm_core.models.families import open_family
+from scfm_core.train.cards import Fit, fits
 from scfm_core.train.estimate import estimate
 from scfm_core.train.parse import load_config
+from scfm_core.train.rules import broken_rules, check_base
 from scfm_core.train.trace import trace_forward
 
 
@@ -92,16 +94,58 @@ def test_encoders_beside_the_network(recipe, words):
     assert ("and if shards hold images" in page) != ("on the fly" in page)
 
 
-def test_a_dry_run_says_on_which_cards_the_run_fits(flux):
-    result = estimate(load_config("flux_dev_lora.yaml"), flux, 8)
+@pytest.mark.parametrize("world", [1, 8])
+def test_a_dry_run_says_on_which_cards_the_run_fits(flux, world):
+    result = estimate(load_config("flux_dev_lora.yaml"), flux, world)
+    full, one = "train.activation_checkpointing=full", "train.micro_batch_size=1"
     assert [card.size for card in result.cards] == [141, 80, 48, 40, 32, 24]
     assert [card.fits for card in result.cards] == [True] * 6
-    assert [card.settings for card in result.cards[:4]] == [(), (), (), ("train.activation_checkpointing=full",)]
+    alone = (full,) if world == 1 else ()
+    assert [card.settings for card in result.cards[:4]] == [(), (), alone, (full,)]
+    assert [card.settings for card in result.cards[4:]] == [(full, one, "model.base=int8")] * 2
     for card in result.cards:  # the settings do what they promise
-        again = estimate(load_config("flux_dev_lora.yaml", list(card.settings)), flux, 8)
+        again = estimate(load_config("flux_dev_lora.yaml", list(card.settings)), flux, world)
         assert sum(again.memory.values()) == card.memory <= 0.92 * card.size * 2**30
-    page = describe(load_config("flux_dev_lora.yaml"), 8, by_formula=True)
-    assert "40 GB (A100): fits with train.activation_checkpointing=full" in page
+    assert str(result.cards[3]).startswith(f"40 GB (A100): fits with a cache and {full} (3")
+
+
+def test_an_l40s_reports_45_gib_of_its_48():
+    assert Fit(48, 0.92 * 45.0 * 2**30, ()).fits and not Fit(48, 0.93 * 45.0 * 2**30, ()).fits
+
+
+@pytest.mark.parametrize(
+    ("words", "bases", "numbers"),
+    [
+        ([], ["int8", "nf4"], [28, 57, 28, 57]),
+        (["model.base=int8", "model.offload_blocks=30"], ["nf4"], [57, 57]),
+        (["kernels.cuda_graphs=true"], ["int8", "nf4"], []),
+        (["kernels.fp8=true"], [], []),
+        (["train.weights=full", "method.step_gain=none"], [], []),
+    ],
+)
+def test_variants_of_the_base_are_those_that_the_rules_allow(flux, words, bases, numbers):
+    smallest = ["train.activation_checkpointing=full", "train.micro_batch_size=1"]
+    config, tried = load_config("flux_dev_lora.yaml", [*smallest, *words]), []
+
+    def memory(variant):
+        check_base(variant, 8)
+        assert not list(broken_rules(variant))
+        tried.append(variant.model)
+        return 0.0
+
+    fits(config, 8, memory, blocks=57)
+    stored = [model.base for model in tried if model.offload_blocks == config.model.offload_blocks]
+    assert list(dict.fromkeys(stored)) == [config.model.base, *bases]
+    assert [model.offload_blocks for model in tried if model.offload_blocks != config.model.offload_blocks] == numbers
+
+
+def test_quantised_encoders_take_less_beside_the_network(flux):
+    """They are read into host memory in bf16."""
+    page = describe(load_config("flux_dev_lora_24gb.yaml"), by_formula=True).splitlines()
+    assert f"  {'and if shards hold images':<28}     4.63 GiB of encoders" in page
+    assert f"  {'encoders while loading':<28}     9.26 GiB" in page
+    assert "  24 GB (RTX 4090): fits with a cache (18.1 GiB)" in page
+    assert "  32 GB (RTX 5090): fits (18.1 GiB)" in page
 
 
 def test_a_dry_run_says_how_many_gpus_a_large_run_needs(flux):

@@ -241,8 +241,13 @@ def test_a_dry_run_prints_the_trace(few_blocks, capsys):
         "  reserved  ",
         "RTX 4090",
         "the host waits 1 time",
+        "kernels     fused Triton kernels (assumed), flash attention (assumed), in the trace",
+        "eager, although train.compile=true",
+        "without expandable segments",
+        "  hours of this run, at these",
     ):
         assert words in page
+    assert "this CPU" not in page
     assert main(["train", "flux_dev_lora", "--dry-run", "--estimate"]) == 0
     page = capsys.readouterr().out
     assert "memory of one GPU, by formula" in page and "roofline" not in page
