@@ -243,7 +243,7 @@ def short_name(mangled: str) -> str:
     library.__cxa_demangle.restype = ctypes.c_char_p
     name = (library.__cxa_demangle(mangled.encode(), None, None, None) or mangled.encode()).decode()
     words = re.findall(r"\w+", name)
-    return next((word for word in words if not _GENERIC.fullmatch(word)), words[0])
+    return next((word for word in words if not _GENERIC.fullmatch(word)), words[0])[:60]
 
 
 def _place(frame: Any) -> str:
