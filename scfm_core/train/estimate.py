@@ -115,6 +115,7 @@ def estimate(config: RunConfig, family: ModelFamily, world: int = 1, traced: Tra
     correction = 0.0 if traced is None else traced.peak + memory.gpu["encoders (on the fly)"] - sum(memory.gpu.values())
     encoders = 0.0 if needs_encoders(config) else encoders_on_gpu(config, family)
     cards = fits(config, world, gpu_bytes, len(family.blocks(network)), encoders)
+    fitting = any(card.fits for card in cards)
     return Estimate(
         base_parameters=base,
         trained_parameters=trained,
@@ -131,9 +132,7 @@ def estimate(config: RunConfig, family: ModelFamily, world: int = 1, traced: Tra
         encoders_on_host=float(family.encoder_bytes),
         world=world,
         cards=cards,
-        gpus_needed=None
-        if any(card.fits for card in cards)
-        else gpus_needed(config, world, lambda number: gpu_bytes(config, number)),
+        gpus_needed=None if fitting else gpus_needed(config, world, lambda number: gpu_bytes(config, number)),
         activations={mode: _activations(config, family, world, mode) for mode in ("none", "selective", "full")},
         traced=traced,
     )
