@@ -105,9 +105,8 @@ def estimate(config: RunConfig, family: ModelFamily, world: int = 1, traced: Tra
         lora = 2.0 * sum(p.numel() * forward.rows.get(name.rpartition(".lora_")[0], 0) for name, p in factors.items())
     step = traced.sample_flops if traced is not None else _step_flops(config, forward, lora, family.passes)
 
-    def memory_of(variant: RunConfig, processes: int = world) -> Memory:
-        a_node = processes_a_node(processes)
-        return estimate_memory(variant, family, network, forward.rows, base, trained, processes, a_node)
+    def memory_of(variant: RunConfig, number: int = world) -> Memory:
+        return estimate_memory(variant, family, network, forward.rows, base, trained, number, processes_a_node(number))
 
     def gpu_bytes(variant: RunConfig, processes: int = world) -> float:
         return correction + sum(memory_of(variant, processes).gpu.values())
