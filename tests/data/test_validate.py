@@ -240,7 +240,7 @@ class TestShards:
         flip(folder / "2.tar", 700)
         s3.upload_bytes((folder / "2.tar").read_bytes(), bucket, "2.tar")
         of = SourceConfig(name="r", uri=f"s3://{bucket}")
-        corpus = open_(of, cache=CacheConfig(dir=str(tmp_path / "copies"), timeout=10))
+        corpus = open_(of, cache=CacheConfig(dir=str(tmp_path / "copies"), timeout=60))
         reasons = found(validate(corpus, processes=processes))
         assert list(reasons) == [("0.tar", "00"), ("1.tar", None), ("2.tar", None)]
         assert "404" in reasons["1.tar", None]

@@ -100,11 +100,13 @@ def test_are_gathered_in_fp32(name, weights, world_size, folder, tmp_path, refer
     engine = {"shard": 2} if name == "hsdp" else ENGINES[name]
     expected = reference(weights)
     ranks = run_distributed(one_step, world_size, tree_of(folder, tmp_path / "run", weights, engine, world_size))
+    # With one row a micro-batch a rank of FSDP2 runs teacher or fast average.
+    assert {key for rank in ranks for key in rank["seen"]} == expected["seen"].keys() != set()
     for rank in ranks:
-        assert rank["seen"].keys() == expected["seen"].keys() and rank["seen"]
-        for key, weight in expected["seen"].items():
-            assert weight.dtype == rank["seen"][key].dtype == torch.float32, key
-            assert torch.equal(rank["seen"][key], weight), key
+        assert any(key.startswith("student.") for key in rank["seen"])
+        for key, weight in rank["seen"].items():
+            assert weight.dtype == expected["seen"][key].dtype == torch.float32, key
+            assert torch.equal(weight, expected["seen"][key]), key
         assert rank["loss"] == pytest.approx(expected["loss"], rel=2e-2)
         if name == "zero3":
             continue

@@ -103,9 +103,10 @@ def test_a_dry_run_says_on_which_cards_the_run_fits(flux, world):
     alone = (full,) if world == 1 else ()
     assert [card.settings for card in result.cards[:4]] == [(), (), alone, (full,)]
     assert [card.settings for card in result.cards[4:]] == [(full, one, "model.base=int8")] * 2
-    for card in result.cards:  # the settings do what they promise
-        again = estimate(load_config("flux_dev_lora.yaml", list(card.settings)), flux, world)
-        assert sum(again.memory.values()) == card.memory <= 0.92 * card.size * 2**30
+    assert all(card.memory <= 0.92 * card.size * 2**30 for card in result.cards)
+    for settings, memory in {card.settings: card.memory for card in result.cards}.items():  # they do what they promise
+        again = estimate(load_config("flux_dev_lora.yaml", list(settings)), flux, world) if settings else result
+        assert sum(again.memory.values()) == memory
     assert str(result.cards[3]).startswith(f"40 GB (A100): fits with a cache and {full} (3")
 
 
