@@ -54,6 +54,8 @@ class GpuFunctions(TorchFunctionMode):
             args, kwargs = _map(cast, args), {name: _map(cast, value) for name, value in kwargs.items()}
         if func is F.scaled_dot_product_attention and (args[0] if args else kwargs["query"]).is_meta:
             return _attention(*args, **kwargs)
+        if func is F.rms_norm and (args[0] if args else kwargs["input"]).is_meta:
+            return _rms_norm(*args, **kwargs)
         return func(*args, **kwargs)
 
     @contextlib.contextmanager
@@ -88,6 +90,30 @@ def _widen(value: Any) -> Any:
 
 def _map(cast: Callable[[Any], Any], value: Any) -> Any:
     return type(value)(map(cast, value)) if type(value) in (tuple, list) else cast(value)
+
+
+def _rms_norm(
+    input: Tensor, normalized_shape: list[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    return _RmsNorm.apply(input, list(normalized_shape), weight, eps)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _RmsNorm(torch.autograd.Function):
+    """PyTorch's `rms_norm` on a GPU: it saves its input and a number for each row. On the meta device it saves several tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, normalized_shape: list[int], weight: Tensor | None, eps: float | None) -> Tensor:
+        out, rstd = torch.ops.aten._fused_rms_norm(x, normalized_shape, weight, eps)
+        ctx.save_for_backward(x, weight, rstd)
+        ctx.shape = normalized_shape
+        return out  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, rstd = ctx.saved_tensors
+        needs = [ctx.needs_input_grad[0], weight is not None and ctx.needs_input_grad[2]]
+        of_x, of_weight = torch.ops.aten._fused_rms_norm_backward(grad, x, ctx.shape, rstd, weight, needs)
+        return of_x, None, of_weight if needs[1] else None, None
 
 
 def _attention(
