@@ -6,8 +6,6 @@ On Hopper PyTorch's default choice is half as fast as cuDNN. The best backend de
 """
 
 import json
-import os
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from scfm_core.kernels.measured import cache_file, milliseconds, write_measured
 
 BACKENDS = ("cudnn", "flash3", "flash4", "flash", "xformers", "triton", "efficient", "math")
 """In order of preference, if their times are equal."""
@@ -199,7 +199,7 @@ def choose_attention(
         )
     if shape.device.type != "cuda" and time is None:
         return AttentionChoice("flash", "PyTorch's own for a CPU")
-    path = _cache_file()
+    path = cache_file("attention.json")
     measured = _read(path)
     if (
         (entry := measured.get(shape.key)) is not None
@@ -221,35 +221,20 @@ def choose_attention(
             f"no attention backend fits into the free memory for {shape.key}: lower train.micro_batch_size"
         )
     best = next(iter(times))
-    for backend, milliseconds in times.items():
-        if milliseconds < times[best] * (1 - TIE):
+    for backend, taken in times.items():
+        if taken < times[best] * (1 - TIE):
             best = backend
-    _write(path, measured | {shape.key: {"backend": best, "milliseconds": times}})
+    write_measured(path, measured | {shape.key: {"backend": best, "milliseconds": times}})
     return AttentionChoice(best, "the fastest here, forward and backward", times)
 
 
-def _milliseconds(backend: str, shape: AttentionShape, repeats: int = 7, calls: int = 5) -> float:
-    """Median of a forward and backward by the GPU's clock. Several calls are launched during a wait of about 5 ms on
-    the GPU, so that launches are ahead of the GPU, as in training."""
+def _milliseconds(backend: str, shape: AttentionShape) -> float:
+    """Of a forward and backward."""
     inputs, mask = shape.draw(), shape.mask()
     grad = torch.randn_like(inputs[0])
-    times = []
-    for number in range(repeats + 2):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda._sleep(10_000_000)
-        start.record()
-        for _ in range(calls):
-            torch.autograd.grad(attention(*inputs, backend, mask), inputs, grad)
-        end.record()
-        torch.cuda.synchronize(shape.device)
-        if number >= 2:
-            times.append(start.elapsed_time(end) / calls)
-    return statistics.median(times)
-
-
-def _cache_file() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "scfm" / "attention.json"
+    return milliseconds(
+        lambda: torch.autograd.grad(attention(*inputs, backend, mask), inputs, grad), torch.device(shape.device)
+    )
 
 
 def _read(path: Path) -> dict[str, dict]:
@@ -258,14 +243,3 @@ def _read(path: Path) -> dict[str, dict]:
         return {key: entry for key, entry in found.items() if entry["backend"] in BACKENDS and entry["milliseconds"]}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}  # a missing or damaged file: measure again
-
-
-def _write(path: Path, measured: dict[str, dict]) -> None:
-    """Write the file atomically, because several processes may write at once."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(measured, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    except OSError:
-        return  # without a cache, every start measures again, which takes a second

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula, sdpa_flop_count
 
-from scfm_core.kernels.launch import accumulator, dense_rows, heads_first, is_interpreted
+from scfm_core.kernels.launch import accumulator, dense_rows, heads_first, is_interpreted, save_attention
 
 _LOG2_E = 1.4426950408889634
 
@@ -124,18 +124,13 @@ def _(
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
-def _setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
-    ctx.set_materialize_grads(False)  # only the backward uses the denominators
-    ctx.save_for_backward(*inputs, *output)
-
-
 def _gradients(ctx: torch.autograd.function.FunctionCtx, grad: Tensor | None, _: Tensor | None) -> tuple:
     if grad is None:
         return None, None, None
     return _flash_backward(grad, *ctx.saved_tensors)  # type: ignore[attr-defined, no-any-return]
 
 
-_flash.register_autograd(_gradients, setup_context=_setup)
+_flash.register_autograd(_gradients, setup_context=save_attention)
 
 
 @register_flop_formula(torch.ops.scfm.flash_attention)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
-from scfm_core.kernels.launch import heads_first
+from scfm_core.kernels.launch import heads_first, save_attention
 
 _CAPABILITY = (9, 0)
 
@@ -70,18 +70,13 @@ def _(
     )  # strides as of the package's results
 
 
-def _setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
-    ctx.set_materialize_grads(False)  # only the backward uses the denominators
-    ctx.save_for_backward(*inputs, *output)
-
-
 def _gradients(ctx: torch.autograd.function.FunctionCtx, grad: Tensor | None, _: Tensor | None) -> tuple:
     if grad is None:
         return None, None, None
     return _flash4_backward(grad, *ctx.saved_tensors)  # type: ignore[attr-defined, no-any-return]
 
 
-_flash4.register_autograd(_gradients, setup_context=_setup)
+_flash4.register_autograd(_gradients, setup_context=save_attention)
 
 
 @register_flop_formula(torch.ops.scfm.flash4_attention)

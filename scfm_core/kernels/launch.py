@@ -62,3 +62,9 @@ def heads_first(shape: torch.Size) -> tuple[int, int, int, int]:
     """[B, S, H, D] -> [B, H, S, D], the order of torch's formulas of attention's FLOPs."""
     batch, tokens, heads, dim = shape
     return batch, heads, tokens, dim
+
+
+def save_attention(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
+    """The `setup_context` of an operation of attention whose second result, the denominators, only its backward uses."""
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs, *output)

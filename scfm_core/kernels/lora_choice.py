@@ -1,8 +1,6 @@
 """The choice between the vendor's library and `lora_gemm.py` for the products of adapted linears, by measurement."""
 
 import json
-import os
-import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +10,7 @@ from torch import Tensor
 
 from scfm_core.kernels.launch import Tile, why_no_triton
 from scfm_core.kernels.lora_products import add_product, shape_of, use_tiles
+from scfm_core.kernels.measured import cache_file, milliseconds, write_measured
 
 TIE = 0.03
 """Triton must be faster by this fraction. Times vary between runs; the choice should not."""
@@ -55,7 +54,7 @@ def choose_products(
         return ProductChoice(reason)
     from scfm_core.kernels.lora_gemm import TILES
 
-    path = _cache_file()
+    path = cache_file("products.json")
     known, tiles = _read(path), {}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     most: dict[tuple[int, int], int] = {}
@@ -66,7 +65,7 @@ def choose_products(
             key = f"{name}, {rows} rows, {shape_of(weight)}, rank {rank}, torch {torch.__version__}"
             if key not in known:
                 known[key] = _fastest(rows, weight, rank, TILES, time or _milliseconds)
-                _write(path, known)
+                write_measured(path, known)
             if (number := known[key]) is not None and number < len(TILES):
                 tiles[shape_of(weight)] = TILES[number]
     return ProductChoice(f"measured here ({path})", tiles)
@@ -87,29 +86,12 @@ def _fastest(rows: int, weight: Tensor, rank: int, tiles: tuple[Tile, ...], time
     return best if times[best] < time(x, weight, low, factor, None) * (1 - TIE) else None
 
 
-def _milliseconds(
-    x: Tensor, weight: Tensor, low: Tensor, factor: Tensor, tile: Tile | None, repeats: int = 7, calls: int = 5
-) -> float:
-    """Median by the GPU's clock. Several calls are launched during a wait of about 5 ms on the GPU."""
+def _milliseconds(x: Tensor, weight: Tensor, low: Tensor, factor: Tensor, tile: Tile | None) -> float:
+    """Of a product with a tile; None: the library's."""
     use_tiles({} if tile is None else {shape_of(weight): tile})
-    times = []
-    for number in range(repeats + 2):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda._sleep(10_000_000)
-        start.record()
-        for _ in range(calls):
-            add_product(x, weight, low, factor)
-        end.record()
-        torch.cuda.synchronize(x.device)
-        if number >= 2:
-            times.append(start.elapsed_time(end) / calls)
+    time = milliseconds(lambda: add_product(x, weight, low, factor), x.device)
     use_tiles({})
-    return statistics.median(times)
-
-
-def _cache_file() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "scfm" / "products.json"
+    return time
 
 
 def _read(path: Path) -> dict[str, int | None]:
@@ -118,14 +100,3 @@ def _read(path: Path) -> dict[str, int | None]:
         return {key: number for key, number in found.items() if number is None or (type(number) is int and number >= 0)}
     except (OSError, ValueError, AttributeError):
         return {}  # a missing or damaged file: measure again
-
-
-def _write(path: Path, known: dict[str, int | None]) -> None:
-    """Write the file atomically, because several processes may write at once."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    except OSError:
-        return  # without a cache, every start measures again
