@@ -1,5 +1,6 @@
 """Filling a network that was built on the meta device. No process ever holds more of it than its own part."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -30,12 +31,12 @@ def allocate(network: nn.Module, device: torch.device | str, *, others_on: torch
     )
 
 
-class PackedModule(nn.Module):
+class PackedModule(nn.Module, ABC):
     """A module that packs its weights when they have been filled: no device ever holds more than one such weight unpacked."""
 
+    @abstractmethod
     def pack(self) -> None:
         """Replace the weights, which are on the device of the network, by packed ones."""
-        raise NotImplementedError
 
 
 def stored_tensors(network: nn.Module) -> dict[str, Tensor]:

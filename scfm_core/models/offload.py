@@ -38,10 +38,12 @@ def offloaded_bytes(
         base: how the blocks are stored.
         width: bytes of an element that is not packed.
     """
+    chosen = spread(blocks, number)
+    saved = saved_bytes(network, chosen, base, width)
     sizes = [
         width * sum(tensors[key].numel() for tensors, key in _frozen(block))
-        - saved_bytes(network, [block], base, width)
-        for block in spread(blocks, number)
+        - sum(saved.get(module, 0) for module in block.modules())
+        for block in chosen
     ]
     return sum(sizes), 2 * max(sizes, default=0)
 

@@ -84,14 +84,15 @@ def _choices(network: nn.Module, parts: Iterable[nn.Module], base: Base) -> Iter
             yield name, module, "int8" if base == "nf4" and not fits else base
 
 
-def saved_bytes(network: nn.Module, parts: Iterable[nn.Module], base: Base, width: int) -> int:
-    """Bytes by which `quantise_linears` makes a network smaller whose elements take `width` bytes; it may be on the meta device."""
-    total = 0
+def saved_bytes(network: nn.Module, parts: Iterable[nn.Module], base: Base, width: int) -> dict[nn.Module, int]:
+    """Bytes by which `quantise_linears` makes each linear smaller whose elements take `width` bytes; the network may be on the meta
+    device."""
+    saved: dict[nn.Module, int] = {}
     for _, linear, packing in _choices(network, parts, base):
         elements, rows = linear.in_features * linear.out_features, linear.out_features
         packed = elements // 2 + 4 * elements // BLOCK if packing == "nf4" else elements + 4 * rows
-        total += elements * width - packed
-    return total
+        saved[linear] = elements * width - packed
+    return saved
 
 
 def quantise_onto(network: nn.Module, base: Base, device: torch.device | str) -> None:

@@ -68,7 +68,11 @@ def fits(
         blocks: number of blocks of the network.
         encoders: bytes of the encoders, if they are beside the network only if the shards hold images.
     """
-    variants = [(memory(variant), settings) for settings, variant in _variants(config, world, blocks)]
+    variants: list[tuple[float, tuple[str, ...]]] = []
+    for settings, variant in _variants(config, world, blocks):
+        variants.append((memory(variant), settings))
+        if Fit(min(SIZES), *variants[-1]).fits:  # then it fits all, and the rest need not be computed
+            break
     smallest = min(variants, key=lambda variant: variant[0])
     found = []
     for size in SIZES:

@@ -91,7 +91,7 @@ def estimate_memory(
     has_teacher = lora or config.method.has_teacher
     model, blocks = config.model, family.blocks(network)
     on_host, slots = offloaded_bytes(network, blocks, model.offload_blocks, model.base, width)
-    saved = saved_bytes(network, blocks, model.base, width) + on_host - slots
+    saved = sum(saved_bytes(network, blocks, model.base, width).values()) + on_host - slots
     weights = {
         "frozen base" if lora else "teacher": (base * width - saved) * has_teacher / share.weights,
         "fp8 copies of it": _fp8_copies(network, rows) * (config.kernels.fp8 and config.model.base == "bfloat16"),
