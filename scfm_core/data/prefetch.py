@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -81,13 +81,21 @@ class Prefetcher:
                 is_new = use.shard not in in_use and use.first >= self._consumed  # else a worker has downloaded it
                 in_use[use.shard] = max(use.last, in_use.get(use.shard, 0))
                 if is_new:
-                    pool.submit(self._prefetch, use.shard, tuple(in_use))
+                    pool.submit(self._prefetch, use.shard, in_use)
         os._exit(0)
 
-    def _prefetch(self, shard: int, in_use: Sequence[int]) -> None:
+    def _prefetch(self, shard: int, in_use: Mapping[int, int]) -> None:
+        """Download a shard, unless the training is past it: then a worker has done so, and the copy may be gone again.
+
+        Args:
+            shard: its number.
+            in_use: as in `_run`, which changes it meanwhile. Late marks of what it was would evict what is needed now.
+        """
+        if in_use.get(shard, -1) < self._consumed:
+            return
         # The worker that needs the shard will get the same error, and report it.
         with contextlib.suppress(UserError, OSError):
-            self.corpus.mark_used(in_use)
+            self.corpus.mark_used(tuple(in_use))
             self.corpus.prefetch(shard)
 
 

@@ -754,14 +754,27 @@ class TestOfALoader:
         monkeypatch.setattr(Corpus, "record", record)
         return lambda: log.read_text().split()
 
-    def run(self, folder: Path, limit: float | None, block: int, *, world_size: int = 1, **changes: Any) -> None:
-        """One epoch, with two workers of each rank, one rank after the other."""
-        config = recipe(folder, "s3://small", shuffle_block=block, **changes)
-        config = replace(config, num_workers=2, cache=replace(config.cache, limit_gb=limit))
-        for rank in range(world_size):
-            options = {"seed": 0, "global_batch_size": 8, "micro_batch_size": 2, "start": 0, "stop": 640}
-            for batch in batches(Corpus(config), **options, rank=rank, world_size=world_size):
-                assert len(batch) == 2
+    def run(
+        self, folder: Path, limit: float, partitions: int, downloads: Callable[[], list[str]], *, ahead: int = 0
+    ) -> int:
+        """One epoch with two workers; returns the number of downloads.
+
+        A network takes seconds for a batch, these tests nothing: they wait until the shards of the next `ahead` micro-batches have
+        been downloaded. The workers alone are 8 ahead.
+        """
+        config = recipe(folder, "s3://small", shuffle_block=80, partitions=partitions)
+        corpus = Corpus(replace(config, num_workers=2, cache=replace(config.cache, limit_gb=limit)))
+        (uses,) = Picks(corpus.order(8, 0), 0, 80, 2).shard_uses(corpus)
+        before = len(downloads())
+        options = {"seed": 0, "global_batch_size": 8, "micro_batch_size": 2, "start": 0, "stop": 640}
+        for number, batch in enumerate(batches(corpus, **options), 1):
+            assert len(batch) == 2
+            due = {f"s3://small/{use.shard:05d}.tar" for use in uses if use.first < number + ahead}
+            end = time.monotonic() + LONG
+            while not due.issubset(downloads()[before:]):
+                assert time.monotonic() < end, "the shards were not downloaded ahead"
+                time.sleep(0.005)
+        return len(downloads()) - before
 
     @pytest.mark.processes
     @pytest.mark.parametrize("partitions", [1, 4])
@@ -774,16 +787,13 @@ class TestOfALoader:
         partitions: int,
     ) -> None:
         monkeypatch.setattr(open_shards, "_LEAST_COPIES", 1)
-        self.run(folder, 3e-5, 80, partitions=partitions)
+        assert self.run(folder, 3e-5, partitions, downloads) > 64, "the warning is true"
         (said,) = capsys.readouterr().out.splitlines()
         assert said.startswith("warning: data.cache.limit_gb=3e-05 is less than the shards")
-        more = len(downloads())
-        assert more > 64, "the warning is true"
         (needed,) = re.findall(r"Set it to (\S+) or more", said)
         shutil.rmtree(folder)
-        self.run(folder, float(needed), 80, partitions=partitions)
+        assert self.run(folder, float(needed), partitions, downloads, ahead=12) == 64
         assert capsys.readouterr().out == ""
-        assert len(downloads()) - more == 64
         assert 0 < len(files(folder)) < 64, "the limit is below the data set"
 
     def test_says_nothing_without_a_limit_or_of_shards_on_a_disk(
