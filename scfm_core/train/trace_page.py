@@ -32,7 +32,7 @@ def format_traced(traced: Traced, formula: dict[str, float], *, compiled: bool) 
         *table(parts),
         f"  {'reserved':<28} {gib(reserved)} by a model of PyTorch's allocator without expandable segments, which are the default and leave fewer gaps; {gib(reserved + OUTSIDE).strip()} with 2 GiB for CUDA's context, "
         f"NCCL and cuBLAS (assumed)",
-        f"traced      {traced.flops / 1e12:,.4g} TFLOPs and {traced.launches:,} kernels in {number}; the host waits "
+        f"traced      {_flops(traced.flops)} and {traced.launches:,} kernels in {number}; the host waits "
         f"{count(traced.reads, 'time', 'times')}",
         *([f"collectives {collectives}, in {number}"] if collectives else []),
     ]
@@ -92,4 +92,8 @@ def table(parts: dict[str, float]) -> list[str]:
 
 def gib(size: float) -> str:
     """Bytes in GiB, or MiB."""
-    return f"{size / GIB:8.2f} GiB" if size >= 0.01 * GIB else f"{size / 2**20:8.2f} MiB"
+    return f"{size / GIB:8.2f} GiB" if size >= 0.1 * GIB else f"{size / 2**20:8.2f} MiB"
+
+
+def _flops(number: float) -> str:
+    return f"{number / 1e12:,.4g} TFLOPs" if number >= 1e12 else f"{number / 1e9:,.4g} GFLOPs"
