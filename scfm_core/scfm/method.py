@@ -74,6 +74,54 @@ class FlowSigma:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FlowMap:
+    """Flow-map rows: jumps of any length h, whose target needs the derivative of the student's velocity (`scfm/flow_map.py`)."""
+
+    form: Literal["lagrangian", "eulerian"] = "lagrangian"
+    """What the derivative follows. `lagrangian`: the end of the jump (Boffi et al., arXiv 2406.07507). `eulerian`: its start, along
+    the teacher's velocity, as in MeanFlow (Geng et al., arXiv 2505.13447); it exists to be compared with."""
+    difference: Literal["central", "one_sided"] = "central"
+    """How the derivative is computed. `central`: from two more passes of the student. `one_sided`: from one more pass, of a shorter
+    jump, and from the student's pass with gradient."""
+    epsilon: float = 0.1
+    """Half the width of the central difference, and the width of the one-sided one, as a share of h."""
+    shortest: float = 1 / 32
+    """h is drawn log-uniformly from here to 1, which is the whole way from noise to data."""
+    whole_fraction: float = 0.0
+    """Share of these rows that jump the whole way, h = 1."""
+    noise_fraction: float = 0.3
+    """Share of these rows that start at pure noise; the others start anywhere that leaves room for h."""
+    starts: Literal["own", "data"] = "own"
+    """Where the others start. `own`: where one jump of the student from pure noise ends, without gradient; of the data only the
+    captions are used. `data`: on noised data."""
+
+    def __post_init__(self) -> None:
+        for name in ("whole_fraction", "noise_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"method.flow_map.{name} must be in [0, 1], got {getattr(self, name)}")
+        if not 0 < self.epsilon < 1:
+            raise ValueError(f"method.flow_map.epsilon must be between 0 and 1, got {self.epsilon}")
+        if not 1e-4 <= self.shortest <= 1:
+            raise ValueError(f"method.flow_map.shortest must be in [0.0001, 1], got {self.shortest}")
+
+    @property
+    def has_own_starts(self) -> bool:
+        """Whether any row starts where a jump of the student ends."""
+        return self.starts == "own" and self.noise_fraction < 1
+
+    @property
+    def passes(self) -> float:
+        """Velocities for the target of one of these rows, without gradient."""
+        own = (1 - self.whole_fraction) * (1 - self.noise_fraction) if self.has_own_starts else 0.0
+        return own + self.rows_of_a_target
+
+    @property
+    def rows_of_a_target(self) -> int:
+        """The same without the jump to the start: the student's for the difference, and the teacher's."""
+        return 3 if self.difference == "central" else 2
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlanConfig:
     """How jumps are drawn (paper, Sec. 4 and App. B). The defaults are the paper's."""
 
@@ -85,7 +133,7 @@ class PlanConfig:
     a near pass jumps half as far as the student's pass, so it is another velocity."""
     flow_fraction: float = 0.0
     """Share of the batch with the plain flow-matching target (`distil_guidance` changes this target). The rows that remain
-    after the teacher, flow-matching and trajectory rows are the self slice."""
+    after the teacher, flow-matching, trajectory and flow-map rows are the self slice."""
     flow_sigma: FlowSigma = field(default_factory=FlowSigma)
     """Density of sigma on flow-matching rows."""
     trajectory_fraction: float = 0.0
@@ -97,6 +145,11 @@ class PlanConfig:
     trajectory_grids: tuple[int, ...] = (1, 2, 3, 4, 6, 12)
     """Step counts of the grids on these paths, drawn uniformly. Each divides the number of intervals of a stored path, or
     `trajectory_steps`."""
+    flow_map_fraction: float = 0.0
+    """Share of the batch that learns jumps of any length from the derivative of the student's own jumps. It needs `step_gain`, and
+    neither stored paths nor averages."""
+    flow_map: FlowMap = field(default_factory=FlowMap)
+    """How flow-map rows are drawn and what their target is."""
     teacher_grid: int = 32
     """Step count of the teacher slice's grid."""
     self_grids: tuple[int, ...] = (16, 8, 4)
@@ -126,11 +179,11 @@ class PlanConfig:
     """Upper limit of sigma: the first point of a grid is clamped to it."""
 
     def __post_init__(self) -> None:
-        shares_of_all = ("teacher_fraction", "flow_fraction", "trajectory_fraction", "dynamic_shift_fraction")
-        for name in (*shares_of_all, "caption_dropout"):
+        slices = ("teacher", "flow", "trajectory", "flow_map")
+        for name in (*(f"{part}_fraction" for part in slices), "dynamic_shift_fraction", "caption_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"method.{name} must be in [0, 1], got {getattr(self, name)}")
-        shares = {f"{name}_fraction": getattr(self, f"{name}_fraction") for name in ("teacher", "flow", "trajectory")}
+        shares = {f"{name}_fraction": getattr(self, f"{name}_fraction") for name in slices}
         if sum(shares.values()) > 1 + 1e-9:
             taken = {name: share for name, share in shares.items() if share > 0}
             raise ValueError(
@@ -140,6 +193,7 @@ class PlanConfig:
         if not self.trajectory_grids or any(n < 1 for n in self.trajectory_grids):
             raise ValueError(f"method.trajectory_grids needs step counts of at least 1, got {self.trajectory_grids}")
         self._check_trajectory_steps()
+        self._check_flow_map()
         if self.flow_sigma.density != "uniform" and not self.has_flow:
             raise ValueError(
                 f"method.flow_sigma.density={self.flow_sigma.density} has no effect without flow-matching rows: set "
@@ -190,6 +244,17 @@ class PlanConfig:
                 "method.step_embedding is for training from scratch: there is no teacher for method.trajectory_steps"
             )
 
+    def _check_flow_map(self) -> None:
+        if self.has_flow_map and self.step_gain is None:
+            raise ValueError(
+                "method.flow_map_fraction needs method.step_gain: the length of a jump reaches the network through the adapter's "
+                "strength alone, and the target is its derivative. Set method.step_gain.gamma=0.5, or method.flow_map_fraction=0"
+            )
+        if not self.has_flow_map and self.flow_map != FlowMap():
+            raise ValueError(
+                "method.flow_map has no effect without flow-map rows: set method.flow_map_fraction, or remove method.flow_map"
+            )
+
     def _check_near_student(self) -> None:
         for name in ("step_gain", "step_embedding"):
             if getattr(self, name):
@@ -201,9 +266,9 @@ class PlanConfig:
             raise ValueError("method.near=student has no effect: there are no self rows. Set method.near=ema")
 
     def _check_guidance_distillation(self) -> None:
-        if self.has_pairs:
+        if self.has_pairs or self.has_flow_map:
             raise ValueError(
-                "method.distil_guidance together with pairs would learn guidance and shortcuts at once, which over-saturates images. "
+                "method.distil_guidance together with pairs or flow-map rows would learn guidance and shortcuts at once, which over-saturates images. "
                 "Set method.teacher_fraction=0 and method.flow_fraction=1 (or trajectory_fraction=1); export the result with "
                 "--merged, and distil that model to few steps"
             )
@@ -221,9 +286,10 @@ class PlanConfig:
 
     def check_pairs_at(self, shift: float) -> None:
         """ValueError if `sigma_max` also clamps the second point of the finest grid: a pair would then have no length."""
-        second = float(
-            shift_sigma(torch.tensor(1 - 1 / max(self.teacher_grid, *self.self_grids), dtype=torch.float64), shift)
-        )
+        shortest = min(1 / grid for grid in (self.teacher_grid, *self.self_grids))
+        if self.has_flow_map:
+            shortest = min(shortest, self.flow_map.shortest)
+        second = float(shift_sigma(torch.tensor(1 - shortest, dtype=torch.float64), shift))
         if second >= self.sigma_max:
             raise ValueError(
                 f"method: at shift {shift:g} the finest grid's second point, {second:.6f}, reaches sigma_max "
@@ -241,6 +307,16 @@ class PlanConfig:
         return self.trajectory_fraction > 0
 
     @property
+    def has_flow_map(self) -> bool:
+        """Whether any row can be a flow-map row."""
+        return self.flow_map_fraction > 0
+
+    @property
+    def is_student_first(self) -> bool:
+        """Whether a target is computed from the student's velocity: then its pass comes before those of the target."""
+        return self.near == "student" or self.has_flow_map
+
+    @property
     def has_stored_paths(self) -> bool:
         """Whether the data must contain paths."""
         return self.has_trajectory and self.trajectory_steps is None
@@ -248,19 +324,23 @@ class PlanConfig:
     @property
     def has_pairs(self) -> bool:
         """Whether any row can be a pair; without pairs no near or far pass is needed."""
-        return self.flow_fraction + self.trajectory_fraction < 1
+        return self._pairs > 1e-9
+
+    @property
+    def _pairs(self) -> float:
+        """Share of the batch that are pairs."""
+        return 1 - self.flow_fraction - self.trajectory_fraction - self.flow_map_fraction
 
     @property
     def has_self(self) -> bool:
         """Whether any row can be of the self slice."""
-        return self.teacher_fraction + self.flow_fraction + self.trajectory_fraction < 1 - 1e-9
+        return self._pairs - self.teacher_fraction > 1e-9
 
     @property
     def has_teacher(self) -> bool:
         """Whether any target needs a pass of the frozen teacher."""
-        return (
-            self.teacher_fraction > 0 or (self.distil_guidance and self.has_flow) or self.trajectory_steps is not None
-        )
+        takes_path = self.trajectory_steps is not None
+        return self.teacher_fraction > 0 or takes_path or self.has_flow_map or (self.distil_guidance and self.has_flow)
 
     @property
     def follows_teacher(self) -> bool:
@@ -270,7 +350,7 @@ class PlanConfig:
     @property
     def student_is_guided(self) -> bool:
         """Whether the student uses classifier-free guidance too, if its teacher does."""
-        return not self.distil_guidance and (self.has_pairs or self.has_trajectory)
+        return not self.distil_guidance and (self.has_pairs or self.has_trajectory or self.has_flow_map)
 
     def passes(self, guided: int) -> tuple[float, float]:
         """Passes of the network for one sample: those of the student, with gradient, and those for the target.
@@ -279,11 +359,11 @@ class PlanConfig:
             guided: passes for a guided velocity: 2 with classifier-free guidance, else 1.
         """
         velocity = guided if self.student_is_guided else 1
-        pairs = 1 - self.flow_fraction - self.trajectory_fraction
-        near = self.teacher_fraction if self.near == "student" else pairs
-        paths = guided * (self.trajectory_steps or 0) * self.trajectory_fraction
+        near = self.teacher_fraction if self.near == "student" else self._pairs
+        known = self.trajectory_fraction * (self.trajectory_steps or 0) + self.flow_map_fraction * self.flow_map.passes
         # The teacher computes its guided velocity for the whole batch, not only for the flow-matching rows.
-        return velocity, velocity * (near + pairs) + paths + (guided if self.distil_guidance and self.has_flow else 0)
+        distilled = guided if self.distil_guidance and self.has_flow else 0
+        return velocity, velocity * (near + self._pairs) + guided * known + distilled
 
 
 def sampling_strength(step_gain: StepGain | None, num_steps: int) -> float:

@@ -153,7 +153,7 @@ def _near_pass(
 def _after_filling(config: RunConfig, family: ModelFamily, adapted: LoRAModel, layout: Layout | None) -> None:
     """What needs the weights' values or their device."""
     if layout is None or not layout.is_sharded:
-        adapted.bank.keep_copies(of_student=config.method.near == "student")
+        adapted.bank.keep_copies(of_student=config.method.is_student_first)
     if config.kernels.fp8 and layout is not None:
         adapted.bank.quantise(_traced_rows(config, family))
 

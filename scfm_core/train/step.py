@@ -11,6 +11,7 @@ from scfm_core.flow.random import sample_noise
 from scfm_core.models.conditioning import Conditioning
 from scfm_core.models.graphs import GraphedVelocity
 from scfm_core.models.student import ShortcutModel
+from scfm_core.scfm.flow_map import flow_map_velocity, own_starts
 from scfm_core.scfm.loss import LossMeter, scfm_loss
 from scfm_core.scfm.plan import ShortcutPlan, sample_plan
 from scfm_core.scfm.target import scfm_target
@@ -36,6 +37,7 @@ class Objective:
         self._method, self._seed = config.method, config.run.seed
         self._is_sharded, self._in_inference_mode = is_sharded, not is_sharded
         self._near, self._far = model.near_velocity, model.far_velocity
+        self._student = functools.partial(model.velocity, "student")  # without gradient, at any strength
         if config.method.near == "student":
             self._near = model.teacher_velocity
         if config.kernels.cuda_graphs:
@@ -71,16 +73,24 @@ class Objective:
             assert family.unconditional is not None
             cond = cond.without_captions(dropped, family.unconditional)
         student_guidance, target_guidance = self._embedded_guidance(plan)
+        if method.flow_map.starts == "own" and method.has_flow_map:
+            noised = self._own_starts(plan, noised, noise, cond.with_guidance(target_guidance))
         inputs = noised, plan.sigma_start, cond.with_guidance(student_guidance), plan.student_strength
-        # First if it is the target's near half; else last, so that its activations are not in memory during the target's passes.
-        prediction = self.model.student_velocity(*inputs) if method.near == "student" else None
+        # First if a target is computed from it; else last, so that its activations are not in memory during the target's passes.
+        prediction = self.model.student_velocity(*inputs) if method.is_student_first else None
         with torch.inference_mode(self._in_inference_mode):
             if method.distil_guidance and method.has_flow:
                 assert velocity is not None
                 velocity = self._guided(plan, noised, cond, velocity)
+            cond = cond.with_guidance(target_guidance)
+            if method.has_flow_map:
+                assert prediction is not None
+                velocity = flow_map_velocity(
+                    plan, noised, cond, prediction, self._student, velocity, is_sharded=self._is_sharded
+                )
             target = scfm_target(
-                plan, noised, cond.with_guidance(target_guidance), self._near, self._far,
-                flow_velocity=velocity, student=prediction, is_sharded=self._is_sharded,
+                plan, noised, cond, self._near, self._far, flow_velocity=velocity,
+                student=prediction if method.near == "student" else None, is_sharded=self._is_sharded,
             )  # fmt: skip
         if self._in_inference_mode:
             target = target.clone()  # an ordinary tensor, which autograd may save for the backward pass
@@ -115,6 +125,12 @@ class Objective:
         with torch.inference_mode(self._in_inference_mode):
             cond = cond.with_guidance(plan.guidance)
             return take_paths(plan, latents, noise, cond, teacher, num_steps, is_sharded=self._is_sharded)
+
+    def _own_starts(self, plan: ShortcutPlan, noised: Tensor, noise: Tensor, cond: Conditioning) -> Tensor:
+        """x at the start of all rows, with flow-map rows where the student's own jumps end, fp32 [B, C, H, W]."""
+        with torch.inference_mode(self._in_inference_mode):
+            noised = own_starts(plan, noised, noise, cond, self._student, is_sharded=self._is_sharded)
+        return noised.clone() if self._in_inference_mode else noised  # autograd may save an ordinary tensor alone
 
     @torch.no_grad()
     def _guided(self, plan: ShortcutPlan, noised: Tensor, cond: Conditioning, velocity: Tensor) -> Tensor:

@@ -29,7 +29,9 @@ INTERRUPTED += [("replicas", "lora"), ("zero1", "full"), ("fsdp2 async", "full")
 
 @pytest.mark.parametrize(("name", "weights"), INTERRUPTED)
 def test_interrupted_equals_uninterrupted(name, weights, tiny, tmp_path):
-    """N + M steps against N, restart, M: bitwise, on every engine, with guard, restart of the EMAs and a schedule."""
+    """N + M steps against N, restart, M: bitwise, on every engine, with guard, restart of the EMAs and a schedule; adapters also with
+    flow-map rows."""
+    flow_map = {"method__step_gain": {"gamma": 0.5}, "method__flow_map_fraction": 0.3} if weights == "lora" else {}
     tree = make_tree(
         tiny,
         tmp_path / "a",
@@ -40,6 +42,7 @@ def test_interrupted_equals_uninterrupted(name, weights, tiny, tmp_path):
         train__steps=4,
         checkpoint__asynchronous=name.endswith("async"),
         ema={"restart_every": 3},
+        **flow_map,
     )
     [whole, _] = run_distributed(train_all, 2, tree, 2)
     # All that a run that ended after step 2 leaves.

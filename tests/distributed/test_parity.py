@@ -132,16 +132,22 @@ def test_the_comparison_sees_a_wrong_ema(reference):
 @pytest.mark.parametrize("name", ["FSDP2 on 2", "ZeRO-3 on 2"])
 @pytest.mark.parametrize("weights", ["lora", "full"])
 def test_paths_taken_within_the_training(name, weights, tiny, tmp_path):
-    """A process without such rows enters the sharded teacher as often as the others; the losses are those of one process."""
+    """With adapters also flow-map rows. A process without such rows enters the sharded network as often as the others; the losses are
+    those of one process."""
     world_size, engine = CASES[name]
     method = {"trajectory_fraction": 0.1, "trajectory_steps": 4, "trajectory_grids": [1, 2, 4]}
+    slices = ["loss/trajectory"]
+    if weights == "lora":
+        method["flow_map_fraction"] = 0.1
+        slices.append("loss/flow_map")
     changes = {f"method__{key}": value for key, value in method.items()} | common(weights, "float32")
     changes |= {"lora__targets": FEW_TARGETS, "train__steps": 3}
     [one] = run_distributed(train_all, 1, make_tree(tiny, tmp_path / "one", **changes, train__micro_batch_size=2))
     tree = make_tree(tiny, tmp_path / "two", **changes, train__micro_batch_size=2, engine=engine)
     two = run_distributed(train_all, world_size, tree)[0]
     assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-5)
-    assert any("loss/trajectory" in row for row in one) and not all("loss/trajectory" in row for row in one)
+    for part in slices:
+        assert any(part in row for row in one) and not all(part in row for row in one), part
 
 
 def test_the_students_pass_before_those_of_the_target(tiny, tmp_path):

@@ -439,7 +439,7 @@ def test_captions_are_dropped_independently_except_on_trajectory_rows():
     without = draw(dataclasses.replace(config, caption_dropout=0.0))
     assert not without.is_dropped.any()
     others = {name: value for name, value in tensors(without).items() if name != "is_dropped"}
-    assert len(others) == 16 and all(torch.equal(value, tensors(plan)[name]) for name, value in others.items())
+    assert len(others) == 18 and all(torch.equal(value, tensors(plan)[name]) for name, value in others.items())
 
 
 @pytest.mark.parametrize(

@@ -246,7 +246,7 @@ def test_only_flow_rows_need_no_pass():
 @pytest.mark.parametrize("flow_fraction", [0.4, 0.6])
 def test_flow_rows_need_the_flow_velocity(flow_fraction):
     plan = make_plan(PlanConfig(flow_fraction=flow_fraction))
-    with pytest.raises(ValueError, match="flow_velocity = noise - latents"):
+    with pytest.raises(ValueError, match="for flow-matching rows noise - latents"):
         scfm_target(plan, gaussian(), None, no_pass, no_pass)
 
 

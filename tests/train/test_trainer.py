@@ -416,9 +416,11 @@ def test_fp8_changes_the_target_by_the_rounding_errors_of_the_format(make_config
 
 PATH_GRIDS = {"method.trajectory_grids": [1, 2, 4], "method.step_gain": {"gamma": 0.5}}
 ON_PATHS = {**PATH_GRIDS, "method.trajectory_fraction": 1.0, "method.teacher_fraction": 0.0}
+FLOW_MAP = {"flow_map_fraction": 1.0, "teacher_fraction": 0.0, "step_gain": {"gamma": 0.5}}
 WITH_OTHER_SLICES = {
     **PATH_GRIDS,
-    "method.trajectory_fraction": 0.4,
+    "method.trajectory_fraction": 0.2,
+    "method.flow_map_fraction": 0.2,
     "method.teacher_fraction": 0.2,
     "method.flow_fraction": 0.2,
 }
@@ -469,7 +471,7 @@ class TestTrajectories:
         other, _ = run(config, find_checkpoint(tmp_path / "parts"))
         assert_bitwise(everything(other), everything(whole))
         slices = {name.removeprefix("loss/") for row in rows for name in row if name.startswith("loss/")}
-        expected = {"trajectory"} if method == "alone" else {"trajectory", "flow", "teacher", "self"}
+        expected = {"trajectory"} if method == "alone" else {"trajectory", "flow_map", "flow", "teacher", "self"}
         assert {name for name in slices if not name.startswith("sigma")} == expected
 
     def test_trajectory_rows_alone_need_one_pass_for_a_step(self, make_config, paths):
@@ -513,6 +515,15 @@ class TestTrajectories:
         next(trainer.train_steps())
         assert len(passes) == 4 + 1
         assert trainer.config.method.passes(1) == (1, 4)
+
+    def test_flow_map_rows_take_three_calls(self, make_config):
+        """The start, the student with gradient, and the target: the student at two strengths and the teacher, in one."""
+        trainer = Trainer(make_config({"method": FLOW_MAP}))
+        rows, velocity = [], trainer.family.velocity
+        trainer.family.velocity = lambda network, x, *rest: rows.append(len(x)) or velocity(network, x, *rest)
+        next(trainer.train_steps())
+        batch = trainer.config.train.global_batch_size
+        assert len(rows) == 3 and rows[0] < batch and rows[1:] == [batch, 3 * batch]
 
     def test_captions_of_images_are_enough(self, make_config, tiny):
         images = {"data.path": str(tiny / "digits"), "data.format": "folder", "train.steps": 1}

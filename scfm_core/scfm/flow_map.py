@@ -1,0 +1,159 @@
+"""The flow map: jumps of any length h, learned from the derivative of the student's own jumps. No stored path, image or average.
+
+V(h) is the student's velocity at strength g(h), for a jump that starts at u_start, in the coordinate u in which samplers take equal
+steps, and ends at u_end = u_start - h; sigma(u) has the row's own shift. V(h) is exact if it is the mean of the teacher's velocity
+along the teacher's path. Two identities hold for exact jumps, and each gives a target:
+
+- Lagrangian (Boffi et al., arXiv 2406.07507, 2505.18825): as h grows, the end x(h) = x - (sigma_start - sigma_end) V(h) moves along
+  the teacher's velocity. So V = v(x(h), sigma_end) - (sigma_start - sigma_end) / sigma'(u_end) dV/dh.
+- Eulerian (MeanFlow, Geng et al., arXiv 2505.13447): as the start moves along the teacher's velocity, the end stays. So
+  V = v(x, sigma_start) - (sigma_start - sigma_end) / sigma'(u_start) dV/du_start, where x, sigma_start and h all move.
+
+Derivatives are finite differences of passes without gradient: h enters the network by the strength alone, and no derivative goes
+through the network. A one-sided difference looks back, to the shorter jump: what is right at small h spreads to larger h.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scfm_core.flow.path import euler_step, per_sample
+from scfm_core.flow.rows import put_rows, take_rows
+from scfm_core.flow.schedule import shift_sigma, shift_slope
+from scfm_core.scfm.plan import ShortcutPlan
+from scfm_core.scfm.target import Velocity
+
+
+@torch.no_grad()
+def own_starts(
+    plan: ShortcutPlan, noised: Tensor, noise: Tensor, cond: Any, student: Velocity, *, is_sharded: bool = True
+) -> Tensor:
+    """Put flow-map rows where one jump of the student from pure noise ends (`flow_map.starts: own`).
+
+    Only the plan's moved rows go through the network.
+
+    Args:
+        plan: its flow-map rows have sigma_start and u_start.
+        noised: x at the start of the other rows, [B, ...].
+        noise: pure noise, [B, ...].
+        cond: the conditioning, with guidance; `cond[rows]` must select rows, a list of their numbers.
+        student: its velocity at any strength.
+        is_sharded: one row goes through the network if no row needs it: in a sharded run every process must enter the network
+            equally often.
+
+    Returns:
+        x at the start of all rows, [B, ...], in the dtype of `noised`.
+    """
+    noised = torch.where(per_sample(plan.is_flow_map, noised), noise.to(noised.dtype), noised)
+    rows = plan.moved_rows or [0] * (is_sharded and plan.config.flow_map.has_own_starts)
+    if not rows:
+        return noised
+    x, end, u_end = (take_rows(tensor, rows) for tensor in (noised, plan.sigma_start, plan.u_start))
+    sigma = torch.full_like(end, plan.config.sigma_max)
+    velocity = student(x, sigma, cond[rows], _strength(plan, 1 - u_end))
+    return put_rows(noised, plan.moved_rows, euler_step(x, velocity, sigma - end))
+
+
+@torch.no_grad()
+def flow_map_velocity(
+    plan: ShortcutPlan,
+    noised: Tensor,
+    cond: Any,
+    prediction: Tensor,
+    student: Velocity,
+    known: Tensor | None = None,
+    *,
+    is_sharded: bool = True,
+) -> Tensor:
+    """The targets of flow-map rows; no gradient. Only these rows go through the network.
+
+    Args:
+        plan: gives the rows, their jumps and shifts.
+        noised: x at `plan.sigma_start`, [B, ...].
+        cond: the conditioning, with guidance; `cond[rows]` must select rows, a list of their numbers, which may repeat.
+        prediction: the student's velocity at `noised`, `plan.sigma_start` and `plan.student_strength`, [B, ...].
+        student: its velocity at any strength; strength 0 is the teacher.
+        known: targets of other rows, [B, ...].
+        is_sharded: as in `own_starts`.
+
+    Returns:
+        `known` with the targets of flow-map rows, [B, ...], in the dtype of `noised`; rows of other slices are zero without `known`.
+    """
+    known = torch.zeros_like(noised) if known is None else known.to(noised.dtype)
+    rows = plan.flow_map_rows or [0] * is_sharded
+    if not rows:
+        return known
+    target = _lagrangian if plan.config.flow_map.form == "lagrangian" else _eulerian
+    jump = _Jump(plan, rows, noised, prediction, cond, student)
+    return put_rows(known, plan.flow_map_rows, target(jump))
+
+
+class _Jump:
+    """The jumps of n flow-map rows, and passes of the student on them."""
+
+    def __init__(
+        self, plan: ShortcutPlan, rows: list[int], noised: Tensor, prediction: Tensor, cond: Any, student: Velocity
+    ) -> None:
+        self.settings = plan.config.flow_map
+        self._plan, self._rows, self._cond, self._student = plan, rows, cond, student
+        self.x = take_rows(noised, rows)
+        self.velocity = take_rows(prediction.detach(), rows).to(self.x.dtype)
+        self.start, self.end, self.u_start, self.length, self.shift = (
+            take_rows(tensor, rows)
+            for tensor in (plan.sigma_start, plan.sigma_end, plan.u_start, plan.step_size, plan.shift)
+        )
+
+    def sigma(self, u: Tensor) -> Tensor:
+        """[n] -> [n], as the plan computes it."""
+        return shift_sigma(u, self.shift).clamp(max=self._plan.config.sigma_max)
+
+    def passes(self, *points: tuple[Tensor, Tensor, Tensor]) -> Sequence[Tensor]:
+        """Velocities at points (x [n, ...], sigma [n], length [n]; 0 is the teacher), by one call of all rows: weights are gathered
+        once."""
+        x, sigma, length = (torch.cat(parts) for parts in zip(*points, strict=True))
+        cond = self._cond[self._rows * len(points)]
+        return self._student(x, sigma, cond, _strength(self._plan, length)).to(x.dtype).chunk(len(points))
+
+
+def _lagrangian(jump: _Jump) -> Tensor:
+    """The Lagrangian target, [n, ...]."""
+    way, length = jump.start - jump.end, jump.length
+    step = jump.settings.epsilon * length
+    landed = euler_step(jump.x, jump.velocity, way), jump.end, torch.zeros_like(length)
+    shorter = jump.x, jump.start, length - step
+    if jump.settings.difference == "central":
+        back, forth, teacher = jump.passes(shorter, (jump.x, jump.start, length + step), landed)
+        width = 2 * step
+    else:
+        back, teacher = jump.passes(shorter, landed)
+        forth, width = jump.velocity, step
+    scale = way / shift_slope(jump.u_start - length, jump.shift) / width
+    return teacher - per_sample(scale, back) * (forth - back)
+
+
+def _eulerian(jump: _Jump) -> Tensor:
+    """The Eulerian target, [n, ...]. At pure noise the difference is one-sided: there is no sigma above 1."""
+    way, step = jump.start - jump.end, jump.settings.epsilon * jump.length
+    [teacher] = jump.passes((jump.x, jump.start, torch.zeros_like(step)))
+
+    def moved(u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The jump to the same end from `u`, along the teacher's velocity."""
+        sigma = jump.sigma(u)
+        return euler_step(jump.x, teacher, jump.start - sigma), sigma, jump.length + u - jump.u_start
+
+    before, after = jump.u_start - step, jump.u_start
+    if jump.settings.difference == "central":
+        after = (after + step).clamp(max=1)
+        back, forth = jump.passes(moved(before), moved(after))
+    else:
+        [back], forth = jump.passes(moved(before)), jump.velocity
+    scale = way / shift_slope(jump.u_start, jump.shift) / (after - before)
+    return teacher - per_sample(scale, back) * (forth - back)
+
+
+def _strength(plan: ShortcutPlan, length: Tensor) -> Tensor:
+    gain = plan.config.step_gain
+    assert gain is not None, "PlanConfig checks it"
+    return gain.strength(length)

@@ -1,0 +1,215 @@
+"""Flow-map rows: their jumps, the fixed points of their targets, and which rows go through the network."""
+
+import dataclasses
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+from scfm_core.flow.path import per_sample
+from scfm_core.flow.schedule import shift_sigma, shift_slope
+from scfm_core.scfm.flow_map import flow_map_velocity, own_starts
+from scfm_core.scfm.method import FlowMap, PlanConfig, StepGain
+from scfm_core.scfm.plan import sample_plan
+
+SHIFT, GAMMA = 3.0, 0.5
+FORMS = [(form, difference) for form in ("lagrangian", "eulerian") for difference in ("central", "one_sided")]
+
+
+def make_config(fraction=1.0, *, slices=None, **settings: Any):
+    return PlanConfig(
+        teacher_fraction=0.0, flow_map_fraction=fraction, flow_map=FlowMap(**settings), step_gain=StepGain(gamma=GAMMA),
+        shift=(SHIFT, SHIFT), sigma_max=1.0, **(slices or {}),
+    )  # fmt: skip
+
+
+def make_plan(config, rows=16, seed=1):
+    return sample_plan(config, torch.arange(rows), seed)
+
+
+def in_fp64(plan):
+    """The same jumps, with sigmas that belong to u to the last bit."""
+    u, length, shift = plan.u_start.double(), plan.step_size.double(), plan.shift.double()
+    start, end = shift_sigma(u, shift), shift_sigma(u - length, shift)
+    return dataclasses.replace(plan, u_start=u, step_size=length, shift=shift, sigma_start=start, sigma_end=end)
+
+
+def field(x, sigma):
+    """A velocity with a known path: dx/dsigma = sigma + x / 2, so x = c exp(sigma / 2) - 2 sigma - 4."""
+    return per_sample(sigma, x) + x / 2
+
+
+def exact_student(x, sigma, cond, strength):
+    """The mean of `field` over the jump that the strength means; `field` itself at strength 0."""
+    u = sigma / (SHIFT - (SHIFT - 1) * sigma)
+    start, end = (per_sample(point, x) for point in (sigma, shift_sigma(u - strength ** (1 / GAMMA), SHIFT)))
+    reached = (x + 2 * start + 4) * torch.exp((end - start) / 2) - 2 * end - 4
+    is_jump = per_sample(strength, x) > 0
+    return torch.where(is_jump, (x - reached) / torch.where(is_jump, start - end, 1.0), field(x, sigma))
+
+
+class Rows(list):
+    """A conditioning: the numbers of its rows."""
+
+    def __getitem__(self, rows):
+        return Rows(rows)
+
+
+def error_of_the_fixed_point(epsilon, form, difference, rows=64):
+    """How far the target of an exact student is from its velocity: the largest error of all rows."""
+    plan = in_fp64(make_plan(make_config(epsilon=epsilon, form=form, difference=difference, shortest=1 / 16), rows))
+    x = torch.randn(rows, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    exact = exact_student(x, plan.sigma_start, None, plan.step_size**GAMMA)
+    target = flow_map_velocity(plan, x, Rows(range(rows)), exact, exact_student)
+    return float((target - exact).abs().max())
+
+
+def order_of(form, difference):
+    """At pure noise the Eulerian difference is one-sided, whatever the setting."""
+    return 2 if (form, difference) == ("lagrangian", "central") else 1
+
+
+@pytest.mark.parametrize(("form", "difference"), FORMS)
+def test_the_exact_flow_map_is_the_fixed_point_at_every_length(form, difference):
+    """Up to an error of the difference's order."""
+    assert error_of_the_fixed_point(1e-5, form, difference) < (1e-8 if order_of(form, difference) == 2 else 1e-5)
+
+
+@pytest.mark.parametrize(("form", "difference"), FORMS)
+def test_the_order_of_the_difference(form, difference):
+    errors = [error_of_the_fixed_point(epsilon, form, difference) for epsilon in (0.02, 0.01, 0.005)]
+    order = order_of(form, difference)
+    for coarse, fine in itertools.pairwise(errors):
+        assert coarse / fine == pytest.approx(2**order, rel=0.1)
+
+
+def test_a_student_that_is_not_exact_is_no_fixed_point():
+    """The target of an adapter that does nothing is the teacher's velocity where the row lands."""
+    plan = in_fp64(make_plan(make_config()))
+    x = torch.randn(16, 2, dtype=torch.float64)
+    prediction = field(x, plan.sigma_start)
+    target = flow_map_velocity(plan, x, Rows(range(16)), prediction, lambda x, sigma, cond, strength: field(x, sigma))
+    landed = x - (plan.sigma_start - plan.sigma_end)[:, None] * prediction
+    torch.testing.assert_close(target, field(landed, plan.sigma_end), rtol=0, atol=1e-12)
+    assert ((target - prediction).abs().amax(1) > 1e-3).all()
+
+
+def test_jumps_are_drawn_as_the_settings_say():
+    plan = make_plan(make_config(shortest=1 / 16, noise_fraction=0.3, whole_fraction=0.2), rows=20_000)
+    u, length = plan.u_start, plan.step_size
+    is_whole = length == 1
+    assert is_whole.double().mean().item() == pytest.approx(0.2, abs=0.01)
+    assert (u[~is_whole] == 1).double().mean().item() == pytest.approx(0.3, abs=0.01)
+    assert (length > 1 / 16).all() and (u >= length).all() and (u <= 1).all()
+    logarithm = length[~is_whole].log() / torch.tensor(1 / 16).log()
+    torch.testing.assert_close(logarithm.sort().values, torch.linspace(0, 1, len(logarithm)), rtol=0, atol=0.02)
+    assert set(plan.moved_rows) == set((u < 1).nonzero()[:, 0].tolist())
+    torch.testing.assert_close(plan.student_strength, length**GAMMA)
+    for point, sigma in ((u, plan.sigma_start), (u, plan.sigma_mid), (u - length, plan.sigma_end)):
+        torch.testing.assert_close(shift_sigma(point, SHIFT), sigma, rtol=0, atol=1e-6)
+
+
+def test_other_rows_are_the_same_as_without_flow_map_rows():
+    slices = {"flow_fraction": 0.3, "trajectory_fraction": 0.1}
+    without = make_plan(make_config(0.0, slices=slices), 4000)
+    plan = make_plan(make_config(0.2, slices=slices), 4000)
+    rows = plan.is_flow_map
+    assert rows.double().mean().item() == pytest.approx(0.2, abs=0.02)
+    assert not (rows & (plan.is_flow | plan.is_trajectory | plan.is_teacher)).any()
+    assert plan.flow_map_rows == rows.nonzero()[:, 0].tolist()
+    for name in ("sigma_start", "sigma_mid", "sigma_end", "student_strength", "shift", "guidance", "grid", "interval"):
+        assert torch.equal(getattr(plan, name)[~rows], getattr(without, name)[~rows]), name
+
+
+def test_the_slope_is_the_derivative_of_the_shift():
+    u, shift = torch.linspace(0, 1, 9, dtype=torch.float64).requires_grad_(), torch.tensor(3.0)
+    [slope] = torch.autograd.grad(shift_sigma(u, shift).sum(), u)
+    torch.testing.assert_close(shift_slope(u, shift), slope)
+
+
+@pytest.mark.parametrize("is_sharded", [True, False])
+@pytest.mark.parametrize(
+    ("fraction", "settings", "calls"),
+    [
+        (0.5, {}, "moved 3"),
+        (0.5, {"difference": "one_sided"}, "moved 2"),
+        (0.5, {"form": "eulerian"}, "moved 1 2"),
+        (0.5, {"noise_fraction": 1.0}, "3"),
+        (1e-9, {}, "moved 3"),  # no row of this batch
+    ],
+)
+def test_only_flow_map_rows_go_through_the_network(fraction, settings, calls, is_sharded):
+    """In a sharded run every process enters the network as often, without such rows with one row whose result is not used."""
+    plan = make_plan(make_config(fraction, **settings))
+    entered = []
+
+    def student(x, sigma, cond, strength):
+        assert len(x) == len(sigma) == len(cond) == len(strength) and not torch.is_grad_enabled()
+        entered.append(list(cond))
+        return x
+
+    x, noise = torch.zeros(16, 2), torch.randn(16, 2)
+    start = own_starts(plan, x, noise, Rows(range(16)), student, is_sharded=is_sharded)
+    prediction = torch.ones(16, 2, requires_grad=True)
+    known = torch.full((16, 2), 7.0)
+    target = flow_map_velocity(plan, start, Rows(range(16)), prediction, student, known, is_sharded=is_sharded)
+    rows, moved = plan.flow_map_rows, plan.moved_rows
+    assert bool(rows) == (fraction == 0.5)
+    needed = [moved if number == "moved" else rows * int(number) for number in calls.split()]
+    if not rows:
+        needed = [[0] * (1 if number == "moved" else int(number)) * is_sharded for number in calls.split()]
+    assert entered == [call for call in needed if call]
+    others = [row for row in range(16) if row not in rows]
+    assert not start[others].any() and (target[others] == 7).all() and not target.requires_grad
+    at_noise = [row for row in rows if row not in moved]
+    assert torch.equal(start[at_noise], noise[at_noise])
+    assert not (start[moved] == noise[moved]).any()
+
+
+def test_a_start_is_where_one_jump_of_the_student_ends():
+    plan = make_plan(make_config())
+    noise = torch.randn(16, 2)
+
+    def student(x, sigma, cond, strength):
+        assert (sigma == 1).all()
+        torch.testing.assert_close(strength, (1 - plan.u_start[list(cond)]) ** GAMMA)
+        return 2 * x
+
+    start = own_starts(plan, torch.zeros(16, 2), noise, Rows(range(16)), student)
+    torch.testing.assert_close(start, noise * (1 - 2 * (1 - plan.sigma_start))[:, None])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"step_gain": None}, "method.flow_map_fraction needs method.step_gain"),
+        ({"flow_map_fraction": 0.0}, "method.flow_map has no effect without flow-map rows"),
+        ({"flow_fraction": 0.5}, r"method.flow_fraction \+ method.flow_map_fraction must be at most 1, got 0.5 \+ 1.0"),
+        ({"flow_map": {"epsilon": 1.0}}, "method.flow_map.epsilon must be between 0 and 1, got 1.0"),
+        ({"flow_map": {"shortest": 0.0}}, r"method.flow_map.shortest must be in \[0.0001, 1\], got 0.0"),
+        ({"flow_map": {"noise_fraction": 1.5}}, r"method.flow_map.noise_fraction must be in \[0, 1\], got 1.5"),
+        ({"flow_map": {"shortest": 1e-4}, "sigma_max": 0.9999}, "reaches sigma_max 0.9999"),
+    ],
+    ids=str,
+)
+def test_invalid_settings_are_errors(change, message):
+    with pytest.raises(ValueError, match=message):
+        settings = change.get("flow_map", {"noise_fraction": 0.2})
+        dataclasses.replace(make_config(), **{**change, "flow_map": FlowMap(**settings)})
+
+
+@pytest.mark.parametrize(
+    ("settings", "target"),
+    [
+        ({}, 3.7),  # 70 % start where the student's own jump ends
+        ({"difference": "one_sided", "noise_fraction": 0.5}, 2.5),
+        ({"starts": "data", "whole_fraction": 0.5}, 3),
+        ({"whole_fraction": 0.5}, 3.35),
+        ({"noise_fraction": 1.0}, 3),
+    ],
+)
+def test_passes(settings, target):
+    config = make_config(**settings)
+    assert config.passes(1) == (1, pytest.approx(target)) and config.passes(2) == (2, pytest.approx(2 * target))
+    assert config.is_student_first and config.has_teacher and not config.has_pairs and not config.has_self
