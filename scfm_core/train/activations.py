@@ -32,7 +32,9 @@ class Activations:
     saved: float
     """What the student's pass saves for the backward."""
     temporary: float
-    """What the backward pass needs beyond that, recomputed activations too; or a pass without gradient, if it needs more than both."""
+    """What the backward pass needs beyond that, recomputed activations too."""
+    without_gradient: float
+    """What a pass without gradient needs."""
 
 
 def activations_of(config: RunConfig, family: ModelFamily) -> Activations:
@@ -111,7 +113,7 @@ def _measured(
                 more = measure({**ones, name: _FEW})
                 total += (count - 1) * (more[0] - saved)
                 temporary = max(temporary, more[1] - more[0])
-    return Activations(total, max(temporary, without - total, 0.0))
+    return Activations(total, max(temporary, 0.0), without)
 
 
 def _passes(

@@ -10,7 +10,7 @@ from scfm_core.models.offload import offloaded_bytes
 from scfm_core.models.protocol import ModelFamily
 from scfm_core.models.quantised import saved_bytes
 from scfm_core.models.tensor_files import CHUNK
-from scfm_core.train.activations import activations_of
+from scfm_core.train.activations import Activations, activations_of
 from scfm_core.train.config import RunConfig
 from scfm_core.train.from_cache import is_without_text
 from scfm_core.train.rules import micro_batches
@@ -111,7 +111,7 @@ def estimate_memory(
         **_gathered(config, family, network, share, width),
         "reduce bucket (fp32)": 4 * min(REDUCE_BUCKET, trained) * zero,
         "saved activations": size * activations.saved,
-        "temporaries of a pass": size * activations.temporary,
+        "temporaries of a pass": size * _temporary(config, activations),
     }
     offloaded: dict[str, float] = {}
     if engine.cpu_offload:
@@ -119,6 +119,15 @@ def estimate_memory(
     on_gpu = {name: size for name, size in {**weights, **optimizer}.items() if name not in offloaded}
     host = _of_a_node(config, family, trained, world, a_node, {**offloaded, "blocks of the base": float(on_host)})
     return Memory({**on_gpu, **working}, host)
+
+
+def _temporary(config: RunConfig, activations: Activations) -> float:
+    """What passes need for a sample beyond the saved activations: the backward, or a pass for the target. That comes before anything
+    is saved, or after it if a target is computed from the student's velocity."""
+    method = config.method
+    saved = 0.0 if method.is_student_first else activations.saved
+    rows = method.flow_map.rows_of_a_target if method.has_flow_map else 1  # all rows may be flow-map rows
+    return max(activations.temporary, rows * activations.without_gradient - saved)
 
 
 def _fp8_copies(network: nn.Module, rows: Mapping[str, int]) -> float:

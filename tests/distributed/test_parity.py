@@ -138,7 +138,7 @@ def test_paths_taken_within_the_training(name, weights, tiny, tmp_path):
     method = {"trajectory_fraction": 0.1, "trajectory_steps": 4, "trajectory_grids": [1, 2, 4]}
     slices = ["loss/trajectory"]
     if weights == "lora":
-        method["flow_map_fraction"] = 0.1
+        method["flow_map_fraction"] = 0.2
         slices.append("loss/flow_map")
     changes = {f"method__{key}": value for key, value in method.items()} | common(weights, "float32")
     changes |= {"lora__targets": FEW_TARGETS, "train__steps": 3}

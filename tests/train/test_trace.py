@@ -23,6 +23,7 @@ from scfm_core.train.trace_ops import ATTENTION, BASE, COMPILED, ELEMENTWISE, Op
 from scfm_core.train.trace_step import trace_step
 
 MIB = 2**20
+FLOW_MAP = "method={teacher_fraction: 0, flow_map_fraction: 1, flow_map: {noise_fraction: 1}, step_gain: {gamma: 0.5}}"
 
 
 @pytest.fixture
@@ -54,6 +55,7 @@ def recorded(call, **options):
         ("flux_dev_full", 64, ["engine.shard=8", "train.global_batch_size=64"]),
         ("sd35_large_lora", 1, []),
         ("krea2_lora", 1, []),
+        ("flux_dev_lora", 1, [FLOW_MAP, "train.micro_batch_size=2", "train.activation_checkpointing=full"]),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
