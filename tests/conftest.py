@@ -60,6 +60,7 @@ def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
 
     Tests of several processes come first, since they are the longest: short ones fill the gaps at the end. Each `timed` test
     waits for what must happen within a time, and takes two cores by itself. All of them are in `LANES` groups, which begin at once.
+    Other tests that share a fixture of their module are a group too, so that not every worker makes it.
     """
     for item in items:
         distributed = item.path.parent.name == "distributed" and hasattr(item.module, "run_distributed")
@@ -67,11 +68,26 @@ def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
         several = parameters.get("workers", 0) > 0 or parameters.get("processes", 1) > 1
         if distributed or several or _STARTING_FIXTURES.intersection(item.fixturenames):
             item.add_marker("processes")
-    items.sort(key=lambda item: "processes" not in item.keywords)
+    items.sort(key=lambda item: ("timed" not in item.keywords, "processes" not in item.keywords))
     modules = list(dict.fromkeys(item.path for item in items if "timed" in item.keywords))
     for item in items:
         if "timed" in item.keywords:
             item.add_marker(pytest.mark.xdist_group(f"timed{modules.index(item.path) % LANES}"))
+        elif item.get_closest_marker("xdist_group") is None and (shared := _shared_fixtures(item)):
+            parameters = item.callspec.params if hasattr(item, "callspec") else {}
+            values = [str(parameters[name]) for name in shared if name in parameters]
+            item.add_marker(pytest.mark.xdist_group(" ".join([item.path.stem, *values])))
+
+
+def _shared_fixtures(item: pytest.Function) -> list[str]:
+    """Fixtures that are made once for a module."""
+    found = item._fixtureinfo.name2fixturedefs
+    return sorted(name for name, made in found.items() if made[-1].scope == "module")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Groups begin in the order of their first tests; pytest-xdist would begin with the group of most tests."""
+    config.option.loadscopereorder = False
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -159,6 +175,20 @@ def write_tiny(root: Path) -> Path:
         EncodeConfig(text_length=8, dtype=torch.float32, samples_per_shard=20),
     )
     return root
+
+
+@pytest.fixture(scope="session")
+def tiny_short(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny`'s flux with one block of each kind, not 1 and 3: Triton's interpreter takes a second for a block's pass."""
+    folder = tmp_path_factory.mktemp("tiny_short")
+    for part in (tiny / "flux").iterdir():
+        if part.name != "transformer":
+            (folder / part.name).symlink_to(part)
+    network: Any = open_family(str(tiny / "flux")).load_network(torch.float32, "cpu")
+    network.single_transformer_blocks = network.single_transformer_blocks[:1]
+    network.register_to_config(num_single_layers=1)
+    network.save_pretrained(folder / "transformer")
+    return folder
 
 
 @pytest.fixture(scope="session")

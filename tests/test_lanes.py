@@ -33,6 +33,15 @@ def test_timed_tests_are_grouped(request):
     assert ("@timed" in request.node.nodeid) == getattr(request.config.option, "loadgroup", False)
 
 
+@pytest.fixture(scope="module", params=["a"])
+def once(request):
+    return request.param
+
+
+def test_tests_that_share_a_fixture_of_their_module_are_grouped(request, once):
+    assert request.node.nodeid.endswith("@test_lanes a") == getattr(request.config.option, "loadgroup", False)
+
+
 def test_no_test_asks_the_hub():
     assert HF_HUB_OFFLINE
     with pytest.raises(OfflineModeIsEnabled):

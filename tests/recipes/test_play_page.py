@@ -13,7 +13,6 @@ from test_play import PROMPT, player, runs  # noqa: F401
 
 from recipes.play_server import serve_in_thread
 
-pytest.importorskip("gradio", reason="the page needs scfm[play]")
 sync_api = pytest.importorskip("playwright.sync_api", reason="the browser is driven by playwright")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
@@ -33,6 +32,7 @@ def asked():
 @pytest.fixture(scope="module")
 def address(player, asked):  # noqa: F811
     """The page; Python's connections to other machines are refused."""
+    pytest.importorskip("gradio", reason="the page needs scfm[play]")  # two seconds, which only these tests need
     connect, getaddrinfo = socket.socket.connect, socket.getaddrinfo
 
     def refusing(self, target):
