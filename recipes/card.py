@@ -284,6 +284,8 @@ def _training(card: Card) -> str:
         data = "stored paths of the teacher"
     elif method.trajectory_fraction:
         data = f"paths of the teacher, {method.trajectory_steps} steps each, from captions"
+    elif method.flow_map_fraction == 1 and method.flow_map.starts == "own":
+        data = "captions; jumps of the student itself"
     else:
         data = "images with captions"
     weights = (

@@ -348,6 +348,29 @@ def test_a_scale_below_one_is_refused(make_sd3, method):
         Trainer(make_sd3({"method.guidance": [0.0, 8.0], **method}))
 
 
+def test_flow_map_rows_are_guided(make_sd3):
+    """Start, student and target at the same scales. Adapters that are zero have the teacher's velocity at every strength."""
+    method = {"flow_map_fraction": 1.0, "teacher_fraction": 0.0, "step_gain": {"gamma": 0.5}, "guidance": [3.5, 5.0]}
+    trainer = Trainer(make_sd3({"method": method, "train.compute_dtype": "float32"}))
+    calls, velocity = [], trainer.family.velocity
+
+    def seen(network, x, sigma, cond):
+        result = velocity(network, x, sigma, cond)
+        calls.append((x.detach(), cond.guidance, result.detach()))
+        return result
+
+    trainer.family.velocity = seen
+    next(trainer.train_steps())
+    (start, *_), (x, scales, student), (points, all_scales, of_target) = calls[:3]
+    assert 0 < len(start) <= len(x) and torch.equal(all_scales, scales.repeat(3)) and (scales > 3.5).all()
+    for other in of_target.chunk(3)[:2]:
+        torch.testing.assert_close(other, student, rtol=1e-4, atol=1e-4)
+    *same, landed = points.chunk(3)
+    assert all(torch.equal(point, x) for point in same)
+    ways = (x - landed) / student
+    assert (ways > 0.01).all() and (ways.flatten(1).std(1) < 1e-3).all()  # one length for each row
+
+
 def test_pretrained_from_scratch(make_sd3):
     """The data's velocity is learned without guidance, and without captions in the configured fraction of rows."""
     changes = {"model.init": "random", "train.weights": "full", "train.lr": 2e-3, "train.steps": 12}
