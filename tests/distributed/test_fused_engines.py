@@ -13,29 +13,34 @@ FUSED = {"kernels": {"fused": "triton", "attention": "triton"}}
 
 
 @pytest.fixture(scope="module")
-def plain(tiny, tmp_path_factory):
+def plain(tiny, tiny_short, tmp_path_factory):
     """weights -> the rows of one process with diffusers' own blocks."""
     known = {}
 
     def get(weights):
         if weights not in known:
-            tree = make_tree(
-                tiny, tmp_path_factory.mktemp("plain") / "run", **changes(weights), train__micro_batch_size=2
-            )
+            run_dir = tmp_path_factory.mktemp("plain") / "run"
+            tree = make_tree(tiny, run_dir, **changes(weights, tiny_short), train__micro_batch_size=2)
             [known[weights]] = run_distributed(train_all, 1, tree)
         return known[weights]
 
     return get
 
 
-def changes(weights):
-    """One step: Triton's interpreter takes seconds a forward."""
-    return {"train__steps": 1, "train__weights": weights, "train__global_batch_size": 2}
+def changes(weights, folder):
+    """One step of one block of each kind: Triton's interpreter takes seconds a forward."""
+    return {
+        "model__path": str(folder),
+        "train__steps": 1,
+        "train__weights": weights,
+        "train__global_batch_size": 2,
+    }
 
 
 @pytest.mark.parametrize(("engine", "weights"), [("fsdp2", "full"), ("zero3", "lora")])
-def test_losses_and_gradients_are_those_of_plain_blocks(engine, weights, plain, tiny, tmp_path):
-    tree = make_tree(tiny, tmp_path / "run", **changes(weights), train__micro_batch_size=1, engine=ENGINES[engine])
+def test_losses_and_gradients_are_those_of_plain_blocks(engine, weights, plain, tiny, tiny_short, tmp_path):
+    small = changes(weights, tiny_short)
+    tree = make_tree(tiny, tmp_path / "run", **small, train__micro_batch_size=1, engine=ENGINES[engine])
     rows = run_distributed(train_all, 2, tree | FUSED)[0]
     expected = plain(weights)
     for key in ("loss", "grad_norm"):

@@ -351,14 +351,17 @@ def test_fused_blocks_do_not_change_the_golden_losses(make_config):
     assert [row["loss"] for row in rows] == pytest.approx(json.loads(GOLDEN.read_text()), rel=1e-3)
 
 
-def test_kernels_do_not_change_the_losses(make_config, tmp_path):
-    """One sample in a step: Triton's interpreter takes seconds for a forward pass."""
+def test_kernels_do_not_change_the_losses(make_config, tmp_path, tiny_short):
+    """One sample in a step and one block of each kind: Triton's interpreter takes seconds for a forward pass."""
     small = {"train.steps": 2, "train.global_batch_size": 1, "train.micro_batch_size": 1, **GOLDEN_METHOD}
+    small["model.path"] = str(tiny_short)
     _, plain = run(make_config({**small, "run.dir": str(tmp_path / "plain")}))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kernels = {"kernels.fused": "triton", "kernels.attention": "triton", "run.device": device}
     trainer, rows = run(make_config({**small, **kernels}))
     assert (trainer.kernels.fused, trainer.kernels.attention.backend) == ("triton", "triton")
+    blocks = trainer.family.blocks(trainer.model.networks["student"])
+    assert [type(block).__name__ for block in blocks] == ["FusedDoubleBlock", "FusedSingleBlock"]
     for key in ("loss", "grad_norm"):
         assert [row[key] for row in rows] == pytest.approx([row[key] for row in plain], rel=1e-4)
 
