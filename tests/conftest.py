@@ -141,7 +141,7 @@ def _importing() -> Iterator[None]:
 def _freeze_modules() -> None:
     """Leave out of later collections what lives now, outside of tests: most of it belongs to modules.
 
-    Each trainer collects garbage, and a worker has a million objects: without this, collections take a fifth of all time.
+    Each trainer collects garbage, and a worker has a million objects: without this, collections took a fifth of the time of test_families.py.
     """
     global _frozen
     gc.collect()
