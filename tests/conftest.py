@@ -123,19 +123,25 @@ _start, BaseProcess.start = BaseProcess.start, _audited_start  # type: ignore[me
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Iterator[None]:
-    """Imports make little garbage."""
+    with _importing():
+        return (yield)
+
+
+@contextmanager
+def _importing() -> Iterator[None]:
+    """Collect no garbage: imports make little of it."""
     gc.disable()
     try:
-        return (yield)
+        yield
     finally:
         gc.enable()
         _freeze_modules()
 
 
 def _freeze_modules() -> None:
-    """Leave out of later collections what lives now, between two tests: most of it belongs to modules.
+    """Leave out of later collections what lives now, outside of tests: most of it belongs to modules.
 
-    Each trainer collects garbage, and a worker has a million objects: without this, collections take a fifth of all time.
+    Each trainer collects garbage, and a worker has a million objects: without this, collections took a fifth of the time of test_families.py.
     """
     global _frozen
     gc.collect()
@@ -159,7 +165,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `flux` (a pipeline whose transformer is random but not zero), `digits`, `cache`, `classifier`."""
-    return write_tiny(tmp_path_factory.mktemp("tiny"))
+    with _importing():  # diffusers, transformers and scikit-learn
+        return write_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 def write_tiny(root: Path) -> Path:
