@@ -73,7 +73,8 @@ def _measured(
     recorder, narrow = Recorder(), None if lora or dtype == torch.float32 else dtype
     memory = recorder.memory
     with as_gpu(recorder) as functions, recorder, _with_empty_caption(family, size[2]):
-        network = family.empty_network(dtype)
+        with META:  # its buffers too: tables of positions take a second to compute
+            network = family.empty_network(dtype)
         counts = {name: len(getattr(network, name)) for name in family.block_lists}
         for name in counts:
             setattr(network, name, getattr(network, name)[:_FEW])

@@ -110,9 +110,15 @@ def build_model(
     needs_teacher = config.method.has_teacher if layout is not None else config.method.follows_teacher
     has_teacher = with_teacher and needs_teacher and not is_lora
     prepare = _preparation(config, family, kernels, layout, device)
+
+    def empty_network(dtype: torch.dtype) -> nn.Module:
+        # A trace needs no values of buffers: tables of positions take a second to compute.
+        with device if device.type == "meta" else contextlib.nullcontext():
+            return family.empty_network(dtype)
+
     with contextlib.ExitStack() as stack:
         with (world or World()).together():
-            network = family.empty_network(dtype if is_lora or layout is None else torch.float32)
+            network = empty_network(dtype if is_lora or layout is None else torch.float32)
             shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
             start, pretrained = (fill, fill) if fill else _weights(config, family, network, stack, has_teacher)
             adapted = _adapted(config, family, network, layout) if is_lora else None
@@ -127,13 +133,13 @@ def build_model(
         networks = {}
         roles = ADAPTERS if layout is not None else (config.sample.weights,)
         for role in roles:
-            networks[role] = network if role == roles[0] else family.empty_network(torch.float32)
+            networks[role] = network if role == roles[0] else empty_network(torch.float32)
             # DualEMA sets the averages to the student, but not their buffers.
             prepare(networks[role], role == roles[0], start if role == roles[0] else zeros)
             for name, buffer in networks[role].named_buffers():
                 buffer.copy_(networks[roles[0]].get_buffer(name))
         if has_teacher:
-            networks["teacher"] = family.empty_network(dtype)
+            networks["teacher"] = empty_network(dtype)
             prepare(networks["teacher"], False, pretrained)
     return FullModel(family, networks, shapes, dtype, **_near_pass(config, networks, layout, world or World()))
 
