@@ -163,7 +163,8 @@ def _add_evaluate(commands: Any) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from recipes.evaluate import evaluate, format_evaluation
+    from recipes.evaluate import evaluate
+    from recipes.figures import format_evaluation
 
     print(format_evaluation(evaluate(arguments.run_dir, arguments.overrides)))
     print(f"written to {arguments.run_dir / 'evaluation.json'}")
