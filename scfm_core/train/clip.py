@@ -78,7 +78,7 @@ class LocalCLIP:
     @property
     def logit_scale(self) -> float:
         """The factor of a cosine in the model's training."""
-        return float(self._model.logit_scale.exp())
+        return float(self._model.logit_scale.detach().exp())
 
 
 def _unit(embeddings: Tensor) -> Tensor:
