@@ -67,7 +67,7 @@ class Comparison:
                 embedded.append(self._embed(batch if batch.dtype == torch.uint8 else to_uint8(batch)))
         features = torch.cat(found)
         try:
-            manifold = Manifold(features.float().to(self.device))
+            manifold = Manifold(features.to(self.device))
         except ValueError:
             manifold = None
         return Described(features=features, manifold=manifold, embeddings=torch.cat(embedded) if embedded else None)

@@ -12,6 +12,8 @@ _NEIGHBOURS = 3
 """k of the paper's experiments (Kynkaanniemi et al., arXiv 1904.06991, Section 3.1)."""
 _CHUNK = 512
 """Rows of one block of distances: 123 MB in fp64 for 30,000 columns."""
+_ROUNDING = 1e-12
+"""Bound of the relative error of a squared distance in fp64: some thousand products are added."""
 _SIGMA, _SCALE = 10.0, 1000.0
 """Bandwidth of the kernel and factor of CMMD (Jayasumana et al., arXiv 2401.09603, Section 4)."""
 
@@ -30,10 +32,10 @@ class Manifold:
     def __init__(self, features: Tensor, k: int = _NEIGHBOURS) -> None:
         if len(features) <= k:
             raise ValueError(f"{len(features)} features have no neighbour number {k}")
-        self.features = features
+        self.features = features.double()
         # The nearest of all is the feature itself.
-        found = [_distances(part, features).kthvalue(k + 1).values for part in features.split(_CHUNK)]
-        self.radii = torch.cat(found)
+        found = [_squared_distances(part, self.features).kthvalue(k + 1).values for part in self.features.split(_CHUNK)]
+        self.squared_radii = torch.cat(found)
 
 
 def precision_recall(generated: Manifold, reference: Manifold) -> tuple[float, float]:
@@ -43,9 +45,9 @@ def precision_recall(generated: Manifold, reference: Manifold) -> tuple[float, f
     that is in a ball of the generated features: coverage.
     """
     inside, covered = 0, torch.zeros(len(reference.features), dtype=torch.bool, device=reference.features.device)
-    for part, radii in zip(generated.features.split(_CHUNK), generated.radii.split(_CHUNK), strict=True):
-        distances = _distances(part, reference.features)
-        inside += int((distances <= reference.radii).any(1).sum())
+    for part, radii in zip(generated.features.split(_CHUNK), generated.squared_radii.split(_CHUNK), strict=True):
+        distances = _squared_distances(part, reference.features)
+        inside += int((distances <= reference.squared_radii).any(1).sum())
         covered |= (distances <= radii[:, None]).any(0)
     return inside / len(generated.features), float(covered.double().mean())
 
@@ -92,10 +94,15 @@ def cmmd(first: Tensor, second: Tensor, *, sigma: float = _SIGMA, scale: float =
 
 
 def _kernel_sum(first: Tensor, second: Tensor, sigma: float) -> float:
-    parts = (_distances(part, second).square().div(-2 * sigma**2).exp().sum() for part in first.split(_CHUNK))
+    parts = (_squared_distances(part, second).div(-2 * sigma**2).exp().sum() for part in first.split(_CHUNK))
     return sum(float(part) for part in parts)
 
 
-def _distances(first: Tensor, second: Tensor) -> Tensor:
-    """Euclidean distances [N, M]. From differences, not from products: equal features have distance 0 exactly."""
-    return torch.cdist(first, second, compute_mode="donot_use_mm_for_euclid_dist")
+def _squared_distances(first: Tensor, second: Tensor) -> Tensor:
+    """Squared Euclidean distances of fp64 features, [N, M].
+
+    A matrix product is some ten times as fast as differences. Its rounding is removed where it counts: equal features have distance 0.
+    """
+    norms = first.square().sum(1, keepdim=True) + second.square().sum(1)
+    squared = torch.addmm(norms, first, second.T, alpha=-2)
+    return squared.masked_fill_(squared < _ROUNDING * norms, 0)

@@ -552,6 +552,7 @@ INVALID = [
     ("evaluate.steps=[0]", "evaluate.steps, teacher_steps, batch_size and per_prompt must be >= 1"),
     ("evaluate.teacher_steps=0", "evaluate.steps, teacher_steps, batch_size and per_prompt must be >= 1"),
     ("evaluate.batch_size=0", "evaluate.steps, teacher_steps, batch_size and per_prompt must be >= 1"),
+    ("evaluate.per_prompt=0", "evaluate.steps, teacher_steps, batch_size and per_prompt must be >= 1"),
     ("evaluate.samples=1", "evaluate.samples >= 2"),
 ]
 

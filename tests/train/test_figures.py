@@ -58,7 +58,7 @@ class TestPrecisionAndRecall:
     def test_on_a_line(self):
         """Balls of [0, 1, 2, 10] to the second neighbour have radii 2, 1, 2, 9."""
         reference = torch.tensor([[0.0], [1.0], [2.0], [10.0]])
-        assert Manifold(reference, 2).radii.tolist() == [2, 1, 2, 9]
+        assert Manifold(reference, 2).squared_radii.tolist() == [4, 1, 4, 81]
         generated = torch.tensor([[19.0], [19.1], [19.3], [-2.5]])
         assert self.measure(generated, reference, 2) == (0.25, 1)  # the ball of -2.5 has radius 21.6
 
