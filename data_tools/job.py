@@ -59,10 +59,10 @@ def plan_shards(groups: Iterable[Sequence[int]], samples_per_shard: int) -> list
     return [PlannedShard(f"shard-{number:06d}.tar", part) for number, part in enumerate(parts)]
 
 
-def processes() -> tuple[int, int]:
-    """Rank and world size: RANK and WORLD_SIZE of a launcher, or those of a Slurm array; else 0 and 1. A share is said."""
+def processes(work: str = "shards") -> tuple[int, int]:
+    """Rank and world size: RANK and WORLD_SIZE of a launcher, or those of a Slurm array; else 0 and 1. It prints its share of `work`."""
     if launched_size() > 1:
-        _say_share("launch", launched_rank(), launched_size(), "RANK -u WORLD_SIZE")
+        _say_share("launch", work, launched_rank(), launched_size(), "RANK -u WORLD_SIZE")
         return launched_rank(), launched_size()
     if "SLURM_ARRAY_TASK_ID" in os.environ:
         task, first, last, step, count = (
@@ -71,17 +71,17 @@ def processes() -> tuple[int, int]:
         )
         if (last - first) // step + 1 != count:
             raise UserError(
-                "the tasks of a Slurm array share the shards only if the array is a range, for example --array=0-15"
+                f"the tasks of a Slurm array share the {work} only if the array is a range, for example --array=0-15"
             )
         if count > 1:
-            _say_share("Slurm array", (task - first) // step, count, "SLURM_ARRAY_TASK_ID")
+            _say_share("Slurm array", work, (task - first) // step, count, "SLURM_ARRAY_TASK_ID")
         return (task - first) // step, count
     return 0, 1
 
 
-def _say_share(what: str, rank: int, count: int, variables: str) -> None:
+def _say_share(what: str, work: str, rank: int, count: int, variables: str) -> None:
     print(
-        f"process {rank + 1} of {count} of a {what}: it makes 1/{count} of the shards, and all {count} need the same "
+        f"process {rank + 1} of {count} of a {what}: it makes 1/{count} of the {work}, and all {count} need the same "
         f"arguments and output folder. To make everything in this process: env -u {variables} scfm ...",
         file=sys.stderr,
     )

@@ -13,8 +13,8 @@ from recipes import advice
 from recipes.base_model import BaseModel
 from recipes.comfyui import comfyui_settings, workflow
 from recipes.header import Contents
+from recipes.image_files import read_settings
 from recipes.measured import is_evaluated
-from recipes.sample import read_settings
 from scfm_core import __version__
 from scfm_core.files import permit_reading, renamed_at_end, written_whole
 from scfm_core.models.fused_base import describe

@@ -119,17 +119,35 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _add_sample(commands: Any) -> None:
-    parser = add_command(commands, "sample", "Make images with a run's weights.", _sample)
+    parser = add_command(
+        commands,
+        "sample",
+        "Make images with a run's weights.",
+        _sample,
+        epilog="examples:\n  scfm sample runs/mine --steps 3 --prompt 'a red fox in fresh snow'\n"
+        "  scfm sample runs/mine --steps 3 --prompts evaluation_metadata.jsonl --per-prompt 4 --layout geneval -o images",
+    )
     parser.add_argument("run_dir", type=Path)
     add_overrides(parser)
     parser.add_argument("--prompt", action="append", default=[], help="prompt of one image; may be repeated")
-    parser.add_argument("--prompts", metavar="FILE", help="text file with one prompt on each line")
+    parser.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="text file with one prompt on each line, or JSON lines with the key prompt (.jsonl)",
+    )
+    parser.add_argument("--per-prompt", type=int, default=1, metavar="N", help="images of each prompt (default 1)")
+    parser.add_argument(
+        "--layout",
+        choices=("geneval", "flat"),
+        help="many images for another tool: folders as GenEval reads them, or one folder with metadata.jsonl. The same command resumes; the "
+        "processes of a launcher or of a Slurm array share the prompts",
+    )
     parser.add_argument("--steps", type=int, default=3, help="Euler steps (default 3)")
-    parser.add_argument("--seed", type=int, help="image i starts from torch.Generator().manual_seed(SEED + i)")
+    parser.add_argument("--seed", type=int, help="image i of all starts from torch.Generator().manual_seed(SEED + i)")
     parser.add_argument(
         "--strength", type=float, help="adapter strength (default: the one that was trained for this step count)"
     )
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="default RUN_DIR/samples/N_steps")
+    parser.add_argument("--output", "-o", type=Path, metavar="FOLDER", help="default RUN_DIR/samples/N_steps[_LAYOUT]")
 
 
 def _sample(arguments: argparse.Namespace) -> None:
@@ -139,16 +157,18 @@ def _sample(arguments: argparse.Namespace) -> None:
         )
     from recipes.sample import sample
 
-    paths = sample(
+    made, folder = sample(
         arguments.run_dir,
         arguments.overrides + ([] if arguments.seed is None else [f"sample.seed={arguments.seed}"]),
         prompts=arguments.prompt,
         prompt_file=arguments.prompts,
+        per_prompt=arguments.per_prompt,
+        layout=arguments.layout,
         num_steps=arguments.steps,
         strength=arguments.strength,
         output=arguments.output,
     )
-    print(f"{len(paths)} images in {paths[0].parent}")
+    print(f"{made} images in {folder}")
 
 
 def _add_evaluate(commands: Any) -> None:
@@ -163,7 +183,8 @@ def _add_evaluate(commands: Any) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from recipes.evaluate import evaluate, format_evaluation
+    from recipes.evaluate import evaluate
+    from recipes.figures import format_evaluation
 
     print(format_evaluation(evaluate(arguments.run_dir, arguments.overrides)))
     print(f"written to {arguments.run_dir / 'evaluation.json'}")

@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from recipes.comparison import Comparison, Described
+from recipes.figures import FIGURES, FLOOR, SINGULAR, Result, format_evaluation, is_singular
 from recipes.unfinished import UnfinishedEvaluation
 from scfm_core.data.corpus import Corpus
 from scfm_core.data.image import unit_range
@@ -27,7 +29,6 @@ from scfm_core.models.student import FullModel
 from scfm_core.models.weights import save_tensors
 from scfm_core.train.config import RunConfig
 from scfm_core.train.device import compute_dtype, resolve_device
-from scfm_core.train.features import extract, frechet_distance, load_features
 from scfm_core.train.grid import save_grid
 from scfm_core.train.inputs import check_cache
 from scfm_core.train.metrics import progress_bar
@@ -36,16 +37,11 @@ from scfm_core.train.prompts import read_prompts
 from scfm_core.train.run_dir import MANIFEST, newest_complete
 from scfm_core.train.runs import load_trained, open_run
 from scfm_core.train.sampling import generate, to_uint8
-from scfm_core.wording import count, duration, number
+from scfm_core.wording import count, duration
 
-Result = dict[str, dict[str, dict[str, float]]]
 _SAMPLER = 2
 """Changes with what a model's images are made of. 2: Flux's timesteps in bf16 are those of diffusers' pipeline."""
 GRID_COLUMNS = 10
-SINGULAR = (
-    "there are no more samples than features, so the covariance is singular: these Frechet distances can be compared with each "
-    "other, not with published ones"
-)
 _ADVICE = "Make room there, or evaluate a copy of the run in another folder"
 _PARTS = 64
 """Number of contiguous parts of the data from which samples are taken."""
@@ -59,10 +55,9 @@ def evaluate(run_dir: Path, overrides: list[str]) -> Result:
     no teacher and no base: its samples are only compared with the data.
 
     Returns:
-        `{"student": {"3": {...}}, "base": {...}, "teacher": {"32": {...}}}`, each with `fid_teacher` and
-        `mse_teacher` (not for the teacher), `fid_data`, `seconds_per_image` (with decoding), with `evaluate.clip_path`
-        `clip_score`, and with `evaluate.noise_floor` the teacher's `fid_floor`. `samples`, `data_samples` and `features` are the
-        numbers of images, of the data's images, and of features of an image.
+        `{"student": {"3": {...}}, "base": {...}, "teacher": {"32": {...}}}`: the figures of `recipes.figures`, those that compare
+        with the teacher not for the teacher itself, and `seconds_per_image` (with decoding). `samples`, `data_samples` and `features`
+        are the numbers of images, of the data's images, and of features of an image.
     """
     config = open_run(run_dir, overrides)
     settings = config.evaluate
@@ -92,8 +87,10 @@ def evaluate(run_dir: Path, overrides: list[str]) -> Result:
             row = evaluator.measure(role, steps)
             if kind == "teacher":
                 evaluator.set_reference()
-                if settings.noise_floor:
-                    row["fid_floor"] = evaluator.noise_floor(steps) if before is None else before[0]["fid_floor"]
+                if settings.noise_floor and before is None:
+                    row |= evaluator.noise_floor(steps)
+                elif settings.noise_floor and before is not None:
+                    row |= {key: value for key, value in before[0].items() if key.endswith(FLOOR)}
             result[kind][str(steps)], grids[name] = row, evaluator.images[:GRID_COLUMNS] / 255
             kept.save(name, row, grids[name])
     order = sorted(grids, key=lambda name: list(result).index(name.split()[0]))
@@ -131,8 +128,7 @@ class Evaluator:
     def __init__(self, run_dir: Path, config: RunConfig) -> None:
         settings = config.evaluate
         self.config, self.device, self.size = config, resolve_device(config.run.device), settings.batch_size
-        self.features = load_features(settings, self.device)
-        self.clip = _clip_score(settings.clip_path, self.device)
+        self.comparison = Comparison(settings, self.device)
         self.model = load_trained(run_dir, config, with_teacher=True)
         self.has_teacher = not isinstance(self.model, FullModel) or "teacher" in self.model.networks
         dtype = compute_dtype(config)
@@ -155,6 +151,7 @@ class Evaluator:
             corpus.fingerprint,
             self.prompts,
             weights and (weights / MANIFEST).read_text(encoding="utf-8"),
+            list(FIGURES),
         ]
         self.key = hashlib.sha256(json.dumps(known).encode()).hexdigest()
         """A hash of everything that the figures depend on."""
@@ -166,7 +163,9 @@ class Evaluator:
         )
         row_of = {prompt: row for row, prompt in enumerate(distinct)}
         self.rows = torch.tensor([row_of[prompt] for prompt in self.prompts])
-        self.real = self._real_features(corpus, items)
+        described = self.comparison.describe(self._data_images(corpus, items))
+        self.comparison.set_data(described)
+        self.real = described.features
         if len(self.real) < self.count:
             print(
                 f"note: fid_data compares {self.count} images with {len(self.real)}: the data have no more of this size"
@@ -175,8 +174,8 @@ class Evaluator:
             print(f"note: {SINGULAR}. Raise evaluate.samples above {self.real.shape[1]}")
         self.images = torch.empty(0, dtype=torch.uint8)
         """The images of the last `measure`, uint8 [N, 3, H, W]."""
-        self._last_features = torch.empty(0)
-        self._reference: tuple[Tensor, Tensor] | None = None
+        self._last: Described | None = None
+        self._has_reference = False
         self.advance: Callable[[int], Any] = lambda images: None
         """Called with the number of images after each batch."""
         self._generate(config.sample.weights, 1, 0)  # warm-up: the first call on a device is slow
@@ -207,47 +206,32 @@ class Evaluator:
         kept = self.config.evaluate.keep if role == "teacher" else None
         if kept is not None:
             self.images, seconds = self._load_or_make(Path(kept).expanduser(), steps)
-        elif role == "teacher" and self._reference is None:
+        elif role == "teacher" and not self._has_reference:
             self.images, seconds = self._load_or_make(self.folder, steps)
         else:
             self.images, seconds = self._make(role, steps)
-        self._last_features = self._features(self.images)
-        row = {
-            "fid_data": frechet_distance(self._last_features, self.real),
+        row, self._last = self.comparison.measure(self.images, self.prompts)
+        return row | {
             "seconds_per_image": seconds / len(self.images),
             "samples": len(self.images),
             "data_samples": len(self.real),
             "features": self.real.shape[1],
         }
-        if self._reference is not None:
-            reference_images, reference_found = self._reference
-            row["fid_teacher"] = frechet_distance(self._last_features, reference_found)
-            pairs = zip(self.images.split(self.size), reference_images.split(self.size), strict=True)
-            total = sum(float((a.double() - b.double()).square().sum()) for a, b in pairs)
-            row["mse_teacher"] = total / self.images.numel() / 255**2
-        if self.clip is not None:
-            starts = range(0, len(self.images), self.size)
-            parts = [(self.images[at : at + self.size], self.prompts[at : at + self.size]) for at in starts]
-            row["clip_score"] = float(torch.cat([self.clip(*part) for part in parts]).mean())
-        return row
 
     def set_reference(self) -> None:
         """Compare later rows with the row that was just measured."""
-        self._reference = self.images, self._last_features
+        assert self._last is not None
+        self.comparison.set_teacher(self.images, self._last, self.prompts)
+        self._has_reference = True
 
-    def noise_floor(self, steps: int) -> float:
-        """Frechet distance between the reference and the teacher's samples of the same prompts from other noise."""
-        assert self._reference is not None
+    def noise_floor(self, steps: int) -> dict[str, float]:
+        """The distances between the reference and the teacher's samples of the same prompts from other noise."""
         first, keep = len(self.prompts), self.config.evaluate.keep
         if keep is None:
             other, _ = self._make("teacher", steps, first)
         else:
             other, _ = self._load_or_make(Path(keep).expanduser(), steps, first)
-        return frechet_distance(self._features(other), self._reference[1])
-
-    def _features(self, images: Tensor) -> Tensor:
-        parts = images.split(self.size)
-        return torch.cat([extract(self.features, part / 255, self.device, self.size) for part in parts])
+        return self.comparison.floor(other)
 
     def _make(self, role: str, steps: int, first: int = 0) -> tuple[Tensor, float]:
         """Images of `role` for all prompts, from the noise of the seeds from `first` on; and the time in seconds."""
@@ -307,26 +291,19 @@ class Evaluator:
         parts = [text.encode(prompts[at : at + self.size], guidance).to("cpu") for at in starts]
         return Conditioning.cat(parts)
 
-    @torch.no_grad()
-    def _real_features(self, corpus: Corpus, items: list[int]) -> Tensor:
-        """Features of at most `evaluate.samples` images of the data; cached latents are decoded."""
+    def _data_images(self, corpus: Corpus, items: list[int]) -> Iterator[Tensor]:
+        """At most `evaluate.samples` images of the data, in batches in [0, 1]; cached latents are decoded."""
         if corpus.is_cached:
             check_cache(self.config, self.model.family, corpus)  # type: ignore[arg-type]
-        found, items = [], items[: self.config.evaluate.samples]
+        items = items[: self.config.evaluate.samples]
         for at in range(0, len(items), self.size):
             part = collate(items[at : at + self.size], [corpus.record(item) for item in items[at : at + self.size]])
             if part.images is not None:
-                images = unit_range(part.images) / 2 + 0.5
+                yield unit_range(part.images) / 2 + 0.5
             else:
                 assert part.latents is not None
-                images = self.vae.decode(part.latents)
-            found.append(extract(self.features, images, self.device, self.size))
-        return torch.cat(found)
-
-
-def is_singular(samples: int, features: int) -> bool:
-    """Whether the covariance of so many samples is singular."""
-    return samples <= features
+                with torch.no_grad():
+                    yield self.vae.decode(part.latents)
 
 
 def spread(items: list[int], count: int) -> list[int]:
@@ -342,50 +319,15 @@ def spread(items: list[int], count: int) -> list[int]:
 
 
 def _prompts(config: RunConfig, corpus: Corpus, items: list[int]) -> list[str]:
-    """`evaluate.samples` prompts, from the file or else the data's captions, repeated if there are too few."""
-    wanted = config.evaluate.samples
-    if config.evaluate.prompts is not None:
-        given = read_prompts(config.evaluate.prompts, "evaluate.prompts")
+    """`evaluate.samples` prompts, each `evaluate.per_prompt` times, from the file or else the data's captions; repeated if too few."""
+    settings = config.evaluate
+    wanted = math.ceil(settings.samples / settings.per_prompt)
+    if settings.prompts is not None:
+        given = read_prompts(settings.prompts, "evaluate.prompts")
         origin = f"evaluate.prompts has {count(len(given), 'prompt')}"
     else:
-        given = [corpus.caption(item) for item in items[:wanted]]
+        given = [corpus.caption(item) for item in spread(items[: settings.samples], wanted)]
         origin = f"the data have {count(len(given), 'caption')}"
     if len(given) < wanted:
-        print(f"note: {origin}; they are repeated for evaluate.samples={wanted}")
-    return [given[i % len(given)] for i in range(wanted)]
-
-
-def _clip_score(path: str | None, device: torch.device) -> Callable[[Tensor, list[str]], Tensor] | None:
-    """100 x the cosine of image and prompt, [N] (Hessel et al., arXiv 2104.08718, without their factor 2.5)."""
-    if path is None:
-        return None
-    from transformers import CLIPModel, CLIPProcessor
-
-    try:
-        clip = CLIPModel.from_pretrained(path, use_safetensors=True).to(device).eval()
-        processor = CLIPProcessor.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"evaluate.clip_path: {path!r} holds no CLIP model in transformers' format: {error}") from error
-
-    @torch.no_grad()
-    def score(images: Tensor, prompts: list[str]) -> Tensor:
-        inputs = processor(text=prompts, images=list(images), return_tensors="pt", padding=True, truncation=True)
-        output = clip(**inputs.to(device))
-        return 100 * torch.cosine_similarity(output.image_embeds, output.text_embeds).cpu()
-
-    return score
-
-
-def format_evaluation(result: Result) -> str:
-    """The result as a table."""
-    names = [("fid_teacher", "FID to teacher"), ("mse_teacher", "MSE to teacher"), ("fid_data", "FID to data"), ("fid_floor", "noise floor"),
-             ("clip_score", "CLIP score"), ("seconds_per_image", "s/image")]  # fmt: skip
-    present = [
-        (key, title) for key, title in names if any(key in row for kind in result.values() for row in kind.values())
-    ]
-    lines = [f"{'':16}" + "".join(f"{title:>16}" for _, title in present)]
-    for kind, rows in result.items():
-        for steps, row in rows.items():
-            cells = "".join(f"{number(row[key]) if key in row else '-':>16}" for key, _ in present)
-            lines.append(f"{kind + ' ' + steps:16}{cells}")
-    return "\n".join(lines)
+        print(f"note: {origin}; they are repeated for evaluate.samples={settings.samples}")
+    return [given[i // settings.per_prompt % len(given)] for i in range(settings.samples)]

@@ -5,21 +5,16 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import yaml
 
+from recipes.figures import FIGURES, Result, figure_rows, step_counts, title
 from scfm_core.errors import UserError
 from scfm_core.train.config import RunConfig
 from scfm_core.train.parse import dump_config, with_absolute_paths
-from scfm_core.wording import count, number
+from scfm_core.wording import count
 
-_METRICS = {
-    "fid_teacher": "Fréchet distance to the teacher",
-    "mse_teacher": "MSE to the teacher's images",
-    "clip_score": "CLIP score",
-    "fid_data": "Fréchet distance to the data",
-}
+_KINDS = {"base": "undistilled", "student": "distilled"}
 
 
 def is_evaluated(config: RunConfig, run_dir: Path, checkpoint: Path) -> bool:
@@ -51,8 +46,6 @@ def _damage(path: Path) -> Iterator[None]:
 def measured(config: RunConfig, run_dir: Path, checkpoint: Path) -> str:
     """The section of the card with the figures of `evaluation.json`; empty if there are none of these weights.
 
-    The first kinds of figures are compared by step count.
-
     Raises:
         UserError: if a file of the evaluation is damaged.
     """
@@ -63,17 +56,13 @@ def measured(config: RunConfig, run_dir: Path, checkpoint: Path) -> str:
         return _figures(json.loads(path.read_text(encoding="utf-8")), config)
 
 
-def _figures(result: dict[str, dict[str, dict[str, Any]]], config: RunConfig) -> str:
-    kinds = [kind for kind in ("base", "student") if result.get(kind)]
-    found = {key for kind in kinds for row in result[kind].values() for key in row}
-    metrics = [key for key in _METRICS if key in found and not (key == "fid_data" and "fid_teacher" in found)]
-    names = {"base": "undistilled", "student": "distilled"}
-    columns = [(kind, key) for key in metrics for kind in kinds]
-    titles = [f"{_METRICS[key]}, {names[kind]}" for kind, key in columns]
-    rows = [f"| steps | {' | '.join(titles)} |", "|---" * (len(columns) + 1) + "|"]
-    for steps in sorted({int(steps) for kind in kinds for steps in result[kind]}):
-        cells = [result[kind].get(str(steps), {}).get(key) for kind, key in columns]
-        rows.append(f"| {steps} | {' | '.join('-' if cell is None else number(cell) for cell in cells)} |")
+def _figures(result: Result, config: RunConfig) -> str:
+    shown = {kind: result[kind] for kind in _KINDS if result.get(kind)}
+    steps = step_counts(shown)
+    rows = [f"| figure | model | {' | '.join(f'{n} steps' if n != '1' else '1 step' for n in steps)} |"]
+    rows.append("|---" * (len(steps) + 2) + "|")
+    for name, kind, cells in figure_rows(shown, list(FIGURES)):
+        rows.append(f"| {title(name)} | {_KINDS[kind]} | {' | '.join(cell or '-' for cell in cells)} |")
     some = next(iter(result["student"].values()))
     height, width = config.data.resolution
     teacher = "".join(f" The teacher is the base model at {steps} steps." for steps in result.get("teacher", {}))
@@ -81,5 +70,6 @@ def _figures(result: dict[str, dict[str, dict[str, Any]]], config: RunConfig) ->
         "## Measured\n\n"
         + "\n".join(rows)
         + f"\n\n{count(int(some['samples']), 'image')} of {height} x {width} pixels from the same "
-        f"noise, {some['features']} features ({config.evaluate.features}); lower distances are better.{teacher}"
+        f"noise, {int(some['features'])} features ({config.evaluate.features}); lower distances are better, and higher values of the "
+        f"others.{teacher}"
     )

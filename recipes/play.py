@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
+from recipes.image_files import save_image
 from recipes.play_checks import Ask, checked_prompt, checked_seed, checked_size, is_number
-from recipes.sample import file_name, origin, save_image
+from recipes.sample import file_name, origin
 from scfm_core.api import AdapterModel, FewStepModel, RunModel, load
 from scfm_core.errors import UserError
 from scfm_core.models.encoders import load_tokenizer

@@ -3,6 +3,7 @@
 import io
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -26,32 +27,43 @@ def to_png(plt: Any, figure: Any) -> bytes:
     return buffer.getvalue()
 
 
-def quality_plot(
-    lines: Mapping[str, Mapping[int, Sequence[float]]], title: str, *, floor: float | None = None
-) -> bytes:
-    """A PNG: for each method a line over the number of steps, with a band from its best to its worst seed.
+@dataclass(frozen=True)
+class Panel:
+    """One figure of several methods, over the number of steps."""
 
-    Args:
-        lines: name -> step count -> values of all seeds. `undistilled` is drawn as a dotted line.
-        title: name of the values.
-        floor: the noise floor, drawn as a dashed line.
-    """
+    title: str
+    lines: Mapping[str, Mapping[int, Sequence[float]]]
+    """Name -> step count -> values of all seeds. `undistilled` is drawn as a dotted line."""
+    floor: float | None = None
+    """The noise floor, drawn as a dashed line."""
+    is_log: bool = True
+    """Logarithmic axis of the values."""
+
+
+def quality_plot(panels: Sequence[Panel]) -> bytes:
+    """A PNG: panels above each other, in each a line for each method, with a band from its best to its worst seed."""
     plt, style = figure_style()
     with style:
-        figure, axes = plt.subplots(figsize=(8, 4.5))
-        shades = plt.get_cmap("tab20").colors
-        axes.set_prop_cycle(color=shades[::2] + shades[1::2])
-        for name, rows in lines.items():
-            steps, means = sorted(rows), [statistics.fmean(rows[n]) for n in sorted(rows)]
-            style_of = {"color": "black", "ls": ":"} if name == "undistilled" else {}
-            [line] = axes.plot(steps, means, marker="o", ms=4, label=name, **style_of)
-            low, high = [min(rows[n]) for n in steps], [max(rows[n]) for n in steps]
-            axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, lw=0)
-        if floor is not None:
-            axes.axhline(floor, color="black", ls="--", lw=0.8, label="two sets of the teacher's samples")
-        ticks = sorted({n for rows in lines.values() for n in rows})
-        axes.set(xscale="log", yscale="log", xlabel="steps of the sampler", ylabel=title)
-        axes.set_xticks(ticks, [str(tick) for tick in ticks])
-        axes.minorticks_off()
-        axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        figure, all_axes = plt.subplots(len(panels), figsize=(8, 4.5 * len(panels)), squeeze=False)
+        for panel, axes in zip(panels, all_axes[:, 0], strict=True):
+            _draw(plt, axes, panel)
         return to_png(plt, figure)
+
+
+def _draw(plt: Any, axes: Any, panel: Panel) -> None:
+    shades = plt.get_cmap("tab20").colors
+    axes.set_prop_cycle(color=shades[::2] + shades[1::2])
+    for name, rows in panel.lines.items():
+        steps, means = sorted(rows), [statistics.fmean(rows[n]) for n in sorted(rows)]
+        style_of = {"color": "black", "ls": ":"} if name == "undistilled" else {}
+        [line] = axes.plot(steps, means, marker="o", ms=4, label=name, **style_of)
+        low, high = [min(rows[n]) for n in steps], [max(rows[n]) for n in steps]
+        axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, lw=0)
+    if panel.floor is not None:
+        axes.axhline(panel.floor, color="black", ls="--", lw=0.8, label="two sets of the teacher's samples")
+    ticks = sorted({n for rows in panel.lines.values() for n in rows})
+    scale = "log" if panel.is_log else "linear"
+    axes.set(xscale="log", yscale=scale, xlabel="steps of the sampler", ylabel=panel.title)
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -4,19 +4,18 @@ import base64
 import html
 import json
 from pathlib import Path
-from typing import Any
 
 import yaml
 from pydantic import TypeAdapter
 
-from recipes.evaluate import SINGULAR, is_singular
-from recipes.plots import figure_style, quality_plot, to_png
+from recipes.figures import FIGURES, SINGULAR, Result, figure_rows, images_note, is_singular, step_counts, title
+from recipes.plots import Panel, figure_style, quality_plot, to_png
 from scfm_core.errors import UserError
 from scfm_core.files import check_writable, written_whole
 from scfm_core.scfm.ema import EMAConfig
 from scfm_core.scfm.restart import threshold
 from scfm_core.train.history import read_metrics
-from scfm_core.wording import count, duration, number
+from scfm_core.wording import count, duration
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2rem auto; padding: 0 1rem; color: #1c1c1c }
@@ -25,15 +24,6 @@ table { border-collapse: collapse; margin: 1rem 0 } th, td { padding: .25rem .9r
 th:first-child, td:first-child { text-align: left; white-space: nowrap } img { max-width: 100% } pre { background: #f6f6f6; padding: 1rem; overflow-x: auto }
 .note { color: #555 }
 """
-_COLUMNS = {
-    "fid_teacher": "Fréchet distance to teacher",
-    "mse_teacher": "MSE to teacher",
-    "fid_data": "Fréchet distance to data",
-    "fid_floor": "noise floor",
-    "clip_score": "CLIP score",
-    "seconds_per_image": "seconds an image",
-    "samples": "images",
-}
 
 
 class _Run:
@@ -49,7 +39,7 @@ class _Run:
         if not self.metrics:
             raise UserError(f"{folder} has no metrics yet; train first")
         path = folder / "evaluation.json"
-        self.evaluation: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        self.evaluation: Result = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         self.grids = sorted((folder / "samples").glob(f"step_{'[0-9]' * 8}.png"))
 
 
@@ -125,35 +115,36 @@ def _image(png: bytes) -> str:
 
 
 def _evaluation_table(run: _Run) -> str:
-    rows = [(kind, steps, row) for kind, table in run.evaluation.items() for steps, row in table.items()]
-    present = [key for key in _COLUMNS if any(key in row for _, _, row in rows)]
-    head = "".join(f"<th>{_COLUMNS[key]}</th>" for key in present)
-    lines = []
-    for kind, steps, row in rows:
-        cells = "".join(f"<td>{number(row[key]) if key in row else '-'}</td>" for key in present)
-        lines.append(f"<tr><td>{kind}, {count(int(steps), 'step')}</td>{cells}</tr>")
-    first = rows[0][2]
+    head = "".join(f"<th>{steps}</th>" for steps in step_counts(run.evaluation))
+    lines = [
+        f"<tr><td>{html.escape(title(name))}</td><td>{kind}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+        for name, kind, cells in figure_rows(run.evaluation)
+    ]
+    first = next(row for rows in run.evaluation.values() for row in rows.values())
     note = ""
     if "samples" in first:
-        note = (
-            f"<p class=note>{count(first['samples'], 'image')} in each set; {count(first['data_samples'], 'image')} of the data; "
-            f"{count(first['features'], 'feature')} of an image"
-        )
-        few = min(first["samples"], first["data_samples"])
-        note += f". <b>Note</b>: {SINGULAR}.</p>" if is_singular(few, first["features"]) else ".</p>"
-    return f"<h3>{html.escape(run.name)}</h3><table><tr><th></th>{head}</tr>{''.join(lines)}</table>{note}"
+        few = int(min(first["samples"], first["data_samples"]))
+        more = f" <b>Note</b>: {SINGULAR}." if is_singular(few, int(first["features"])) else ""
+        note = f"<p class=note>{images_note(first)}.{more}</p>"
+    return (
+        f"<h3>{html.escape(run.name)}</h3><table><tr><th>steps</th><th></th>{head}</tr>{''.join(lines)}</table>{note}"
+    )
 
 
 def _quality_over_steps(runs: list[_Run]) -> bytes:
-    """A line for each run, and the undistilled base of the first. A run from scratch is compared with the data."""
-    metric = "fid_teacher" if "base" in runs[0].evaluation else "fid_data"
+    """Some figures: a line for each run, and the undistilled base of the first. A run from scratch is compared with the data."""
+    reference = "teacher" if "base" in runs[0].evaluation else "data"
     named = {"undistilled": runs[0].evaluation.get("base", {})}
     named |= {run.name: run.evaluation["student"] for run in runs if run.evaluation}
-    lines = {
-        name: {int(steps): [row[metric]] for steps, row in rows.items() if metric in row}
-        for name, rows in named.items()
-    }
-    return quality_plot({name: rows for name, rows in lines.items() if rows}, _COLUMNS[metric])
+    panels = {}
+    for metric in (f"fid_{reference}", "recall_data", "diversity", "prompt_following"):
+        lines = {
+            name: {int(steps): [row[metric]] for steps, row in rows.items() if metric in row}
+            for name, rows in named.items()
+        }
+        if lines := {name: rows for name, rows in lines.items() if rows}:
+            panels[metric] = Panel(title(metric), lines, is_log=FIGURES[metric].is_distance)
+    return quality_plot(list(panels.values()))
 
 
 def _training_plot(runs: list[_Run]) -> bytes:

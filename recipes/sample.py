@@ -1,19 +1,18 @@
 """`scfm sample`: images from a run's weights, the same as from a diffusers pipeline."""
 
-import json
 import math
 import re
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
-
+from data_tools.job import processes
+from recipes.image_files import ADVICE, read_settings, save_image
+from recipes.sample_set import LAYOUTS, ImageSet
 from scfm_core.api import RunModel
 from scfm_core.errors import UserError
 from scfm_core.files import check_writable, written_whole
 from scfm_core.train.config import RunConfig
-from scfm_core.train.prompts import read_prompts
+from scfm_core.train.prompts import read_records
 from scfm_core.train.run_dir import newest_complete
 from scfm_core.train.runs import open_run
 
@@ -27,46 +26,54 @@ def sample(
     *,
     prompts: list[str],
     prompt_file: str | None,
+    per_prompt: int = 1,
+    layout: str | None = None,
     num_steps: int,
     strength: float | None,
     output: Path | None,
-) -> list[Path]:
-    """Write one PNG for each prompt; returns their paths.
+) -> tuple[int, Path]:
+    """Write `per_prompt` PNGs for each prompt; returns their number and their folder.
 
     Args:
         run_dir: the run.
         overrides: changes of its configuration (`sample.seed=7`, `sample.guidance=3`, `data.resolution=[1024,1024]`).
         prompts: prompts of the command line; if empty: those of `prompt_file`, else of the configuration.
+        per_prompt: images of each prompt.
+        layout: a name of `sample_set.LAYOUTS`: places for another tool, in which existing images are kept; this process makes its share.
         num_steps: Euler steps.
         strength: strength of the adapter; None: the one that the run trained for this step count.
-        output: folder of the images; None: `RUN_DIR/samples/N_steps`.
+        output: folder of the images; None: `RUN_DIR/samples/N_steps`, with the layout's name.
 
-    A file's name has the prompt's first words and the seed, and the PNG has all settings in its metadata, so that images of several
-    calls can share a folder. No image of other settings is overwritten.
+    Without a layout, a file's name has the prompt's first words and the seed, and the PNG has all settings in its metadata, so that
+    images of several calls can share a folder. No image of other settings is overwritten.
     """
     config = open_run(run_dir, overrides)
-    if num_steps < 1:
-        raise UserError(f"--steps must be at least 1, got {num_steps}")
+    for name, value in (("--steps", num_steps), ("--per-prompt", per_prompt)):
+        if value < 1:
+            raise UserError(f"{name} must be at least 1, got {value}")
     if strength is not None and not math.isfinite(strength):
         raise UserError(f"--strength must be a finite number, got {strength}")
     if strength is not None and config.train.weights == "full" and strength != 1:
         raise UserError("full weights only have strength 1: omit --strength")
-    prompts = prompts or read_prompts(prompt_file or config.sample.prompts, "--prompts")
-    if not prompts:
+    records = [{"prompt": prompt} for prompt in prompts]
+    records = records or read_records(prompt_file or config.sample.prompts, "--prompts")
+    if not records:
         raise UserError("there is no prompt: give --prompt TEXT or --prompts FILE, or set sample.prompts")
-    folder, advice = output or run_dir / "samples" / f"{num_steps}_steps", "Choose another folder with --output"
-    check_writable(folder, "the images", advice)
+    folder = output or run_dir / "samples" / "_".join([f"{num_steps}_steps", *([layout] if layout else [])])
+    check_writable(folder, "the images", ADVICE)
     model = RunModel(run_dir, overrides, with_teacher=False)
-    settings = model.settings(steps=num_steps, strength=strength)
-    images = model.sample(prompts, steps=num_steps, seed=config.sample.seed, strength=strength)
-    settings |= origin(run_dir, config)
-    paths = []
-    for number, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
+    settings = model.settings(steps=num_steps, strength=strength) | origin(run_dir, config)
+    if layout is not None:
+        images = ImageSet(folder, LAYOUTS[layout], records, per_prompt, settings, config.sample.seed)
+        rank, size = processes("images")
+        return images.make(model, strength, config.evaluate.batch_size, rank, size), folder
+    texts = [record["prompt"] for record in records for _ in range(per_prompt)]
+    made = model.sample(texts, steps=num_steps, seed=config.sample.seed, strength=strength)
+    for number, (prompt, image) in enumerate(zip(texts, made, strict=True)):
         own = settings | {"prompt": prompt, "seed": config.sample.seed + number}
-        paths.append(_free_path(folder, own))
-        with written_whole(paths[-1], "the images", advice) as partial:
+        with written_whole(_free_path(folder, own), "the images", ADVICE) as partial:
             save_image(partial, image, own)
-    return paths
+    return len(made), folder
 
 
 def origin(run_dir: Path, config: RunConfig) -> dict[str, Any]:
@@ -97,36 +104,3 @@ def _free_path(folder: Path, settings: dict[str, Any]) -> Path:
         number += 1
         path = folder / f"{name}_{number}.png"
     return path
-
-
-def save_image(target: Path | BinaryIO, image: Image.Image, settings: dict[str, Any]) -> None:
-    """Write an image with its settings, as PNG."""
-    info = PngInfo()
-    # The first is for programs. The second has the form that viewers of generated images show (Stable Diffusion web UI).
-    info.add_itxt("scfm", json.dumps(settings, ensure_ascii=False))
-    info.add_itxt("parameters", _readable(settings))
-    image.save(target, format="png", pnginfo=info)
-
-
-def _readable(settings: dict[str, Any]) -> str:
-    rows = {
-        "Steps": settings["steps"],
-        "Sampler": "Euler",
-        "CFG scale": settings["guidance"],
-        "Seed": settings["seed"],
-        "Size": f"{settings['width']}x{settings['height']}",
-        "Model": settings["model"],
-        "LoRA strength": settings["strength"],
-        "Shift": settings["shift"],
-    }
-    return f"{settings['prompt']}\n" + ", ".join(f"{name}: {value}" for name, value in rows.items())
-
-
-def read_settings(path: Path) -> dict[str, Any] | None:
-    """The settings in the metadata of an image of `scfm sample`; None if the file has none."""
-    try:
-        with Image.open(path) as image:
-            found = json.loads(image.info["scfm"])
-    except (OSError, KeyError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None

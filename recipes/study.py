@@ -11,16 +11,17 @@ import shlex
 import statistics
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from recipes.evaluate import evaluate
-from recipes.plots import quality_plot
+from recipes.figures import FIGURES, FLOOR, check_metrics, needs_teacher, title
+from recipes.plots import Panel, quality_plot
 from recipes.train import train
 from scfm_core.data.corpus import Corpus
 from scfm_core.data.source import json_value
@@ -37,7 +38,6 @@ from scfm_core.train.runs import check_same_model
 
 _BASE = "undistilled"
 _RESERVED = ("run.seed", "run.dir")
-_TITLES = {"fid_teacher": "Fréchet distance to the teacher", "fid_data": "Fréchet distance to the data"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,12 +64,17 @@ class Study:
     """The arms, by name."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """`run.seed` of each arm's runs."""
-    metric: Literal["fid_teacher", "fid_data"] = "fid_teacher"
-    """Metric of the table."""
+    metric: str | tuple[str, ...] = "fid_teacher"
+    """Figure of the table, by its name in `evaluation.json`; or several, which have a table each."""
     set: tuple[str, ...] = ()
     """Overrides of the recipe for all runs."""
     prepare: dict[str, str] = field(default_factory=dict)
     """Output file -> the `scfm` command that makes it, which runs before the first run."""
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The figures of the tables."""
+        return (self.metric,) if isinstance(self.metric, str) else self.metric
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,11 @@ class Run:
         path = self.folder / "evaluation.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
+    def missing(self, metrics: Sequence[str]) -> list[str]:
+        """The figures that its evaluation lacks."""
+        rows = (self.result or {"student": {"": {}}})["student"].values()
+        return [name for name in metrics if any(name not in row for row in rows)]
+
 
 def load_study(path: str) -> Study:
     """Read a study; a bare name is looked up among the shipped ones.
@@ -102,8 +112,9 @@ def load_study(path: str) -> Study:
     except ValidationError as error:
         lines = [f"  {'.'.join(str(part) for part in item['loc'])}: {item['msg']}" for item in error.errors()]
         raise UserError(f"{file} is not a valid study:\n" + "\n".join(lines)) from None
-    if not (study.arms and study.seeds):
-        raise UserError(f"{file}: a study needs at least one arm and one seed")
+    if not (study.arms and study.seeds and study.metrics):
+        raise UserError(f"{file}: a study needs at least one arm, one seed and one metric")
+    check_metrics(study.metrics, f"{file}: metric")
     if len(set(study.seeds)) < len(study.seeds):
         raise UserError(f"{file}: seeds {list(study.seeds)} contains a seed twice; both runs would be the same")
     if _BASE in study.arms:
@@ -196,12 +207,17 @@ def _run_missing(study: Study, chosen: list[Run]) -> list[str]:
         with _locked(run.folder / ".study", wait=False) as is_locked:
             if not is_locked:
                 print("another process works on this run", flush=True)
-            if not is_locked or run.result is not None:
+            if not is_locked or not run.missing(study.metrics):
                 continue
             try:
-                if code := train(study.recipe, run.overrides):
+                # An evaluated run is trained, and may have no checkpoint.
+                if run.result is None and (code := train(study.recipe, run.overrides)):
                     raise SystemExit(code)  # stopped by a signal, which the run has printed
                 evaluate(run.folder, [])
+                if missing := run.missing(study.metrics):
+                    raise UserError(
+                        f"its evaluation has no {', '.join(missing)}: there are too few images or prompts for it, or evaluate.features cannot measure it"
+                    )
             except Exception as error:  # e.g. out of memory in one arm: continue with the others
                 if not isinstance(error, UserError):
                     traceback.print_exc()
@@ -213,8 +229,15 @@ def _run_missing(study: Study, chosen: list[Run]) -> list[str]:
 def _check_run(study: Study, run: Run) -> None:
     """Check that the run's settings are valid, give the study's metric, and match an existing run in its folder."""
     wanted = load_config(study.recipe, run.overrides, place=f"in the settings of arm {run.arm}")
-    if study.metric == "fid_teacher" and wanted.train.weights == "full" and not wanted.method.follows_teacher:
-        raise UserError(f"arm {run.arm} has no teacher to compare with: set the study's metric to fid_data")
+    has_teacher = wanted.train.weights != "full" or wanted.method.follows_teacher
+    for name in study.metrics:
+        if needs_teacher(name) and not has_teacher:
+            raise UserError(
+                f"arm {run.arm} has no teacher to compare with: set the study's metric to fid_data, not {name}"
+            )
+        needs = FIGURES[name].needs
+        if needs is not None and getattr(wanted.evaluate, needs) is None:
+            raise UserError(f"the study's metric {name} needs evaluate.{needs}; arm {run.arm} has none")
     how = run.folder / ("config.yaml" if run.result is None else "evaluation.yaml")
     if not how.is_file():
         return
@@ -253,23 +276,58 @@ def _locked(path: Path, *, wait: bool) -> Iterator[bool]:
 
 
 def write_summary(study: Study, runs: list[Run], root: Path) -> str:
-    """Write table and plot of the runs that are done; returns the table."""
+    """Write tables and plot of the runs that are done; returns the tables."""
     done = [(run, result) for run in runs if (result := run.result) is not None]
+    if not done:
+        return "no run is done yet"
+    values = {metric: _values(metric, done) for metric in study.metrics}
+    folders = {run.arm: run.folder for run, _ in done}
+    passes = {arm: target_passes(load_config(folder / "config.yaml", stored=True)) for arm, folder in folders.items()}
+    floors = {metric: _floor(metric, done) for metric in study.metrics}
+    tables = [_table(metric, lines, passes) for metric, lines in values.items() if lines]
+    legend = [f"- {name}: {arm.about}" for name, arm in study.arms.items() if name in folders]
+    text = "\n\n".join([*tables, "Mean ± standard deviation over seeds.", "\n".join(legend)]) + "\n"
+    for metric, floor in floors.items():
+        if floor is not None:
+            text += f"\nTwo independent sets of the teacher's samples: {title(metric)} {floor:.3f}.\n"
+    record = {"metric": study.metrics, "values": values, "passes": passes}
+    panels = [
+        Panel(title(metric), lines, floors[metric], FIGURES[metric].is_distance)
+        for metric, lines in values.items()
+        if lines
+    ]
+    _write(root / "study.md", text.encode())
+    _write(root / "study.json", (json.dumps(record, indent=2) + "\n").encode())
+    _write(root / "study.png", quality_plot(panels))
+    return text
+
+
+def _values(metric: str, done: list[tuple[Run, dict[str, Any]]]) -> dict[str, dict[int, list[float]]]:
+    """Arm -> step count -> a value for each seed. The base is the same in every run."""
     lines: dict[str, dict[int, list[float]]] = {}
     for run, result in done:
         for kind, name in (("base", _BASE), ("student", run.arm)):
             if name == _BASE and name in lines:
-                continue  # the base is the same in every run
+                continue
             for steps, row in result.get(kind, {}).items():
-                lines.setdefault(name, {}).setdefault(int(steps), []).append(row[study.metric])
-    if not done:
-        return "no run is done yet"
+                if metric in row:
+                    lines.setdefault(name, {}).setdefault(int(steps), []).append(row[metric])
+    return lines
+
+
+def _floor(metric: str, done: list[tuple[Run, dict[str, Any]]]) -> float | None:
+    """The metric of two independent sets of the teacher's images, if it was measured."""
+    if not metric.endswith("_teacher"):
+        return None
+    name = metric.removesuffix("_teacher") + FLOOR
+    rows = (row for _, result in done for row in result.get("teacher", {}).values())
+    return next((row[name] for row in rows if name in row), None)
+
+
+def _table(metric: str, lines: dict[str, dict[int, list[float]]], passes: dict[str, float]) -> str:
     columns = sorted({steps for rows in lines.values() for steps in rows})
-    folders = {run.arm: run.folder for run, _ in done}
-    passes = {arm: target_passes(load_config(folder / "config.yaml", stored=True)) for arm, folder in folders.items()}
-    title = _TITLES[study.metric]
     table = [
-        f"| {title} at steps | " + " | ".join(str(n) for n in columns) + " | seeds | passes for a target |",
+        f"| {title(metric)} at steps | " + " | ".join(str(n) for n in columns) + " | seeds | passes for a target |",
         "|---" * (len(columns) + 3) + "|",
     ]
     for name, rows in lines.items():
@@ -277,17 +335,7 @@ def write_summary(study: Study, runs: list[Run], root: Path) -> str:
         seeds = len(next(iter(rows.values())))
         tail = ["", ""] if name == _BASE else [str(seeds), f"{passes[name]:.2f}"]
         table.append("| " + " | ".join([name, *cells, *tail]) + " |")
-    legend = [f"- {name}: {study.arms[name].about}" for name in lines if name in study.arms]
-    text = "\n".join([*table, "", "Mean ± standard deviation over seeds.", "", *legend]) + "\n"
-    teachers = [row for _, result in done for row in result.get("teacher", {}).values()]
-    floors = [row["fid_floor"] for row in teachers if "fid_floor" in row and study.metric == "fid_teacher"]
-    if floors:
-        text += f"\nTwo independent sets of the teacher's samples differ by {floors[0]:.3f}.\n"
-    record = {"metric": study.metric, "values": lines, "passes": passes}
-    _write(root / "study.md", text.encode())
-    _write(root / "study.json", (json.dumps(record, indent=2) + "\n").encode())
-    _write(root / "study.png", quality_plot(lines, title, floor=floors[0] if floors else None))
-    return text
+    return "\n".join(table)
 
 
 def _write(path: Path, content: bytes) -> None:

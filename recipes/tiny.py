@@ -16,8 +16,8 @@ from torch import Tensor
 from scfm_core.errors import missing_extra
 from scfm_core.files import permit_reading
 from scfm_core.models.initial import zero_modulation
+from scfm_core.train.features import DIGITS as DIGITS
 
-DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SIZE = 16  # pixels: the 8x8 scans enlarged, so that the VAE's 2x compression gives 8x8 latents
 SHIFT = 3.0  # of the saved scheduler
 

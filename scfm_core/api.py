@@ -103,7 +103,7 @@ class FewStepModel(ABC):
         prompts: str | Sequence[str],
         *,
         steps: int = 4,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         guidance: float | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -116,7 +116,8 @@ class FewStepModel(ABC):
         Args:
             prompts: one, or several.
             steps: Euler steps.
-            seed: image i starts from the noise of `torch.Generator().manual_seed(seed + i)`, as in a diffusers pipeline.
+            seed: image i starts from the noise of `torch.Generator().manual_seed(seed + i)`, as in a diffusers pipeline. Or a seed
+                for each image.
             guidance: in the convention of the model's pipeline; None: the one of the training.
             height, width: in pixels; None: those of the training.
             strength: of the adapter; None: the one that was trained for this number of steps.
@@ -135,7 +136,9 @@ class FewStepModel(ABC):
             steps=steps, guidance=guidance, height=height, width=width, strength=strength, undistilled=undistilled
         )
         self.family.latent_shape(settings["height"], settings["width"])
-        seeds = [seed + i for i in range(len(rows))]
+        seeds = [seed + i for i in range(len(rows))] if isinstance(seed, int) else list(seed)
+        if len(seeds) != len(rows):
+            raise UserError(f"there are {len(rows)} prompts, but {len(seeds)} seeds")
         return self._sample(rows, seeds, settings, undistilled=undistilled, before_step=before_step or (lambda: None))
 
     @abstractmethod

@@ -220,6 +220,35 @@ def randomise_transformer(folder: Path) -> None:
     network.save_pretrained(folder / "transformer")
 
 
+def write_clip(folder: Path, tokenizer: Path) -> Path:
+    """A CLIPModel of the real class with few and random weights, and its processor; images of 32 pixels."""
+    from transformers import (
+        CLIPConfig,
+        CLIPImageProcessor,
+        CLIPModel,
+        CLIPProcessor,
+        CLIPTextConfig,
+        CLIPTokenizer,
+        CLIPVisionConfig,
+    )
+
+    torch.manual_seed(0)
+    words = CLIPTokenizer.from_pretrained(tokenizer)
+    few = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = CLIPTextConfig(
+        vocab_size=len(words),
+        eos_token_id=words.eos_token_id,
+        bos_token_id=words.bos_token_id,
+        max_position_embeddings=16,
+        **few,
+    )
+    vision = CLIPVisionConfig(image_size=32, patch_size=8, **few)
+    CLIPModel(CLIPConfig(text.to_dict(), vision.to_dict(), projection_dim=8)).save_pretrained(folder)
+    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    CLIPProcessor(processor, words).save_pretrained(folder)
+    return folder
+
+
 ConfigMaker = Callable[..., RunConfig]
 
 

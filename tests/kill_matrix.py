@@ -74,6 +74,12 @@ def _figures(run_dir: Path) -> Any:
     return {k: {n: {f: v for f, v in row.items() if f != "seconds_per_image"} for n, row in rows.items()} for k, rows in found.items()}  # fmt: skip
 
 
+def _images(folder: Path) -> list[str]:
+    return [
+        hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("samples/*/*/samples/[0-9]*.png"))
+    ]
+
+
 def _study(folder: Path) -> Any:
     path = folder / "study.json"
     return json.loads(path.read_text())["values"] if path.is_file() else None
@@ -106,6 +112,11 @@ COMMANDS = {
     "pack": Command("data pack TINY/cache -o OUT --to webdataset --samples-per-shard 4", _manifest, _kept_shards),
     "evaluate": Command(
         "evaluate OUT", _figures, lambda folder: "all figures" if _figures(folder) else f"{len(list(folder.glob('.evaluation/[sb]*')))} figures", needs_run=True
+    ),
+    "sample": Command(
+        "sample OUT --steps 2 --prompts WORK/prompts.txt --per-prompt 40 --layout geneval",
+        lambda folder: images if len(images := _images(folder)) == 160 else None,
+        lambda folder: f"{len(_images(folder))} of 160 images", needs_run=True,
     ),
     "export": Command(
         "export OUT",

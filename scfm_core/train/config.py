@@ -210,6 +210,8 @@ class EvaluateConfig:
     samples: int = 1000
     """Number of images for each measurement. Their prompts are captions of the data; from local data they are taken at 64
     evenly spaced positions."""
+    per_prompt: int = 1
+    """Images of each prompt, of `samples`. With more than one, diversity is measured: how much the images of a prompt differ."""
     prompts: str | None = None
     """Text file with one prompt on each line, or captions in COCO's JSON format, in place of the data's captions."""
     batch_size: int = 8
@@ -217,20 +219,32 @@ class EvaluateConfig:
     keep: str | None = None
     """Folder where the frozen model's samples are saved for other runs, which then only sample their students."""
     noise_floor: bool = False
-    """Also measure the distance between two independent sets of the teacher's samples. A student below this distance follows
-    the teacher for each noise, not only in distribution."""
-    features: Literal["classifier", "inception"] = "inception"
-    """Feature extractor of the Frechet distance: a small local classifier, or torchmetrics' Inception."""
+    """Also compare two independent sets of the teacher's samples. A student below their distance follows the teacher for each
+    noise, not only in distribution."""
+    features: str = "inception"
+    """Feature extractor of Frechet distance, precision, recall and diversity: `classifier` (of digits, small and local), `inception`
+    (torchmetrics'), or `MODULE:FUNCTION` of a benchmark. FUNCTION gets `features_path` and a device, and returns an `Extractor`
+    (scfm_core/train/features.py), which may also measure prompt following."""
     features_path: str | None = None
     """The classifier's folder, or Inception's weights file (weights-inception-2015-12-05-6726825d.pth)."""
     clip_path: str | None = None
-    """Folder of a CLIP model (transformers' format) for the CLIP score; none: no score."""
+    """Local folder of a CLIP model (transformers' format) for the CLIP score; none: no score."""
+    cmmd_path: str | None = None
+    """Local folder of CLIP ViT-L/14-336 (transformers' format) for CMMD; none: no CMMD."""
+    pick_score_path: str | None = None
+    """Local folder of PickScore's CLIP model (transformers' format), with its processor; none: no PickScore."""
 
     def __post_init__(self) -> None:
         if not self.steps:
             raise ValueError("evaluate.steps is empty: name at least one step count")
-        if min(*self.steps, self.teacher_steps, self.batch_size) < 1 or self.samples < 2:
-            raise ValueError("evaluate.steps, teacher_steps and batch_size must be >= 1 and evaluate.samples >= 2")
+        if min(*self.steps, self.teacher_steps, self.batch_size, self.per_prompt) < 1 or self.samples < 2:
+            raise ValueError(
+                "evaluate.steps, teacher_steps, batch_size and per_prompt must be >= 1 and evaluate.samples >= 2"
+            )
+        if not re.fullmatch(r"classifier|inception|[\w.]+:\w+", self.features):
+            raise ValueError(
+                f"evaluate.features must be classifier, inception or MODULE:FUNCTION of a benchmark, got {self.features!r}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

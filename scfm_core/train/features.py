@@ -1,6 +1,8 @@
 """Features of images, and the Frechet distance between two sets of them."""
 
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,7 +16,20 @@ from scfm_core.train.config import EvaluateConfig
 Features = Callable[[Tensor], Tensor]
 """Images fp32 [N, 3, H, W] in [0, 1] -> features [N, D]."""
 
+Accuracy = Callable[[Tensor, Sequence[str]], float]
+"""Images fp32 [N, 3, H, W] in [0, 1] and their prompts -> the share of the images that show what their prompt says."""
+
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _CLASSIFIER_FILE = "classifier.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extractor:
+    """What a benchmark measures images with."""
+
+    features: Features
+    accuracy: Accuracy | None = None
+    """Prompt following; None: the benchmark cannot tell what an image shows."""
 
 
 class DigitClassifier(nn.Module):
@@ -36,36 +51,61 @@ class DigitClassifier(nn.Module):
         """Logits [N, 10]."""
         return self.head(self.features(images))  # type: ignore[no-any-return]
 
+    def accuracy(self, images: Tensor, prompts: Sequence[str]) -> float:
+        """The share of `images` [N, 3, H, W] in [0, 1] that show the digit that is the last word of their prompt."""
+        names = [prompt.split()[-1:] for prompt in prompts]
+        wanted = [DIGITS.index(name[0]) if name and name[0] in DIGITS else -1 for name in names]
+        return float((self(images).argmax(1).cpu() == torch.tensor(wanted)).double().mean())
+
     def save(self, folder: Path) -> None:
         """Write the weights into `folder`."""
         save_tensors(folder / _CLASSIFIER_FILE, self.state_dict())
 
 
 def load_features(config: EvaluateConfig, device: torch.device) -> Features:
-    """The feature extractor of `evaluate.features`.
+    """The features of `load_extractor`."""
+    return load_extractor(config, device).features
+
+
+def load_extractor(config: EvaluateConfig, device: torch.device) -> Extractor:
+    """The extractor that `evaluate.features` names.
 
     Raises:
         UserError: if its weights or its package are missing.
     """
     path = None if config.features_path is None else Path(config.features_path).expanduser()
+    if config.features == "inception":
+        return Extractor(features=_inception(path, device))
     if config.features == "classifier":
-        if path is None or not (path / _CLASSIFIER_FILE).is_file():
-            raise UserError(
-                f"evaluate.features_path: there is no {_CLASSIFIER_FILE} in {config.features_path!r}; give the folder "
-                f"that holds the classifier"
-            )
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        classifier = _digit_classifier(path).to(device).eval()
+        return Extractor(features=classifier.features, accuracy=torch.no_grad()(classifier.accuracy))
+    module, _, function = config.features.partition(":")
+    try:
+        load: Callable[[Path | None, torch.device], Extractor] = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"evaluate.features: {config.features!r} cannot be imported ({error}). Give classifier, inception, or MODULE:FUNCTION of a "
+            f"package that is installed here"
+        ) from error
+    return load(path, device)
 
-        classifier = DigitClassifier()
-        try:
-            classifier.load_state_dict(load_file(path / _CLASSIFIER_FILE))
-        except (SafetensorError, RuntimeError) as error:
-            raise UserError(
-                f"evaluate.features_path: {path / _CLASSIFIER_FILE} does not hold a digit classifier ({error})"
-            ) from error
-        return classifier.to(device).eval().features
-    return _inception(path, device)
+
+def _digit_classifier(path: Path | None) -> DigitClassifier:
+    if path is None or not (path / _CLASSIFIER_FILE).is_file():
+        raise UserError(
+            f"evaluate.features_path: there is no {_CLASSIFIER_FILE} in {str(path)!r}; give the folder that holds the classifier"
+        )
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    classifier = DigitClassifier()
+    try:
+        classifier.load_state_dict(load_file(path / _CLASSIFIER_FILE))
+    except (SafetensorError, RuntimeError) as error:
+        raise UserError(
+            f"evaluate.features_path: {path / _CLASSIFIER_FILE} does not hold a digit classifier ({error})"
+        ) from error
+    return classifier
 
 
 def _inception(path: Path | None, device: torch.device) -> Features:

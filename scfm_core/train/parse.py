@@ -262,7 +262,8 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         here = Path(path).expanduser() if isinstance(path, str) else None
         return str(here.resolve()) if here is not None and here.exists() else path
 
-    evaluate = {name: absolute(getattr(config.evaluate, name)) for name in ("prompts", "features_path", "clip_path")}
+    paths = ("prompts", "features_path", "clip_path", "cmmd_path", "pick_score_path")
+    evaluate = {name: absolute(getattr(config.evaluate, name)) for name in paths}
     if config.evaluate.keep is not None:
         evaluate["keep"] = str(Path(config.evaluate.keep).expanduser().absolute())
     adapters = tuple(dataclasses.replace(adapter, path=absolute(adapter.path)) for adapter in config.model.adapters)

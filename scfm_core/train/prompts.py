@@ -1,8 +1,9 @@
-"""Prompts from the configuration, a text file, or captions in COCO's format."""
+"""Prompts from the configuration, a text file, JSON lines, or captions in COCO's format."""
 
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from scfm_core.data.schema import BadData
 from scfm_core.data.text import check_text, decode_text
@@ -25,8 +26,15 @@ def validation_prompts(config: SampleConfig) -> list[str]:
 
 
 def read_prompts(source: str | tuple[str, ...], where: str) -> list[str]:
-    """Prompts from a list, from the lines of a text file, or from a JSON file in COCO's format: the first caption of each image
-    (https://cocodataset.org/#format-data).
+    """The prompts of `read_records`."""
+    return [record["prompt"] for record in read_records(source, where)]
+
+
+def read_records(source: str | tuple[str, ...], where: str) -> list[dict[str, Any]]:
+    """Prompts with whatever else a file tells about them: objects with the key `prompt`.
+
+    From a list, from the lines of a text file, from the objects of a file `.jsonl`, or from a JSON file in COCO's format: the first caption
+    of each image (https://cocodataset.org/#format-data).
 
     Args:
         source: the prompts; or a string, which is a file's path, or one prompt if it does not look like a path.
@@ -36,29 +44,43 @@ def read_prompts(source: str | tuple[str, ...], where: str) -> list[str]:
         UserError: if the file is missing, is empty, or has another format.
     """
     if not isinstance(source, str):
-        return list(source)
+        return [{"prompt": prompt} for prompt in source]
     path = Path(source).expanduser()
     if not _is_path(source):
-        return [source.strip()]
+        return [{"prompt": source.strip()}]
     try:
         content = decode_text(path.read_bytes(), f"the prompt file {source!r}")
-        # Only newlines end a prompt: `splitlines` would cut at form feeds and at U+2028 too.
-        lines = _coco_captions(content) if path.suffix == ".json" else content.replace("\r", "\n").split("\n")
-        prompts = [check_text(line.strip(), f"a prompt of {source!r}") for line in lines if line.strip()]
+        records = _parse(content, path.suffix)
+        for record in records:
+            check_text(record["prompt"], f"a prompt of {source!r}")
     except BadData as error:
         raise UserError(f"{where}: {str(error).removeprefix('data: ')}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        kind = 'JSON of COCO\'s format, {"annotations": [{"image_id": ..., "caption": ...}]}'
-        expected = kind if path.suffix == ".json" else "a text file in UTF-8"
+        expected = _FORMATS.get(path.suffix, "a text file in UTF-8")
         raise UserError(f"{where}: the prompt file {source!r} is not {expected} ({error})") from error
     except OSError as error:
         raise UserError(
             f"{where}: the prompt file {source!r} cannot be read ({error.strerror}). Give a text file with one prompt on each "
             f"line. A prompt itself has no file ending"
         ) from error
-    if not prompts:
+    if not records:
         raise UserError(f"{where}: the prompt file {source!r} has no prompt; put one on each line")
-    return prompts
+    return records
+
+
+_FORMATS = {
+    ".json": 'JSON of COCO\'s format, {"annotations": [{"image_id": ..., "caption": ...}]}',
+    ".jsonl": 'JSON lines, {"prompt": ..., ...}',
+}
+
+
+def _parse(content: str, suffix: str) -> list[dict[str, Any]]:
+    # `splitlines` would cut at form feeds and at U+2028 too.
+    lines = _coco_captions(content) if suffix == ".json" else content.replace("\r", "\n").split("\n")
+    if suffix != ".jsonl":
+        return [{"prompt": line.strip()} for line in lines if line.strip()]
+    objects = [json.loads(line) for line in lines if line.strip()]
+    return [{**record, "prompt": record["prompt"].strip()} for record in objects]
 
 
 def _is_path(source: str) -> bool:

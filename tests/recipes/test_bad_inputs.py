@@ -239,6 +239,36 @@ def inception_without_weights(recipe, tiny, tmp_path):
     return ["evaluate", str(tmp_path / "run"), "evaluate.features=inception"], "must name Inception's weights"
 
 
+def untrained(recipe, tmp_path):
+    """The folder of a run that has its configuration and nothing else."""
+    (tmp_path / "run").mkdir()
+    shutil.copy(recipe, tmp_path / "run" / "config.yaml")
+
+
+def unknown_features(recipe, tiny, tmp_path):
+    return train(
+        recipe, "evaluate.features=inceptoin"
+    ), "must be classifier, inception or MODULE:FUNCTION of a benchmark"
+
+
+def benchmark_that_is_not_installed(recipe, tiny, tmp_path):
+    untrained(recipe, tmp_path)
+    words = ["evaluate", str(tmp_path / "run"), "evaluate.features=my.benchmark:load"]
+    return words, "'my.benchmark:load' cannot be imported (No module named 'my')"
+
+
+def hub_id_for_a_clip_folder(recipe, tiny, tmp_path):
+    untrained(recipe, tmp_path)
+    words = ["evaluate", str(tmp_path / "run"), "evaluate.clip_path=openai/clip-vit-large-patch14"]
+    return words, "hf download openai/clip-vit-large-patch14 --local-dir"
+
+
+def no_image_of_a_prompt(recipe, tiny, tmp_path):
+    untrained(recipe, tmp_path)
+    words = ["sample", str(tmp_path / "run"), "--prompt", "x", "--per-prompt", "0", "--layout", "flat"]
+    return words, "--per-prompt must be at least 1, got 0"
+
+
 def grids_without_prompts(recipe, tiny, tmp_path):
     return train(recipe, "sample.every=2"), "sample.every asks for grids, but sample.prompts is empty"
 
@@ -454,6 +484,7 @@ CASES = [
     cache_of_another_model, cache_of_another_text_length, resolution_not_divisible, no_permission, unknown_prompt_file,
     prompts_of_another_json,
     checkpoint_of_another_recipe, unknown_checkpoint, lora_without_targets, no_gpu, not_a_run, sample_without_prompt,
+    unknown_features, benchmark_that_is_not_installed, hub_id_for_a_clip_folder, no_image_of_a_prompt,
     inception_without_weights, grids_without_prompts, missing_section_file, number_for_a_section, near_student_with_strengths,
     run_dir_is_a_file, unknown_device, strength_without_number, export_into_existing_folder, encode_with_zero_batch_size,
     zero_shards, more_shards_than_processes, offload_of_one_process, deepspeed_json_for_fsdp2, shard_option_with_deepspeed,

@@ -6,15 +6,17 @@ import re
 import shutil
 
 import pytest
-import torch
-from conftest import smallest_tree
+from conftest import smallest_tree, write_clip
 from PIL import Image
+from transformers import CLIPModel
 
 from recipes import evaluate as evaluate_module
 from recipes.cli import main
 from recipes.evaluate import Evaluator, evaluate, spread
-from recipes.sample import read_settings
+from recipes.image_files import read_settings
+from scfm_core.data.corpus import Corpus
 from scfm_core.errors import UserError
+from scfm_core.train.features import Extractor
 from scfm_core.train.fit import fit
 from scfm_core.train.parse import dump_config, parse_config
 from scfm_core.train.prompts import read_prompts
@@ -58,8 +60,8 @@ def test_an_untrained_student_equals_base_and_teacher(make_config):
 def test_evaluate_and_report_write_their_files(run_dir, capsys):
     assert main(["evaluate", str(run_dir)]) == 0
     table = capsys.readouterr().out
-    assert "FID to teacher" in table
-    assert re.search(r"student 3 +\d", table)
+    assert re.search(r"^steps +1 +3 +4$", table, re.MULTILINE)
+    assert re.search(r"^Fréchet distance to the teacher +student +\d\S+ +\d\S+\n +base +\d", table, re.MULTILINE)
     result = json.loads((run_dir / "evaluation.json").read_text())
     assert result["student"].keys() == result["base"].keys() == {"1", "3"}
     assert (run_dir / "samples" / "evaluation.png").is_file()
@@ -99,7 +101,7 @@ def test_a_run_from_scratch_is_compared_with_the_data(make_config, capsys):
     assert result.keys() == {"student"}
     assert all(row["fid_data"] > 0 and "fid_teacher" not in row for row in result["student"].values())
     assert main(["report", str(trainer.run_dir)]) == 0
-    assert "distance to data" in (trainer.run_dir / "report.html").read_text()
+    assert "distance to the data" in (trainer.run_dir / "report.html").read_text()
 
 
 def test_the_step_size_reaches_the_network(make_config, tmp_path):
@@ -208,39 +210,50 @@ def test_the_noise_floor_is_the_distance_between_two_sets_of_the_teacher(run_dir
     assert "fid_floor" not in other["teacher"]["4"]
 
 
-def test_clip_score_of_a_local_clip(run_dir, tmp_path):
-    """Random weights: the score has no meaning, but the code from folder to score is the real one."""
-    from transformers import (
-        CLIPConfig,
-        CLIPImageProcessor,
-        CLIPModel,
-        CLIPProcessor,
-        CLIPTextConfig,
-        CLIPTokenizer,
-        CLIPVisionConfig,
+def test_scores_and_distances_of_local_clip_models(run_dir, tiny, tmp_path):
+    """Random weights: the figures have no meaning, but the code from folders to figures is the real one."""
+    clip = write_clip(tmp_path / "clip", tiny / "flux" / "tokenizer")
+    settings = [f"evaluate.{name}={clip}" for name in ("clip_path", "pick_score_path", "cmmd_path")]
+    result = evaluate(
+        run_dir, [*settings, "evaluate.noise_floor=true", "evaluate.steps=[4]", "evaluate.teacher_steps=4"]
     )
-
-    torch.manual_seed(0)
-    tokenizer = CLIPTokenizer.from_pretrained(_model_folder(run_dir), subfolder="tokenizer")
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id,
-    )  # fmt: skip
-    vision = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8
-    )
-    CLIPModel(CLIPConfig.from_text_vision_configs(text, vision, projection_dim=8)).save_pretrained(tmp_path / "clip")
-    size = {"height": 32, "width": 32}
-    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size)
-    CLIPProcessor(processor, tokenizer).save_pretrained(tmp_path / "clip")
-    result = evaluate(run_dir, [f"evaluate.clip_path={tmp_path / 'clip'}"])
-    assert all(-100 <= row["clip_score"] <= 100 for rows in result.values() for row in rows.values())
+    scale = CLIPModel.from_pretrained(clip).logit_scale.exp().item()
+    for rows in result.values():
+        row = rows["4"]
+        assert -100 <= row["clip_score"] <= 100
+        assert row["pick_score"] == pytest.approx(row["clip_score"] * scale / 100)
+        assert row["cmmd_data"] > 0
+    base, student, teacher = (result[kind]["4"] for kind in ("base", "student", "teacher"))
+    assert base["cmmd_data"] == teacher["cmmd_data"] != student["cmmd_data"]
+    # The same images: an unbiased estimate is below 0 then, by the kernel of a pair of an image with itself.
+    assert -1 < base["cmmd_teacher"] < 0 < teacher["cmmd_floor"] + 1
 
 
-def _model_folder(run_dir):
-    import yaml
+def test_precision_recall_diversity_and_prompt_following(run_dir):
+    """The base at the teacher's step count makes the teacher's images."""
+    settings = ["evaluate.per_prompt=4", "evaluate.steps=[4]", "evaluate.noise_floor=true"]
+    result = evaluate(run_dir, settings)
+    base, teacher = result["base"]["4"], result["teacher"]["4"]
+    assert base["precision_teacher"] == base["recall_teacher"] == base["diversity"] == 1
+    assert 0 < result["student"]["4"]["diversity"] != 1
+    for name in ("precision_data", "recall_data", "prompt_following"):
+        assert 0 <= base[name] == teacher[name] <= 1
+    assert 0 <= teacher["precision_floor"] <= 1 and "diversity" not in teacher
+    figures = evaluate(run_dir, ["evaluate.steps=[4]", f"evaluate.features={__name__}:always_right"])["base"]["4"]
+    assert figures["prompt_following"] == 1 and figures["features"] == 3
 
-    return yaml.safe_load((run_dir / "config.yaml").read_text())["model"]["path"]
+
+def always_right(path, device):
+    """A benchmark of its own: mean colours as features, and every image shows what its prompt says."""
+    return Extractor(features=lambda images: images.mean((2, 3)), accuracy=lambda images, prompts: 1.0)
+
+
+def test_prompts_are_spread_over_the_data_and_repeated(make_config):
+    config = make_config({"evaluate.samples": 10, "evaluate.per_prompt": 4})
+    corpus = Corpus(config.data)
+    items = spread(corpus.items_of((16, 16)).tolist(), 10)
+    expected = [corpus.caption(item) for item in spread(items, 3) for _ in range(4)]
+    assert evaluate_module._prompts(config, corpus, items) == expected[:10]
 
 
 def test_prompts_in_cocos_format(run_dir, tmp_path):
@@ -330,5 +343,8 @@ def test_the_report_says_what_is_missing_and_shows_restarts(run_dir):
     assert main(["report", str(run_dir)]) == 0
     page = (run_dir / "report.html").read_text()
     assert "Not evaluated yet" not in page and "<h2>Averages</h2>" in page
-    assert "student, 1 step<" in page and "16 images in each set; 16 images of the data" in page
+    assert (
+        "Fréchet distance to the teacher</td><td>student</td><td>" in page
+        and "16 images in each set; 16 images of the data" in page
+    )
     assert "covariance is singular" in page

@@ -230,7 +230,9 @@ def test_the_card_of_an_adapter(run):
             assert picture.size == (16, 16)
     rows = [line for line in card.text.splitlines() if line.startswith("|")]
     assert "| 4 | 0.500 | 1.000 |" in rows and "| 1 | 1.000 | 2.000 |" in rows
-    assert "| 4 | 2.5 | 0.25 | 0.01 | 0.01 |" in rows
+    assert "| figure | model | 4 steps |" in rows and "| MSE to the teacher's images | distilled | 0.01 |" in rows
+    distances = [row for row in rows if row.startswith("| Fréchet distance to the teacher |")]
+    assert [row.split(" | ")[1:] for row in distances] == [["undistilled", "2.5 |"], ["distilled", "0.25 |"]]
     assert "`ModelSamplingFlux` after it, with `max_shift` 1.099 and `base_shift` 1.099." in card.text  # log 3
     nodes = json.loads((run / "adapter" / "comfyui_workflow.json").read_text()).values()
     [lora] = [node["inputs"] for node in nodes if node["class_type"] == "LoraLoaderModelOnly"]

@@ -60,7 +60,7 @@ def test_every_arm_and_seed_in_one_table(study, tmp_path, capsys):
         [row] = [line for line in table.splitlines() if line.startswith(f"| {arm} |")]
         assert row.split(" | ")[2] == cell and row.endswith("| 2 | 2.00 |")
     assert "- scaled: strength by steps" in table
-    assert "Two independent sets of the teacher's samples differ by" in table
+    assert "Two independent sets of the teacher's samples: Fréchet distance to the teacher " in table
     assert (tmp_path / "out" / "study.png").read_bytes().startswith(b"\x89PNG")
     strengths = load_config(tmp_path / "out" / "scaled" / "seed-5" / "config.yaml")
     assert strengths.run.seed == 5 and strengths.method.step_gain is not None
@@ -69,6 +69,29 @@ def test_every_arm_and_seed_in_one_table(study, tmp_path, capsys):
     assert main(["study", "small.yaml", "-o", "out"]) == 0
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("evaluation.json")}
     assert (tmp_path / "out" / "study.md").read_text() == table
+
+
+def test_several_metrics_and_those_that_an_earlier_evaluation_lacks(study, tmp_path, capsys, monkeypatch):
+    """An evaluated run is not trained again."""
+    study(metric="fid_data", seeds=[0], arms={"plain": {"about": "as it comes"}})
+    assert main(["study", "small.yaml", "-o", "out"]) == 0
+    path = tmp_path / "out" / "plain" / "seed-0" / "evaluation.json"
+    result = json.loads(path.read_text())
+    for row in result["student"].values():
+        del row["recall_data"]
+    path.write_text(json.dumps(result))
+    study(metric=["fid_data", "recall_data", "prompt_following"], seeds=[0], arms={"plain": {"about": "as it comes"}})
+    monkeypatch.setattr("recipes.study.train", None)
+    capsys.readouterr()
+    assert main(["study", "small.yaml", "-o", "out"]) == 0
+    table = (tmp_path / "out" / "study.md").read_text()
+    heads = [line for line in table.splitlines() if "passes for a target" in line]
+    titles = ["Fréchet distance to the data", "recall against the data", "prompt following"]
+    assert [head.partition(" at steps")[0] for head in heads] == [f"| {title}" for title in titles]
+    student = json.loads(path.read_text())["student"]
+    record = json.loads((tmp_path / "out" / "study.json").read_text())
+    for metric in ("fid_data", "recall_data", "prompt_following"):
+        assert record["values"][metric]["plain"] == {steps: [row[metric]] for steps, row in student.items()}
 
 
 def test_one_run_of_an_array(study, tmp_path, capsys):
@@ -104,7 +127,7 @@ def test_prepare_runs_before_the_first_run(study, tmp_path, monkeypatch, capsys)
     [
         ({"arm": {}}, [], "arm: Unexpected keyword argument"),
         ({"arms": {"a": {"abuot": "x"}}}, [], "arms.a.about: Field required"),
-        ({"seeds": []}, [], "needs at least one arm and one seed"),
+        ({"seeds": []}, [], "needs at least one arm, one seed and one metric"),
         ({"arms": {"a": {"about": "x", "set": ["train.stepz=3"]}}}, [], "did you mean train.steps?"),
         (
             {"arms": {"a": {"about": "x", "set": ["train.weights=full", "method.teacher_fraction=0"]}}},
@@ -115,6 +138,9 @@ def test_prepare_runs_before_the_first_run(study, tmp_path, monkeypatch, capsys)
         ({}, ["--only", "4"], "--only must be in 0..3: small.yaml has 4 runs"),
         ({"seeds": [0, 5, 0]}, [], "seeds [0, 5, 0] contains a seed twice"),
         ({"arms": {"undistilled": {"about": "x"}}}, [], "Use another name for the arm"),
+        ({"metric": ["fid_teacher", "fid_date"]}, [], "'fid_date' is not a metric; did you mean fid_data?"),
+        ({"metric": []}, [], "needs at least one arm, one seed and one metric"),
+        ({"metric": "pick_score"}, [], "metric pick_score needs evaluate.pick_score_path; arm plain has none"),
         ({"arms": {"a": {"about": "x", "set": ["run.seed=3"]}}}, [], "run.seed=3 has no effect in a study"),
         ({}, ["run.dir=elsewhere"], "run.dir=elsewhere has no effect in a study"),
     ],

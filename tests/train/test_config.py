@@ -178,7 +178,8 @@ class TestDumping:
             ),
             evaluate=EvaluateConfig(
                 steps=(2,), teacher_steps=50, samples=2, prompts="null", batch_size=1, features="classifier",
-                features_path="0x10", clip_path="2001-01-01", keep="1e1", noise_floor=True,
+                features_path="0x10", clip_path="2001-01-01", cmmd_path="1", pick_score_path="no", keep="1e1", noise_floor=True,
+                per_prompt=2,
             ),
             wandb=WandbConfig(mode="disabled", project="1_000"),
         )  # fmt: skip
@@ -548,9 +549,10 @@ INVALID = [
     ("sample.steps=[4, 0]", "sample.every must be >= 0 and sample.steps positive, got 250, (4, 0)"),
     ("sample.teacher_steps=-1", "sample.teacher_steps must be at least 0, got -1"),
     ("sample.shift=0", "sample.shift must be positive or 'dynamic', got 0"),
-    ("evaluate.steps=[0]", "evaluate.steps, teacher_steps and batch_size must be >= 1"),
-    ("evaluate.teacher_steps=0", "evaluate.steps, teacher_steps and batch_size must be >= 1"),
-    ("evaluate.batch_size=0", "evaluate.steps, teacher_steps and batch_size must be >= 1"),
+    ("evaluate.steps=[0]", "evaluate.steps, teacher_steps, batch_size and per_prompt must be >= 1"),
+    ("evaluate.teacher_steps=0", "evaluate.steps, teacher_steps, batch_size and per_prompt must be >= 1"),
+    ("evaluate.batch_size=0", "evaluate.steps, teacher_steps, batch_size and per_prompt must be >= 1"),
+    ("evaluate.per_prompt=0", "evaluate.steps, teacher_steps, batch_size and per_prompt must be >= 1"),
     ("evaluate.samples=1", "evaluate.samples >= 2"),
 ]
 

@@ -10,11 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from sklearn.datasets import load_digits
 from torch import Tensor
 
+from recipes.tiny import caption
 from scfm_core.errors import UserError
 from scfm_core.train.config import EvaluateConfig
-from scfm_core.train.features import DigitClassifier, extract, frechet_distance, load_features
+from scfm_core.train.features import DigitClassifier, extract, frechet_distance, load_extractor, load_features
 
 CPU = torch.device("cpu")
 
@@ -144,6 +146,15 @@ class TestClassifier:
     def test_logits_come_from_the_features(self):
         classifier, images = DigitClassifier(), torch.rand(3, 3, 8, 8)
         assert torch.equal(classifier(images), classifier.head(classifier.features(images)))
+
+    def test_reads_the_digit_that_the_prompt_names(self, tiny):
+        """The last word of a prompt is its digit; a prompt that names none is not followed."""
+        accuracy = load_extractor(self.config(tiny / "classifier"), CPU).accuracy
+        scans = load_digits()
+        images = torch.from_numpy(scans.images / 16).float()[:, None].expand(-1, 3, -1, -1)
+        assert accuracy(images, [caption(digit) for digit in scans.target]) > 0.8
+        assert accuracy(images, [caption((digit + 1) % 10) for digit in scans.target]) < 0.1
+        assert accuracy(images[:3], ["a dog", "", caption(scans.target[2])]) in (0, pytest.approx(1 / 3))
 
     def test_a_folder_without_a_classifier(self, tmp_path):
         with pytest.raises(
