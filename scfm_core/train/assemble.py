@@ -111,14 +111,9 @@ def build_model(
     has_teacher = with_teacher and needs_teacher and not is_lora
     prepare = _preparation(config, family, kernels, layout, device)
 
-    def empty_network(dtype: torch.dtype) -> nn.Module:
-        # A trace needs no values of buffers: tables of positions take a second to compute.
-        with device if device.type == "meta" else contextlib.nullcontext():
-            return family.empty_network(dtype)
-
     with contextlib.ExitStack() as stack:
         with (world or World()).together():
-            network = empty_network(dtype if is_lora or layout is None else torch.float32)
+            network = _empty_network(family, dtype if is_lora or layout is None else torch.float32, device)
             shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
             start, pretrained = (fill, fill) if fill else _weights(config, family, network, stack, has_teacher)
             adapted = _adapted(config, family, network, layout) if is_lora else None
@@ -133,15 +128,21 @@ def build_model(
         networks = {}
         roles = ADAPTERS if layout is not None else (config.sample.weights,)
         for role in roles:
-            networks[role] = network if role == roles[0] else empty_network(torch.float32)
+            networks[role] = network if role == roles[0] else _empty_network(family, torch.float32, device)
             # DualEMA sets the averages to the student, but not their buffers.
             prepare(networks[role], role == roles[0], start if role == roles[0] else zeros)
             for name, buffer in networks[role].named_buffers():
                 buffer.copy_(networks[roles[0]].get_buffer(name))
         if has_teacher:
-            networks["teacher"] = empty_network(dtype)
+            networks["teacher"] = _empty_network(family, dtype, device)
             prepare(networks["teacher"], False, pretrained)
     return FullModel(family, networks, shapes, dtype, **_near_pass(config, networks, layout, world or World()))
+
+
+def _empty_network(family: ModelFamily, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """See `ModelFamily.empty_network`. A trace needs no values of buffers: tables of positions take a second to compute."""
+    with device if device.type == "meta" else contextlib.nullcontext():
+        return family.empty_network(dtype)
 
 
 def _near_pass(
