@@ -116,10 +116,11 @@ def _image(png: bytes) -> str:
 
 def _evaluation_table(run: _Run) -> str:
     head = "".join(f"<th>{steps}</th>" for steps in step_counts(run.evaluation))
-    lines = [
-        f"<tr><td>{html.escape(title(name))}</td><td>{kind}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
-        for name, kind, cells in figure_rows(run.evaluation)
-    ]
+    lines, last = [], None
+    for name, kind, cells in figure_rows(run.evaluation):
+        row = ["" if name == last else html.escape(title(name)), kind, *cells]
+        lines.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>")
+        last = name
     first = next(row for rows in run.evaluation.values() for row in rows.values())
     note = ""
     if "samples" in first:

@@ -25,6 +25,7 @@ from scfm_core.train.pipelines import load_fused, read_header, shift_of
 from scfm_core.train.pipelines import with_steps as with_steps
 from scfm_core.train.runs import load_trained, open_run
 from scfm_core.train.sampling import generate, to_uint8
+from scfm_core.wording import count
 
 _BATCH = 8
 """Images of one call of a pipeline."""
@@ -138,7 +139,9 @@ class FewStepModel(ABC):
         self.family.latent_shape(settings["height"], settings["width"])
         seeds = [seed + i for i in range(len(rows))] if isinstance(seed, int) else list(seed)
         if len(seeds) != len(rows):
-            raise UserError(f"there are {len(rows)} prompts, but {len(seeds)} seeds")
+            raise UserError(
+                f"{count(len(rows), 'prompt')} and {count(len(seeds), 'seed')}: give a seed for each prompt, or one number"
+            )
         return self._sample(rows, seeds, settings, undistilled=undistilled, before_step=before_step or (lambda: None))
 
     @abstractmethod

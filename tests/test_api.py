@@ -102,6 +102,9 @@ def test_an_adapter_gives_the_images_of_its_run(run_dir, pipe, tiny):
     assert difference(plain, adapter.sample(PROMPTS, steps=4, seed=77, undistilled=True)) <= 2
     assert difference(plain, images[4,]) > 20
     assert difference(images[4,], student.sample(PROMPTS, seed=77, strength=0.1)) > 20
+    assert difference(images[4,][1:], student.sample(PROMPTS[1:], seed=[78 + i for i in range(len(PROMPTS) - 1)])) <= 2
+    with pytest.raises(UserError, match="1 prompt and 2 seeds: give a seed for each prompt"):
+        student.sample("one", seed=[1, 2])
     again = with_steps(pipe, run_dir / "adapter")  # in place of the one before
     assert again.get_list_adapters() == {"transformer": ["scfm"]}
     assert difference(images[4,], called(again, 4)) <= 2

@@ -213,7 +213,8 @@ class EvaluateConfig:
     per_prompt: int = 1
     """Images of each prompt, of `samples`. With more than one, diversity is measured: how much the images of a prompt differ."""
     prompts: str | None = None
-    """Text file with one prompt on each line, or captions in COCO's JSON format, in place of the data's captions."""
+    """Text file with one prompt on each line, JSON lines with the key `prompt` (`.jsonl`), or captions in COCO's JSON format, in place of
+    the data's captions."""
     batch_size: int = 8
     """Images of one forward pass."""
     keep: str | None = None
