@@ -214,6 +214,8 @@ class EvaluateConfig:
     """Images of each prompt, of `samples`. With more than one, diversity is measured: how much the images of a prompt differ."""
     prompts: str | None = None
     """Text file with one prompt on each line, or captions in COCO's JSON format, in place of the data's captions."""
+    data: str | None = None
+    """Folder of the data of the comparison, for example held-out images or a cache of them. none: the data of the run."""
     batch_size: int = 8
     """Images of one forward pass."""
     keep: str | None = None
