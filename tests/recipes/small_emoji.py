@@ -25,7 +25,13 @@ def make_small(root: Path, monkeypatch) -> list[str]:
     few = [emoji_images.Pair(glyph, ground) for glyph in range(10) for ground in range(2)]
     monkeypatch.setattr(emoji, "Font", StandIn)
     monkeypatch.setattr(emoji, "pairs", lambda held_out: [pair for pair in few if pair.is_held_out == held_out])
-    for name, value in (("_COPIES", 2), ("_HELD_OUT_COPIES", 2), ("_VAE_STEPS", 1), ("_CLASSIFIER_STEPS", 1)):
+    for name, value in (
+        ("_COPIES", 2),
+        ("_HELD_OUT_COPIES", 2),
+        ("_VAE_STEPS", 1),
+        ("_SHEET_STEPS", 1),
+        ("_CLASSIFIER_STEPS", 1),
+    ):
         monkeypatch.setattr(emoji, name, value)
     short = [
         "train.steps=1",
