@@ -18,20 +18,27 @@ from scfm_core.train.features import Extractor
 
 _FILE = "classifier.safetensors"
 _BATCH = 128
-_WIDTHS = (32, 64, 64, 128)
+_WIDTHS = (32, 64, 96, 192)
+_PLACES = 16
+"""Channels of the map from which place and size are read."""
 FEATURES = 96
 
 
 class EmojiClassifier(nn.Module):
-    """Four convolutions and two linears; its features are the 96 activations before the heads."""
+    """Four convolutions and a linear; its features are the 96 activations before the heads.
+
+    The glyph is read from the maximum and the mean over all places, so that it is learned for all places at once; the box from a
+    map of the places.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         for channels, width, stride in zip((3, *_WIDTHS), _WIDTHS, (2, 2, 1, 2), strict=False):
             layers += [nn.Conv2d(channels, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-        side = SIZE // 8
-        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(_WIDTHS[-1] * side**2, FEATURES), nn.ReLU())
+        self.body = nn.Sequential(*layers)
+        self.places = nn.Conv2d(_WIDTHS[-1], _PLACES, 1)
+        self.last = nn.Linear(2 * _WIDTHS[-1] + _PLACES * (SIZE // 8) ** 2, FEATURES)
         self.glyph = nn.Linear(FEATURES, len(GLYPHS))
         self.ground = nn.Linear(FEATURES, len(GROUNDS))
         self.box = nn.Linear(FEATURES, 3)
@@ -40,7 +47,9 @@ class EmojiClassifier(nn.Module):
         """Images fp32 [N, 3, H, W] in [0, 1] -> [N, FEATURES]."""
         if images.shape[-2:] != (SIZE, SIZE):
             images = F.interpolate(images, size=(SIZE, SIZE), mode="area")
-        return self.body(images * 2 - 1)  # type: ignore[no-any-return]
+        found = self.body(images * 2 - 1)
+        parts = [found.amax((2, 3)), found.mean((2, 3)), self.places(found).flatten(1)]
+        return F.relu(self.last(torch.cat(parts, 1)))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits of the glyph [N, 240] and of the ground [N, 10]; left edge, upper edge and side of the box, as shares [N, 3]."""
