@@ -26,7 +26,7 @@ TEXT_LENGTH = 8
 """Tokens of the longest caption: three words of the glyph, four of the ground, one for the end."""
 _COPIES, _HELD_OUT_COPIES = 8, 4
 """Images of a pair."""
-_VAE_STEPS, _CLASSIFIER_STEPS = 2500, 1000
+_VAE_STEPS, _CLASSIFIER_STEPS = 6000, 2500
 _CHANNELS = 16
 """Of the latents. With a compression of 4 x 4, an image is 64 numbers for each of 16 tokens."""
 _TEXT_WIDTH = 64
