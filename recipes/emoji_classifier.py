@@ -18,7 +18,7 @@ from scfm_core.train.features import Extractor
 
 _FILE = "classifier.safetensors"
 _BATCH = 128
-_WIDTHS = (32, 64, 96, 192)
+_WIDTHS, _STRIDES = (32, 64, 96, 192), (2, 2, 1, 2)
 _PLACES = 16
 """Channels of the map from which place and size are read."""
 FEATURES = 96
@@ -34,7 +34,7 @@ class EmojiClassifier(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for channels, width, stride in zip((3, *_WIDTHS), _WIDTHS, (2, 2, 1, 2), strict=False):
+        for channels, width, stride in zip((3, *_WIDTHS), _WIDTHS, _STRIDES, strict=False):
             layers += [nn.Conv2d(channels, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
         self.body = nn.Sequential(*layers)
         self.places = nn.Conv2d(_WIDTHS[-1], _PLACES, 1)
