@@ -15,7 +15,19 @@ from scfm_core.errors import UserError
 from scfm_core.train.stop import remember_early
 
 # These commands work for long: the end of the reader of their messages does not end them.
-_LONG = ("_train", "_evaluate", "_sample", "_export", "_study", "_encode", "_generate", "_pack", "_index", "_play")
+_LONG = (
+    "_train",
+    "_evaluate",
+    "_sample",
+    "_export",
+    "_study",
+    "_encode",
+    "_generate",
+    "_pack",
+    "_index",
+    "_emoji",
+    "_play",
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,7 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_status(commands)
     add_run_commands(commands)
     data = commands.add_parser("data", help="make data sets and inspect them")
-    add_data_commands(data.add_subparsers(required=True, metavar="COMMAND"), add_command)
+    data_commands = data.add_subparsers(required=True, metavar="COMMAND")
+    add_data_commands(data_commands, add_command)
+    _add_emoji(data_commands)
     return parser
 
 
@@ -239,6 +253,40 @@ def _study(arguments: argparse.Namespace) -> None:
             only=arguments.only,
             execute=main,
         )
+    )
+
+
+def _add_emoji(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "emoji",
+        "Make the benchmark with rich prompts: images, a tiny model, its teacher. The same command continues.",
+        _emoji,
+        epilog="examples:\n  scfm data emoji\n  scfm data emoji --only-assets           # without the teacher, which trains for an hour\n"
+        "  scfm data emoji -o runs/short train.steps=4000",
+    )
+    parser.add_argument(
+        "--output", "-o", type=Path, metavar="FOLDER", default=Path("runs/emoji"), help="default runs/emoji"
+    )
+    parser.add_argument("--only-assets", action="store_true", help="stop before the training of the teacher")
+    parser.add_argument(
+        "--font",
+        type=Path,
+        metavar="FILE",
+        help="NotoColorEmoji.ttf (default: that of the package fonts-noto-color-emoji)",
+    )
+    add_overrides(parser)
+
+
+def _emoji(arguments: argparse.Namespace) -> None:
+    from recipes.emoji import make
+
+    make(
+        arguments.output,
+        arguments.overrides,
+        font=arguments.font,
+        execute=main,
+        only_assets=arguments.only_assets,
     )
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,14 +133,17 @@ class Evaluator:
         self.model = load_trained(run_dir, config, with_teacher=True)
         self.has_teacher = not isinstance(self.model, FullModel) or "teacher" in self.model.networks
         dtype = compute_dtype(config)
-        corpus = Corpus(config.data)
+        data = config.data
+        if settings.data is not None:
+            data = replace(data, path=str(Path(settings.data).expanduser()), format="auto", sources=())
+        corpus = Corpus(data)
         items = corpus.items_of(config.data.resolution).tolist()
         if not items:
             raise UserError(
                 f"data: no sample has data.resolution {config.data.resolution}, the size at which images are compared. "
                 f"Set data.resolution to one of {corpus.sizes}"
             )
-        if not any(is_remote(source.uri) for source in config.data.mixture()):  # remote: it would download all shards
+        if not any(is_remote(source.uri) for source in data.mixture()):  # remote: it would download all shards
             items = spread(items, settings.samples)
         self.prompts = _prompts(config, corpus, items)
         self.folder = run_dir / ".evaluation"

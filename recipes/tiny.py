@@ -6,6 +6,7 @@ Flux.1-dev loads it too. The data are the 1,797 8x8 images of real handwriting i
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,8 @@ def write_pipeline(folder: Path, *, vae_steps: int | None, seed: int = 0) -> Non
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        clip_tokenizer, clip = _clip(folder)
-        t5_tokenizer, t5 = _t5()
+        clip_tokenizer, clip = tiny_clip(folder)
+        t5_tokenizer, t5 = tiny_t5(_words())
         vae = None if vae_steps is None else _vae(vae_steps)
         FluxPipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT, use_dynamic_shifting=False),
@@ -96,8 +97,10 @@ def write_sd3_pipeline(folder: Path, *, vae: Path, seed: int = 0) -> None:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        clips = [_clip(folder, projected=True) for _ in range(2)]
-        t5_tokenizer, t5 = _t5(width=2 * 32)  # the CLIPs' tokens lie side by side, and are as wide as T5's
+        clips = [tiny_clip(folder, projected=True) for _ in range(2)]
+        t5_tokenizer, t5 = tiny_t5(
+            _words(), width=2 * 32
+        )  # the CLIPs' tokens lie side by side, and are as wide as T5's
         images = AutoencoderKL.from_pretrained(vae)
         transformer = SD3Transformer2DModel(
             sample_size=SIZE // 2,
@@ -148,8 +151,13 @@ def _transformer(text_dim: int, pooled_dim: int, latent_channels: int) -> torch.
     return network
 
 
-def _clip(folder: Path, *, projected: bool = False):  # type: ignore[no-untyped-def]
-    """A CLIP text model with a character vocabulary."""
+def _words() -> list[str]:
+    return sorted({word for digit in range(10) for word in caption(digit).split()})
+
+
+def tiny_clip(folder: Path, *, width: int = 32, words: Sequence[str] = (), projected: bool = False) -> tuple[Any, Any]:
+    """A tokenizer of characters and of `words`, and a CLIP text model with random weights. `folder` gets the vocabulary."""
+    from tokenizers import AddedToken
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     letters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
@@ -161,11 +169,13 @@ def _clip(folder: Path, *, projected: bool = False):  # type: ignore[no-untyped-
     )
     (files / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
     tokenizer = CLIPTokenizer(str(files / "vocab.json"), str(files / "merges.txt"), model_max_length=77)
+    if words:
+        tokenizer.add_tokens([AddedToken(word, single_word=True) for word in words])
     config = CLIPTextConfig(
-        vocab_size=len(tokens),
-        hidden_size=32,
-        projection_dim=32,
-        intermediate_size=64,
+        vocab_size=len(tokens) + len(words),
+        hidden_size=width,
+        projection_dim=width,
+        intermediate_size=2 * width,
         num_hidden_layers=2,
         num_attention_heads=4,
         bos_token_id=len(tokens) - 2,
@@ -175,12 +185,11 @@ def _clip(folder: Path, *, projected: bool = False):  # type: ignore[no-untyped-
     return tokenizer, (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
 
 
-def _t5(width: int = 32):  # type: ignore[no-untyped-def]
-    """A T5 encoder with a vocabulary of the captions' words."""
+def tiny_t5(words: Sequence[str], width: int = 32) -> tuple[Any, Any]:
+    """A tokenizer of `words`, and a T5 encoder with random weights."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import T5Config, T5EncoderModel, T5TokenizerFast
 
-    words = sorted({word for digit in range(10) for word in caption(digit).split()})
     vocabulary = {token: number for number, token in enumerate(("<pad>", "</s>", "<unk>", *words))}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -215,6 +215,8 @@ class EvaluateConfig:
     prompts: str | None = None
     """Text file with one prompt on each line, JSON lines with the key `prompt` (`.jsonl`), or captions in COCO's JSON format, in place of
     the data's captions."""
+    data: str | None = None
+    """Folder of the data of the comparison, for example held-out images or a cache of them. none: the data of the run."""
     batch_size: int = 8
     """Images of one forward pass."""
     keep: str | None = None

@@ -262,7 +262,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         here = Path(path).expanduser() if isinstance(path, str) else None
         return str(here.resolve()) if here is not None and here.exists() else path
 
-    paths = ("prompts", "features_path", "clip_path", "cmmd_path", "pick_score_path")
+    paths = ("prompts", "data", "features_path", "clip_path", "cmmd_path", "pick_score_path")
     evaluate = {name: absolute(getattr(config.evaluate, name)) for name in paths}
     if config.evaluate.keep is not None:
         evaluate["keep"] = str(Path(config.evaluate.keep).expanduser().absolute())

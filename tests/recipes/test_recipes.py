@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_emoji import make_small
 
 from recipes.cli import main
 from recipes.demo import make_assets
@@ -26,6 +27,10 @@ def demo_root(tmp_path_factory):
     (demo / "teacher").symlink_to(demo / "tiny_flux")
     words = ["data", "generate", str(demo / "prompts.txt"), "-o", str(demo / "paths_many"), "--trajectories", *shape]
     assert main([*words, "--model", str(demo / "teacher"), "--dtype", "float32", "--shift", "3"]) == 0
+    emoji = root / "runs" / "emoji"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        assert main([*make_small(emoji, monkeypatch), "--only-assets"]) == 0
+    (emoji / "teacher").symlink_to(emoji / "tiny_flux")
     return root
 
 
@@ -45,6 +50,8 @@ def test_all_promised_recipes_exist():
         "tiny_pretrain",
         "tiny_pretrain_shortcut",
         "tiny_distill",
+        "tiny_emoji_distill",
+        "tiny_emoji_pretrain",
         "tiny_trajectories",
     }
 
@@ -78,7 +85,7 @@ def test_header_states_command_hardware_hours_and_loss(path):
 
 def test_all_promised_data_recipes_exist():
     names = {path.stem for path in DATA}
-    assert names >= {"laion_pop", "self_generated", "fewshot_10", "cc12m_mds", "digits"}
+    assert names >= {"laion_pop", "self_generated", "fewshot_10", "cc12m_mds", "digits", "emoji"}
 
 
 @pytest.mark.parametrize("path", DATA, ids=lambda path: path.stem)
