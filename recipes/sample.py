@@ -18,6 +18,8 @@ from scfm_core.train.runs import open_run
 
 _NAME_BYTES = 60
 """Bytes of the prompt in a file's name, of which most file systems allow 255."""
+_BATCHES = 16
+"""Batches whose prompts are encoded at once."""
 
 
 def sample(
@@ -59,6 +61,8 @@ def sample(
     records = records or read_records(prompt_file or config.sample.prompts, "--prompts")
     if not records:
         raise UserError("there is no prompt: give --prompt TEXT or --prompts FILE, or set sample.prompts")
+    if layout is not None:
+        LAYOUTS[layout].check(records)
     folder = output or run_dir / "samples" / "_".join([f"{num_steps}_steps", *([layout] if layout else [])])
     check_writable(folder, "the images", ADVICE)
     model = RunModel(run_dir, overrides, with_teacher=False)
@@ -68,12 +72,16 @@ def sample(
         rank, size = processes("images")
         return images.make(model, strength, config.evaluate.batch_size, rank, size), folder
     texts = [record["prompt"] for record in records for _ in range(per_prompt)]
-    made = model.sample(texts, steps=num_steps, seed=config.sample.seed, strength=strength)
-    for number, (prompt, image) in enumerate(zip(texts, made, strict=True)):
-        own = settings | {"prompt": prompt, "seed": config.sample.seed + number}
-        with written_whole(_free_path(folder, own), "the images", ADVICE) as partial:
-            save_image(partial, image, own)
-    return len(made), folder
+    part = _BATCHES * config.evaluate.batch_size  # embeddings of all prompts of a large file would fill the memory
+    for first in range(0, len(texts), part):
+        seed = config.sample.seed + first
+        prompts = texts[first : first + part]
+        made = model.sample(prompts, steps=num_steps, seed=seed, strength=strength)
+        for number, (prompt, image) in enumerate(zip(prompts, made, strict=True)):
+            own = settings | {"prompt": prompt, "seed": seed + number}
+            with written_whole(_free_path(folder, own), "the images", ADVICE) as partial:
+                save_image(partial, image, own)
+    return len(texts), folder
 
 
 def origin(run_dir: Path, config: RunConfig) -> dict[str, Any]:

@@ -27,11 +27,22 @@ class Layout:
     metadata_per_prompt: bool
     """`metadata.jsonl` is in the folder of each prompt and has its record. Otherwise there is one file, with a line for each image, which
     also names it (`file_name`), as in an image folder of the datasets library."""
+    required: tuple[str, ...] = ()
+    """Keys that the tool needs in each record."""
+
+    def check(self, records: Sequence[dict[str, Any]]) -> None:
+        """UserError if the tool would fail on a record."""
+        for number, record in enumerate(records, 1):
+            if missing := [key for key in self.required if key not in record]:
+                raise UserError(
+                    f"--layout: record {number} of the prompts has no {', '.join(missing)}, which the tool needs. Give the tool's own "
+                    f"file of prompts with --prompts, or use --layout flat"
+                )
 
 
 LAYOUTS = {
     # https://github.com/djghosh13/geneval, README and evaluation/evaluate_images.py
-    "geneval": Layout("{prompt:05d}/samples/{number:04d}.png", "*/samples/*.png", True),
+    "geneval": Layout("{prompt:05d}/samples/{number:04d}.png", "*/samples/*.png", True, required=("tag",)),
     "flat": Layout("{prompt:05d}_{number:04d}.png", "*.png", False),
 }
 
@@ -140,7 +151,8 @@ class ImageSet:
                 self._write(self._path(prompt * self.per_prompt).parents[1] / _METADATA, [self.records[prompt]])
         elif is_first:
             numbers = self._numbers(range(len(self.records)))
-            rows = [{"file_name": self._name(n), **self.records[n // self.per_prompt]} for n in numbers]
+            # Records of an image folder have names of their own.
+            rows = [{**self.records[n // self.per_prompt], "file_name": self._name(n)} for n in numbers]
             self._write(self.folder / _METADATA, rows)
 
     def _write(self, path: Path, rows: Sequence[dict[str, Any]]) -> None:

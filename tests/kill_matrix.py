@@ -75,9 +75,7 @@ def _figures(run_dir: Path) -> Any:
 
 
 def _images(folder: Path) -> list[str]:
-    return [
-        hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("samples/*/*/samples/[0-9]*.png"))
-    ]
+    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("samples/*/[0-9]*.png"))]
 
 
 def _study(folder: Path) -> Any:
@@ -114,7 +112,7 @@ COMMANDS = {
         "evaluate OUT", _figures, lambda folder: "all figures" if _figures(folder) else f"{len(list(folder.glob('.evaluation/[sb]*')))} figures", needs_run=True
     ),
     "sample": Command(
-        "sample OUT --steps 2 --prompts WORK/prompts.txt --per-prompt 40 --layout geneval",
+        "sample OUT --steps 2 --prompts WORK/prompts.txt --per-prompt 40 --layout flat",
         lambda folder: images if len(images := _images(folder)) == 160 else None,
         lambda folder: f"{len(_images(folder))} of 160 images", needs_run=True,
     ),

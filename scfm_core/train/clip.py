@@ -46,8 +46,9 @@ class LocalCLIP:
         from transformers import CLIPModel, CLIPProcessor
 
         try:
+            # Safetensors if there are any. OpenAI's own repositories have a pickle, which is read without running code of it.
             self._model, found = CLIPModel.from_pretrained(
-                folder, use_safetensors=True, local_files_only=True, output_loading_info=True
+                folder, local_files_only=True, output_loading_info=True, weights_only=True
             )
             self._processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # a missing or damaged file: OSError, ValueError, SafetensorError, TypeError, ...

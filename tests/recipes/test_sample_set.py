@@ -17,7 +17,7 @@ from scfm_core.train.trainer import Trainer
 RECORDS = [
     {"tag": "single_object", "include": [{"class": "two", "count": 1}], "prompt": "a handwritten digit two"},
     {"tag": "colors", "include": [], "prompt": "Ü: a red one"},
-    {"tag": "colors", "include": [], "prompt": "one"},
+    {"tag": "colors", "include": [], "prompt": "one", "file_name": "of another folder.png"},
 ]
 
 
@@ -93,7 +93,7 @@ def test_a_flat_set_has_the_images_of_single_calls(make, tmp_path):
     rows = [
         json.loads(line) for line in (tmp_path / "flat" / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
     ]
-    assert rows == [{"file_name": name, **record} for name, record in zip(sorted(flat), RECORDS, strict=True)]
+    assert rows == [{**record, "file_name": name} for name, record in zip(sorted(flat), RECORDS, strict=True)]
     make("plain", "--per-prompt", "1")
     names = ["a-handwritten-digit-two_seed1234.png", "one_seed1236.png", "Ü-a-red-one_seed1235.png"]
     assert sorted(path.name for path in (tmp_path / "plain").iterdir()) == names
@@ -117,6 +117,10 @@ def test_a_flat_set_has_the_images_of_single_calls(make, tmp_path):
         ('{"text": "one"}\n', "is not JSON lines, .*'prompt'"),
         ("a digit\n", "is not JSON lines"),
         ("\n", "has no prompt"),
+        (
+            '{"tag": "colors", "prompt": "one"}\n{"prompt": "two"}\n',
+            "record 2 of the prompts has no tag, which the tool needs",
+        ),
     ],
 )
 def test_a_file_that_is_no_list_of_prompts(make, prompts, text, message):

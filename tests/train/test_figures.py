@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -142,6 +143,23 @@ class TestLocalCLIP:
         torch.testing.assert_close(clip.embed(images).float(), output.image_embeds)
         expected = output.logits_per_image.diagonal().double()  # PickScore: the factor times the cosine
         torch.testing.assert_close(clip.logit_scale * clip.cosines(images, prompts), expected, rtol=1e-5, atol=1e-5)
+
+    def test_weights_in_a_pickle(self, folder, tmp_path):
+        """As in openai/clip-vit-large-patch14-336."""
+        old = shutil.copytree(folder, tmp_path / "old")
+        torch.save(load_file(old / "model.safetensors"), old / "pytorch_model.bin")
+        (old / "model.safetensors").unlink()
+        images = torch.randint(0, 256, (2, 3, 40, 40), dtype=torch.uint8)
+        torch.testing.assert_close(self.load(old).embed(images), self.load(folder).embed(images), rtol=0, atol=0)
+
+        class Code:
+            def __reduce__(self):
+                return (Path.touch, (tmp_path / "ran",))
+
+        torch.save({"weight": Code()}, old / "pytorch_model.bin")
+        with pytest.raises(UserError, match="is not a complete CLIP model"):
+            self.load(old)
+        assert not (tmp_path / "ran").exists()
 
     @pytest.mark.parametrize(
         "fault", ["no folder", "another model", "no weights", "cut weights", "other weights", "no processor"]
