@@ -105,8 +105,9 @@ def estimate_memory(
         "Adam (fp32)": 8 * trained / share.optimizer,
     }
     activations, size = activations_of(config, family), micro_batches(config, world).size
+    copies = 2.0 * trained * (1 + config.method.is_student_first)  # the student's own beside those of the other passes
     working = {
-        "adapter in the compute dtype": 2.0 * trained * (lora and width == 2 and share.weights == 1),
+        "adapter in the compute dtype": copies * (lora and width == 2 and share.weights == 1),
         "encoders (on the fly)": encoders_on_gpu(config, family) * needs_encoders(config),
         **_gathered(config, family, network, share, width),
         "reduce bucket (fp32)": 4 * min(REDUCE_BUCKET, trained) * zero,

@@ -243,7 +243,7 @@ def _label(trainer: Trainer, recorder: Recorder) -> None:
         for tensor in trainer.model.parameters(role).values():
             memory.label(_local(tensor), part)
     for layer in getattr(trainer.model, "bank", SimpleNamespace(layers={})).layers.values():
-        for copy in layer.copies or ():
+        for copy in (*(layer.copies or ()), *(layer.own_copies or ())):
             memory.label(copy, "adapter in the compute dtype")
     for state in trainer.engine._optimizer.state.values():  # type: ignore[attr-defined]
         for tensor in state.values():
