@@ -14,11 +14,6 @@ def shift_sigma(u: Tensor, shift: Tensor | float) -> Tensor:
     return shift * u / (1 + (shift - 1) * u)
 
 
-def shift_slope(u: Tensor, shift: Tensor | float) -> Tensor:
-    """The derivative of `shift_sigma` at `u`: `s / (1 + (s-1)*u)^2`."""
-    return shift / (1 + (shift - 1) * u).square()
-
-
 def sigma_grid(num_steps: int, shift: float = 1.0) -> Tensor:
     """The grid of an n-step sampler: `sigma_k = shift_sigma(1 - k/n)`, k = 0..n.
 

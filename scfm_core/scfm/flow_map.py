@@ -28,7 +28,7 @@ from torch import Tensor
 
 from scfm_core.flow.path import euler_step, per_sample
 from scfm_core.flow.rows import put_rows, take_rows
-from scfm_core.flow.schedule import shift_sigma, shift_slope
+from scfm_core.flow.schedule import shift_sigma
 from scfm_core.scfm.plan import ShortcutPlan
 from scfm_core.scfm.target import Velocity
 
@@ -132,17 +132,16 @@ def _lagrangian(jump: _Jump) -> Tensor:
         [near] = jump.passes((jump.x, jump.start, (length - jump.settings.shortest).clamp(min=0)))
         [teacher] = jump.passes((euler_step(jump.x, near, jump.start - mid), mid, torch.zeros_like(length)))
         return teacher - per_sample((jump.start - mid) / (mid - jump.end), near) * (jump.velocity - near)
-    step = jump.settings.epsilon * length
+    shorter, longer = (1 - jump.settings.epsilon) * length, length
     landed = euler_step(jump.x, jump.velocity, way), jump.end, torch.zeros_like(length)
-    shorter = jump.x, jump.start, length - step
     if jump.settings.difference == "central":
-        longer = (length + step).clamp(max=1)  # beyond the whole way nothing is learned
-        back, forth, teacher = jump.passes(shorter, (jump.x, jump.start, longer), landed)
-        width = longer - length + step
+        longer = ((1 + jump.settings.epsilon) * length).clamp(max=1)  # beyond the whole way nothing is learned
+        back, forth, teacher = jump.passes((jump.x, jump.start, shorter), (jump.x, jump.start, longer), landed)
     else:
-        back, teacher = jump.passes(shorter, landed)
-        forth, width = jump.velocity, step
-    scale = way / shift_slope(jump.u_start - length, jump.shift) / width
+        back, teacher = jump.passes((jump.x, jump.start, shorter), landed)
+        forth = jump.velocity
+    # A difference in sigma: over the last tenth of u a shift changes the slope of sigma(u) by as much as its square.
+    scale = way / (jump.sigma(jump.u_start - shorter) - jump.sigma(jump.u_start - longer))
     return teacher - per_sample(scale, back) * (forth - back)
 
 
@@ -166,7 +165,7 @@ def _eulerian(jump: _Jump) -> Tensor:
         back, forth = jump.passes(moved(before), moved(after))
     else:
         [back], forth = jump.passes(moved(before)), jump.velocity
-    scale = way / shift_slope(jump.u_start, jump.shift) / (after - before)
+    scale = way / (jump.sigma(after) - jump.sigma(before))
     return teacher - per_sample(scale, back) * (forth - back)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from scfm_core.flow.path import per_sample
-from scfm_core.flow.schedule import shift_sigma, shift_slope
+from scfm_core.flow.schedule import shift_sigma
 from scfm_core.scfm.flow_map import flow_map_velocity, own_starts
 from scfm_core.scfm.method import FlowMap, PlanConfig, StepGain
 from scfm_core.scfm.plan import sample_plan
@@ -123,12 +123,6 @@ def test_other_rows_are_the_same_as_without_flow_map_rows():
     assert plan.flow_map_rows == rows.nonzero()[:, 0].tolist()
     for name in ("sigma_start", "sigma_mid", "sigma_end", "student_strength", "shift", "guidance", "grid", "interval"):
         assert torch.equal(getattr(plan, name)[~rows], getattr(without, name)[~rows]), name
-
-
-def test_the_slope_is_the_derivative_of_the_shift():
-    u, shift = torch.linspace(0, 1, 9, dtype=torch.float64).requires_grad_(), torch.tensor(3.0)
-    [slope] = torch.autograd.grad(shift_sigma(u, shift).sum(), u)
-    torch.testing.assert_close(shift_slope(u, shift), slope)
 
 
 @pytest.mark.parametrize("is_sharded", [True, False])
