@@ -10,7 +10,14 @@ along the teacher's path. Two identities hold for exact jumps, and each gives a 
   V = v(x, sigma_start) - (sigma_start - sigma_end) / sigma'(u_start) dV/du_start, where x, sigma_start and h all move.
 
 Derivatives are finite differences of passes without gradient: h enters the network by the strength alone, and no derivative goes
-through the network. A one-sided difference looks back, to the shorter jump: what is right at small h spreads to larger h.
+through the network. One-sided differences look back, to the shorter jump: what is right at small h spreads to larger h.
+
+`teacher_step` is the difference over one step of the teacher's sampler, with the teacher's velocity at the beginning of this step:
+
+    (sigma_start - sigma_end) V(h) = (sigma_start - sigma_mid) V(h - step) + (sigma_mid - sigma_end) v(x_mid, sigma_mid)
+
+It is solved for v, so that the error of a long jump counts as much as that of a short one. The other differences take v where the
+whole jump ends; near sigma = 0 this velocity changes faster than a difference can follow, and the sampler never uses it.
 """
 
 from collections.abc import Sequence
@@ -118,14 +125,20 @@ class _Jump:
 
 
 def _lagrangian(jump: _Jump) -> Tensor:
-    """The Lagrangian target, [n, ...]."""
+    """The Lagrangian target, [n, ...]; the formula of `teacher_step` is above."""
     way, length = jump.start - jump.end, jump.length
+    if jump.settings.difference == "teacher_step":
+        mid = jump.sigma(jump.u_start - length + jump.settings.shortest)
+        [near] = jump.passes((jump.x, jump.start, (length - jump.settings.shortest).clamp(min=0)))
+        [teacher] = jump.passes((euler_step(jump.x, near, jump.start - mid), mid, torch.zeros_like(length)))
+        return teacher - per_sample((jump.start - mid) / (mid - jump.end), near) * (jump.velocity - near)
     step = jump.settings.epsilon * length
     landed = euler_step(jump.x, jump.velocity, way), jump.end, torch.zeros_like(length)
     shorter = jump.x, jump.start, length - step
     if jump.settings.difference == "central":
-        back, forth, teacher = jump.passes(shorter, (jump.x, jump.start, length + step), landed)
-        width = 2 * step
+        longer = (length + step).clamp(max=1)  # beyond the whole way nothing is learned
+        back, forth, teacher = jump.passes(shorter, (jump.x, jump.start, longer), landed)
+        width = longer - length + step
     else:
         back, teacher = jump.passes(shorter, landed)
         forth, width = jump.velocity, step
@@ -143,6 +156,10 @@ def _eulerian(jump: _Jump) -> Tensor:
         sigma = jump.sigma(u)
         return euler_step(jump.x, teacher, jump.start - sigma), sigma, jump.length + u - jump.u_start
 
+    if jump.settings.difference == "teacher_step":
+        x, mid, rest = moved(jump.u_start - jump.settings.shortest)
+        [far] = jump.passes((x, mid, rest.clamp(min=0)))
+        return teacher - per_sample((mid - jump.end) / (jump.start - mid), far) * (jump.velocity - far)
     before, after = jump.u_start - step, jump.u_start
     if jump.settings.difference == "central":
         after = (after + step).clamp(max=1)

@@ -80,14 +80,16 @@ class FlowMap:
     form: Literal["lagrangian", "eulerian"] = "lagrangian"
     """What the derivative follows. `lagrangian`: the end of the jump (Boffi et al., arXiv 2406.07507). `eulerian`: its start, along
     the teacher's velocity, as in MeanFlow (Geng et al., arXiv 2505.13447); it exists to be compared with."""
-    difference: Literal["central", "one_sided"] = "central"
-    """How the derivative is computed. `central`: from two more passes of the student. `one_sided`: from one more pass, of a shorter
-    jump, and from the student's pass with gradient."""
+    difference: Literal["teacher_step", "central", "one_sided"] = "teacher_step"
+    """How the derivative is computed. `teacher_step`: from h and the jump without its last step of length `shortest`, which the
+    teacher takes; exact for the teacher's sampler of 1 / `shortest` steps (with `eulerian` the teacher takes the first step).
+    `central`: from the jumps of length (1 - epsilon) h and (1 + epsilon) h. `one_sided`: from (1 - epsilon) h and h itself. These two
+    exist to be compared with."""
     epsilon: float = 0.1
-    """Half the width of the central difference, and the width of the one-sided one, as a share of h."""
+    """Width of the `central` and `one_sided` differences as a share of h, to each side."""
     shortest: float = 1 / 32
-    """h is drawn log-uniformly from here to 1, which is the whole way from noise to data."""
-    whole_fraction: float = 0.0
+    """h is drawn log-uniformly from here to 1, which is the whole way from noise to data. Also the length of a teacher's step."""
+    whole_fraction: float = 0.15
     """Share of these rows that jump the whole way, h = 1."""
     noise_fraction: float = 0.3
     """Share of these rows that start at pure noise; the others start anywhere that leaves room for h."""
@@ -113,12 +115,14 @@ class FlowMap:
     def passes(self) -> float:
         """Velocities for the target of one of these rows, without gradient."""
         own = (1 - self.whole_fraction) * (1 - self.noise_fraction) if self.has_own_starts else 0.0
-        return own + self.rows_of_a_target
+        return own + (3 if self.difference == "central" else 2)
 
     @property
-    def rows_of_a_target(self) -> int:
-        """The same without the jump to the start: the student's for the difference, and the teacher's."""
-        return 3 if self.difference == "central" else 2
+    def rows_of_a_call(self) -> int:
+        """The most rows of a sample in one call of the network for the target."""
+        if self.difference == "teacher_step":
+            return 1
+        return (2 if self.difference == "central" else 1) + (self.form == "lagrangian")
 
 
 @dataclass(frozen=True, kw_only=True)

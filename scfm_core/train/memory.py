@@ -127,7 +127,7 @@ def _temporary(config: RunConfig, activations: Activations) -> float:
     is saved, or after it if a target is computed from the student's velocity."""
     method = config.method
     saved = 0.0 if method.is_student_first else activations.saved
-    rows = method.flow_map.rows_of_a_target if method.has_flow_map else 1  # all rows may be flow-map rows
+    rows = method.flow_map.rows_of_a_call if method.has_flow_map else 1  # all rows may be flow-map rows
     return max(activations.temporary, rows * activations.without_gradient - saved)
 
 

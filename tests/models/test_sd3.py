@@ -351,6 +351,7 @@ def test_a_scale_below_one_is_refused(make_sd3, method):
 def test_flow_map_rows_are_guided(make_sd3):
     """Start, student and target at the same scales. Adapters that are zero have the teacher's velocity at every strength."""
     method = {"flow_map_fraction": 1.0, "teacher_fraction": 0.0, "step_gain": {"gamma": 0.5}, "guidance": [3.5, 5.0]}
+    method["flow_map"] = {"difference": "central"}
     trainer = Trainer(make_sd3({"method": method, "train.compute_dtype": "float32"}))
     calls, velocity = [], trainer.family.velocity
 

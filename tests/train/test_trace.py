@@ -23,7 +23,7 @@ from scfm_core.train.trace_ops import ATTENTION, BASE, COMPILED, ELEMENTWISE, Op
 from scfm_core.train.trace_step import trace_step
 
 MIB = 2**20
-FLOW_MAP = "method={teacher_fraction: 0, flow_map_fraction: 1, flow_map: {noise_fraction: 1}, step_gain: {gamma: 0.5}}"
+FLOW_MAP = "method={teacher_fraction: 0, flow_map_fraction: 1, flow_map: {noise_fraction: 1, difference: central}, step_gain: {gamma: 0.5}}"
 
 
 @pytest.fixture

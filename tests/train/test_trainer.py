@@ -519,14 +519,14 @@ class TestTrajectories:
         assert len(passes) == 4 + 1
         assert trainer.config.method.passes(1) == (1, 4)
 
-    def test_flow_map_rows_take_three_calls(self, make_config):
-        """The start, the student with gradient, and the target: the student at two strengths and the teacher, in one."""
+    def test_flow_map_rows_take_four_calls(self, make_config):
+        """The start, the student with gradient, and for the target the student's shorter jump and the teacher's step."""
         trainer = Trainer(make_config({"method": FLOW_MAP}))
         rows, velocity = [], trainer.family.velocity
         trainer.family.velocity = lambda network, x, *rest: rows.append(len(x)) or velocity(network, x, *rest)
         next(trainer.train_steps())
         batch = trainer.config.train.global_batch_size
-        assert len(rows) == 3 and rows[0] < batch and rows[1:] == [batch, 3 * batch]
+        assert len(rows) == 4 and rows[0] < batch and rows[1:] == [batch] * 3
 
     def test_captions_of_images_are_enough(self, make_config, tiny):
         images = {"data.path": str(tiny / "digits"), "data.format": "folder", "train.steps": 1}
