@@ -101,6 +101,10 @@ class FlowMap:
         for name in ("whole_fraction", "noise_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"method.flow_map.{name} must be in [0, 1], got {getattr(self, name)}")
+        if self.difference == "teacher_step" and self.epsilon != type(self).epsilon:
+            raise ValueError(
+                "method.flow_map.epsilon has no effect with method.flow_map.difference=teacher_step, whose width is method.flow_map.shortest"
+            )
         if not 0 < self.epsilon < 1:
             raise ValueError(f"method.flow_map.epsilon must be between 0 and 1, got {self.epsilon}")
         if not 1e-4 <= self.shortest <= 1:
@@ -109,7 +113,7 @@ class FlowMap:
     @property
     def has_own_starts(self) -> bool:
         """Whether any row starts where a jump of the student ends."""
-        return self.starts == "own" and self.noise_fraction < 1
+        return self.starts == "own" and self.noise_fraction < 1 and self.whole_fraction < 1
 
     @property
     def passes(self) -> float:

@@ -110,7 +110,6 @@ def build_model(
     needs_teacher = config.method.has_teacher if layout is not None else config.method.follows_teacher
     has_teacher = with_teacher and needs_teacher and not is_lora
     prepare = _preparation(config, family, kernels, layout, device)
-
     with contextlib.ExitStack() as stack:
         with (world or World()).together():
             network = _empty_network(family, dtype if is_lora or layout is None else torch.float32, device)

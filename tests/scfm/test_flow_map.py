@@ -62,9 +62,10 @@ class Rows(list):
 def error_of_the_fixed_point(epsilon, form, difference, rows=64):
     """How far the target of an exact student is from its velocity: the largest error of the rows whose difference has a longer and a
     shorter jump, and of the others."""
+    width = {} if difference == "teacher_step" else {"epsilon": epsilon}
     plan = in_fp64(make_plan(make_config(**JUMPS), rows))
     plan = dataclasses.replace(
-        plan, config=make_config(epsilon=epsilon, form=form, difference=difference, shortest=epsilon / 2)
+        plan, config=make_config(form=form, difference=difference, shortest=epsilon / 2, **width)
     )
     x = torch.randn(rows, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     exact = exact_student(x, plan.sigma_start, None, plan.step_size**GAMMA)
@@ -184,7 +185,10 @@ def test_a_start_is_where_one_jump_of_the_student_ends():
         ({"step_gain": None}, "method.flow_map_fraction needs method.step_gain"),
         ({"flow_map_fraction": 0.0}, "method.flow_map has no effect without flow-map rows"),
         ({"flow_fraction": 0.5}, r"method.flow_fraction \+ method.flow_map_fraction must be at most 1, got 0.5 \+ 1.0"),
-        ({"flow_map": {"epsilon": 1.0}}, "method.flow_map.epsilon must be between 0 and 1, got 1.0"),
+        (
+            {"flow_map": {"difference": "central", "epsilon": 1.0}},
+            "method.flow_map.epsilon must be between 0 and 1, got 1.0",
+        ),
         ({"flow_map": {"shortest": 0.0}}, r"method.flow_map.shortest must be in \[0.0001, 1\], got 0.0"),
         ({"flow_map": {"noise_fraction": 1.5}}, r"method.flow_map.noise_fraction must be in \[0, 1\], got 1.5"),
         ({"flow_map": {"shortest": 1e-4}, "sigma_max": 0.9999}, "reaches sigma_max 0.9999"),

@@ -18,7 +18,7 @@ from scfm_core.errors import UserError
 from scfm_core.models.adapters import LoRAConfig
 from scfm_core.models.fused_base import FusedAdapter
 from scfm_core.scfm.ema import EMAConfig
-from scfm_core.scfm.method import FlowSigma, PlanConfig, StepGain
+from scfm_core.scfm.method import FlowMap, FlowSigma, PlanConfig, StepGain
 from scfm_core.train.config import (
     CheckpointConfig,
     EvaluateConfig,
@@ -138,6 +138,8 @@ class TestDumping:
                 trajectory_fraction=0.2,
                 trajectory_grids=(1, 5),
                 trajectory_steps=10,
+                flow_map_fraction=0.05,
+                flow_map=FlowMap(form="eulerian", difference="central", epsilon=0.2, shortest=0.1 + 0.2),
                 teacher_grid=64,
                 self_grids=(2,),
                 shift=(1e-5, 3.0),
@@ -177,7 +179,7 @@ class TestDumping:
                 weights="ema_fast", base="float8", teacher_steps=5,
             ),
             evaluate=EvaluateConfig(
-                steps=(2,), teacher_steps=50, samples=2, prompts="null", batch_size=1, features="classifier",
+                steps=(2,), teacher_steps=50, samples=2, prompts="null", data="0o7", batch_size=1, features="classifier",
                 features_path="0x10", clip_path="2001-01-01", cmmd_path="1", pick_score_path="no", keep="1e1", noise_floor=True,
                 per_prompt=2,
             ),
@@ -498,7 +500,7 @@ INVALID = [
     ("method={step_embedding: true, teacher_fraction: 0}", "method.step_embedding teaches the network a new input"),
     (
         "method.distil_guidance=true",
-        "method.distil_guidance together with pairs would learn guidance and shortcuts at once",
+        "method.distil_guidance together with pairs or flow-map rows would learn guidance and shortcuts at once",
     ),
     (
         "method={distil_guidance: true, teacher_fraction: 0, flow_fraction: 1, step_gain: {}}",
@@ -512,6 +514,10 @@ INVALID = [
     (
         "method={distil_guidance: true, teacher_fraction: 0, flow_fraction: 1, guidance: [4.5, 4.5]}",
         "sample.guidance=3.5 is the teacher's scale in grids and evaluation, but the student learns scale 4.5",
+    ),
+    (
+        "method={flow_map_fraction: 1, teacher_fraction: 0, step_gain: {}, flow_map: {epsilon: 0.2}}",
+        "method.flow_map.epsilon has no effect with method.flow_map.difference=teacher_step",
     ),
     ("model.init=random", "model.init=random leaves nothing for adapters to adapt"),
     ("method.step_embedding=true", "method.step_embedding is for training from scratch"),
