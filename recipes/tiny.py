@@ -72,7 +72,7 @@ def write_pipeline(folder: Path, *, vae_steps: int | None, seed: int = 0) -> Non
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         clip_tokenizer, clip = tiny_clip(folder)
-        t5_tokenizer, t5 = tiny_t5(_words())
+        t5_tokenizer, t5 = tiny_t5(digit_words())
         vae = None if vae_steps is None else _vae(vae_steps)
         FluxPipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT, use_dynamic_shifting=False),
@@ -99,7 +99,7 @@ def write_sd3_pipeline(folder: Path, *, vae: Path, seed: int = 0) -> None:
         torch.manual_seed(seed)
         clips = [tiny_clip(folder, projected=True) for _ in range(2)]
         t5_tokenizer, t5 = tiny_t5(
-            _words(), width=2 * 32
+            digit_words(), width=2 * 32
         )  # the CLIPs' tokens lie side by side, and are as wide as T5's
         images = AutoencoderKL.from_pretrained(vae)
         transformer = SD3Transformer2DModel(
@@ -151,7 +151,8 @@ def _transformer(text_dim: int, pooled_dim: int, latent_channels: int) -> torch.
     return network
 
 
-def _words() -> list[str]:
+def digit_words() -> list[str]:
+    """The words of the digits' captions."""
     return sorted({word for digit in range(10) for word in caption(digit).split()})
 
 

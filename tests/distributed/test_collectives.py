@@ -11,6 +11,8 @@ from runs import ALL_TARGETS, ENGINES, joined_trainer, make_tree, run_distribute
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scfm_core.models.families import open_family
+from scfm_core.scfm.loss import SIGMA_BINS
+from scfm_core.scfm.plan import SLICES
 from scfm_core.train.config import RunConfig
 from scfm_core.train.estimate import Estimate, estimate
 from scfm_core.train.parse import parse_config
@@ -119,7 +121,8 @@ def test_what_a_step_sends(name, weights, tiny, tmp_path):
     if name == "one process":
         assert not any(parts.values())
         return
-    assert parts["metrics"] == {"all-reduce": (1, 8 * (32 + len(SIGNALS) + 2))}  # losses; signals, and how the data are
+    losses = 2 * len(SLICES) * SIGMA_BINS
+    assert parts["metrics"] == {"all-reduce": (1, 8 * (losses + len(SIGNALS) + 2))}  # signals, and how the data are
     if (
         name == "replicas"
     ):  # one all-reduce of the trained weights' gradients within the last backward, and nothing else

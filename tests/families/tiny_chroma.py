@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from recipes.tiny import _t5
+from recipes.tiny import digit_words, tiny_t5
 
 
 def write(folder: Path, *, seed: int = 0) -> None:
@@ -13,7 +13,7 @@ def write(folder: Path, *, seed: int = 0) -> None:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tokenizer, encoder = _t5()
+        tokenizer, encoder = tiny_t5(digit_words())
         ChromaPipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
             vae=AutoencoderKL(
