@@ -12,11 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recipes.emoji_images import GLYPHS, GROUNDS, SIZE, Drawn, pair_of
-from scfm_core.errors import UserError
 from scfm_core.models.weights import save_tensors
-from scfm_core.train.features import Extractor
+from scfm_core.train.features import CLASSIFIER_FILE, Extractor, load_classifier
 
-_FILE = "classifier.safetensors"
 _BATCH = 128
 _WIDTHS, _STRIDES = (32, 64, 96, 192), (2, 2, 1, 2)
 _PLACES = 16
@@ -66,7 +64,7 @@ class EmojiClassifier(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write the weights into `folder`."""
-        save_tensors(folder / _FILE, self.state_dict())
+        save_tensors(folder / CLASSIFIER_FILE, self.state_dict())
 
 
 def extractor(path: Path | None, device: torch.device) -> Extractor:
@@ -75,29 +73,19 @@ def extractor(path: Path | None, device: torch.device) -> Extractor:
     Raises:
         UserError: if there is no such classifier.
     """
-    classifier = load_classifier(path).to(device)
+    classifier = trained_classifier(path).to(device)
     no_grad = torch.no_grad()
     return Extractor(features=no_grad(classifier.features), accuracy=no_grad(classifier.accuracy))
 
 
-def load_classifier(path: Path | None) -> EmojiClassifier:
+def trained_classifier(path: Path | None) -> EmojiClassifier:
     """The classifier in the folder `path`.
 
     Raises:
         UserError: if there is none.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if path is None or not (path / _FILE).is_file():
-        raise UserError(
-            f"evaluate.features_path: there is no {_FILE} in {str(path)!r}; `scfm data emoji` writes it into runs/emoji/classifier"
-        )
     classifier = EmojiClassifier()
-    try:
-        classifier.load_state_dict(load_file(path / _FILE))
-    except (SafetensorError, RuntimeError) as error:
-        raise UserError(f"evaluate.features_path: {path / _FILE} holds no classifier of emoji ({error})") from error
+    load_classifier(classifier, path, "`scfm data emoji` writes it into runs/emoji/classifier")
     return classifier.eval()
 
 

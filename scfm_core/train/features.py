@@ -20,7 +20,7 @@ Accuracy = Callable[[Tensor, Sequence[str]], float]
 """Images fp32 [N, 3, H, W] in [0, 1] and their prompts -> the share of the images that show what their prompt says."""
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-_CLASSIFIER_FILE = "classifier.safetensors"
+CLASSIFIER_FILE = "classifier.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +59,7 @@ class DigitClassifier(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write the weights into `folder`."""
-        save_tensors(folder / _CLASSIFIER_FILE, self.state_dict())
-
-
-def load_features(config: EvaluateConfig, device: torch.device) -> Features:
-    """The features of `load_extractor`."""
-    return load_extractor(config, device).features
+        save_tensors(folder / CLASSIFIER_FILE, self.state_dict())
 
 
 def load_extractor(config: EvaluateConfig, device: torch.device) -> Extractor:
@@ -77,7 +72,9 @@ def load_extractor(config: EvaluateConfig, device: torch.device) -> Extractor:
     if config.features == "inception":
         return Extractor(features=_inception(path, device))
     if config.features == "classifier":
-        classifier = _digit_classifier(path).to(device).eval()
+        classifier = DigitClassifier()
+        load_classifier(classifier, path, "give the folder that holds the classifier")
+        classifier.to(device).eval()
         return Extractor(features=classifier.features, accuracy=torch.no_grad()(classifier.accuracy))
     module, _, function = config.features.partition(":")
     try:
@@ -90,22 +87,23 @@ def load_extractor(config: EvaluateConfig, device: torch.device) -> Extractor:
     return load(path, device)
 
 
-def _digit_classifier(path: Path | None) -> DigitClassifier:
-    if path is None or not (path / _CLASSIFIER_FILE).is_file():
-        raise UserError(
-            f"evaluate.features_path: there is no {_CLASSIFIER_FILE} in {str(path)!r}; give the folder that holds the classifier"
-        )
+def load_classifier(classifier: nn.Module, path: Path | None, advice: str) -> None:
+    """Read the weights of a benchmark's classifier from the folder `evaluate.features_path`.
+
+    Raises:
+        UserError: if they are missing, with `advice`, or of another network.
+    """
+    if path is None or not (path / CLASSIFIER_FILE).is_file():
+        raise UserError(f"evaluate.features_path: there is no {CLASSIFIER_FILE} in {str(path)!r}; {advice}")
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    classifier = DigitClassifier()
     try:
-        classifier.load_state_dict(load_file(path / _CLASSIFIER_FILE))
+        classifier.load_state_dict(load_file(path / CLASSIFIER_FILE))
     except (SafetensorError, RuntimeError) as error:
         raise UserError(
-            f"evaluate.features_path: {path / _CLASSIFIER_FILE} does not hold a digit classifier ({error})"
+            f"evaluate.features_path: {path / CLASSIFIER_FILE} does not hold weights of {type(classifier).__name__} ({error})"
         ) from error
-    return classifier
 
 
 def _inception(path: Path | None, device: torch.device) -> Features:

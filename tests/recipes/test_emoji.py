@@ -8,7 +8,7 @@ from small_emoji import StandIn, make_small
 
 from recipes import emoji_images
 from recipes.cli import main
-from recipes.emoji_classifier import EmojiClassifier, accuracy_of, extractor, load_classifier, train_classifier
+from recipes.emoji_classifier import EmojiClassifier, accuracy_of, extractor, train_classifier, trained_classifier
 from recipes.emoji_images import GLYPHS, GROUNDS, NAMES, SIZE, SIZES, Drawn, Font, Pair, draw, pair_of, pairs
 from scfm_core.errors import UserError
 from scfm_core.models.encoders import load_tokenizer
@@ -81,11 +81,11 @@ def test_a_missing_font_or_classifier(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="has no colour bitmaps of 109 pixels"):
         Font(tmp_path / "font.ttf")
     with pytest.raises(UserError, match=r"there is no classifier.safetensors in .*scfm data emoji"):
-        load_classifier(tmp_path)
+        trained_classifier(tmp_path)
     EmojiClassifier().save(tmp_path)
     (tmp_path / "classifier.safetensors").write_bytes(b"no weights")
-    with pytest.raises(UserError, match="holds no classifier of emoji"):
-        load_classifier(tmp_path)
+    with pytest.raises(UserError, match="does not hold weights of EmojiClassifier"):
+        trained_classifier(tmp_path)
 
 
 def test_the_font_has_every_glyph():

@@ -16,7 +16,7 @@ from torch import Tensor
 from recipes.tiny import caption
 from scfm_core.errors import UserError
 from scfm_core.train.config import EvaluateConfig
-from scfm_core.train.features import DigitClassifier, extract, frechet_distance, load_extractor, load_features
+from scfm_core.train.features import DigitClassifier, extract, frechet_distance, load_extractor
 
 CPU = torch.device("cpu")
 
@@ -126,14 +126,14 @@ class TestClassifier:
     def test_is_saved_and_loaded(self, tmp_path):
         classifier, images = DigitClassifier(), torch.rand(5, 3, 16, 16)
         classifier.save(tmp_path)
-        features = load_features(self.config(tmp_path), CPU)
+        features = load_extractor(self.config(tmp_path), CPU).features
         assert torch.equal(features(images), classifier.features(images))
         assert features(images).shape == (5, 64)
         assert classifier(images).shape == (5, 10)
 
     def test_home_is_expanded(self, folder, monkeypatch):
         monkeypatch.setenv("HOME", str(folder.parent))
-        load_features(self.config("~/classifier"), CPU)
+        load_extractor(self.config("~/classifier"), CPU)
 
     def test_sees_grey_at_eight_by_eight(self):
         """Only the means over the channels and over each patch matter."""
@@ -160,11 +160,11 @@ class TestClassifier:
         with pytest.raises(
             UserError, match=rf"evaluate\.features_path: there is no classifier\.safetensors in '{tmp_path}'"
         ):
-            load_features(self.config(tmp_path), CPU)
+            load_extractor(self.config(tmp_path), CPU)
 
     def test_no_path(self):
         with pytest.raises(UserError, match=r"evaluate\.features_path"):
-            load_features(self.config(None), CPU)
+            load_extractor(self.config(None), CPU)
 
     @pytest.mark.parametrize("damage", ["not safetensors", "cut", "other names", "other shapes"])
     def test_damaged(self, folder, damage):
@@ -179,7 +179,7 @@ class TestClassifier:
             case "other shapes":
                 save_file({name: tensor[:1] for name, tensor in DigitClassifier().state_dict().items()}, file)
         with pytest.raises(UserError, match=rf"evaluate\.features_path.*{folder}"):
-            load_features(self.config(folder), CPU)
+            load_extractor(self.config(folder), CPU)
 
 
 class Bomb:
@@ -215,7 +215,7 @@ class TestInception:
         return EvaluateConfig(features="inception", features_path=None if path is None else str(path))
 
     def test_features_of_images(self, weights):
-        features = load_features(self.config(weights), CPU)
+        features = load_extractor(self.config(weights), CPU).features
         images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
         images[3] = images[0]
         found = extract(features, images, CPU, batch_size=2)
@@ -225,7 +225,7 @@ class TestInception:
         assert F.mse_loss(found[1], found[0]) > 1e-3 * found[0].var()
 
     def test_images_are_rounded_to_the_nearest_of_256_levels(self, weights):
-        features = load_features(self.config(weights), CPU)
+        features = load_extractor(self.config(weights), CPU).features
         levels = torch.randint(1, 255, (1, 3, 16, 16), generator=torch.Generator().manual_seed(0)).float()
         exact = features(levels / 255)
         assert torch.equal(features((levels + 0.4) / 255), exact)
@@ -236,24 +236,24 @@ class TestInception:
     def test_missing_weights(self, path):
         pytest.importorskip("torchmetrics")
         with pytest.raises(UserError, match=r"evaluate\.features_path must name Inception's weights.*=classifier"):
-            load_features(self.config(path), CPU)
+            load_extractor(self.config(path), CPU)
 
     def test_the_message_names_the_weights_that_the_package_loads(self):
         pytest.importorskip("torchmetrics")
         module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
         with pytest.raises(UserError, match=re.escape(module.URL_INCEPTION_V3)):
-            load_features(self.config(None), CPU)
+            load_extractor(self.config(None), CPU)
 
     def test_missing_package(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", None)
         with pytest.raises(UserError, match=r"pip install 'scfm\[evaluate\]'"):
-            load_features(self.config(None), CPU)
+            load_extractor(self.config(None), CPU)
 
     def test_missing_second_package(self, weights, monkeypatch):
         monkeypatch.setitem(sys.modules, "torch_fidelity", None)
         monkeypatch.setattr("torchmetrics.image.fid._TORCH_FIDELITY_AVAILABLE", False)
         with pytest.raises(UserError, match=r"pip install 'scfm\[evaluate\]'"):
-            load_features(self.config(weights), CPU)
+            load_extractor(self.config(weights), CPU)
 
     @pytest.mark.parametrize("content", ["html", "another network"])
     def test_a_file_with_other_content(self, weights, tmp_path, content):
@@ -263,11 +263,11 @@ class TestInception:
         else:
             torch.save({"weight": torch.zeros(2)}, path)
         with pytest.raises(UserError, match=rf"evaluate\.features_path.*{path}"):
-            load_features(self.config(path), CPU)
+            load_extractor(self.config(path), CPU)
 
     @pytest.mark.parametrize("write", [torch.save, lambda bomb, path: path.write_bytes(pickle.dumps(bomb, protocol=2))])
     def test_code_in_a_weights_file_is_not_executed(self, weights, tmp_path, write):
         write(Bomb(tmp_path / "executed"), tmp_path / "weights.pth")
         with pytest.raises(UserError, match=r"evaluate\.features_path"):
-            load_features(self.config(tmp_path / "weights.pth"), CPU)
+            load_extractor(self.config(tmp_path / "weights.pth"), CPU)
         assert not (tmp_path / "executed").exists()
