@@ -38,6 +38,7 @@ class Objective:
         self._is_sharded, self._in_inference_mode = is_sharded, not is_sharded
         self._near, self._far = model.near_velocity, model.far_velocity
         self._student = functools.partial(model.velocity, "student")  # without gradient, at any strength
+        self._teacher = functools.partial(model.velocity, "teacher")
         if config.method.near == "student":
             self._near = model.teacher_velocity
         if config.kernels.cuda_graphs:
@@ -121,10 +122,9 @@ class Objective:
             assert batch.path is not None
             check_intervals(self._method, batch.path["velocities"].shape[1])
             return Trajectory(**batch.path).to(latents.device), latents
-        teacher = functools.partial(self.model.velocity, "teacher")
         with torch.inference_mode(self._in_inference_mode):
             cond = cond.with_guidance(plan.guidance)
-            return take_paths(plan, latents, noise, cond, teacher, num_steps, is_sharded=self._is_sharded)
+            return take_paths(plan, latents, noise, cond, self._teacher, num_steps, is_sharded=self._is_sharded)
 
     def _own_starts(self, plan: ShortcutPlan, noised: Tensor, noise: Tensor, cond: Conditioning) -> Tensor:
         """x at the start of all rows, with flow-map rows where the student's own jumps end, fp32 [B, C, H, W]."""
@@ -136,5 +136,5 @@ class Objective:
     def _guided(self, plan: ShortcutPlan, noised: Tensor, cond: Conditioning, velocity: Tensor) -> Tensor:
         """`velocity`, with the teacher's guided velocity on flow-matching rows. All rows run through the teacher on every rank."""
         cond = cond.with_guidance(plan.guidance)
-        guided = self.model.velocity("teacher", noised, plan.sigma_start, cond, plan.student_strength).to(noised.dtype)
+        guided = self._teacher(noised, plan.sigma_start, cond, plan.student_strength).to(noised.dtype)
         return torch.where(per_sample(plan.is_flow, guided), guided, velocity)

@@ -276,6 +276,7 @@ def _phases(trainer: Trainer, recorder: Recorder, functions: GpuFunctions) -> It
     named(objective, "_near", "near", "activations of passes without gradient")
     named(objective, "_far", "far", "activations of passes without gradient")
     named(objective, "_student", "flow map", "activations of passes without gradient")
+    named(objective, "_teacher", "teacher", "activations of passes without gradient")
     named(trainer.model, "student_velocity", "student", "saved activations")
     named(engine, "backward", "backward", "temporaries of the backward")
     named(engine, "reduce", "reduce", "temporaries of the optimizer")

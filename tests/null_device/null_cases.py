@@ -23,6 +23,8 @@ class Case:
     recipe: str
     overrides: tuple[str, ...] = ("train.compile=false",)
     world: int = 1
+    micro_batches: int = 2
+    """At most; the step may have more."""
 
     @property
     def is_compiled(self) -> bool:
@@ -96,7 +98,8 @@ def main() -> None:
 
     for name, values in json.load(sys.stdin).items():
         case = Case(**values)
-        result = null_step.measure(null_step.load(case.recipe, case.overrides), world=case.world)
+        config = null_step.load(case.recipe, case.overrides)
+        result = null_step.measure(config, world=case.world, micro_batches=case.micro_batches)
         print(json.dumps([name, result]), flush=True)
 
 
