@@ -139,7 +139,7 @@ class TestDumping:
                 trajectory_grids=(1, 5),
                 trajectory_steps=10,
                 flow_map_fraction=0.05,
-                flow_map=FlowMap(form="eulerian", difference="central", epsilon=0.2, shortest=0.1 + 0.2),
+                flow_map=FlowMap(form="eulerian", difference="central", epsilon=0.2, shortest=0.1 + 0.2, weight=0.02),
                 teacher_grid=64,
                 self_grids=(2,),
                 shift=(1e-5, 3.0),
