@@ -81,14 +81,16 @@ def test_every_arm_and_seed_in_one_table(study, tmp_path, capsys):
 def test_figures_that_an_earlier_evaluation_lacks(study, tmp_path, capsys, monkeypatch):
     """A trained run is evaluated again with the settings that the new figures need, and is not trained again."""
     arms = {"plain": {"about": "as it comes"}}
-    study(metric="fid_data", seeds=[0], arms=arms)
+    (tmp_path / "each.txt").write_text("".join(f"digit {number}\n" for number in range(6)))
+    little = [*LITTLE, "evaluate.prompts=each.txt", "evaluate.samples=6", "evaluate.steps=[1, 3]"]
+    study(metric="fid_data", seeds=[0], arms=arms, set=little)
     assert main(["study", "small.yaml", "-o", "out"]) == 0
     path = tmp_path / "out" / "plain" / "seed-0" / "evaluation.json"
     origin = json.loads((path.parent / "origin.json").read_text())
     assert set(origin) == {"trained", "evaluated"} and "CPU core" in origin["trained"]["machine"]
     monkeypatch.setattr("recipes.study.train", None)
     metrics = ["fid_data", "recall_data", "diversity"]
-    study(metric=metrics, seeds=[0], arms=arms, set=[*LITTLE, "evaluate.per_prompt=2", "sample.seed=7"])
+    study(metric=metrics, seeds=[0], arms=arms, set=[*little, "evaluate.per_prompt=2", "sample.seed=7"])
     capsys.readouterr()
     assert main(["study", "small.yaml", "-o", "out"]) == 0
     table = (tmp_path / "out" / "study.md").read_text()
@@ -104,7 +106,7 @@ def test_figures_that_an_earlier_evaluation_lacks(study, tmp_path, capsys, monke
 
     shutil.rmtree(path.parent / "checkpoints")
     assert main(["study", "small.yaml", "-o", "out"]) == 0  # no figure is missing
-    study(metric=[*metrics, "prompt_following", "precision_data"], seeds=[0], arms=arms)
+    study(metric="prompt_following", seeds=[0], arms=arms, set=little)
     del student["3"]["prompt_following"]
     path.write_text(json.dumps({"student": student}))
     assert main(["study", "small.yaml", "-o", "out"]) == 2
