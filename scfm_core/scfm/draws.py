@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from scfm_core.flow.schedule import shift_sigma
-from scfm_core.scfm.method import FlowMap, PlanConfig
+from scfm_core.scfm.method import PlanConfig
+from scfm_core.scfm.slices import FlowMap
 
 COLUMNS = ("slice", "grid", "start", "shift", "dynamic", "guidance", "flow", "dropout", "jump", "at_noise", "place")
 """One column of uniform draws each. The order determines a run's random numbers: append new columns at the end."""

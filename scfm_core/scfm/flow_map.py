@@ -54,7 +54,7 @@ def own_starts(
         x at the start of all rows, [B, ...], in the dtype of `noised`.
     """
     noised = torch.where(per_sample(plan.is_flow_map, noised), noise.to(noised.dtype), noised)
-    rows = plan.moved_rows or [0] * (is_sharded and plan.config.flow_map.has_own_starts)
+    rows = plan.moved_rows or [0] * (is_sharded and plan.config.has_own_starts)
     if not rows:
         return noised
     x, end, u_end = (take_rows(tensor, rows) for tensor in (noised, plan.sigma_start, plan.u_start))

@@ -11,8 +11,9 @@ from torch import Tensor
 from scfm_core.flow.random import Stream, uniform
 from scfm_core.flow.schedule import dynamic_shift, sigma_grid
 from scfm_core.scfm import plan as plan_module
-from scfm_core.scfm.method import MODE_LIMIT, FlowSigma, PlanConfig, StepGain, sampling_strength
+from scfm_core.scfm.method import PlanConfig, StepGain, sampling_strength
 from scfm_core.scfm.plan import ShortcutPlan, sample_plan
+from scfm_core.scfm.slices import MODE_LIMIT, FlowSigma
 
 N = 20_000
 CHI_SQUARE = {1: 10.8, 2: 13.8, 3: 16.3, 7: 24.3, 15: 37.7}  # p = 0.001, by degrees of freedom
