@@ -64,7 +64,10 @@ def draw_points(
     length, start = _any_jump(config.flow_map, draw)
     last = _length(config.matching, draw)
     length = torch.where(is_matching, last, torch.where(is_flow_map, length, jump))
-    points = [torch.where(is_flow_map, point, on_grid) for point, on_grid in zip((start, start, start - length), pair, strict=True)]
+    points = [
+        torch.where(is_flow_map, point, on_grid)
+        for point, on_grid in zip((start, start, start - length), pair, strict=True)
+    ]
     to_image = (last, last, torch.zeros_like(last))
     return length, [torch.where(is_matching, own, point) for own, point in zip(to_image, points, strict=True)]
 

@@ -34,7 +34,7 @@ class LossMeter:
     def __init__(self, device: torch.device | str) -> None:
         self.sums = torch.zeros(2, len(SLICES) + 1, SIGMA_BINS, dtype=torch.float64, device=device)
         """fp64 [2, slices and the fake score, sigma bins]: losses, then counts. The sums of several processes may be added."""
-        self._samples: list[tuple[Tensor, Tensor]] = []
+        self._samples: list[tuple[Tensor, Tensor, list[int]]] = []
 
     @torch.no_grad()
     def add(self, prediction: Tensor, target: Tensor, plan: ShortcutPlan) -> None:
@@ -43,7 +43,7 @@ class LossMeter:
         sigma_bin = (plan.sigma_start * SIGMA_BINS).long().clamp_(0, SIGMA_BINS - 1)
         index = torch.add(sigma_bin, plan.slice_number, alpha=SIGMA_BINS)
         self.sums.view(2, -1).index_add_(1, index, torch.stack([losses, torch.ones_like(losses)]))
-        self._samples.append((plan.sample_ids, losses))
+        self._samples.append((plan.sample_ids, losses, plan.matching_rows))
 
     @torch.no_grad()
     def add_fake(self, losses: Tensor) -> None:
@@ -51,8 +51,13 @@ class LossMeter:
         self.sums[:, FAKE, 0] += torch.stack([losses.double().sum(), losses.new_full((), len(losses)).double()])
 
     def by_sample(self) -> list[tuple[int, float]]:
-        """(sample id, loss) of every row that was added."""
-        return [row for ids, losses in self._samples for row in zip(ids.tolist(), losses.tolist(), strict=True)]
+        """(sample id, loss) of every row that was added, without matching rows of a finite loss: see `regression`."""
+        return [
+            (sample, loss)
+            for ids, losses, matching in self._samples
+            for row, (sample, loss) in enumerate(zip(ids.tolist(), losses.tolist(), strict=True))
+            if row not in matching or not math.isfinite(loss)
+        ]
 
     def regression(self) -> float | None:
         """The loss that spikes are looked for in: the mean without matching rows, whose loss is no measure of progress. The mean over

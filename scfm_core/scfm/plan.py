@@ -154,7 +154,12 @@ def sample_plan(
         is_flow_map=is_flow_map,
         is_matching=is_matching,
         has_own_start=has_own_start,
-        slice_number=1 - is_teacher.long() + is_flow.long() + 2 * is_trajectory.long() + 3 * is_flow_map.long() + 4 * is_matching.long(),
+        slice_number=1
+        - is_teacher.long()
+        + is_flow.long()
+        + 2 * is_trajectory.long()
+        + 3 * is_flow_map.long()
+        + 4 * is_matching.long(),
         is_dropped=(draw["dropout"] < config.caption_dropout) & ~is_trajectory,
         pair_rows=_numbers(has_grid & ~is_trajectory),
         teacher_rows=_numbers(is_teacher),
