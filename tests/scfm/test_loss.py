@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from scfm_core.scfm.loss import LossMeter, scfm_loss
+from scfm_core.scfm.loss import scfm_loss
+from scfm_core.scfm.meter import LossMeter
 from scfm_core.scfm.method import PlanConfig
 from scfm_core.scfm.plan import ShortcutPlan, sample_plan
 

@@ -25,7 +25,7 @@ from scfm_core.kernels.fp8 import quantise
 from scfm_core.models import adapters
 from scfm_core.models.families import open_family
 from scfm_core.scfm import restart
-from scfm_core.scfm.loss import LossMeter
+from scfm_core.scfm.meter import LossMeter
 from scfm_core.train import step as step_module
 from scfm_core.train import trainer as trainer_module
 from scfm_core.train.checkpoint import find_checkpoint, load_checkpoint, verify_checkpoint
