@@ -300,7 +300,8 @@ class PlanConfig:
         return self.step_gain.strength(length)
 
     def passes(self, guided: int) -> tuple[float, float]:
-        """Passes of the network for one sample: those of the student, with gradient, and those for the target.
+        """Passes of the network for one sample: those of the student, with gradient, and those for the target. The fake score's own
+        pass with gradient, of a share `matching_fraction` of the samples, is not among them.
 
         Args:
             guided: passes for a guided velocity: 2 with classifier-free guidance, else 1.
@@ -308,9 +309,10 @@ class PlanConfig:
         velocity = guided if self.student_is_guided else 1
         near = self.teacher_fraction if self.near == "student" else self._pairs
         known = self.trajectory_fraction * (self.trajectory_steps or 0) + self.flow_map_fraction * self.flow_map.passes
+        matched = self.matching_fraction * self.matching.passes(guided)
         # The teacher computes its guided velocity for the whole batch, not only for the flow-matching rows.
         distilled = guided if self.distil_guidance and self.has_flow else 0
-        return velocity, velocity * (near + self._pairs) + guided * known + distilled
+        return velocity, velocity * (near + self._pairs) + guided * known + matched + distilled
 
 
 def sampling_strength(step_gain: StepGain | None, num_steps: int) -> float:

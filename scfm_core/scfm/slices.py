@@ -144,6 +144,12 @@ class Matching:
         if self.warmup < 0:
             raise ValueError(f"method.matching.warmup must be at least 0, got {self.warmup}")
 
+    def passes(self, guided: int) -> float:
+        """Velocities for the target of one of these rows, without gradient: of its start, the teacher and the fake score; on average over
+        the steps after the warm-up. `guided`: see `PlanConfig.passes`."""
+        real = guided if self.guidance_share > 0 else 1
+        return guided * (1 - self.whole_fraction) + (real + 1) / self.every
+
     def teaches_student(self, step: int) -> bool:
         """Whether the student learns from matching rows in step `step`, counted from 0."""
         return step >= self.warmup and (step - self.warmup) % self.every == self.every - 1

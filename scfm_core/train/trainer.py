@@ -203,6 +203,9 @@ class Trainer:
             loss = self.engine.forward(lambda batch=batch: self.objective.micro_step(batch, meter))  # type: ignore[misc]
             self.engine.backward(loss)
             beat()
+            if self.config.method.has_matching:  # a second backward: each of them reads the selection of one adapter
+                self.engine.backward(self.engine.forward(lambda: self.objective.fake_step(meter)))
+                beat()
         return meter
 
     def _finish_step(
@@ -216,7 +219,7 @@ class Trainer:
         first_sample = progress.samples
         progress.step += 1
         progress.samples += train.global_batch_size
-        skipped = self.state.guard.judge(progress.step, losses["loss"], grad_norm)
+        skipped = self.state.guard.judge(progress.step, meter.regression(), grad_norm)
         averages: dict[str, Any] = {}
         if skipped is None:
             self.engine.step(lr)
