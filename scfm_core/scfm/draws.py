@@ -54,15 +54,14 @@ def draw_points(
     draw: dict[str, Tensor],
     grid: Tensor,
     jump: Tensor,
-    is_flow_map: Tensor,
-    is_matching: Tensor,
+    slices: dict[str, Tensor],
 ) -> tuple[Tensor, list[Tensor]]:
     """Lengths of the jumps, and u at their start, middle and end, fp64 [B] each: of a pair of intervals on each row's grid; of a jump of
     any length on flow-map rows, and of one that ends at the image on matching rows. Their middle is the start."""
     first = 2 * (draw["start"] * (grid // 2)).long()  # pairs start at even points
     pair = [1 - (first + offset).double() / grid for offset in (0, 1, 2)]
     length, start = _any_jump(config.flow_map, draw)
-    last = _length(config.matching, draw)
+    last, (is_flow_map, is_matching) = _length(config.matching, draw), (slices["flow_map"], slices["matching"])
     length = torch.where(is_matching, last, torch.where(is_flow_map, length, jump))
     points = [
         torch.where(is_flow_map, point, on_grid)
@@ -100,13 +99,13 @@ def _any_jump(settings: FlowMap, draw: dict[str, Tensor]) -> tuple[Tensor, Tenso
     return length, start
 
 
-def draw_slices(config: PlanConfig, draw: Tensor) -> list[Tensor]:
-    """Masks of flow-matching, trajectory, flow-map, matching and teacher rows, from a uniform draw [B]; the others are the self slice."""
-    masks, taken, end = [], torch.zeros_like(draw, dtype=torch.bool), 0.0
+def draw_slices(config: PlanConfig, draw: Tensor) -> dict[str, Tensor]:
+    """Masks of all slices but self, whose rows are the others, by name, from a uniform draw [B]."""
+    masks, taken, end = {}, torch.zeros_like(draw, dtype=torch.bool), 0.0
     for name in ("flow", "trajectory", "flow_map", "matching", "teacher"):
         end += getattr(config, f"{name}_fraction")
-        masks.append(~taken & (draw < end))
-        taken = taken | masks[-1]
+        masks[name] = ~taken & (draw < end)
+        taken = taken | masks[name]
     return masks
 
 

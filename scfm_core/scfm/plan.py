@@ -65,7 +65,7 @@ class ShortcutPlan:
     is_trajectory: Tensor
     is_flow_map: Tensor
     is_matching: Tensor
-    has_own_start: Tensor
+    is_from_noise: Tensor
     """bool: rows that start at pure noise, or where a jump of the student from there ends. Of the data they use captions alone."""
     slice_number: Tensor
     """int64: place of the row's slice in `SLICES`."""
@@ -118,19 +118,20 @@ def sample_plan(
     """
     draws = uniform(seed, sample_ids, Stream.PLAN, len(COLUMNS))
     draw = dict(zip(COLUMNS, draws.unbind(1), strict=True))
-    is_flow, is_trajectory, is_flow_map, is_matching, is_teacher = draw_slices(config, draw["slice"])
-    has_grid = ~is_flow & ~is_flow_map & ~is_matching
+    slices = draw_slices(config, draw["slice"])
+    is_flow, is_trajectory, is_teacher = slices["flow"], slices["trajectory"], slices["teacher"]
+    has_grid = ~is_flow & ~slices["flow_map"] & ~slices["matching"]
     grid = draw_grids(config, draw["grid"], is_teacher, is_trajectory)
     # Rows without a grid have the dynamic shift of a sampler with the teacher's steps; flow-matching rows its strength too.
     shift = draw_shifts(config, draw, torch.where(has_grid, grid, config.teacher_grid), dynamic_shift)
     # The student jumps two grid intervals; near and far pass jump one each. A flow-matching row has no length: its strength
     # is that of one interval of the teacher's grid, as in a sampler of many steps. A trajectory row jumps one interval.
     jump = torch.where(is_flow, 1 / config.teacher_grid, torch.where(is_trajectory, 1, 2) / grid.double())
-    jump, points = draw_points(config, draw, grid, jump, is_flow_map, is_matching)
+    jump, points = draw_points(config, draw, grid, jump, slices)
     start, mid, end = draw_sigmas(config, draw, points, shift, is_flow)
     student, near, far = strengths(config, jump, is_teacher)
-    guidance_low, guidance_high = config.guidance
-    has_own_start = is_matching | is_flow_map if config.flow_map.starts == "own" else is_matching
+    low, high = config.guidance
+    is_from_noise = slices["matching"] | slices["flow_map"] if config.flow_map.starts == "own" else slices["matching"]
     return ShortcutPlan(
         config=config,
         sample_ids=sample_ids,
@@ -140,7 +141,7 @@ def sample_plan(
         student_strength=student.float(),
         near_strength=near.float(),
         far_strength=far.float(),
-        guidance=(guidance_low + (guidance_high - guidance_low) * draw["guidance"]).float(),
+        guidance=(low + (high - low) * draw["guidance"]).float(),
         shift=shift.float(),
         step_size=jump.float(),
         u_start=points[0].float(),
@@ -148,26 +149,23 @@ def sample_plan(
         fake_level=draw_levels(draw["fake_level"], shift),
         grid=torch.where(has_grid, grid, 0),
         interval=torch.where(is_trajectory, (draw["start"] * grid).long(), 0),
-        is_teacher=is_teacher,
-        is_flow=is_flow,
-        is_trajectory=is_trajectory,
-        is_flow_map=is_flow_map,
-        is_matching=is_matching,
-        has_own_start=has_own_start,
-        slice_number=1
-        - is_teacher.long()
-        + is_flow.long()
-        + 2 * is_trajectory.long()
-        + 3 * is_flow_map.long()
-        + 4 * is_matching.long(),
+        **{f"is_{name}": mask for name, mask in slices.items()},
+        is_from_noise=is_from_noise,
+        slice_number=_slice_numbers(slices),
         is_dropped=(draw["dropout"] < config.caption_dropout) & ~is_trajectory,
         pair_rows=_numbers(has_grid & ~is_trajectory),
         teacher_rows=_numbers(is_teacher),
         trajectory_rows=_numbers(is_trajectory),
-        flow_map_rows=_numbers(is_flow_map),
-        matching_rows=_numbers(is_matching),
-        moved_rows=_numbers(has_own_start & (points[0] < 1)),
+        flow_map_rows=_numbers(slices["flow_map"]),
+        matching_rows=_numbers(slices["matching"]),
+        moved_rows=_numbers(is_from_noise & (points[0] < 1)),
     )
+
+
+def _slice_numbers(slices: dict[str, Tensor]) -> Tensor:
+    """Places in `SLICES`, int64 [B]; rows of no mask are the self slice."""
+    is_self = ~torch.stack(list(slices.values())).any(0)
+    return torch.stack([SLICES.index(name) * mask for name, mask in {**slices, "self": is_self}.items()]).sum(0)
 
 
 def _numbers(mask: Tensor) -> list[int]:

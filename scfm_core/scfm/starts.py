@@ -31,7 +31,7 @@ def own_starts(
     Returns:
         x at the start of all rows, [B, ...], in the dtype of `noised`.
     """
-    noised = torch.where(per_sample(plan.has_own_start, noised), noise.to(noised.dtype), noised)
+    noised = torch.where(per_sample(plan.is_from_noise, noised), noise.to(noised.dtype), noised)
     rows = plan.moved_rows or [0] * (is_sharded and plan.config.has_own_starts)
     if not rows:
         return noised

@@ -12,14 +12,15 @@ from scfm_core.models.conditioning import Conditioning
 from scfm_core.models.graphs import GraphedVelocity
 from scfm_core.models.student import ShortcutModel
 from scfm_core.scfm.flow_map import flow_map_velocity
-from scfm_core.scfm.loss import LossMeter, scfm_loss
-from scfm_core.scfm.matching import Images, fake_losses, matching_velocity, student_images
+from scfm_core.scfm.loss import scfm_loss
+from scfm_core.scfm.meter import LossMeter
 from scfm_core.scfm.plan import ShortcutPlan, sample_plan
 from scfm_core.scfm.starts import own_starts
 from scfm_core.scfm.target import scfm_target
 from scfm_core.scfm.trajectory import Trajectory, on_trajectories, take_paths
 from scfm_core.train.config import RunConfig
 from scfm_core.train.inputs import BatchEncoder, check_intervals
+from scfm_core.train.matching_step import MatchingStep
 
 
 class Objective:
@@ -36,13 +37,11 @@ class Objective:
 
     def __init__(self, config: RunConfig, model: ShortcutModel, encoder: BatchEncoder, *, is_sharded: bool) -> None:
         self.model, self.encoder = model, encoder
-        self._method, self._seed, self._batch = config.method, config.run.seed, config.train.global_batch_size
+        self._method, self._seed = config.method, config.run.seed
         self._is_sharded, self._in_inference_mode = is_sharded, not is_sharded
         self._near, self._far = model.near_velocity, model.far_velocity
         self._student = functools.partial(model.velocity, "student")  # without gradient, at any strength
-        self._real = functools.partial(model.velocity, "teacher")
-        self._fake = functools.partial(model.velocity, "fake")
-        self._images: tuple[Images | None, Conditioning] | None = None  # for `fake_step`
+        self.matching = MatchingStep(config, model, is_sharded=is_sharded) if config.method.has_matching else None
         if config.method.near == "student":
             self._near = model.teacher_velocity
         if config.kernels.cuda_graphs:
@@ -83,7 +82,8 @@ class Objective:
         inputs = noised, plan.sigma_start, cond.with_guidance(student_guidance), plan.student_strength
         # First if a target is computed from it; else last, so that its activations are not in memory during the target's passes.
         prediction = self.model.student_velocity(*inputs) if method.is_student_first else None
-        images = self._student_images(plan, noised, prediction, cond)
+        if self.matching is not None and prediction is not None:
+            self.matching.begin(plan, noised, prediction, cond)
         with torch.inference_mode(self._in_inference_mode):
             if method.distil_guidance and method.has_flow:
                 assert velocity is not None
@@ -94,10 +94,8 @@ class Objective:
                 velocity = flow_map_velocity(
                     plan, noised, cond, prediction, self._student, velocity, is_sharded=self._is_sharded
                 )
-            if method.has_matching:
-                assert prediction is not None
-                step = int(batch.sample_ids[0]) // self._batch  # of the run: resuming and skipped steps need no counter
-                velocity = self._matched(plan, images, cond, prediction, velocity, step)
+            if self.matching is not None and prediction is not None:
+                velocity = self.matching.targets(plan, prediction, velocity, int(batch.sample_ids[0]))
             target = scfm_target(
                 plan, noised, cond, self._near, self._far, flow_velocity=velocity,
                 student=prediction if method.near == "student" else None, is_sharded=self._is_sharded,
@@ -110,55 +108,9 @@ class Objective:
         return scfm_loss(prediction, target, plan)
 
     def fake_step(self, meter: LossMeter) -> Tensor:
-        """Loss of the fake score on the images of the last `micro_step`, whose backward pass is done; once.
-
-        Args:
-            meter: accumulates it.
-
-        Returns:
-            the sum over the matching rows divided by the rows of the micro-batch, a scalar in fp32, ready for the backward pass.
-        """
-        assert self._images is not None, "micro_step comes first"
-        (images, cond), self._images = self._images, None
-        if images is None:  # nothing to learn from: a gradient of zero
-            return torch.stack([factor.sum() for factor in self.model.parameters("fake").values()]).sum() * 0.0
-        losses = fake_losses(images, (self._fake, cond), self._seed)
-        if images.share > 0:
-            meter.add_fake(losses.detach())
-        return losses.mean() * images.share
-
-    def _student_images(
-        self, plan: ShortcutPlan, noised: Tensor, prediction: Tensor | None, cond: Conditioning
-    ) -> Images | None:
-        """The images of matching rows, which `fake_step` gets too, with its conditioning: the fake score takes one pass."""
-        if not self._method.has_matching:
-            return None
-        assert prediction is not None
-        images = student_images(plan, noised, prediction, is_sharded=self._is_sharded)
-        self._images = images, cond.with_guidance(plan.guidance if self.model.family.passes == 1 else None)
-        return images
-
-    def _matched(
-        self,
-        plan: ShortcutPlan,
-        images: Images | None,
-        cond: Conditioning,
-        prediction: Tensor,
-        velocity: Tensor | None,
-        step: int,
-    ) -> Tensor:
-        """`velocity`, with the targets of matching rows. In steps without a lesson for the student these are its own velocities."""
-        matching, family = self._method.matching, self.model.family
-        assert self._images is not None
-        if not matching.teaches_student(step):
-            known = torch.zeros_like(prediction, dtype=torch.float32) if velocity is None else velocity
-            return torch.where(per_sample(plan.is_matching, known), prediction.detach().to(known.dtype), known)
-        guidance: Tensor | None = plan.guidance
-        if family.passes == 2:
-            guidance = family.neutral_guidance + matching.guidance_share * (plan.guidance - family.neutral_guidance)
-            guidance = guidance if matching.guidance_share > 0 else None
-        real, fake = (self._real, cond.with_guidance(guidance)), (self._fake, self._images[1])
-        return matching_velocity(plan, images, prediction, real, fake, self._seed, velocity)
+        """Loss of the fake score on the student's images of the last micro-batch, after its backward pass; see `MatchingStep.fake_loss`."""
+        assert self.matching is not None
+        return self.matching.fake_loss(meter)
 
     def _embedded_guidance(self, plan: ShortcutPlan) -> tuple[Tensor | None, Tensor | None]:
         """Guidance for the student's pass and for the target's passes, fp32 [B]; None: no guidance."""

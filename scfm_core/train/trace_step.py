@@ -287,8 +287,9 @@ def _phases(trainer: Trainer, recorder: Recorder, functions: GpuFunctions) -> It
     named(objective, "_near", "near", "activations of passes without gradient")
     named(objective, "_far", "far", "activations of passes without gradient")
     named(objective, "_student", "flow map", "activations of passes without gradient")
-    named(objective, "_real", "teacher's score", "activations of passes without gradient")
-    named(objective, "_fake", "fake score", "saved activations")
+    if objective.matching is not None:
+        named(objective.matching, "real", "teacher's score", "activations of passes without gradient")
+        named(objective.matching, "fake", "fake score", "saved activations")
     named(trainer.model, "student_velocity", "student", "saved activations")
     named(engine, "backward", "backward", "temporaries of the backward")
     named(engine, "reduce", "reduce", "temporaries of the optimizer")

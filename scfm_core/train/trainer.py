@@ -19,7 +19,7 @@ from scfm_core.files import disk_problem
 from scfm_core.progress import beat, counting_io
 from scfm_core.readback import to_device
 from scfm_core.scfm.ema import DualEMA
-from scfm_core.scfm.loss import LossMeter
+from scfm_core.scfm.meter import LossMeter
 from scfm_core.scfm.restart import restart_due
 from scfm_core.train.assemble import build_engine, build_layout, build_model
 from scfm_core.train.checkpoint import load_checkpoint
