@@ -20,7 +20,7 @@ class MatchingStep:
     Args:
         config: the run, with matching rows.
         model: with a fake score.
-        is_sharded: every process must enter the networks equally often.
+        is_sharded: every process must enter the networks equally often, and make gradients in the same order.
     """
 
     def __init__(self, config: RunConfig, model: ShortcutModel, *, is_sharded: bool) -> None:
