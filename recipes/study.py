@@ -351,10 +351,11 @@ def _cell(values: list[float]) -> str:
 
 
 def target_passes(config: RunConfig) -> float:
-    """Network passes for a sample's target; the passes for a stored path are divided by the number of its uses."""
+    """Network passes for a sample's target, and those of the fake score; the passes for a stored path are divided by the number of its uses."""
     method, train = config.method, config.train
     guided = open_family(config.model.path).passes
     _, passes = method.passes(guided)
+    passes += method.matching_fraction  # the fake score's own, which has a gradient too
     if not method.has_stored_paths:
         return passes
     corpus = Corpus(config.data, with_paths=True)

@@ -109,9 +109,7 @@ class Trainer:
             beat("the engine")
             self.engine = build_engine(config, self.model, layout, self.world)
         same_patience()  # of the groups that layout and engine made
-        self.objective = Objective(
-            config, self.model, self.encoder, is_sharded=layout.is_sharded, is_in_order=layout.is_in_order
-        )
+        self.objective = Objective(config, self.model, self.encoder, is_sharded=layout.is_sharded)
         self.emas = DualEMA(
             *(self.engine.ema_tensors(role) for role in ("student", "ema_fast", "ema_slow")), config=config.ema
         )
