@@ -237,8 +237,16 @@ def _add_study(commands: Any) -> None:
     parser.add_argument("study", help="a YAML file, or the name of a shipped study")
     add_overrides(parser)
     parser.add_argument("--output", "-o", type=Path, metavar="FOLDER", help="default runs/study/NAME")
-    parser.add_argument("--arms", nargs="+", default=[], metavar="ARM", help="run only these arms")
+    parser.add_argument(
+        "--arms", nargs="+", default=[], metavar="ARM", help="run only these arms, and those from which they start"
+    )
     parser.add_argument("--only", type=int, metavar="N", help="run only the study's run number N, counted from 0")
+    parser.add_argument(
+        "--equal-passes",
+        metavar="ARM",
+        help="give the other arms as many passes of the network as this one, instead of their train.steps; "
+        "default folder runs/study/NAME_equal_passes",
+    )
 
 
 def _study(arguments: argparse.Namespace) -> None:
@@ -252,6 +260,7 @@ def _study(arguments: argparse.Namespace) -> None:
             arms=arguments.arms,
             only=arguments.only,
             execute=main,
+            equal_passes=arguments.equal_passes,
         )
     )
 

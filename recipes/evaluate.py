@@ -28,7 +28,7 @@ from scfm_core.models.encoders import Autoencoder, TextEncoders
 from scfm_core.models.fingerprint import encoder_fingerprint
 from scfm_core.models.student import FullModel
 from scfm_core.models.weights import save_tensors
-from scfm_core.train.config import RunConfig
+from scfm_core.train.config import EvaluateConfig, RunConfig
 from scfm_core.train.device import compute_dtype, resolve_device
 from scfm_core.train.grid import save_grid
 from scfm_core.train.inputs import check_cache
@@ -133,19 +133,7 @@ class Evaluator:
         self.model = load_trained(run_dir, config, with_teacher=True)
         self.has_teacher = not isinstance(self.model, FullModel) or "teacher" in self.model.networks
         dtype = compute_dtype(config)
-        data = config.data
-        if settings.data is not None:
-            data = replace(data, path=str(Path(settings.data).expanduser()), format="auto", sources=())
-        corpus = Corpus(data)
-        items = corpus.items_of(config.data.resolution).tolist()
-        if not items:
-            raise UserError(
-                f"data: no sample has data.resolution {config.data.resolution}, the size at which images are compared. "
-                f"Set data.resolution to one of {corpus.sizes}"
-            )
-        if not any(is_remote(source.uri) for source in data.mixture()):  # remote: it would download all shards
-            items = spread(items, settings.samples)
-        self.prompts = _prompts(config, corpus, items)
+        corpus, items, self.prompts = planned(config)
         self.folder = run_dir / ".evaluation"
         """Of an evaluation that has not ended."""
         weights = newest_complete(run_dir)
@@ -322,9 +310,33 @@ def spread(items: list[int], count: int) -> list[int]:
     return [items[number] for number in chosen] if left_out else items
 
 
-def _prompts(config: RunConfig, corpus: Corpus, items: list[int]) -> list[str]:
+def planned(config: RunConfig, note: Callable[[str], Any] = print) -> tuple[Corpus, list[int], list[str]]:
+    """What an evaluation compares: the data, the numbers of their samples of this size, and the prompt of each image.
+
+    Args:
+        config: of the run.
+        note: is called if prompts are repeated.
+
+    Raises:
+        UserError: if the data cannot be read, or have no sample of this size.
+    """
+    settings, data = config.evaluate, config.data
+    if settings.data is not None:
+        data = replace(data, path=str(Path(settings.data).expanduser()), format="auto", sources=())
+    corpus = Corpus(data)
+    items = corpus.items_of(config.data.resolution).tolist()
+    if not items:
+        raise UserError(
+            f"data: no sample has data.resolution {config.data.resolution}, the size at which images are compared. "
+            f"Set data.resolution to one of {corpus.sizes}"
+        )
+    if not any(is_remote(source.uri) for source in data.mixture()):  # remote: it would download all shards
+        items = spread(items, settings.samples)
+    return corpus, items, _prompts(settings, corpus, items, note)
+
+
+def _prompts(settings: EvaluateConfig, corpus: Corpus, items: list[int], note: Callable[[str], Any]) -> list[str]:
     """`evaluate.samples` prompts, each `evaluate.per_prompt` times, from the file or else the data's captions; repeated if too few."""
-    settings = config.evaluate
     wanted = math.ceil(settings.samples / settings.per_prompt)
     if settings.prompts is not None:
         given = read_prompts(settings.prompts, "evaluate.prompts")
@@ -333,5 +345,10 @@ def _prompts(config: RunConfig, corpus: Corpus, items: list[int]) -> list[str]:
         given = [corpus.caption(item) for item in spread(items[: settings.samples], wanted)]
         origin = f"the data have {count(len(given), 'caption')}"
     if len(given) < wanted:
-        print(f"note: {origin}; they are repeated for evaluate.samples={settings.samples}")
-    return [given[i // settings.per_prompt % len(given)] for i in range(settings.samples)]
+        note(f"note: {origin}; they are repeated for evaluate.samples={settings.samples}")
+    return repeated(given, settings)
+
+
+def repeated(prompts: list[str], settings: EvaluateConfig) -> list[str]:
+    """The prompt of each of `evaluate.samples` images: each `evaluate.per_prompt` times, and again from the first if they are too few."""
+    return [prompts[i // settings.per_prompt % len(prompts)] for i in range(settings.samples)]

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-_NEIGHBOURS = 3
+NEIGHBOURS = 3
 """k of the paper's experiments (Kynkaanniemi et al., arXiv 1904.06991, Section 3.1)."""
 _CHUNK = 512
 """Rows of one block of distances: 123 MB in fp64 for 30,000 columns."""
@@ -29,7 +29,7 @@ class Manifold:
         ValueError: if there are no `k` neighbours.
     """
 
-    def __init__(self, features: Tensor, k: int = _NEIGHBOURS) -> None:
+    def __init__(self, features: Tensor, k: int = NEIGHBOURS) -> None:
         if len(features) <= k:
             raise ValueError(f"{len(features)} features have no neighbour number {k}")
         self.features = features.double()

@@ -9,7 +9,7 @@ from small_emoji import make_small
 
 from recipes.cli import main
 from recipes.demo import make_assets
-from recipes.study import load_study, runs_of
+from recipes.study_file import load_study, runs_of
 from scfm_core.train.parse import dump_config, find_recipe, load_config
 
 FOLDER = find_recipe("flux_dev_lora").parent

@@ -83,7 +83,7 @@ def test_a_set_for_geneval_of_two_processes_and_resumed(make, tmp_path, monkeypa
     made = []
     make_block = ImageSet._make_block
     monkeypatch.setattr(ImageSet, "_make_block", lambda *a: (made.append(a[-1]), make_block(*a)))
-    assert whole.items() <= make("two", *words).items()
+    assert whole.items() <= make("two", *words, "evaluate.batch_size=2").items()  # no setting of an image
     assert made == [{1}] and kept.stat().st_mtime_ns == before
 
 

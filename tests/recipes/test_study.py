@@ -10,8 +10,13 @@ import torch
 import yaml
 
 from recipes.cli import main
-from recipes.study import run_study, target_passes
+from recipes.measurable import check_ready
+from recipes.study import run_study
+from recipes.study_cost import cost, equal_steps, target_passes
+from recipes.study_docs import page, section
+from recipes.study_file import load_study, runs_of
 from recipes.train import train
+from scfm_core.errors import UserError
 from scfm_core.scfm.method import PlanConfig
 from scfm_core.train.parse import dump_config, load_config
 
@@ -22,6 +27,7 @@ LITTLE = ["train.steps=1", "train.warmup_steps=0", "train.global_batch_size=4", 
 def study(make_config, tmp_path, monkeypatch):
     """A study of two arms and two seeds."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("recipes.study_origin.commit", lambda: "abc")  # asks git
     (tmp_path / "recipe.yaml").write_text(dump_config(make_config({"evaluate.noise_floor": True})))
     content = {
         "recipe": "recipe.yaml",
@@ -57,9 +63,10 @@ def test_every_arm_and_seed_in_one_table(study, tmp_path, capsys):
         found = results(tmp_path, arm, "3")
         assert found[0] != found[1]
         cell = f"{statistics.fmean(found):.3g} ± {statistics.stdev(found):.2g}"
-        [row] = [line for line in table.splitlines() if line.startswith(f"| {arm} |")]
-        assert row.split(" | ")[2] == cell and row.endswith("| 2 | 2.00 |")
-    assert "- scaled: strength by steps" in table
+        [row] = [line for line in table.splitlines() if line.startswith(f"| `{arm}` |")]
+        # One update of four samples: three passes of the student for each, and two for its target.
+        assert row.split(" | ")[2] == cell and row.endswith("| 2 | 1 | 2.00 | 20 |")
+    assert "- `scaled`: strength by steps" in table
     assert "Two independent sets of the teacher's samples: Fréchet distance to the teacher " in table
     assert (tmp_path / "out" / "study.png").read_bytes().startswith(b"\x89PNG")
     strengths = load_config(tmp_path / "out" / "scaled" / "seed-5" / "config.yaml")
@@ -71,33 +78,56 @@ def test_every_arm_and_seed_in_one_table(study, tmp_path, capsys):
     assert (tmp_path / "out" / "study.md").read_text() == table
 
 
-def test_several_metrics_and_those_that_an_earlier_evaluation_lacks(study, tmp_path, capsys, monkeypatch):
-    """An evaluated run is not trained again."""
-    study(metric="fid_data", seeds=[0], arms={"plain": {"about": "as it comes"}})
+def test_figures_that_an_earlier_evaluation_lacks(study, tmp_path, capsys, monkeypatch):
+    """A trained run is evaluated again with the settings that the new figures need, and is not trained again."""
+    arms = {"plain": {"about": "as it comes"}}
+    (tmp_path / "each.txt").write_text("".join(f"digit {number}\n" for number in range(6)))
+    little = [*LITTLE, "evaluate.prompts=each.txt", "evaluate.samples=6", "evaluate.steps=[1, 3]"]
+    study(metric="fid_data", seeds=[0], arms=arms, set=little)
     assert main(["study", "small.yaml", "-o", "out"]) == 0
     path = tmp_path / "out" / "plain" / "seed-0" / "evaluation.json"
-    result = json.loads(path.read_text())
-    for row in result["student"].values():
-        del row["recall_data"]
-    path.write_text(json.dumps(result))
-    study(metric=["fid_data", "recall_data", "prompt_following"], seeds=[0], arms={"plain": {"about": "as it comes"}})
+    origin = json.loads((path.parent / "origin.json").read_text())
+    assert set(origin) == {"trained", "evaluated"} and "CPU core" in origin["trained"]["machine"]
     monkeypatch.setattr("recipes.study.train", None)
+    metrics = ["fid_data", "recall_data", "diversity"]
+    study(metric=metrics, seeds=[0], arms=arms, set=[*little, "evaluate.per_prompt=2", "sample.seed=7"])
     capsys.readouterr()
     assert main(["study", "small.yaml", "-o", "out"]) == 0
     table = (tmp_path / "out" / "study.md").read_text()
     heads = [line for line in table.splitlines() if "passes for a target" in line]
-    titles = ["Fréchet distance to the data", "recall against the data", "prompt following"]
+    titles = ["Fréchet distance to the data", "recall against the data", "diversity, relative to the teacher's"]
     assert [head.partition(" at steps")[0] for head in heads] == [f"| {title}" for title in titles]
     student = json.loads(path.read_text())["student"]
     record = json.loads((tmp_path / "out" / "study.json").read_text())
-    for metric in ("fid_data", "recall_data", "prompt_following"):
+    for metric in metrics:
         assert record["values"][metric]["plain"] == {steps: [row[metric]] for steps, row in student.items()}
+    how = load_config(path.with_name("evaluation.yaml"), stored=True)
+    assert (how.evaluate.per_prompt, how.sample.seed) == (2, 7)
+
+    shutil.rmtree(path.parent / "checkpoints")
+    assert main(["study", "small.yaml", "-o", "out"]) == 0  # no figure is missing
+    study(metric="prompt_following", seeds=[0], arms=arms, set=little)
+    del student["3"]["prompt_following"]
+    path.write_text(json.dumps({"student": student}))
+    assert main(["study", "small.yaml", "-o", "out"]) == 2
+    assert "plain/seed-0 has no prompt_following, and no checkpoint any more" in capsys.readouterr().err
+
+
+def test_what_only_data_and_networks_tell_is_checked_before_the_training(make_config, tmp_path):
+    captions = tmp_path / "prompts.txt"
+    captions.write_text("one\ntwo\n")
+    config = make_config({"evaluate.prompts": str(captions), "evaluate.samples": 2})
+    with pytest.raises(UserError, match="diversity compares images of the same prompt; the evaluation has one"):
+        check_ready(["diversity"], config)
+    check_ready(["fid_data", "prompt_following"], config)
+    with pytest.raises(UserError, match=r"there is no classifier\.safetensors"):
+        check_ready(["fid_data"], make_config({"evaluate.features_path": str(tmp_path)}))
 
 
 def test_one_run_of_an_array(study, tmp_path, capsys):
     assert main(["study", "small.yaml", "-o", "out", "--only", "3"]) == 0
     assert [path.parent.name for path in (tmp_path / "out").rglob("evaluation.json")] == ["seed-5"]
-    assert "| 1 | 2.00 |" in capsys.readouterr().out
+    assert "| 1 | 1 | 2.00 | 20 |" in capsys.readouterr().out
     assert main(["study", "small.yaml", "-o", "out", "--arms", "plain", "--only", "2"]) == 0
     assert (tmp_path / "out" / "plain" / "seed-5" / "evaluation.json").is_file()
 
@@ -141,11 +171,41 @@ def test_prepare_runs_before_the_first_run(study, tmp_path, monkeypatch, capsys)
         ({"metric": ["fid_teacher", "fid_date"]}, [], "'fid_date' is not a metric; did you mean fid_data?"),
         ({"metric": []}, [], "needs at least one arm, one seed and one metric"),
         ({"metric": "pick_score"}, [], "metric pick_score needs evaluate.pick_score_path; arm plain has none"),
+        (
+            {"metric": "recall_data", "set": ["evaluate.samples=3"]},
+            [],
+            "needs more than 3 images; arm plain has evaluate",
+        ),
+        (
+            {"metric": "prompt_following", "set": ["evaluate.features=inception"]},
+            [],
+            "Set evaluate.features=classifier",
+        ),
+        ({"metric": "diversity", "set": ["evaluate.prompts=few.txt", "evaluate.samples=2"]}, [], "one image of each"),
+        ({"arms": {"a": {"about": "x", "start": "b"}}}, [], "arms.a.start: there is no arm 'b'; the arms are a"),
+        (
+            {"arms": {"a": {"about": "x", "start": "b"}, "b": {"about": "x", "start": "a"}}},
+            [],
+            "a circle of starts: a starts from b starts from a",
+        ),
+        (
+            {"arms": {"a": {"about": "x"}, "b": {"about": "x", "start": "a", "set": ["lora.start=x"]}}},
+            [],
+            "arm b has start, which sets lora.start",
+        ),
+        (
+            {"arms": {"a": {"about": "x"}, "b": {"about": "x", "equal_passes": "a", "set": ["train.steps=2"]}}},
+            [],
+            "arm b has equal_passes, which sets train.steps",
+        ),
+        ({"arms": {"a": {"about": "x", "equal_passes": "a"}}}, [], "those of a are computed too"),
+        ({}, ["--equal-passes", "plane"], "--equal-passes: there is no arm 'plane'; the arms are plain, scaled"),
         ({"arms": {"a": {"about": "x", "set": ["run.seed=3"]}}}, [], "run.seed=3 has no effect in a study"),
         ({}, ["run.dir=elsewhere"], "run.dir=elsewhere has no effect in a study"),
     ],
 )
 def test_mistakes_are_found_before_the_first_run(study, tmp_path, capsys, changes, words, message):
+    (tmp_path / "few.txt").write_text("one\ntwo\n")
     study(**changes)
     assert main(["study", "small.yaml", "-o", "out", *words]) == 2
     assert message in capsys.readouterr().err
@@ -183,7 +243,7 @@ def test_a_run_that_fails_does_not_stop_the_others(study, tmp_path, capsys):
     study(arms={"broken": {"about": "x", "set": ["data.path=nowhere"]}, "plain": {"about": "as it comes"}}, seeds=[0])
     assert main(["study", "small.yaml", "-o", "out"]) == 2
     assert "1 runs failed; the same command tries them again:\n  broken, seed 0: " in capsys.readouterr().err
-    assert "| plain |" in (tmp_path / "out" / "study.md").read_text()
+    assert "| `plain` |" in (tmp_path / "out" / "study.md").read_text()
 
 
 def test_an_unexpected_exception_does_not_stop_the_others(study, tmp_path, capsys, monkeypatch):
@@ -197,7 +257,7 @@ def test_an_unexpected_exception_does_not_stop_the_others(study, tmp_path, capsy
     assert main(["study", "small.yaml", "-o", "out"]) == 2
     error = capsys.readouterr().err
     assert "Traceback" in error and "1 runs failed" in error and "scaled, seed 0: 8 GiB too many" in error
-    assert "| plain |" in (tmp_path / "out" / "study.md").read_text()
+    assert "| `plain` |" in (tmp_path / "out" / "study.md").read_text()
 
 
 def test_a_deleted_output_of_prepare_is_made_again(study, tiny, tmp_path):
@@ -238,4 +298,53 @@ def test_passes_for_stored_paths_are_divided_by_their_uses(make_config, tiny, tm
     assert main(["data", "generate", prompts, "-o", folder, "--model", str(tiny / "flux"), *words]) == 0
     changes = {"method.trajectory_fraction": 1.0, "method.teacher_fraction": 0.0, "method.trajectory_grids": [1, 2]}
     train = {"train.steps": 8, "train.global_batch_size": 4, "train.micro_batch_size": 4}
-    assert target_passes(make_config({**changes, **train, "data.path": folder})) == 6 * 4 / (8 * 4)
+    config = make_config({**changes, **train, "data.path": folder})
+    assert target_passes(config) == 6 * 4 / (8 * 4) and cost(config).passes == 6 * 4 + 3 * 8 * 4
+
+
+def test_updates_of_equal_passes(study, tmp_path, capsys):
+    """Pairs need 3 + 2 passes of a sample, paths taken during the training 3 + 4."""
+    taken = ["method.teacher_fraction=0", "method.trajectory_fraction=1", "method.trajectory_steps=4"]
+    taken.append("method.trajectory_grids=[1, 2]")
+    arms = {"pairs": {"about": "x"}, "paths": {"about": "x", "set": taken}}
+    study(arms=arms, set=[*LITTLE, "train.steps=70"])
+    chosen = load_study("small.yaml", "pairs")
+    assert [arm.equal_passes for arm in chosen.arms.values()] == [None, "pairs"]
+    runs = runs_of(chosen, tmp_path, [])
+    steps = equal_steps(chosen, runs[:2])
+    assert steps == {"paths": 50}
+    costs = [cost(load_config("recipe.yaml", run.overrides)) for run in runs_of(chosen, tmp_path, [], steps)[:2]]
+    assert costs[0].passes == costs[1].passes == 70 * 4 * 5
+    taken[2] = "method.trajectory_steps=24"  # an update of pairs is a fifth of an update of these
+    study(arms={**arms, "paths": {"about": "x", "set": taken, "equal_passes": "pairs"}})
+    assert main(["study", "small.yaml", "-o", "out"]) == 2
+    assert "arm paths has no pass left for an update" in capsys.readouterr().err
+
+
+RECORD = {
+    "values": {"fid_data": {"undistilled": {"4": [2.0]}, "plain": {"4": [1.0, 3.0]}}},
+    "floors": {},
+    "arms": {"plain": "as it comes"},
+    "updates": {"plain": 900},
+    "passes_for_target": {"plain": 2.0},
+    "passes": {"plain": 576000.0},
+    "command": "scfm study small.yaml",
+    "origins": {"date": ["2026-01-02", "2026-01-03"], "commit": ["abc"], "machine": ["2 CPU cores"]},
+}
+
+
+def test_sections_of_the_page_of_results():
+    content = section("small", RECORD)
+    assert "`scfm study small.yaml`: measured 2026-01-02 to 2026-01-03, on 2 CPU cores, at commit `abc`." in content
+    assert "| `plain` | 2 ± 1.4 | 2 | 900 | 2.00 | 576,000 |" in content
+    other = section("other", RECORD)
+    first = page("# Results\n\n## Earlier results\n\nold\n", "small", content)
+    both = page(first, "other", other)
+    assert [line for line in both.splitlines() if line.startswith("## ")] == [
+        "## small",
+        "## other",
+        "## Earlier results",
+    ]
+    again = page(both, "small", content.replace("900", "1,000"))
+    assert again == both.replace("900", "1,000", 1) and again.endswith("\n\nold\n")
+    assert page("# Results\n", "small", content) == f"# Results\n\n{content}"

@@ -9,9 +9,11 @@ import torch
 
 from scfm_core.flow.path import per_sample
 from scfm_core.flow.schedule import shift_sigma
-from scfm_core.scfm.flow_map import flow_map_velocity, own_starts
-from scfm_core.scfm.method import FlowMap, PlanConfig, StepGain
+from scfm_core.scfm.flow_map import flow_map_velocity
+from scfm_core.scfm.method import PlanConfig, StepGain
 from scfm_core.scfm.plan import sample_plan
+from scfm_core.scfm.slices import FlowMap
+from scfm_core.scfm.starts import own_starts
 
 SHIFT, GAMMA = 3.0, 0.5
 JUMPS = {"shortest": 1 / 16, "whole_fraction": 0.1}
