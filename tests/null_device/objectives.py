@@ -47,6 +47,7 @@ OBJECTIVES: dict[str, tuple[str, tuple[str, ...]]] = {
         "flux_dev_flow_map",
         (f"{_FLOW_MAP}form=eulerian", f"{_FLOW_MAP}difference=central"),
     ),
+    "half matching, half pairs": ("flux_dev_lora", ("method.matching_fraction=0.5", "method.teacher_fraction=0.2")),
 }
 """Recipe and settings."""
 _TARGET = tuple(phase for phase in PASSES if phase not in ("student", "backward"))
@@ -75,7 +76,7 @@ def mean_step(traced: Traced, micro_batches: int, share: float, card: Card) -> t
     Args:
         traced: some micro-batches, and the update.
         micro_batches: of a step.
-        share: passes for the target in the mean of the draws, as a share of those of the traced rows.
+        share: passes other than the student's with gradient in the mean of the draws, as a share of those of the traced rows.
         card: the GPU.
     """
     totals = [0.0, 0.0, 0.0]
@@ -96,11 +97,12 @@ def row(name: str, measured: dict[str, Any]) -> str:
         traced = trace_step(config)
     samples = traced.micro_batches * traced.micro_batch_size
     with_gradient, without = config.method.passes(1)
-    assert rows[True] == with_gradient * samples
-    share = without * samples / rows[False] if rows[False] else 1.0
+    with_gradient += config.method.matching_fraction  # the fake score's own
+    for_target = rows[True] + rows[False] - samples
+    share = (with_gradient + without - 1) * samples / for_target if for_target else 1.0
     at_peak, assumed, flops = mean_step(traced, micro_batches_of(config, 1).number, share, CARDS[CARD])
     cells = [
-        name, f"{with_gradient:.0f} + {without:.3g}", f"{flops / 1e12:,.0f}", f"{at_peak:.1f}", f"{assumed:.1f}",
+        name, f"{with_gradient:.3g} + {without:.3g}", f"{flops / 1e12:,.0f}", f"{at_peak:.1f}", f"{assumed:.1f}",
         f"{assumed * config.train.steps / 3600:.1f}", f"{measured['peak'] / 2**30:.1f}", f"{traced.peak / 2**30:.1f}",
         f"{measured['waits']}",
     ]  # fmt: skip
