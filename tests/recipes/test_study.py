@@ -127,7 +127,7 @@ def test_what_only_data_and_networks_tell_is_checked_before_the_training(make_co
 def test_a_second_stage_starts_from_a_run_of_the_same_seed(study, tmp_path, capsys):
     """Which is made first, also if it is not asked for. Updates and passes of both count."""
     arms = {"second": {"about": "x", "start": "first", "set": ["train.steps=2"]}, "first": {"about": "x"}}
-    study(arms=arms, seeds=[5])
+    study(arms=arms, seeds=[5], set=[*LITTLE, "evaluate.steps=[1]", "evaluate.noise_floor=false"])
     assert main(["study", "small.yaml", "-o", "out", "--arms", "second"]) == 0
     printed = capsys.readouterr().out
     assert [line for line in printed.splitlines() if line.startswith("[")] == [
