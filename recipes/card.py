@@ -284,7 +284,7 @@ def _training(card: Card) -> str:
         data = "stored paths of the teacher"
     elif method.trajectory_fraction:
         data = f"paths of the teacher, {method.trajectory_steps} steps each, from captions"
-    elif method.flow_map_fraction == 1 and method.flow_map.starts == "own":
+    elif method.flow_map_fraction * (method.flow_map.starts == "own") + method.matching_fraction == 1:
         data = "captions; jumps of the student itself"
     else:
         data = "images with captions"
@@ -295,6 +295,11 @@ def _training(card: Card) -> str:
         "data": f"{data}, {config.data.resolution[0]} x {config.data.resolution[1]} pixels",
         "steps": f"{train.steps:,} of batch {train.global_batch_size}, learning rate {train.lr:g}",
         "trained": f"{weights}; exported: {config.sample.weights} of {card.checkpoint.name}",
+        **(
+            {"matching": f"{method.matching_fraction:.0%} of the rows match the teacher's distribution"}
+            if method.has_matching
+            else {}
+        ),
         "step size": f"step-scaled strength, gamma {gain.gamma:g}" if gain is not None else "one strength",
         "sampling": f"shift {config.sample.shift}, guidance {config.sample.guidance:g}",
         "program": f"scfm {__version__}",

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from scfm_core.distributed.convert import write_dcp, write_zero
-from scfm_core.distributed.engine import GROUPS
+from scfm_core.distributed.engine import FAKE_GROUPS, GROUPS
 from scfm_core.distributed.reader import DCP_FOLDER, module_name
 from scfm_core.distributed.world import World
 from scfm_core.errors import UserError
@@ -42,12 +42,13 @@ def inspect(path: Path) -> str:
         f"base        {state['base_fingerprint'][:12]}   data {state['data_fingerprint'][:12]}",
         f"files       {len(files)}, {sum(size for size, _ in files.values()) / 1e6:,.1f} MB",
     ]
-    for group in GROUPS:
+    present = {key.partition(".")[0] for key in reader.shapes}
+    for group in (group for group in (*GROUPS, *FAKE_GROUPS) if group in present):
         elements, squared = 0, 0.0
         for key in (key for key in reader.shapes if key.startswith(f"{group}.")):  # one tensor in memory at a time
             tensor = reader.tensor(key)
             elements, squared = elements + tensor.numel(), squared + float(tensor.double().square().sum())
-        lines.append(f"  {group:<11} {elements:>15,} elements, norm {squared**0.5:.6g}")
+        lines.append(f"  {group:<15} {elements:>15,} elements, norm {squared**0.5:.6g}")
     return "\n".join(lines)
 
 

@@ -103,9 +103,10 @@ def equal_steps(study: Study, runs: Sequence[Run]) -> dict[str, int]:
 
 
 def _passes_of_a_sample(config: RunConfig) -> tuple[float, float]:
-    """The student's passes, forward and backward, and those for a target without the passes of stored paths."""
+    """The passes of student and fake score, forward and backward, and those for a target without the passes of stored paths."""
     student, target = config.method.passes(open_family(config.model.path).passes)
-    return student + BACKWARD, target
+    fake = config.method.matching_fraction * (1 + BACKWARD)
+    return student + BACKWARD + fake, target
 
 
 def _stored_passes(config: RunConfig) -> float:

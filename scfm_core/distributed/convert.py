@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from scfm_core.distributed.dcp import quiet_dcp
-from scfm_core.distributed.engine import MOMENTS
+from scfm_core.distributed.engine import MOMENTS, moment_group
 from scfm_core.distributed.reader import DCP_FOLDER, Reader
 from scfm_core.distributed.written import HashingWriter, Written, torch_save
 from scfm_core.files import FileEntry
@@ -42,7 +42,7 @@ def write_dcp(reader: Reader, keys: Iterator[str] | list[str], folder: Path) -> 
 def write_zero(
     reader: Reader,
     shapes: Mapping[str, tuple[int, ...]],
-    name_of: Callable[[str], str],
+    name_of: Callable[[str, str], str],
     folder: Path,
     stage: int,
     ranks: int,
@@ -54,29 +54,36 @@ def write_zero(
     Args:
         reader: the source.
         shapes: of the trained parameters, in the order of DeepSpeed's flat vectors.
-        name_of: maps a parameter's name to its name in the module that DeepSpeed gets.
+        name_of: maps a parameter's name and role to its name in the module that DeepSpeed gets.
         folder: of the new checkpoint.
         stage: 1, 2 or 3.
         ranks: processes.
     """
-    names = {name: name_of(name) for name in shapes}
-    listing = OrderedDict((names[name], torch.Size(shape)) for name, shape in shapes.items())
+    roles = [role for role in ("student", "fake") if any(key.startswith(f"{role}.") for key in reader.shapes)]
+    names = {role: {name: name_of(name, role) for name in shapes} for role in roles}
+    listings = [OrderedDict((names[role][name], torch.Size(shape)) for name, shape in shapes.items()) for role in roles]
     files: dict[Path, FileEntry] = {}
     for rank in range(ranks):
         parts = (
             _parts_of_each_parameter(shapes, rank, ranks) if stage == 3 else _parts_of_flat_vector(shapes, rank, ranks)
         )
-        vectors = {group: _vector(reader, group, parts) for group in ("student", *MOMENTS)}
+        vectors = {
+            role: {
+                "weights": _vector(reader, role, parts),
+                **{moment: _vector(reader, moment_group(role, moment), parts) for moment in MOMENTS},
+            }
+            for role in roles
+        }
         optimizer = _optimizer_file(vectors, parts, names, stage, ranks)
         path = folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
         files[path] = torch_save(optimizer, path)
         if stage == 3 or rank == 0:
-            module = OrderedDict((name, torch.empty(0)) for name in listing)
+            module = OrderedDict((name, torch.empty(0)) for listing in listings for name in listing)
             prefix = f"zero_pp_rank_{rank}_" if stage == 3 else ""
             state: dict[str, Any] = {
                 "module": module,
                 "buffer_names": [],
-                "param_shapes": [listing],
+                "param_shapes": listings,
                 "shared_params": {},
                 "ds_version": "",
             }
@@ -125,26 +132,34 @@ def _vector(reader: Reader, group: str, parts: Parts) -> Tensor:
 
 
 def _optimizer_file(
-    vectors: Mapping[str, Tensor], parts: Parts, names: Mapping[str, str], stage: int, ranks: int
+    vectors: Mapping[str, Mapping[str, Tensor]],
+    parts: Parts,
+    names: Mapping[str, Mapping[str, str]],
+    stage: int,
+    ranks: int,
 ) -> dict[str, Any]:
-    base = {"state": {0: {moment: vectors[moment] for moment in MOMENTS}}, "param_groups": []}
+    """One rank's: a flat vector for each role, and its moments under the vector's number."""
+    moments = {number: {moment: own[moment] for moment in MOMENTS} for number, own in enumerate(vectors.values())}
+    base = {"state": moments, "param_groups": []}
+    weights = [own["weights"] for own in vectors.values()]
     if stage == 3:
         state: dict[str, Any] = {
             "zero_stage": 3,
             "partition_count": ranks,
             "optimizer_state_dict": base,
-            "fp32_flat_groups": [vectors["student"]],
+            "fp32_flat_groups": weights,
         }
     else:
-        starts = accumulate((stop - begin for _, begin, stop, _ in parts), initial=0)
-        mapping = {
-            names[name]: (start, stop - begin) for (name, begin, stop, _), start in zip(parts, starts, strict=False)
-        }
+        starts = list(accumulate((stop - begin for _, begin, stop, _ in parts), initial=0))
+        mappings = [
+            {own[name]: (start, stop - begin) for (name, begin, stop, _), start in zip(parts, starts, strict=False)}
+            for own in names.values()
+        ]
         state = {
             "zero_stage": stage,
-            "partition_count": [ranks],
+            "partition_count": [ranks] * len(names),
             "base_optimizer_state": base,
-            "single_partition_of_fp32_groups": [vectors["student"]],
-            "param_slice_mappings": [mapping],
+            "single_partition_of_fp32_groups": weights,
+            "param_slice_mappings": mappings,
         }
     return {"optimizer_state_dict": state, "ds_version": ""}

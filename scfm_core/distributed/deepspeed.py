@@ -8,7 +8,7 @@ weights compute under DeepSpeed's torch_autocast, which gathers and reduces in b
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, Literal
@@ -27,7 +27,14 @@ from scfm_core.distributed.deepspeed_internals import (
     record_writes,
     whole_numel,
 )
-from scfm_core.distributed.engine import Engine, Layout, OptimizerConfig, Parameters, Slot
+from scfm_core.distributed.engine import (
+    Engine,
+    Layout,
+    OptimizerConfig,
+    Parameters,
+    Slot,
+    moment_group,
+)
 from scfm_core.distributed.reader import DCP_FOLDER
 from scfm_core.distributed.world import World, quiet_gloo
 from scfm_core.distributed.written import Written
@@ -70,6 +77,11 @@ class ZeroLayout(Layout):
     def is_sharded(self) -> bool:
         """See `Layout`."""
         return bool(self.config["zero_optimization"]["stage"] == 3)
+
+    @property
+    def is_in_order(self) -> bool:
+        """See `Layout`. Stage 1 sums after the last backward, in the order of the weights."""
+        return bool(self.config["zero_optimization"]["stage"] > 1)
 
     def prepare(self, network: nn.Module, blocks: list[nn.Module], fill: Fill) -> None:
         """See `Layout`. Under stage 3 one unit after the other is allocated, filled, and partitioned.
@@ -133,7 +145,8 @@ def _units(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 class _Networks(nn.Module):
     """All networks of a run as one module, because DeepSpeed takes one.
 
-    Its forward runs all passes of a micro-batch, so ZeRO-3 can prefetch: each step has the same sequence of layers.
+    Its forward runs all passes of a micro-batch for a trained role, so ZeRO-3 can prefetch: each step has the same sequence of layers.
+    With two roles the sequences alternate, and it prefetches little.
     """
 
     def __init__(self, networks: Mapping[str, nn.Module]) -> None:
@@ -153,6 +166,7 @@ class ZeroEngine(Engine):
         layout: of the networks.
         world: the processes.
         config: of the optimizer.
+        trained: the roles that are trained.
     """
 
     checkpoint_kind: ClassVar[Literal["dcp", "zero"]] = "zero"
@@ -164,21 +178,26 @@ class ZeroEngine(Engine):
         layout: ZeroLayout,
         world: World,
         config: OptimizerConfig,
+        trained: Sequence[str] = ("student",),
     ) -> None:
-        self._parameters, self._world = parameters, world
+        self._parameters, self._world, self._config, self._roles = parameters, world, config, tuple(trained)
         self._stage: int = layout.config["zero_optimization"]["stage"]
-        self._student = dict(parameters("student"))
         adam = torch.optim.AdamW(
-            list(self._student.values()), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
+            [{"params": list(parameters(role).values()), "lr": config.rate(role, config.lr)} for role in trained],
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            fused=True,
         )
-        elements = sum(whole_numel(parameter) for parameter in self._student.values())
+        elements = sum(map(whole_numel, parameters("student").values()))  # a backward reduces those of one role
         settings = dict(layout.config, zero_optimization=dict(layout.config["zero_optimization"]))
         # DeepSpeed allocates the whole bucket. Its default of 2 GB is more than all adapters need.
         settings["zero_optimization"].setdefault("reduce_bucket_size", min(500_000_000, elements))
         self._engine, optimizer, _, _ = layout.deepspeed.initialize(
             model=_Networks(networks), optimizer=adam, config=settings, dist_init_required=False
         )
-        self._zero = ZeroOptimizer(optimizer, self._stage, self._student.values())
+        self._backwards = 0
+        """Of this step."""
+        self._zero = ZeroOptimizer(optimizer, self._stage, [p for role in trained for p in parameters(role).values()])
         self._writes = record_writes(self._engine)
         self._partitions: dict[str, dict[str, Partition]] = {}
         """Of stage 3: slices by role and name."""
@@ -186,7 +205,7 @@ class ZeroEngine(Engine):
         if self._stage == 3:
             with quiet_gloo():
                 self._mesh = init_device_mesh(layout.device.type, (world.size,))
-            for role in ("student", "ema_fast", "ema_slow"):
+            for role in (*self._roles, "ema_fast", "ema_slow"):
                 self._partitions[role] = {name: Partition(value) for name, value in parameters(role).items()}
             # ZeRO-3 keeps small weights gathered, and gathers them again after every update. For EMAs this is in vain:
             # they change after that.
@@ -198,13 +217,17 @@ class ZeroEngine(Engine):
         return self._engine(call)  # type: ignore[no-any-return]
 
     def backward(self, loss: Tensor) -> None:
-        """See `Engine`. DeepSpeed counts micro-batches by calls of its `step`; only the last call updates."""
-        self._engine.backward(loss)
-        if not self._engine.is_gradient_accumulation_boundary():
-            self._engine.step()
+        """See `Engine`. DeepSpeed is told which backward is the last. An offloaded optimizer gets what a backward has reduced in
+        that backward alone, so there it is the last of each role; stage 1 reduces nothing before the last of all."""
+        self._backwards += 1
+        left = self._config.accumulation * len(self._roles) - self._backwards
+        is_last = left < len(self._roles) if self._zero.is_offloaded and self._stage > 1 else left == 0
+        self._engine.set_gradient_accumulation_boundary(is_last)
+        self._engine.backward(loss / self._config.accumulation, scale_wrt_gas=False)
 
     def reduce(self) -> Tensor:
         """See `Engine`. DeepSpeed's own norm replaces NaN and infinity by 1, so the guard cannot use it."""
+        self._backwards = 0
         if self._zero.is_offloaded and self._stage < 3 and torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()  # DeepSpeed copies them off the GPU without waiting
         gradients = list(self._zero.reduced_gradients())
@@ -217,13 +240,19 @@ class ZeroEngine(Engine):
 
     def step(self, lr: float) -> None:
         """See `Engine`."""
-        self._zero.set_lr(lr)
+        self._zero.set_lr([self._config.rate(role, lr) for role in self._roles])
         self._engine.step()
+        self._forget_gradients()
 
     def skip(self) -> None:
         """See `Engine`: DeepSpeed skips a step after an fp16 overflow; this is the same on request."""
         with self._zero.overflowed():
             self._engine.step()
+        self._forget_gradients()
+
+    def _forget_gradients(self) -> None:
+        if len(self._roles) > 1:
+            self._zero.clear_buffers()
 
     def ema_tensors(self, role: str) -> dict[str, Tensor]:
         """See `Engine`: whole weights in stages 1 and 2, this rank's slices in stage 3."""
@@ -281,17 +310,17 @@ class ZeroEngine(Engine):
         }
 
     def slots(self) -> dict[str, Slot]:
-        """See `Engine`. `student` is what the forward uses; `restored` copies it into the masters."""
+        """See `Engine`. What is trained is what the forward uses; `restored` copies it into the masters."""
         slots: dict[str, Slot] = {}
-        for role in ("student", "ema_fast", "ema_slow"):
+        for role in (*self._roles, "ema_fast", "ema_slow"):
             for name, parameter in self._parameters(role).items():
                 own = Slot(parameter.detach()) if self._stage < 3 else self._partitions[role][name].slot()
                 slots[f"{role}.{name}"] = own
-        names = {parameter: name for name, parameter in self._student.items()}
+        names = {parameter: (role, name) for role in self._roles for name, parameter in self._parameters(role).items()}
         for part in self._zero.moments():
-            slots |= {
-                f"{moment}.{names[part.parameter]}": Slot(view, part.start) for moment, view in part.views.items()
-            }
+            role, name = names[part.parameter]
+            for moment, view in part.views.items():
+                slots[f"{moment_group(role, moment)}.{name}"] = Slot(view, part.start)
         return slots
 
     def restored(self, updates: int) -> None:

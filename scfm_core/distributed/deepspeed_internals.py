@@ -4,7 +4,7 @@ Another version of DeepSpeed may rename them. They are therefore checked when th
 uses them.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +30,13 @@ OPTIMIZER_STAGE_1_AND_2 = (
     "cpu_offload",
     "single_partition_of_fp32_groups",
 )
-OPTIMIZER_STAGE_3 = ("fp16_groups", "fp32_partitioned_groups_flat", "offload_optimizer", "persistent_parameters")
+OPTIMIZER_STAGE_3 = (
+    "fp16_groups",
+    "fp32_partitioned_groups_flat",
+    "grad_partitions_flat_buffer",
+    "offload_optimizer",
+    "persistent_parameters",
+)
 MAPPING = ("get_hp_fragment", "lp_fragment_address", "update_hp")
 """Attributes of a parameter's `_hp_mapping`: this rank's part of its fp32 master (stages 1 and 2)."""
 PARTITIONED = ("ds_numel", "ds_persist", "ds_status", "ds_tensor", "ds_zero_partition_rank", "partition")
@@ -136,27 +142,29 @@ class ZeroOptimizer:
     Args:
         optimizer: as `deepspeed.initialize` returned it.
         stage: 1, 2 or 3.
-        student: the trained parameters.
+        trained: the trained parameters, of all roles.
 
     Raises:
         UserError: if it, or a parameter, lacks an attribute that is used here.
     """
 
-    def __init__(self, optimizer: Any, stage: int, student: Iterable[nn.Parameter]) -> None:
-        self._zero, self._stage, self._student = optimizer, stage, list(student)
+    def __init__(self, optimizer: Any, stage: int, trained: Iterable[nn.Parameter]) -> None:
+        self._zero, self._stage, self._trained = optimizer, stage, list(trained)
         require(optimizer, "ZeRO's optimizer", OPTIMIZER)
         if stage == 3:
             require(optimizer, "ZeRO-3's optimizer", OPTIMIZER_STAGE_3)
             return
         require(optimizer, "the optimizer of ZeRO-1 and 2", OPTIMIZER_STAGE_1_AND_2)
-        for parameter in self._student:
+        if optimizer.cpu_offload:
+            require(optimizer, "the optimizer of ZeRO-1 and 2", ["accumulated_grads_in_cpu"])
+        for parameter in self._trained:
             require(parameter, "a trained parameter under ZeRO-1 and 2", ["_hp_mapping"])
         for mapping in self._mappings().values():
             require(mapping, "_hp_mapping of a trained parameter", MAPPING)
 
     def _mappings(self) -> dict[nn.Parameter, Any]:
         """DeepSpeed's link to the master, for the trained parameters of which this rank has a part."""
-        mappings = {parameter: parameter._hp_mapping for parameter in self._student}  # type: ignore[attr-defined]
+        mappings = {parameter: parameter._hp_mapping for parameter in self._trained}  # type: ignore[attr-defined]
         return {parameter: mapping for parameter, mapping in mappings.items() if mapping is not None}
 
     @property
@@ -193,10 +201,22 @@ class ZeroOptimizer:
             for parts in self._zero.averaged_gradients.values():
                 yield from parts or ()
 
-    def set_lr(self, lr: float) -> None:
-        """The next update's learning rate."""
-        for group in self._zero.param_groups:
+    def set_lr(self, rates: Sequence[float]) -> None:
+        """The next update's learning rate of each role."""
+        for group, lr in zip(self._zero.param_groups, rates, strict=True):
             group["lr"] = lr
+
+    def clear_buffers(self) -> None:
+        """After an update, zero the gradients that DeepSpeed keeps.
+
+        The first backward of a step overwrites them, the later ones add to them. With two trained roles the second role's first backward
+        is a later one: without this it would add to the gradients of the last step.
+        """
+        if self._stage == 3:
+            self._zero.grad_partitions_flat_buffer.zero_()
+        elif self.is_offloaded:
+            for gradient in self._zero.accumulated_grads_in_cpu.values():
+                gradient.zero_()
 
     @contextmanager
     def overflowed(self) -> Iterator[None]:

@@ -65,10 +65,16 @@ class OptimizerConfig:
     """The recipe's peak learning rate; a DeepSpeed JSON must agree with it. Each `step` gets its own rate."""
     compute_dtype: str
     """`bfloat16` or `float32`."""
+    fake_lr: float = 1.0
+    """Learning rate of the fake score, if it is trained, as a multiple of the student's."""
+
+    def rate(self, role: str, lr: float) -> float:
+        """Learning rate of a trained role, when that of the student is `lr`."""
+        return lr * self.fake_lr if role == "fake" else lr
 
 
 Parameters = Callable[[str], Mapping[str, nn.Parameter]]
-"""Parameters of a role (`student`, `ema_fast`, `ema_slow`), fp32, by canonical name."""
+"""Parameters of a role (`student`, `ema_fast`, `ema_slow`, `fake`), fp32, by canonical name."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,12 @@ class Layout(Protocol):
         """Whether each process holds only a part of the weights."""
         ...
 
+    @property
+    def is_in_order(self) -> bool:
+        """Whether every process must compute the gradients of the same weights in the same order, since they are summed in that
+        order: then a process without a row for a loss runs its passes too."""
+        ...
+
     def prepare(self, network: nn.Module, blocks: list[nn.Module], fill: Fill) -> None:
         """Distribute a network in place, and fill this process's part of it. Every rank calls it for the same networks.
 
@@ -103,27 +115,32 @@ class Layout(Protocol):
 class Engine(Protocol):
     """Backward, optimizer step, and the state that a checkpoint needs. Tensors are keyed by canonical names.
 
-    A step is: `forward` and `backward` for each micro-batch, then `reduce`, then `step` or `skip`.
+    A step is: for each micro-batch and in it for each trained role, in their order, `forward` and `backward` of its loss; then
+    `reduce`, then `step` or `skip`. The roles are the student, and with distribution matching its fake score; each loss has gradients
+    for the weights of one role.
     """
 
     checkpoint_kind: ClassVar[Literal["dcp", "zero"]]
     """Which files `save` writes: PyTorch's distributed checkpoint, or DeepSpeed's files with a DCP of the EMAs."""
 
     def forward(self, call: Callable[[], Tensor]) -> Tensor:
-        """Run all passes of a micro-batch, which `call` computes; returns its loss, a scalar."""
+        """Run the passes of a micro-batch for one trained role, which `call` computes; returns its loss, a scalar."""
         ...
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradients of one micro-batch's mean loss."""
+        """Accumulate the gradients of one micro-batch's mean loss.
+
+        Each weight of the role gets one, on every process: zero, if the process has no row for the loss.
+        """
         ...
 
     def reduce(self) -> Tensor:
-        """After the last micro-batch: the L2 norm of the global batch's gradient, the same on every rank. A scalar, fp32 or fp64, where
-        the gradients are: the host need not wait for it."""
+        """After the last micro-batch: the L2 norm of the global batch's gradient, over all trained roles, the same on every rank. A
+        scalar, fp32 or fp64, where the gradients are: the host need not wait for it."""
         ...
 
     def step(self, lr: float) -> None:
-        """Clip the reduced gradient and update the weights at learning rate `lr`."""
+        """Clip the reduced gradient and update the weights at learning rate `lr`; the fake score's is a multiple of it."""
         ...
 
     def skip(self) -> None:
@@ -131,7 +148,7 @@ class Engine(Protocol):
         ...
 
     def ema_tensors(self, role: str) -> dict[str, Tensor]:
-        """This rank's part of the fp32 student (`student`) or of an EMA, by name.
+        """This rank's part of a trained role in fp32 (`student`) or of an EMA, by name.
 
         The tensors are live storage: EMA updates write to them. A name has the same shape in all roles.
         """
@@ -151,7 +168,7 @@ class Engine(Protocol):
         ...
 
     def slots(self) -> Mapping[str, Slot]:
-        """Where to load a checkpoint's tensors on this rank, by `<group>.<name>`; the groups are `GROUPS`."""
+        """Where to load a checkpoint's tensors on this rank, by `<group>.<name>`; the groups are `groups(trained)`."""
         ...
 
     def restored(self, updates: int) -> None:
@@ -162,4 +179,11 @@ class Engine(Protocol):
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Adam's first and second moment, by torch's names."""
 GROUPS = ("student", "ema_fast", "ema_slow", *MOMENTS)
-"""The groups of tensors in a checkpoint; each has one tensor a trained parameter."""
+"""The groups of tensors in every checkpoint; each has one tensor a trained parameter of the student."""
+FAKE_GROUPS = ("fake", *(f"fake_{moment}" for moment in MOMENTS))
+"""The groups of a fake score: weights and moments, by the student's names."""
+
+
+def moment_group(role: str, moment: str) -> str:
+    """The group of one of Adam's moments of a trained role."""
+    return f"fake_{moment}" if role == "fake" else moment

@@ -1,7 +1,7 @@
 """PyTorch's own engine: one process, replicas of the trained weights, or FSDP2 (`fully_shard`), plain and hybrid."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -14,7 +14,16 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from scfm_core.distributed.dcp import save_dcp
-from scfm_core.distributed.engine import MOMENTS, Engine, EngineConfig, Layout, OptimizerConfig, Parameters, Slot
+from scfm_core.distributed.engine import (
+    MOMENTS,
+    Engine,
+    EngineConfig,
+    Layout,
+    OptimizerConfig,
+    Parameters,
+    Slot,
+    moment_group,
+)
 from scfm_core.distributed.reader import DCP_FOLDER
 from scfm_core.distributed.replicas import ReplicatedGradients
 from scfm_core.distributed.world import World, quiet_gloo
@@ -53,6 +62,11 @@ class Fsdp2Layout(Layout):
     def is_sharded(self) -> bool:
         """See `Layout`."""
         return self.mesh is not None
+
+    @property
+    def is_in_order(self) -> bool:
+        """See `Layout`. Replicas have an order of their own."""
+        return self.is_sharded
 
     def prepare(self, network: nn.Module, blocks: list[nn.Module], fill: Fill) -> None:
         """See `Layout`. Each block is a unit; all other parameters form the last unit. Nothing is communicated.
@@ -96,6 +110,7 @@ class Fsdp2Engine(Engine):
         layout: of the networks.
         world: the processes.
         config: of the optimizer.
+        trained: the roles that are trained.
     """
 
     checkpoint_kind: ClassVar[Literal["dcp", "zero"]] = "dcp"
@@ -107,31 +122,39 @@ class Fsdp2Engine(Engine):
         layout: Fsdp2Layout,
         world: World,
         config: OptimizerConfig,
+        trained: Sequence[str] = ("student",),
     ) -> None:
         self._parameters, self._world, self._config, self._mesh = parameters, world, config, layout.mesh
         self._sharded = [network for network in networks.values() if isinstance(network, FSDPModule)]
-        self._student = dict(parameters("student"))
+        self._roles = tuple(trained)
+        self._trained = {(role, name): p for role in trained for name, p in parameters(role).items()}
         # The optimizer gets plain tensors, which are views of the shards: the arithmetic is the same on one process and
         # on many, and DTensor's dispatch does not cost time for each of a thousand factors.
-        self._local = {name: _local(parameter) for name, parameter in self._student.items()}
+        self._local = {key: _local(parameter) for key, parameter in self._trained.items()}
         # The fused kernel: some 40 launches for the thousand factors of a 12-B model. It exists for CPUs too, with the same results.
         self._optimizer = torch.optim.AdamW(
-            list(self._local.values()), lr=0.0, betas=config.betas, weight_decay=config.weight_decay, fused=True
+            [{"params": [local for key, local in self._local.items() if key[0] == role]} for role in trained],
+            lr=0.0,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            fused=True,
         )
         for local in self._local.values():
             self._optimizer.state[local] = {
                 "step": torch.zeros((), dtype=torch.float32, device=local.device),
                 **{moment: torch.zeros_like(local) for moment in MOMENTS},
             }
-        self._micro_batches = 0
+        self._backwards = 0
+        """Of this step."""
         self._norm = torch.zeros(())
-        replicated = {name: p for name, p in self._student.items() if world.size > 1 and not isinstance(p, DTensor)}
-        self._sharded_names = [name for name in self._student if name not in replicated]
+        replicated = {key: p for key, p in self._trained.items() if world.size > 1 and not isinstance(p, DTensor)}
+        self._sharded_keys = [key for key in self._trained if key not in replicated]
         """Also those of a single process."""
         self._replicated: ReplicatedGradients | None = None
         """The gradients of replicated weights: of all, or beside shards of those that stay fp32."""
-        if replicated:
-            self._replicated = ReplicatedGradients(list(replicated.values()), overlapped=self._mesh is None)
+        if replicated:  # sums start with the last weights of this list: those of the role whose backward is first
+            in_order = [p for role in reversed(self._roles) for key, p in replicated.items() if key[0] == role]
+            self._replicated = ReplicatedGradients(in_order, overlapped=self._mesh is None)
 
     def forward(self, call: Callable[[], Tensor]) -> Tensor:
         """See `Engine`."""
@@ -139,27 +162,29 @@ class Fsdp2Engine(Engine):
 
     def backward(self, loss: Tensor) -> None:
         """See `Engine`. The sum over micro-batches and the mean over ranks is the mean over the global batch."""
-        self._micro_batches += 1
-        is_last = self._micro_batches == self._config.accumulation
-        for network in self._sharded:  # HSDP: reducing between replicas once per step is enough
-            network.set_requires_all_reduce(is_last)
-        if self._replicated is not None and is_last:
+        self._backwards += 1
+        left = self._config.accumulation * len(self._roles) - self._backwards
+        for network in self._sharded:
+            # HSDP: reducing between replicas once per step is enough. But FSDP2 keeps what is not reduced yet as one vector, and would
+            # add the gradients of one role to those of another one.
+            network.set_requires_all_reduce(left == 0 or len(self._roles) > 1)
+        if self._replicated is not None and left == len(self._roles) - 1:  # each role's last backward begins
             self._replicated.expect_last_backward()
         divisor = self._config.accumulation * (self._world.size if self._mesh is None else 1)  # FSDP2 takes the mean
         (loss / divisor).backward()
 
     def reduce(self) -> Tensor:
         """See `Engine`."""
-        self._micro_batches = 0
+        self._backwards = 0
         if self._replicated is not None:
             self._replicated.sum_()
             if self._mesh is not None:
                 self._replicated.flat /= self._world.size
-        for name, local in self._local.items():
-            gradient = self._student[name].grad
+        for key, local in self._local.items():
+            gradient = self._trained[key].grad
             local.grad = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-        names = self._local if self._mesh is None else self._sharded_names
-        gradients = [gradient for name in names if (gradient := self._local[name].grad) is not None]
+        keys = self._local if self._mesh is None else self._sharded_keys
+        gradients = [gradient for key in keys if (gradient := self._local[key].grad) is not None]
         self._norm = nn.utils.get_total_norm(gradients)
         if self._mesh is not None:
             # Over all ranks, so that all have the same bits: replicas that summed on their own could differ in the last one,
@@ -174,8 +199,8 @@ class Fsdp2Engine(Engine):
     def step(self, lr: float) -> None:
         """See `Engine`."""
         nn.utils.clip_grads_with_norm_(self._local.values(), self._config.clip_norm, self._norm)
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
+        for role, group in zip(self._roles, self._optimizer.param_groups, strict=True):
+            group["lr"] = self._config.rate(role, lr)
         self._optimizer.step()
         self.skip()
 
@@ -183,8 +208,8 @@ class Fsdp2Engine(Engine):
         """See `Engine`."""
         if self._replicated is not None:
             self._replicated.flat.zero_()
-        for name in self._sharded_names:
-            self._local[name].grad = self._student[name].grad = None
+        for key in self._sharded_keys:
+            self._local[key].grad = self._trained[key].grad = None
         for network in self._sharded:
             _forget_passes(network)
 
@@ -198,11 +223,12 @@ class Fsdp2Engine(Engine):
     def state(self) -> dict[str, Tensor]:
         """All tensors of a checkpoint by `<group>.<name>`, for DCP: sharded ones are DTensors."""
         tensors: dict[str, Tensor] = {}
-        for role in ("student", "ema_fast", "ema_slow"):
+        for role in (*self._roles, "ema_fast", "ema_slow"):
             tensors |= {f"{role}.{name}": parameter.detach() for name, parameter in self._parameters(role).items()}
-        for name, local in self._local.items():
+        for (role, name), local in self._local.items():
             for moment in MOMENTS:
-                tensors[f"{moment}.{name}"] = _like(self._student[name], self._optimizer.state[local][moment])
+                state = _like(self._trained[role, name], self._optimizer.state[local][moment])
+                tensors[f"{moment_group(role, moment)}.{name}"] = state
         return tensors
 
     def save(self, folder: Path, world: World, *, on_thread: bool) -> Callable[[], Written]:

@@ -9,6 +9,7 @@ executed.
 import io
 import math
 import pickle
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
 
-from scfm_core.distributed.engine import GROUPS, MOMENTS, Slot
+from scfm_core.distributed.engine import FAKE_GROUPS, GROUPS, MOMENTS, Slot, moment_group
 from scfm_core.errors import UserError
 from scfm_core.progress import beat
 
@@ -80,7 +81,7 @@ _PICKLE.load = lambda file, **options: _Unpickler(file, **options).load()  # typ
 
 
 class Reader(ABC):
-    """The tensors of one checkpoint by `<group>.<name>`; the groups are `GROUPS`."""
+    """The tensors of one checkpoint by `<group>.<name>`; the groups are `GROUPS`, and with a fake score `FAKE_GROUPS`."""
 
     shapes: dict[str, tuple[int, ...]]
     """Shape of every tensor. The file may hold it flattened."""
@@ -117,7 +118,7 @@ class Reader(ABC):
 
 
 class Readers(Reader):
-    """Several readers as one: of a ZeRO checkpoint, DeepSpeed's files hold student and optimizer, and a DCP the EMAs.
+    """Several readers as one: of a ZeRO checkpoint, DeepSpeed's files hold what is trained and the optimizer, and a DCP the EMAs.
 
     Args:
         parts: the readers; a key is in one of them.
@@ -178,9 +179,9 @@ def _is_tensor(entry: TensorStorageMetadata | BytesStorageMetadata) -> bool:
 
 
 class ZeroReader(Reader):
-    """Student and optimizer from DeepSpeed's files, of any stage and any number of ranks.
+    """Student, fake score and optimizer from DeepSpeed's files, of any stage and any number of ranks.
 
-    The layout is the one that DeepSpeed's zero_to_fp32.py reads. Stages 1 and 2 flatten all parameters into one vector,
+    The layout is the one that DeepSpeed's zero_to_fp32.py reads. Stages 1 and 2 flatten all parameters of a role into one vector,
     and each rank has a slice of it. In stage 3 each rank has a slice of every parameter, padded to equal lengths.
     """
 
@@ -188,47 +189,48 @@ class ZeroReader(Reader):
         states = sorted(folder.glob("zero_pp_rank_*_optim_states.pt"), key=_rank_of)
         models = sorted(folder.glob("*model_states.pt"))
         self._ranks = [{**_load(path)["optimizer_state_dict"], "rank": _rank_of(path)} for path in states]
-        # In every stage the first rank's model file lists the parameters in the order of the flat vectors.
+        # In every stage the first rank's model file lists the parameters in the order of the flat vectors, one list for each role.
         groups = _load(models[0])["param_shapes"]
         named = {name: tuple(shape) for group in groups for name, shape in group.items()}
         sharded = "fp32_flat_groups" in self._ranks[0]
         self._pieces = [
             _stage3_pieces(rank, named, len(states)) if sharded else _flat_pieces(rank) for rank in self._ranks
         ]
-        names = {name: parameter_name(name) for name in named}
-        self.shapes = {f"{group}.{names[n]}": shape for group in ("student", *MOMENTS) for n, shape in named.items()}
-        self._named = {short: name for name, short in names.items()}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._places: dict[str, tuple[str, str]] = {}
+        """By key: the name in the files, and which vector: `weights` or a moment."""
+        for kind in ("weights", *MOMENTS):
+            for name, shape in named.items():
+                role, short = parameter_name(name)
+                key = f"{role if kind == 'weights' else moment_group(role, kind)}.{short}"
+                self.shapes[key], self._places[key] = shape, (name, kind)
 
     def read(self, key: str, start: int, stop: int) -> Tensor:
         """See `Reader`."""
-        group, _, short = key.partition(".")
-        name, position, parts = self._named[short], 0, []
+        name, kind = self._places[key]
+        position, parts = 0, []
         for rank, pieces in zip(self._ranks, self._pieces, strict=True):
             if name not in pieces:
                 continue
             vector, offset, length = pieces[name]
             begin, end = max(start, position), min(stop, position + length)
             if begin < end:
-                flat = _vector(rank, group, vector)
+                flat = _vector(rank, kind, vector)
                 parts.append(flat[offset + begin - position : offset + end - position])
             position += length
         return parts[0].clone() if len(parts) == 1 else torch.cat(parts)
 
 
-def module_name(name: str) -> str:
+def module_name(name: str, role: str = "student") -> str:
     """The inverse of `parameter_name`."""
-    return "networks.student." + name.replace(".lora_A.weight", ".lora_A.student.weight").replace(
-        ".lora_B.weight", ".lora_B.student.weight"
-    )
+    return "networks.student." + re.sub(r"\.lora_([AB])\.weight$", rf".lora_\1.{role}.weight", name)
 
 
-def parameter_name(name: str) -> str:
-    """A trained parameter's canonical name, from its name in the module that DeepSpeed gets."""
-    return (
-        name.removeprefix("networks.student.")
-        .replace(".lora_A.student.", ".lora_A.")
-        .replace(".lora_B.student.", ".lora_B.")
-    )
+def parameter_name(name: str) -> tuple[str, str]:
+    """A trained parameter's role and canonical name, from its name in the module that DeepSpeed gets."""
+    name = name.removeprefix("networks.student.")
+    adapter = re.search(r"\.lora_[AB]\.(\w+)\.weight$", name)
+    return ("student", name) if adapter is None else (adapter[1], name.replace(f".{adapter[1]}.weight", ".weight"))
 
 
 def _rank_of(path: Path) -> int:
@@ -270,12 +272,12 @@ def _stage3_pieces(rank: dict[str, Any], shapes: Mapping[str, tuple[int, ...]], 
     return pieces
 
 
-def _vector(rank: dict[str, Any], group: str, number: int) -> Tensor:
-    if group == "student":
+def _vector(rank: dict[str, Any], kind: str, number: int) -> Tensor:
+    if kind == "weights":
         vectors = rank["fp32_flat_groups"] if "fp32_flat_groups" in rank else rank["single_partition_of_fp32_groups"]
         return vectors[number].detach()
     base = rank["optimizer_state_dict" if "fp32_flat_groups" in rank else "base_optimizer_state"]
-    return base["state"][number][group]
+    return base["state"][number][kind]
 
 
 def open_reader(folder: Path, kind: str, shapes: Mapping[str, list[int]]) -> Reader:
@@ -296,7 +298,8 @@ def open_reader(folder: Path, kind: str, shapes: Mapping[str, list[int]]) -> Rea
     except Exception as error:  # a damaged pickle can raise any type
         raise UserError(f"checkpoint {folder} cannot be read as {kind}: {str(error) or repr(error)}") from error
     reader = Readers(parts, {name: tuple(shape) for name, shape in shapes.items()})
-    missing = [group for group in GROUPS if not any(key.startswith(f"{group}.") for key in reader.shapes)]
-    if missing:
+    present = {key.partition(".")[0] for key in reader.shapes}
+    needed = GROUPS if present.isdisjoint(FAKE_GROUPS) else (*GROUPS, *FAKE_GROUPS)
+    if missing := [group for group in needed if group not in present]:
         raise UserError(f"checkpoint {folder} has no tensors of {', '.join(missing)}")
     return reader

@@ -21,6 +21,10 @@ class Stream(IntEnum):
 
     PLAN = 0
     NOISE = 1
+    SCORES = 2
+    """Noise on the images of matching rows."""
+    FAKE = 3
+    """The same, for the fake score to learn from."""
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
@@ -60,10 +64,10 @@ def uniform(seed: int, sample_ids: Tensor, stream: Stream, count: int) -> Tensor
     return (random_words(seed, sample_ids, stream, count).to(torch.float64) + 0.5) * 2.0**-32
 
 
-def sample_noise(latents: Tensor, sample_ids: Tensor, seed: int) -> Tensor:
+def sample_noise(latents: Tensor, sample_ids: Tensor, seed: int, stream: Stream = Stream.NOISE) -> Tensor:
     """Standard normal noise for each sample, fp32, the shape and device of `latents` [B, ...] (Box-Muller).
 
-    A sample's noise depends only on the seed, its id and its shape.
+    A sample's noise depends only on the seed, its id, the stream and its shape.
 
     Raises:
         ValueError: if `sample_ids` are not int64 [B].
@@ -73,7 +77,7 @@ def sample_noise(latents: Tensor, sample_ids: Tensor, seed: int) -> Tensor:
         raise ValueError(f"{len(sample_ids)} sample ids for {shape[0]} samples")
     count = math.prod(shape[1:])
     half = (count + 1) // 2
-    draws = uniform(seed, sample_ids.to(latents.device, non_blocking=True), Stream.NOISE, 2 * half)
+    draws = uniform(seed, sample_ids.to(latents.device, non_blocking=True), stream, 2 * half)
     radius, angle = (-2 * draws[:, :half].log()).sqrt(), (2 * math.pi) * draws[:, half:]
     normal = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)
     return normal[:, :count].to(torch.float32).reshape(shape)

@@ -1,4 +1,4 @@
-"""The LoRA bank: student, fast EMA and slow EMA side by side over one frozen base.
+"""The LoRA bank: student, fast EMA, slow EMA, and a fake score if there is one, side by side over one frozen base.
 
 A forward selects the adapter and a strength for each sample; no weight is copied, merged or swapped. Strength 0 is the
 frozen base, so rows of the teacher and rows of an EMA share one forward.
@@ -19,6 +19,9 @@ from scfm_core.kernels.lora import Copies, lora_add, lora_linear, lora_linears
 from scfm_core.models.quantised import QuantisedLinear
 
 ADAPTERS = ("student", "ema_fast", "ema_slow")
+"""The adapters of every bank."""
+TRAINED = ("student", "fake")
+"""Those that get gradients."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +67,9 @@ class LoRALinear(nn.Module):
 
     base_layer: nn.Linear | QuantisedLinear
 
-    def __init__(self, base_layer: nn.Linear, config: LoRAConfig, selection: AdapterSelection) -> None:
+    def __init__(
+        self, base_layer: nn.Linear, config: LoRAConfig, selection: AdapterSelection, adapters: Sequence[str] = ADAPTERS
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.dtype = base_layer.weight.dtype
@@ -83,7 +88,7 @@ class LoRALinear(nn.Module):
         def bank(inputs: int, outputs: int) -> nn.ModuleDict:
             # fp32 also over a bf16 base: bf16 masters lose most updates at a learning rate of 2e-5.
             return nn.ModuleDict(
-                {name: nn.Linear(inputs, outputs, bias=False, device=device, dtype=torch.float32) for name in ADAPTERS}
+                {name: nn.Linear(inputs, outputs, bias=False, device=device, dtype=torch.float32) for name in adapters}
             )
 
         self.lora_A = bank(base_layer.in_features, config.rank)
@@ -111,9 +116,9 @@ class LoRALinear(nn.Module):
         copies = self.own_copies if self.selection.reads_own_copies else self.copies
         if copies is None:
             return *self.factors(self.selection.adapter), None  # type: ignore[arg-type]
-        # Without gradients a compiled block must not depend on the adapter: both EMAs then share one graph.
-        if torch.is_grad_enabled() and self.selection.adapter == "student":
-            return *self.factors("student"), copies
+        # Without gradients a compiled block must not depend on the adapter: all adapters then share one graph.
+        if torch.is_grad_enabled() and self.selection.adapter in TRAINED:
+            return *self.factors(self.selection.adapter), copies
         return *copies, None
 
     def new_copies(self) -> list[Copies]:
@@ -167,15 +172,17 @@ class LoRABank:
     Args:
         network: the pre-trained network, changed in place.
         config: rank, alpha, targets, initialisation.
-        seed: of the initial A factors (`config.init`). B is zero, so the student starts as the teacher.
+        seed: of the initial A factors (`config.init`), the same for all adapters. B is zero, so all of them start as the teacher.
+        with_fake: add the adapter `fake`, the fake score of distribution matching, which is trained too.
 
     Raises:
         ValueError: if no linear matches `config.targets`.
     """
 
-    def __init__(self, network: nn.Module, config: LoRAConfig, seed: int = 0) -> None:
+    def __init__(self, network: nn.Module, config: LoRAConfig, seed: int = 0, *, with_fake: bool = False) -> None:
         self.network = network
         self.config = config
+        self.adapters: tuple[str, ...] = (*ADAPTERS, "fake") if with_fake else ADAPTERS
         self.selection = AdapterSelection()
         network.requires_grad_(False)
         names = [
@@ -188,13 +195,13 @@ class LoRABank:
         self.layers: dict[str, LoRALinear] = {}
         for name in names:
             parent, _, child = name.rpartition(".")
-            layer = LoRALinear(network.get_submodule(name), config, self.selection)  # type: ignore[arg-type]
+            layer = LoRALinear(network.get_submodule(name), config, self.selection, self.adapters)  # type: ignore[arg-type]
             setattr(network.get_submodule(parent), child, layer)
             self.layers[name] = layer
         for layer in self.layers.values():
-            for name in ADAPTERS:
+            for name in self.adapters:
                 for factor in layer.factors(name):
-                    factor.requires_grad_(name == "student")
+                    factor.requires_grad_(name in TRAINED)
         self._copies: list[Tensor] = []
         self._own_copies: list[Tensor] = []
         self._masters: dict[str, list[nn.Parameter]] = {}
@@ -203,7 +210,7 @@ class LoRABank:
         """The layer that was drawn last, and its A, the same for all adapters."""
         if not next(iter(self.layers.values())).base_layer.weight.is_meta:
             for name, layer in self.layers.items():
-                for adapter in ADAPTERS:
+                for adapter in self.adapters:
                     for side, factor in zip("AB", layer.factors(adapter), strict=True):
                         self._draw(f"{name}.lora_{side}.{adapter}.weight", factor.detach().view(-1), 0)
 
@@ -242,7 +249,7 @@ class LoRABank:
         """Select the adapter and strength of the next forward. This writes the copies of `keep_copies`.
 
         Args:
-            adapter: one of `ADAPTERS`; None: the base without adapter.
+            adapter: one of `adapters`; None: the base without adapter.
             strength: fp32 [B].
             in_fp8: use the fp8 weights of layers that have them.
         """
@@ -264,12 +271,12 @@ class LoRABank:
         masters (optimizer, EMA, restart, checkpoint). A set for each adapter would be cast once a step, and save 0.3 % of a step
         of Flux.1-dev for 1.4 GB at rank 64 (computed). If a pass changes the copies before the backward of another, autograd
         raises. With `of_student` the student's pass with gradient has its own copies, so that other passes may come before its
-        backward.
+        backward. The fake score's pass needs none: its backward follows at once.
 
         It is for masters that lie whole on this device. FSDP2 gathers shards in the compute dtype, so no cast is left; ZeRO-3
         gathers masters in fp32 layer by layer, and each layer casts its own.
         """
-        self._copies, self._own_copies, self._masters = [], [], {name: [] for name in ADAPTERS}
+        self._copies, self._own_copies, self._masters = [], [], {name: [] for name in self.adapters}
         for layer in self.layers.values():
             layer.copies = None
         for layer in self.layers.values():

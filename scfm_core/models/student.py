@@ -1,4 +1,4 @@
-"""Teacher, student and the two EMAs behind one interface: as adapters over a shared base, or as full copies."""
+"""Teacher, student, the two EMAs and a fake score behind one interface: as adapters over a shared base, or as full copies."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from scfm_core.flow.rows import put_rows, take_rows
-from scfm_core.models.adapters import LoRABank, LoRAConfig
+from scfm_core.models.adapters import TRAINED, LoRABank, LoRAConfig
 from scfm_core.models.conditioning import Conditioning
 from scfm_core.models.protocol import ModelFamily, dtype_of
 from scfm_core.progress import beat
@@ -22,6 +22,8 @@ class ShortcutModel(ABC):
     family: ModelFamily
     reads_strengths: ClassVar[bool] = False
     """Whether passes read the strengths: a read from a GPU would wait for the GPU's queue, so they stay on the host."""
+    trained: tuple[str, ...] = ("student",)
+    """The roles that are trained: with distribution matching also `fake`, the score of the student's images."""
 
     @property
     @abstractmethod
@@ -30,11 +32,11 @@ class ShortcutModel(ABC):
 
     @abstractmethod
     def parameters(self, role: str) -> dict[str, nn.Parameter]:
-        """The trained weights (`student`) or an EMA's (`ema_fast`, `ema_slow`), fp32, by canonical name."""
+        """The weights of a role in `trained`, or an EMA's (`ema_fast`, `ema_slow`), fp32, by canonical name; the same names in all roles."""
 
     @abstractmethod
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Whole shapes of the trained weights by canonical name, also when an engine has sharded them."""
+        """Whole shapes of the weights of a trained role by canonical name, also when an engine has sharded them."""
 
     @abstractmethod
     def velocity(
@@ -43,7 +45,7 @@ class ShortcutModel(ABC):
         """The velocity of a role.
 
         Args:
-            role: `student`, `ema_fast`, `ema_slow` or `teacher`.
+            role: `student`, `ema_fast`, `ema_slow`, `teacher`; `fake` if it is one of `trained`.
             x: noised latents, [B, C, H, W].
             sigma: fp32 [B].
             cond: B rows.
@@ -81,11 +83,15 @@ class LoRAModel(ShortcutModel):
             adapters' initial weights.
         config: of the adapters.
         seed: of the adapters' initial weights.
+        with_fake: with a fake score.
     """
 
-    def __init__(self, family: ModelFamily, network: nn.Module, config: LoRAConfig, seed: int = 0) -> None:
+    def __init__(
+        self, family: ModelFamily, network: nn.Module, config: LoRAConfig, seed: int = 0, *, with_fake: bool = False
+    ) -> None:
         self.family = family
-        self.bank = LoRABank(network, config, seed)
+        self.bank = LoRABank(network, config, seed, with_fake=with_fake)
+        self.trained = TRAINED if with_fake else ("student",)
         self._shapes = {name: tuple(factor.shape) for name, factor in self.bank.parameters("student").items()}
 
     @property

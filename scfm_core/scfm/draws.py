@@ -6,10 +6,16 @@ import torch
 from torch import Tensor
 
 from scfm_core.flow.schedule import shift_sigma
-from scfm_core.scfm.method import FlowMap, PlanConfig
+from scfm_core.scfm.method import PlanConfig
+from scfm_core.scfm.slices import FlowMap, Matching
 
-COLUMNS = ("slice", "grid", "start", "shift", "dynamic", "guidance", "flow", "dropout", "jump", "at_noise", "place")
+COLUMNS = (
+    "slice", "grid", "start", "shift", "dynamic", "guidance", "flow", "dropout", "jump", "at_noise", "place", "level", "fake_level",
+)  # fmt: skip
 """One column of uniform draws each. The order determines a run's random numbers: append new columns at the end."""
+
+LEVELS = (0.02, 0.98)
+"""Sigmas of the noise on the images of matching rows, as in DMD (Yin et al., arXiv 2311.18828): at the ends a score says nothing."""
 
 
 def draw_shifts(
@@ -44,17 +50,25 @@ def draw_grids(config: PlanConfig, draw: Tensor, is_teacher: Tensor, is_trajecto
 
 
 def draw_points(
-    config: PlanConfig, draw: dict[str, Tensor], grid: Tensor, jump: Tensor, is_flow_map: Tensor
+    config: PlanConfig,
+    draw: dict[str, Tensor],
+    grid: Tensor,
+    jump: Tensor,
+    slices: dict[str, Tensor],
 ) -> tuple[Tensor, list[Tensor]]:
-    """Lengths of the jumps, and u at their start, middle and end, fp64 [B] each: of a pair of intervals on each row's grid, and of
-    a jump of any length on flow-map rows, whose middle is the start."""
+    """Lengths of the jumps, and u at their start, middle and end, fp64 [B] each: of a pair of intervals on each row's grid; of a jump of
+    any length on flow-map rows, and of one that ends at the image on matching rows. Their middle is the start."""
     first = 2 * (draw["start"] * (grid // 2)).long()  # pairs start at even points
     pair = [1 - (first + offset).double() / grid for offset in (0, 1, 2)]
     length, start = _any_jump(config.flow_map, draw)
-    points = (start, start, start - length)
-    return torch.where(is_flow_map, length, jump), [
-        torch.where(is_flow_map, point, on_grid) for point, on_grid in zip(points, pair, strict=True)
+    last, (is_flow_map, is_matching) = _length(config.matching, draw), (slices["flow_map"], slices["matching"])
+    length = torch.where(is_matching, last, torch.where(is_flow_map, length, jump))
+    points = [
+        torch.where(is_flow_map, point, on_grid)
+        for point, on_grid in zip((start, start, start - length), pair, strict=True)
     ]
+    to_image = (last, last, torch.zeros_like(last))
+    return length, [torch.where(is_matching, own, point) for own, point in zip(to_image, points, strict=True)]
 
 
 def draw_sigmas(
@@ -66,22 +80,32 @@ def draw_sigmas(
     return [sigma.clamp(max=config.sigma_max).float() for sigma in sigmas]
 
 
-def _any_jump(settings: FlowMap, draw: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Length h and start of a flow-map row's jump, in u, fp64 [B] each: h <= start <= 1."""
+def draw_levels(draw: Tensor, shift: Tensor) -> Tensor:
+    """Sigmas of the noise on the images of matching rows, fp32 [B]: uniform before the row's shift, within `LEVELS`."""
+    return shift_sigma(draw, shift).clamp(*LEVELS).float()
+
+
+def _length(settings: FlowMap | Matching, draw: dict[str, Tensor]) -> Tensor:
+    """Length h of a jump, in u, fp64 [B]: the whole way, or log-uniform."""
     is_whole = draw["jump"] >= 1 - settings.whole_fraction
     share = draw["jump"] / (1 - settings.whole_fraction) if settings.whole_fraction < 1 else draw["jump"]
-    length = torch.where(is_whole, 1.0, settings.shortest ** (1 - share))
+    return torch.where(is_whole, 1.0, settings.shortest ** (1 - share))
+
+
+def _any_jump(settings: FlowMap, draw: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Length h and start of a flow-map row's jump, in u, fp64 [B] each: h <= start <= 1."""
+    length = _length(settings, draw)
     start = torch.where(draw["at_noise"] < settings.noise_fraction, 1.0, length + (1 - length) * draw["place"])
     return length, start
 
 
-def draw_slices(config: PlanConfig, draw: Tensor) -> list[Tensor]:
-    """Masks of flow-matching, trajectory, flow-map and teacher rows, from a uniform draw [B]; the other rows are the self slice."""
-    masks, taken, end = [], torch.zeros_like(draw, dtype=torch.bool), 0.0
-    for share in (config.flow_fraction, config.trajectory_fraction, config.flow_map_fraction, config.teacher_fraction):
-        end += share
-        masks.append(~taken & (draw < end))
-        taken = taken | masks[-1]
+def draw_slices(config: PlanConfig, draw: Tensor) -> dict[str, Tensor]:
+    """Masks of all slices but self, whose rows are the others, by name, from a uniform draw [B]."""
+    masks, taken, end = {}, torch.zeros_like(draw, dtype=torch.bool), 0.0
+    for name in ("flow", "trajectory", "flow_map", "matching", "teacher"):
+        end += getattr(config, f"{name}_fraction")
+        masks[name] = ~taken & (draw < end)
+        taken = taken | masks[name]
     return masks
 
 

@@ -34,36 +34,6 @@ from scfm_core.scfm.target import Velocity
 
 
 @torch.no_grad()
-def own_starts(
-    plan: ShortcutPlan, noised: Tensor, noise: Tensor, cond: Any, student: Velocity, *, is_sharded: bool = True
-) -> Tensor:
-    """Put flow-map rows where one jump of the student from pure noise ends (`flow_map.starts: own`).
-
-    Only the plan's moved rows go through the network.
-
-    Args:
-        plan: its flow-map rows have sigma_start and u_start.
-        noised: x at the start of the other rows, [B, ...].
-        noise: pure noise, [B, ...].
-        cond: the conditioning, with guidance; `cond[rows]` must select rows, a list of their numbers.
-        student: its velocity at any strength.
-        is_sharded: one row goes through the network if no row needs it: in a sharded run every process must enter the network
-            equally often.
-
-    Returns:
-        x at the start of all rows, [B, ...], in the dtype of `noised`.
-    """
-    noised = torch.where(per_sample(plan.is_flow_map, noised), noise.to(noised.dtype), noised)
-    rows = plan.moved_rows or [0] * (is_sharded and plan.config.flow_map.has_own_starts)
-    if not rows:
-        return noised
-    x, end, u_end = (take_rows(tensor, rows) for tensor in (noised, plan.sigma_start, plan.u_start))
-    sigma = torch.full_like(end, plan.config.sigma_max)
-    velocity = student(x, sigma, cond[rows], _strength(plan, 1 - u_end))
-    return put_rows(noised, plan.moved_rows, euler_step(x, velocity, sigma - end))
-
-
-@torch.no_grad()
 def flow_map_velocity(
     plan: ShortcutPlan,
     noised: Tensor,
@@ -87,6 +57,7 @@ def flow_map_velocity(
 
     Returns:
         `known` with the targets of flow-map rows, [B, ...], in the dtype of `noised`; rows of other slices are zero without `known`.
+        With `flow_map.weight` the targets are moved towards `prediction`, so that the gradient has this factor.
     """
     known = torch.zeros_like(noised) if known is None else known.to(noised.dtype)
     rows = plan.flow_map_rows or [0] * is_sharded
@@ -94,7 +65,8 @@ def flow_map_velocity(
         return known
     target = _lagrangian if plan.config.flow_map.form == "lagrangian" else _eulerian
     jump = _Jump(plan, rows, noised, prediction, cond, student)
-    return put_rows(known, plan.flow_map_rows, target(jump))
+    # The distance to the prediction, and so the gradient, has the weight as a factor; the loss has its square.
+    return put_rows(known, plan.flow_map_rows, torch.lerp(jump.velocity, target(jump), jump.settings.weight))
 
 
 class _Jump:
@@ -121,7 +93,7 @@ class _Jump:
         once."""
         x, sigma, length = (torch.cat(parts) for parts in zip(*points, strict=True))
         cond = self._cond[self._rows * len(points)]
-        return self._student(x, sigma, cond, _strength(self._plan, length)).to(x.dtype).chunk(len(points))
+        return self._student(x, sigma, cond, self._plan.config.strength(length)).to(x.dtype).chunk(len(points))
 
 
 def _lagrangian(jump: _Jump) -> Tensor:
@@ -167,9 +139,3 @@ def _eulerian(jump: _Jump) -> Tensor:
         [back], forth = jump.passes(moved(before)), jump.velocity
     scale = way / (jump.sigma(after) - jump.sigma(before))
     return teacher - per_sample(scale, back) * (forth - back)
-
-
-def _strength(plan: ShortcutPlan, length: Tensor) -> Tensor:
-    gain = plan.config.step_gain
-    assert gain is not None, "PlanConfig checks it"
-    return gain.strength(length)

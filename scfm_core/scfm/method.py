@@ -1,6 +1,5 @@
 """The settings of the method: slices, grids, ranges, and how the network is given the step size."""
 
-import dataclasses
 import math
 from dataclasses import dataclass, field
 from typing import Literal
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 
 from scfm_core.flow.schedule import shift_sigma
+from scfm_core.scfm.slices import FlowMap, FlowSigma, Matching
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,107 +28,6 @@ class StepGain:
         return jump**self.gamma
 
 
-MODE_LIMIT = 2 / (math.pi - 2)
-"""The mode density's largest scale: above it the sigma would no longer increase with the uniform draw."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FlowSigma:
-    """Density of sigma on flow-matching rows, before the row's timestep shift (Esser et al., arXiv 2403.03206, Sec. 3.1)."""
-
-    density: Literal["uniform", "logit_normal", "mode"] = "uniform"
-    """`logit_normal`: sigmoid of a normal variable, which draws the middle more often and the ends hardly ever; `mode`: more of the
-    middle, but some of the ends; `uniform`: all alike."""
-    location: float = 0.0
-    """Mean of the normal variable (`logit_normal`): above 0 nearer to the noise, below 0 nearer to the data."""
-    scale: float = 1.0
-    """Standard deviation of the normal variable (`logit_normal`)."""
-    mode_scale: float = 1.29
-    """Scale s of the `mode` density, from -1 to 1.75: above 0 more of the middle, below 0 more of the ends, 0 is uniform."""
-
-    def __post_init__(self) -> None:
-        used = {"uniform": (), "logit_normal": ("location", "scale"), "mode": ("mode_scale",)}[self.density]
-        for key in dataclasses.fields(self):
-            if key.name not in ("density", *used) and getattr(self, key.name) != key.default:
-                raise ValueError(
-                    f"method.flow_sigma.{key.name} has no effect with method.flow_sigma.density={self.density}: remove it, or "
-                    "choose the density that it belongs to"
-                )
-        if not math.isfinite(self.location):
-            raise ValueError(f"method.flow_sigma.location must be finite, got {self.location}")
-        if not 0 < self.scale < math.inf:
-            raise ValueError(f"method.flow_sigma.scale must be positive and finite, got {self.scale}")
-        if not -1 <= self.mode_scale <= MODE_LIMIT:
-            raise ValueError(f"method.flow_sigma.mode_scale must be in [-1, {MODE_LIMIT:.4f}], got {self.mode_scale}")
-
-    def quantile(self, p: Tensor) -> Tensor:
-        """The density's inverse distribution function: `p` in (0, 1), fp64, to the sigma before the shift.
-
-        The paper writes the mode density's as a decreasing function of a uniform draw u (Eq. 20); here it increases: u = 1 - p.
-        """
-        if self.density == "logit_normal":  # Eq. 19
-            return torch.sigmoid(self.location + self.scale * torch.special.ndtri(p))
-        if self.density == "mode":
-            return p - self.mode_scale * ((math.pi / 2 * p).sin() ** 2 - p)
-        return p
-
-
-@dataclass(frozen=True, kw_only=True)
-class FlowMap:
-    """Flow-map rows: jumps of any length h, whose target needs the derivative of the student's velocity (`scfm/flow_map.py`)."""
-
-    form: Literal["lagrangian", "eulerian"] = "lagrangian"
-    """What the derivative follows. `lagrangian`: the end of the jump (Boffi et al., arXiv 2406.07507). `eulerian`: its start, along
-    the teacher's velocity, as in MeanFlow (Geng et al., arXiv 2505.13447); it exists to be compared with."""
-    difference: Literal["teacher_step", "central", "one_sided"] = "teacher_step"
-    """How the derivative is computed. `teacher_step`: from h and the jump without its last step of length `shortest`, which the
-    teacher takes; exact for the teacher's sampler of 1 / `shortest` steps (with `eulerian` the teacher takes the first step).
-    `central`: from the jumps of length (1 - epsilon) h and (1 + epsilon) h. `one_sided`: from (1 - epsilon) h and h itself. These two
-    exist to be compared with."""
-    epsilon: float = 0.1
-    """Width of the `central` and `one_sided` differences as a share of h, to each side."""
-    shortest: float = 1 / 32
-    """h is drawn log-uniformly from here to 1, which is the whole way from noise to data. Also the length of a teacher's step."""
-    whole_fraction: float = 0.15
-    """Share of these rows that jump the whole way, h = 1."""
-    noise_fraction: float = 0.3
-    """Share of these rows that start at pure noise; the others start anywhere that leaves room for h."""
-    starts: Literal["own", "data"] = "own"
-    """Where the others start. `own`: where one jump of the student from pure noise ends, without gradient; of the data only the
-    captions are used. `data`: on noised data."""
-
-    def __post_init__(self) -> None:
-        for name in ("whole_fraction", "noise_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"method.flow_map.{name} must be in [0, 1], got {getattr(self, name)}")
-        if self.difference == "teacher_step" and self.epsilon != type(self).epsilon:
-            raise ValueError(
-                "method.flow_map.epsilon has no effect with method.flow_map.difference=teacher_step, whose width is method.flow_map.shortest"
-            )
-        if not 0 < self.epsilon < 1:
-            raise ValueError(f"method.flow_map.epsilon must be between 0 and 1, got {self.epsilon}")
-        if not 1e-4 <= self.shortest <= 1:
-            raise ValueError(f"method.flow_map.shortest must be in [0.0001, 1], got {self.shortest}")
-
-    @property
-    def has_own_starts(self) -> bool:
-        """Whether any row starts where a jump of the student ends."""
-        return self.starts == "own" and self.noise_fraction < 1 and self.whole_fraction < 1
-
-    @property
-    def passes(self) -> float:
-        """Velocities for the target of one of these rows, without gradient."""
-        own = (1 - self.whole_fraction) * (1 - self.noise_fraction) if self.has_own_starts else 0.0
-        return own + (3 if self.difference == "central" else 2)
-
-    @property
-    def rows_of_a_call(self) -> int:
-        """The most rows of a sample in one call of the network for the target."""
-        if self.difference == "teacher_step":
-            return 1
-        return (2 if self.difference == "central" else 1) + (self.form == "lagrangian")
-
-
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig:
     """How jumps are drawn (paper, Sec. 4 and App. B). The defaults are the paper's."""
@@ -141,7 +40,7 @@ class PlanConfig:
     a near pass jumps half as far as the student's pass, so it is another velocity."""
     flow_fraction: float = 0.0
     """Share of the batch with the plain flow-matching target (`distil_guidance` changes this target). The rows that remain
-    after the teacher, flow-matching, trajectory and flow-map rows are the self slice."""
+    after the teacher, flow-matching, trajectory, flow-map and matching rows are the self slice."""
     flow_sigma: FlowSigma = field(default_factory=FlowSigma)
     """Density of sigma on flow-matching rows."""
     trajectory_fraction: float = 0.0
@@ -158,6 +57,11 @@ class PlanConfig:
     neither stored paths nor averages."""
     flow_map: FlowMap = field(default_factory=FlowMap)
     """How flow-map rows are drawn and what their target is."""
+    matching_fraction: float = 0.0
+    """Share of the batch whose images match the teacher's distribution, a second stage of the training: see docs/method.md. It needs
+    `step_gain`, and trains one more adapter, the fake score. The other rows regress."""
+    matching: Matching = field(default_factory=Matching)
+    """How matching rows are drawn and learned."""
     teacher_grid: int = 32
     """Step count of the teacher slice's grid."""
     self_grids: tuple[int, ...] = (16, 8, 4)
@@ -187,7 +91,7 @@ class PlanConfig:
     """Upper limit of sigma: the first point of a grid is clamped to it."""
 
     def __post_init__(self) -> None:
-        slices = ("teacher", "flow", "trajectory", "flow_map")
+        slices = ("teacher", "flow", "trajectory", "flow_map", "matching")
         for name in (*(f"{part}_fraction" for part in slices), "dynamic_shift_fraction", "caption_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"method.{name} must be in [0, 1], got {getattr(self, name)}")
@@ -202,6 +106,7 @@ class PlanConfig:
             raise ValueError(f"method.trajectory_grids needs step counts of at least 1, got {self.trajectory_grids}")
         self._check_trajectory_steps()
         self._check_flow_map()
+        self._check_matching()
         if self.flow_sigma.density != "uniform" and not self.has_flow:
             raise ValueError(
                 f"method.flow_sigma.density={self.flow_sigma.density} has no effect without flow-matching rows: set "
@@ -262,6 +167,21 @@ class PlanConfig:
             raise ValueError(
                 "method.flow_map has no effect without flow-map rows: set method.flow_map_fraction, or remove method.flow_map"
             )
+        if self.flow_map_fraction == 1 and self.flow_map.weight != 1:
+            raise ValueError(
+                "method.flow_map.weight has no effect with method.flow_map_fraction=1, since Adam does not see the size of a loss: remove it"
+            )
+
+    def _check_matching(self) -> None:
+        if self.has_matching and self.step_gain is None:
+            raise ValueError(
+                "method.matching_fraction needs method.step_gain: a jump to the image has any length, which reaches the network through "
+                "the adapter's strength alone. Set method.step_gain.gamma=0.5, or method.matching_fraction=0"
+            )
+        if not self.has_matching and self.matching != Matching():
+            raise ValueError(
+                "method.matching has no effect without matching rows: set method.matching_fraction, or remove method.matching"
+            )
 
     def _check_near_student(self) -> None:
         for name in ("step_gain", "step_embedding"):
@@ -274,9 +194,9 @@ class PlanConfig:
             raise ValueError("method.near=student has no effect: there are no self rows. Set method.near=ema")
 
     def _check_guidance_distillation(self) -> None:
-        if self.has_pairs or self.has_flow_map:
+        if self.has_pairs or self.has_flow_map or self.has_matching:
             raise ValueError(
-                "method.distil_guidance together with pairs or flow-map rows would learn guidance and shortcuts at once, which over-saturates images. "
+                "method.distil_guidance together with pairs, flow-map or matching rows would learn guidance and shortcuts at once, which over-saturates images. "
                 "Set method.teacher_fraction=0 and method.flow_fraction=1 (or trajectory_fraction=1); export the result with "
                 "--merged, and distil that model to few steps"
             )
@@ -320,9 +240,25 @@ class PlanConfig:
         return self.flow_map_fraction > 0
 
     @property
+    def has_matching(self) -> bool:
+        """Whether any row can be a matching row; then there is a fake score."""
+        return self.matching_fraction > 0
+
+    @property
+    def has_known(self) -> bool:
+        """Whether any row can have a target that needs no near or far pass."""
+        return self.has_flow or self.has_trajectory or self.has_flow_map or self.has_matching
+
+    @property
+    def has_own_starts(self) -> bool:
+        """Whether any row starts where a jump of the student from pure noise ends."""
+        own = self.has_flow_map and self.flow_map.has_own_starts
+        return own or (self.has_matching and self.matching.whole_fraction < 1)
+
+    @property
     def is_student_first(self) -> bool:
         """Whether a target is computed from the student's velocity: then its pass comes before those of the target."""
-        return self.near == "student" or self.has_flow_map
+        return self.near == "student" or self.has_flow_map or self.has_matching
 
     @property
     def has_stored_paths(self) -> bool:
@@ -337,7 +273,7 @@ class PlanConfig:
     @property
     def _pairs(self) -> float:
         """Share of the batch that are pairs."""
-        return 1 - self.flow_fraction - self.trajectory_fraction - self.flow_map_fraction
+        return 1 - self.flow_fraction - self.trajectory_fraction - self.flow_map_fraction - self.matching_fraction
 
     @property
     def has_self(self) -> bool:
@@ -348,7 +284,8 @@ class PlanConfig:
     def has_teacher(self) -> bool:
         """Whether any target needs a pass of the frozen teacher."""
         takes_path = self.trajectory_steps is not None
-        return self.teacher_fraction > 0 or takes_path or self.has_flow_map or (self.distil_guidance and self.has_flow)
+        known = takes_path or self.has_flow_map or self.has_matching or (self.distil_guidance and self.has_flow)
+        return self.teacher_fraction > 0 or known
 
     @property
     def follows_teacher(self) -> bool:
@@ -358,10 +295,17 @@ class PlanConfig:
     @property
     def student_is_guided(self) -> bool:
         """Whether the student uses classifier-free guidance too, if its teacher does."""
-        return not self.distil_guidance and (self.has_pairs or self.has_trajectory or self.has_flow_map)
+        jumps = self.has_pairs or self.has_trajectory or self.has_flow_map or self.has_matching
+        return not self.distil_guidance and jumps
+
+    def strength(self, length: Tensor) -> Tensor:
+        """Strengths of jumps of any length [B], in u; only with `step_gain`."""
+        assert self.step_gain is not None, "PlanConfig checks it"
+        return self.step_gain.strength(length)
 
     def passes(self, guided: int) -> tuple[float, float]:
-        """Passes of the network for one sample: those of the student, with gradient, and those for the target.
+        """Passes of the network for one sample: those of the student, with gradient, and those for the target. The fake score's own
+        pass with gradient, of a share `matching_fraction` of the samples, is not among them.
 
         Args:
             guided: passes for a guided velocity: 2 with classifier-free guidance, else 1.
@@ -369,9 +313,10 @@ class PlanConfig:
         velocity = guided if self.student_is_guided else 1
         near = self.teacher_fraction if self.near == "student" else self._pairs
         known = self.trajectory_fraction * (self.trajectory_steps or 0) + self.flow_map_fraction * self.flow_map.passes
+        matched = self.matching_fraction * self.matching.passes(guided)
         # The teacher computes its guided velocity for the whole batch, not only for the flow-matching rows.
         distilled = guided if self.distil_guidance and self.has_flow else 0
-        return velocity, velocity * (near + self._pairs) + guided * known + distilled
+        return velocity, velocity * (near + self._pairs) + guided * known + matched + distilled
 
 
 def sampling_strength(step_gain: StepGain | None, num_steps: int) -> float:

@@ -35,7 +35,7 @@ def scfm_target(
         near: velocity of the first half: the teacher on rows of strength 0, the fast EMA on the others.
         far: velocity of the second half: the slow EMA.
         flow_velocity: the known targets of flow-matching rows (`noise - latents`), trajectory rows (the mean velocity of
-            the path) and flow-map rows, [B, ...]; other rows are ignored.
+            the path), flow-map and matching rows, [B, ...]; other rows are ignored.
         student: the student's velocity at `plan.sigma_start`, [B, ...], the first half of self rows. `near` then is the teacher
             and gets teacher rows only. None: `near` gets all pairs.
         is_sharded: every process must enter the networks: a pass without rows runs on row 0, and its result is not used.
@@ -47,7 +47,7 @@ def scfm_target(
         ValueError: if the plan has rows with a known target and `flow_velocity` is missing.
     """
     method = plan.config
-    if (method.has_flow or method.has_trajectory or method.has_flow_map) and flow_velocity is None:
+    if method.has_known and flow_velocity is None:
         raise ValueError("this plan has rows with a known target: pass it, for flow-matching rows noise - latents")
     rows = plan.pair_rows or [0] * is_sharded
     if not method.has_pairs or not rows:

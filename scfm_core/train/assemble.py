@@ -64,6 +64,7 @@ def optimizer_config(config: RunConfig, processes: int) -> OptimizerConfig:
         micro_batch_size=micro.size,
         lr=train.lr,
         compute_dtype=train.compute_dtype,
+        fake_lr=config.method.matching.fake_lr,
     )
 
 
@@ -71,9 +72,9 @@ def build_engine(config: RunConfig, model: ShortcutModel, layout: Layout, world:
     """The engine of a run, over the model that was built with `layout`."""
     settings = optimizer_config(config, world.size)
     if isinstance(layout, ZeroLayout):
-        return ZeroEngine(model.parameters, model.networks, layout, world, settings)
+        return ZeroEngine(model.parameters, model.networks, layout, world, settings, model.trained)
     assert isinstance(layout, Fsdp2Layout)
-    return Fsdp2Engine(model.parameters, model.networks, layout, world, settings)
+    return Fsdp2Engine(model.parameters, model.networks, layout, world, settings, model.trained)
 
 
 def build_model(
@@ -188,7 +189,8 @@ def _traced_rows(config: RunConfig, family: ModelFamily) -> dict[str, int]:
 
 def _adapted(config: RunConfig, family: ModelFamily, network: nn.Module, layout: Layout | None) -> LoRAModel:
     try:
-        adapted = LoRAModel(family, network, config.lora, config.run.seed)
+        with_fake = config.method.has_matching and layout is not None
+        adapted = LoRAModel(family, network, config.lora, config.run.seed, with_fake=with_fake)
     except ValueError as error:
         raise UserError(str(error)) from error
     base = config.model.base if layout is not None else config.sample.base

@@ -155,7 +155,10 @@ def _step_flops(config: RunConfig, forward: Forward, lora: float, guided: int) -
     full = config.train.weights == "full"
     backward = forward.linear * (2 if full else 1) + 2 * forward.attention + 2 * lora
     recomputed = {"none": 0.0, "selective": 0.0, "full": a_pass}[config.train.activation_checkpointing]
-    return a_pass * sum(config.method.passes(guided)) + backward + recomputed
+    trained = 1 + config.method.matching_fraction  # the student's passes and those of the fake score
+    return a_pass * (sum(config.method.passes(guided)) + config.method.matching_fraction) + trained * (
+        backward + recomputed
+    )
 
 
 def format_estimate(result: Estimate, config: RunConfig, kernels: str) -> str:

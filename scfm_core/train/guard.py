@@ -27,29 +27,30 @@ class Guard:
         """First of the current consecutive skipped steps; None if the last step was applied."""
         self._in_a_row = 0
 
-    def judge(self, step: int, loss: float, grad_norm: float) -> str | None:
+    def judge(self, step: int, loss: float | None, grad_norm: float) -> str | None:
         """Why this step must be skipped; None if it may be applied.
 
         Args:
             step: number of the step, from 1.
-            loss: mean over the global batch.
+            loss: mean over the rows of the global batch that can be compared (`LossMeter.regression`); None: it has none.
             grad_norm: global gradient norm before clipping.
         """
         reason = self._reason(loss, grad_norm)
         if reason is None:
-            self._recent.append(loss)
+            if loss is not None:
+                self._recent.append(loss)
             self._in_a_row, self.first_skipped = 0, None
         else:
             self._in_a_row += 1
             self.first_skipped = self.first_skipped or step
         return reason
 
-    def _reason(self, loss: float, grad_norm: float) -> str | None:
-        if not math.isfinite(loss):
+    def _reason(self, loss: float | None, grad_norm: float) -> str | None:
+        if loss is not None and not math.isfinite(loss):
             return f"loss is {loss}"
         if not math.isfinite(grad_norm):
             return f"gradient norm is {grad_norm}"
-        if self.spike_factor is not None and len(self._recent) >= MIN_APPLIED:
+        if loss is not None and self.spike_factor is not None and len(self._recent) >= MIN_APPLIED:
             median = statistics.median(self._recent)
             if loss > self.spike_factor * median:
                 return (

@@ -107,7 +107,13 @@ def check_model(config: RunConfig, family: ModelFamily) -> None:
             f"method.distil_guidance needs a scale above {family.neutral_guidance:g}, which is no guidance for {path}: method.guidance has "
             f"{method.guidance[0]:g}. Give the scale with which the model is sampled, twice"
         )
-    draws_guidance = method.has_pairs or method.has_flow_map or method.trajectory_steps is not None
+    if family.passes == 1 and method.matching.guidance_share != 1:
+        raise UserError(
+            f"method.matching.guidance_share is a share of classifier-free guidance in two passes; {path} needs only one. Remove it"
+        )
+    draws_guidance = (
+        method.has_pairs or method.has_flow_map or method.has_matching or method.trajectory_steps is not None
+    )
     if family.passes == 2 and draws_guidance and method.guidance[0] < family.neutral_guidance:
         raise UserError(
             f"method.guidance is the scale of classifier-free guidance for this model, and its range starts at "
@@ -173,8 +179,8 @@ def _why_no_graphs(config: RunConfig, device: torch.device) -> str | None:
         return f"CUDA graphs need a GPU, this is a {device.type.upper()}"
     if config.method.has_flow or config.method.has_trajectory:
         return "method.flow_fraction or method.trajectory_fraction > 0 makes the number of rows in the near and far passes vary"
-    if config.method.has_flow_map:
-        return "method.flow_map_fraction > 0 makes the number of rows in the passes for a target vary"
+    if config.method.has_flow_map or config.method.has_matching:
+        return "method.flow_map_fraction or method.matching_fraction > 0 makes the number of rows in the passes for a target vary"
     if config.method.near == "student" and config.method.teacher_fraction > 0:
         return "method.near=student makes the number of rows in the near pass vary: they are the teacher's alone"
     return None

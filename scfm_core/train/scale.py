@@ -166,7 +166,7 @@ def plan_step(config: RunConfig, result: Estimate, units: int, cluster: Cluster 
     Raises:
         ValueError: for another engine or other rows.
     """
-    if config.engine.name != "fsdp2" or config.method.passes(1) != (1, 2) or config.method.has_flow_map:
+    if config.engine.name != "fsdp2" or config.method.passes(1) != (1, 2) or config.method.has_known:
         raise ValueError("the plan knows only the collectives of engine.name: fsdp2, and only pairs")
     cluster = cluster or Cluster()
     world, shard, full = result.world, shares(config, result.world).weights, config.train.weights == "full"

@@ -11,13 +11,16 @@ from scfm_core.flow.random import sample_noise
 from scfm_core.models.conditioning import Conditioning
 from scfm_core.models.graphs import GraphedVelocity
 from scfm_core.models.student import ShortcutModel
-from scfm_core.scfm.flow_map import flow_map_velocity, own_starts
-from scfm_core.scfm.loss import LossMeter, scfm_loss
+from scfm_core.scfm.flow_map import flow_map_velocity
+from scfm_core.scfm.loss import scfm_loss
+from scfm_core.scfm.meter import LossMeter
 from scfm_core.scfm.plan import ShortcutPlan, sample_plan
+from scfm_core.scfm.starts import own_starts
 from scfm_core.scfm.target import scfm_target
 from scfm_core.scfm.trajectory import Trajectory, on_trajectories, take_paths
 from scfm_core.train.config import RunConfig
 from scfm_core.train.inputs import BatchEncoder, check_intervals
+from scfm_core.train.matching_step import MatchingStep
 
 
 class Objective:
@@ -30,14 +33,28 @@ class Objective:
         is_sharded: the weights are gathered for each pass. Then every process runs the same passes, also without a row for
             them. Otherwise the passes without gradient run in inference mode: weights gathered in it could not be used by a
             pass with gradient.
+        is_in_order: gradients are summed in the order of the backward pass. Then every process runs the fake score's, also without
+            a row for it.
     """
 
-    def __init__(self, config: RunConfig, model: ShortcutModel, encoder: BatchEncoder, *, is_sharded: bool) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        model: ShortcutModel,
+        encoder: BatchEncoder,
+        *,
+        is_sharded: bool,
+        is_in_order: bool = False,
+    ) -> None:
         self.model, self.encoder = model, encoder
         self._method, self._seed = config.method, config.run.seed
         self._is_sharded, self._in_inference_mode = is_sharded, not is_sharded
         self._near, self._far = model.near_velocity, model.far_velocity
         self._student = functools.partial(model.velocity, "student")  # without gradient, at any strength
+        self._teacher = functools.partial(model.velocity, "teacher")
+        self.matching = (
+            MatchingStep(config, model, is_sharded=is_sharded or is_in_order) if config.method.has_matching else None
+        )
         if config.method.near == "student":
             self._near = model.teacher_velocity
         if config.kernels.cuda_graphs:
@@ -73,11 +90,13 @@ class Objective:
             assert family.unconditional is not None
             cond = cond.without_captions(dropped, family.unconditional)
         student_guidance, target_guidance = self._embedded_guidance(plan)
-        if method.flow_map.starts == "own" and method.has_flow_map:
+        if method.has_own_starts:
             noised = self._own_starts(plan, noised, noise, cond.with_guidance(target_guidance))
         inputs = noised, plan.sigma_start, cond.with_guidance(student_guidance), plan.student_strength
         # First if a target is computed from it; else last, so that its activations are not in memory during the target's passes.
         prediction = self.model.student_velocity(*inputs) if method.is_student_first else None
+        if self.matching is not None and prediction is not None:
+            self.matching.begin(plan, noised, prediction, cond)
         with torch.inference_mode(self._in_inference_mode):
             if method.distil_guidance and method.has_flow:
                 assert velocity is not None
@@ -88,6 +107,8 @@ class Objective:
                 velocity = flow_map_velocity(
                     plan, noised, cond, prediction, self._student, velocity, is_sharded=self._is_sharded
                 )
+            if self.matching is not None and prediction is not None:
+                velocity = self.matching.targets(plan, prediction, velocity, int(batch.sample_ids[0]))
             target = scfm_target(
                 plan, noised, cond, self._near, self._far, flow_velocity=velocity,
                 student=prediction if method.near == "student" else None, is_sharded=self._is_sharded,
@@ -98,6 +119,11 @@ class Objective:
             prediction = self.model.student_velocity(*inputs)
         meter.add(prediction, target, plan)
         return scfm_loss(prediction, target, plan)
+
+    def fake_step(self, meter: LossMeter) -> Tensor:
+        """Loss of the fake score on the student's images of the last micro-batch, after its backward pass; see `MatchingStep.fake_loss`."""
+        assert self.matching is not None
+        return self.matching.fake_loss(meter)
 
     def _embedded_guidance(self, plan: ShortcutPlan) -> tuple[Tensor | None, Tensor | None]:
         """Guidance for the student's pass and for the target's passes, fp32 [B]; None: no guidance."""
@@ -121,13 +147,12 @@ class Objective:
             assert batch.path is not None
             check_intervals(self._method, batch.path["velocities"].shape[1])
             return Trajectory(**batch.path).to(latents.device), latents
-        teacher = functools.partial(self.model.velocity, "teacher")
         with torch.inference_mode(self._in_inference_mode):
             cond = cond.with_guidance(plan.guidance)
-            return take_paths(plan, latents, noise, cond, teacher, num_steps, is_sharded=self._is_sharded)
+            return take_paths(plan, latents, noise, cond, self._teacher, num_steps, is_sharded=self._is_sharded)
 
     def _own_starts(self, plan: ShortcutPlan, noised: Tensor, noise: Tensor, cond: Conditioning) -> Tensor:
-        """x at the start of all rows, with flow-map rows where the student's own jumps end, fp32 [B, C, H, W]."""
+        """x at the start of all rows, with flow-map and matching rows where the student's own jumps end, fp32 [B, C, H, W]."""
         with torch.inference_mode(self._in_inference_mode):
             noised = own_starts(plan, noised, noise, cond, self._student, is_sharded=self._is_sharded)
         return noised.clone() if self._in_inference_mode else noised  # autograd may save an ordinary tensor alone
@@ -136,5 +161,5 @@ class Objective:
     def _guided(self, plan: ShortcutPlan, noised: Tensor, cond: Conditioning, velocity: Tensor) -> Tensor:
         """`velocity`, with the teacher's guided velocity on flow-matching rows. All rows run through the teacher on every rank."""
         cond = cond.with_guidance(plan.guidance)
-        guided = self.model.velocity("teacher", noised, plan.sigma_start, cond, plan.student_strength).to(noised.dtype)
+        guided = self._teacher(noised, plan.sigma_start, cond, plan.student_strength).to(noised.dtype)
         return torch.where(per_sample(plan.is_flow, guided), guided, velocity)

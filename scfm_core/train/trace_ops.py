@@ -16,7 +16,7 @@ OPTIMIZER, SHARDING = "optimizer, EMA", "copies of weights"
 GROUPS = (BASE, ADAPTER, ATTENTION, FUSED, ELEMENTWISE, COMPILED, OPTIMIZER, SHARDING)
 """The groups of operators."""
 
-PASSES, UPDATES = ("near", "far", "flow map", "student", "backward"), ("reduce", "adam", "ema")
+PASSES, UPDATES = ("near", "far", "flow map", "teacher", "student", "backward"), ("reduce", "adam", "ema")
 """Phases of a micro-batch, and those after the last one."""
 
 _PRODUCTS = {
@@ -51,7 +51,7 @@ class Operation:
     """Equal calls of one operator: of one phase, and with equal bytes and FLOPs. Numbers are sums over the calls."""
 
     phase: str
-    """Of the step: `near`, `far`, `flow map`, `student`, `backward`, `reduce`, `adam`, `ema`, or another name."""
+    """Of the step: `near`, `far`, `flow map`, `teacher`, `student`, `backward`, `reduce`, `adam`, `ema`, or another name."""
     group: str
     """One of `GROUPS`."""
     op: str

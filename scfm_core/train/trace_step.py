@@ -17,6 +17,7 @@ from scfm_core.data.fields import PackedTokens
 from scfm_core.data.schema import Batch
 from scfm_core.errors import UserError
 from scfm_core.kernels.attention import AttentionChoice
+from scfm_core.models.adapters import ADAPTERS
 from scfm_core.models.conditioning import Conditioning
 from scfm_core.models.protocol import ModelFamily
 from scfm_core.train.assemble import build_family
@@ -221,8 +222,11 @@ def _batch(config: RunConfig, family: ModelFamily, number: int, size: int) -> Ba
             "sigmas": torch.linspace(1, 0, intervals + 1).repeat(size, 1),
             "guidance": torch.full((size,), float(config.method.guidance[0])),
         }
+    matching = config.method.matching
+    taught = matching.warmup + matching.every - 1  # the first step in which the student learns from matching rows
+    first = taught * config.train.global_batch_size + number * size
     return Batch(
-        sample_ids=torch.arange(number * size, (number + 1) * size),
+        sample_ids=torch.arange(first, first + size),
         keys=["traced"] * size,
         captions=[""] * size,
         latents=torch.empty(size, channels, height, width, dtype=torch.bfloat16),
@@ -239,7 +243,8 @@ def _label(trainer: Trainer, recorder: Recorder) -> None:
         part = "frozen base" if is_lora else "teacher" if role == "teacher" else role
         for tensor in (*network.parameters(), *network.buffers()):
             memory.label(_local(tensor), part)
-    for role, part in (("student", "student"), ("ema_fast", "EMAs"), ("ema_slow", "EMAs")):
+    parts = {"student": "student", "ema_fast": "EMAs", "ema_slow": "EMAs", "fake": "fake score"}
+    for role, part in ((role, parts[role]) for role in (*ADAPTERS, *trainer.model.trained[1:])):
         for tensor in trainer.model.parameters(role).values():
             memory.label(_local(tensor), part)
     for layer in getattr(trainer.model, "bank", SimpleNamespace(layers={})).layers.values():
@@ -248,8 +253,14 @@ def _label(trainer: Trainer, recorder: Recorder) -> None:
     for state in trainer.engine._optimizer.state.values():  # type: ignore[attr-defined]
         for tensor in state.values():
             memory.label(tensor, "Adam")
-    for parameter in trainer.model.parameters("student").values():
+    for parameter in _trained(trainer):
         memory.label(_local(parameter.grad), "gradients")
+
+
+def _trained(trainer: Trainer) -> Iterator[Tensor]:
+    """All trained weights: the student's, and the fake score's."""
+    for role in trainer.model.trained:
+        yield from trainer.model.parameters(role).values()
 
 
 def _local(tensor: Tensor | None) -> Tensor | None:
@@ -276,6 +287,10 @@ def _phases(trainer: Trainer, recorder: Recorder, functions: GpuFunctions) -> It
     named(objective, "_near", "near", "activations of passes without gradient")
     named(objective, "_far", "far", "activations of passes without gradient")
     named(objective, "_student", "flow map", "activations of passes without gradient")
+    named(objective, "_teacher", "teacher", "activations of passes without gradient")
+    if objective.matching is not None:
+        named(objective.matching, "real", "teacher's score", "activations of passes without gradient")
+        named(objective.matching, "fake", "fake score", "saved activations")
     named(trainer.model, "student_velocity", "student", "saved activations")
     named(engine, "backward", "backward", "temporaries of the backward")
     named(engine, "reduce", "reduce", "temporaries of the optimizer")
@@ -283,7 +298,7 @@ def _phases(trainer: Trainer, recorder: Recorder, functions: GpuFunctions) -> It
     named(trainer, "_update_averages", "ema", "temporaries of the optimizer")
     hooks = [
         parameter.register_post_accumulate_grad_hook(lambda p: recorder.memory.label(_local(p.grad), "gradients"))
-        for parameter in trainer.model.parameters("student").values()
+        for parameter in _trained(trainer)
     ]
     backward = engine.backward
 

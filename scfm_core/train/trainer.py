@@ -19,7 +19,7 @@ from scfm_core.files import disk_problem
 from scfm_core.progress import beat, counting_io
 from scfm_core.readback import to_device
 from scfm_core.scfm.ema import DualEMA
-from scfm_core.scfm.loss import LossMeter
+from scfm_core.scfm.meter import LossMeter
 from scfm_core.scfm.restart import restart_due
 from scfm_core.train.assemble import build_engine, build_layout, build_model
 from scfm_core.train.checkpoint import load_checkpoint
@@ -104,7 +104,9 @@ class Trainer:
             beat("the engine")
             self.engine = build_engine(config, self.model, layout, self.world)
         same_patience()  # of the groups that layout and engine made
-        self.objective = Objective(config, self.model, self.encoder, is_sharded=layout.is_sharded)
+        self.objective = Objective(
+            config, self.model, self.encoder, is_sharded=layout.is_sharded, is_in_order=layout.is_in_order
+        )
         self.emas = DualEMA(
             *(self.engine.ema_tensors(role) for role in ("student", "ema_fast", "ema_slow")), config=config.ema
         )
@@ -203,6 +205,9 @@ class Trainer:
             loss = self.engine.forward(lambda batch=batch: self.objective.micro_step(batch, meter))  # type: ignore[misc]
             self.engine.backward(loss)
             beat()
+            if self.config.method.has_matching:  # a second backward: each of them reads the selection of one adapter
+                self.engine.backward(self.engine.forward(lambda: self.objective.fake_step(meter)))
+                beat()
         return meter
 
     def _finish_step(
@@ -216,7 +221,7 @@ class Trainer:
         first_sample = progress.samples
         progress.step += 1
         progress.samples += train.global_batch_size
-        skipped = self.state.guard.judge(progress.step, losses["loss"], grad_norm)
+        skipped = self.state.guard.judge(progress.step, meter.regression(), grad_norm)
         averages: dict[str, Any] = {}
         if skipped is None:
             self.engine.step(lr)

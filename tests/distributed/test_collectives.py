@@ -11,7 +11,7 @@ from runs import ALL_TARGETS, ENGINES, joined_trainer, make_tree, run_distribute
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scfm_core.models.families import open_family
-from scfm_core.scfm.loss import SIGMA_BINS
+from scfm_core.scfm.meter import SIGMA_BINS
 from scfm_core.scfm.plan import SLICES
 from scfm_core.train.config import RunConfig
 from scfm_core.train.estimate import Estimate, estimate
@@ -121,7 +121,7 @@ def test_what_a_step_sends(name, weights, tiny, tmp_path):
     if name == "one process":
         assert not any(parts.values())
         return
-    losses = 2 * len(SLICES) * SIGMA_BINS
+    losses = 2 * (len(SLICES) + 1) * SIGMA_BINS
     assert parts["metrics"] == {"all-reduce": (1, 8 * (losses + len(SIGNALS) + 2))}  # signals, and how the data are
     if (
         name == "replicas"

@@ -11,6 +11,8 @@ import pytest
 import torch
 from runs import ALL_TARGETS, ENGINES, FEW_TARGETS, distance, make_tree, run_distributed, tensors, train_all
 
+from scfm_core.distributed.engine import FAKE_GROUPS, GROUPS
+
 SHOW = bool(os.environ.get("SCFM_SHOW_PARITY"))
 STEPS = 20 if SHOW else 4
 CASES = {
@@ -148,6 +150,40 @@ def test_paths_taken_within_the_training(name, weights, tiny, tmp_path):
     assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-5)
     for part in slices:
         assert any(part in row for row in one) and not all(part in row for row in one), part
+
+
+MATCHING = {
+    "method__step_gain": {"gamma": 0.5},
+    "method__matching_fraction": 0.4,
+    "method__matching": {"fake_lr": 3.0},
+    "lora__targets": FEW_TARGETS,
+    "train__steps": 3,
+    "train__clip_norm": 0.05,
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_fake_score_beside_the_student(name, tiny, tmp_path):
+    """Two micro-batches a process, so that the gradients of both roles accumulate in turn. The norm is over both, and it is clipped."""
+    if "one" not in _MATCHED:
+        run_dir = tmp_path / "one"
+        [rows] = run_distributed(train_all, 1, make_tree(tiny, run_dir, **MATCHING, train__micro_batch_size=2))
+        _MATCHED["one"] = rows, tensors(run_dir)
+    rows, expected = _MATCHED["one"]
+    assert all("loss/matching" in row and "loss/fake" in row for row in rows)
+    assert all(row["grad_norm"] > MATCHING["train__clip_norm"] for row in rows)
+    world_size, engine = CASES[name]
+    tree = make_tree(tiny, tmp_path / "run", **MATCHING, train__micro_batch_size=4 // world_size, engine=engine)
+    found = run_distributed(train_all, world_size, tree)[0]
+    for key in ("loss", "loss/fake", "grad_norm"):
+        assert [row[key] for row in found] == pytest.approx([row[key] for row in rows], rel=1e-5), key
+    actual = tensors(tmp_path / "run")
+    assert actual.keys() == expected.keys()
+    for group in (*GROUPS, *FAKE_GROUPS):
+        assert distance(actual, expected, group) < 1e-4, group
+
+
+_MATCHED: dict[str, Any] = {}
 
 
 def test_the_students_pass_before_those_of_the_target(tiny, tmp_path):

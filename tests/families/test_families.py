@@ -26,7 +26,7 @@ from scfm_core.data.recipe import DataConfig
 from scfm_core.data.schema import collate
 from scfm_core.errors import UserError
 from scfm_core.models.families import FAMILIES, open_family
-from scfm_core.scfm.loss import LossMeter
+from scfm_core.scfm.meter import LossMeter
 from scfm_core.train.checkpoint import find_checkpoint
 from scfm_core.train.fit import fit
 from scfm_core.train.parse import dump_config, parse_config

@@ -20,12 +20,12 @@ class Net(nn.Module):
         return self.block(self.embed(x))
 
 
-def make_bank(dtype=torch.float32, **config):
+def make_bank(dtype=torch.float32, *, with_fake=False, **config):
     torch.manual_seed(0)
     network = Net().to(dtype)
-    bank = LoRABank(network, LoRAConfig(**{"rank": 3, "alpha": 6.0, **config}), seed=1)
+    bank = LoRABank(network, LoRAConfig(**{"rank": 3, "alpha": 6.0, **config}), seed=1, with_fake=with_fake)
     generator = torch.Generator().manual_seed(2)
-    for adapter in ADAPTERS:
+    for adapter in bank.adapters:
         for parameter in bank.parameters(adapter).values():
             parameter.data.normal_(generator=generator)
     return bank
@@ -54,6 +54,15 @@ def test_student_starts_as_the_teacher_and_the_emas_as_the_student():
     for name, parameter in bank.parameters("student").items():
         assert torch.equal(parameter, bank.parameters("ema_fast")[name])
         assert torch.equal(parameter, bank.parameters("ema_slow")[name])
+
+
+def test_a_fake_score_is_drawn_like_the_others_and_changes_none_of_them():
+    without, with_fake = (LoRABank(Net(), LoRAConfig(rank=3), seed=5, with_fake=fake) for fake in (False, True))
+    assert with_fake.adapters == (*without.adapters, "fake")
+    for adapter in with_fake.adapters:
+        for name, parameter in with_fake.parameters(adapter).items():
+            assert torch.equal(parameter, without.parameters("student")[name])
+            assert parameter.requires_grad is (adapter in ("student", "fake"))
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (4, 7, 6)])
@@ -219,6 +228,21 @@ class TestCopies:
         self.run(plain, "student", x).float().square().sum().backward()
         for name, factor in plain.parameters("student").items():
             assert torch.equal(bank.parameters("student")[name].grad, factor.grad)
+
+    @pytest.mark.parametrize("of_student", [False, True])
+    def test_two_trained_adapters_get_each_its_own_gradients(self, of_student):
+        plain, bank = (make_bank(torch.bfloat16, with_fake=True) for _ in range(2))
+        bank.keep_copies(of_student=of_student)
+        x = torch.randn(2, 6, dtype=torch.bfloat16)
+        for one in (plain, bank):
+            for role, other in (("student", "fake"), ("fake", "student")):
+                before = [parameter.grad for parameter in one.parameters(other).values()]
+                self.run(one, role, x).float().square().sum().backward()
+                assert all(a is b.grad for a, b in zip(before, one.parameters(other).values(), strict=True))
+        for role in ("student", "fake"):
+            for name, factor in plain.parameters(role).items():
+                assert factor.grad is not None and torch.equal(bank.parameters(role)[name].grad, factor.grad)
+        assert not any(parameter.requires_grad for parameter in bank.parameters("ema_fast").values())
 
     def test_factors_in_the_dtype_of_the_products_are_used_as_they_are(self):
         bank = make_bank()

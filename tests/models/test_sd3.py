@@ -372,6 +372,25 @@ def test_flow_map_rows_are_guided(make_sd3):
     assert (ways > 0.01).all() and (ways.flatten(1).std(1) < 1e-3).all()  # one length for each row
 
 
+@pytest.mark.parametrize("share", [1.0, 0.25, 0.0])
+def test_scores_of_matching_rows_are_guided_as_the_settings_say(make_sd3, share):
+    """The teacher's velocity at a share of the distance from the neutral scale; the fake score takes one pass."""
+    method = {"matching_fraction": 1.0, "teacher_fraction": 0.0, "step_gain": {"gamma": 0.5}, "guidance": [3.5, 5.0]}
+    method["matching"] = {"guidance_share": share, "whole_fraction": 1.0}
+    trainer = Trainer(make_sd3({"method": method}))
+    scales, velocity = [], trainer.family.velocity
+    trainer.family.velocity = lambda network, x, sigma, cond: (
+        scales.append(cond.guidance) or velocity(network, x, sigma, cond)
+    )
+    next(trainer.train_steps())
+    student, real, *fakes = scales[:4]
+    assert (student > 3.5).all() and fakes == [None, None]
+    if share == 0:
+        assert real is None
+    else:
+        torch.testing.assert_close(real, 1 + share * (student - 1))
+
+
 def test_pretrained_from_scratch(make_sd3):
     """The data's velocity is learned without guidance, and without captions in the configured fraction of rows."""
     changes = {"model.init": "random", "train.weights": "full", "train.lr": 2e-3, "train.steps": 12}

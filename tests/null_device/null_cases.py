@@ -23,6 +23,8 @@ class Case:
     recipe: str
     overrides: tuple[str, ...] = ("train.compile=false",)
     world: int = 1
+    micro_batches: int = 2
+    """At most; the step may have more."""
 
     @property
     def is_compiled(self) -> bool:
@@ -39,6 +41,7 @@ CASES = {
     "flux_dev_lora, 8 replicas": Case("flux_dev_lora", ("train.compile=false", "train.global_batch_size=64"), 8),
     "flux_dev_paper": Case("flux_dev_paper"),
     "flux_dev_trajectories": Case("flux_dev_trajectories"),
+    "flux_dev_flow_map": Case("flux_dev_flow_map"),
     "sd35_large_lora": Case("sd35_large_lora"),
     "flux2_klein_lora": Case("flux2_klein_lora"),
     "flux2_dev_lora": Case("flux2_dev_lora"),
@@ -96,7 +99,8 @@ def main() -> None:
 
     for name, values in json.load(sys.stdin).items():
         case = Case(**values)
-        result = null_step.measure(null_step.load(case.recipe, case.overrides), world=case.world)
+        config = null_step.load(case.recipe, case.overrides)
+        result = null_step.measure(config, world=case.world, micro_batches=case.micro_batches)
         print(json.dumps([name, result]), flush=True)
 
 

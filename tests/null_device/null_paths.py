@@ -36,6 +36,10 @@ A100: dict[str, Tree] = {
     "blocks of diffusers": {"kernels": {"fused": "none", "attention": "efficient"}},
     "images": {"data": {"path": "digits", "format": "folder"}},
     "prompts": {"sample": {"prompts": ["a handwritten digit zero"], "every": 2}},
+    "flow map, compiled": {
+        "train": {"compile": True},
+        "method": {"flow_map_fraction": 1.0, "teacher_fraction": 0.0, "step_gain": {"gamma": 0.5}},
+    },
     "all weights": {"train": {"weights": "full"}},
     "pretraining": {
         "model": {"init": "random"},
@@ -63,6 +67,8 @@ def config_tree(tiny: Path, run_dir: Path, changes: Tree) -> dict[str, Any]:
 def train_path(tiny: Path, run_dir: Path, changes: Tree) -> dict[str, Any]:
     """Two steps of a trainer: what the second one needs."""
     device = Device()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     trainer = Trainer(parse_config(config_tree(tiny, run_dir, changes), source="test"))
     resident = torch.cuda.memory_allocated()
     steps = trainer.train_steps()
@@ -71,8 +77,11 @@ def train_path(tiny: Path, run_dir: Path, changes: Tree) -> dict[str, Any]:
     with device.waits() as lines:
         row = next(steps)
     counted = {name: value - before[name] for name, value in device.counters.values().items()}
+    dynamo = torch._dynamo.utils.counters
     return {
         "row": row,
+        "graphs": dynamo["stats"]["unique_graphs"],
+        "graph_breaks": sum(dynamo["graph_break"].values()),
         "resident": resident,
         "is_expandable": any(segment["is_expandable"] for segment in torch.cuda.memory_snapshot()),
         "kernels": dict(device.kernels() - launched),

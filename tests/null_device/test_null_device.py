@@ -121,6 +121,7 @@ PATHS = {
     "blocks of diffusers": "fmha_cutlassB_bf16_aligned_64x64_k32_sm80",
     "images": "GroupNormKernelImplInternal",
     "prompts": "flash_fwd_kernel",
+    "flow map, compiled": "triton_poi_fused",
     "all weights": "FusedAdamMathFunctor",
     "pretraining": "FusedAdamMathFunctor",
     "compiled, fp8": "triton_per_fused__scaled_mm",
@@ -156,6 +157,8 @@ def test_path_of_a_gpu(path: str, tiny: Path, runs: Path) -> None:
     assert result["is_expandable"]
     # diffusers copies the numbers of tokens three times, and the host waits for each copy.
     assert result["waits"] == (4 if path == "images" else 1), result["lines"]
+    # Two kinds of block x (with gradient; without it all, some or one of the rows).
+    assert result["graph_breaks"] == 0 and (0 < result["graphs"] <= 8) == ("compiled" in path), result["graphs"]
 
 
 @pytest.mark.processes

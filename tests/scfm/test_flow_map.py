@@ -9,9 +9,11 @@ import torch
 
 from scfm_core.flow.path import per_sample
 from scfm_core.flow.schedule import shift_sigma
-from scfm_core.scfm.flow_map import flow_map_velocity, own_starts
-from scfm_core.scfm.method import FlowMap, PlanConfig, StepGain
+from scfm_core.scfm.flow_map import flow_map_velocity
+from scfm_core.scfm.method import PlanConfig, StepGain
 from scfm_core.scfm.plan import sample_plan
+from scfm_core.scfm.slices import FlowMap
+from scfm_core.scfm.starts import own_starts
 
 SHIFT, GAMMA = 3.0, 0.5
 JUMPS = {"shortest": 1 / 16, "whole_fraction": 0.1}
@@ -166,6 +168,19 @@ def test_only_flow_map_rows_go_through_the_network(fraction, settings, calls, is
     assert not (start[moved] == noise[moved]).any()
 
 
+def test_a_weight_is_a_factor_of_the_gradient_of_flow_map_rows_alone():
+    x, known = torch.randn(16, 2), torch.full((16, 2), 7.0)
+    prediction = torch.zeros(16, 2, requires_grad=True)
+    gradient = {}
+    for weight in (1.0, 0.25):
+        plan = make_plan(make_config(0.5, weight=weight))
+        target = flow_map_velocity(plan, x, Rows(range(16)), prediction, exact_student, known)
+        (gradient[weight],) = torch.autograd.grad((prediction - target).square().sum(), prediction)
+    factor = torch.where(plan.is_flow_map, 0.25, 1.0)[:, None]
+    torch.testing.assert_close(gradient[0.25], factor * gradient[1.0])
+    assert plan.flow_map_rows and not plan.is_flow_map.all()
+
+
 def test_a_start_is_where_one_jump_of_the_student_ends():
     plan = make_plan(make_config())
     noise = torch.randn(16, 2)
@@ -190,6 +205,8 @@ def test_a_start_is_where_one_jump_of_the_student_ends():
             "method.flow_map.epsilon must be between 0 and 1, got 1.0",
         ),
         ({"flow_map": {"shortest": 0.0}}, r"method.flow_map.shortest must be in \[0.0001, 1\], got 0.0"),
+        ({"flow_map": {"weight": 0.0}}, "method.flow_map.weight must be positive and finite, got 0.0"),
+        ({"flow_map": {"weight": 0.02}}, "method.flow_map.weight has no effect with method.flow_map_fraction=1"),
         ({"flow_map": {"noise_fraction": 1.5}}, r"method.flow_map.noise_fraction must be in \[0, 1\], got 1.5"),
         ({"flow_map": {"shortest": 1e-4}, "sigma_max": 0.9999}, "reaches sigma_max 0.9999"),
     ],

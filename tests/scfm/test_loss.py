@@ -1,11 +1,14 @@
 """The loss, and its means by slice and by sigma."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
-from scfm_core.scfm.loss import LossMeter, scfm_loss
-from scfm_core.scfm.method import PlanConfig
+from scfm_core.scfm.loss import scfm_loss
+from scfm_core.scfm.meter import LossMeter
+from scfm_core.scfm.method import PlanConfig, StepGain
 from scfm_core.scfm.plan import ShortcutPlan, sample_plan
 
 B = 96
@@ -106,3 +109,30 @@ def test_meter_keeps_no_graph():
     meter = LossMeter("cpu")
     meter.add(prediction.requires_grad_(), target, make_plan())
     assert not meter.sums.requires_grad
+
+
+def test_spikes_are_looked_for_without_matching_rows():
+    """Their loss is no measure of progress; but a loss that is not finite counts on every row."""
+    plan = make_plan(PlanConfig(matching_fraction=0.3, step_gain=StepGain()))
+    prediction, target = prediction_and_target()
+    target[plan.is_matching] = 1e3
+    meter = LossMeter("cpu")
+    meter.add(prediction, target, plan)
+    meter.add_fake(torch.full((5,), 1e6))
+    rows = ~plan.is_matching
+    assert meter.regression() == pytest.approx((prediction - target)[rows].square().mean().item())
+    means = meter.compute()
+    assert means["loss/fake"] == 1e6 and means["loss"] == pytest.approx((prediction - target).square().mean().item())
+    assert means["loss/matching"] > 1e5
+    assert [row for row, _ in meter.by_sample()] == plan.sample_ids[rows].tolist()
+    prediction[plan.matching_rows[0]] = math.nan
+    meter.add(prediction, target, plan)
+    assert math.isnan(meter.regression())
+    assert plan.matching_rows[0] in {row for row, _ in meter.by_sample()}
+
+
+def test_matching_rows_alone_cannot_be_compared():
+    plan = make_plan(PlanConfig(matching_fraction=1.0, teacher_fraction=0.0, step_gain=StepGain()))
+    meter = LossMeter("cpu")
+    meter.add(*prediction_and_target(), plan)
+    assert meter.regression() is None

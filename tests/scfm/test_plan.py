@@ -11,8 +11,9 @@ from torch import Tensor
 from scfm_core.flow.random import Stream, uniform
 from scfm_core.flow.schedule import dynamic_shift, sigma_grid
 from scfm_core.scfm import plan as plan_module
-from scfm_core.scfm.method import MODE_LIMIT, FlowSigma, PlanConfig, StepGain, sampling_strength
+from scfm_core.scfm.method import PlanConfig, StepGain, sampling_strength
 from scfm_core.scfm.plan import ShortcutPlan, sample_plan
+from scfm_core.scfm.slices import MODE_LIMIT, FlowSigma
 
 N = 20_000
 CHI_SQUARE = {1: 10.8, 2: 13.8, 3: 16.3, 7: 24.3, 15: 37.7}  # p = 0.001, by degrees of freedom
@@ -161,8 +162,9 @@ def test_a_dynamic_shift_changes_no_other_draw():
     fixed, some = (tensors(draw(PlanConfig(flow_fraction=0.2, dynamic_shift_fraction=share))) for share in (0, 0.5))
     rows = some["shift"] == fixed["shift"]
     assert_share(rows, 0.5)
+    of_shift = ("shift", "sigma_start", "sigma_mid", "sigma_end", "level", "fake_level")
     for name, values in some.items():
-        rows_of = slice(None) if name not in ("shift", "sigma_start", "sigma_mid", "sigma_end") else rows
+        rows_of = slice(None) if name not in of_shift else rows
         assert torch.equal(values[rows_of], fixed[name][rows_of]), name
 
 
@@ -439,7 +441,7 @@ def test_captions_are_dropped_independently_except_on_trajectory_rows():
     without = draw(dataclasses.replace(config, caption_dropout=0.0))
     assert not without.is_dropped.any()
     others = {name: value for name, value in tensors(without).items() if name != "is_dropped"}
-    assert len(others) == 18 and all(torch.equal(value, tensors(plan)[name]) for name, value in others.items())
+    assert len(others) == 22 and all(torch.equal(value, tensors(plan)[name]) for name, value in others.items())
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ from scfm_core.errors import UserError
 from scfm_core.models.adapters import LoRAConfig
 from scfm_core.models.fused_base import FusedAdapter
 from scfm_core.scfm.ema import EMAConfig
-from scfm_core.scfm.method import FlowMap, FlowSigma, PlanConfig, StepGain
+from scfm_core.scfm.method import PlanConfig, StepGain
+from scfm_core.scfm.slices import FlowMap, FlowSigma, Matching
 from scfm_core.train.config import (
     CheckpointConfig,
     EvaluateConfig,
@@ -139,7 +140,9 @@ class TestDumping:
                 trajectory_grids=(1, 5),
                 trajectory_steps=10,
                 flow_map_fraction=0.05,
-                flow_map=FlowMap(form="eulerian", difference="central", epsilon=0.2, shortest=0.1 + 0.2),
+                flow_map=FlowMap(form="eulerian", difference="central", epsilon=0.2, shortest=0.1 + 0.2, weight=0.02),
+                matching_fraction=0.01,
+                matching=Matching(weight=0.1 + 0.2, whole_fraction=0.5, shortest=1e-3, guidance_share=0.5, fake_lr=3.0, every=2, warmup=5),
                 teacher_grid=64,
                 self_grids=(2,),
                 shift=(1e-5, 3.0),
@@ -500,7 +503,7 @@ INVALID = [
     ("method={step_embedding: true, teacher_fraction: 0}", "method.step_embedding teaches the network a new input"),
     (
         "method.distil_guidance=true",
-        "method.distil_guidance together with pairs or flow-map rows would learn guidance and shortcuts at once",
+        "method.distil_guidance together with pairs, flow-map or matching rows would learn guidance and shortcuts at once",
     ),
     (
         "method={distil_guidance: true, teacher_fraction: 0, flow_fraction: 1, step_gain: {}}",

@@ -95,6 +95,13 @@ class TestSpikes:
     def test_applied_losses_enter_the_window(self):
         assert make_guard(losses=[float(n) for n in range(1, 8)]).state_dict()["recent"] == [1, 2, 3, 4, 5, 6, 7]
 
+    def test_a_step_without_a_comparable_loss(self):
+        """It is applied, does not touch the median, and is skipped only for its gradient."""
+        guard = make_guard(losses=[1.0] * 20)
+        assert guard.judge(21, None, 1.0) is None
+        assert guard.state_dict()["recent"] == [1.0] * 20
+        assert guard.judge(22, None, math.nan) == "gradient norm is nan"
+
     def test_no_spike_without_a_factor(self):
         assert make_guard(None, losses=[1.0] * 50).judge(51, 1e30, 1.0) is None
 

@@ -25,6 +25,8 @@ from scfm_core.train.trace_step import trace_step
 MIB = 2**20
 FLOW_MAP = "method={teacher_fraction: 0, flow_map_fraction: 1, flow_map: {noise_fraction: 1, difference: central}, step_gain: {gamma: 0.5}}"
 
+MATCHING = "method={teacher_fraction: 0, matching_fraction: 1, matching: {whole_fraction: 1, every: 1, warmup: 5}, step_gain: {gamma: 0.5}}"
+
 
 @pytest.fixture
 def few_blocks(monkeypatch):
@@ -55,6 +57,7 @@ def recorded(call, **options):
         ("flux_dev_full", 64, ["engine.shard=8", "train.global_batch_size=64"]),
         ("sd35_large_lora", 1, []),
         ("krea2_lora", 1, []),
+        ("flux_dev_lora", 1, [MATCHING, "train.micro_batch_size=2"]),
         ("flux_dev_lora", 1, [FLOW_MAP, "train.micro_batch_size=2", "train.activation_checkpointing=full"]),
     ],
     ids=lambda value: value if isinstance(value, str) else None,

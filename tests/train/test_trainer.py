@@ -25,7 +25,7 @@ from scfm_core.kernels.fp8 import quantise
 from scfm_core.models import adapters
 from scfm_core.models.families import open_family
 from scfm_core.scfm import restart
-from scfm_core.scfm.loss import LossMeter
+from scfm_core.scfm.meter import LossMeter
 from scfm_core.train import step as step_module
 from scfm_core.train import trainer as trainer_module
 from scfm_core.train.checkpoint import find_checkpoint, load_checkpoint, verify_checkpoint
@@ -44,6 +44,7 @@ VARIANTS = {
     "lora": {},
     "step_gain": {"method.step_gain": {"gamma": 0.5}},
     "quantised": {"model.base": "nf4", "method.step_gain": {"gamma": 0.5}},
+    "matching": {"method.step_gain": {"gamma": 0.5}, "method.matching_fraction": 0.4, "method.teacher_fraction": 0.3},
     "near_student": {"method.near": "student", "method.flow_fraction": 0.25},
     "full": {"train.weights": "full", "method.flow_fraction": 0.25},
     "pretrain": {"train.weights": "full", "method.flow_fraction": 1.0, "method.teacher_fraction": 0.0},
@@ -111,14 +112,14 @@ def steps_of(*steps):
 def everything(trainer):
     """Weights, moments and averages, as in a checkpoint."""
     state = {name: tensor.detach().clone() for name, tensor in trainer.engine.state().items()}
-    assert {name.partition(".")[0] for name in state} == set(GROUPS)
+    assert {name.partition(".")[0] for name in state} >= set(GROUPS)
     return state
 
 
 def snapshot(trainer):
     return {
         f"{role}.{name}": tensor.detach().clone()
-        for role in ("student", "ema_fast", "ema_slow")
+        for role in ("student", "ema_fast", "ema_slow", *trainer.model.trained[1:])
         for name, tensor in trainer.model.parameters(role).items()
     }
 
@@ -139,7 +140,14 @@ def one_global_batch(config, micro_batch_size):
         loss = trainer.objective.micro_step(batch, meter)
         (loss * micro_batch_size / 8).backward()
         total += loss.item() * micro_batch_size / 8
-    return total, {name: p.grad for name, p in trainer.model.parameters("student").items()}, meter.compute()
+        if trainer.objective.matching is not None:
+            (trainer.objective.fake_step(meter) * micro_batch_size / 8).backward()
+    gradients = {
+        f"{role}.{name}": parameter.grad
+        for role in trainer.model.trained
+        for name, parameter in trainer.model.parameters(role).items()
+    }
+    return total, gradients, meter.compute()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -420,6 +428,7 @@ def test_fp8_changes_the_target_by_the_rounding_errors_of_the_format(make_config
 PATH_GRIDS = {"method.trajectory_grids": [1, 2, 4], "method.step_gain": {"gamma": 0.5}}
 ON_PATHS = {**PATH_GRIDS, "method.trajectory_fraction": 1.0, "method.teacher_fraction": 0.0}
 FLOW_MAP = {"flow_map_fraction": 1.0, "teacher_fraction": 0.0, "step_gain": {"gamma": 0.5}}
+MATCHING = {"matching_fraction": 1.0, "teacher_fraction": 0.0, "step_gain": {"gamma": 0.5}}
 WITH_OTHER_SLICES = {
     **PATH_GRIDS,
     "method.trajectory_fraction": 0.2,
@@ -518,6 +527,27 @@ class TestTrajectories:
         next(trainer.train_steps())
         assert len(passes) == 4 + 1
         assert trainer.config.method.passes(1) == (1, 4)
+
+    def test_matching_rows_take_five_calls(self, make_config):
+        """The start, the student with gradient, the teacher's and the fake score's velocity, and then the fake score with gradient."""
+        trainer = Trainer(make_config({"method": MATCHING}))
+        rows, velocity = [], trainer.family.velocity
+        trainer.family.velocity = lambda network, x, *rest: rows.append(len(x)) or velocity(network, x, *rest)
+        next(trainer.train_steps())
+        batch = trainer.config.train.global_batch_size
+        assert len(rows) == 5 and rows[0] < batch and rows[1:] == [batch] * 4
+
+    def test_between_its_lessons_only_the_fake_score_learns_from_matching_rows(self, make_config):
+        """The first of three steps is warm-up, and the student learns in every second step after it."""
+        trainer = Trainer(make_config({"method": MATCHING | {"matching": {"warmup": 1, "every": 2}}, "train.steps": 3}))
+        before, learned = snapshot(trainer), []
+        for row in trainer.train_steps():
+            after = snapshot(trainer)
+            changed = {name.partition(".")[0] for name in after if not torch.equal(after[name], before[name])}
+            assert "fake" in changed and row["loss/fake"] > 0
+            assert ("student" in changed) == (row["loss/matching"] > 0)
+            learned, before = [*learned, "student" in changed], after
+        assert learned == [False, False, True]
 
     def test_flow_map_rows_take_four_calls(self, make_config):
         """The start, the student with gradient, and for the target the student's shorter jump and the teacher's step."""
