@@ -16,8 +16,10 @@ OPTIMIZER, SHARDING = "optimizer, EMA", "copies of weights"
 GROUPS = (BASE, ADAPTER, ATTENTION, FUSED, ELEMENTWISE, COMPILED, OPTIMIZER, SHARDING)
 """The groups of operators."""
 
-PASSES, UPDATES = ("near", "far", "flow map", "teacher", "student", "backward"), ("reduce", "adam", "ema")
-"""Phases of a micro-batch, and those after the last one."""
+PASSES = ("near", "far", "flow map", "teacher", "teacher's score", "fake score", "student", "backward")
+"""Phases of a micro-batch."""
+UPDATES = ("reduce", "adam", "ema")
+"""Phases after the last micro-batch."""
 
 _PRODUCTS = {
     "aten::mm",
@@ -51,7 +53,7 @@ class Operation:
     """Equal calls of one operator: of one phase, and with equal bytes and FLOPs. Numbers are sums over the calls."""
 
     phase: str
-    """Of the step: `near`, `far`, `flow map`, `teacher`, `student`, `backward`, `reduce`, `adam`, `ema`, or another name."""
+    """Of the step: one of `PASSES` or `UPDATES`, or another name."""
     group: str
     """One of `GROUPS`."""
     op: str

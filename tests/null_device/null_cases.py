@@ -23,8 +23,6 @@ class Case:
     recipe: str
     overrides: tuple[str, ...] = ("train.compile=false",)
     world: int = 1
-    micro_batches: int = 2
-    """At most; the step may have more."""
 
     @property
     def is_compiled(self) -> bool:
@@ -99,8 +97,7 @@ def main() -> None:
 
     for name, values in json.load(sys.stdin).items():
         case = Case(**values)
-        config = null_step.load(case.recipe, case.overrides)
-        result = null_step.measure(config, world=case.world, micro_batches=case.micro_batches)
+        result = null_step.measure(null_step.load(case.recipe, case.overrides), world=case.world)
         print(json.dumps([name, result]), flush=True)
 
 
