@@ -141,7 +141,10 @@ def _draw(blocks: dict[str, list[list[Image.Image]]], labels: Sequence[str], cel
         pen.text((_GAP, y + cell // 2 - 8), label, fill=_INK, font=font)
     for number, (name, rows) in enumerate(blocks.items()):
         x = left + number * width
-        pen.text((x, 4), name, fill=_INK, font=font)
+        size = next(
+            n for n in range(13, 5, -1) if n == 6 or ImageFont.load_default(size=n).getlength(name) <= width - _GAP
+        )
+        pen.text((x, 17 - size), name, fill=_INK, font=ImageFont.load_default(size=size))
         for y, images in zip(lines, rows, strict=True):
             for column, image in enumerate(images):
                 canvas.paste(image.resize((cell, cell), Image.Resampling.LANCZOS), (x + column * cell, y))
