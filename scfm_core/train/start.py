@@ -41,16 +41,18 @@ def find_start(given: str, world: World) -> Path:
     found = world.from_main(found)
     assert found is not None
     kind, path = found
-    if kind == "run":
+    if kind == "file":
+        return path
+    try:
+        if kind == "checkpoint":
+            verify_checkpoint(path, world)
+            return path
         checkpoint = find_checkpoint(path, world=world)
-        if checkpoint is None:
-            raise agreed_error(
-                f"lora.start: {path} has no complete checkpoint. Train that run first, or give another one"
-            )
-        return checkpoint
-    if kind == "checkpoint":
-        verify_checkpoint(path, world)
-    return path
+    except UserError as error:
+        raise agreed_error(f"lora.start: {error}") from error
+    if checkpoint is None:
+        raise agreed_error(f"lora.start: {path} has no complete checkpoint. Train that run first, or give another one")
+    return checkpoint
 
 
 def _look(path: Path) -> tuple[Literal["run", "checkpoint", "file"], Path]:
@@ -123,7 +125,10 @@ def _from_file(path: Path, config: RunConfig, family: ModelFamily, shapes: Mappi
             f"lora.start: {path} has the strength of {count(steps, 'step')} in its weights, so its strength 1 is not that of a whole jump. "
             f"Export without --steps, or give the run's folder"
         )
-    factors = read_adapter(path, family.other_tools, family.meta_network())
+    try:
+        factors = read_adapter(path, family.other_tools, family.meta_network())
+    except UserError as error:
+        raise UserError(f"lora.start: {error}") from error
     named = {f"{name}.lora_{side}.weight": pair["AB".index(side)] for name, pair in factors.items() for side in "AB"}
     _check_shapes(path, {name: tuple(factor.shape) for name, factor in named.items()}, config, shapes)
     ratio = config.lora.rank / config.lora.alpha  # `read_adapter` has multiplied B by the file's own scale
