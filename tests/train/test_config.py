@@ -576,6 +576,10 @@ class TestValidation:
         assert "method.step_gain needs adapters: full weights have no strength" in message
         assert "train.weights=lora" in message
 
+    def test_full_weights_start_from_no_adapter(self, recipe):
+        message = refusal(recipe, "train.weights=full", "lora.start=runs/a")
+        assert "lora.start has weights of adapters, but train.weights=full trains none. Set lora.start=none" in message
+
     @pytest.mark.parametrize(
         "override",
         [
