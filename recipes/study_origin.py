@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from scfm_core import __version__
+from scfm_core.files import written_whole
 
 _FILE = "origin.json"
 
@@ -26,7 +27,8 @@ def write_origin(folder: Path, part: str, device: torch.device) -> None:
     path = folder / _FILE
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     known[part] = {"date": datetime.now(UTC).date().isoformat(), "commit": commit(), "machine": machine(device)}
-    path.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+    with written_whole(path, "RUN_DIR", "Make room there") as partial:
+        partial.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
 
 
 def read_origins(folders: Sequence[Path]) -> dict[str, list[str]]:

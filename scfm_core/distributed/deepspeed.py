@@ -78,11 +78,6 @@ class ZeroLayout(Layout):
         """See `Layout`."""
         return bool(self.config["zero_optimization"]["stage"] == 3)
 
-    @property
-    def is_in_order(self) -> bool:
-        """See `Layout`. Stage 1 sums after the last backward, in the order of the weights."""
-        return bool(self.config["zero_optimization"]["stage"] > 1)
-
     def prepare(self, network: nn.Module, blocks: list[nn.Module], fill: Fill) -> None:
         """See `Layout`. Under stage 3 one unit after the other is allocated, filled, and partitioned.
 

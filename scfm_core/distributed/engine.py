@@ -94,12 +94,6 @@ class Layout(Protocol):
         """Whether each process holds only a part of the weights."""
         ...
 
-    @property
-    def is_in_order(self) -> bool:
-        """Whether every process must compute the gradients of the same weights in the same order, since they are summed in that
-        order: then a process without a row for a loss runs its passes too."""
-        ...
-
     def prepare(self, network: nn.Module, blocks: list[nn.Module], fill: Fill) -> None:
         """Distribute a network in place, and fill this process's part of it. Every rank calls it for the same networks.
 

@@ -63,11 +63,6 @@ class Fsdp2Layout(Layout):
         """See `Layout`."""
         return self.mesh is not None
 
-    @property
-    def is_in_order(self) -> bool:
-        """See `Layout`. Replicas have an order of their own."""
-        return self.is_sharded
-
     def prepare(self, network: nn.Module, blocks: list[nn.Module], fill: Fill) -> None:
         """See `Layout`. Each block is a unit; all other parameters form the last unit. Nothing is communicated.
 

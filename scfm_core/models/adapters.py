@@ -38,6 +38,10 @@ class LoRAConfig:
     """Initial values of A, as PEFT draws them; B is always zero. `kaiming`: uniform in +-1/sqrt(inputs). `gaussian`: normal with
     standard deviation 1/rank, in every layer (the authors' code). In the wide layers of large models `gaussian` is larger, so the
     same learning rate changes the network more: 1.5 times at 3072 inputs and rank 64, 3 times at 15360."""
+    start: str | None = None
+    """Weights that student and averages start from instead: the folder of another run (its newest checkpoint, weights of its
+    `sample.weights`), a checkpoint, or a safetensors file of an adapter such as `scfm export` writes. It must have this `rank` and these
+    `targets`; another `alpha` is accounted for. A run that resumes takes its own checkpoint."""
 
     def __post_init__(self) -> None:
         if self.rank < 1 or not self.alpha > 0:
@@ -214,12 +218,21 @@ class LoRABank:
                     for side, factor in zip("AB", layer.factors(adapter), strict=True):
                         self._draw(f"{name}.lora_{side}.{adapter}.weight", factor.detach().view(-1), 0)
 
-    def filling(self, base: Fill) -> Fill:
-        """Fills the adapted network: its own weights from `base`, which has their names before adaptation, and the adapters."""
+    def filling(self, base: Fill, student: Fill | None = None) -> Fill:
+        """Fills the adapted network: its own weights from `base`, which has their names before adaptation, and the adapters.
+
+        Args:
+            base: of the pre-trained weights.
+            student: of the student and its averages, by canonical name; None: initial values. A fake score always has these.
+        """
 
         def fill(name: str, part: Tensor, start: int) -> None:
             if ".lora_A." in name or ".lora_B." in name:
-                self._draw(name, part, start)
+                factor, adapter, _ = name.rsplit(".", 2)
+                if student is not None and adapter in ADAPTERS:
+                    student(f"{factor}.weight", part, start)
+                else:
+                    self._draw(name, part, start)
             else:
                 base(name.replace(".base_layer.", "."), part, start)
 

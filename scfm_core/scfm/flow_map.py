@@ -57,7 +57,7 @@ def flow_map_velocity(
 
     Returns:
         `known` with the targets of flow-map rows, [B, ...], in the dtype of `noised`; rows of other slices are zero without `known`.
-        With `flow_map.weight` the targets are moved towards `prediction`, so that the mean squared error has this factor.
+        With `flow_map.weight` the targets are moved towards `prediction`, so that the gradient has this factor.
     """
     known = torch.zeros_like(noised) if known is None else known.to(noised.dtype)
     rows = plan.flow_map_rows or [0] * is_sharded
@@ -65,8 +65,8 @@ def flow_map_velocity(
         return known
     target = _lagrangian if plan.config.flow_map.form == "lagrangian" else _eulerian
     jump = _Jump(plan, rows, noised, prediction, cond, student)
-    # The squared distance to the prediction, and so loss and gradient, have the weight as a factor.
-    return put_rows(known, plan.flow_map_rows, torch.lerp(jump.velocity, target(jump), jump.settings.weight**0.5))
+    # The distance to the prediction, and so the gradient, has the weight as a factor; the loss has its square.
+    return put_rows(known, plan.flow_map_rows, torch.lerp(jump.velocity, target(jump), jump.settings.weight))
 
 
 class _Jump:

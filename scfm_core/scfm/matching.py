@@ -31,7 +31,7 @@ SMALLEST = 1e-3
 
 @dataclass(frozen=True, kw_only=True)
 class Images:
-    """The student's images of the matching rows of a micro-batch, without gradient. n rows; in a sharded run row 0 if there is none."""
+    """The student's images of the n matching rows of a micro-batch, without gradient; of row 0 if there is none."""
 
     rows: list[int]
     """Their numbers in the micro-batch."""
@@ -49,21 +49,15 @@ class Images:
     fake_level: Tensor
 
 
-def student_images(plan: ShortcutPlan, noised: Tensor, prediction: Tensor, *, is_sharded: bool = True) -> Images | None:
+def student_images(plan: ShortcutPlan, noised: Tensor, prediction: Tensor) -> Images:
     """Where the jumps of matching rows end.
 
     Args:
         plan: gives the rows and their jumps.
         noised: x at `plan.sigma_start`, [B, ...].
         prediction: the student's velocity there, [B, ...]; its gradient is not used.
-        is_sharded: every process must enter the networks: without such rows, row 0 stands for them.
-
-    Returns:
-        None if no row has an image.
     """
-    rows = plan.matching_rows or [0] * is_sharded
-    if not rows:
-        return None
+    rows = plan.matching_rows or [0]
     names = ("sample_ids", "sigma_start", "level", "fake_level")
     of_rows = {name: take_rows(getattr(plan, name), rows) for name in names}
     clean = euler_step(take_rows(noised, rows), take_rows(prediction.detach(), rows), of_rows["sigma_start"])
@@ -79,7 +73,7 @@ def student_images(plan: ShortcutPlan, noised: Tensor, prediction: Tensor, *, is
 @torch.no_grad()
 def matching_velocity(
     plan: ShortcutPlan,
-    images: Images | None,
+    images: Images,
     prediction: Tensor,
     real: tuple[Velocity, Any],
     fake: tuple[Velocity, Any],
@@ -101,8 +95,6 @@ def matching_velocity(
         `known` with the targets of matching rows, fp32 [B, ...]; rows of other slices are zero without `known`.
     """
     known = torch.zeros_like(prediction, dtype=torch.float32) if known is None else known
-    if images is None:
-        return known
     clean, level = images.clean, images.level
     noise = sample_noise(clean, images.sample_ids, seed, Stream.SCORES)
     noised = noise_latents(clean, noise, level)

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from scfm_core.train.device import compute_dtype
 from scfm_core.train.kernels import Kernels
 from scfm_core.train.network import compile_blocks, set_activation_checkpointing
 from scfm_core.train.rules import check_model, check_shards, micro_batches
+from scfm_core.train.start import open_start
 from scfm_core.train.trace import forward_of
 
 
@@ -87,6 +89,7 @@ def build_model(
     world: World | None = None,
     with_teacher: bool = True,
     fill: Fill | None = None,
+    adapters_from: Path | None = None,
 ) -> ShortcutModel:
     """For training: student, EMAs and teacher. For sampling: the weights of `sample.weights`, and the teacher.
 
@@ -103,6 +106,7 @@ def build_model(
         world: the processes, each of which calls this.
         with_teacher: load the teacher of full weights, if the run has one; for sampling also if it made the stored paths.
         fill: writes all weights, in place of the files and the initial values.
+        adapters_from: the weights that adapters start from; see `find_start`.
 
     Raises:
         UserError: on every rank, if weights are missing or damaged, or do not fit the configuration.
@@ -117,10 +121,13 @@ def build_model(
             shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
             start, pretrained = (fill, fill) if fill else _weights(config, family, network, stack, has_teacher)
             adapted = _adapted(config, family, network, layout) if is_lora else None
+            own = None
+            if adapted is not None and adapters_from is not None:
+                own = open_start(adapters_from, config, family, adapted.shapes())
         if adapted is not None:
             number = config.model.offload_blocks if layout is not None else 0
             fill_on_host(spread(family.blocks(network), number))
-            prepare(network, True, fill or adapted.bank.filling(start))
+            prepare(network, True, fill or adapted.bank.filling(start, own))
             if number:  # `prepare` may have replaced the blocks
                 Offload(spread(family.blocks(network), number), device)
             _after_filling(config, family, adapted, layout)

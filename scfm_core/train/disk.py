@@ -22,7 +22,7 @@ def checkpoint_bytes(config: RunConfig, shapes: Collection[tuple[int, ...]], wor
 
     Args:
         config: the run.
-        shapes: of the trained tensors.
+        shapes: of the student's tensors; a fake score has the same.
         world: number of processes.
     """
     trained = float(sum(math.prod(shape) for shape in shapes))
@@ -35,16 +35,20 @@ def checkpoint_bytes(config: RunConfig, shapes: Collection[tuple[int, ...]], wor
         ]
         return groups * sum(min(share.weights, number) for number in rows)
 
+    roles = 1 + config.method.has_matching
+    fake = ", fake score" if roles > 1 else ""
     if config.engine.name == "fsdp2":
+        groups = 2 + 3 * roles
         return {
-            "dcp/*.distcp (student, EMAs, Adam)": 20 * trained + _ITEM * items(5),
-            "dcp/.metadata": float(_ITEM_METADATA * items(5)),
+            f"dcp/*.distcp (student, EMAs, Adam{fake})": 4 * groups * trained + _ITEM * items(groups),
+            "dcp/.metadata": float(_ITEM_METADATA * items(groups)),
         }
     is_3 = share.weights > 1 or config.engine.zero_stage == 3
     model = world * _ZERO_3_TENSOR * len(shapes) if is_3 else 4 * trained + _ZERO_TENSOR * len(shapes)
+    model *= roles
     return {
-        "*optim_states.pt (masters, Adam)": 12 * trained + world * _ZERO_RANK,
-        "*model_states.pt" + ("" if is_3 else " (student)"): float(model),
+        "*optim_states.pt (masters, Adam)": 12 * roles * trained + world * _ZERO_RANK,
+        "*model_states.pt" + ("" if is_3 else f" (student{fake})"): float(model),
         "dcp/*.distcp (EMAs)": 8 * trained + _ITEM * items(2),
         "dcp/.metadata": float(_ITEM_METADATA * items(2)),
     }

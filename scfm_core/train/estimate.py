@@ -96,7 +96,7 @@ def estimate(config: RunConfig, family: ModelFamily, world: int = 1, traced: Tra
     adapted, trained, lora = 0, base, 0.0
     if config.train.weights == "lora":
         try:
-            bank = LoRABank(network, config.lora)
+            bank = LoRABank(network, config.lora, with_fake=config.method.has_matching)
         except ValueError as error:
             raise UserError(str(error)) from error
         factors = bank.parameters("student")

@@ -17,23 +17,20 @@ from scfm_core.train.config import RunConfig
 class MatchingStep:
     """The part of a micro-batch that matches the teacher's distribution: `begin`, `targets`, and after the student's backward `fake_loss`.
 
+    Without matching rows its passes run on row 0, and nothing comes of them: every process enters the networks equally often, and
+    computes gradients in the same order. Sharded weights need that, and so does ZeRO-2.
+
     Args:
         config: the run, with matching rows.
         model: with a fake score.
-        is_sharded: every process must enter the networks equally often, and make gradients in the same order.
     """
 
-    def __init__(self, config: RunConfig, model: ShortcutModel, *, is_sharded: bool) -> None:
-        self._settings, self._seed, self._batch = (
-            config.method.matching,
-            config.run.seed,
-            config.train.global_batch_size,
-        )
-        self._family, self._model, self._is_sharded = model.family, model, is_sharded
+    def __init__(self, config: RunConfig, model: ShortcutModel) -> None:
+        self._settings, self._family = config.method.matching, model.family
+        self._seed, self._batch = config.run.seed, config.train.global_batch_size
         self.real = functools.partial(model.velocity, "teacher")
         self.fake = functools.partial(model.velocity, "fake")
-        self._images: Images | None = None
-        self._cond: Conditioning | None = None
+        self._images: tuple[Images, Conditioning] | None = None
 
     def begin(self, plan: ShortcutPlan, noised: Tensor, prediction: Tensor, cond: Conditioning) -> None:
         """Keep the student's images of a micro-batch, made from its pass with gradient.
@@ -42,8 +39,8 @@ class MatchingStep:
             plan, noised, prediction: see `student_images`.
             cond: of all rows. The fake score takes one pass, so it is guided only if guidance is an input of the network.
         """
-        self._images = student_images(plan, noised, prediction, is_sharded=self._is_sharded)
-        self._cond = cond.with_guidance(plan.guidance if self._family.passes == 1 else None)
+        of_fake = cond.with_guidance(plan.guidance if self._family.passes == 1 else None)
+        self._images = student_images(plan, noised, prediction), of_fake
 
     def targets(self, plan: ShortcutPlan, prediction: Tensor, known: Tensor | None, first_sample: int) -> Tensor:
         """`known` with the targets of matching rows, fp32 [B, ...]; no gradient.
@@ -55,20 +52,20 @@ class MatchingStep:
         if not self._settings.teaches_student(first_sample // self._batch):
             known = torch.zeros_like(prediction, dtype=torch.float32) if known is None else known
             return torch.where(per_sample(plan.is_matching, known), prediction.detach().to(known.dtype), known)
-        assert self._cond is not None, "begin comes first"
+        assert self._images is not None, "begin comes first"
+        images, cond = self._images
         guidance: Tensor | None = plan.guidance
         if self._family.passes == 2:
             share, neutral = self._settings.guidance_share, self._family.neutral_guidance
             guidance = neutral + share * (plan.guidance - neutral) if share > 0 else None
-        real, fake = (self.real, self._cond.with_guidance(guidance)), (self.fake, self._cond)
-        return matching_velocity(plan, self._images, prediction, real, fake, self._seed, known)
+        real, fake = (self.real, cond.with_guidance(guidance)), (self.fake, cond)
+        return matching_velocity(plan, images, prediction, real, fake, self._seed, known)
 
     def fake_loss(self, meter: LossMeter) -> Tensor:
         """The fake score's loss on the student's images: the sum over the matching rows divided by all rows, a scalar in fp32."""
-        if self._images is None:  # nothing to learn from: a gradient of zero
-            return torch.stack([factor.sum() for factor in self._model.parameters("fake").values()]).sum() * 0.0
-        assert self._cond is not None, "begin comes first"
-        losses = fake_losses(self._images, (self.fake, self._cond), self._seed)
-        if self._images.share > 0:
+        assert self._images is not None, "begin comes first"
+        images, cond = self._images
+        losses = fake_losses(images, (self.fake, cond), self._seed)
+        if images.share > 0:
             meter.add_fake(losses)
-        return losses.mean() * self._images.share
+        return losses.mean() * images.share

@@ -81,7 +81,7 @@ def estimate_memory(
         network: on the meta device, adapted if the run trains adapters.
         rows: input rows of each linear for one sample, by name.
         base: number of parameters of the pre-trained network.
-        trained: number of trained parameters.
+        trained: number of trained parameters of the student; a fake score has as many.
         world: number of processes.
         a_node: number of processes of one node.
     """
@@ -92,17 +92,23 @@ def estimate_memory(
     model, blocks = config.model, family.blocks(network)
     on_host, slots = offloaded_bytes(network, blocks, model.offload_blocks, model.base, width)
     saved = sum(saved_bytes(network, blocks, model.base, width).values()) + on_host - slots
+    roles = 1 + config.method.has_matching
     weights = {
         "frozen base" if lora else "teacher": (base * width - saved) * has_teacher / share.weights,
         "fp8 copies of it": _fp8_copies(network, rows) * (config.kernels.fp8 and config.model.base == "bfloat16"),
         "student (fp32)": 4 * trained / share.weights,
         "EMAs, fast and slow (fp32)": 8 * trained / share.weights,
+        **({"fake score (fp32)": 4 * trained / share.weights} if roles > 1 else {}),
     }
     optimizer = {
         # Stages 1 and 2 update a copy of their shard and write it back; ZeRO-3's shards are the weights themselves.
-        "optimizer's masters (fp32)": 4 * trained / world * (zero and (engine.zero_stage < 3 or engine.cpu_offload)),
-        "gradients (fp32)": 4 * trained / share.gradients,
-        "Adam (fp32)": 8 * trained / share.optimizer,
+        "optimizer's masters (fp32)": 4
+        * roles
+        * trained
+        / world
+        * (zero and (engine.zero_stage < 3 or engine.cpu_offload)),
+        "gradients (fp32)": 4 * roles * trained / share.gradients,
+        "Adam (fp32)": 8 * roles * trained / share.optimizer,
     }
     activations, size = activations_of(config, family), micro_batches(config, world).size
     copies = 2.0 * trained * (1 + config.method.is_student_first)  # the student's own beside those of the other passes
@@ -150,7 +156,12 @@ def _of_a_node(
     needs_captions = bool(config.sample.every) or config.method.caption_dropout > 0 or family.passes == 2
     # With a cache, rank 0 alone encodes the prompts. Data that are no cache are encoded by every process.
     encoders = a_node if needs_encoders(config) else int(needs_captions)
-    state = 20 * trained / shares(config, world).weights * config.checkpoint.asynchronous
+    state = (
+        (32 if config.method.has_matching else 20)
+        * trained
+        / shares(config, world).weights
+        * config.checkpoint.asynchronous
+    )
     return {
         **{name: a_node * size for name, size in offloaded.items()},
         "weights while loading": float(readers * min(CHUNK, 4 * trained)),
@@ -172,6 +183,7 @@ def _gathered(
     blocks = family.blocks(network)
     sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
     trained = max(sum(p.numel() for p in block.parameters() if p.requires_grad) for block in blocks)
+    trained //= 1 + config.method.has_matching  # a backward has gradients of one role
     return {
         "gathered weights": float(width * (total - sum(sizes) + 2 * max(sizes))),
         "gradients of a block, and their sum (fp32)": float((width + 4) * trained),

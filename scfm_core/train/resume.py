@@ -20,6 +20,7 @@ _FREE_KEYS = (
     "data.cache",
     "data.max_bad_fraction",
     "lora.init",  # the weights of a run that resumes come from its checkpoint
+    "lora.start",
     "train.steps",
     "train.lr",  # a change of these two affects the result: it is printed
     "train.clip_norm",
@@ -81,6 +82,15 @@ def check_same_recipe(
             rules += (
                 "\nThe number of processes and train.micro_batch_size may change, train.global_batch_size may not: it defines "
                 "a step and the position in the data"
+            )
+        if "method.matching_fraction" in refused and 0 in (
+            left["method.matching_fraction"],
+            right["method.matching_fraction"],
+        ):
+            has = "no" if left["method.matching_fraction"] == 0 else "a"
+            rules += (
+                f"\nThis checkpoint has {has} fake score. To train its adapters on with other rows, start another run with "
+                f"lora.start={where.parent.parent}"
             )
         if data:
             rules += "\nTo continue with other data, from their first sample, start with --allow-data-change"

@@ -27,6 +27,8 @@ def broken_rules(config: RunConfig) -> Iterator[str]:
     yield from _broken_by_base(config)
     if config.model.init == "random" and not is_full:
         yield "model.init=random leaves nothing for adapters to adapt. Set train.weights=full"
+    if config.lora.start is not None and is_full:
+        yield "lora.start has weights of adapters, but train.weights=full trains none. Set lora.start=none, or train.weights=lora"
     if config.model.init == "random" and config.model.adapters:
         yield "model.adapters are fused into pre-trained weights, which model.init=random does not use. Remove one of them"
     if sample.teacher_steps and is_full and not method.has_teacher:

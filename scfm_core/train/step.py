@@ -33,28 +33,16 @@ class Objective:
         is_sharded: the weights are gathered for each pass. Then every process runs the same passes, also without a row for
             them. Otherwise the passes without gradient run in inference mode: weights gathered in it could not be used by a
             pass with gradient.
-        is_in_order: gradients are summed in the order of the backward pass. Then every process runs the fake score's, also without
-            a row for it.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        model: ShortcutModel,
-        encoder: BatchEncoder,
-        *,
-        is_sharded: bool,
-        is_in_order: bool = False,
-    ) -> None:
+    def __init__(self, config: RunConfig, model: ShortcutModel, encoder: BatchEncoder, *, is_sharded: bool) -> None:
         self.model, self.encoder = model, encoder
         self._method, self._seed = config.method, config.run.seed
         self._is_sharded, self._in_inference_mode = is_sharded, not is_sharded
         self._near, self._far = model.near_velocity, model.far_velocity
         self._student = functools.partial(model.velocity, "student")  # without gradient, at any strength
         self._teacher = functools.partial(model.velocity, "teacher")
-        self.matching = (
-            MatchingStep(config, model, is_sharded=is_sharded or is_in_order) if config.method.has_matching else None
-        )
+        self.matching = MatchingStep(config, model) if config.method.has_matching else None
         if config.method.near == "student":
             self._near = model.teacher_velocity
         if config.kernels.cuda_graphs:

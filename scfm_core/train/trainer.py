@@ -29,6 +29,7 @@ from scfm_core.train.kernels import Kernels
 from scfm_core.train.prompts import validation_prompts
 from scfm_core.train.rules import micro_batches
 from scfm_core.train.sources import Sources
+from scfm_core.train.start import find_start
 from scfm_core.train.state import Progress, RunState
 from scfm_core.train.step import Objective
 from scfm_core.train.stop import SIGNALS, StopRequest
@@ -90,6 +91,9 @@ class Trainer:
         with self.world.together():
             layout = build_layout(config, self.world, self.device)
         beat("the networks")
+        start = None
+        if config.lora.start is not None and resume is None and sources.fill is None:
+            start = find_start(config.lora.start, self.world)
         with self.world.together():
             self.model = build_model(
                 config,
@@ -99,14 +103,13 @@ class Trainer:
                 layout=layout,
                 world=self.world,
                 fill=sources.fill,
+                adapters_from=start,
             )
         with self.world.together():
             beat("the engine")
             self.engine = build_engine(config, self.model, layout, self.world)
         same_patience()  # of the groups that layout and engine made
-        self.objective = Objective(
-            config, self.model, self.encoder, is_sharded=layout.is_sharded, is_in_order=layout.is_in_order
-        )
+        self.objective = Objective(config, self.model, self.encoder, is_sharded=layout.is_sharded)
         self.emas = DualEMA(
             *(self.engine.ema_tensors(role) for role in ("student", "ema_fast", "ema_slow")), config=config.ema
         )

@@ -17,6 +17,7 @@ from scfm_core.train.checkpoint import find_checkpoint, load_checkpoint
 from scfm_core.train.run_dir import checkpoint_path
 
 GROUPS = ("student", "ema_fast", "ema_slow", "exp_avg", "exp_avg_sq")
+FAKE_GROUPS = ("fake", "fake_exp_avg", "fake_exp_avg_sq")
 
 
 def curves(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
@@ -25,13 +26,16 @@ def curves(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
 
 INTERRUPTED = [(name, weights) for name in ("fsdp2", "zero2", "zero3") for weights in ("lora", "full")]
 INTERRUPTED += [("replicas", "lora"), ("zero1", "full"), ("fsdp2 async", "full")]
+INTERRUPTED += [("fsdp2", "lora, matching"), ("zero3", "lora, matching")]
 
 
 @pytest.mark.parametrize(("name", "weights"), INTERRUPTED)
 def test_interrupted_equals_uninterrupted(name, weights, tiny, tmp_path):
     """N + M steps against N, restart, M: bitwise, on every engine, with guard, restart of the EMAs and a schedule; adapters also with
-    flow-map rows."""
-    flow_map = {"method__step_gain": {"gamma": 0.5}, "method__flow_map_fraction": 0.3} if weights == "lora" else {}
+    flow-map rows, or with matching rows and their fake score."""
+    rows = "matching" if "matching" in weights else "flow_map"
+    weights = weights.partition(",")[0]
+    method = {"method__step_gain": {"gamma": 0.5}, f"method__{rows}_fraction": 0.3} if weights == "lora" else {}
     tree = make_tree(
         tiny,
         tmp_path / "a",
@@ -42,7 +46,7 @@ def test_interrupted_equals_uninterrupted(name, weights, tiny, tmp_path):
         train__steps=4,
         checkpoint__asynchronous=name.endswith("async"),
         ema={"restart_every": 3},
-        **flow_map,
+        **method,
     )
     [whole, _] = run_distributed(train_all, 2, tree, 2)
     # All that a run that ended after step 2 leaves.
@@ -61,23 +65,51 @@ def test_interrupted_equals_uninterrupted(name, weights, tiny, tmp_path):
 CHAIN = [(2, "zero2"), (1, "zero3"), (4, "fsdp2"), (2, "zero1"), (1, "fsdp2"), (2, "zero3")]
 
 
-@pytest.mark.parametrize(("weights", "chain"), [("lora", CHAIN), ("full", CHAIN[1:4])], ids=["lora", "full"])
-def test_a_run_moves_between_engines_and_world_sizes(weights, chain, tiny, tmp_path):
+MATCHING = {"method__step_gain": {"gamma": 0.5}, "method__matching_fraction": 0.4}
+MOVES = {"lora": ("lora", CHAIN, {}), "full": ("full", CHAIN[1:4], {}), "matching": ("lora", CHAIN[:3], MATCHING)}
+
+
+@pytest.mark.parametrize(("weights", "chain", "method"), MOVES.values(), ids=MOVES)
+def test_a_run_moves_between_engines_and_world_sizes(weights, chain, method, tiny, tmp_path):
     """2 -> 1 -> 4 processes, ZeRO-2 -> ZeRO-3 -> FSDP2 and on: the losses are those of a run that never moved."""
     tree = make_tree(
-        tiny, tmp_path / "still", train__weights=weights, train__steps=len(chain), train__micro_batch_size=8
+        tiny, tmp_path / "still", train__weights=weights, train__steps=len(chain), train__micro_batch_size=8, **method
     )
     [still] = run_distributed(train_all, 1, tree)
     moved: list[dict[str, Any]] = []
     for leg, (world_size, name) in enumerate(chain, 1):
-        tree = make_tree(tiny, tmp_path / "moved", train__weights=weights, engine=ENGINES[name])
+        tree = make_tree(tiny, tmp_path / "moved", train__weights=weights, engine=ENGINES[name], **method)
         tree["train"] |= {"steps": leg, "micro_batch_size": 8 // world_size}
         moved += run_distributed(train_all, world_size, tree)[0]
     assert [row["step"] for row in moved] == list(range(1, len(chain) + 1))
     for key in ("loss", "grad_norm"):
         assert [row[key] for row in moved] == pytest.approx([row[key] for row in still], rel=1e-5)
     left, right = tensors(tmp_path / "moved"), tensors(tmp_path / "still")
-    assert all(distance(left, right, group) < 1e-5 for group in GROUPS)
+    groups = (*GROUPS, *FAKE_GROUPS) if method else GROUPS
+    assert all(distance(left, right, group) < 1e-5 for group in groups)
+
+
+def save_the_start(tree: dict[str, Any]) -> None:
+    """In a rank: a checkpoint before the first step."""
+    with joined_trainer(tree) as trainer:
+        trainer.state.save()
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "zero3"])
+def test_adapters_start_from_another_run(name, tiny, tmp_path_factory, tmp_path):
+    """`lora.start` on two processes: each fills its own part. A fake score starts as the teacher."""
+    source = source_run("fsdp2", tiny, tmp_path_factory)
+    start = {"lora__start": str(source), "train__micro_batch_size": 4, **MATCHING}
+    run_distributed(save_the_start, 2, make_tree(tiny, tmp_path / "run", engine=ENGINES[name], **start))
+    begun, trained = tensors(tmp_path / "run"), tensors(source)
+    for key, value in begun.items():
+        group, _, factor = key.partition(".")
+        if group in ("student", "ema_fast", "ema_slow"):
+            assert torch.equal(value, trained[f"student.{factor}"]), key
+        elif group != "fake" or "lora_B" in key:
+            assert not value.any(), key
+        else:
+            assert value.any(), key
 
 
 def save_and_tell(tree: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -161,17 +193,19 @@ def test_deepspeeds_own_tool_reads_the_checkpoint(tiny, tmp_path):
         assert all(torch.equal(state[module_name(key)], value) for key, value in ours.items())
 
 
-@pytest.mark.parametrize("source", ["fsdp2", "zero2", "zero3"])
+@pytest.mark.parametrize("source", ["fsdp2", "zero2", "zero3", "fsdp2, matching"])
 @pytest.mark.parametrize(("kind", "stage", "ranks"), [("dcp", 2, 1), ("zero", 1, 3), ("zero", 3, 4)])
 def test_convert_keeps_every_bit(source, kind, stage, ranks, tiny, tmp_path_factory, tmp_path):
+    run_dir = source_run(source, tiny, tmp_path_factory)
+    engine, _, matching = source.partition(", ")
     tree = make_tree(
         tiny,
-        source_run(source, tiny, tmp_path_factory),
-        engine=ENGINES[source],
+        run_dir,
+        engine=ENGINES[engine],
         train__micro_batch_size=4,
         train__steps=2,
+        **(MATCHING if matching else {}),
     )
-    run_dir = Path(tree["run"]["dir"])
     made = convert(run_dir, tmp_path / "new", kind, stage, ranks)
     assert made == find_checkpoint(tmp_path / "new")
     left, right = tensors(tmp_path / "new"), tensors(run_dir)
@@ -197,7 +231,9 @@ def source_run(name: str, tiny: Path, factory: pytest.TempPathFactory) -> Path:
     """A finished run on two processes, one for all tests."""
     if name not in _SOURCES:
         run_dir = factory.mktemp("source") / "run"
-        tree = make_tree(tiny, run_dir, engine=ENGINES[name], train__micro_batch_size=4, train__steps=2)
+        engine, _, matching = name.partition(", ")
+        method = MATCHING if matching else {}
+        tree = make_tree(tiny, run_dir, engine=ENGINES[engine], train__micro_batch_size=4, train__steps=2, **method)
         run_distributed(train_all, 2, tree)
         _SOURCES[name] = run_dir
     return _SOURCES[name]

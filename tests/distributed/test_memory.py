@@ -38,21 +38,26 @@ def held(tree: dict[str, Any]) -> dict[str, int]:
         def counted_backward(loss: torch.Tensor) -> None:
             backward(loss)
             # Between micro-batches: ZeRO-1 keeps whole gradients here, ZeRO-2 and 3 this rank's part.
-            kept = [local(p.grad) for p in model.parameters("student").values() if p.grad is not None]
+            trained = [p for role in model.trained for p in model.parameters(role).values()]
+            kept = [local(p.grad) for p in trained if p.grad is not None]
             gradients.append(size([*kept, *(engine._zero.reduced_gradients() if hasattr(engine, "_zero") else ())]))
 
         def step(lr: float) -> None:
             found["gradients (fp32)"] = max(gradients)
-            trained = {id(p) for role in ("student", "ema_fast", "ema_slow") for p in model.parameters(role).values()}
+            roles = {*model.trained, "ema_fast", "ema_slow"}
+            trained = {id(p) for role in roles for p in model.parameters(role).values()}
             frozen = [p for network in model.networks.values() for p in network.parameters() if id(p) not in trained]
             found["frozen base"] = found["teacher"] = size(map(local, frozen))
             found["student (fp32)"] = size(map(local, model.parameters("student").values()))
+            found["fake score (fp32)"] = size(
+                local(p) for role in model.trained[1:] for p in model.parameters(role).values()
+            )
             found["EMAs, fast and slow (fp32)"] = size(
                 local(p) for role in ("ema_fast", "ema_slow") for p in model.parameters(role).values()
             )
             if hasattr(engine, "_zero"):
                 states = [engine._zero.adam_state(master) for master in engine._zero.masters]
-                weights = {local(p).data_ptr() for p in model.parameters("student").values()}
+                weights = {local(p).data_ptr() for role in model.trained for p in model.parameters(role).values()}
                 own = [master for master in engine._zero.masters if master.data_ptr() not in weights]
                 found["optimizer's masters (fp32)"] = size(own) if engine._stage < 3 else 0
             else:
@@ -69,20 +74,25 @@ def held(tree: dict[str, Any]) -> dict[str, int]:
         return found
 
 
-@pytest.mark.parametrize(("weights", "dtype"), [("lora", "float32"), ("full", "bfloat16")])
-@pytest.mark.parametrize("name", CASES)
-def test_the_estimate_is_within_a_tenth(name, weights, dtype, tiny, tmp_path):
+MATCHING = {"method__step_gain": {"gamma": 0.5}, "method__matching_fraction": 0.4}
+KINDS = [("lora", "float32", {}), ("full", "bfloat16", {})]
+RUNS = [(name, *kind) for name in CASES for kind in KINDS]
+RUNS += [(name, "lora", "float32", MATCHING) for name in ("one", "zero2", "zero3")]
+
+
+@pytest.mark.parametrize(("name", "weights", "dtype", "method"), RUNS)
+def test_the_estimate_is_within_a_tenth(name, weights, dtype, method, tiny, tmp_path):
     world_size, engine = CASES[name]
     tree = make_tree(
         tiny, tmp_path / "run", engine=engine, train__steps=1, train__weights=weights, train__compute_dtype=dtype,
-        train__micro_batch_size=4 // world_size,
+        train__micro_batch_size=4 // world_size, **method,
     )  # fmt: skip
     tree["lora"]["rank"] = 16  # a checkpoint of some 500 kB, of which most are tensors
     whole = estimate(parse_config(tree, "test"), open_family(str(tiny / "flux")), world_size)
     expected = whole.memory
     measured = run_distributed(held, world_size, tree)[0]
     parts = ("frozen base" if weights == "lora" else "teacher", "student (fp32)", "EMAs, fast and slow (fp32)",
-             "optimizer's masters (fp32)", "gradients (fp32)", "Adam (fp32)")  # fmt: skip
+             "fake score (fp32)", "optimizer's masters (fp32)", "gradients (fp32)", "Adam (fp32)")  # fmt: skip
     compared = {part: (expected.get(part, 0), measured.get(part, 0)) for part in parts}
     for part, (wanted, got) in compared.items():
         assert got == pytest.approx(wanted, rel=0.1), (part, compared)

@@ -180,7 +180,7 @@ def test_a_fake_score_beside_the_student(name, tiny, tmp_path):
     actual = tensors(tmp_path / "run")
     assert actual.keys() == expected.keys()
     for group in (*GROUPS, *FAKE_GROUPS):
-        assert distance(actual, expected, group) < 1e-4, group
+        assert distance(actual, expected, group) < 1e-5, group
 
 
 _MATCHED: dict[str, Any] = {}

@@ -2,14 +2,17 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from small_emoji import StandIn, make_small
 
 from recipes import emoji_images
 from recipes.cli import main
 from recipes.emoji_classifier import EmojiClassifier, accuracy_of, extractor, train_classifier, trained_classifier
 from recipes.emoji_images import GLYPHS, GROUNDS, NAMES, SIZE, SIZES, Drawn, Font, Pair, draw, pair_of, pairs
+from recipes.side_by_side import side_by_side
 from scfm_core.errors import UserError
 from scfm_core.models.encoders import load_tokenizer
 from scfm_core.models.families import open_family
@@ -118,6 +121,7 @@ def test_from_images_to_a_teacher(tmp_path, monkeypatch, capsys):
     small += [
         "train.steps=1",
         "train.warmup_steps=0",
+        "train.lr=0.1",
         "evaluate.steps=[1]",
         "evaluate.teacher_steps=2",
         "sample.every=0",
@@ -129,6 +133,20 @@ def test_from_images_to_a_teacher(tmp_path, monkeypatch, capsys):
     assert (
         result["student"]["1"]["data_samples"] == len(others) == 8
     )  # of `evaluate.data`; the data of the run have more
+
+    picture, word = tmp_path / "arms.png", others[0]
+    other = tmp_path / "renamed" / "seed-0"
+    other.parent.mkdir()
+    other.symlink_to(tmp_path / "run")
+    side_by_side([tmp_path / "run", other], picture, [word], per_prompt=3, steps=[1, 2], cell=20)
+    assert word in capsys.readouterr().out
+    sheet = np.asarray(Image.open(picture))
+    blocks = [sheet[24:, -right : -right + 60] for right in (204, 136, 68)]  # undistilled, run, renamed
+    assert np.array_equal(blocks[1], blocks[2]) and not np.array_equal(blocks[0], blocks[1])
+    teacher = [block[52:72] for block in blocks]  # two rows above, and the gap
+    assert np.array_equal(teacher[0], teacher[1]) and teacher[0].std() > 0
+    with pytest.raises(UserError, match="two of the runs have the name 'run'"):
+        side_by_side([tmp_path / "run"] * 2, picture, [word], steps=[1])
 
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file() and path.name != ".lock"}
     assert main(words) == 0

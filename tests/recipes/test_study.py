@@ -124,6 +124,21 @@ def test_what_only_data_and_networks_tell_is_checked_before_the_training(make_co
         check_ready(["fid_data"], make_config({"evaluate.features_path": str(tmp_path)}))
 
 
+def test_a_second_stage_starts_from_a_run_of_the_same_seed(study, tmp_path, capsys):
+    """Which is made first, also if it is not asked for. Updates and passes of both count."""
+    arms = {"second": {"about": "x", "start": "first", "set": ["train.steps=2"]}, "first": {"about": "x"}}
+    study(arms=arms, seeds=[5], set=[*LITTLE, "evaluate.steps=[1]", "evaluate.noise_floor=false"])
+    assert main(["study", "small.yaml", "-o", "out", "--arms", "second"]) == 0
+    printed = capsys.readouterr().out
+    assert [line for line in printed.splitlines() if line.startswith("[")] == [
+        "[1/2] first, seed 5",
+        "[2/2] second, seed 5",
+    ]
+    start = load_config(tmp_path / "out" / "second" / "seed-5" / "config.yaml", stored=True).lora.start
+    assert start == str(tmp_path / "out" / "first" / "seed-5")
+    assert "| 1 | 3 | 2.00 | 60 |" in printed and "- `second`: x; starts from first" in printed
+
+
 def test_one_run_of_an_array(study, tmp_path, capsys):
     assert main(["study", "small.yaml", "-o", "out", "--only", "3"]) == 0
     assert [path.parent.name for path in (tmp_path / "out").rglob("evaluation.json")] == ["seed-5"]
@@ -240,9 +255,12 @@ def test_runs_with_other_settings_are_an_error(study, tmp_path, capsys):
 
 
 def test_a_run_that_fails_does_not_stop_the_others(study, tmp_path, capsys):
-    study(arms={"broken": {"about": "x", "set": ["data.path=nowhere"]}, "plain": {"about": "as it comes"}}, seeds=[0])
+    broken = {"about": "x", "set": ["data.path=nowhere"]}
+    study(arms={"broken": broken, "plain": {"about": "x"}, "after": {"about": "x", "start": "broken"}}, seeds=[0])
     assert main(["study", "small.yaml", "-o", "out"]) == 2
-    assert "1 runs failed; the same command tries them again:\n  broken, seed 0: " in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "2 runs failed; the same command tries them again:\n  broken, seed 0: " in error
+    assert "after, seed 0: it starts from broken, seed 0, which is not done" in error
     assert "| `plain` |" in (tmp_path / "out" / "study.md").read_text()
 
 

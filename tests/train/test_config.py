@@ -153,7 +153,7 @@ class TestDumping:
                 sigma_max=1.0,
             ),
             ema=EMAConfig(fast=0.9, slow=0.95, restart_every=1000),
-            lora=LoRAConfig(rank=4, alpha=1e-7, targets=r"blocks\.\d+: #.*", init="gaussian"),
+            lora=LoRAConfig(rank=4, alpha=1e-7, targets=r"blocks\.\d+: #.*", init="gaussian", start="~/a: #run"),
             train=TrainConfig(
                 weights="lora",
                 steps=9,

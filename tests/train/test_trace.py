@@ -75,12 +75,15 @@ def test_the_quick_estimate_is_within_a_tenth_of_the_trace(few_blocks, recipe, w
     assert ("reduce_scatter_base" in traced.collectives) == (world > 1)
 
 
-def test_what_is_in_memory_before_the_step_is_exact(few_blocks):
-    config = load_config("flux_dev_lora.yaml")
+@pytest.mark.parametrize("words", [[], [MATCHING]], ids=["lora", "with a fake score"])
+def test_what_is_in_memory_before_the_step_is_exact(few_blocks, words):
+    config = load_config("flux_dev_lora.yaml", words)
     traced = trace_step(config, micro_batches=1)
     formula = estimate(config, build_family(config, offline=True), traced=traced)
     assert formula.memory["frozen base"] == pytest.approx(traced.peak_by_part["frozen base"], rel=1e-3)
-    for part, name in (("Adam", "Adam (fp32)"), ("student", "student (fp32)"), ("EMAs", "EMAs, fast and slow (fp32)")):
+    names = {"Adam": "Adam (fp32)", "student": "student (fp32)", "EMAs": "EMAs, fast and slow (fp32)"}
+    names |= {"fake score": "fake score (fp32)", "gradients": "gradients (fp32)"} if words else {}
+    for part, name in names.items():
         assert traced.peak_by_part[part] == pytest.approx(formula.memory[name], rel=0.01)
     assert formula.cards[0].settings == () and formula.cards[0].memory == traced.peak
     assert formula.step_flops == traced.flops / traced.micro_batch_size
