@@ -116,8 +116,7 @@ def sample_plan(
     Raises:
         ValueError: if `dynamic_shift` is needed but missing, or so large that `sigma_max` clamps two points of a grid.
     """
-    draws = uniform(seed, sample_ids, Stream.PLAN, len(COLUMNS))
-    draw = dict(zip(COLUMNS, draws.unbind(1), strict=True))
+    draw = dict(zip(COLUMNS, uniform(seed, sample_ids, Stream.PLAN, len(COLUMNS)).unbind(1), strict=True))
     slices = draw_slices(config, draw["slice"])
     is_flow, is_trajectory, is_teacher = slices["flow"], slices["trajectory"], slices["teacher"]
     has_grid = ~is_flow & ~slices["flow_map"] & ~slices["matching"]
