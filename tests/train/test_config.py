@@ -204,7 +204,6 @@ class TestDumping:
             config,
             data=DataConfig(path="1e3", format="folder", buckets="auto"),
             method=PlanConfig(step_embedding=True, teacher_fraction=0.0),
-            lora=LoRAConfig(),
             train=TrainConfig(weights="full"),
             lora=LoRAConfig(),
             sample=SampleConfig(),
