@@ -82,8 +82,10 @@ def component_config(folder: Path, component: str, file: str = "config.json") ->
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"model.path: {path} is missing; {folder} is not a complete pipeline") from None
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"model.path: {path} is not valid JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise UserError(f"model.path: {path} is not a JSON object; download it again")
     return config
 
 
@@ -137,7 +139,7 @@ def adapter_metadata(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
             found: dict[str, Any] = json.loads((file.metadata() or {})["scfm"])
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not an adapter that `scfm export` has written") from error
     return found
 
