@@ -17,6 +17,7 @@ OUTSIDE = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "CONTRIBUTING.md",
     "CHANGELOG.md": "CHANGELOG.md",
+    "SECURITY.md": "SECURITY.md",
     "tests/benchmarks/RESULTS.md": "benchmarks.md",
     "tests/benchmarks/README.md": "benchmarks_readme.md",
 }

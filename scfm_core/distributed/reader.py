@@ -240,7 +240,7 @@ def _load(path: Path) -> dict[str, Any]:
     # torch.load would pass an archive of TorchScript to torch.jit.load, which runs code of it and asks no unpickler.
     if "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records():
         raise ValueError(f"{path.name} is an archive of TorchScript, which no checkpoint needs")
-    return dict(torch.load(path, map_location="cpu", mmap=True, weights_only=False, pickle_module=_PICKLE))
+    return dict(torch.load(path, map_location="cpu", mmap=True, weights_only=False, pickle_module=_PICKLE))  # nosec B614
 
 
 Pieces = dict[str, tuple[int, int, int]]

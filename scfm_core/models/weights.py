@@ -12,6 +12,7 @@ from torch import Tensor
 
 from scfm_core.errors import UserError
 from scfm_core.files import permit_reading, renamed_at_end
+from scfm_core.secrets import scrub
 
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 
@@ -64,7 +65,7 @@ def _download(repository: str) -> Path:
         snapshot_download(repository, revision=folder.name, allow_patterns=[GUIDANCE_MARK])  # the same commit
         return folder
     except Exception as error:  # the hub raises a dozen types; the user's remedy is the same for all
-        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        reason = scrub((str(error).strip().splitlines() or [""])[0])[:200]
         raise UserError(
             f"model.path: {repository!r} is not a local folder, and it could not be downloaded from the hub "
             f"({type(error).__name__}: {reason}). Check the name, the network and, for gated models, `hf auth login`"

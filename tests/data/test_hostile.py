@@ -673,7 +673,7 @@ class TestManifest:
         manifest["samples"] = manifest["shards"][0]["samples"] = samples
         manifest["shards"][0]["sizes"] = [[16, 24, samples]]
         (folder / MANIFEST).write_text(json.dumps(manifest))
-        with pytest.raises(UserError, match="manifest|holds 3 samples"), memory_limit(300 << 20), time_limit(20):
+        with pytest.raises(UserError, match=r"manifest|holds 3 samples"), memory_limit(300 << 20), time_limit(20):
             Corpus(recipe(folder)).record(0)
 
 

@@ -171,10 +171,18 @@ def test_code_in_a_model_is_not_run(model: Path, canary: Path) -> None:
 
 
 def test_an_adapter_does_not_name_a_model_that_runs_code(model: Path, canary: Path, tmp_path: Path) -> None:
-    header = {"scfm": json.dumps({"base_model": str(model), "guidance": 1.0, "resolution": [16, 16]})}
+    values = {
+        "base_model": str(model),
+        "step_gain_gamma": None,
+        "shift": 3.0,
+        "guidance": 1.0,
+        "text_length": 8,
+        "resolution": [16, 16],
+    }
+    header = {"scfm": json.dumps(values)}
     save_file({"a": torch.zeros(1)}, tmp_path / "adapter.safetensors", header)
     (model / "evil.py").write_text(f"open({str(canary)!r}, 'w')\nclass Evil: ...\n")
     edit(model / "model_index.json", _class_name=["evil", "Evil"])
-    with pytest.raises((UserError, ValueError)):
+    with pytest.raises(UserError, match="the base model in"):
         load(tmp_path / "adapter.safetensors")
     assert not canary.exists()
