@@ -537,20 +537,20 @@ class TestMds:
         with pytest.raises(BadData, match="cannot be decompressed"):
             Corpus(recipe(mds, format="mds")).record(0)
 
-    @pytest.mark.parametrize("algorithm", ["zstd", "gz", "bz2", "br", "snappy"])
-    @pytest.mark.parametrize("claim", ["its own size", "terabytes"])
-    def test_a_shard_that_becomes_far_larger_when_decompressed(self, mds: Path, algorithm: str, claim: str) -> None:
+    @pytest.mark.parametrize("algorithm", ["zstd:1", "gz:1", "bz2:1", "br:1", "snappy", "zstd of terabytes"])
+    def test_a_shard_that_becomes_far_larger_when_decompressed(self, mds: Path, algorithm: str) -> None:
         """The index names the size; memory for more is not taken."""
         from streaming.base.compression import compress
 
-        bomb = compress(algorithm, bytes(300 << 20 if algorithm in ("zstd", "br") else 20 << 20))
+        algorithm, _, claim = algorithm.partition(" of ")
+        bomb = compress(algorithm, bytes(80 << 20))
         (mds / "bomb").write_bytes(bomb)
         packed = {"basename": "bomb", "bytes": len(bomb), "hashes": {}}
         edit_index(mds, lambda shard: shard.update(compression=algorithm, zip_data=packed))
-        if claim == "terabytes":
+        if claim:
             edit_index(mds, lambda shard: shard["raw_data"].update(bytes=10**13))
         (mds / "shard.00000.mds").unlink()
-        with pytest.raises(BadData, match=r"shard bomb cannot be decompressed \(.*bytes"), memory_limit(100 << 20):
+        with pytest.raises(BadData, match=r"shard bomb cannot be decompressed \(.*bytes"), memory_limit(64 << 20):
             Corpus(recipe(mds, format="mds")).record(0)
 
     @pytest.mark.parametrize("seed", range(3))
@@ -749,7 +749,7 @@ class TestCaptions:
         with pytest.raises(BadData, match=r"'0000' of shard .*x\.tar"):
             Corpus(recipe(write_dataset(tmp_path / "data", shard, 1), captions={"json.c": 1.0})).record(0)
 
-    @pytest.mark.parametrize(("name", "content"), [("txt", b"x"), ("json", b'{"c": "' + b"[" * 99)])
+    @pytest.mark.parametrize(("name", "content"), [("txt", b"x"), ("json", b"{")])
     def test_of_many_megabytes(self, tmp_path: Path, name: str, content: bytes) -> None:
         shard = tar_of(("0000.jpg", jpeg()), (f"0000.{name}", content.ljust(17 << 20)))
         field = "txt" if name == "txt" else "json.c"
