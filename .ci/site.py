@@ -25,7 +25,7 @@ OUTSIDE = {
 API = {
     "From Python": ["scfm_core.api"],
     "The method": [
-        "scfm_core.scfm.method", "scfm_core.scfm.plan", "scfm_core.scfm.target", "scfm_core.scfm.flow_map", "scfm_core.scfm.trajectory",
+        "scfm_core.scfm.method", "scfm_core.scfm.slices", "scfm_core.scfm.plan", "scfm_core.scfm.target", "scfm_core.scfm.flow_map", "scfm_core.scfm.matching", "scfm_core.scfm.trajectory",
         "scfm_core.scfm.ema", "scfm_core.scfm.restart", "scfm_core.scfm.loss",
     ],
     "Models": ["scfm_core.models.protocol", "scfm_core.models.adapters", "scfm_core.models.student"],
