@@ -118,7 +118,7 @@ class FlowMap:
 class Matching:
     """Matching rows: jumps to the image, whose images follow the teacher's distribution (`scfm/matching.py`)."""
 
-    weight: float = 1.0
+    weight: float = 0.3
     """Weight of these rows' gradient. A half gives the loss of DMD2 (Yin et al., arXiv 2405.14867)."""
     whole_fraction: float = 0.25
     """Share of these rows that jump the whole way from pure noise, h = 1. The others start where one jump of the student from pure

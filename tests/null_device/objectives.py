@@ -49,7 +49,7 @@ OBJECTIVES: dict[str, tuple[str, tuple[str, ...]]] = {
         "flux_dev_flow_map",
         (f"{_FLOW_MAP}form=eulerian", f"{_FLOW_MAP}difference=central"),
     ),
-    "half matching, half pairs": ("flux_dev_lora", ("method.matching_fraction=0.5", "method.teacher_fraction=0.2")),
+    "matching alone": ("flux_dev_lora", ("method.matching_fraction=1", "method.teacher_fraction=0")),
 }
 """Recipe and settings."""
 _TARGET = tuple(phase for phase in PASSES if phase not in ("student", "backward"))

@@ -205,6 +205,7 @@ class TestDumping:
             data=DataConfig(path="1e3", format="folder", buckets="auto"),
             method=PlanConfig(step_embedding=True, teacher_fraction=0.0),
             train=TrainConfig(weights="full"),
+            lora=LoRAConfig(),
             sample=SampleConfig(),
             ema=EMAConfig(restart_every="auto"),
             engine=EngineConfig(shard=4),
