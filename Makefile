@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 CORES := $(shell nproc)
 
-.PHONY: setup lock demo test test-fast coverage lint bench gpu gpu-wheels clean
+.PHONY: setup lock demo docs test test-fast coverage lint bench gpu gpu-wheels clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -60,6 +60,11 @@ lint: setup
 	$(BIN)/shellcheck -x slurm/*.sh slurm/clusters/*.env
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/codespell
+
+# The documentation as a site, in runs/site. `mkdocs serve` shows it while you write.
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: setup
+	$(BIN)/mkdocs build --strict --quiet
 
 bench: setup
 	failed=0; for script in tests/benchmarks/bench_*.py; do $(BIN)/python $$script || failed=1; done; exit $$failed

@@ -256,8 +256,8 @@ def _study(arguments: argparse.Namespace) -> None:
         run_study(
             arguments.study,
             arguments.output,
-            arguments.overrides,
-            arms=arguments.arms,
+            [*arguments.overrides, *(word for word in arguments.arms if "=" in word)],
+            arms=[word for word in arguments.arms if "=" not in word],
             only=arguments.only,
             execute=main,
             equal_passes=arguments.equal_passes,

@@ -28,6 +28,8 @@ _GRADIO = re.compile(
     r"queue/join|queue/data|run/predict))/?"
 )
 """The addresses of Gradio that the page needs. Under assets/ and static/ are its scripts, fonts and icons."""
+_LARGEST_BODY = 1 << 20
+"""Bytes of a request: the longest prompt has less. Gradio would read any number of them into memory."""
 _IMAGE = re.compile(r"/images/([\w-]+)/[^/]+")
 _HEADERS = {
     # The browser asks no other server than this one: Gradio's page names a script of a public server, for pages in frames.
@@ -88,7 +90,8 @@ def _listen(host: str, port: int) -> socket.socket:
 
 def address_of(listener: socket.socket, host: str) -> str:
     """What a browser on this machine opens."""
-    name = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    # It compares, and binds nothing.
+    name = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # nosec B104
     return f"http://{name}:{listener.getsockname()[1]}"
 
 
@@ -143,8 +146,11 @@ class _Gate:
                 message["headers"] = [*message.get("headers", ()), *_encoded(_HEADERS)]
             await send(message)
 
-        if not _is_from_here(dict(scope["headers"])):
+        headers = dict(scope["headers"])
+        if not _is_from_here(headers):
             await _respond(guarded, 403, b"this page answers to its own address only", {"content-type": "text/plain"})
+        elif not _is_small(headers):
+            await _respond(guarded, 413, b"this request is too large", {"content-type": "text/plain"})
         elif image := _IMAGE.fullmatch(path):
             await self._send_image(image[1], guarded)
         elif _GRADIO.fullmatch(path) and ".." not in path:
@@ -175,6 +181,14 @@ def _is_from_here(headers: dict[bytes, bytes]) -> bool:
         if name not in ("localhost", socket.gethostname().lower()):
             return False
     return not origin or urlsplit(origin).netloc == host
+
+
+def _is_small(headers: dict[bytes, bytes]) -> bool:
+    """Whether the body of a request is small. One in chunks does not say its length; browsers do not send such for this page."""
+    length = headers.get(b"content-length", b"0")
+    return (
+        b"transfer-encoding" not in headers and length.isdigit() and len(length) < 12 and int(length) <= _LARGEST_BODY
+    )
 
 
 async def _respond(send: Any, status: int, body: bytes, headers: dict[str, str]) -> None:

@@ -11,6 +11,7 @@ from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from scfm_core.errors import UserError
+from scfm_core.secrets import scrub
 
 _REASONS = {
     401: "the token is not valid; log in again with `hf auth login`",
@@ -102,5 +103,5 @@ def _status(error: Exception, part: str = "") -> int:
 
 def _said(error: BaseException) -> str:
     """Type and first line of an error."""
-    line = (str(error).strip().splitlines() or [""])[0][:200]
+    line = scrub((str(error).strip().splitlines() or [""])[0])[:200]  # an upload goes to a signed address
     return f"{type(error).__name__}: {line}" if line else type(error).__name__

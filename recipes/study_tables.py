@@ -70,7 +70,8 @@ def _about(study: Study, name: str) -> str:
 
 def markdown(record: Mapping[str, Any]) -> str:
     """The tables of a `study.json`, with their legend."""
-    tables = [_table(record, metric) for metric, lines in record["values"].items() if lines]
+    measured = [metric for metric, lines in record["values"].items() if lines]
+    tables = [_table(record, metric, with_cost=metric == measured[0]) for metric in measured]
     legend = [f"- `{name}`: {about}" for name, about in record["arms"].items()]
     text = "\n\n".join([*tables, NOTE, "\n".join(legend)]) + "\n"
     for metric, floor in record["floors"].items():
@@ -78,16 +79,18 @@ def markdown(record: Mapping[str, Any]) -> str:
     return text
 
 
-def _table(record: Mapping[str, Any], metric: str) -> str:
+def _table(record: Mapping[str, Any], metric: str, *, with_cost: bool) -> str:
     lines = {name: _by_steps({name: rows})[name] for name, rows in record["values"][metric].items()}
     columns = sorted({steps for rows in lines.values() for steps in rows})
-    heads = [*map(str, columns), "seeds", "updates", "passes for a target", "passes"]
+    heads = [*map(str, columns), "seeds", *(["updates", "passes for a target", "passes"] if with_cost else [])]
     table = [f"| {title(metric)} at steps | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     for name, rows in lines.items():
-        tail = ["", "", "", ""]
-        if name != BASE:
-            seeds, target = len(next(iter(rows.values()))), record["passes_for_target"][name]
-            tail = [str(seeds), f"{record['updates'][name]:,}", f"{target:.2f}", f"{record['passes'][name]:,.0f}"]
+        tail = ["" if name == BASE else str(len(next(iter(rows.values()))))]
+        if with_cost and name == BASE:
+            tail += ["", "", ""]
+        elif with_cost:
+            costs = (f"{record['updates'][name]:,}", f"{record['passes_for_target'][name]:.2f}")
+            tail += [*costs, f"{record['passes'][name]:,.0f}"]
         cells = [_cell(rows[n]) if n in rows else "" for n in columns]
         table.append("| " + " | ".join([name if name == BASE else f"`{name}`", *cells, *tail]) + " |")
     return "\n".join(table)

@@ -192,7 +192,7 @@ def tiny_t5(words: Sequence[str], width: int = 32) -> tuple[Any, Any]:
     from transformers import T5Config, T5EncoderModel, T5TokenizerFast
 
     vocabulary = {token: number for number, token in enumerate(("<pad>", "</s>", "<unk>", *words))}
-    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))  # nosec B106 # a word of the vocabulary
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     core.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     tokenizer = T5TokenizerFast(tokenizer_object=core, extra_ids=0, model_max_length=512)

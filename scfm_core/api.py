@@ -229,7 +229,12 @@ class AdapterModel(FewStepModel):
         target, folder = resolve_device(device), resolve_folder(found)
         logging.disable_progress_bar()  # "Loading pipeline components"
         dtype = torch.float32 if target.type == "cpu" else torch.bfloat16
-        pipe = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
+        try:
+            pipe = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"the base model in {folder} cannot be loaded: {error}. If a file is missing or damaged, download it again"
+            ) from error
         if run is not None:
             load_fused(pipe, run.model.adapters)
         self.pipe = with_steps(pipe.to(target), path)

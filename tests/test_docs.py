@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import mkdocs.commands.build
+import mkdocs.config
 import pytest
 import yaml
 
@@ -377,3 +379,15 @@ def test_a_wrong_file_of_the_tour_is_caught():
     tour = "## A tour of the house\n\n    scfm_core/\n      flow/         path.py, gone.py\n                    ema.py\n\n## Next\n"
     named = {name: any(exists(place) for place in places) for name, places in tour_files(tour)}
     assert named == {"scfm_core/": True, "scfm_core/flow/": True, "path.py": True, "gone.py": False, "ema.py": False}
+
+
+@pytest.mark.processes  # a plugin asks git for the root
+def test_the_site_has_every_page(tmp_path, caplog):
+    """Strict: a link to no page, to no heading, or a page without a place in the navigation is an error."""
+    config = mkdocs.config.load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path))
+    mkdocs.commands.build.build(config)
+    assert [record.getMessage() for record in caplog.records if record.levelname in ("WARNING", "ERROR")] == []
+    pages = {path.parent.name for path in tmp_path.glob("*/index.html")}
+    assert pages >= {path.stem for path in (ROOT / "docs").glob("*.md")} | {"api", "benchmarks"}
+    api = (tmp_path / "api" / "index.html").read_text(encoding="utf-8")
+    assert all(name in api for name in ("with_steps", "PlanConfig", "scfm_target", "DualEMA"))

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from scfm_core.data.scan import TEXT_SUFFIXES, Scan, same_name
 from scfm_core.data.schema import BadData
-from scfm_core.data.text import check_text, decode_text, shown_name
+from scfm_core.data.text import check_size, check_text, decode_text, shown_name
 from scfm_core.errors import UserError
 
 
@@ -88,6 +88,7 @@ class _Texts:
 def _read_text(path: Path) -> str | BadData:
     where = shown_name(str(path))
     try:
+        check_size(path.stat().st_size, where)
         return decode_text(path.read_bytes(), where).strip()
     except BadData as error:
         return error

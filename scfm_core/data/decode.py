@@ -14,7 +14,7 @@ from scfm_core.data.order import choose
 from scfm_core.data.recipe import SourceConfig
 from scfm_core.data.schema import PATH, BadData, Record, Size
 from scfm_core.data.source import Shard, json_value
-from scfm_core.data.text import check_text, decode_text
+from scfm_core.data.text import check_size, check_text, decode_text
 
 DECODING_ERRORS = (SafetensorError, ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError)
 """What decoders raise for bytes that are not text, JSON or tensors. RecursionError is a RuntimeError."""
@@ -93,6 +93,7 @@ def caption_of(shard: Shard, at: int, name: str) -> str | None:
     content, where = shard.read(at, field), f"the caption {name} of {_where(shard, at)}"
     if content is None:
         return None
+    check_size(len(content), where)
     text = decode_text(content, where)
     if not path:
         return text
@@ -133,6 +134,7 @@ def cached_record(
         raise BadData(
             f"data: sample {key!r} of shard {shard.name} needs safetensors and txt, but has {', '.join(shard.fields(at))}"
         )
+    check_size(len(caption), f"the caption of sample {key!r} of shard {shard.name}")
     tensors: dict[str, Tensor] = load(content)
     if missing := [name for name in ("latents", *kinds) if name not in tensors]:
         raise BadData(

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
+from scfm_core.data.decompress import decompress
 from scfm_core.data.reading import read_at
 from scfm_core.data.schema import BadData, Manifest, ShardEntry, Size, refuse_outside, runs_of
 from scfm_core.errors import UserError, missing_extra
@@ -24,11 +25,10 @@ _READABLE_ENCODINGS = frozenset({"bytes", "str", "json", "jpeg", "png"})
 
 def _library() -> Any:
     try:
-        from streaming.base import compression
         from streaming.base.format.mds import reader, writer
     except ImportError as error:
         raise missing_extra("data: the format MDS", "mds", error) from error
-    return reader.MDSReader, writer.MDSWriter, compression.decompress
+    return reader.MDSReader, writer.MDSWriter
 
 
 class MdsIndex:
@@ -95,12 +95,12 @@ class MdsIndex:
         algorithm = self.shards[number].get("compression")
         if algorithm is None:
             return None
-        decompress = _library()[2]
+        size = self.entries[number].bytes
 
         def unpack(content: bytes) -> bytes:
             try:
-                return bytes(decompress(algorithm, content))
-            except Exception as error:  # each of the six algorithms has its own errors
+                return decompress(algorithm, content, size)
+            except Exception as error:  # each of the five algorithms has its own errors
                 raise BadData(f"data: shard {name} cannot be decompressed ({error!r})") from error
 
         return unpack

@@ -9,6 +9,8 @@ import codecs
 
 from scfm_core.data.schema import BadData
 
+MAX_TEXT = 16 << 20
+"""Bytes of the longest caption or JSON of a sample. Parsed JSON needs some twenty times its bytes of memory."""
 # UTF-32 first: its little-endian mark begins with that of UTF-16.
 _MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -16,6 +18,12 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+
+
+def check_size(size: int, where: str) -> None:
+    """BadData if the text of a sample has more than `MAX_TEXT` bytes."""
+    if size > MAX_TEXT:
+        raise BadData(f"data: {where} has {size / 2**20:,.0f} MiB, and may have {MAX_TEXT >> 20}. Shorten it")
 
 
 def decode_text(content: bytes, where: str) -> str:

@@ -27,7 +27,7 @@ POLL = 1.0
 """Seconds between two looks at the workers and at the stop request, while there is no batch."""
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 _TRIES = 50
-_SHARED = "/dev/shm"
+_SHARED = "/dev/shm"  # nosec B108 # its size is read, no file is made
 _NO_ROOM = 75
 """Exit code of a worker that could not pass on a batch."""
 _LIMIT_OF_FILES = (
@@ -54,7 +54,7 @@ def portable(error: Exception) -> Exception:
     if get_worker_info() is None:
         return error
     try:
-        copy: Exception = pickle.loads(pickle.dumps(error))
+        copy: Exception = pickle.loads(pickle.dumps(error))  # nosec B301 # of its own
     except Exception:  # of the error's own constructor, or of what it holds
         copy = RuntimeError(f"{type(error).__name__}: {error}")
     if not isinstance(error, UserError):  # whose message says everything

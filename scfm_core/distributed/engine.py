@@ -162,7 +162,7 @@ class Engine(Protocol):
         ...
 
     def slots(self) -> Mapping[str, Slot]:
-        """Where to load a checkpoint's tensors on this rank, by `<group>.<name>`; the groups are `groups(trained)`."""
+        """Where to load a checkpoint's tensors on this rank, by `<group>.<name>`; the groups are `GROUPS`, and with a fake score `FAKE_GROUPS`."""
         ...
 
     def restored(self, updates: int) -> None:

@@ -239,7 +239,10 @@ def _rank_of(path: Path) -> int:
 
 def _load(path: Path) -> dict[str, Any]:
     """A file of DeepSpeed's; its tensors are memory-mapped, so only the parts that are used are read."""
-    return dict(torch.load(path, map_location="cpu", mmap=True, weights_only=False, pickle_module=_PICKLE))
+    # torch.load would pass an archive of TorchScript to torch.jit.load, which runs code of it and asks no unpickler.
+    if "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records():
+        raise ValueError(f"{path.name} is an archive of TorchScript, which no checkpoint needs")
+    return dict(torch.load(path, map_location="cpu", mmap=True, weights_only=False, pickle_module=_PICKLE))  # nosec B614
 
 
 Pieces = dict[str, tuple[int, int, int]]

@@ -98,7 +98,9 @@ def load_tokenizer(family: ModelFamily) -> Any:
 
     folder = family.folder / family.tokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False
+        )  # without it, transformers asks on a terminal
         family.count_tokens(tokenizer, [""])  # a missing chat template is found here
     except (OSError, ValueError) as error:
         raise UserError(

@@ -76,7 +76,7 @@ def _find_family(path: str, *, offline: bool) -> ModelFamily:
     folder = resolve_folder(path)
     try:
         found = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"model.path: {folder / 'model_index.json'} is not in diffusers' format ({error}); download it again"
         ) from error

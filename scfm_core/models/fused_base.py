@@ -225,10 +225,29 @@ def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118  (not a dict)
-        settings = json.loads(adapter_settings(path))
-    except (OSError, ValueError, SafetensorError) as error:
+        settings = _checked_settings(json.loads(adapter_settings(path)))
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise UserError(f"the adapter {path} cannot be read ({error}). Is it a complete safetensors file?") from error
-    return tensors, {key.removeprefix("transformer."): value for key, value in settings.items()}
+    return tensors, settings
+
+
+def _checked_settings(settings: Any) -> dict[str, Any]:
+    """PEFT's settings of a network. ValueError if they are of another form.
+
+    PEFT takes the keys of `alpha_pattern` for regular expressions. Those of a stranger's file may run for years, so only names are taken,
+    with `^` if only the whole name matches.
+    """
+    if not isinstance(settings, dict):
+        raise ValueError("PEFT's settings in it are not a JSON object")
+    settings = {key.removeprefix("transformer."): value for key, value in settings.items()}
+    patterns = settings.get("alpha_pattern") or {}
+    alphas = [settings.get("lora_alpha", 1.0), *(patterns.values() if isinstance(patterns, dict) else [None])]
+    if not all(isinstance(alpha, int | float) for alpha in alphas):
+        raise ValueError("an alpha of PEFT's settings in it is not a number")
+    patterns = {key.replace(r"\.", "."): alpha for key, alpha in patterns.items()}
+    if odd := [key for key in patterns if not re.fullmatch(r"\^?[\w.]+", key)]:
+        raise ValueError(f"the key {odd[0][:80]!r} of PEFT's alpha_pattern in it is not the name of a layer")
+    return settings | {"alpha_pattern": patterns}
 
 
 class _Names:
@@ -314,7 +333,9 @@ def _linears(network: nn.Module) -> dict[str, tuple[int, int]]:
 
 def _fits(own: Mapping[str, Tensor], shape: tuple[int, int]) -> bool:
     down, up = own.get("A"), own.get("B")
-    if down is None or up is None or down.ndim != 2 or up.ndim != 2:
+    if down is None or up is None or down.ndim != 2 or up.ndim != 2 or not len(down):
+        return False
+    if "alpha" in own and own["alpha"].numel() != 1:
         return False
     return (up.shape[0], down.shape[1]) == shape and up.shape[1] == down.shape[0]
 
@@ -324,10 +345,15 @@ def _scale(module: str, own: Mapping[str, Tensor], settings: Mapping[str, Any]) 
     rank = own["A"].shape[0]
     if "alpha" in own:
         return float(own["alpha"]) / rank
-    patterns: dict[str, float] = settings.get("alpha_pattern") or {}
-    alpha = next((value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", module)), None)
+    patterns: dict[str, float] = settings["alpha_pattern"]
+    alpha = next((value for key, value in patterns.items() if _is_named(module, key)), None)
     alpha = settings.get("lora_alpha", rank) if alpha is None else alpha
     return float(alpha) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+
+
+def _is_named(module: str, key: str) -> bool:
+    """Whether a key of `alpha_pattern` means a module: it is the whole name with `^`, or the end of it."""
+    return module == key[1:] if key.startswith("^") else f".{module}".endswith(f".{key}")
 
 
 def _some(names: Sequence[str]) -> str:

@@ -5,6 +5,7 @@ error ends the process with SIGBUS, and every process counts the pages as its ow
 machine read the disk once. The format: https://github.com/huggingface/safetensors#format.
 """
 
+import itertools
 import json
 import math
 import os
@@ -74,9 +75,11 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
     with path.open("rb", buffering=0) as file:
         try:
             length = struct.unpack("<Q", file.read(8))[0]
-            header = json.loads(os.pread(file.fileno(), min(length, MAX_HEADER), 8))
+            if length > min(MAX_HEADER, os.fstat(file.fileno()).st_size):
+                raise ValueError(f"it names a header of {length:,} bytes, which it does not have")
+            header = json.loads(os.pread(file.fileno(), length, 8))
             header.pop("__metadata__", None)
-        except (struct.error, AttributeError, TypeError) as error:
+        except (struct.error, AttributeError, TypeError, RecursionError) as error:
             raise ValueError(f"it has no header of safetensors: {error}") from error
     return header, 8 + length
 
@@ -99,7 +102,7 @@ class TensorFiles:
         for name in self._file_names():
             try:
                 self._add(folder / name)
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
                 raise self._damaged(error) from error
 
     def _file_names(self) -> list[str]:
@@ -107,8 +110,11 @@ class TensorFiles:
         index = self._folder / f"{_STEM}.index.json"
         if index.is_file():
             try:
-                return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+                if outside := [name for name in names if Path(name).name != name]:
+                    raise ValueError(f"{index.name} names a file outside the folder, {outside[0]!r}")
+                return names
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise self._damaged(error) from error
         if (self._folder / _STEM).is_file():
             return [_STEM]
@@ -121,14 +127,21 @@ class TensorFiles:
 
     def _add(self, path: Path) -> None:
         header, first = read_header(path)
-        end = path.stat().st_size
+        end, ranges = path.stat().st_size, []
         for name, entry in header.items():
             dtype, shape, (begin, stop) = _DTYPES.get(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
             if dtype is None:
                 raise ValueError(f"{path.name}: {name} has dtype {entry['dtype']}, which is not supported")
+            if any(type(number) is not int or number < 0 for number in (begin, *shape)):
+                raise ValueError(f"{path.name}: its header is wrong: {name} has shape {list(shape)} at {begin}")
             if stop - begin != math.prod(shape) * dtype.itemsize or first + stop > end:
                 raise ValueError(f"{path.name} ends before the end of {name}, or its header is wrong")
+            ranges.append((begin, stop, name))
             self._places[name] = _Place(path, first + begin, dtype, shape)
+        ranges.sort()
+        for (_, stop, name), (begin, _, other) in itertools.pairwise(ranges):
+            if begin < stop:
+                raise ValueError(f"{path.name}: its header is wrong: {name} and {other} share bytes")
 
     def check(self, expected: Mapping[str, Tensor]) -> None:
         """Check that the files hold a network's tensors. Other tensors in the files are not used, which rank 0 says.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from scfm_core.errors import UserError
 from scfm_core.files import permit_reading, renamed_at_end
+from scfm_core.secrets import scrub
 
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 
@@ -64,7 +65,7 @@ def _download(repository: str) -> Path:
         snapshot_download(repository, revision=folder.name, allow_patterns=[GUIDANCE_MARK])  # the same commit
         return folder
     except Exception as error:  # the hub raises a dozen types; the user's remedy is the same for all
-        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        reason = scrub((str(error).strip().splitlines() or [""])[0])[:200]
         raise UserError(
             f"model.path: {repository!r} is not a local folder, and it could not be downloaded from the hub "
             f"({type(error).__name__}: {reason}). Check the name, the network and, for gated models, `hf auth login`"
@@ -82,8 +83,10 @@ def component_config(folder: Path, component: str, file: str = "config.json") ->
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"model.path: {path} is missing; {folder} is not a complete pipeline") from None
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"model.path: {path} is not valid JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise UserError(f"model.path: {path} is not a JSON object; download it again")
     return config
 
 
@@ -137,7 +140,7 @@ def adapter_metadata(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
             found: dict[str, Any] = json.loads((file.metadata() or {})["scfm"])
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not an adapter that `scfm export` has written") from error
     return found
 

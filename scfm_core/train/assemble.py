@@ -1,7 +1,7 @@
 """From configuration to the parts of a run: family, layout, model, engine."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,18 +132,30 @@ def build_model(
                 Offload(spread(family.blocks(network), number), device)
             _after_filling(config, family, adapted, layout)
             return adapted
-        networks = {}
         roles = ADAPTERS if layout is not None else (config.sample.weights,)
-        for role in roles:
-            networks[role] = network if role == roles[0] else _empty_network(family, torch.float32, device)
-            # DualEMA sets the averages to the student, but not their buffers.
-            prepare(networks[role], role == roles[0], start if role == roles[0] else zeros)
-            for name, buffer in networks[role].named_buffers():
-                buffer.copy_(networks[roles[0]].get_buffer(name))
+        networks = _full_networks(family, network, roles, prepare, start, device)
         if has_teacher:
             networks["teacher"] = _empty_network(family, dtype, device)
             prepare(networks["teacher"], False, pretrained)
     return FullModel(family, networks, shapes, dtype, **_near_pass(config, networks, layout, world or World()))
+
+
+def _full_networks(
+    family: ModelFamily,
+    network: nn.Module,
+    roles: Sequence[str],
+    prepare: Callable[[nn.Module, bool, Fill], None],
+    start: Fill,
+    device: torch.device,
+) -> dict[str, nn.Module]:
+    """Full weights by role; the first role, whose network is given, is trained, and the others are as it is after `DualEMA`."""
+    networks = {role: network if role == roles[0] else _empty_network(family, torch.float32, device) for role in roles}
+    for role in roles:
+        # DualEMA sets the averages to the student, but not their buffers.
+        prepare(networks[role], role == roles[0], start if role == roles[0] else zeros)
+        for name, buffer in networks[role].named_buffers():
+            buffer.copy_(networks[roles[0]].get_buffer(name))
+    return networks
 
 
 def _empty_network(family: ModelFamily, dtype: torch.dtype, device: torch.device) -> nn.Module:

@@ -100,16 +100,7 @@ def estimate_memory(
         "EMAs, fast and slow (fp32)": 8 * trained / share.weights,
         **({"fake score (fp32)": 4 * trained / share.weights} if roles > 1 else {}),
     }
-    optimizer = {
-        # Stages 1 and 2 update a copy of their shard and write it back; ZeRO-3's shards are the weights themselves.
-        "optimizer's masters (fp32)": 4
-        * roles
-        * trained
-        / world
-        * (zero and (engine.zero_stage < 3 or engine.cpu_offload)),
-        "gradients (fp32)": 4 * roles * trained / share.gradients,
-        "Adam (fp32)": 8 * roles * trained / share.optimizer,
-    }
+    optimizer = _of_optimizer(config, roles * trained, world)
     activations, size = activations_of(config, family), micro_batches(config, world).size
     copies = 2.0 * trained * (1 + config.method.is_student_first)  # the student's own beside those of the other passes
     working = {
@@ -126,6 +117,18 @@ def estimate_memory(
     on_gpu = {name: size for name, size in {**weights, **optimizer}.items() if name not in offloaded}
     host = _of_a_node(config, family, trained, world, a_node, {**offloaded, "blocks of the base": float(on_host)})
     return Memory({**on_gpu, **working}, host)
+
+
+def _of_optimizer(config: RunConfig, trained: int, world: int) -> dict[str, float]:
+    """Of what is trained, in all roles together."""
+    engine, share = config.engine, shares(config, world)
+    # Stages 1 and 2 update a copy of their shard and write it back; ZeRO-3's shards are the weights themselves.
+    has_masters = engine.name == "deepspeed" and (engine.zero_stage < 3 or engine.cpu_offload)
+    return {
+        "optimizer's masters (fp32)": 4 * trained / world * has_masters,
+        "gradients (fp32)": 4 * trained / share.gradients,
+        "Adam (fp32)": 8 * trained / share.optimizer,
+    }
 
 
 def _temporary(config: RunConfig, activations: Activations) -> float:

@@ -73,8 +73,8 @@ def _save_expensive_results(context: object, op: object, *_: object, **__: objec
 
 def compile_blocks(blocks: Sequence[nn.Module]) -> None:
     """`torch.compile` on every block of a network: one graph for each kind of block, shared by all blocks of that kind."""
-    # Graphs of one function: two kinds of block x (student, EMAs, no adapter) x (all, some or one of the rows); with diffusers' blocks
-    # also x (strides of the first and of later blocks). Above the limit, 8 by default, dynamo runs eagerly.
+    # Graphs of one function: two kinds of block x (student, fake score, EMAs, no adapter) x (all, some or one of the rows); with
+    # diffusers' blocks also x (strides of the first and of later blocks). Above the limit, 8 by default, dynamo runs eagerly.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     torch.compiler.config.cache_key_tag = torch.compiler.config.cache_key_tag or _kernels_tag()
     from torch._dynamo.callback import callback_handler  # it loads all of dynamo

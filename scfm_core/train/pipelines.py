@@ -81,7 +81,7 @@ def read_header(path: str | Path) -> AdapterHeader:
         return dataclasses.replace(header, resolution=(int(values["resolution"][0]), int(values["resolution"][1])))
     except (OSError, SafetensorError) as error:
         raise UserError(f"the adapter {file} cannot be read ({error})") from error
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError) as error:
         raise UserError(
             f"{file} is not an adapter of `scfm export`: its header has no settings of scfm ({type(error).__name__}: {error}). For other "
             f"adapters use `load_lora_weights` of diffusers"

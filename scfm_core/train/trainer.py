@@ -91,9 +91,8 @@ class Trainer:
         with self.world.together():
             layout = build_layout(config, self.world, self.device)
         beat("the networks")
-        start = None
-        if config.lora.start is not None and resume is None and sources.fill is None:
-            start = find_start(config.lora.start, self.world)
+        given = config.lora.start if resume is None and sources.fill is None else None
+        start = None if given is None else find_start(given, self.world)
         with self.world.together():
             self.model = build_model(
                 config,

@@ -7,6 +7,7 @@ import io
 import json
 import pickle
 import random
+import resource
 import signal
 import struct
 import tarfile
@@ -84,6 +85,18 @@ def time_limit(seconds: float) -> Iterator[None]:
         # Restore the timer of pytest-timeout.
         signal.setitimer(signal.ITIMER_REAL, max(1.0, left - (time.monotonic() - start)) if left else 0)
         signal.signal(signal.SIGALRM, handler)
+
+
+@contextlib.contextmanager
+def memory_limit(size: int) -> Iterator[None]:
+    """Lets the process take at most so many bytes more; beyond them is MemoryError."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def jpeg(seed: int = 0, kind: str = "JPEG", size: tuple[int, int] = (24, 16)) -> bytes:
@@ -524,6 +537,22 @@ class TestMds:
         with pytest.raises(BadData, match="cannot be decompressed"):
             Corpus(recipe(mds, format="mds")).record(0)
 
+    @pytest.mark.parametrize("algorithm", ["zstd:1", "gz:1", "bz2:1", "br:1", "snappy", "zstd of terabytes"])
+    def test_a_shard_that_becomes_far_larger_when_decompressed(self, mds: Path, algorithm: str) -> None:
+        """The index names the size; memory for more is not taken."""
+        from streaming.base.compression import compress
+
+        algorithm, _, claim = algorithm.partition(" of ")
+        bomb = compress(algorithm, bytes(80 << 20))
+        (mds / "bomb").write_bytes(bomb)
+        packed = {"basename": "bomb", "bytes": len(bomb), "hashes": {}}
+        edit_index(mds, lambda shard: shard.update(compression=algorithm, zip_data=packed))
+        if claim:
+            edit_index(mds, lambda shard: shard["raw_data"].update(bytes=10**13))
+        (mds / "shard.00000.mds").unlink()
+        with pytest.raises(BadData, match=r"shard bomb cannot be decompressed \(.*bytes"), memory_limit(64 << 20):
+            Corpus(recipe(mds, format="mds")).record(0)
+
     @pytest.mark.parametrize("seed", range(3))
     def test_fuzz(self, mds: Path, seed: int) -> None:
         generator, good, found = random.Random(seed), (mds / "shard.00000.mds").read_bytes(), set()
@@ -637,6 +666,16 @@ class TestManifest:
                     failed.append(f"{key} = {value!r}: {error!r}")
         assert not failed, "\n".join(failed)
 
+    @pytest.mark.parametrize("samples", [10**9, 10**12, 2**63, 10**30])
+    def test_a_number_of_samples_that_no_memory_holds(self, folder: Path, samples: int) -> None:
+        """Consistent everywhere, but not with the shard."""
+        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest["samples"] = manifest["shards"][0]["samples"] = samples
+        manifest["shards"][0]["sizes"] = [[16, 24, samples]]
+        (folder / MANIFEST).write_text(json.dumps(manifest))
+        with pytest.raises(UserError, match=r"manifest|holds 3 samples"), memory_limit(300 << 20), time_limit(20):
+            Corpus(recipe(folder)).record(0)
+
 
 class TestImages:
     def read(self, folder: Path, content: bytes) -> Record:
@@ -709,6 +748,13 @@ class TestCaptions:
         shard = tar_of(("0000.jpg", jpeg()), ("0000.json", content))
         with pytest.raises(BadData, match=r"'0000' of shard .*x\.tar"):
             Corpus(recipe(write_dataset(tmp_path / "data", shard, 1), captions={"json.c": 1.0})).record(0)
+
+    @pytest.mark.parametrize(("name", "content"), [("txt", b"x"), ("json", b"{")])
+    def test_of_many_megabytes(self, tmp_path: Path, name: str, content: bytes) -> None:
+        shard = tar_of(("0000.jpg", jpeg()), (f"0000.{name}", content.ljust(17 << 20)))
+        field = "txt" if name == "txt" else "json.c"
+        with pytest.raises(BadData, match=r"'0000' of shard .*x\.tar has 17 MiB, and may have 16"):
+            Corpus(recipe(write_dataset(tmp_path / "data", shard, 1), captions={field: 1.0})).record(0)
 
     def test_keys(self, tmp_path: Path) -> None:
         key = "$(touch canary)"

@@ -80,7 +80,11 @@ RUNS = [(name, *kind) for name in CASES for kind in KINDS]
 RUNS += [(name, "lora", "float32", MATCHING) for name in ("one", "zero2", "zero3")]
 
 
-@pytest.mark.parametrize(("name", "weights", "dtype", "method"), RUNS)
+@pytest.mark.parametrize(
+    ("name", "weights", "dtype", "method"),
+    RUNS,
+    ids=["-".join([*map(str, run[:3]), *(["matching"] if run[3] else [])]) for run in RUNS],
+)
 def test_the_estimate_is_within_a_tenth(name, weights, dtype, method, tiny, tmp_path):
     world_size, engine = CASES[name]
     tree = make_tree(

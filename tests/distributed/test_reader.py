@@ -295,6 +295,28 @@ class TestMaliciousPickles:
         pickle.loads(content)
         assert marker.exists()
 
+    def test_code_of_torchscript_is_not_run(self, tmp_path):
+        """torch.load passes such an archive to torch.jit.load, which asks no unpickler."""
+
+        class Loaded(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.x = 1
+
+            @torch.jit.export
+            def __getstate__(self) -> tuple[int, bool]:
+                return self.x, self.training
+
+            @torch.jit.export
+            def __setstate__(self, state: tuple[int, bool]) -> None:
+                assert state[0] == 0, "the code was run"
+
+        torch.jit.script(Loaded()).save(str(tmp_path / "file.pt"))
+        with pytest.raises(torch.jit.Error, match="the code was run"):
+            torch.load(tmp_path / "file.pt", weights_only=False, mmap=True)
+        with pytest.raises(ValueError, match=r"file\.pt is an archive of TorchScript"):
+            _load(tmp_path / "file.pt")
+
     def test_in_a_zip_do_their_harm_in_an_ordinary_load(self, tmp_path):
         zip_of(attacks(tmp_path / "executed")["os.system protocol 2"], tmp_path / "file.pt")
         torch.load(tmp_path / "file.pt", weights_only=False, mmap=True)

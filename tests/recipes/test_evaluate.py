@@ -250,10 +250,10 @@ def always_right(path, device):
 
 def test_prompts_are_spread_over_the_data_and_repeated(make_config):
     config = make_config({"evaluate.samples": 10, "evaluate.per_prompt": 4})
-    corpus = Corpus(config.data)
-    items = spread(corpus.items_of((16, 16)).tolist(), 10)
+    corpus, items, prompts = evaluate_module.planned(config)
+    assert items == spread(Corpus(config.data).items_of((16, 16)).tolist(), 10)
     expected = [corpus.caption(item) for item in spread(items, 3) for _ in range(4)]
-    assert evaluate_module._prompts(config, corpus, items) == expected[:10]
+    assert prompts == expected[:10]
 
 
 def test_prompts_in_cocos_format(run_dir, tmp_path):

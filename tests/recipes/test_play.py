@@ -419,6 +419,20 @@ class TestServer:
         found, _, _, passed = self.get(player, "/gradio_api/queue/join", **headers)
         assert (found, passed) == (status, status == 200)
 
+    @pytest.mark.parametrize(
+        ("headers", "status"),
+        [
+            ({"content-length": "20000"}, 200),
+            ({"content-length": "2000000"}, 413),
+            ({"content-length": "9" * 5000}, 413),
+            ({"content-length": "-1"}, 413),
+            ({"transfer-encoding": "chunked"}, 413),
+        ],
+    )
+    def test_large_requests_are_not_read(self, player, headers, status):
+        found, _, _, passed = self.get(player, "/gradio_api/queue/join", **headers)
+        assert (found, passed) == (status, status == 200)
+
     def test_an_image(self, player):
         [picture] = pictures(player, last(show_images(player, 1, inputs(prompt="é\r\n/../ï"))))
         status, headers, body, _ = self.get(player, f"/{picture.address}")

@@ -88,7 +88,9 @@ def test_images_of_one_normal_distribution_move_to_another():
     mean = torch.zeros(2)
     wanted = torch.tensor([1.5, -1.0])
     for step in range(60):
-        plan = make_plan(make_config(whole_fraction=1.0, slices={"sigma_max": 1.0}), rows=64, first=64 * step)
+        plan = make_plan(
+            make_config(weight=1.0, whole_fraction=1.0, slices={"sigma_max": 1.0}), rows=64, first=64 * step
+        )
         x = torch.randn(64, 2, generator=torch.Generator().manual_seed(step))
         target = target_of(plan, x, -mean.expand(64, 2), score_of(wanted), score_of(mean))
         mean = mean - 0.1 * (target + mean).mean(0)  # the images are x + mean: noise of deviation 1, moved

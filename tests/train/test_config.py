@@ -205,6 +205,7 @@ class TestDumping:
             data=DataConfig(path="1e3", format="folder", buckets="auto"),
             method=PlanConfig(step_embedding=True, teacher_fraction=0.0),
             train=TrainConfig(weights="full"),
+            lora=LoRAConfig(),
             sample=SampleConfig(),
             ema=EMAConfig(restart_every="auto"),
             engine=EngineConfig(shard=4),
@@ -575,6 +576,10 @@ class TestValidation:
         message = refusal(recipe, "train.weights=full", "method.step_gain.gamma=0.5")
         assert "method.step_gain needs adapters: full weights have no strength" in message
         assert "train.weights=lora" in message
+
+    def test_full_weights_start_from_no_adapter(self, recipe):
+        message = refusal(recipe, "train.weights=full", "lora.start=runs/a")
+        assert "lora.start has weights of adapters, but train.weights=full trains none. Set lora.start=none" in message
 
     @pytest.mark.parametrize(
         "override",

@@ -82,7 +82,7 @@ def test_what_is_in_memory_before_the_step_is_exact(few_blocks, words):
     formula = estimate(config, build_family(config, offline=True), traced=traced)
     assert formula.memory["frozen base"] == pytest.approx(traced.peak_by_part["frozen base"], rel=1e-3)
     names = {"Adam": "Adam (fp32)", "student": "student (fp32)", "EMAs": "EMAs, fast and slow (fp32)"}
-    names |= {"fake score": "fake score (fp32)", "gradients": "gradients (fp32)"} if words else {}
+    names |= {"fake score": "fake score (fp32)"} if words else {}
     for part, name in names.items():
         assert traced.peak_by_part[part] == pytest.approx(formula.memory[name], rel=0.01)
     assert formula.cards[0].settings == () and formula.cards[0].memory == traced.peak
