@@ -37,11 +37,12 @@ def test_sd3_trains_as_in_one_process(method, name, weights, tiny, tiny_sd3, tmp
         "sample__guidance": 4.0,
         "train__weights": weights,
         "train__steps": 2,
+        "train__lr": 1e-5,  # Adam's first update is a whole step also where a gradient is rounding error, which depends on the machine
     }
     one = make_tree(tiny, tmp_path / "one", **common, train__micro_batch_size=8)
     two = make_tree(tiny, tmp_path / "two", **common, train__micro_batch_size=4, engine=ENGINES[name])
     expected = alone(method, weights, one)
     for rows in run_distributed(train_all, 2, two):
         for row, wanted in zip(rows, expected, strict=True):
-            assert row["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
-            assert row["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-4)
+            assert row["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
+            assert row["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-3)
