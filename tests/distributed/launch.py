@@ -55,7 +55,7 @@ class RankFailed(AssertionError):
 
 
 def run_distributed(
-    function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = 120, expect_failure: bool = False
+    function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = 300, expect_failure: bool = False
 ) -> list[Any]:
     """Call `function(*arguments)` in `world_size` processes with a launcher's environment, rank by rank's return value.
 

@@ -92,7 +92,7 @@ class Job:
         """All that was printed so far."""
         return "".join(self.lines)
 
-    def wait_for_steps(self, steps: int, seconds: float = 150) -> None:
+    def wait_for_steps(self, steps: int, seconds: float = 400) -> None:
         metrics, deadline = self.run_dir / "metrics.jsonl", time.monotonic() + seconds
         while not metrics.is_file() or metrics.read_bytes().count(b"\n") < steps:
             assert self.process.poll() is None, self.text()

@@ -104,7 +104,7 @@ class Run:
         """Of the run's history."""
         return [row for row in read_history(self.dir) if row["event"] == event]
 
-    def until(self, condition: Callable[[], bool], seconds: float = 300) -> None:
+    def until(self, condition: Callable[[], bool], seconds: float = 500) -> None:
         """Wait; the job must not end meanwhile."""
         calls = 0
 
@@ -122,7 +122,7 @@ class Run:
         with self.with_output():
             self.cluster.wait_for(is_so, seconds)
 
-    def ended(self, seconds: float = 420) -> str:
+    def ended(self, seconds: float = 700) -> str:
         """The job's final state."""
         with self.with_output():
             return self.cluster.wait(self.number, ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"), seconds)
