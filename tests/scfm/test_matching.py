@@ -94,7 +94,7 @@ def test_images_of_one_normal_distribution_move_to_another():
         x = torch.randn(64, 2, generator=torch.Generator().manual_seed(step))
         target = target_of(plan, x, -mean.expand(64, 2), score_of(wanted), score_of(mean))
         mean = mean - 0.1 * (target + mean).mean(0)  # the images are x + mean: noise of deviation 1, moved
-    torch.testing.assert_close(mean, wanted, rtol=0, atol=0.2)
+    torch.testing.assert_close(mean, wanted, rtol=0, atol=0.01)
 
 
 def test_the_fake_score_learns_the_students_images():
