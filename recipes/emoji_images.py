@@ -20,8 +20,10 @@ from scfm_core.errors import UserError
 
 SIZE = 32
 """Pixels of an image's side."""
-SIZES = (15, 27)
-"""Least and largest side of a glyph's box, in pixels."""
+SIZES = (20, 24, 28)
+"""Sides of a glyph's box, in pixels."""
+PLACE = 4
+"""A glyph's left and upper edges are multiples of this many pixels. Any shift would need a model that two cores cannot train."""
 SHADE = 18
 """A ground's red, green and blue differ from its colour by at most this much, of 255."""
 PLANTS = "🌵🌷🌹🌻🌽🌲🌴🌱🌰🍀🍁🍄🌸🍅🍆🍇🍉🍊🍋🍌🍍🍎🍏🍐🍑🍒🍓🥝🥥🥑🥕🥦🥒🧅🫐"
@@ -176,8 +178,8 @@ def draw(font: Font, wanted: Sequence[Pair], copies: int) -> Drawn:
     boxes = torch.empty(len(rows), 3)
     for row, pair in enumerate(rows):
         chance = random.Random(f"{pair.glyph} {pair.ground} {row // len(wanted)}")
-        side = chance.randint(*SIZES)
-        left, upper = chance.randint(0, SIZE - side), chance.randint(0, SIZE - side)
+        side = chance.choice(SIZES)
+        left, upper = (PLACE * chance.randint(0, (SIZE - side) // PLACE) for _ in range(2))
         shade = tuple(min(255, max(0, value + chance.randint(-SHADE, SHADE))) for value in _COLOURS[pair.ground])
         image, glyph = Image.new("RGB", (SIZE, SIZE), shade), font.picture(pair.glyph, side)
         image.paste(glyph, (left, upper), glyph)

@@ -11,7 +11,7 @@ from small_emoji import StandIn, make_small
 from recipes import emoji_images
 from recipes.cli import main
 from recipes.emoji_classifier import EmojiClassifier, accuracy_of, extractor, train_classifier, trained_classifier
-from recipes.emoji_images import GLYPHS, GROUNDS, NAMES, SIZE, SIZES, Drawn, Font, Pair, draw, pair_of, pairs
+from recipes.emoji_images import GLYPHS, GROUNDS, NAMES, PLACE, SIZE, SIZES, Drawn, Font, Pair, draw, pair_of, pairs
 from recipes.side_by_side import side_by_side
 from scfm_core.errors import UserError
 from scfm_core.models.encoders import load_tokenizer
@@ -43,7 +43,9 @@ def test_images(stand_in):
     assert drawn.images.shape == (80, 3, SIZE, SIZE) and drawn.pairs[::2] == [wanted[0]] * 40
     assert torch.equal(drawn.images[2], again.images[3])  # a function of pair and copy
     sides = (drawn.boxes[:, 2] * SIZE).round().int()
-    assert sides.min() == SIZES[0] and sides.max() == SIZES[1] and len(sides.unique()) == SIZES[1] - SIZES[0] + 1
+    assert sides.unique().tolist() == list(SIZES)
+    edges = (drawn.boxes[:, :2] * SIZE).int()
+    assert (edges % PLACE == 0).all() and len(edges.unique()) == 4  # 0, 4, 8, 12
     for image, (left, upper, side), pair in zip(
         drawn.images.int(), (drawn.boxes * SIZE).int().tolist(), drawn.pairs, strict=True
     ):
