@@ -48,12 +48,17 @@ _PARTS = 64
 """Number of contiguous parts of the data from which samples are taken."""
 
 
-def evaluate(run_dir: Path, overrides: list[str]) -> Result:
+def evaluate(run_dir: Path, overrides: list[str], *, student_alone: bool = False) -> Result:
     """Measure and write `RUN_DIR/evaluation.json`, `evaluation.yaml` (the settings) and `samples/evaluation.png`.
 
     All sets of images start from the same noise. So `mse_teacher` compares images one by one, and a student whose Frechet
     distance is below that of two independent sets of the teacher follows the teacher for each noise. A run from scratch has
     no teacher and no base: its samples are only compared with the data.
+
+    Args:
+        run_dir: the run.
+        overrides: of its settings.
+        student_alone: leave out the undistilled model at few steps and the noise floor, which other runs of a study have.
 
     Returns:
         `{"student": {"3": {...}}, "base": {...}, "teacher": {"32": {...}}}`: the figures of `recipes.figures`, those that compare
@@ -66,16 +71,16 @@ def evaluate(run_dir: Path, overrides: list[str]) -> Result:
     if settings.keep is not None:
         check_writable(Path(settings.keep).expanduser(), "evaluate.keep", "Choose another folder")
     evaluator = Evaluator(run_dir, config)
-    kinds = ("student", "base") if evaluator.has_teacher else ("student",)
+    kinds = ("student", "base") if evaluator.has_teacher and not student_alone else ("student",)
     jobs = [(kind, steps) for steps in settings.steps for kind in kinds]
     if evaluator.has_teacher:
         jobs.insert(0, ("teacher", settings.teacher_steps))
-    floors = int(evaluator.has_teacher and settings.noise_floor)
+    has_floor = evaluator.has_teacher and settings.noise_floor and not student_alone
     result: Result = {kind: {} for kind in (*kinds, *(["teacher"] if evaluator.has_teacher else []))}
     grids: dict[str, Tensor] = {}
-    print(evaluator.plan([*(steps for _, steps in jobs), *([settings.teacher_steps] * floors)]))
+    print(evaluator.plan([*(steps for _, steps in jobs), *([settings.teacher_steps] * has_floor)]))
     kept = UnfinishedEvaluation(evaluator.folder, evaluator.key)
-    with progress_bar("evaluate", evaluator.count * (len(jobs) + floors), unit="image") as bar:
+    with progress_bar("evaluate", evaluator.count * (len(jobs) + has_floor), unit="image") as bar:
         evaluator.advance = bar.update
         for kind, steps in jobs:
             bar.set_postfix_str(f"{kind}, {count(steps, 'step')}")
@@ -88,9 +93,9 @@ def evaluate(run_dir: Path, overrides: list[str]) -> Result:
             row = evaluator.measure(role, steps)
             if kind == "teacher":
                 evaluator.set_reference()
-                if settings.noise_floor and before is None:
+                if has_floor and before is None:
                     row |= evaluator.noise_floor(steps)
-                elif settings.noise_floor and before is not None:
+                elif has_floor and before is not None:
                     row |= {key: value for key, value in before[0].items() if key.endswith(FLOOR)}
             result[kind][str(steps)], grids[name] = row, evaluator.images[:GRID_COLUMNS] / 255
             kept.save(name, row, grids[name])

@@ -61,7 +61,7 @@ def report(run_dir: Path, compare: list[Path]) -> Path:
         body.append("<h2>Quality over steps</h2>" + _image(_quality_over_steps(runs)))
         body += [_evaluation_table(each) for each in runs if each.evaluation]
         body.append("<p class=note>All figures start from the same noise.")
-        if "base" in run.evaluation:
+        if "teacher" in run.evaluation:
             body.append(
                 " <b>base</b> is the undistilled model at few steps; <b>teacher</b>, the reference, is the same model at many steps."
             )
@@ -133,9 +133,10 @@ def _evaluation_table(run: _Run) -> str:
 
 
 def _quality_over_steps(runs: list[_Run]) -> bytes:
-    """Some figures: a line for each run, and the undistilled base of the first. A run from scratch is compared with the data."""
-    reference = "teacher" if "base" in runs[0].evaluation else "data"
-    named = {"undistilled": runs[0].evaluation.get("base", {})}
+    """Some figures: a line for each run, and one for the undistilled base, which one run of a study has. A run from scratch is
+    compared with the data."""
+    reference = "teacher" if "teacher" in runs[0].evaluation else "data"
+    named = {"undistilled": next((run.evaluation["base"] for run in runs if "base" in run.evaluation), {})}
     named |= {run.name: run.evaluation["student"] for run in runs if run.evaluation}
     panels = {}
     for metric in (f"fid_{reference}", "recall_data", "diversity", "prompt_following"):

@@ -84,7 +84,7 @@ def run_study(
     runs = runs_of(study, root, overrides, steps)
     for run in runs if steps else []:
         _check_run(study, run)
-    failed = _run_missing(study, _chosen(runs, arms, only))
+    failed = _run_missing(study, runs, _chosen(runs, arms, only))
     command = ["scfm", "study", path, *(["--equal-passes", equal_passes] if equal_passes else []), *overrides]
     summary = write_summary(study, runs, root, shlex.join(command))
     if failed:
@@ -108,8 +108,8 @@ def _prepare(study: Study, path: str, root: Path, execute: Callable[[list[str]],
                 raise UserError(f"{path}: the command that makes {output} failed: scfm {command}")
 
 
-def _run_missing(study: Study, chosen: list[Run]) -> list[str]:
-    """Train and evaluate the runs that are not done and that no other process runs; returns the failures."""
+def _run_missing(study: Study, runs: list[Run], chosen: list[Run]) -> list[str]:
+    """Train and evaluate those of the chosen `runs` that are not done and that no other process runs; returns the failures."""
     failed: list[str] = []
     for number, run in enumerate(chosen, 1):
         print(f"[{number}/{len(chosen)}] {run.arm}, seed {run.seed}", flush=True)
@@ -120,7 +120,7 @@ def _run_missing(study: Study, chosen: list[Run]) -> list[str]:
             if not is_locked or not run.missing(study.metrics):
                 continue
             try:
-                _make(study, run)
+                _make(study, run, has_base=any(other.has_base(study.metrics) for other in runs))
             except Exception as error:  # e.g. out of memory in one arm: continue with the others
                 if not isinstance(error, UserError):
                     traceback.print_exc()
@@ -129,8 +129,10 @@ def _run_missing(study: Study, chosen: list[Run]) -> list[str]:
     return failed
 
 
-def _make(study: Study, run: Run) -> None:
-    """Train a run, unless an earlier evaluation says that this is done, and measure the study's figures."""
+def _make(study: Study, run: Run, *, has_base: bool) -> None:
+    """Train a run, unless an earlier evaluation says that this is done, and measure the study's figures.
+
+    `has_base`: another run has those of the undistilled model, which are the same for all."""
     config = load_config(study.recipe, run.overrides)
     check_ready(study.metrics, config)
     device = resolve_device(config.run.device)
@@ -140,7 +142,7 @@ def _make(study: Study, run: Run) -> None:
         if code := train(study.recipe, run.overrides):
             raise SystemExit(code)  # stopped by a signal, which the run has printed
         write_origin(run.folder, "trained", device)
-    evaluate(run.folder, _changes_of_evaluation(run, config))
+    evaluate(run.folder, _changes_of_evaluation(run, config), student_alone=has_base)
     write_origin(run.folder, "evaluated", device)
     if missing := run.missing(study.metrics):
         raise UserError(

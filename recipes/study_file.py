@@ -93,6 +93,11 @@ class Run:
         rows = (self.result or {"student": {"": {}}})["student"].values()
         return [name for name in metrics if any(name not in row for row in rows)]
 
+    def has_base(self, metrics: Sequence[str]) -> bool:
+        """Whether its evaluation has these figures of the undistilled model."""
+        rows = (self.result or {}).get("base", {}).values()
+        return bool(rows) and all(name in row for name in metrics for row in rows)
+
 
 def load_study(path: str, equal_passes: str | None = None) -> Study:
     """Read a study; a bare name is looked up among the shipped ones.

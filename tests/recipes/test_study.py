@@ -66,6 +66,9 @@ def test_every_arm_and_seed_in_one_table(study, tmp_path, capsys):
         [row] = [line for line in table.splitlines() if line.startswith(f"| `{arm}` |")]
         # One update of four samples: three passes of the student for each, and two for its target.
         assert row.split(" | ")[2] == cell and row.endswith("| 2 | 1 | 2.00 | 20 |")
+    measured = [json.loads(path.read_text()) for path in (tmp_path / "out").rglob("evaluation.json")]
+    assert len(measured) == 4 and sum("base" in each for each in measured) == 1  # it is the same for all
+    assert sum("fid_floor" in row for each in measured for row in each["teacher"].values()) == 1
     assert "- `scaled`: strength by steps" in table
     assert "Two independent sets of the teacher's samples: Fréchet distance to the teacher " in table
     assert (tmp_path / "out" / "study.png").read_bytes().startswith(b"\x89PNG")
