@@ -12,9 +12,9 @@ along the teacher's path. Two identities hold for exact jumps, and each gives a 
 Derivatives are finite differences of passes without gradient: h enters the network by the strength alone, and no derivative goes
 through the network. One-sided differences look back, to the shorter jump: what is right at small h spreads to larger h.
 
-`teacher_step` is the difference over one step of the teacher's sampler, with the teacher's velocity at the beginning of this step:
+`teacher_step` is the difference over one step of the teacher's sampler, or `teacher_steps` of them, with v their mean velocity:
 
-    (sigma_start - sigma_end) V(h) = (sigma_start - sigma_mid) V(h - step) + (sigma_mid - sigma_end) v(x_mid, sigma_mid)
+    (sigma_start - sigma_end) V(h) = (sigma_start - sigma_mid) V(h - steps) + (sigma_mid - sigma_end) v(x_mid, sigma_mid)
 
 It is solved for v, so that the error of a long jump counts as much as that of a short one. The other differences take v where the
 whole jump ends; near sigma = 0 this velocity changes faster than a difference can follow, and the sampler never uses it.
@@ -95,14 +95,29 @@ class _Jump:
         cond = self._cond[self._rows * len(points)]
         return self._student(x, sigma, cond, self._plan.config.strength(length)).to(x.dtype).chunk(len(points))
 
+    def teacher_velocity(self, x: Tensor, passed: Tensor) -> Tensor:
+        """The mean velocity of the teacher's steps from `x` [n, ...], where a jump of the length `passed` [n] ends, to the row's end:
+        [n, ...]. The steps share the rest of the row's length evenly."""
+        steps, mean = self.settings.teacher_steps, torch.zeros_like(x)
+        whole = self.sigma(self.u_start - passed) - self.end
+        for number in range(steps):
+            sigma, after = (
+                self.sigma(self.u_start - torch.lerp(passed, self.length, (number + part) / steps)) for part in (0, 1)
+            )
+            [velocity] = self.passes((x, sigma, torch.zeros_like(sigma)))
+            mean += per_sample((sigma - after) / whole, x) * velocity
+            x = euler_step(x, velocity, sigma - after)
+        return mean
+
 
 def _lagrangian(jump: _Jump) -> Tensor:
     """The Lagrangian target, [n, ...]; the formula of `teacher_step` is above."""
     way, length = jump.start - jump.end, jump.length
     if jump.settings.difference == "teacher_step":
-        mid = jump.sigma(jump.u_start - length + jump.settings.shortest)
-        [near] = jump.passes((jump.x, jump.start, (length - jump.settings.shortest).clamp(min=0)))
-        [teacher] = jump.passes((euler_step(jump.x, near, jump.start - mid), mid, torch.zeros_like(length)))
+        rest = (length - jump.settings.teacher_steps * jump.settings.shortest).clamp(min=0)
+        mid = jump.sigma(jump.u_start - rest)
+        [near] = jump.passes((jump.x, jump.start, rest))
+        teacher = jump.teacher_velocity(euler_step(jump.x, near, jump.start - mid), rest)
         return teacher - per_sample((jump.start - mid) / (mid - jump.end), near) * (jump.velocity - near)
     shorter, longer = (1 - jump.settings.epsilon) * length, length
     landed = euler_step(jump.x, jump.velocity, way), jump.end, torch.zeros_like(length)

@@ -61,14 +61,17 @@ class FlowMap:
     """What the derivative follows. `lagrangian`: the end of the jump (Boffi et al., arXiv 2406.07507). `eulerian`: its start, along
     the teacher's velocity, as in MeanFlow (Geng et al., arXiv 2505.13447); it exists to be compared with."""
     difference: Literal["teacher_step", "central", "one_sided"] = "teacher_step"
-    """How the derivative is computed. `teacher_step`: from h and the jump without its last step of length `shortest`, which the
-    teacher takes; exact for the teacher's sampler of 1 / `shortest` steps (with `eulerian` the teacher takes the first step).
+    """How the derivative is computed. `teacher_step`: from h and the jump without its last `teacher_steps` of length `shortest`,
+    which the teacher takes; exact for the teacher's sampler of 1 / `shortest` steps (with `eulerian` the teacher takes the first step).
     `central`: from the jumps of length (1 - epsilon) h and (1 + epsilon) h. `one_sided`: from (1 - epsilon) h and h itself. These two
     exist to be compared with."""
     epsilon: float = 0.1
     """Width of the `central` and `one_sided` differences as a share of h, to each side."""
     shortest: float = 1 / 32
     """h is drawn log-uniformly from here to 1, which is the whole way from noise to data. Also the length of a teacher's step."""
+    teacher_steps: int = 1
+    """The teacher's steps at the end of a Lagrangian jump, each of which costs a pass. More of them bring what is right at small h
+    to larger h in fewer updates, and long jumps count less."""
     whole_fraction: float = 0.15
     """Share of these rows that jump the whole way, h = 1."""
     noise_fraction: float = 0.3
@@ -94,6 +97,14 @@ class FlowMap:
             raise ValueError(f"method.flow_map.epsilon must be between 0 and 1, got {self.epsilon}")
         if not 1e-4 <= self.shortest <= 1:
             raise ValueError(f"method.flow_map.shortest must be in [0.0001, 1], got {self.shortest}")
+        if not 1 <= self.teacher_steps <= 1 / self.shortest:
+            raise ValueError(
+                f"method.flow_map.teacher_steps must be in 1 to {1 / self.shortest:.0f} (1 / method.flow_map.shortest), got {self.teacher_steps}"
+            )
+        if self.teacher_steps > 1 and (self.form, self.difference) != ("lagrangian", "teacher_step"):
+            raise ValueError(
+                "method.flow_map.teacher_steps has no effect without method.flow_map.form=lagrangian and difference=teacher_step: remove it"
+            )
 
     @property
     def has_own_starts(self) -> bool:
@@ -104,7 +115,7 @@ class FlowMap:
     def passes(self) -> float:
         """Velocities for the target of one of these rows, without gradient."""
         own = (1 - self.whole_fraction) * (1 - self.noise_fraction) if self.has_own_starts else 0.0
-        return own + (3 if self.difference == "central" else 2)
+        return own + (3 if self.difference == "central" else 1 + self.teacher_steps)
 
     @property
     def rows_of_a_call(self) -> int:

@@ -18,8 +18,10 @@ from scfm_core.scfm.starts import own_starts
 SHIFT, GAMMA = 3.0, 0.5
 JUMPS = {"shortest": 1 / 16, "whole_fraction": 0.1}
 FORMS = [
-    (form, difference) for form in ("lagrangian", "eulerian") for difference in ("central", "one_sided", "teacher_step")
-]
+    (form, difference, 1)
+    for form in ("lagrangian", "eulerian")
+    for difference in ("central", "one_sided", "teacher_step")
+] + [("lagrangian", "teacher_step", 3)]
 
 
 def make_config(fraction=1.0, *, slices=None, **settings: Any):
@@ -61,13 +63,16 @@ class Rows(list):
         return Rows(rows)
 
 
-def error_of_the_fixed_point(epsilon, form, difference, rows=64):
+def error_of_the_fixed_point(epsilon, form, difference, teacher_steps, rows=64):
     """How far the target of an exact student is from its velocity: the largest error of the rows whose difference has a longer and a
     shorter jump, and of the others."""
     width = {} if difference == "teacher_step" else {"epsilon": epsilon}
     plan = in_fp64(make_plan(make_config(**JUMPS), rows))
     plan = dataclasses.replace(
-        plan, config=make_config(form=form, difference=difference, shortest=epsilon / 2, **width)
+        plan,
+        config=make_config(
+            form=form, difference=difference, shortest=epsilon / 2, teacher_steps=teacher_steps, **width
+        ),
     )
     x = torch.randn(rows, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     exact = exact_student(x, plan.sigma_start, None, plan.step_size**GAMMA)
@@ -79,10 +84,10 @@ def error_of_the_fixed_point(epsilon, form, difference, rows=64):
     return float(errors[is_central].amax()) if is_central.any() else None, float(errors[~is_central].amax())
 
 
-@pytest.mark.parametrize(("form", "difference"), FORMS)
-def test_the_exact_flow_map_is_the_fixed_point_at_every_length(form, difference):
+@pytest.mark.parametrize(("form", "difference", "teacher_steps"), FORMS)
+def test_the_exact_flow_map_is_the_fixed_point_at_every_length(form, difference, teacher_steps):
     """Up to an error of the difference's order: the second if it is central, which it cannot be at h = 1 or at pure noise."""
-    errors = [error_of_the_fixed_point(epsilon, form, difference) for epsilon in (0.02, 0.01, 0.005)]
+    errors = [error_of_the_fixed_point(epsilon, form, difference, teacher_steps) for epsilon in (0.02, 0.01, 0.005)]
     for order, found in ((2, [central for central, _ in errors]), (1, [one_sided for _, one_sided in errors])):
         if found[0] is not None:
             assert found[-1] < 0.02**order
@@ -99,6 +104,27 @@ def test_a_student_that_is_not_exact_is_no_fixed_point():
     landed = x - (plan.sigma_start - plan.sigma_end)[:, None] * prediction
     torch.testing.assert_close(target, field(landed, plan.sigma_end), rtol=0, atol=1e-12)
     assert ((target - prediction).abs().amax(1) > 1e-3).all()
+
+
+def test_the_teacher_takes_the_last_steps():
+    """The target is the mean over the shorter jump and over Euler steps of the teacher, weighted so that the gradient is the teacher's."""
+    plan = in_fp64(make_plan(make_config(**JUMPS)))
+    plan = dataclasses.replace(plan, config=make_config(shortest=1 / 16, teacher_steps=4))
+    x = torch.randn(16, 2, dtype=torch.float64)
+    exact = exact_student(x, plan.sigma_start, None, plan.step_size**GAMMA)
+    target = flow_map_velocity(plan, x, Rows(range(16)), exact, exact_student)
+    rest = (plan.step_size - 4 / 16).clamp(min=0)
+    assert (rest == 0).any() and (rest > 0).any()
+    mid = shift_sigma(plan.u_start - rest, plan.shift)
+    near = exact_student(x, plan.sigma_start, None, rest**GAMMA)
+    reached, u = x - (plan.sigma_start - mid)[:, None] * near, plan.u_start - rest
+    for _ in range(4):
+        after = u - (plan.step_size - rest) / 4
+        step = (shift_sigma(u, plan.shift) - shift_sigma(after, plan.shift))[:, None]
+        reached, u = reached - step * field(reached, shift_sigma(u, plan.shift)), after
+    whole = (x - reached) / (plan.sigma_start - plan.sigma_end)[:, None]
+    factor = ((plan.sigma_start - plan.sigma_end) / (mid - plan.sigma_end))[:, None]
+    torch.testing.assert_close(target - exact, factor * (whole - exact), rtol=0, atol=1e-9)
 
 
 def test_jumps_are_drawn_as_the_settings_say():
@@ -136,6 +162,7 @@ def test_other_rows_are_the_same_as_without_flow_map_rows():
         (0.5, {"difference": "one_sided"}, "moved 2"),
         (0.5, {"form": "eulerian", "difference": "central"}, "moved 1 2"),
         (0.5, {}, "moved 1 1"),
+        (0.5, {"teacher_steps": 3}, "moved 1 1 1 1"),
         (0.5, {"noise_fraction": 1.0}, "1 1"),
         (1e-9, {}, "moved 1 1"),  # no row of this batch
     ],
@@ -205,6 +232,9 @@ def test_a_start_is_where_one_jump_of_the_student_ends():
             "method.flow_map.epsilon must be between 0 and 1, got 1.0",
         ),
         ({"flow_map": {"shortest": 0.0}}, r"method.flow_map.shortest must be in \[0.0001, 1\], got 0.0"),
+        ({"flow_map": {"teacher_steps": 0}}, "method.flow_map.teacher_steps must be in 1 to 32"),
+        ({"flow_map": {"teacher_steps": 9, "shortest": 1 / 8}}, "method.flow_map.teacher_steps must be in 1 to 8"),
+        ({"flow_map": {"teacher_steps": 2, "form": "eulerian"}}, "method.flow_map.teacher_steps has no effect without"),
         ({"flow_map": {"weight": 0.0}}, "method.flow_map.weight must be positive and finite, got 0.0"),
         ({"flow_map": {"weight": 0.02}}, "method.flow_map.weight has no effect with method.flow_map_fraction=1"),
         ({"flow_map": {"noise_fraction": 1.5}}, r"method.flow_map.noise_fraction must be in \[0, 1\], got 1.5"),
@@ -224,6 +254,7 @@ def test_invalid_settings_are_errors(change, message):
         ({"whole_fraction": 0.0}, 2.7),  # 70 % start where the student's own jump ends
         ({"whole_fraction": 0.5}, 2.35),
         ({"noise_fraction": 1.0}, 2),
+        ({"noise_fraction": 1.0, "teacher_steps": 4}, 5),
         ({"difference": "central", "starts": "data"}, 3),
         ({"difference": "one_sided", "whole_fraction": 0.0, "noise_fraction": 0.5}, 2.5),
     ],
