@@ -358,7 +358,7 @@ def format_result(result: Encoded, output: Path, notes: Sequence[str] = ()) -> s
     if result.padding_error is not None:
         lines.append(
             f"text padding is trimmed; the padding in its place differs from the encoder's by {result.padding_error:.1%} "
-            f"(--keep-padding stores the encoder's)"
+            f"(without --trim-padding the encoder's is stored)"
         )
     if manifest is None:
         return "\n".join([*lines, f"this process is done; the last process writes the manifest of {output}"])

@@ -36,15 +36,11 @@ def _add_cache_options(parser: argparse.ArgumentParser) -> None:
     )
     text = parser.add_mutually_exclusive_group()
     text.add_argument(
-        "--keep-padding",
-        action="store_true",
-        help="the default: store the encoder's output at padding tokens too, if the network sees them, as diffusers' pipeline does",
-    )
-    text.add_argument(
         "--trim-padding",
         action="store_true",
         help="store text up to the end of the caption, which is a quarter of the size for captions of 60 tokens; the padding is then the "
-        "output for an empty caption, which is not the text of diffusers' pipeline",
+        "output for an empty caption, which is not the text of diffusers' pipeline. Without it the encoder's output at padding tokens is "
+        "stored too, if the network sees them",
     )
     text.add_argument(
         "--latents-only",

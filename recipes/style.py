@@ -46,7 +46,7 @@ def main() -> None:
     slant(demo / "digits", root / "digits")
     _scfm(
         "data", "encode", root / "digits", "--output", root / "cache", "--model", teacher, "--resolution", 16, 16,
-        "--text-length", 8, "--keep-padding", "--dtype", "float32", "--batch-size", 64,
+        "--text-length", 8, "--dtype", "float32", "--batch-size", 64,
     )  # fmt: skip
 
     def train(name: str, *words: str) -> Path:

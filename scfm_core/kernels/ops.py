@@ -29,10 +29,9 @@ class Ops:
 
 def triton_ops() -> Ops:
     """The Triton kernels; imports Triton."""
-    from scfm_core.kernels.gelu_concat import gelu_concat
+    from scfm_core.kernels.concat import gelu_concat, swiglu_concat
     from scfm_core.kernels.modulate import gate_residual, gated_modulate, modulate
     from scfm_core.kernels.norm_rope import norm_rope
-    from scfm_core.kernels.swiglu_concat import swiglu_concat
 
     return Ops(norm_rope, modulate, gate_residual, gated_modulate, gelu_concat, swiglu_concat)
 

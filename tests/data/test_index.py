@@ -18,6 +18,7 @@ from storage import FileServer, S3Server
 
 from data_tools import index as module
 from data_tools.index import default_output, index
+from recipes.cli import main
 from scfm_core.data.corpus import Corpus
 from scfm_core.data.members import Members
 from scfm_core.data.recipe import CacheConfig, DataConfig, SourceConfig
@@ -165,6 +166,8 @@ class TestWhatIsWritten:
         manifest = index(source(folder), folder, timeout=5, threads=4, progress=progress)
         assert [entry.name for entry in manifest.shards] == [f"{n:03d}.tar" for n in range(6)]
         assert seen == [6] * 6
+        assert main(["data", "index", str(folder), "--threads", "1"]) == 0
+        assert open_source(source(folder), None, 5).manifest == manifest
 
 
 class TestMds:

@@ -16,6 +16,7 @@ from PIL import Image
 
 from data_tools.encode import EncodeConfig, encode
 from data_tools.pack import pack
+from recipes.cli import main
 from scfm_core.data.corpus import Corpus
 from scfm_core.data.recipe import CacheConfig, DataConfig, SourceConfig
 from scfm_core.data.schema import MANIFEST, Manifest
@@ -176,7 +177,8 @@ class TestRoundTrip:
         sizes = {}
         for compression in (None, "zstd:7"):
             folder = tmp_path / f"{compression}"
-            pack(open_corpus(trimmed), folder, to="mds", compression=compression)
+            option = [] if compression is None else ["--compression", compression]
+            assert main(["data", "pack", str(trimmed), "-o", str(folder), "--to", "mds", *option]) == 0
             sizes[compression] = sum(path.stat().st_size for path in folder.glob("shard*"))
             assert same_records(open_corpus(trimmed), open_corpus(folder, "mds"))
             assert bool(list(folder.glob("*.zstd"))) == (compression is not None)
@@ -184,7 +186,8 @@ class TestRoundTrip:
         assert by_streaming(tmp_path / "zstd:7") == by_tarfile(trimmed)
 
     def test_a_shard_for_every_sample(self, tiny, open_corpus, tmp_path):
-        pack(open_corpus(tiny / "cache"), tmp_path / "mds", to="mds", shard_bytes=1)
+        words = ["-o", str(tmp_path / "mds"), "--to", "mds", "--shard-mb", "1e-6"]
+        assert main(["data", "pack", str(tiny / "cache"), *words]) == 0
         assert same_records(open_corpus(tiny / "cache"), open_corpus(tmp_path / "mds", "mds"))
         pack(open_corpus(tmp_path / "mds", "mds"), tmp_path / "tars", to="webdataset", samples_per_shard=1)
         assert by_tarfile(tmp_path / "tars") == by_tarfile(tiny / "cache")

@@ -21,6 +21,7 @@ from storage import S3Server
 from data_tools import validate as module
 from data_tools.index import index
 from data_tools.validate import Problem, format_problems, validate
+from recipes.cli import main
 from scfm_core import files
 from scfm_core.data.corpus import Corpus
 from scfm_core.data.recipe import CacheConfig, DataConfig, SourceConfig
@@ -196,6 +197,13 @@ class TestShards:
         flip(folder / "2.tar", 700)
         assert list(found(validate(open_(folder, verify=False)))) == [("2.tar", None)]
         assert list(found(validate(open_(folder, verify=False), decode=False))) == [("2.tar", None)]
+
+    def test_hashes_alone(self, tmp_path, capsys):
+        """A sample that is no image was hashed as it is."""
+        folder = images(tmp_path / "images", {"02": {"png": b"no image", "txt": b"x"}})
+        words = ["data", "validate", str(folder), "data.resolution=[16,16]"]
+        assert [main([*words, *option]) for option in ([], ["--no-decode"])] == [1, 0]
+        assert "all 12 samples are valid" in capsys.readouterr().out
 
     def test_hashes_once(self, tmp_path, monkeypatch):
         corpus, hashed = open_(images(tmp_path / "images"), verify=True), []

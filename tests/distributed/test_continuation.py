@@ -10,7 +10,8 @@ import pytest
 import torch
 from runs import ALL_TARGETS, ENGINES, distance, joined_trainer, make_tree, run_distributed, tensors, train_all
 
-from recipes.checkpoint import convert, inspect
+from recipes.checkpoint import inspect
+from recipes.cli import main
 from recipes.export import export
 from scfm_core.distributed.reader import module_name
 from scfm_core.train.checkpoint import find_checkpoint, load_checkpoint
@@ -206,8 +207,8 @@ def test_convert_keeps_every_bit(source, kind, stage, ranks, tiny, tmp_path_fact
         train__steps=2,
         **(MATCHING if matching else {}),
     )
-    made = convert(run_dir, tmp_path / "new", kind, stage, ranks)
-    assert made == find_checkpoint(tmp_path / "new")
+    numbers = ["--stage", str(stage), "--ranks", str(ranks)]
+    assert main(["checkpoint", "convert", str(run_dir), str(tmp_path / "new"), "--to", kind, *numbers]) == 0
     left, right = tensors(tmp_path / "new"), tensors(run_dir)
     assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
     assert f"{'ZeRO-' + str(stage) if kind == 'zero' else 'fsdp2'} on {ranks}" in inspect(tmp_path / "new")
@@ -216,7 +217,7 @@ def test_convert_keeps_every_bit(source, kind, stage, ranks, tiny, tmp_path_fact
             "mp_rank_00_model_states.pt",
             [f"zero_pp_rank_{r}_mp_rank_00_model_states.pt" for r in range(ranks)],
         )
-        assert sorted(path.name for path in made.rglob("*_model_states.pt")) == (parts if stage == 3 else [whole])
+        assert sorted(path.name for path in (tmp_path / "new").rglob("*_model_states.pt")) == (parts if stage == 3 else [whole])
     # And a run resumes from it, on yet another engine.
     tree |= {"run": {**tree["run"], "dir": str(tmp_path / "new")}, "engine": {}}
     tree["train"] |= {"steps": 3, "micro_batch_size": 8}

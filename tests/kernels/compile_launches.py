@@ -17,8 +17,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction
 
+from scfm_core.kernels.concat import _activation_backward, gelu_concat, swiglu_concat
 from scfm_core.kernels.flash import _flash, _flash_backward
-from scfm_core.kernels.gelu_concat import _gelu_backward, gelu_concat
 from scfm_core.kernels.lora_gemm import TILES, lora_gemm
 from scfm_core.kernels.modulate import (
     _gate_backward,
@@ -31,7 +31,6 @@ from scfm_core.kernels.modulate import (
 from scfm_core.kernels.nf4_unpack import unpack
 from scfm_core.kernels.norm_rope import _backward as _norm_rope_backward
 from scfm_core.kernels.norm_rope import norm_rope
-from scfm_core.kernels.swiglu_concat import _swiglu_backward, swiglu_concat
 
 
 class NoDevice:
@@ -82,11 +81,11 @@ def launch_all(dtype: torch.dtype, width: int, dim: int) -> None:
     gate_residual(x, x, row)
     _gate_backward(x, x, row)
     gelu_concat(x, tensor(2, rows, 4 * width))
-    _gelu_backward(tensor(2, rows, 4 * width), tensor(2, rows, 4 * width))
+    _activation_backward(tensor(2, rows, 4 * width), tensor(2, rows, 4 * width), False)
     unpack(torch.empty(rows, width // 2, dtype=torch.uint8), torch.empty(rows * width // 64), torch.empty(16), dtype)
     for attention in (x, None):
         swiglu_concat(attention, tensor(2, rows, 6 * width))
-    _swiglu_backward(tensor(2, rows, 3 * width), tensor(2, rows, 6 * width))
+    _activation_backward(tensor(2, rows, 3 * width), tensor(2, rows, 6 * width), True)
     for tile in TILES:
         for weight in (tensor(width, width), tensor(width, width).T):  # as in the backward, and in the forward
             lora_gemm(x[0], weight, tensor(rows, 64), tensor(64, width), row[0], tile)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from scfm_core.kernels import flash, gelu_concat, lora, lora_products, modulate, norm_rope, reference, swiglu_concat
+from scfm_core.kernels import concat, flash, lora, lora_products, modulate, norm_rope, reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HEADS, DIM = 3, 16
@@ -56,11 +56,9 @@ CASES = {
         modulate.gated_modulate, reference.gated_modulate_reference,
         ((2, 21, 20), (2, 21, 20), (2, 20), (2, 20), (2, 20)),
     ),
-    "gelu_concat": Case(gelu_concat.gelu_concat, reference.gelu_concat_reference, ((2, 5, 20), (2, 5, 1100))),
-    "swiglu_concat": Case(swiglu_concat.swiglu_concat, reference.swiglu_concat_reference, ((2, 5, 20), (2, 5, 2200))),
-    "swiglu_concat of nothing": Case(
-        swiglu_concat.swiglu_concat, reference.swiglu_concat_reference, (None, (2, 5, 40))
-    ),
+    "gelu_concat": Case(concat.gelu_concat, reference.gelu_concat_reference, ((2, 5, 20), (2, 5, 1100))),
+    "swiglu_concat": Case(concat.swiglu_concat, reference.swiglu_concat_reference, ((2, 5, 20), (2, 5, 2200))),
+    "swiglu_concat of nothing": Case(concat.swiglu_concat, reference.swiglu_concat_reference, (None, (2, 5, 40))),
     "flash_attention": Case(
         flash.flash_attention, reference.flash_attention_reference, ((2, 37, 2, DIM), (2, 45, 2, DIM), (2, 45, 2, DIM))
     ),
@@ -186,8 +184,8 @@ OPS = {
     "modulate": lambda x, row, head: (torch.ops.scfm.modulate.default, (x, row, row, 1e-6)),
     "gated_modulate": lambda x, row, head: (torch.ops.scfm.gated_modulate.default, (x, x, row, row, row, 1e-6)),
     "gate_residual": lambda x, row, head: (torch.ops.scfm.gate_residual.default, (x, x, row)),
-    "gelu_concat": lambda x, row, head: (torch.ops.scfm.gelu_concat.default, (x, x)),
-    "swiglu_concat": lambda x, row, head: (torch.ops.scfm.swiglu_concat.default, (x, x)),
+    "gelu_concat": lambda x, row, head: (torch.ops.scfm.activation_concat.default, (x, x, False)),
+    "swiglu_concat": lambda x, row, head: (torch.ops.scfm.activation_concat.default, (x, x, True)),
     "flash_attention": lambda x, row, head: (
         torch.ops.scfm.flash_attention.default, tuple(x.detach().unflatten(-1, (HEADS, DIM)) for _ in range(3)),
     ),

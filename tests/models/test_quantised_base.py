@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from data_tools.encode import CacheWriter, EncodeConfig
+from data_tools.encode import EncodeConfig
+from recipes.cli import main
 from scfm_core.errors import UserError
 from scfm_core.filling import materialise
 from scfm_core.kernels.quantised import dequantise
@@ -160,17 +161,18 @@ class TestEncoders:
             errors[packing] = float((found["text"] - exact["text"]).norm() / exact["text"].norm())
         assert 0 < errors["int8"] < errors["float8"] < errors["nf4"] < 0.3, errors
 
-    def test_the_run_and_the_cache_use_them(self, make_config, tiny, monkeypatch):
+    def test_the_run_and_the_cache_use_them(self, make_config, tiny, tmp_path, monkeypatch):
         used = []
         monkeypatch.setattr(encoders, "quantise_onto", lambda encoder, packing, device: used.append(packing))
         monkeypatch.setattr(encoders, "LARGE_ENCODER", 0)
         Trainer(make_config({"model.encoders": "int8", "sample.every": 2, "sample.prompts": ["a digit"]}))
         assert set(used) == {"int8"}
         used.clear()
-        config = EncodeConfig(text_length=8, dtype=torch.float32, encoders="nf4")
-        family = open_family(str(tiny / "flux"))
-        CacheWriter(tiny, family, config)
-        assert set(used) == {"nf4"} and config.parameters(family)["encoders"] == "nf4"
+        words = ["--model", str(tiny / "flux"), "--resolution", "16", "16", "--text-length", "8", "--encoders", "nf4"]
+        assert main(["data", "encode", str(tiny / "digits"), "-o", str(tmp_path / "cache"), *words]) == 0
+        assert set(used) == {"nf4"}
+        config = EncodeConfig(dtype=torch.float32, encoders="nf4")
+        assert config.parameters(open_family(str(tiny / "flux")))["encoders"] == "nf4"
 
 
 def test_a_tied_weight_is_not_quantised():
