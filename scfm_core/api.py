@@ -221,8 +221,8 @@ class AdapterModel(FewStepModel):
             )
         if self.header.adapters and run is None:
             raise UserError(
-                f"{path} was distilled on its base model together with {', '.join(self.header.adapters)}: load them into a pipeline of "
-                f"diffusers, and this one with `with_steps(pipe, ...)`"
+                f"{path} was distilled on its base model together with {', '.join(self.header.adapters)}: load all into a pipeline of "
+                f"diffusers, with `with_steps(pipe, {str(path)!r}, styles={self.header.adapters})`"
             )
         self.base: str = found
         """Hub id or folder of the base model."""

@@ -96,12 +96,16 @@ def describe(adapters: Sequence[FusedAdapter]) -> str:
     )
     styles = ", ".join(f'"style{number}"' for number in range(len(adapters)))
     weights = ", ".join(f"{adapter.weight:g}" for adapter in adapters)
+    given = {Path(adapter.path).name: adapter.weight for adapter in adapters}
     return f"""It was distilled on the base model together with {names}: load both, and set the weights of all adapters in one call.
 
 ```python
 {lines}
 pipe.set_adapters([{styles}, "scfm"], [{weights}, weight_of_the_steps])
 ```
+
+diffusers scales a LoRA whose layers have several ranks, and that has no alpha, otherwise than in this training, and loses layers of some
+files of other tools. `scfm_core.with_steps(pipe, FILE, styles={given})` loads both as in the training.
 """
 
 

@@ -24,6 +24,8 @@ from scfm_core.train.sampling import sampling_shift
 
 _NAME = "scfm"
 """Of the adapter in a pipeline."""
+_FUSED = "scfm_style"
+"""Of the adapters of `model.adapters` in a pipeline, before their number."""
 _STEPS = 4
 """Of a call without `num_inference_steps`."""
 
@@ -88,7 +90,7 @@ def read_header(path: str | Path) -> AdapterHeader:
         ) from error
 
 
-def with_steps(pipe: Any, adapter: str | Path) -> Any:
+def with_steps(pipe: Any, adapter: str | Path, *, styles: Mapping[str | Path, float] | None = None) -> Any:
     """Load an adapter into a pipeline of diffusers, so that `num_inference_steps` sets its weight on each call.
 
     Each call also gets the sigmas, the scheduler, the guidance, the number of text tokens and the size of the training, unless the
@@ -98,24 +100,30 @@ def with_steps(pipe: Any, adapter: str | Path) -> Any:
     Args:
         pipe: a pipeline with the adapter's base model, or a fine-tune of it. It is changed in place.
         adapter: safetensors file of `scfm export`, or a folder with one.
+        styles: files and weights of other LoRAs, such as those that the adapter was distilled with. They change the network as in
+            `model.adapters`; diffusers' own loader loses layers of some files, and scales some by other ranks than their own.
 
     Returns:
         `pipe`.
 
     Raises:
-        UserError: if the file is not an adapter of `scfm export`, or was made for another model than the pipeline's.
+        UserError: if the file is not an adapter of `scfm export`, or was made for another model than the pipeline's; if a style
+            cannot be read, or its weight is 0 or not finite.
     """
     header, path = read_header(adapter), adapter_file(adapter)
     own = getattr(type(pipe), "_scfm_original", type(pipe))
     family = family_of_pipeline(pipe)
     factors = read_adapter(path, family.other_tools, pipe.transformer)
+    load_fused(pipe, _styles(styles or {}))
     if header.adapters and not pipe.get_list_adapters():
         names = ", ".join(f"{name} (weight {weight:g})" for name, weight in header.adapters.items())
         warnings.warn(
-            f"{path} was distilled on its base model together with {names}, which this pipeline does not have: load them too",
+            f"{path} was distilled on its base model together with {names}, which this pipeline does not have. Give it: "
+            f"`with_steps(pipe, ..., styles={header.adapters})`",
             stacklevel=2,
         )
-    _add_adapter(pipe, factors)
+    _remove(pipe, _NAME)
+    _add_adapters(pipe, {_NAME: factors})
     steps = _Steps(header, family, getattr(pipe, "_scfm_scheduler", pipe.scheduler), tuple(factors))
     signature = inspect.signature(own.__call__)
 
@@ -196,18 +204,28 @@ class _Steps:
         return FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=False)
 
 
+def _styles(styles: Mapping[str | Path, float]) -> list[FusedAdapter]:
+    try:
+        return [FusedAdapter(path=str(path), weight=weight) for path, weight in styles.items()]
+    except ValueError as error:
+        raise UserError(f"`styles` of `with_steps`: {error}") from error
+
+
 def load_fused(pipe: Any, adapters: Sequence[FusedAdapter]) -> None:
-    """Load the adapters of `model.adapters` into a pipeline, which is the same as fusing them.
+    """Load the adapters of `model.adapters` into a pipeline, which is the same as fusing them. Others stay as they are.
 
     Raises:
         UserError: as `read_adapter`.
     """
     tools = family_of_pipeline(pipe).other_tools
-    for number, adapter in enumerate(adapters):
-        _load(pipe, f"fused{number}", read_adapter(adapter.file, tools, pipe.transformer))
-    if adapters:
-        names = [f"fused{number}" for number in range(len(adapters))]
-        pipe.set_adapters(names, [adapter.weight for adapter in adapters])
+    factors = [read_adapter(adapter.file, tools, pipe.transformer) for adapter in adapters]
+    if not adapters:
+        return
+    _remove(pipe, rf"{_FUSED}\d+")
+    _add_adapters(pipe, {f"{_FUSED}{number}": own for number, own in enumerate(factors)})
+    for layer in _layers(pipe.transformer).values():
+        for number, adapter in enumerate(adapters):
+            layer.set_scale(f"{_FUSED}{number}", adapter.weight)
 
 
 def shift_of(shift: Any, family: ModelFamily, size: tuple[int, int], steps: int) -> float:
@@ -223,14 +241,20 @@ def _layers(network: Any) -> dict[str, Any]:
     return {name: module for name, module in network.named_modules() if isinstance(module, BaseTunerLayer)}
 
 
-def _add_adapter(pipe: Any, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-    """Load the factors, in place of an earlier adapter of scfm. Other adapters keep their weights and stay active."""
-    if _NAME in pipe.get_list_adapters().get("transformer", []):
-        pipe.delete_adapters(_NAME)
+def _remove(pipe: Any, names: str) -> None:
+    """Delete the adapters whose whole names match a regular expression."""
+    for name in pipe.get_list_adapters().get("transformer", []):
+        if re.fullmatch(names, name):
+            pipe.delete_adapters(name)
+
+
+def _add_adapters(pipe: Any, adapters: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]]) -> None:
+    """Load the factors of each adapter at weight 1. Other adapters keep their weights and stay active."""
     active = {name: list(layer.active_adapters) for name, layer in _layers(pipe.transformer).items()}
-    _load(pipe, _NAME, factors)
+    for name, factors in adapters.items():
+        _load(pipe, name, factors)
     for name, layer in _layers(pipe.transformer).items():
-        layer.set_adapter([*active.get(name, []), _NAME], inference_mode=True)
+        layer.set_adapter([*active.get(name, []), *adapters], inference_mode=True)
 
 
 def _load(pipe: Any, name: str, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:

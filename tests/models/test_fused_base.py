@@ -114,35 +114,76 @@ def test_the_weights_are_those_that_diffusers_fuses(tiny, tmp_path, write):
         torch.testing.assert_close(found[name], weight, rtol=0, atol=1e-6)
 
 
-def test_without_alpha_the_scale_is_1_whatever_the_rank(tiny, tmp_path):
-    """As in ComfyUI; diffusers takes the rank of one linear as the alpha of all. Loading is the same as fusing."""
-    generator, base = torch.Generator().manual_seed(7), fused(tiny)
-    sizes, tensors = (
-        {
-            "x_embedder": 1,
-            "transformer_blocks.0.attn.to_q": 2,
-            "proj_out": 3,
-            "single_transformer_blocks.0.proj_out": 5,
-        },
-        {},
-    )
+def write_mixed_ranks(path: Path, base: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """A LoRA without alpha; returns its factors."""
+    generator, tensors = torch.Generator().manual_seed(7), {}
+    sizes = {
+        "x_embedder": 1,
+        "transformer_blocks.0.attn.to_q": 2,
+        "proj_out": 3,
+        "single_transformer_blocks.0.proj_out": 5,
+    }
     for name, rank in sizes.items():
         outputs, inputs = base[f"{name}.weight"].shape
-        for side, shape in (("A", (rank, inputs)), ("B", (outputs, rank))):
-            tensors[f"transformer.{name}.lora_{side}.weight"] = torch.randn(shape, generator=generator) * 0.1
-    path = tmp_path / "style.safetensors"
-    save_file(tensors, path)
+        shapes = (rank, inputs), (outputs, rank)
+        down, up = (torch.randn(shape, generator=generator) * 0.1 for shape in shapes)
+        tensors[name] = down, up
+    named = {
+        f"transformer.{name}.lora_{side}.weight": t
+        for name, both in tensors.items()
+        for side, t in zip("AB", both, strict=True)
+    }
+    save_file(named, path)
+    return tensors
+
+
+def weights_in(network: torch.nn.Module, name: str) -> torch.Tensor:
+    """The weight of a linear with what its active adapters add."""
+    layer = network.get_submodule(name)
+    return layer.base_layer.weight + sum(layer.get_delta_weight(active) for active in layer.active_adapters)
+
+
+def test_without_alpha_the_scale_is_1_whatever_the_rank(tiny, tmp_path):
+    """As in ComfyUI; diffusers takes the rank of one linear as the alpha of all. Loading is the same as fusing."""
+    base, path = fused(tiny), tmp_path / "style.safetensors"
+    tensors = write_mixed_ranks(path, base)
     pipe = FluxPipeline.from_pretrained(tiny / "flux", text_encoder=None, text_encoder_2=None)
     load_fused(pipe, [FusedAdapter(path=str(path), weight=WEIGHT)])
     pipe.fuse_lora()
     pipe.unload_lora_weights()
     found, loaded = fused(tiny, (path, WEIGHT)), pipe.transformer.state_dict()
-    for name in sizes:
-        down, up = (tensors[f"transformer.{name}.lora_{side}.weight"] for side in "AB")
+    for name, (down, up) in tensors.items():
         expected = base[f"{name}.weight"] + WEIGHT * up @ down
         torch.testing.assert_close(found[f"{name}.weight"], expected, rtol=0, atol=1e-6)
     for name, weight in found.items():
         torch.testing.assert_close(loaded[name], weight, rtol=0, atol=1e-6)
+
+
+def test_styles_of_with_steps_are_those_of_the_training(make_config, tiny, tmp_path):
+    """Of several ranks without alpha, which diffusers' loader scales in another way; beside a LoRA of the pipeline's own."""
+    base, path = fused(tiny), tmp_path / "style.safetensors"
+    tensors = write_mixed_ranks(path, base)
+    config = make_config(config_of(path))
+    trainer = Trainer(config)
+    fit(trainer)
+    (trainer.run_dir / "config.yaml").write_text(dump_config(config))
+    assert main(["export", str(trainer.run_dir)]) == 0
+    own = write_style(tmp_path / "own", {"x_embedder": tuple(base["x_embedder.weight"].shape)})
+    pipe = FluxPipeline.from_pretrained(tiny / "flux")
+    pipe.load_lora_weights(own.parent, weight_name=own.name, adapter_name="own")
+    pipe.set_adapters("own", 0.3)
+    for _ in range(2):  # the second call takes the place of the first
+        with_steps(pipe, trainer.run_dir / "adapter", styles={path: WEIGHT})
+    assert sorted(pipe.get_list_adapters()["transformer"]) == ["own", "scfm", "scfm_style0"]
+    expected = fused(tiny, (path, WEIGHT))
+    expected["x_embedder.weight"] = fused(tiny, (path, WEIGHT), (own, 0.3))["x_embedder.weight"]
+    for layer in pipe.transformer.modules():
+        if hasattr(layer, "set_scale"):
+            layer.set_scale("scfm", 0)
+    for name in tensors:
+        torch.testing.assert_close(weights_in(pipe.transformer, name), expected[f"{name}.weight"], rtol=0, atol=1e-6)
+    with pytest.raises(UserError, match=r"`styles` of `with_steps`: .* must be finite and not 0, got 0"):
+        with_steps(pipe, trainer.run_dir / "adapter", styles={path: 0})
 
 
 def kohya_flat(tensors):
@@ -332,10 +373,11 @@ def test_the_exported_adapter_belongs_to_the_styled_model(make_config, style, ti
     both.set_adapters("style", WEIGHT)
     [again] = load(trainer.run_dir / "adapter").sample(PROMPT, steps=2, seed=4)
     assert np.abs(np.asarray(again, dtype=int) - np.asarray(image, dtype=int)).max() <= 2
-    with pytest.raises(UserError, match=r"together with style\.safetensors: load them into a pipeline of diffusers"):
+    with pytest.raises(UserError, match=r"together with style\.safetensors: load all into a pipeline of diffusers"):
         load(shutil.copytree(trainer.run_dir / "adapter", tmp_path / "elsewhere"), base=str(tiny / "flux"))
     with pytest.warns(
-        UserWarning, match=r"together with style\.safetensors \(weight 0\.8\), which this pipeline does not have"
+        UserWarning,
+        match=r"together with style\.safetensors \(weight 0\.8\), which this pipeline does not have.*styles=",
     ):
         with_steps(FluxPipeline.from_pretrained(tiny / "flux"), trainer.run_dir / "adapter")
     for pipe in (merged, with_steps(both, trainer.run_dir / "adapter")):
