@@ -8,10 +8,8 @@ import importlib
 import ipaddress
 import os
 import re
-import signal
 import socket
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Sequence
@@ -262,16 +260,3 @@ def play(words: Sequence[str], *, base: str | None = None, host: str = "127.0.0.
     player = Player(entries)
     player.warm_up()
     serve(player, listener, host)
-
-
-def serve_in_thread(player: Player) -> tuple[str, Any]:
-    """Serve the page on a free port; returns its address, and a function that stops it. For tests and screenshots."""
-    listener, server = open_socket("127.0.0.1", 0), make_server(player)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-    thread.start()
-
-    def stop() -> None:
-        server.handle_exit(signal.SIGINT, None)
-        thread.join(timeout=20)
-
-    return address_of(listener, "127.0.0.1"), stop

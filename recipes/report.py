@@ -218,9 +218,9 @@ def _validation_plot(runs: list[_Run]) -> bytes:
         return to_png(plt, figure)
 
 
-def _smooth(values: list[float], share: float = 0.02) -> list[float]:
-    """Exponential moving average over about the fraction `share` of the run, bias-corrected."""
-    decay = 1 - 1 / max(1.0, share * len(values))
+def _smooth(values: list[float]) -> list[float]:
+    """Exponential moving average over about 2% of the run, bias-corrected."""
+    decay = 1 - 1 / max(1.0, 0.02 * len(values))
     mean, weight, smoothed = 0.0, 0.0, []
     for value in values:
         mean = decay * mean + (1 - decay) * value

@@ -60,11 +60,6 @@ def cost(config: RunConfig) -> Cost:
     return Cost(config.train.steps, samples, for_targets, student * samples + for_targets)
 
 
-def target_passes(config: RunConfig) -> float:
-    """Network passes for a sample's target; the passes for a stored path are divided by the number of its uses."""
-    return cost(config).for_target
-
-
 def cost_of_stages(study: Study, run: Run) -> Cost:
     """The cost of a run and of those from which it starts."""
     *earlier, last = (cost(load_config(study.recipe, stage.overrides)) for stage in run.stages)

@@ -5,6 +5,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,17 @@ def load(
             f"run.dir of a `scfm train`, or what `scfm export` wrote"
         )
     return AdapterModel(folder, base, device)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What `FewStepModel.sample` was asked for, checked: a seed for each prompt, and the `settings` of all."""
+
+    prompts: list[str]
+    seeds: list[int]
+    settings: dict[str, Any]
+    undistilled: bool
+    before_step: Callable[[], None]
 
 
 class FewStepModel(ABC):
@@ -142,18 +154,10 @@ class FewStepModel(ABC):
             raise UserError(
                 f"{count(len(rows), 'prompt')} and {count(len(seeds), 'seed')}: give a seed for each prompt, or one number"
             )
-        return self._sample(rows, seeds, settings, undistilled=undistilled, before_step=before_step or (lambda: None))
+        return self._sample(_Job(rows, seeds, settings, undistilled, before_step or (lambda: None)))
 
     @abstractmethod
-    def _sample(
-        self,
-        prompts: list[str],
-        seeds: list[int],
-        settings: dict[str, Any],
-        *,
-        undistilled: bool,
-        before_step: Callable[[], None],
-    ) -> list[Image.Image]: ...
+    def _sample(self, job: _Job) -> list[Image.Image]: ...
 
 
 class RunModel(FewStepModel):
@@ -174,32 +178,21 @@ class RunModel(FewStepModel):
     def _strength(self, steps: int) -> float:
         return sampling_strength(self.config.method.step_gain, steps)
 
-    def _sample(
-        self,
-        prompts: list[str],
-        seeds: list[int],
-        settings: dict[str, Any],
-        *,
-        undistilled: bool,
-        before_step: Callable[[], None],
-    ) -> list[Image.Image]:
-        if undistilled and isinstance(self.model, FullModel) and "teacher" not in self.model.networks:
+    def _sample(self, job: _Job) -> list[Image.Image]:
+        if job.undistilled and isinstance(self.model, FullModel) and "teacher" not in self.model.networks:
             raise UserError(f"the run {self.config.run.dir} has no teacher: it trained full weights from data alone")
-        role = "teacher" if undistilled else self.config.sample.weights
-        cond = self._text.encode(prompts, settings["guidance"])
-        size = settings["height"], settings["width"]
-        strength = None if undistilled else settings["strength"]
+        settings = job.settings
         images = generate(
             self.config,
             self.model,
-            role,
+            "teacher" if job.undistilled else self.config.sample.weights,
             self._vae,
-            cond,
-            seeds,
+            self._text.encode(job.prompts, settings["guidance"]),
+            job.seeds,
             settings["steps"],
-            strength,
-            size=size,
-            before_step=before_step,
+            None if job.undistilled else settings["strength"],
+            size=(settings["height"], settings["width"]),
+            before_step=job.before_step,
         )
         return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in to_uint8(images)]
 
@@ -248,26 +241,19 @@ class AdapterModel(FewStepModel):
     def _strength(self, steps: int) -> float:
         return self.header.strength(steps)
 
-    def _sample(
-        self,
-        prompts: list[str],
-        seeds: list[int],
-        settings: dict[str, Any],
-        *,
-        undistilled: bool,
-        before_step: Callable[[], None],
-    ) -> list[Image.Image]:
+    def _sample(self, job: _Job) -> list[Image.Image]:
         def end_of_step(*_: Any) -> dict[str, Any]:
-            before_step()
+            job.before_step()
             return {}
 
-        before_step()
+        job.before_step()
+        settings = job.settings
         images: list[Image.Image] = []
         call = self.family.call_arguments(settings["guidance"], self.header.text_length)
-        for at in range(0, len(prompts), _BATCH):
-            generators = [torch.Generator().manual_seed(seed) for seed in seeds[at : at + _BATCH]]
+        for at in range(0, len(job.prompts), _BATCH):
+            generators = [torch.Generator().manual_seed(seed) for seed in job.seeds[at : at + _BATCH]]
             images += self.pipe(
-                prompt=prompts[at : at + _BATCH],
+                prompt=job.prompts[at : at + _BATCH],
                 num_inference_steps=settings["steps"],
                 adapter_weight=settings["strength"],
                 height=settings["height"],

@@ -4,6 +4,8 @@ import fcntl
 import gc
 import json
 import os
+import shutil
+import subprocess
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: threads cost more than they bring
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test needs the network
@@ -24,7 +26,7 @@ from typing import Any
 import pytest
 
 from data_tools.encode import EncodeConfig, encode
-from recipes.tiny import write_classifier, write_digits, write_pipeline, write_sd3_pipeline
+from recipes.tiny import write_classifier, write_digits, write_pipeline
 from scfm_core.data.corpus import Corpus
 from scfm_core.data.recipe import DataConfig
 from scfm_core.models.families import open_family
@@ -201,8 +203,10 @@ def tiny_short(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_sd3(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `sd3`, as `tiny`'s flux with the same VAE, and `cache`."""
+    from tiny_sd3 import write
+
     root = tmp_path_factory.mktemp("tiny_sd3")
-    write_sd3_pipeline(root / "sd3", vae=tiny / "flux" / "vae")
+    write(root / "sd3", vae=tiny / "flux" / "vae")
     randomise_transformer(root / "sd3")
     images = Corpus(DataConfig(path=str(tiny / "digits"), format="folder", resolution=(16, 16)))
     encode(images, root / "cache", open_family(str(root / "sd3")), EncodeConfig(text_length=8, dtype=torch.float32))
@@ -331,3 +335,21 @@ def streaming_alone() -> Iterator[None]:
     with (Path(tempfile.gettempdir()) / "scfm_tests_streaming.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def mounted(disk: Path, options: str) -> Iterator[Path]:
+    """A file system in memory."""
+    disk.mkdir()
+    result = shutil.which("mount") and subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)], capture_output=True, check=False
+    )
+    if not result or result.returncode:
+        pytest.skip("a file system can only be mounted by root, on Linux")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one megabyte."""
+    yield from mounted(tmp_path / "disk", "size=1m")

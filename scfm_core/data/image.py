@@ -74,13 +74,6 @@ def unit_range(pixels: Tensor) -> Tensor:
     return pixels.float() / torch.full((), 127.5, device=pixels.device) - 1
 
 
-def load_image(
-    source: Path | bytes, height: int, width: int, name: str | None = None, background: str = "white"
-) -> Tensor:
-    """The pixels of `load_picture`, fp32 in [-1, 1]."""
-    return unit_range(load_picture(source, height, width, name, background).pixels)
-
-
 def load_picture(
     source: Path | bytes, height: int, width: int, name: str | None = None, background: str = "white"
 ) -> Picture:

@@ -191,20 +191,19 @@ class DataConfig:
         return tuple(self.buckets)  # type: ignore[arg-type]
 
 
-def aspect_buckets(resolution: Size, step: int, max_ratio: float = 2.0) -> tuple[Size, ...]:
-    """Aspect-ratio buckets: for each height the largest width, with at most the area of `resolution`.
+def aspect_buckets(resolution: Size, step: int) -> tuple[Size, ...]:
+    """Aspect-ratio buckets up to 1:2 and 2:1: for each height the largest width, with at most the area of `resolution`.
 
     Args:
         resolution: height and width in pixels; also one of the buckets.
         step: all sides are multiples of it, in pixels.
-        max_ratio: of the longer side to the shorter one.
 
     The scheme of NovelAI's aspect-ratio bucketing (https://github.com/NovelAI/novelai-aspect-ratio-bucketing).
     """
     area = resolution[0] * resolution[1]
     sizes = {resolution}
-    for height in range(step, int((area * max_ratio) ** 0.5) + 1, step):
+    for height in range(step, int((2 * area) ** 0.5) + 1, step):
         width = area // height // step * step
-        if width and max(height / width, width / height) <= max_ratio:
+        if width and max(height / width, width / height) <= 2:
             sizes.add((height, width))
     return tuple(sorted(sizes))

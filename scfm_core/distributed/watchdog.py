@@ -120,8 +120,8 @@ class Watchdog:
         places = {rank: heartbeat.partition(" ")[2] or "start (unknown)" for rank, heartbeat in after.items()}
         gone = [rank for rank in after if before[rank] == after[rank] and rank not in survivors]
         if gone:
-            return _together("; ", {rank: f"gone, last seen at {places[rank]}" for rank in gone}, "is", "are")
-        return "no progress: " + _together(", ", {rank: f"at {place}" for rank, place in places.items()}, "is", "are")
+            return _together("; ", {rank: f"gone, last seen at {places[rank]}" for rank in gone})
+        return "no progress: " + _together(", ", {rank: f"at {place}" for rank, place in places.items()})
 
     def _heartbeats(self) -> dict[int, str]:
         """The last heartbeat of each rank; empty for one that has not begun."""
@@ -172,13 +172,13 @@ def _request_nccl_dump(rank: int) -> None:
             os.close(pipe)
 
 
-def _together(separator: str, texts: dict[int, str], one: str, several: str) -> str:
+def _together(separator: str, texts: dict[int, str]) -> str:
     """The ranks of the same text in one part: `rank 3 is gone, ranks 0-2, 4 are at step 7`."""
     groups: dict[str, list[int]] = defaultdict(list)
     for rank, text in texts.items():
         groups[text].append(rank)
     return separator.join(
-        f"{ranks_in_words(ranks)} {one if len(ranks) == 1 else several} {text}" for text, ranks in groups.items()
+        f"{ranks_in_words(ranks)} {'is' if len(ranks) == 1 else 'are'} {text}" for text, ranks in groups.items()
     )
 
 

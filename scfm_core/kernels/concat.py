@@ -123,11 +123,8 @@ def _forward_kernel(
         inside = column < hidden
         place = mlp_ptr + sample * mlp_batch + token * mlp_row + column
         x = tl.load(place, mask=inside).to(COMPUTE)
-        if IS_GATED:
-            result = x * _logistic(x) * tl.load(place + hidden, mask=inside).to(COMPUTE)
-        else:
-            result = x * _gelu_gate(x)
-        tl.store(out + width + column, result.to(out_ptr.dtype.element_ty), mask=inside)
+        y = x / (1 + tl.exp(-x)) * tl.load(place + hidden, mask=inside).to(COMPUTE) if IS_GATED else x * _gelu_gate(x)
+        tl.store(out + width + column, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit

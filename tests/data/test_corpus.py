@@ -14,7 +14,7 @@ import sys
 import tarfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -175,20 +175,6 @@ def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 def cache(tmp_path: Path) -> Path:
     """Seven samples in three shards: 3, 3, 1."""
     return write_cache(tmp_path / "cache")
-
-
-@pytest.fixture
-def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of one megabyte."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = shutil.which("mount") and subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True, check=False
-    )
-    if not mounted or mounted.returncode:
-        pytest.skip("a file system can only be mounted by root, on Linux")
-    yield disk
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 class TestManifest:

@@ -19,7 +19,6 @@ from scfm_core.data.image import (
     ENLARGED,
     TRANSPARENT,
     image_size,
-    load_image,
     load_picture,
     picture_notes,
     unit_range,
@@ -51,6 +50,11 @@ def contents(folder: Path) -> list[tuple[str, str]]:
     records = [dataset.load(index, (8, 8)) for index in range(len(dataset))]
     assert [dataset.caption(index) for index in range(len(dataset))] == [record.caption for record in records]
     return [(record.key, record.caption) for record in records]
+
+
+def load_image(source: Path | bytes, height: int, width: int, name: str | None = None) -> torch.Tensor:
+    """The pixels of `load_picture` in [-1, 1]."""
+    return unit_range(load_picture(source, height, width, name).pixels)
 
 
 def as_image(pixels: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ from PIL import Image
 from safetensors.torch import save
 
 from scfm_core.data.corpus import Corpus
-from scfm_core.data.image import load_image, load_picture
+from scfm_core.data.image import load_picture
 from scfm_core.data.mds import MdsWriter
 from scfm_core.data.recipe import CacheConfig, DataConfig, SourceConfig
 from scfm_core.data.schema import MANIFEST, BadData, Manifest, Record, ShardEntry
@@ -838,7 +838,7 @@ def test_no_secret_of_the_environment_in_any_error(
             DataConfig(path="http://127.0.0.1:9/x", cache=CacheConfig(dir=str(tmp_path / "cache"), timeout=0.5))
         ),
         lambda: Corpus(DataConfig(path="gs://bucket/x", cache=CacheConfig(dir=str(tmp_path / "cache"), timeout=0.5))),
-        lambda: load_image(b"x", 16, 24, "it"),
+        lambda: load_picture(b"x", 16, 24, "it"),
         lambda: TarShard((bad_tar / MANIFEST).open("rb"), "it"),
         lambda: DataConfig(path="pipe:env"),
     ]

@@ -3,7 +3,6 @@
 import errno
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from types import SimpleNamespace
 
 import fsspec
 import pytest
+from conftest import mounted
 from storage import FaultyProxy, FileServer, S3Server
 
 from scfm_core import progress
@@ -315,15 +315,7 @@ class TestTheLocalDisk:
 
     @pytest.fixture
     def full_disk(self, tmp_path: Path) -> Iterator[Path]:
-        disk = tmp_path / "disk"
-        disk.mkdir()
-        mounted = shutil.which("mount") and subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], capture_output=True, check=False
-        )
-        if not mounted or mounted.returncode:
-            pytest.skip("a file system can only be mounted by root, on Linux")
-        yield disk
-        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+        yield from mounted(tmp_path / "disk", "size=256k")
 
     def test_the_folder_was_deleted(self, place: Place, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match="gone") as refused:

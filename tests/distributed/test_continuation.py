@@ -217,7 +217,9 @@ def test_convert_keeps_every_bit(source, kind, stage, ranks, tiny, tmp_path_fact
             "mp_rank_00_model_states.pt",
             [f"zero_pp_rank_{r}_mp_rank_00_model_states.pt" for r in range(ranks)],
         )
-        assert sorted(path.name for path in (tmp_path / "new").rglob("*_model_states.pt")) == (parts if stage == 3 else [whole])
+        assert sorted(path.name for path in (tmp_path / "new").rglob("*_model_states.pt")) == (
+            parts if stage == 3 else [whole]
+        )
     # And a run resumes from it, on yet another engine.
     tree |= {"run": {**tree["run"], "dir": str(tmp_path / "new")}, "engine": {}}
     tree["train"] |= {"steps": 3, "micro_batch_size": 8}

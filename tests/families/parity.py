@@ -1,5 +1,6 @@
 """A family beside diffusers' own pipeline of the same folder."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,3 +60,21 @@ def velocity_on_meta(family: ModelFamily, network: nn.Module) -> Tensor:
             fields={name: torch.empty(2, *shape) for name, shape in family.shapes(77).items()}, lengths=(20, 77)
         )
         return family.predict(network, torch.empty(2, *family.latent_shape(512, 512)), torch.empty(2), cond)
+
+
+def assert_rows_are_as_alone(
+    pair: Pair, captions: Sequence[str], x: Tensor, guidance: float
+) -> tuple[Conditioning, Tensor, Tensor]:
+    """The velocity of each row of a batch is that of its caption alone; `pair` is in fp32.
+
+    Returns:
+        conditioning, sigma and velocity of the batch.
+    """
+    cond, sigma = pair.encoders.encode(list(captions), guidance), torch.tensor([0.9, 0.5, 0.1])
+    with torch.no_grad():
+        together = pair.family.velocity(pair.network, x, sigma, cond)
+        for row, caption in enumerate(captions):
+            part, alone = slice(row, row + 1), pair.encoders.encode([caption], guidance)
+            velocity = pair.family.velocity(pair.network, x[part], sigma[part], alone)
+            torch.testing.assert_close(together[part], velocity, rtol=1e-4, atol=5e-5)
+    return cond, sigma, together

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from recipes.tiny import DIGITS, caption
+from recipes.tiny import digit_words
 
 # Of the real templates, what matters here: the roles, and the empty thought that `enable_thinking=False` writes.
 _CHATML = (
@@ -18,7 +18,6 @@ _MISTRAL = (
     "{% if message.role == 'system' %}[SYSTEM_PROMPT]{{ message.content[0].text }}[/SYSTEM_PROMPT]"
     "{% else %}[INST]{{ message.content[0].text }}[/INST]{% endif %}{% endfor %}"
 )
-_WORDS = sorted({word for digit in range(len(DIGITS)) for word in caption(digit).split()})
 
 
 def write(folder: Path, *, variant: str = "klein", seed: int = 0) -> None:
@@ -80,7 +79,7 @@ def _qwen3() -> tuple[Any, Any]:
     from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
-    vocabulary = {token: number for number, token in enumerate([*special, "user", "assistant", *_WORDS])}
+    vocabulary = {token: number for number, token in enumerate([*special, "user", "assistant", *digit_words()])}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<|endoftext|>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = Qwen2TokenizerFast(
@@ -112,7 +111,7 @@ def _mistral3() -> tuple[Any, Any]:
         "[IMG_END]",
         SYSTEM_MESSAGE,
     ]  # the whole message is one token: the template takes 6
-    vocabulary = {token: number for number, token in enumerate([*special, *_WORDS])}
+    vocabulary = {token: number for number, token in enumerate([*special, *digit_words()])}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = LlamaTokenizerFast(

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from qwen_tokens import write_tokenizer
+from tiny_chroma import vae
 
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -15,12 +16,7 @@ CHAT = (
 
 def write(folder: Path, *, seed: int = 0, shift: float = 6.0) -> None:
     """A complete pipeline: random weights, 2x compression, 4 latent channels, the fixed `shift` of Z-Image's scheduler."""
-    from diffusers import (
-        AutoencoderKL,
-        FlowMatchEulerDiscreteScheduler,
-        ZImagePipeline,
-        ZImageTransformer2DModel,
-    )
+    from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
     from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
     with torch.random.fork_rng(devices=[]):
@@ -51,18 +47,7 @@ def write(folder: Path, *, seed: int = 0, shift: float = 6.0) -> None:
             torch.nn.init.normal_(pad)  # a new network's are zero
         ZImagePipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
-            vae=AutoencoderKL(
-                down_block_types=("DownEncoderBlock2D",) * 2,
-                up_block_types=("UpDecoderBlock2D",) * 2,
-                block_out_channels=(8, 16),
-                layers_per_block=1,
-                latent_channels=4,
-                norm_num_groups=4,
-                scaling_factor=0.6,
-                shift_factor=0.1,
-                use_quant_conv=False,
-                use_post_quant_conv=False,
-            ),
+            vae=vae(),
             text_encoder=Qwen3Model(config),
             tokenizer=tokenizer,
             transformer=transformer,

@@ -4,16 +4,32 @@ python tests/recipes/play_screenshot.py runs/demo/trajectories runs/demo/paper_r
 """
 
 import shutil
+import signal
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
-from playwright.sync_api import sync_playwright
-
 from recipes.play import Entry, Player
-from recipes.play_server import require_packages, serve_in_thread
+from recipes.play_server import address_of, make_server, open_socket, require_packages
+
+
+def serve_in_thread(player: Player) -> tuple[str, Callable[[], None]]:
+    """Serve the page on a free port; returns its address, and a function that stops it."""
+    listener, server = open_socket("127.0.0.1", 0), make_server(player)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+
+    def stop() -> None:
+        server.handle_exit(signal.SIGINT, None)
+        thread.join(timeout=20)
+
+    return address_of(listener, "127.0.0.1"), stop
 
 
 def main(*words: str) -> None:
+    from playwright.sync_api import sync_playwright
+
     *runs, output = map(Path, words)
     require_packages()
     player = Player([Entry(run) for run in runs])

@@ -21,6 +21,7 @@ import pytest
 import torch
 from conftest import smallest_tree
 from PIL import Image
+from play_screenshot import serve_in_thread
 
 from recipes import play, play_page, play_server
 from recipes.cli import main
@@ -509,7 +510,7 @@ def test_a_visitor_who_leaves_or_starts_another_job_stops_the_first(player, monk
             stopped.put(seed)
 
     monkeypatch.setattr(player.entries[0].model, "sample", sample)
-    address, stop = play_server.serve_in_thread(player)
+    address, stop = serve_in_thread(player)
     try:
         with urllib.request.urlopen(f"{address}/config", timeout=20) as answer:
             [images] = [each for each in json.load(answer)["dependencies"] if len(each["inputs"]) == 12]

@@ -9,9 +9,8 @@ import time
 
 import pytest
 from PIL import Image
+from play_screenshot import serve_in_thread
 from test_play import PROMPT, player, runs  # noqa: F401
-
-from recipes.play_server import serve_in_thread
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="the browser is driven by playwright")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -12,7 +12,7 @@ import yaml
 from recipes.cli import main
 from recipes.measurable import check_ready
 from recipes.study import run_study
-from recipes.study_cost import cost, equal_steps, target_passes
+from recipes.study_cost import cost, equal_steps
 from recipes.study_docs import page, section
 from recipes.study_file import load_study, runs_of
 from recipes.train import train
@@ -306,7 +306,7 @@ def test_a_launcher_is_an_error(study, monkeypatch, capsys):
 def test_passes_for_a_target(make_config, flow, passes):
     config = make_config({"method.flow_fraction": flow, "method.teacher_fraction": 0.0})
     assert config.method == PlanConfig(flow_fraction=flow, teacher_fraction=0.0, self_grids=(16, 8, 4, 2))
-    assert target_passes(config) == passes
+    assert cost(config).for_target == passes
 
 
 def test_passes_for_stored_paths_are_divided_by_their_uses(make_config, tiny, tmp_path):
@@ -320,7 +320,7 @@ def test_passes_for_stored_paths_are_divided_by_their_uses(make_config, tiny, tm
     changes = {"method.trajectory_fraction": 1.0, "method.teacher_fraction": 0.0, "method.trajectory_grids": [1, 2]}
     train = {"train.steps": 8, "train.global_batch_size": 4, "train.micro_batch_size": 4}
     config = make_config({**changes, **train, "data.path": folder})
-    assert target_passes(config) == 6 * 4 / (8 * 4) and cost(config).passes == 6 * 4 + 3 * 8 * 4
+    assert cost(config).for_target == 6 * 4 / (8 * 4) and cost(config).passes == 6 * 4 + 3 * 8 * 4
 
 
 def test_updates_of_equal_passes(study, tmp_path, capsys):

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import mounted
 from safetensors.torch import save_file
 from torch.distributed.checkpoint import state_dict_saver
 
@@ -633,23 +633,6 @@ class TestEveryMoment:
         assert before >= set(expected)
         assert ("fsync", str(final.parent)) in order[named:]
         assert ("fsync", str(final.with_name(f".{LATEST}.tmp"))) in order[named:]
-
-
-@pytest.fixture
-def tiny_disk(tmp_path: Path):
-    """A file system of one megabyte."""
-    yield from mounted(tmp_path / "disk", "size=1m")
-
-
-def mounted(disk: Path, options: str) -> Iterator[Path]:
-    disk.mkdir()
-    result = shutil.which("mount") and subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)], capture_output=True, check=False
-    )
-    if not result or result.returncode:
-        pytest.skip("a file system can only be mounted by root, on Linux")
-    yield disk
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 class TestFailedWrites:
