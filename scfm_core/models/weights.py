@@ -140,6 +140,8 @@ def adapter_metadata(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
             found: dict[str, Any] = json.loads((file.metadata() or {})["scfm"])
+        if not isinstance(found, dict):
+            raise ValueError("its settings are not a JSON object")
     except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not an adapter that `scfm export` has written") from error
     return found
