@@ -22,6 +22,7 @@ from scfm_core.data.recipe import DataConfig
 from scfm_core.data.schema import BadData, Manifest, Record
 from scfm_core.data.source import PADDING
 from scfm_core.errors import UserError
+from scfm_core.files import renamed_at_end
 from scfm_core.models.conditioning import Conditioning
 from scfm_core.models.encoders import Autoencoder, TextEncoders, load_tokenizer
 from scfm_core.models.fingerprint import encoder_fingerprint
@@ -231,9 +232,8 @@ def _wait_until_complete(path: Path, content: bytes) -> None:
     end = time.monotonic() + _PADDING_WAIT
     while path.stat().st_size != len(content):
         if time.monotonic() > end:
-            temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-            temporary.write_bytes(content)
-            temporary.replace(path)
+            with renamed_at_end(path) as temporary:
+                temporary.write_bytes(content)
         time.sleep(0.05)
 
 

@@ -21,7 +21,7 @@ from scfm_core.data.members import table_of, write_members
 from scfm_core.data.schema import JOB, MANIFEST, Manifest, ShardEntry, Size
 from scfm_core.data.webdataset import TarProgress, TarWriter
 from scfm_core.errors import UserError
-from scfm_core.files import fsync_path
+from scfm_core.files import fsync_path, renamed_at_end
 from scfm_core.launched import launched_rank, launched_size
 from scfm_core.models.fingerprint import differing_files
 
@@ -235,11 +235,10 @@ class Job:
         return Manifest.parse(path.read_bytes(), str(path))
 
     def _write(self, path: Path, content: Any, *, flush: bool = True) -> None:
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(content), encoding="utf-8")
-        if flush:
-            fsync_path(temporary)
-        temporary.replace(path)
+        with renamed_at_end(path) as temporary:
+            temporary.write_text(json.dumps(content), encoding="utf-8")
+            if flush:
+                fsync_path(temporary)
 
     def _finish(self, shards: Sequence[PlannedShard], draft: Manifest, max_left_out: float) -> Manifest | None:
         notes = [note for shard in shards if (note := self._finished_note(shard)) is not None]
@@ -290,10 +289,9 @@ class Job:
         if not lines:
             (self.output / LEFT_OUT).unlink(missing_ok=True)  # of an earlier start, before the images were mended
             return
-        temporary = self.output / f"{LEFT_OUT}.{os.getpid()}.tmp"
-        # The names of files may have bytes that are not UTF-8.
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="backslashreplace")
-        temporary.replace(self.output / LEFT_OUT)
+        with renamed_at_end(self.output / LEFT_OUT) as temporary:
+            # The names of files may have bytes that are not UTF-8.
+            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def _plain(made: Made) -> dict[str, Any]:

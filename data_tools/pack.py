@@ -1,7 +1,6 @@
 """`scfm data pack`: copies the samples of any recipe, unchanged, into shards of another format."""
 
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
@@ -19,6 +18,7 @@ from scfm_core.data.source import PADDING, Shard, Source
 from scfm_core.data.uri import is_remote, join
 from scfm_core.data.webdataset import TarShard, TarWriter
 from scfm_core.errors import UserError
+from scfm_core.files import renamed_at_end
 
 Sample = tuple[str, dict[str, bytes], Size | None]
 """Key, fields, and height and width in pixels (None: unknown)."""
@@ -61,24 +61,18 @@ def pack(
     """
     _check(output, to, samples_per_shard, shard_bytes, compression)
     draft, padding = _draft(corpus, to)
-    unfinished = output.with_name(f".{output.name}.tmp")
     samples = progress(_samples(corpus), len(corpus))
     try:
-        shutil.rmtree(unfinished, ignore_errors=True)  # of a killed job
-        output.parent.mkdir(parents=True, exist_ok=True)
-        if to == "webdataset":
-            _write_tars(samples, unfinished, draft, samples_per_shard)
-        else:
-            _write_mds(samples, unfinished, draft, list(_sample(*corpus.raw(0))[1]), shard_bytes, compression)
-        if padding is not None:
-            (unfinished / PADDING).write_bytes(padding)
-        manifest = Manifest.parse((unfinished / MANIFEST).read_text(encoding="utf-8"), str(unfinished / MANIFEST))
-        unfinished.rename(output)
+        with renamed_at_end(output) as unfinished:
+            if to == "webdataset":
+                _write_tars(samples, unfinished, draft, samples_per_shard)
+            else:
+                _write_mds(samples, unfinished, draft, list(_sample(*corpus.raw(0))[1]), shard_bytes, compression)
+            if padding is not None:
+                (unfinished / PADDING).write_bytes(padding)
+            return Manifest.parse((unfinished / MANIFEST).read_text(encoding="utf-8"), str(unfinished / MANIFEST))
     except OSError as error:
         raise UserError(f"packing into {output} failed: {error}. Fix this and run again") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return manifest
 
 
 def _check(output: Path, to: str, samples_per_shard: int, shard_bytes: int, compression: str | None) -> None:

@@ -20,6 +20,7 @@ from scfm_core.files import permit_reading, renamed_at_end, written_whole
 from scfm_core.models.fused_base import describe
 from scfm_core.models.original_names import FLUX
 from scfm_core.models.protocol import ModelFamily
+from scfm_core.scfm.method import sampling_strength
 from scfm_core.train.config import RunConfig
 from scfm_core.wording import count
 
@@ -320,16 +321,22 @@ def _copy_images(card: Card, folder: Path) -> list[_Image]:
     return [image for _, image in found]
 
 
+def _is_of(card: Card, settings: dict[str, Any]) -> bool:
+    """Whether an image of `scfm sample` shows the weights of the card, as the card says to use them."""
+    config = card.config
+    adapters = {Path(adapter.path).name: adapter.weight for adapter in config.model.adapters}
+    wanted = {"checkpoint": card.checkpoint.name, "weights": config.sample.weights, "adapters": adapters}
+    return all(settings.get(key) == value for key, value in wanted.items()) and bool(
+        settings["strength"] == sampling_strength(config.method.step_gain, settings["steps"])
+    )
+
+
 def _find_images(card: Card) -> Iterator[tuple[Path, _Image]]:
     samples = card.run_dir / "samples"
     single = []
     for path in sorted(samples.glob("*/*.png")):
         settings = read_settings(path)
-        if (
-            settings
-            and settings.get("checkpoint") == card.checkpoint.name
-            and settings.get("weights") == card.config.sample.weights
-        ):
+        if settings and _is_of(card, settings):
             single.append((settings["steps"] != card.steps, path, settings))
     for place, (_, path, settings) in enumerate(sorted(single, key=lambda image: image[:2])[:_MAX_IMAGES], 1):
         caption = f"{settings['prompt']} ({count(settings['steps'], 'step')})"

@@ -26,7 +26,9 @@ from typing import cast
 import torch
 
 from recipes.cli import main as scfm
+from recipes.figures import read_evaluation
 from recipes.tiny import DIGITS, SIZE, caption, write_classifier, write_digits, write_pipeline
+from scfm_core.errors import UserError
 from scfm_core.wording import number
 
 _LANES = 3
@@ -225,7 +227,9 @@ def _evaluate(run_dir: Path, *overrides: str) -> int:
     from scfm_core.train.runs import open_run
 
     before = run_dir / "evaluation.yaml"
-    is_there = before.is_file() and (run_dir / "evaluation.json").is_file()
+    is_there = False
+    with contextlib.suppress(UserError):  # a damaged evaluation is made again
+        is_there = before.is_file() and read_evaluation(run_dir / "evaluation.json") is not None
     if is_there and before.read_text(encoding="utf-8").endswith(
         dump_config(with_absolute_paths(open_run(run_dir, list(overrides))))
     ):
@@ -356,7 +360,7 @@ def _failure(part: Part, log: Path, code: int) -> str:
 
 
 def _summary(root: Path) -> None:
-    results = [json.loads((root / run / "evaluation.json").read_text(encoding="utf-8")) for run in _RUNS]
+    results = [read_evaluation(root / run / "evaluation.json") or {} for run in _RUNS]
     values = [results[0]["base"], *(result["student"] for result in results)]
     print("\nFrechet distance to the teacher's own 32-step samples")
     print(f"{'steps':>8}" + "".join(f"{title:>16}" for title in ("undistilled", *_RUNS.values())))

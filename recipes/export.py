@@ -208,10 +208,8 @@ def _files_like(folder: Path, metadata: dict[str, object]) -> list[tuple[str, Co
             own = adapter_metadata(path)
         except UserError:  # not complete, or of another program
             continue
-        if all(
-            own.get(key) == metadata[key]
-            for key in ("weights", "trained_steps", "base_model", "rank", "shift", "guidance")
-        ):
+        of_weights = ("weights", "trained_steps", "base_model", "rank", "shift", "guidance", "adapters")
+        if metadata.keys() <= own.keys() and all(own[key] == metadata[key] for key in of_weights):
             contents = Contents(
                 folded=own["folded_steps"],
                 format=own["format"],

@@ -1,9 +1,14 @@
 """The figures of an evaluation: their names, and tables of them by step count."""
 
 import difflib
+import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from scfm_core.errors import UserError
 from scfm_core.wording import count, number
@@ -72,6 +77,31 @@ def check_metrics(names: Sequence[str], where: str) -> None:
             near = difflib.get_close_matches(name, FIGURES, n=1)
             hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(FIGURES)}"
             raise UserError(f"{where}: {name!r} is not a metric; {hint}")
+
+
+@contextmanager
+def intact(path: Path, advice: str = "Run `scfm evaluate` again, or delete it") -> Iterator[None]:
+    """Within `with`, a file of a run is read: a UserError if it is not what `scfm` wrote."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, StopIteration, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}). {advice}") from error
+
+
+def read_evaluation(path: Path) -> Result | None:
+    """The figures of an `evaluation.json`; None if there is no such file.
+
+    Raises:
+        UserError: if it is damaged.
+    """
+    if not path.is_file():
+        return None
+    with intact(path):
+        result: Result = json.loads(path.read_text(encoding="utf-8"))
+        cells = [(n, value) for rows in result.values() for n, row in rows.items() for value in row.values()]
+        if not result["student"] or not all(n.isdecimal() and isinstance(value, int | float) for n, value in cells):
+            raise ValueError("it is not a table of numbers with a row for the student")
+    return result
 
 
 def step_counts(result: Mapping[str, Mapping[str, Any]]) -> list[str]:

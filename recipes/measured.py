@@ -1,46 +1,48 @@
 """The figures of a run's evaluation, for the model card."""
 
-import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from recipes.figures import FIGURES, Result, figure_rows, step_counts, title
-from scfm_core.errors import UserError
+from recipes.figures import FIGURES, Result, figure_rows, intact, read_evaluation, step_counts, title
 from scfm_core.train.config import RunConfig
 from scfm_core.train.parse import dump_config, with_absolute_paths
+from scfm_core.train.runs import open_run
 from scfm_core.wording import count
 
 _KINDS = {"base": "undistilled", "student": "distilled"}
 
 
 def is_evaluated(config: RunConfig, run_dir: Path, checkpoint: Path) -> bool:
-    """Whether the run's evaluation is of these weights: the same checkpoint, average, fused adapters and guidance."""
+    """Whether the run's evaluation is of these weights: the same checkpoint, average, fused adapters and guidance.
+
+    Raises:
+        UserError: if `evaluation.yaml` is damaged.
+    """
     path = run_dir / "evaluation.yaml"
     if not path.is_file():
         return False
-    text = path.read_text(encoding="utf-8")
-    name = re.match(r"# checkpoint (\S+)\n", text)
     now = yaml.safe_load(dump_config(with_absolute_paths(config)))
-    keys = (("sample", "weights"), ("sample", "guidance"), ("model", "adapters"))
-    with _damage(path):
+    with intact(path):
+        text = path.read_text(encoding="utf-8")
+        name = re.match(r"# checkpoint (\S+)\n", text)
         then = yaml.safe_load(text)
-        same = all(then.get(section, {}).get(key) == now[section].get(key) for section, key in keys)
+        same = all(then.get("sample", {}).get(key) == now["sample"].get(key) for key in ("weights", "guidance"))
+        adapters = then.get("model", {}).get("adapters", []), now["model"].get("adapters", [])
+        same &= adapters[0] == adapters[1] or _names(adapters[0]) == _names(adapters[1]) == _own_names(run_dir)
     return same and name is not None and name[1] == checkpoint.name
 
 
-@contextmanager
-def _damage(path: Path) -> Iterator[None]:
-    """A file of an evaluation that is not what `scfm evaluate` wrote is a UserError."""
-    try:
-        yield
-    except (ValueError, KeyError, TypeError, AttributeError, StopIteration, yaml.YAMLError) as error:
-        raise UserError(
-            f"{path} is damaged ({type(error).__name__}: {error}). Run `scfm evaluate` again, or delete it"
-        ) from error
+def _names(adapters: list[dict[str, Any]]) -> list[tuple[str, float]]:
+    return [(Path(adapter["path"]).name, adapter["weight"]) for adapter in adapters]
+
+
+def _own_names(run_dir: Path) -> list[tuple[str, float]]:
+    """Names and weights of the adapters that the run was trained with. Others of these are refused unless their content is the same
+    (`check_same_model`), so it does not matter in which folder they are."""
+    return [(Path(adapter.path).name, adapter.weight) for adapter in open_run(run_dir, []).model.adapters]
 
 
 def measured(config: RunConfig, run_dir: Path, checkpoint: Path) -> str:
@@ -49,11 +51,12 @@ def measured(config: RunConfig, run_dir: Path, checkpoint: Path) -> str:
     Raises:
         UserError: if a file of the evaluation is damaged.
     """
-    path = run_dir / "evaluation.json"
-    if not path.is_file() or not is_evaluated(config, run_dir, checkpoint):
+    if not is_evaluated(config, run_dir, checkpoint):
         return ""
-    with _damage(path):
-        return _figures(json.loads(path.read_text(encoding="utf-8")), config)
+    path = run_dir / "evaluation.json"
+    result = read_evaluation(path)
+    with intact(path):
+        return "" if result is None else _figures(result, config)
 
 
 def _figures(result: Result, config: RunConfig) -> str:

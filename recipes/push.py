@@ -11,7 +11,7 @@ from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from scfm_core.errors import UserError
-from scfm_core.secrets import scrub
+from scfm_core.secrets import said, scrub
 
 _REASONS = {
     401: "the token is not valid; log in again with `hf auth login`",
@@ -28,7 +28,7 @@ def check_access(repository: str) -> None:
         raise UserError(
             f"--push {repository}: there is no token of the hub. Log in with `hf auth login`, or set HF_TOKEN"
         )
-    with _explained(repository):
+    with _explained(repository, "nothing is written yet"):
         HfApi().whoami()
 
 
@@ -47,7 +47,7 @@ def push(folder: Path, repository: str, *, private: bool) -> str:
         UserError: if the hub cannot be reached, or refuses.
     """
     api = HfApi()
-    with _explained(repository):
+    with _explained(repository, "the files are on this machine"):
         address = api.create_repo(repository, private=private or None, exist_ok=True, repo_type="model")
         patterns = [glob.escape(name) for name in _files(folder)] or ["*"]
         api.upload_folder(
@@ -67,12 +67,12 @@ def _files(folder: Path) -> list[str]:
 
 
 @contextmanager
-def _explained(repository: str) -> Iterator[None]:
-    """Errors of the hub as UserErrors. huggingface_hub, requests and hf_xet raise dozens of types."""
+def _explained(repository: str, state: str) -> Iterator[None]:
+    """Errors of the hub as UserErrors that end with `state`. huggingface_hub, requests and hf_xet raise dozens of types."""
     try:
         yield
     except Exception as error:
-        raise UserError(f"--push {repository}: {_reason(error)}; the files are on this machine") from error
+        raise UserError(f"--push {repository}: {_reason(error)}; {state}") from error
 
 
 def _reason(error: Exception) -> str:
@@ -80,28 +80,19 @@ def _reason(error: Exception) -> str:
     wrong_address = requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema, requests.exceptions.MissingSchema
     if isinstance(error, (*wrong_address, requests.JSONDecodeError)) or _status(error, "/whoami") == 404:
         return (
-            f"HF_ENDPOINT is {constants.ENDPOINT!r}, which is not the address of a hub ({_said(error)}). Unset it, or give one such as "
+            f"HF_ENDPOINT is {scrub(constants.ENDPOINT)!r}, which is not the address of a hub ({said(error)}). Unset it, or give one such as "
             f"https://huggingface.co"
         )
     if isinstance(error, LocalTokenNotFoundError):
         return "there is no token of the hub. Log in with `hf auth login`"
     if isinstance(error, requests.HTTPError):  # those of huggingface_hub are of this kind
-        return f"the hub answered {_status(error)}: {_REASONS.get(_status(error)) or _said(error)}"
+        return f"the hub answered {_status(error)}: {_REASONS.get(_status(error)) or said(error)}"
     if isinstance(error, requests.ConnectionError | requests.Timeout | OfflineModeIsEnabled):
-        return f"the hub cannot be reached ({_said(error)}). Check the network, HF_ENDPOINT and HF_HUB_OFFLINE"
-    cause = error.__cause__ or error
-    return (
-        f"the upload failed ({_said(error)}{'' if cause is error else f'; {_said(cause)}'}). Run the same command again"
-    )
+        return f"the hub cannot be reached ({said(error)}). Check the network, HF_ENDPOINT and HF_HUB_OFFLINE"
+    return f"the upload failed ({said(error)}). Run the same command again"
 
 
 def _status(error: Exception, part: str = "") -> int:
     """Of the hub's answer to a request whose address has `part`; 0 if there is none."""
     response = error.response if isinstance(error, requests.HTTPError) else None
     return 0 if response is None or part not in response.url else response.status_code
-
-
-def _said(error: BaseException) -> str:
-    """Type and first line of an error."""
-    line = scrub((str(error).strip().splitlines() or [""])[0])[:200]  # an upload goes to a signed address
-    return f"{type(error).__name__}: {line}" if line else type(error).__name__

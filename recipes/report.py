@@ -8,7 +8,18 @@ from pathlib import Path
 import yaml
 from pydantic import TypeAdapter
 
-from recipes.figures import FIGURES, SINGULAR, Result, figure_rows, images_note, is_singular, step_counts, title
+from recipes.figures import (
+    FIGURES,
+    SINGULAR,
+    Result,
+    figure_rows,
+    images_note,
+    intact,
+    is_singular,
+    read_evaluation,
+    step_counts,
+    title,
+)
 from recipes.plots import Panel, figure_style, quality_plot, to_png
 from scfm_core.errors import UserError
 from scfm_core.files import check_writable, written_whole
@@ -38,8 +49,7 @@ class _Run:
         self.metrics = read_metrics(folder / "metrics.jsonl")
         if not self.metrics:
             raise UserError(f"{folder} has no metrics yet; train first")
-        path = folder / "evaluation.json"
-        self.evaluation: Result = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        self.evaluation: Result = read_evaluation(folder / "evaluation.json") or {}
         self.grids = sorted((folder / "samples").glob(f"step_{'[0-9]' * 8}.png"))
 
 
@@ -197,17 +207,24 @@ def _averages_plot(runs: list[_Run]) -> bytes:
         return to_png(plt, figure)
 
 
+def _distances(path: Path) -> dict[str, float]:
+    """Of a grid, by step count; empty if they were not measured."""
+    if not path.is_file():
+        return {}
+    with intact(path, "Delete it"):
+        distances: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))["mse_teacher"]
+        if not all(isinstance(value, int | float) for value in distances.values()):
+            raise ValueError("it is not a table of numbers")
+    return distances
+
+
 def _validation_plot(runs: list[_Run]) -> bytes:
     plt, style = figure_style()
     with style:
         figure, axes = plt.subplots(figsize=(8, 3.6))
         for run in runs:
-            files = [path.with_suffix(".json") for path in run.grids]
-            found = {
-                int(f.stem.split("_")[1]): json.loads(f.read_text(encoding="utf-8"))["mse_teacher"]
-                for f in files
-                if f.is_file()
-            }
+            found = {int(path.stem.split("_")[1]): _distances(path.with_suffix(".json")) for path in run.grids}
+            found = {step: distances for step, distances in found.items() if distances}
             for steps in next(iter(found.values()), {}):
                 known = {step: distances[steps] for step, distances in found.items() if steps in distances}
                 axes.plot(

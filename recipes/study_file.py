@@ -1,15 +1,14 @@
 """The definition of a study: a YAML file with a recipe, settings that all runs share, and arms with settings of their own."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from recipes.figures import check_metrics
+from recipes.figures import Result, check_metrics, read_evaluation
 from scfm_core.errors import UserError
 from scfm_core.train.parse import find_recipe
 
@@ -83,10 +82,9 @@ class Run:
         return [*(self.start.stages if self.start else []), self]
 
     @property
-    def result(self) -> dict[str, Any] | None:
-        """Its evaluation; None until it is done."""
-        path = self.folder / "evaluation.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    def result(self) -> Result | None:
+        """Its evaluation; None until it is done. UserError if it is damaged."""
+        return read_evaluation(self.folder / "evaluation.json")
 
     def missing(self, metrics: Sequence[str]) -> list[str]:
         """The figures that its evaluation lacks."""

@@ -1,7 +1,6 @@
 """Tables and plot of a study, from the runs that are done."""
 
 import json
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from recipes.plots import Panel, quality_plot
 from recipes.study_cost import BACKWARD, Cost, cost_of_stages
 from recipes.study_file import BASE, Run, Study
 from recipes.study_origin import read_origins
+from scfm_core.files import renamed_at_end
 
 NOTE = (
     "Mean ± standard deviation over seeds. Updates and passes are those of the training, with the arms from which an arm starts. A pass "
@@ -130,6 +130,5 @@ def _cell(values: list[float]) -> str:
 
 def _write(path: Path, content: bytes) -> None:
     """Write atomically: several processes may write the same file."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    with renamed_at_end(path) as temporary:
+        temporary.write_bytes(content)

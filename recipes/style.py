@@ -8,14 +8,13 @@ with it. The other is distilled on the styled teacher (`model.adapters`). The sa
 """
 
 import argparse
-import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
 from recipes.cli import main as scfm
+from recipes.figures import read_evaluation
 from scfm_core.wording import number
 
 STEPS = (1, 2, 4, 8)
@@ -92,9 +91,7 @@ def slant(source: Path, target: Path) -> None:
 
 def table(root: Path) -> str:
     """The Frechet distances to the styled teacher, as a table in Markdown."""
-    results: dict[str, dict[str, Any]] = {
-        name: json.loads((root / name / "evaluation.json").read_text(encoding="utf-8")) for name in ("apart", "styled")
-    }
+    results = {name: read_evaluation(root / name / "evaluation.json") or {} for name in ("apart", "styled")}
     of = {
         "apart": results["apart"]["student"],
         "styled": results["styled"]["student"],

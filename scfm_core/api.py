@@ -224,9 +224,9 @@ class AdapterModel(FewStepModel):
         dtype = torch.float32 if target.type == "cpu" else torch.bfloat16
         try:
             pipe = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # a damaged file can raise any type
             raise UserError(
-                f"the base model in {folder} cannot be loaded: {error}. If a file is missing or damaged, download it again"
+                f"the base model in {folder} cannot be loaded ({type(error).__name__}: {error}). If a file is missing or damaged, download it again"
             ) from error
         if run is not None:
             load_fused(pipe, run.model.adapters)

@@ -295,8 +295,8 @@ def written_whole(path: Path, what: str, advice: str) -> Iterator[Path]:
 def renamed_at_end(path: Path, *, ending: str = ".tmp") -> Iterator[Path]:
     """Within `with`, write the file or folder that this gives; at the end it is renamed to `path`.
 
-    Others may write the same path at the same time: each has a name of its own, and a name shows its process. What a killed process of
-    this machine has left is removed, and so is what the block leaves when it fails.
+    Others may write the same path at the same time, also from other machines: each has a name of its own, and a name shows its process.
+    What a killed process of this machine has left is removed, and so is what the block leaves when it fails.
 
     Args:
         path: a file, which is replaced, or a folder, which must not exist at the end; the folder above is made.
@@ -305,7 +305,7 @@ def renamed_at_end(path: Path, *, ending: str = ".tmp") -> Iterator[Path]:
     Raises:
         UserError: if `path` is a folder that another process has written meanwhile.
     """
-    host, name = os.uname().nodename, f".{path.name.removesuffix(path.suffix)}."
+    host, name = machine(), f".{path.name.removesuffix(path.suffix)}."
     partial = path.with_name(f"{name}{host}-{os.getpid()}-{next(_numbers)}{ending}")
     path.parent.mkdir(parents=True, exist_ok=True)
     for other in path.parent.glob(f"{glob.escape(name + host)}-*{glob.escape(ending)}"):
@@ -320,6 +320,15 @@ def renamed_at_end(path: Path, *, ending: str = ".tmp") -> Iterator[Path]:
         partial.replace(path)
     finally:
         _remove(partial)
+
+
+def machine() -> str:
+    """A name of this machine, or of this container: containers of one machine may share its name, and count processes on their own."""
+    try:
+        space = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:  # not Linux
+        space = 0
+    return f"{os.uname().nodename}-{space}"
 
 
 _numbers = itertools.count()

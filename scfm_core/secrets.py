@@ -20,3 +20,13 @@ def scrub(text: str) -> str:
         if len(value) >= _MIN_LENGTH:
             text = text.replace(value, f"${name}")
     return re.sub(r"(://[^\s?#'\"]*)[?#][^\s'\"]*", r"\1", re.sub(r"://[^\s/'\"]*@", "://", text))
+
+
+def said(error: BaseException) -> str:
+    """Type and first line of an error and of its cause, without secrets. Libraries often keep the reason in the cause."""
+    parts = []
+    for each in (error, error.__cause__):
+        if each is not None:
+            line = scrub((str(each).strip().splitlines() or [""])[0])[:200]
+            parts.append(f"{type(each).__name__}: {line}" if line else type(each).__name__)
+    return "; ".join(parts)

@@ -21,7 +21,7 @@ from scfm_core.data.remote import fetch
 from scfm_core.data.schema import BadData
 from scfm_core.errors import UserError
 from scfm_core.file_systems import is_memory, is_network, type_of
-from scfm_core.files import lock_file, mismatch
+from scfm_core.files import lock_file, machine, mismatch
 
 _HOME = "~/.cache/scfm/shards"
 _JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID")
@@ -177,7 +177,7 @@ class ShardCache:
                     time.sleep(0.02)
                 if is_locked is None:  # no locks: each process downloads into a file of its own
                     part.unlink(missing_ok=True)
-                    own = copy.with_name(f"{copy.name}.{os.uname().nodename}-{os.getpid()}.{space}{_PART}")
+                    own = copy.with_name(f"{copy.name}.{machine()}-{os.getpid()}.{space}{_PART}")
                     try:
                         yield own
                     finally:

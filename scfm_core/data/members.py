@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from scfm_core.data.reading import read_at
 from scfm_core.data.schema import ShardEntry
 from scfm_core.data.tar_table import TarTable, parse_tar
+from scfm_core.files import renamed_at_end
 
 _ENDING = ".members"
 _HEAD = struct.Struct("<16sq")
@@ -80,8 +81,7 @@ def write_members(manifest: Path, tables: Mapping[str, bytes]) -> None:
     """
     path = manifest.with_suffix(_ENDING)
     rows, at = np.zeros(len(tables), _ROW), _HEAD.size + len(tables) * _ROW.itemsize
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with partial.open("wb") as file:
+    with renamed_at_end(path) as partial, partial.open("wb") as file:
         for row, (sha256, content) in zip(rows, sorted(tables.items()), strict=True):
             # S32 would drop zeros at the end, which the comparison ignores too.
             row["sha256"], row["offset"], row["bytes"] = bytes.fromhex(sha256), at, len(content)
@@ -90,7 +90,6 @@ def write_members(manifest: Path, tables: Mapping[str, bytes]) -> None:
         file.write(_HEAD.pack(_MARK, len(rows)) + rows.tobytes())
         for _, content in sorted(tables.items()):
             file.write(content)
-    partial.replace(path)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ kinds of their fields (`fields.py`) and the hashes of the shards, for both forma
 """
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -25,6 +24,7 @@ from scfm_core.data.fields import FieldKind, PackedTokens, invalid_field
 from scfm_core.data.index import ShardEntry as ShardEntry
 from scfm_core.data.index import ShardIndex
 from scfm_core.errors import UserError
+from scfm_core.files import renamed_at_end
 
 MANIFEST = "manifest.json"
 JOB = ".job"
@@ -229,9 +229,8 @@ class Manifest:
 
     def write(self, path: Path) -> None:
         """Write to a temporary file and rename it, so that an existing manifest is always complete."""
-        aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        aside.write_text(self.dumps(), encoding="utf-8")
-        aside.replace(path)
+        with renamed_at_end(path) as aside:
+            aside.write_text(self.dumps(), encoding="utf-8")
 
     @classmethod
     def parse(cls, text: bytes | str, where: str, step: Callable[[], None] = lambda: None) -> "Manifest":

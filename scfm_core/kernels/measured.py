@@ -37,7 +37,8 @@ def write_measured(path: Path, measured: Mapping[str, Any]) -> None:
     """Write the file atomically, because several processes may write at once."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}")
+        # Machines and containers that share the folder may have the same process numbers.
+        temporary = path.with_name(f"{path.name}.{os.uname().nodename}-{os.getpid()}")
         temporary.write_text(json.dumps(measured, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         temporary.replace(path)
     except OSError:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,9 +49,7 @@ class TextEncoders:
         logging.get_logger(cls.__module__).setLevel(logging.ERROR)
         self.family, self.text_length, self.device = family, text_length, torch.device(device)
         try:
-            self._pipeline = cls.from_pretrained(
-                family.folder, transformer=None, vae=None, torch_dtype=dtype, use_safetensors=True
-            )
+            self._pipeline = _load(cls, family.folder, dtype)
             for encoder in self._pipeline.components.values():
                 if isinstance(encoder, nn.Module) and sum(p.nbytes for p in encoder.parameters()) > LARGE_ENCODER:
                     quantise_onto(encoder, packing, self.device)
@@ -86,6 +85,14 @@ class TextEncoders:
     def kept(self, tokens: int) -> int:
         """Number of rows of the text that are not padding, of a caption of `tokens` tokens."""
         return self.family.extra_tokens + min(tokens, self.text_length)
+
+
+def _load(cls: Any, folder: Path, dtype: torch.dtype) -> Any:
+    """A pipeline without network and VAE. ValueError if it cannot be loaded: a damaged file can raise any type."""
+    try:
+        return cls.from_pretrained(folder, transformer=None, vae=None, torch_dtype=dtype, use_safetensors=True)
+    except Exception as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
 def load_tokenizer(family: ModelFamily) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from scfm_core.errors import UserError
 from scfm_core.files import permit_reading, renamed_at_end
-from scfm_core.secrets import scrub
+from scfm_core.secrets import said, scrub
 
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 
@@ -56,7 +56,7 @@ def resolve_folder(path: str) -> Path:
 
 def _download(repository: str) -> Path:
     from diffusers import DiffusionPipeline
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
     try:
         # diffusers knows which files a pipeline loads: of each component the weights in one variant, and everything of tokenizers
@@ -65,10 +65,12 @@ def _download(repository: str) -> Path:
         snapshot_download(repository, revision=folder.name, allow_patterns=[GUIDANCE_MARK])  # the same commit
         return folder
     except Exception as error:  # the hub raises a dozen types; the user's remedy is the same for all
-        reason = scrub((str(error).strip().splitlines() or [""])[0])[:200]
+        own = {"HF_ENDPOINT": scrub(constants.ENDPOINT), "HF_HUB_OFFLINE": "1" if constants.HF_HUB_OFFLINE else ""}
+        usual = {"HF_ENDPOINT": "https://huggingface.co", "HF_HUB_OFFLINE": ""}
+        changed = "".join(f", {name} (it is {value!r})" for name, value in own.items() if value != usual[name])
         raise UserError(
-            f"model.path: {repository!r} is not a local folder, and it could not be downloaded from the hub "
-            f"({type(error).__name__}: {reason}). Check the name, the network and, for gated models, `hf auth login`"
+            f"model.path: {repository!r} is not a local folder, and it could not be downloaded from the hub ({said(error)}). Check the "
+            f"name, the network{changed} and, for gated models, `hf auth login`"
         ) from error
 
 
@@ -140,6 +142,8 @@ def adapter_metadata(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
             found: dict[str, Any] = json.loads((file.metadata() or {})["scfm"])
+        if not isinstance(found, dict):
+            raise ValueError("its settings are not a JSON object")
     except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not an adapter that `scfm export` has written") from error
     return found

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+import requests
+from huggingface_hub import constants
 from local_hub import serve
 
 from scfm_core.errors import UserError
@@ -92,3 +94,23 @@ def test_a_pipeline_with_code_of_its_own_is_refused(repository, tmp_path, monkey
         UserError, match=r"could not be downloaded from the hub \(ValueError: .*trust_remote_code|custom code"
     ):
         resolve_folder_of(repository, tmp_path, monkeypatch)
+
+
+def test_without_the_hub_the_reason_and_the_settings_are_named(repository, tmp_path, monkeypatch):
+    """diffusers says that the reason is above, in a traceback."""
+
+    def unreachable(*_, **__):
+        raise requests.ConnectionError("Failed to resolve 'hub.example'")
+
+    monkeypatch.setattr("diffusers.pipelines.pipeline_utils.model_info", unreachable)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(
+        UserError, match=r"ConnectionError: Failed to resolve .*Check the name, the network and, for gated"
+    ):
+        resolve_folder("somebody/model")
+    monkeypatch.setattr(constants, "ENDPOINT", "https://me:secret@hub.example")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        UserError, match=r"HF_ENDPOINT \(it is 'https://hub.example'\), HF_HUB_OFFLINE \(it is '1'\) and"
+    ):
+        resolve_folder("somebody/model")

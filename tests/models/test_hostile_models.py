@@ -170,17 +170,35 @@ def test_code_in_a_model_is_not_run(model: Path, canary: Path) -> None:
     assert not canary.exists()
 
 
-def test_an_adapter_does_not_name_a_model_that_runs_code(model: Path, canary: Path, tmp_path: Path) -> None:
+def write_adapter(path: Path, base: Path) -> None:
+    """A file with the header of an exported adapter."""
     values = {
-        "base_model": str(model),
+        "base_model": str(base),
         "step_gain_gamma": None,
         "shift": 3.0,
         "guidance": 1.0,
         "text_length": 8,
         "resolution": [16, 16],
     }
-    header = {"scfm": json.dumps(values)}
-    save_file({"a": torch.zeros(1)}, tmp_path / "adapter.safetensors", header)
+    save_file({"a": torch.zeros(1)}, path, {"scfm": json.dumps(values)})
+
+
+@pytest.mark.parametrize("size", [0, 4, 5000])
+def test_damaged_weights_of_an_encoder(model: Path, tmp_path: Path, size: int) -> None:
+    """Cut off while they were downloaded."""
+    path = model / "text_encoder" / "model.safetensors"
+    content = path.read_bytes()[:size]
+    path.unlink()  # it may be a link
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"text encoders in .* cannot be used: .* download the model again"):
+        TextEncoders(open_family(str(model)), 8, torch.float32, "cpu")
+    write_adapter(tmp_path / "adapter.safetensors", model)
+    with pytest.raises(UserError, match=r"the base model in .* cannot be loaded .* download it again"):
+        load(tmp_path / "adapter.safetensors")
+
+
+def test_an_adapter_does_not_name_a_model_that_runs_code(model: Path, canary: Path, tmp_path: Path) -> None:
+    write_adapter(tmp_path / "adapter.safetensors", model)
     (model / "evil.py").write_text(f"open({str(canary)!r}, 'w')\nclass Evil: ...\n")
     edit(model / "model_index.json", _class_name=["evil", "Evil"])
     with pytest.raises(UserError, match="the base model in"):

@@ -10,8 +10,9 @@ import torch
 from recipes import evaluate as evaluate_module
 from recipes import report as report_module
 from recipes.cli import main
+from scfm_core import files
 from scfm_core.errors import UserError
-from scfm_core.files import renamed_at_end, written_whole
+from scfm_core.files import machine, renamed_at_end, written_whole
 from scfm_core.train import checkpoint
 from scfm_core.train.history import write_event
 from scfm_core.train.parse import dump_config
@@ -136,8 +137,7 @@ def test_a_file_is_written_as_a_whole_or_not_at_all(tmp_path):
     path = tmp_path / "new" / "figure.json"
     with written_whole(path, "x", "y") as partial:
         partial.write_text("first")
-    host = os.uname().nodename
-    (path.parent / f".figure.{host}-{2**22 + 1}-0.tmp.json").write_text("of a process that was killed")
+    (path.parent / f".figure.{machine()}-{2**22 + 1}-0.tmp.json").write_text("of a process that was killed")
     for error in (KeyError, KeyboardInterrupt):
         with pytest.raises(error), written_whole(path, "x", "y") as partial:
             partial.write_text("sec")
@@ -148,7 +148,7 @@ def test_a_file_is_written_as_a_whole_or_not_at_all(tmp_path):
 def test_two_writers_of_one_folder_do_not_mix(tmp_path):
     """The first that ends has it. What a killed process left goes."""
     path = tmp_path / "new" / "pipeline"
-    left = path.with_name(f".pipeline.{os.uname().nodename}-{2**22 + 1}-0.tmp")
+    left = path.with_name(f".pipeline.{machine()}-{2**22 + 1}-0.tmp")
     left.mkdir(parents=True)
     with pytest.raises(UserError, match="exists already: another process has written it"), renamed_at_end(path) as late:
         late.mkdir()
@@ -158,6 +158,20 @@ def test_two_writers_of_one_folder_do_not_mix(tmp_path):
         (late / "of").write_text("late")
     assert [entry.name for entry in path.parent.iterdir()] == ["pipeline"]
     assert (path / "of").read_text() == "early"
+
+
+def test_two_containers_of_one_machine_do_not_mix(tmp_path, monkeypatch):
+    """With one name, one folder and process numbers of their own: neither takes the other's file for what a killed process left."""
+    path, own = tmp_path / "manifest.json", machine()
+    with renamed_at_end(path) as partial:
+        partial.write_text("of the first")
+        monkeypatch.setattr(files, "_is_alive", lambda process: False)
+        monkeypatch.setattr(files, "machine", lambda: own.replace(str(os.stat("/proc/self/ns/pid").st_ino), "1"))
+        with renamed_at_end(path) as other:
+            other.write_text("of the second")
+        assert path.read_text() == "of the second"
+    assert path.read_text() == "of the first"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["manifest.json"]
 
 
 def test_a_full_disk_does_not_empty_the_configuration_of_a_run(run_dir, monkeypatch, capsys):

@@ -21,12 +21,15 @@ from test_export import diffusers_images, largest_difference, our_images, train
 from recipes.base_model import find_base_model
 from recipes.cli import main
 from recipes.export import ExportOptions, export, rounding_error
+from recipes.measured import is_evaluated
 from scfm_core.errors import UserError
 from scfm_core.files import permit_reading
 from scfm_core.models.families import open_family
 from scfm_core.models.weights import save_pipeline, save_tensors
-from scfm_core.train.parse import parse_config
+from scfm_core.train.config import RunConfig
+from scfm_core.train.parse import dump_config, parse_config, with_absolute_paths
 from scfm_core.train.run_dir import newest_complete
+from scfm_core.train.runs import open_run
 
 FLUX = "black-forest-labs/FLUX.1-dev"
 
@@ -147,6 +150,59 @@ def test_a_merged_pipeline_names_no_place_that_it_was_loaded_from(tiny, tmp_path
     assert not (tmp_path / "new" / "README.md").exists()
 
 
+def test_the_card_shows_what_was_made_with_its_weights_alone(run, tmp_path):
+    """Not the figures and pictures of a run without the style, nor pictures of a strength that was set by hand."""
+    our_images(run, run / "samples" / "weak", "--steps", "3", "--strength", "0.1")
+
+    def card(*words: str) -> str:
+        assert main(["export", str(run), *words]) == 0
+        return (run / "adapter" / "README.md").read_text()
+
+    found = card()
+    assert "## Measured" in found and "(4 steps)" in found and "(3 steps)" not in found
+    name = "single_transformer_blocks.0.proj_mlp.lora"
+    factors = {f"{name}_A.weight": torch.ones(1, 64), f"{name}_B.weight": torch.ones(256, 1)}
+    save_tensors(tmp_path / "style.safetensors", factors)
+    found = card(f"model.adapters=[{{path: {tmp_path / 'style.safetensors'}, weight: 0.5}}]")
+    assert "`style.safetensors` (weight 0.5)" in found
+    assert "## Measured" not in found and "(4 steps)" not in found
+
+
+@pytest.mark.parametrize("header", ["[]", '{"weights": "ema_fast"}', None], ids=["a list", "few keys", "another style"])
+def test_the_card_leaves_out_files_that_are_not_of_these_weights(run, header):
+    """Of another release, or of another style; the weights are written before the folder is looked at."""
+    assert main(["export", str(run)]) == 0
+    [path] = (run / "adapter").glob("*.safetensors")
+    settings = json.loads(metadata_of(path)["scfm"])
+    other = header or json.dumps(settings | {"adapters": {"other.safetensors": 0.5}})
+    save_tensors(run / "adapter" / "scfm_other.safetensors", {"x": torch.zeros(1)}, {"scfm": other})
+    assert main(["export", str(run), "--steps", "4"]) == 0
+    card = (run / "adapter" / "README.md").read_text()
+    assert f"`{path.name}`" in card and "scfm_other" not in card
+
+
+def test_figures_are_of_a_run_wherever_its_style_is(run):
+    """The content of a file of the same name is compared when the run is opened. Another style's file counts with its folder."""
+    checkpoint = newest_complete(run)
+    assert checkpoint is not None
+
+    def with_style(path: str, weight: float) -> RunConfig:
+        return open_run(run, [f"model.adapters=[{{path: {path}, weight: {weight}}}]"])
+
+    def is_same(left: RunConfig, right: RunConfig) -> bool:
+        (run / "evaluation.yaml").write_text(
+            f"# checkpoint {checkpoint.name}\n{dump_config(with_absolute_paths(left))}"
+        )
+        return is_evaluated(right, run, checkpoint)
+
+    own, moved = with_style("/a/own.safetensors", 0.5), with_style("/b/own.safetensors", 0.5)
+    other, elsewhere = with_style("/a/other.safetensors", 0.5), with_style("/b/other.safetensors", 0.5)
+    (run / "config.yaml").write_text(dump_config(own))
+    assert is_same(own, own) and is_same(own, moved) and is_same(other, other)
+    assert not is_same(other, elsewhere) and not is_same(own, other)
+    assert not is_same(own, with_style("/a/own.safetensors", 0.6))
+
+
 def test_a_merged_pipeline_has_only_what_diffusers_loads(tiny, tmp_path):
     """It may be published. Licences stay; what else is in the folder of the base does not."""
     source = Path(shutil.copytree(tiny / "flux", tmp_path / "source"))
@@ -187,11 +243,18 @@ def test_two_exports_of_one_file_do_not_mix(tmp_path, monkeypatch):
         ("evaluation.json", '{"student": {"4": {"fid_te'),
         ("evaluation.json", '{"base": {"4": {"fid_teacher": 0.5}}}'),
         ("evaluation.json", "[]"),
+        ("evaluation.json", '{"student": {}}'),
+        ("evaluation.json", '{"student": {"4": {"fid_teacher": "small"}}}'),
+        ("evaluation.json", "\udcff"),
         ("evaluation.yaml", "sample: {weights: ["),
+        ("evaluation.yaml", "# checkpoint \udcff"),
     ],
 )
 def test_a_damaged_evaluation_is_found_before_the_weights_are_written(run, capsys, name, content):
-    (run / name).write_text(content)
+    (run / name).write_text(content, errors="surrogateescape")
+    if name == "evaluation.json":
+        assert main(["report", str(run)]) == 2
+        assert "evaluation.json is damaged" in capsys.readouterr().err
     assert main(["export", str(run)]) == 2
     assert re.search(
         rf"{name} is damaged .*Run `scfm evaluate` again, or delete it", capsys.readouterr().err, re.DOTALL
