@@ -1,11 +1,13 @@
-"""pyproject.toml, requirements.lock and the wheel: what an installation contains, and that the slim one works."""
+"""pyproject.toml, requirements.lock, the sdist and its wheel: what an installation contains, and that the slim one works."""
 
 import importlib.metadata
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,16 +62,25 @@ def requirements_of(name: str, extras: set[str], seen: set[str]) -> Iterator[imp
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """Built from a copy, since setuptools writes into the sources."""
-    folder = tmp_path_factory.mktemp("wheel")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, folder)
-    for name in ("scfm_core", "recipes", "data_tools", "slurm"):
-        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+def sdist(tmp_path_factory) -> Path:
+    """The unpacked sdist of a copy, since setuptools writes into the sources."""
+    folder = tmp_path_factory.mktemp("sdist")
+    not_sources = shutil.ignore_patterns(
+        ".git", ".venv", ".*_cache", "__pycache__", "*.egg-info", "runs", "build", "dist"
+    )
+    shutil.copytree(ROOT, folder / "copy", symlinks=True, ignore=not_sources)
+    code = "from setuptools.build_meta import build_sdist; build_sdist('..')"
+    subprocess.run([sys.executable, "-c", code], cwd=folder / "copy", check=True, capture_output=True)
+    [packed] = folder.glob("*.tar.gz")
+    shutil.unpack_archive(packed, folder, filter="data")
+    return folder / packed.name.removesuffix(".tar.gz")
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist) -> Path:
     words = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--quiet", "."]
-    subprocess.run(words, cwd=folder, check=True)
-    [built] = folder.glob("*.whl")
+    subprocess.run(words, cwd=sdist, check=True)
+    [built] = sdist.glob("*.whl")
     return built
 
 
@@ -104,21 +115,38 @@ def slim(wheel, tmp_path_factory) -> Path:
     return folder
 
 
+def alone() -> dict[str, str]:
+    """The environment without PYTHONPATH, by which the sources would be imported in place of the wheel."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+
 @pytest.mark.processes
 class TestWheel:
-    def test_it_carries_recipes_and_job_scripts(self, slim):
-        [site] = slim.glob("lib/python*/site-packages")
-        installed = {
-            path.relative_to(site).as_posix() for path in (site / "recipes").rglob("*") if path.suffix != ".py"
+    def test_the_sdist_has_the_repository(self, sdist):
+        kept = {
+            name: sdist / name for name in ("Makefile", "requirements.lock", "CITATION.cff", ".ci/run", "docs/demo.png")
         }
-        shipped = {path.relative_to(ROOT).as_posix() for path in (ROOT / "recipes").rglob("*.yaml")}
-        scripts = {
-            f"recipes/{path.relative_to(ROOT)}"
-            for path in (ROOT / "slurm").rglob("*")
-            if path.suffix in (".sh", ".env")
+        kept |= {
+            path.relative_to(ROOT).as_posix(): sdist / path.relative_to(ROOT) for path in ROOT.glob("tests/**/*.py")
         }
-        assert len(shipped) >= 19 and len(scripts) >= 5
-        assert shipped | scripts == {name for name in installed if "." in name and "__pycache__" not in name}
+        assert len(kept) > 150
+        assert [name for name, path in kept.items() if path.read_bytes() != (ROOT / name).read_bytes()] == []
+
+    def test_it_has_the_packages_byte_for_byte(self, wheel):
+        """Built from the sdist: code, recipes, and the job scripts, which lie in slurm/."""
+        sources = {
+            name: path
+            for package in ("scfm_core", "recipes", "data_tools")
+            for path in (ROOT / package).rglob("*")
+            if path.is_file() and "__pycache__" not in (name := path.relative_to(ROOT).as_posix())
+        }
+        sources |= {f"recipes/slurm/{path.name}": path for path in (ROOT / "slurm").glob("*.sh")}
+        sources |= {f"recipes/slurm/clusters/{path.name}": path for path in (ROOT / "slurm" / "clusters").glob("*.env")}
+        assert sum(name.endswith(".yaml") for name in sources) >= 40 and "recipes/slurm/lib.sh" in sources
+        with zipfile.ZipFile(wheel) as archive:
+            installed = {name: archive.read(name) for name in archive.namelist() if ".dist-info/" not in name}
+        assert set(installed) == set(sources)
+        assert [name for name, path in sources.items() if path.read_bytes() != installed[name]] == []
 
     def test_it_has_no_extra(self, slim):
         optional = (
@@ -139,7 +167,7 @@ class TestWheel:
 
     def test_the_command(self, slim, tmp_path):
         done = subprocess.run(
-            [slim / "bin" / "scfm", "--help"], cwd=tmp_path, capture_output=True, text=True, check=True
+            [slim / "bin" / "scfm", "--help"], cwd=tmp_path, env=alone(), capture_output=True, text=True, check=True
         )
         assert done.stdout.startswith("usage: scfm ")
 
@@ -151,17 +179,21 @@ class TestWheel:
         code = (
             "from recipes.cli import main\n"
             "import recipes\n"
+            "assert main(['recipes', '--copy', 'mine']) == 0\n"
             "assert main(['train', 'flux_dev_lora', '--dry-run']) == 0\n"
             "assert main(['train', 'recipe.yaml']) == 0\n"
             "assert main(['sample', 'run', '--steps', '1', '--prompt', 'a cat']) == 0\n"
             "assert main(['train', 'recipe.yaml', 'run.dir=other', 'engine.name=deepspeed']) == 2\n"
             "print(recipes.__file__)\n"
         )
-        done = subprocess.run([slim / "bin" / "python", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+        words = [slim / "bin" / "python", "-c", code]
+        done = subprocess.run(words, cwd=tmp_path, env=alone(), capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         assert done.stdout.splitlines()[-1].startswith(str(slim))
         assert "nothing is logged to W&B: wandb.mode=auto needs a package that cannot be imported" in done.stdout
         assert adapter_file(tmp_path / "run" / "adapter").is_file()
+        assert (tmp_path / "mine" / "slurm" / "lib.sh").is_file()
+        assert (tmp_path / "mine" / "recipes" / "configs" / "flux_dev_lora.yaml").is_file()
         assert (
             "engine.name=deepspeed needs a package that cannot be imported (No module named 'deepspeed'): "
             in done.stderr
