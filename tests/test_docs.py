@@ -75,14 +75,25 @@ def anchors(prose: str) -> set[str]:
 
 
 def broken_links(page: Path, prose: str) -> list[str]:
+    """Links and pictures that lead nowhere; of an address on the web only the form is looked at."""
     broken = []
     without_code = re.sub(r"`[^`]*`", "", prose)
-    for target in re.findall(r"\]\(\s*([^)\s]+)\s*\)", without_code):
-        if re.match(r"[a-z]+:", target):
-            continue  # the web is not asked
+    if other := re.findall(r"^\[[^\]]+\]: .*|<(?:a|img)\b[^>]*>", without_code, re.MULTILINE):
+        broken.append(f"{other[0]}: write [text](target), which is checked")
+    links = re.findall(r"(!?)\[([^\[\]]*)\]\(([^)]*)\)", without_code)
+    if without_code.count("](") != len(links):
+        broken.append("a link within a link, or with brackets in its text: it is not checked")
+    for picture, text, target in links:
         path, _, anchor = target.partition("#")
         file = (page.parent / path).resolve() if path else page
-        if not file.exists():
+        if picture and not text.strip():
+            broken.append(f"{target}: the picture has no text for those who cannot see it")
+        if not target:
+            broken.append(f"[{text}] leads nowhere")
+        elif re.match(r"[a-z]+:", target):
+            if not re.fullmatch(r"https?://[\w-]+(\.[\w-]+)+(/[^\s<>\"]*)?", target):
+                broken.append(f"{target}: no address of the web")
+        elif not (file.is_relative_to(ROOT) and file.exists()):
             broken.append(f"{target}: there is no {path}")
         elif anchor and anchor not in anchors(read(file).prose if path else prose):
             broken.append(f"{target}: no heading makes this anchor")
@@ -265,6 +276,19 @@ def test_every_picture_and_every_command_is_in_reproduce():
     assert len(rows) >= 10 and all(re.search(r"\| 20\d\d-\d\d-\d\d(, \d\d)? \|$", row) for row in rows)
 
 
+def test_each_hostile_input_names_its_tests():
+    rows = re.findall(r"^\|.*\|$", read(ROOT / "SECURITY.md").prose, re.MULTILINE)
+    header, cells = rows[0].split("|"), [row.split("|")[-2] for row in rows[2:]]
+    assert header[-2].strip() == "tests" and len(cells) >= 10
+    for cell in cells:
+        file, found = "", 0
+        for code in inline_code(cell):
+            path, _, name = code.rpartition(": ")
+            file = path or file
+            found += bool(re.search(rf"^ *(def|class) {name}\b", (ROOT / file).read_text(), re.MULTILINE))
+        assert found == len(inline_code(cell)) > 0, cell
+
+
 def test_every_shipped_recipe_is_on_the_page_of_recipes():
     code = set(inline_code(read(ROOT / "docs" / "recipes.md").prose))
     shipped = {path.stem for folder in ("configs", "data") for path in (ROOT / "recipes" / folder).rglob("*.yaml")}
@@ -350,10 +374,24 @@ def test_a_wrong_command_is_caught(command, message):
 
 
 def test_a_wrong_link_is_caught():
-    text = "# One `two`, three\n[a](../README.md) [b](gone.md) [c](#one-two-three) [d](#gone) [e](https://gone.example)"
+    text = (
+        "# One `two`, three\n[a](../README.md) [b](gone.md) [c](#one-two-three) [d](#gone) [e](https://gone.example)\n"
+        "[f](../../../etc/passwd) [g](data.md#gone) [a\nb](https:/gone.example) ![](demo.png) [h](my file.md) [i]()\n"
+        "[j]: data.md\n"
+    )
     assert broken_links(ROOT / "docs" / "data.md", text) == [
+        "[j]: data.md: write [text](target), which is checked",
         "gone.md: there is no gone.md",
         "#gone: no heading makes this anchor",
+        "../../../etc/passwd: there is no ../../../etc/passwd",
+        "data.md#gone: no heading makes this anchor",
+        "https:/gone.example: no address of the web",
+        "demo.png: the picture has no text for those who cannot see it",
+        "my file.md: there is no my file.md",
+        "[i] leads nowhere",
+    ]
+    assert broken_links(ROOT / "README.md", "[[1]](LICENSE)") == [
+        "a link within a link, or with brackets in its text: it is not checked"
     ]
 
 
