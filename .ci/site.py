@@ -23,7 +23,7 @@ OUTSIDE = {
 }
 """Path in the repository -> page of the site."""
 API = {
-    "From Python": ["scfm_core.api"],
+    "From Python": ["scfm_core.api", "scfm_core.train.pipelines.with_steps"],
     "The method": [
         "scfm_core.scfm.method", "scfm_core.scfm.slices", "scfm_core.scfm.plan", "scfm_core.scfm.target", "scfm_core.scfm.flow_map", "scfm_core.scfm.matching", "scfm_core.scfm.trajectory",
         "scfm_core.scfm.ema", "scfm_core.scfm.restart", "scfm_core.scfm.loss",
@@ -32,7 +32,7 @@ API = {
     "Engines": ["scfm_core.distributed.engine"],
     "Data": ["scfm_core.data.corpus", "scfm_core.data.order", "scfm_core.data.loader"],
 }  # fmt: skip
-"""Heading -> the modules whose docstrings are below it."""
+"""Heading -> the modules and functions whose docstrings are below it."""
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#\s]+)(#[^)\s]*)?\)")
 _FENCE = re.compile(r"(```.*?```)", re.DOTALL)
 

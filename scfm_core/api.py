@@ -132,7 +132,8 @@ class FewStepModel(ABC):
             seed: image i starts from the noise of `torch.Generator().manual_seed(seed + i)`, as in a diffusers pipeline. Or a seed
                 for each image.
             guidance: in the convention of the model's pipeline; None: the one of the training.
-            height, width: in pixels; None: those of the training.
+            height: in pixels; None: that of the training.
+            width: as height.
             strength: of the adapter; None: the one that was trained for this number of steps.
             undistilled: sample from the base model, without the adapter; with many steps it is the teacher.
             before_step: called before each step. What it raises ends the sampling.
