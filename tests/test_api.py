@@ -184,11 +184,27 @@ def test_methods_that_change_the_adapter_are_found(run_dir, pipe):
         called(pipe, 2)
     pipe.enable_lora()
     assert difference(expected, called(pipe, 2)) <= 2 < 20 < difference(expected, base)
-    pipe.unload_lora_weights()
+    pipe.delete_adapters("scfm")
     with pytest.raises(UserError, match=r"is no longer in this pipeline .* Call `with_steps` again"):
         called(pipe, 2)
     assert difference(base, called(pipe, 2, adapter_weight=0)) <= 2
     assert difference(expected, called(with_steps(pipe, run_dir / "adapter"), 2)) <= 2
+
+
+def test_a_pipeline_without_its_adapters_is_that_of_diffusers(run_dir, pipe):
+    """No weight, scheduler, sigmas or arguments of ours are left; a file that is loaded then has the weight that diffusers gives it."""
+    scheduler, plain = pipe.scheduler, called(pipe, 3, height=16, width=16)
+    for _ in range(2):
+        with_steps(pipe, run_dir / "adapter")
+        expected = called(pipe, 4)
+        assert pipe.scheduler is not scheduler
+        pipe.unload_lora_weights()
+        assert type(pipe) is FluxPipeline and pipe.scheduler is scheduler
+        assert difference(plain, called(pipe, 3, height=16, width=16)) == 0
+    assert main(["export", str(run_dir), "--steps", "4"]) == 0
+    pipe.load_lora_weights(run_dir / "adapter", weight_name="scfm_flux_4steps_fp32.safetensors", adapter_name="scfm")
+    arguments = {"height": 16, "width": 16, "guidance_scale": 3.5, "max_sequence_length": 8}
+    assert difference(expected, called(pipe, 4, sigmas=[1, 0.75, 0.5, 0.25], **arguments)) <= 2
 
 
 def test_mistakes_name_what_to_do(run_dir, pipe, tiny, tmp_path):

@@ -95,7 +95,8 @@ def with_steps(pipe: Any, adapter: str | Path, *, styles: Mapping[str | Path, fl
 
     Each call also gets the sigmas, the scheduler, the guidance, the number of text tokens and the size of the training, unless the
     call has own ones (the scheduler is always set). `num_inference_steps` is 4 if it is not given; `adapter_weight=0` is the base
-    model. Other adapters of the pipeline stay as they are.
+    model. Other adapters of the pipeline stay as they are. `unload_lora_weights` also gives the calls and the scheduler back that the
+    pipeline had before.
 
     Args:
         pipe: a pipeline with the adapter's base model, or a fine-tune of it. It is changed in place.
@@ -134,9 +135,16 @@ def with_steps(pipe: Any, adapter: str | Path, *, styles: Mapping[str | Path, fl
         given.pop("self")
         return own.__call__(self, **steps.prepare(self, given, adapter_weight))
 
+    @functools.wraps(own.unload_lora_weights)
+    def unload(self: Any, *args: Any, **kwargs: Any) -> Any:
+        object.__setattr__(self, "__class__", own)
+        object.__delattr__(self, "_scfm_scheduler")
+        self.scheduler = steps.scheduler
+        return self.unload_lora_weights(*args, **kwargs)
+
     # The same object and name: `to`, `save_pretrained` and what else the pipeline has work as before.
-    changed = type(own.__name__, (own,), {"__call__": call, "__module__": own.__module__, "_scfm_original": own})
-    object.__setattr__(pipe, "__class__", changed)
+    methods = {"__call__": call, "unload_lora_weights": unload, "__module__": own.__module__, "_scfm_original": own}
+    object.__setattr__(pipe, "__class__", type(own.__name__, (own,), methods))
     object.__setattr__(pipe, "_scfm_scheduler", steps.scheduler)
     return pipe
 
@@ -163,7 +171,7 @@ class _Steps:
         layers = _layers(pipe.transformer)
         self._check(layers, weight)
         for layer in layers.values():
-            if _NAME not in layer.active_adapters:
+            if _NAME in layer.scaling and _NAME not in layer.active_adapters:
                 layer.set_adapter([*layer.active_adapters, _NAME], inference_mode=True)
             layer.set_scale(_NAME, weight)
         size = given.get("height") or header.resolution[0], given.get("width") or header.resolution[1]
@@ -184,8 +192,8 @@ class _Steps:
             )
         if weight != 0 and len(own) < len(self.modules):
             raise UserError(
-                "the adapter of `with_steps` is no longer in this pipeline (`unload_lora_weights`, `delete_adapters`, or another "
-                "transformer). Call `with_steps` again; for the base model give `adapter_weight=0`"
+                "the adapter of `with_steps` is no longer in this pipeline (`delete_adapters`, or another transformer). Call `with_steps` "
+                "again; for the base model give `adapter_weight=0`; for the pipeline as it was call `unload_lora_weights`"
             )
         if weight != 0 and any(layer.disable_adapters for layer in own):
             raise UserError(
@@ -250,7 +258,11 @@ def _remove(pipe: Any, names: str) -> None:
 
 def _add_adapters(pipe: Any, adapters: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]]) -> None:
     """Load the factors of each adapter at weight 1. Other adapters keep their weights and stay active."""
-    active = {name: list(layer.active_adapters) for name, layer in _layers(pipe.transformer).items()}
+    # A layer may name an adapter that was deleted, and would add one twice that it names twice.
+    active = {
+        name: [own for own in layer.active_adapters if own not in adapters and own in layer.scaling]
+        for name, layer in _layers(pipe.transformer).items()
+    }
     for name, factors in adapters.items():
         _load(pipe, name, factors)
     for name, layer in _layers(pipe.transformer).items():
