@@ -415,6 +415,22 @@ class TestInterruption:
             pack(open_corpus(tiny / "cache"), tmp_path / "new", to=to, samples_per_shard=8, progress=progress)
         assert left(tmp_path) == []
 
+    @pytest.mark.parametrize("to", ["webdataset", "mds"])
+    def test_two_jobs_into_one_folder_do_not_mix(self, tiny, open_corpus, tmp_path, to):
+        """The first that ends has it."""
+
+        def after_another(samples: Iterable[Any], total: int) -> Iterator[Any]:
+            yield next(rest := iter(samples))
+            pack(open_corpus(tiny / "cache"), tmp_path / "new", to=to)
+            yield from rest
+
+        with pytest.raises(UserError, match="exists already: another process has written it"):
+            pack(open_corpus(tiny / "cache"), tmp_path / "new", to=to, progress=after_another)
+        pack(open_corpus(tiny / "cache"), tmp_path / "other", to=to)
+        assert left(tmp_path) == ["new", "other"]
+        contents = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("new", "other")]
+        assert contents[0] == contents[1]
+
     @pytest.mark.processes
     @pytest.mark.parametrize("to", ["webdataset", "mds"])
     def test_kill_nine(self, tiny, open_corpus, tmp_path, to):
