@@ -99,10 +99,9 @@ def evaluate(run_dir: Path, overrides: list[str], *, student_alone: bool = False
                     row |= {key: value for key, value in before[0].items() if key.endswith(FLOOR)}
             result[kind][str(steps)], grids[name] = row, evaluator.images[:GRID_COLUMNS] / 255
             kept.save(name, row, grids[name])
-    order = sorted(grids, key=lambda name: list(result).index(name.split()[0]))
+    rows = sorted(grids.items(), key=lambda row: list(result).index(row[0].split()[0]))
     try:
         with saving(run_dir / "evaluation.json", "RUN_DIR", _ADVICE):
-            rows = [(name, grids[name]) for name in order]
             _write(run_dir, config, evaluator.checkpoint, result, rows, evaluator.prompts)
     except UserError:
         print(format_evaluation(result))  # hours of work must not be lost
