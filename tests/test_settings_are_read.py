@@ -3,6 +3,7 @@
 import argparse
 import ast
 import dataclasses
+import functools
 import inspect
 import re
 from collections import defaultdict
@@ -160,6 +161,7 @@ class DataConfig:
     }
 
 
+@functools.cache
 def named_in_tests() -> tuple[str, set[tuple[str, str]]]:
     """The texts of tests, and the names that calls give to arguments, each with the classes that their file imports."""
     texts: list[str] = []
@@ -200,6 +202,7 @@ def commands(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParse
         yield parser
 
 
+@functools.cache
 def read_by(function: Any) -> set[str]:
     """The parsed arguments that a command reads: in its function, or where that hands them on."""
     tree = ast.parse(inspect.getsource(function))

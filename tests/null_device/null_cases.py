@@ -37,7 +37,6 @@ CASES = {
         "flux_dev_lora", ("train.compile=false", "train.activation_checkpointing=none")
     ),
     "flux_dev_lora, 8 replicas": Case("flux_dev_lora", ("train.compile=false", "train.global_batch_size=64"), 8),
-    "flux_dev_paper": Case("flux_dev_paper"),
     "flux_dev_trajectories": Case("flux_dev_trajectories"),
     "flux_dev_flow_map": Case("flux_dev_flow_map"),
     "sd35_large_lora": Case("sd35_large_lora"),

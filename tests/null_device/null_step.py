@@ -68,7 +68,7 @@ def measure(config: RunConfig, *, world: int = 1, micro_batches: int = 2) -> dic
         torch.cuda.empty_cache()
         resident = torch.cuda.memory_allocated()
         data = [trace_step._batch(config, trainer.family, index, shape.size) for index in range(number)]
-        step(trainer, data)
+        step(trainer, data if world > 1 else data[:1])  # a sharded engine counts the micro-batches
         torch.cuda.reset_peak_memory_stats()
         built = time.process_time() - began
         before, launched = device.counters.values(), device.kernels()
