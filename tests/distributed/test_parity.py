@@ -162,7 +162,7 @@ MATCHING = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if name != "FSDP2 on 4"])  # nothing but more of FSDP2 on 2
 def test_a_fake_score_beside_the_student(name, tiny, tmp_path):
     """Two micro-batches a process, so that the gradients of both roles accumulate in turn. The norm is over both, and it is clipped."""
     if "one" not in _MATCHED:

@@ -4,6 +4,7 @@ Prints each kernel's registers, spilled bytes and shared memory. test_compilatio
 interpreter.
 """
 
+import functools
 import json
 import re
 import subprocess
@@ -49,6 +50,7 @@ class NoDevice:
         return self.target
 
 
+@functools.cache
 def resources(kernel: Any) -> dict[str, int]:
     """Registers a thread, and bytes of local memory a thread (spills), as NVIDIA's tool reads them from the binary."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"

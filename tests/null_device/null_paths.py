@@ -1,6 +1,6 @@
 """What runs only on a GPU, on a tiny model: each path from data to metrics, on the null device.
 
-`null_paths.py FOLDER` takes the `tiny` folder of the tests, and prints a line of JSON for each path. The card decides which paths run.
+`null_paths.py TINY FOLDER` takes the `tiny` folder of the tests, and prints a line of JSON for each path. The card is one with fp8.
 """
 
 import contextlib
@@ -8,7 +8,6 @@ import functools
 import gc
 import io
 import json
-import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -28,7 +27,7 @@ from scfm_core.train.sources import Sources
 from scfm_core.train.trainer import Trainer
 
 Tree = dict[str, dict[str, Any]]
-A100: dict[str, Tree] = {
+PATHS: dict[str, Tree] = {
     "adapters": {"train": {"activation_checkpointing": "selective"}},
     "CUDA graphs": {"kernels": {"cuda_graphs": True}},
     "triton attention": {"kernels": {"attention": "triton"}},
@@ -46,8 +45,6 @@ A100: dict[str, Tree] = {
         "train": {"weights": "full"},
         "method": {"teacher_fraction": 0.0, "flow_fraction": 0.5},
     },
-}
-H100: dict[str, Tree] = {
     "compiled, fp8": {"kernels": {"fp8": True}, "train": {"compile": True}},
 }
 
@@ -114,16 +111,14 @@ def commands(tiny: Path, run_dir: Path) -> dict[str, Any]:
 def main() -> None:
     tiny, folder = Path(sys.argv[1]), Path(sys.argv[2])
     trainer_module.Sources = functools.partial(Sources, read_back=read_finite)  # type: ignore[misc]
-    is_h100 = os.environ["NULL_DEVICE_CARD"] == "h100"
     paths: dict[str, Callable[[Path], dict[str, Any]]] = {
         name: lambda run_dir, changes=changes: train_path(tiny, run_dir, changes)  # type: ignore[misc]
-        for name, changes in (H100 if is_h100 else A100).items()
+        for name, changes in PATHS.items()
     }
-    if not is_h100:
-        paths["commands"] = lambda run_dir: commands(tiny, run_dir)
+    paths["commands"] = lambda run_dir: commands(tiny, run_dir)
     for number, (name, path) in enumerate(paths.items()):
         try:
-            result = path(folder / f"run{number}_{is_h100}")
+            result = path(folder / f"run{number}")
         except Exception:
             result = {"error": traceback.format_exc()}
         print(json.dumps([name, result]), flush=True)
