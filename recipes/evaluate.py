@@ -93,10 +93,9 @@ def evaluate(run_dir: Path, overrides: list[str], *, student_alone: bool = False
             row = evaluator.measure(role, steps)
             if kind == "teacher":
                 evaluator.set_reference()
-                if has_floor and before is None:
-                    row |= evaluator.noise_floor(steps)
-                elif has_floor and before is not None:
-                    row |= {key: value for key, value in before[0].items() if key.endswith(FLOOR)}
+                if has_floor:
+                    known = evaluator.noise_floor(steps) if before is None else before[0]
+                    row |= {key: value for key, value in known.items() if key.endswith(FLOOR)}
             result[kind][str(steps)], grids[name] = row, evaluator.images[:GRID_COLUMNS] / 255
             kept.save(name, row, grids[name])
     rows = sorted(grids.items(), key=lambda row: list(result).index(row[0].split()[0]))
