@@ -94,8 +94,8 @@ def evaluate(run_dir: Path, overrides: list[str], *, student_alone: bool = False
             if kind == "teacher":
                 evaluator.set_reference()
                 if has_floor:
-                    known = evaluator.noise_floor(steps) if before is None else before[0]
-                    row |= {key: value for key, value in known.items() if key.endswith(FLOOR)}
+                    known = {key: value for key, value in (before or ({},))[0].items() if key.endswith(FLOOR)}
+                    row |= known or evaluator.noise_floor(steps)
             result[kind][str(steps)], grids[name] = row, evaluator.images[:GRID_COLUMNS] / 255
             kept.save(name, row, grids[name])
     rows = sorted(grids.items(), key=lambda row: list(result).index(row[0].split()[0]))
