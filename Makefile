@@ -30,8 +30,10 @@ lock:
 	$(PYTHON) -m pip install --dry-run --ignore-installed --quiet --report runs/lock.json '.[all,dev]'
 	$(PYTHON) .ci/lock.py runs/lock.json requirements.lock
 
+# DEMO: more options. A short one, to see that all parts work: make demo DEMO='--vae-steps 60 --paths-per-prompt 5 train.steps=20
+# train.warmup_steps=0 train.global_batch_size=32 evaluate.samples=50'.
 demo: setup
-	$(BIN)/python -m recipes.demo
+	$(BIN)/python -m recipes.demo $(DEMO)
 
 # Tests start many Python processes, which would each compile the project, 0.2 s, where the environment sets this.
 test test-fast coverage: export PYTHONDONTWRITEBYTECODE :=

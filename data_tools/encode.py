@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import time
 from collections import Counter
@@ -311,8 +312,9 @@ def _make_batch(items: Sequence[int], corpus: Corpus, vae: Autoencoder, writer: 
 
     def leave_out(error: BadData) -> None:
         if corpus.config.max_bad_fraction == 0:
+            enough = max(1, math.ceil(100 / len(corpus))) / 100  # for this one; of a few images 1 % is none
             raise BadData(
-                f"{error}. Or leave such samples out, with data.max_bad_fraction=0.01; what is encoded is kept"
+                f"{error}. Or leave such samples out, with data.max_bad_fraction={enough:g}; what is encoded is kept"
             )
         made.left_out.append(str(error))
 

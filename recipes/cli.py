@@ -13,6 +13,7 @@ from recipes.usage import Parser, add_command, add_overrides
 from scfm_core import __version__
 from scfm_core.errors import UserError
 from scfm_core.train.stop import remember_early
+from scfm_core.wording import count
 
 # These commands work for long: the end of the reader of their messages does not end them.
 _LONG = (
@@ -182,7 +183,7 @@ def _sample(arguments: argparse.Namespace) -> None:
         strength=arguments.strength,
         output=arguments.output,
     )
-    print(f"{made} images in {folder}")
+    print(f"{count(made, 'image')} in {folder}")
 
 
 def _add_evaluate(commands: Any) -> None:

@@ -81,7 +81,10 @@ def main() -> None:
         help="a model of the 8 x 8 scans themselves, without a VAE (give another --dir)",
     )
     parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="for all trainings, e.g. train.steps=20"
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="for all trainings, e.g. train.steps=20 train.warmup_steps=0",
     )
     arguments = parser.parse_args()
     began, root = time.perf_counter(), arguments.dir
@@ -154,7 +157,7 @@ def student_parts(root: Path, size: int, paths_per_prompt: int, threads: int, ov
     def evaluation(run: str, needs: tuple[str, ...] = ()) -> Part:
         # All have the same prompts and real digits, and the images of the teacher that the first of them makes.
         words = (f"data.path={root / 'digits_cache'}", f"evaluate.keep={root / 'short_teacher_images'}")
-        about = f"{_RUNS[run]}: 1,797 images at each step count, compared with the teacher's"
+        about = f"{_RUNS[run]}: images at each step count, compared with the teacher's"
         return part(f"evaluate_{run}", about, _evaluate, root / run, *words, needs=(run, *needs))
 
     paths = (

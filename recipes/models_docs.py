@@ -60,8 +60,8 @@ def _row(family: ModelFamily, recipes: str) -> str:
 
 
 def _licence(hub_id: str) -> str:
-    published = PUBLISHED[hub_id]
-    return published.license_name or published.license
+    published = PUBLISHED.get(hub_id)
+    return "other" if published is None else published.license_name or published.license
 
 
 if __name__ == "__main__":

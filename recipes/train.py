@@ -113,6 +113,8 @@ def _run(config: RunConfig, resume: str, world: World, data_may_change: bool, st
             changed = _record_config(run_dir, config, may_replace=not is_done)
             print(f"kernels: {trainer.kernels}")
             print(f"micro-batch: {describe_micro_batches(config, world.size)}")
+            if config.train.compile and not is_done:
+                print("train.compile: the first steps compile the network's blocks, and take longer")
             if checkpoint is not None:
                 print(f"resuming from {checkpoint} at step {trainer.progress.step}")
         start.begin(trainer.progress.step, config.train.steps, world.size, {} if is_done else changed)

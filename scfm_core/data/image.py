@@ -49,7 +49,7 @@ _MAX_TEXT = 64 << 20
 _LEAST_KEPT = 0.6
 """Share of an image that is kept without a word. A photo of 3:2 in a square keeps 0.67."""
 
-CROPPED = "of another shape than their size in training, more than 40 % cut off (aspect-ratio buckets: data.buckets)"
+CROPPED = "of another shape than their size in training, more than 40 % cut off (aspect-ratio buckets: data.buckets, data.bucket_step)"
 ENLARGED = "smaller than their size in training, enlarged"
 TRANSPARENT = "transparent, laid on data.background"
 ANIMATED = "of several frames or pages, the first one taken"

@@ -44,7 +44,8 @@ class EngineConfig:
             )
         if self.name == "deepspeed" and self.shard != -1:
             raise ValueError(
-                f"engine.shard={self.shard} needs engine.name=fsdp2; with deepspeed, engine.zero_stage decides what is sharded"
+                f"engine.shard={self.shard} needs engine.name=fsdp2; with deepspeed, engine.zero_stage decides what is sharded: "
+                f"add engine.shard=-1, the default (recipes of LoRA set 1)"
             )
         if self.cpu_offload and self.shard == 1:
             raise ValueError("engine.cpu_offload needs sharded weights: set engine.shard=-1, or cpu_offload=false")

@@ -113,7 +113,10 @@ class TrainConfig:
         if not (self.lr > 0 and self.clip_norm > 0):
             raise ValueError(f"train.lr and train.clip_norm must be positive, got {self.lr} and {self.clip_norm}")
         if not 0 <= self.warmup_steps <= self.steps:
-            raise ValueError(f"train.warmup_steps must be in 0..train.steps, got {self.warmup_steps}")
+            raise ValueError(
+                f"train.warmup_steps must be in 0..train.steps, got {self.warmup_steps} of {self.steps} steps. "
+                f"A run with fewer steps than its recipe needs a shorter warmup too, for example train.warmup_steps={self.steps // 10}"
+            )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"train.betas must be in [0, 1), got {list(self.betas)}")
         if not self.weight_decay >= 0:

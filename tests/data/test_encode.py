@@ -4,6 +4,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -840,9 +841,16 @@ class TestBadImages:
 
     def test_stop_the_job_if_not_tolerated(self, with_bad_images, tmp_path, family):
         with pytest.raises(
-            UserError, match=r"0001\.png is not a readable image.*data\.max_bad_fraction=0\.01; what is encoded is kept"
+            UserError, match=r"0001\.png is not a readable image.*data\.max_bad_fraction=0\.17; what is encoded is kept"
         ):
             run(with_bad_images, tmp_path / "cache", family)
+
+    def test_the_share_that_the_message_names_is_enough_for_one(self, images, tmp_path, family):
+        (images / "0001.png").write_bytes(b"no image")
+        with pytest.raises(UserError) as error:
+            run(images, tmp_path / "cache", family)
+        [share] = re.findall(r"data\.max_bad_fraction=([\d.]+);", str(error.value))
+        assert run(images_of(images, max_bad_fraction=float(share)), tmp_path / "cache", family).samples == 5
 
     def test_no_list_if_all_are_valid(self, cache):
         assert not (cache / "left_out.txt").exists()

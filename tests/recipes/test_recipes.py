@@ -129,3 +129,14 @@ def test_overrides_may_follow_options(capsys):
     with pytest.raises(SystemExit):
         main(["train", "flux_dev_lora", "--dryrun"])
     assert "unrecognized arguments: --dryrun" in capsys.readouterr().err
+
+
+def test_a_run_that_compiles_says_why_its_first_step_takes_minutes(make_config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: None)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(dump_config(make_config({"train.compile": True, "train.steps": 1})))
+    line = "train.compile: the first steps compile the network's blocks, and take longer\n"
+    assert main(["train", str(recipe)]) == 0
+    assert line in capsys.readouterr().out
+    assert main(["train", str(recipe)]) == 0
+    assert line not in capsys.readouterr().out, "all steps are done"

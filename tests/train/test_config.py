@@ -539,7 +539,10 @@ INVALID = [
     ("train.lr=.nan", "train.lr and train.clip_norm must be positive, got nan and 10.0"),
     ("train.clip_norm=-1", "train.lr and train.clip_norm must be positive, got 2e-05 and -1.0"),
     ("train.warmup_steps=-1", "train.warmup_steps must be in 0..train.steps, got -1"),
-    ("train.warmup_steps=3001", "train.warmup_steps must be in 0..train.steps, got 3001"),
+    (
+        "train.warmup_steps=3001",
+        "train.warmup_steps must be in 0..train.steps, got 3001 of 3000 steps. A run with fewer steps",
+    ),
     ("train.spike_factor=1", "train.spike_factor must be above 1 or none, got 1.0"),
     ("train.spike_factor=.nan", "train.spike_factor must be above 1 or none, got nan"),
     ("train.max_skips=-1", "train.max_skips must be at least 0, got -1"),
@@ -613,7 +616,7 @@ class TestValidation:
     @pytest.mark.parametrize(
         ("overrides", "message"),
         [
-            (["engine.name=deepspeed", "engine.shard=2"], "engine.shard=2 needs engine.name=fsdp2"),
+            (["engine.name=deepspeed", "engine.shard=2"], "zero_stage decides what is sharded: add engine.shard=-1"),
             (["engine.shard=1", "engine.cpu_offload=true"], "engine.cpu_offload needs sharded weights"),
             (
                 ["engine.name=deepspeed", "checkpoint.asynchronous=true"],
