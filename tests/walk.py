@@ -129,7 +129,7 @@ class Walk:
                     row: dict[str, Any] = {"output": step.do(self) or ""}
                     print(row["output"], flush=True)
                 else:
-                    row = {"code": self.run(step), "output": self.output}
+                    row = {"typed": self.without_paths(step.typed), "code": self.run(step), "output": self.output}
                 row["output"] = self.without_paths(row["output"])
                 rows.append(row | {"seconds": time.monotonic() - began})
         # One process is the walk's own.
@@ -612,9 +612,7 @@ def transcript(part: Part, shown: list[dict[str, Any]]) -> str:
         name = os.path.relpath(step.page, "docs")
         times = f"{row['seconds']:.0f} s" + (f", exit code {row['code']}" if row["code"] else "")
         texts.append(f"`{step.command}` ([{Path(step.page).name}]({name}); {times})\n")
-        texts.append(
-            f"```console\n$ {step.typed}\n{shortened(row['output'])}\n```\n".replace(str(ROOT), "<this repository>")
-        )
+        texts.append(f"```console\n$ {row['typed']}\n{shortened(row['output'])}\n```\n")
     return "\n".join(texts)
 
 
