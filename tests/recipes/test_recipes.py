@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from small_emoji import make_small
 
 from recipes.cli import main
@@ -140,3 +141,9 @@ def test_a_run_that_compiles_says_why_its_first_step_takes_minutes(make_config, 
     assert line in capsys.readouterr().out
     assert main(["train", str(recipe)]) == 0
     assert line not in capsys.readouterr().out, "all steps are done"
+
+
+def test_a_recipe_of_generated_data_leaves_the_size_to_the_cache():
+    """`scfm data generate --resolution` chooses it; a recipe with another one would refuse the cache."""
+    [path] = [path for path in DATA if path.stem == "self_generated"]
+    assert set(yaml.safe_load(path.read_text())) == {"path"}
