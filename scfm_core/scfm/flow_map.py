@@ -20,6 +20,7 @@ It is solved for v, so that the error of a long jump counts as much as that of a
 whole jump ends; near sigma = 0 this velocity changes faster than a difference can follow, and the sampler never uses it.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -95,19 +96,18 @@ class _Jump:
         cond = self._cond[self._rows * len(points)]
         return self._student(x, sigma, cond, self._plan.config.strength(length)).to(x.dtype).chunk(len(points))
 
-    def teacher_velocity(self, x: Tensor, passed: Tensor) -> Tensor:
-        """The mean velocity of the teacher's steps from `x` [n, ...], where a jump of the length `passed` [n] ends, to the row's end:
-        [n, ...]. The steps share the rest of the row's length evenly."""
-        steps, mean = self.settings.teacher_steps, torch.zeros_like(x)
-        whole = self.sigma(self.u_start - passed) - self.end
-        for number in range(steps):
-            sigma, after = (
-                self.sigma(self.u_start - torch.lerp(passed, self.length, (number + part) / steps)) for part in (0, 1)
-            )
-            [velocity] = self.passes((x, sigma, torch.zeros_like(sigma)))
-            mean += per_sample((sigma - after) / whole, x) * velocity
-            x = euler_step(x, velocity, sigma - after)
-        return mean
+    def teacher_velocity(self, x: Tensor, sigma: Tensor, passed: Tensor) -> Tensor:
+        """The mean velocity of the teacher's steps from `x` [n, ...] at `sigma` [n], where a jump of the length `passed` [n] ends, to the
+        row's end: [n, ...]. The steps share the rest of the row's length evenly."""
+        steps, moved = self.settings.teacher_steps, x
+        shares = (torch.lerp(passed, self.length, number / steps) for number in range(1, steps))
+        sigmas = [sigma, *(self.sigma(self.u_start - share) for share in shares), self.end]
+        for before, after in itertools.pairwise(sigmas):
+            [velocity] = self.passes((moved, before, torch.zeros_like(before)))
+            if steps == 1:
+                return velocity
+            moved = euler_step(moved, velocity, before - after)
+        return (x - moved) / per_sample(sigma - self.end, x)
 
 
 def _lagrangian(jump: _Jump) -> Tensor:
@@ -117,7 +117,7 @@ def _lagrangian(jump: _Jump) -> Tensor:
         rest = (length - jump.settings.teacher_steps * jump.settings.shortest).clamp(min=0)
         mid = jump.sigma(jump.u_start - rest)
         [near] = jump.passes((jump.x, jump.start, rest))
-        teacher = jump.teacher_velocity(euler_step(jump.x, near, jump.start - mid), rest)
+        teacher = jump.teacher_velocity(euler_step(jump.x, near, jump.start - mid), mid, rest)
         return teacher - per_sample((jump.start - mid) / (mid - jump.end), near) * (jump.velocity - near)
     shorter, longer = (1 - jump.settings.epsilon) * length, length
     landed = euler_step(jump.x, jump.velocity, way), jump.end, torch.zeros_like(length)
