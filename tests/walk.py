@@ -498,9 +498,7 @@ PARTS = {
             Step(EXPORT, "scfm export RUN --steps 4 --format comfyui", words={"RUN": "runs/flux_dev_lora"}),
         ],
     ),
-    "play": Part(
-        "The page, in a browser", [Step("docs/play.md", "scfm play runs/flux_dev_lora", meanwhile=visit)]
-    ),
+    "play": Part("The page, in a browser", [Step("docs/play.md", "scfm play runs/flux_dev_lora", meanwhile=visit)]),
     "cluster": Part(
         "A cluster: ZeRO-3 on two nodes, preempted, then FSDP2 on one",
         [
