@@ -69,6 +69,7 @@ def run_study(
         raise UserError("each run of a study has one process: start scfm study several times, without a launcher")
     check_reserved_settings(overrides, "scfm study")
     study = load_study(path, equal_passes)
+    _check_first(study, path)
     root = (root or Path("runs/study") / f"{Path(path).stem}{'_equal_passes' * (equal_passes is not None)}").absolute()
     if unknown := [name for name in arms if name not in study.arms]:
         raise UserError(f"{path} has no arm {', '.join(unknown)}; it has {', '.join(study.arms)}")
@@ -90,6 +91,15 @@ def run_study(
     if failed:
         raise UserError(f"{len(failed)} runs failed; the same command tries them again:\n  " + "\n  ".join(failed))
     return summary
+
+
+def _check_first(study: Study, path: str) -> None:
+    """UserError if something is missing that a person makes before the study."""
+    for needed, command in study.first.items():
+        if not Path(needed).exists():
+            raise UserError(
+                f"the study {path} needs {Path(needed).absolute()}, which does not exist. First run: {command}"
+            )
 
 
 def _chosen(runs: Sequence[Run], arms: list[str], only: int | None) -> list[Run]:

@@ -49,6 +49,8 @@ class Study:
     """Figure of the table, by its name in `evaluation.json`; or several, which have a table each."""
     set: tuple[str, ...] = ()
     """Overrides of the recipe for all runs."""
+    first: dict[str, str] = field(default_factory=dict)
+    """File or folder -> the command that a person runs once to make it."""
     prepare: dict[str, str] = field(default_factory=dict)
     """Output file -> the `scfm` command that makes it, which runs before the first run."""
 

@@ -112,7 +112,8 @@ def test_every_arm_of_a_study_is_a_valid_run(path):
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_header_of_a_study(path):
     header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
-    for word in ("first:", f"command:  scfm study {path.stem}", "hardware:", "hours:", "expect:"):
+    assert ("first:" in header) != bool(load_study(path.stem).first), "one of them says what comes first"
+    for word in (f"command:  scfm study {path.stem}", "hardware:", "hours:", "expect:"):
         assert word in header, word
 
 

@@ -220,6 +220,11 @@ def test_prepare_runs_before_the_first_run(study, tmp_path, monkeypatch, capsys)
         ({}, ["--equal-passes", "plane"], "--equal-passes: there is no arm 'plane'; the arms are plain, scaled"),
         ({"arms": {"a": {"about": "x", "set": ["run.seed=3"]}}}, [], "run.seed=3 has no effect in a study"),
         ({}, ["run.dir=elsewhere"], "run.dir=elsewhere has no effect in a study"),
+        (
+            {"first": {"runs/teacher": "make teacher"}},
+            [],
+            "runs/teacher, which does not exist. First run: make teacher",
+        ),
     ],
 )
 def test_mistakes_are_found_before_the_first_run(study, tmp_path, capsys, changes, words, message):
