@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path += [str(ROOT / "tests" / folder) for folder in ("slurm", "data", "families")]
+sys.path += [str(ROOT / "tests" / folder) for folder in ("slurm", "data", "families", "recipes")]
 PAGE = ROOT / "docs" / "walk.md"
 LIMIT = 1500.0
 """Seconds for one command."""
@@ -207,6 +207,7 @@ def interrupt(run: str, number: signal.Signals, after: int) -> Callable[[Walk, "
 
 def visit(walk: Walk, process: "subprocess.Popen[bytes]") -> None:
     """Open the page in a browser, ask for images, take a picture; then Ctrl-C in the terminal."""
+    from play_screenshot import open_page
     from playwright.sync_api import sync_playwright
 
     try:
@@ -217,9 +218,7 @@ def visit(walk: Walk, process: "subprocess.Popen[bytes]") -> None:
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
             page = browser.new_page(viewport={"width": 1100, "height": 900})
-            page.goto(address[0])
-            page.get_by_role("button", name="Generate", exact=True).wait_for()
-            page.wait_for_timeout(3000)  # until then Gradio may set an input again
+            open_page(page, address[0])
             page.get_by_label("Prompt").fill("a handwritten digit three")
             page.get_by_role("button", name="Generate", exact=True).click()
             page.wait_for_function(

@@ -5,11 +5,10 @@ import json
 import re
 import shutil
 import socket
-import time
 
 import pytest
 from PIL import Image
-from play_screenshot import serve_in_thread
+from play_screenshot import open_page, serve_in_thread
 from test_play import PROMPT, player, runs  # noqa: F401
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="the browser is driven by playwright")
@@ -71,7 +70,7 @@ def visit(browser, address, asked):
     """Opens the page as a new visitor; errors of its scripts and requests to other servers fail the test."""
     errors, contexts = [], []
 
-    def open_page(width=1100, height=850):
+    def visit(width=1100, height=850):
         context = browser.new_context(viewport={"width": width, "height": height})
         context.set_default_timeout(WAIT)
         contexts.append(context)
@@ -80,40 +79,13 @@ def visit(browser, address, asked):
         page.on(
             "request", lambda request: request.url.startswith((address, "data:", "blob:")) or asked.append(request.url)
         )
-        quiet = wait_for_quiet(page)
-        page.goto(address)
-        page.get_by_role("button", name="Generate", exact=True).wait_for()
-        quiet()  # until then Gradio may set an input again
+        open_page(page, address)
         return page
 
-    yield open_page
+    yield visit
     for context in contexts:
         context.close()
     assert errors == [] and asked == []
-
-
-def wait_for_quiet(page):
-    """A function that waits until there was no request for half a second. The page's heartbeat, which stays open, does not count."""
-    pending, latest = set(), [time.monotonic()]
-
-    def begin(request):
-        if "/heartbeat/" not in request.url:
-            pending.add(request)
-            latest[0] = time.monotonic()
-
-    def end(request):
-        pending.discard(request)
-        latest[0] = time.monotonic()
-
-    page.on("request", begin)
-    page.on("requestfinished", end)
-    page.on("requestfailed", end)
-
-    def wait():
-        while pending or time.monotonic() - latest[0] < 0.5:
-            page.wait_for_timeout(50)
-
-    return wait
 
 
 def generate(page):
