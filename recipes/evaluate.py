@@ -165,6 +165,8 @@ class Evaluator:
             print(
                 f"note: fid_data compares {self.count} images with {len(self.real)}: the data have no more of this size"
             )
+        if any(network is not None for network in corpus.networks().values()):
+            print("note: the data have paths of the teacher, so fid_data compares with its images: give evaluate.data")
         if is_singular(len(self.real), self.real.shape[1]):
             print(f"note: {SINGULAR}. Raise evaluate.samples above {self.real.shape[1]}")
         self.images = torch.empty(0, dtype=torch.uint8)

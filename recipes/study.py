@@ -76,10 +76,10 @@ def run_study(
     runs = runs_of(study, root, overrides)
     if only is not None and not 0 <= only < len(runs):
         raise UserError(f"--only must be in 0..{len(runs) - 1}: {path} has {len(runs)} runs")
-    for run in runs:
-        _check_run(
-            study, run, steps_known=study.arms[run.arm].equal_passes is None
-        )  # all mistakes before the first run
+    configs = [  # all mistakes before the first run
+        _check_run(study, run, steps_known=study.arms[run.arm].equal_passes is None) for run in runs
+    ]
+    _check_data(study, runs, configs)
     _prepare(study, path, root, execute)
     steps = equal_steps(study, runs[: len(study.arms)])  # may count stored paths, which `prepare` makes
     runs = runs_of(study, root, overrides, steps)
@@ -192,8 +192,22 @@ def _differences(stored: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return [key for key in keys if _value(stored, key) != _value(now, key)]
 
 
-def _check_run(study: Study, run: Run, *, steps_known: bool = True) -> None:
-    """Check that the run's settings are valid, give the study's figures, and match an existing run in its folder."""
+def _check_data(study: Study, runs: Sequence[Run], configs: Sequence[RunConfig]) -> None:
+    """UserError if figures against the data would be against other data for some arms."""
+    first: tuple[str, str] | None = None
+    for run, config in zip(runs, configs, strict=True):
+        data = config.evaluate.data or ", ".join(source.uri for source in config.data.mixture())
+        first = first or (run.arm, data)
+        against = [name for name in study.metrics if name.endswith("_data")]
+        if against and data != first[1]:
+            raise UserError(
+                f"{against[0]} would compare {first[0]} with {first[1]}, and {run.arm} with {data}. Give all arms the same data: "
+                f"evaluate.data=FOLDER in `set` of the study"
+            )
+
+
+def _check_run(study: Study, run: Run, *, steps_known: bool = True) -> RunConfig:
+    """Check that the run's settings are valid, give the study's figures, and match an existing run in its folder; returns them."""
     wanted = load_config(study.recipe, run.overrides, place=f"in the settings of arm {run.arm}")
     has_teacher = wanted.train.weights != "full" or wanted.method.follows_teacher
     for name in study.metrics:
@@ -205,7 +219,7 @@ def _check_run(study: Study, run: Run, *, steps_known: bool = True) -> None:
     missing = run.missing(study.metrics)
     how = run.folder / ("config.yaml" if run.result is None else "evaluation.yaml")
     if not how.is_file():
-        return
+        return wanted
     # An evaluation that lacks a figure is made again, with the settings of now.
     free = (*(_MEASURED if missing else ()), *(() if steps_known else ("train.steps",)))
     other = _differences(_plain(load_config(how, stored=True)), _plain(wanted))
@@ -221,6 +235,7 @@ def _check_run(study: Study, run: Run, *, steps_known: bool = True) -> None:
             f"{run.folder} has no {', '.join(missing)}, and no checkpoint any more to measure it. Delete the folder to train the run again, "
             f"or leave these figures out"
         )
+    return wanted
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Memory of the activations of one sample, measured on the meta device with a few of the network's blocks."""
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from scfm_core.train.config import RunConfig
 from scfm_core.train.device import compute_dtype
 from scfm_core.train.kernels import Kernels
 from scfm_core.train.network import set_activation_checkpointing
+from scfm_core.train.trace import architecture
 from scfm_core.train.trace_device import GpuFunctions, as_gpu
 from scfm_core.train.trace_mode import Recorder
 from scfm_core.train.trace_step import META, any_caption, assumed_kernels
@@ -61,23 +63,15 @@ _KNOWN: dict[tuple, Activations] = {}
 """A dry run compares many variants of a run."""
 
 
-def architecture(family: ModelFamily) -> str:
-    """The same for two families whose networks have the same shapes."""
-    return f"{type(family).__name__} {family.passes} {sorted(family.network_config.items())} {sorted(family.vae_config.items())}"
-
-
 def _measured(
     family: ModelFamily, size: tuple[int, int, int], lora: LoRAConfig | None, base: Base, checkpointing: str, fused: str, backend: str,
     dtype: torch.dtype, is_guided: bool,
 ) -> Activations:  # fmt: skip
     recorder, narrow = Recorder(), None if lora or dtype == torch.float32 else dtype
     memory = recorder.memory
+    few, counts = _few_blocks(family, dtype)
     with as_gpu(recorder) as functions, recorder, _with_empty_caption(family, size[2]):
-        with META:  # its buffers too: tables of positions take a second to compute
-            network = family.empty_network(dtype)
-        counts = {name: len(getattr(network, name)) for name in family.block_lists}
-        for name in counts:
-            setattr(network, name, getattr(network, name)[:_FEW])
+        network = copy.deepcopy(few)
         model = None
         if lora is not None:
             model = LoRAModel(family, network, lora)
@@ -115,6 +109,22 @@ def _measured(
                 total += (count - 1) * (more[0] - saved)
                 temporary = max(temporary, more[1] - more[0])
     return Activations(total, max(temporary, 0.0), without)
+
+
+def _few_blocks(family: ModelFamily, dtype: torch.dtype) -> tuple[nn.Module, dict[str, int]]:
+    """The network with `_FEW` blocks in each list, and how many each list has. Made once, and without a recorder, which would take long."""
+    key = (architecture(family), dtype)
+    if key not in _NETWORKS:
+        with META:  # its buffers too: tables of positions take a second to compute
+            network = family.empty_network(dtype)
+        counts = {name: len(getattr(network, name)) for name in family.block_lists}
+        for name in counts:
+            setattr(network, name, getattr(network, name)[:_FEW])
+        _NETWORKS[key] = network, counts
+    return _NETWORKS[key]
+
+
+_NETWORKS: dict[tuple[str, torch.dtype], tuple[nn.Module, dict[str, int]]] = {}
 
 
 def _passes(

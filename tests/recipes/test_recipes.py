@@ -57,6 +57,7 @@ def test_all_promised_recipes_exist():
     }
 
 
+@pytest.mark.xdist_group("dry runs")  # a process traces each network once
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_dry_run(path, demo_root, monkeypatch, capsys):
     monkeypatch.chdir(demo_root)

@@ -225,6 +225,15 @@ def test_prepare_runs_before_the_first_run(study, tmp_path, monkeypatch, capsys)
             [],
             "runs/teacher, which does not exist. First run: make teacher",
         ),
+        (
+            {
+                "metric": "fid_data",
+                "set": ["data.path=a"],
+                "arms": {"own": {"about": "x"}, "paths": {"about": "x", "set": ["data.path=b"]}},
+            },
+            [],
+            "fid_data would compare own with a, and paths with b. Give all arms the same data: evaluate.data=FOLDER",
+        ),
     ],
 )
 def test_mistakes_are_found_before_the_first_run(study, tmp_path, capsys, changes, words, message):
