@@ -28,7 +28,7 @@ _DISK = {
     errno.EROFS: ("Read-only file system", "the file system is read-only"),
 }
 _PROBE_BYTES = 4096
-_WRITE_BYTES, _SYNC_BYTES = 64 << 20, 1 << 30
+_BUFFER_BYTES, _WRITE_BYTES, _SYNC_BYTES = 1 << 20, 64 << 20, 1 << 30
 
 
 def file_sha256(path: Path) -> str:
@@ -52,33 +52,38 @@ FileEntry = tuple[int, str]
 """Bytes and sha256 (hex) of a file."""
 
 
+class _HashedBytes(io.FileIO):
+    """What `HashedFile` writes, when its buffer is full."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "w")
+        self.digest, self.count, self._unsynced = hashlib.sha256(), 0, 0
+        self._place = f"writing {path.name}"
+
+    def write(self, data: Any) -> int:
+        """Write and hash the first part of `data`; returns its bytes."""
+        part = memoryview(data).cast("B")[:_WRITE_BYTES]
+        written = super().write(part)
+        self.digest.update(part[:written])
+        self.count += written
+        self._unsynced += written
+        if self._unsynced > _SYNC_BYTES:
+            os.fdatasync(self.fileno())
+            self._unsynced = 0
+        beat(self._place)
+        return written
+
+
 class HashedFile(io.BufferedWriter):
     """A new file that is hashed while it is written, from its first byte to its last.
 
     It is flushed to the disk from time to time: a file of 30 GB would otherwise wait in memory for one long fsync, in which
-    nothing shows that the disk works.
+    nothing shows that the disk works. Small writes are collected: `torch.save` makes forty of them for a tensor.
     """
 
     def __init__(self, path: Path) -> None:
-        super().__init__(io.FileIO(path, "w"))
-        self._digest, self._bytes, self._unsynced = hashlib.sha256(), 0, 0
-        self._place = f"writing {path.name}"
-
-    def write(self, data: Any) -> int:
-        """Write and hash all of `data`, any buffer of bytes."""
-        view = memoryview(data).cast("B")
-        for start in range(0, len(view), _WRITE_BYTES):
-            part = view[start : start + _WRITE_BYTES]
-            super().write(part)
-            self._digest.update(part)
-            self._bytes += len(part)
-            self._unsynced += len(part)
-            if self._unsynced > _SYNC_BYTES:
-                self.flush()
-                os.fdatasync(self.fileno())
-                self._unsynced = 0
-            beat(self._place)
-        return len(view)
+        self._bytes = _HashedBytes(path)
+        super().__init__(self._bytes, _BUFFER_BYTES)
 
     def seek(self, offset: int, whence: int = 0) -> int:
         """Not possible: the hash follows the order of writing."""
@@ -87,7 +92,9 @@ class HashedFile(io.BufferedWriter):
     @property
     def entry(self) -> FileEntry:
         """Bytes and hash of what was written so far."""
-        return self._bytes, self._digest.hexdigest()
+        if not self.closed:
+            self.flush()
+        return self._bytes.count, self._bytes.digest.hexdigest()
 
     def close(self) -> None:
         """Flush the file to the disk, and close it."""

@@ -1,5 +1,6 @@
 """PyTorch's distributed checkpoint (DCP): saving tensors with it."""
 
+import logging
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.logger import _dcp_logger
 
 from scfm_core.distributed.world import World
 from scfm_core.distributed.written import HashingWriter, Written
@@ -48,6 +50,7 @@ def files_of_dcp(folder: Path) -> set[Path]:
 
 
 def quiet_dcp() -> None:
-    """Silence two warnings that DCP gives about its own code; one of them comes at every save of a single process."""
+    """Silence two warnings that DCP gives about its own code, and two records of its log for each tensor, which nobody reads."""
     for message in ("TypedStorage is deprecated", "torch.distributed is disabled"):
         warnings.filterwarnings("ignore", message=message, module="torch.distributed.checkpoint")
+    _dcp_logger.setLevel(logging.WARNING)
