@@ -10,6 +10,7 @@ from small_emoji import make_small
 
 from recipes.cli import main
 from recipes.demo import make_assets
+from recipes.study import _check_data
 from recipes.study_file import load_study, runs_of
 from scfm_core.train.parse import dump_config, find_recipe, load_config
 
@@ -106,7 +107,9 @@ def test_data_recipe_works_with_one_argument(path, demo_root, monkeypatch, capsy
 def test_every_arm_of_a_study_is_a_valid_run(path):
     study = load_study(path.stem)
     assert all(arm.about for arm in study.arms.values()) and len(study.seeds) >= 3
-    configs = [load_config(study.recipe, run.overrides) for run in runs_of(study, Path("runs/x"), [])]
+    runs = runs_of(study, Path("runs/x"), [])
+    configs = [load_config(study.recipe, run.overrides) for run in runs]
+    _check_data(study, runs, configs)
     assert len({dump_config(config) for config in configs}) == len(study.arms) * len(study.seeds)
 
 
