@@ -168,7 +168,8 @@ def scfm_complaint(words: list[str]) -> str | None:
     if wrong := [word for word in rest if word.startswith("-") or not hasattr(arguments, "overrides")]:
         return f"unrecognized arguments: {wrong}"
     if hasattr(arguments, "study"):
-        return study_complaint(arguments.study, arguments.arms, given)
+        arms = [word for word in arguments.arms if "=" not in word]
+        return study_complaint(arguments.study, arms, [*given, *(word for word in arguments.arms if "=" in word)])
     # What works on a run or on data says nothing of its recipe; any has all sections.
     return config_complaint(getattr(arguments, "config", "flux_dev_lora.yaml"), given)
 
