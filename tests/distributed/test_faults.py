@@ -339,9 +339,9 @@ def test_a_rank_killed_in_a_save(name, world_size, phase, victim, tiny, tmp_path
 
 def saves_slowly(tree: dict[str, Any]) -> int:
     """In a rank: `scfm train`; rank 1's disk takes several times `engine.timeout` for a checkpoint."""
-    from scfm_core.files import HashedFile
+    from scfm_core import files
 
-    write, left = HashedFile.write, [12]
+    write, left = files._HashedBytes.write, [12]
 
     def slow(self: Any, data: Any) -> int:
         if os.environ["RANK"] == "1" and left[0]:
@@ -349,7 +349,8 @@ def saves_slowly(tree: dict[str, Any]) -> int:
             time.sleep(0.3)
         return write(self, data)
 
-    HashedFile.write = slow  # type: ignore[method-assign]
+    files._HashedBytes.write = slow  # type: ignore[method-assign]
+    files._BUFFER_BYTES = 4096  # many writes for a small checkpoint
     return train_cli(tree)
 
 
