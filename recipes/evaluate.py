@@ -165,8 +165,6 @@ class Evaluator:
             print(
                 f"note: fid_data compares {self.count} images with {len(self.real)}: the data have no more of this size"
             )
-        if any(network is not None for network in corpus.networks().values()):
-            print("note: the data have paths of the teacher, so fid_data compares with its images: give evaluate.data")
         if is_singular(len(self.real), self.real.shape[1]):
             print(f"note: {SINGULAR}. Raise evaluate.samples above {self.real.shape[1]}")
         self.images = torch.empty(0, dtype=torch.uint8)
@@ -320,7 +318,7 @@ def planned(config: RunConfig, note: Callable[[str], Any] = print) -> tuple[Corp
 
     Args:
         config: of the run.
-        note: is called if prompts are repeated.
+        note: is called if prompts are repeated, or if the data are the teacher's own images.
 
     Raises:
         UserError: if the data cannot be read, or have no sample of this size.
@@ -329,6 +327,8 @@ def planned(config: RunConfig, note: Callable[[str], Any] = print) -> tuple[Corp
     if settings.data is not None:
         data = replace(data, path=str(Path(settings.data).expanduser()), format="auto", sources=())
     corpus = Corpus(data)
+    if any(network is not None for network in corpus.networks().values()):
+        note("note: the data are paths of the teacher, so fid_data compares with its images; give evaluate.data=FOLDER")
     items = corpus.items_of(config.data.resolution).tolist()
     if not items:
         raise UserError(

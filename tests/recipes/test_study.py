@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from recipes.cli import main
+from recipes.evaluate import planned
 from recipes.measurable import check_ready
 from recipes.study import run_study
 from recipes.study_cost import cost, equal_steps
@@ -335,6 +336,11 @@ def test_passes_for_stored_paths_are_divided_by_their_uses(make_config, tiny, tm
     train = {"train.steps": 8, "train.global_batch_size": 4, "train.micro_batch_size": 4}
     config = make_config({**changes, **train, "data.path": folder})
     assert cost(config).for_target == 6 * 4 / (8 * 4) and cost(config).passes == 6 * 4 + 3 * 8 * 4
+    notes: list[str] = []
+    planned(config, notes.append)
+    assert "paths of the teacher, so fid_data compares with its images" in notes[0]
+    planned(make_config({"evaluate.data": str(tiny / "cache")}), notes.append)
+    assert sum("paths of the teacher" in note for note in notes) == 1, notes
 
 
 def test_updates_of_equal_passes(study, tmp_path, capsys):
