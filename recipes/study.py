@@ -194,11 +194,11 @@ def _differences(stored: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 def _check_data(study: Study, runs: Sequence[Run], configs: Sequence[RunConfig]) -> None:
     """UserError if figures against the data would be against other data for some arms."""
+    against = [name for name in study.metrics if name.endswith("_data")]
     first: tuple[str, str] | None = None
     for run, config in zip(runs, configs, strict=True):
         data = config.evaluate.data or ", ".join(source.uri for source in config.data.mixture())
         first = first or (run.arm, data)
-        against = [name for name in study.metrics if name.endswith("_data")]
         if against and data != first[1]:
             raise UserError(
                 f"{against[0]} would compare {first[0]} with {first[1]}, and {run.arm} with {data}. Give all arms the same data: "
