@@ -69,7 +69,6 @@ def run_study(
         raise UserError("each run of a study has one process: start scfm study several times, without a launcher")
     check_reserved_settings(overrides, "scfm study")
     study = load_study(path, equal_passes)
-    _check_first(study, path)
     root = (root or Path("runs/study") / f"{Path(path).stem}{'_equal_passes' * (equal_passes is not None)}").absolute()
     if unknown := [name for name in arms if name not in study.arms]:
         raise UserError(f"{path} has no arm {', '.join(unknown)}; it has {', '.join(study.arms)}")
@@ -80,6 +79,7 @@ def run_study(
         _check_run(study, run, steps_known=study.arms[run.arm].equal_passes is None) for run in runs
     ]
     _check_data(study, runs, configs)
+    _check_first(study, path)
     _prepare(study, path, root, execute)
     steps = equal_steps(study, runs[: len(study.arms)])  # may count stored paths, which `prepare` makes
     runs = runs_of(study, root, overrides, steps)
