@@ -12,7 +12,7 @@ import resource
 import shutil
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -50,6 +50,8 @@ def sha256_of(file: BinaryIO) -> str:
 
 FileEntry = tuple[int, str]
 """Bytes and sha256 (hex) of a file."""
+Written = Mapping[Path, FileEntry]
+"""What a rank has written, by path."""
 
 
 class _HashedBytes(io.FileIO):

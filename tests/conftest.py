@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from runs import FEW_TARGETS
 
 from data_tools.encode import EncodeConfig, encode
 from recipes.tiny import write_classifier, write_digits, write_pipeline
@@ -35,6 +36,7 @@ from scfm_core.train.config import RunConfig
 from scfm_core.train.parse import parse_config
 
 torch.set_num_threads(1)
+gc.set_threshold(50_000, 20, 100)  # the defaults cost 6 % of all time
 
 
 CORES = len(os.sched_getaffinity(0))
@@ -262,14 +264,14 @@ def tree(tiny: Path, tmp_path: Path) -> dict[str, Any]:
     return smallest_tree(tiny, tmp_path / "run")
 
 
-def smallest_tree(tiny: Path, run_dir: Path) -> dict[str, Any]:
-    """What `tree` is, for a run in another folder."""
+def smallest_tree(tiny: Path, run_dir: Path, targets: str = FEW_TARGETS) -> dict[str, Any]:
+    """What `tree` is, for a run in another folder, with adapters of these linears: `ALL_TARGETS` where each of them matters."""
     return {
         "run": {"dir": str(run_dir), "device": "cpu"},
         "model": {"path": str(tiny / "flux"), "text_length": 8},
         "data": {"path": str(tiny / "cache"), "resolution": [16, 16], "num_workers": 0},
         "method": {"self_grids": [16, 8, 4, 2]},
-        "lora": {"rank": 4, "alpha": 4.0},
+        "lora": {"rank": 4, "alpha": 4.0, "targets": targets},
         "train": {
             "steps": 4,
             "global_batch_size": 8,

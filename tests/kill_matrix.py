@@ -324,6 +324,7 @@ def main(argv: list[str] | None = None) -> int:
                 "recipes.study",
             ]
         )
+        sys.path.append(str(Path(__file__).with_name("distributed")))  # as in the tests
         from conftest import write_tiny
 
         tiny, work = Path(folder) / "tiny", Path(folder) / "work"

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import smallest_tree
 from diffusers import FluxPipeline
+from runs import ALL_TARGETS
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -34,7 +35,7 @@ def exported(run_dir):
 @pytest.fixture(scope="module")
 def finished(tiny, tmp_path_factory):
     """A step-scaled run whose adapter is strong enough to change the images, exported."""
-    tree = smallest_tree(tiny, tmp_path_factory.mktemp("api") / "run")
+    tree = smallest_tree(tiny, tmp_path_factory.mktemp("api") / "run", ALL_TARGETS)
     tree["method"]["step_gain"], tree["train"]["steps"] = {"gamma": 0.5}, 1
     config = parse_config(tree, "test")
     trainer = Trainer(config)

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path += [str(ROOT / "tests" / folder) for folder in ("slurm", "data", "families", "recipes")]
+sys.path += [str(ROOT / "tests" / folder) for folder in ("slurm", "data", "distributed", "families", "recipes")]
 PAGE = ROOT / "docs" / "walk.md"
 LIMIT = 1500.0
 """Seconds for one command."""

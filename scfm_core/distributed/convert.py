@@ -15,8 +15,8 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from scfm_core.distributed.dcp import quiet_dcp
 from scfm_core.distributed.engine import MOMENTS, moment_group
 from scfm_core.distributed.reader import DCP_FOLDER, Reader
-from scfm_core.distributed.written import HashingWriter, Written, torch_save
-from scfm_core.files import FileEntry
+from scfm_core.distributed.written import HashingWriter, torch_save
+from scfm_core.files import FileEntry, Written
 
 
 class _LazySavePlanner(dcp.DefaultSavePlanner):

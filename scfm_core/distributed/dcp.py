@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.logger import _dcp_logger
 
 from scfm_core.distributed.world import World
-from scfm_core.distributed.written import HashingWriter, Written
+from scfm_core.distributed.written import HashingWriter
+from scfm_core.files import Written
 
 
 def save_dcp(tensors: Mapping[str, Tensor], folder: Path, world: World, *, on_thread: bool) -> Callable[[], Written]:

@@ -37,8 +37,8 @@ from scfm_core.distributed.engine import (
 )
 from scfm_core.distributed.reader import DCP_FOLDER
 from scfm_core.distributed.world import World, quiet_gloo
-from scfm_core.distributed.written import Written
 from scfm_core.errors import missing_extra
+from scfm_core.files import Written
 from scfm_core.filling import Fill, allocate, materialise, stored_tensors
 from scfm_core.progress import beat
 

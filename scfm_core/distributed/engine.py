@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, Protocol
 from torch import Tensor, nn
 
 from scfm_core.distributed.world import World
-from scfm_core.distributed.written import Written
+from scfm_core.files import Written
 from scfm_core.filling import Fill
 
 

@@ -27,7 +27,7 @@ from scfm_core.distributed.engine import (
 from scfm_core.distributed.reader import DCP_FOLDER
 from scfm_core.distributed.replicas import ReplicatedGradients
 from scfm_core.distributed.world import World, quiet_gloo
-from scfm_core.distributed.written import Written
+from scfm_core.files import Written
 from scfm_core.filling import Fill, allocate, kept_in_fp32, materialise, stored_tensors
 
 

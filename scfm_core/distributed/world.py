@@ -194,7 +194,7 @@ def _meet(rank: int, size: int, timeout: float) -> Any:
     """The launcher's store, as soon as all ranks are connected to it.
 
     Raises:
-        UserError: if the address cannot be reached, or ranks are missing after `timeout` seconds; it names them.
+        UserError: if the address cannot be reached, its port is in use, or ranks are missing after `timeout` seconds; it names them.
     """
     address, port, limit = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timedelta(seconds=timeout)
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
@@ -222,6 +222,11 @@ def _meet(rank: int, size: int, timeout: float) -> Any:
             late.agreed = 0 not in missing
             raise late from error
     except (dist.DistNetworkError, dist.DistStoreError) as error:
+        if "EADDRINUSE" in str(error):
+            raise UserError(
+                f"port {port} of node {node}, where the {size} processes meet, is in use by another program. Choose another: "
+                f"MASTER_PORT, with the job scripts SCFM_RENDEZVOUS_PORT"
+            ) from error
         raise UserError(
             f"node {node} cannot reach {address}:{port}, where the {size} processes meet ({str(error).splitlines()[0]}). Look at the "
             f"log of rank 0, check network and firewall, or choose an address that all nodes reach: MASTER_ADDR, with the job "

@@ -1,6 +1,6 @@
 """The files of a checkpoint as a rank writes them: each is hashed while it is written, so nobody reads it again."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -9,10 +9,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 
-from scfm_core.files import FileEntry, HashedFile
-
-Written = Mapping[Path, FileEntry]
-"""What a rank has written, by path."""
+from scfm_core.files import FileEntry, HashedFile, Written
 
 
 def torch_save(value: object, path: Path) -> FileEntry:

@@ -24,9 +24,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from scfm_core.distributed.dcp import files_of_dcp
 from scfm_core.distributed.reader import DCP_FOLDER, Reader, open_reader
 from scfm_core.distributed.world import World
-from scfm_core.distributed.written import Written
 from scfm_core.errors import UserError, agreed_error
-from scfm_core.files import FileEntry, HashedFile, disk_problem, file_sha256, fsync_path, is_disk_failure
+from scfm_core.files import FileEntry, HashedFile, Written, disk_problem, file_sha256, fsync_path, is_disk_failure
 from scfm_core.train.run_dir import (
     LATEST,
     MANIFEST,

@@ -9,8 +9,8 @@ from typing import Any
 from scfm_core.data.corpus import Corpus
 from scfm_core.distributed.engine import Engine
 from scfm_core.distributed.world import World
-from scfm_core.distributed.written import Written
 from scfm_core.errors import UserError, agreed_error
+from scfm_core.files import Written
 from scfm_core.models.student import ShortcutModel
 from scfm_core.train.checkpoint import Checkpoint, CheckpointWriter, load_checkpoint, verify_checkpoint
 from scfm_core.train.config import RunConfig

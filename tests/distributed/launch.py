@@ -11,13 +11,15 @@ import os
 import pickle
 import queue
 import signal
-import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+
+from ports import free_ports
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -38,6 +40,10 @@ _PRELOADED = [
 ]
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(_PRELOADED)
+
+
+_WORLDS = 8
+"""How often a function may join a world, one after another."""
 
 
 @dataclass
@@ -69,9 +75,9 @@ def run_distributed(
     Raises:
         RankFailed: with the failing rank's traceback and what it printed.
     """
-    port, results = _free_port(), _context.Queue()
+    ports, results = free_ports(_WORLDS), _context.Queue()
     processes = [
-        _context.Process(target=_rank, args=(results, function, arguments, rank, world_size, port), daemon=False)
+        _context.Process(target=_rank, args=(results, function, arguments, rank, world_size, ports), daemon=False)
         for rank in range(world_size)
     ]
     for process in processes:
@@ -111,20 +117,24 @@ def _raise_first(outcomes: dict[int, Outcome]) -> None:
             raise RankFailed(f"rank {rank}:\n{outcome.traceback}\n--- it printed:\n{outcome.output}")
 
 
-def _rank(results: Any, function: Any, arguments: tuple[Any, ...], rank: int, world_size: int, port: int) -> None:
+def _rank(
+    results: Any, function: Any, arguments: tuple[Any, ...], rank: int, world_size: int, ports: list[int]
+) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(ports[0]),
     }
     import torch
 
-    from scfm_core.distributed import watchdog
+    from scfm_core.distributed import watchdog, world
 
     gc.freeze()  # what the server has imported: a collection would copy all of its pages into this process
+    gc.set_threshold(50_000, 20, 100)
+    world._meet = partial(_meet_anew, iter(ports), world._meet)
     watchdog.PULSE = 0.2  # who is gone is then known after 0.6 s
     torch.set_num_threads(1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -141,7 +151,7 @@ def _rank(results: Any, function: Any, arguments: tuple[Any, ...], rank: int, wo
     os._exit(1 if outcome.traceback else 0)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _meet_anew(ports: Iterator[int], meet: Callable[..., Any], *arguments: Any) -> Any:
+    """Where nobody has met: at the last world's port a rank may find the last store, if rank 0 has not closed it yet."""
+    os.environ["MASTER_PORT"] = str(next(ports))
+    return meet(*arguments)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from ports import free_ports
 from runs import ENGINES, joined_trainer, make_tree, run_distributed
 
 from recipes import cli, ending
@@ -190,9 +191,7 @@ def test_a_rank_that_does_not_come_is_named():
 
 @pytest.mark.parametrize("agent", [True, False], ids=["torchrun's store", "rank 0's store"])
 def test_an_address_that_cannot_be_reached_is_named(agent, monkeypatch):
-    with socket.socket() as nobody:
-        nobody.bind(("127.0.0.1", 0))
-        port = nobody.getsockname()[1]
+    [port] = free_ports(1)
     variables = {"RANK": 1, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     variables |= {"SLURMD_NODENAME": "n1"} | ({"TORCHELASTIC_USE_AGENT_STORE": True} if agent else {})
     for name, value in variables.items():
@@ -202,6 +201,21 @@ def test_an_address_that_cannot_be_reached_is_named(agent, monkeypatch):
         join_world(torch.device("cpu"), 1.0),
     ):
         pass
+
+
+def test_a_port_in_use_is_named(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        variables = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in variables.items():
+            monkeypatch.setenv(name, str(value))
+        with (
+            pytest.raises(
+                UserError, match=rf"^port {port} of node .* is in use by another program.*SCFM_RENDEZVOUS_PORT"
+            ),
+            join_world(torch.device("cpu"), 1.0),
+        ):
+            pass
 
 
 @pytest.mark.parametrize(

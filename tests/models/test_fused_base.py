@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline
+from runs import ALL_TARGETS
 from safetensors.torch import save_file
 
 from recipes.cli import main
@@ -163,7 +164,7 @@ def test_styles_of_with_steps_are_those_of_the_training(make_config, tiny, tmp_p
     """Of several ranks without alpha, which diffusers' loader scales in another way; beside a LoRA of the pipeline's own."""
     base, path = fused(tiny), tmp_path / "style.safetensors"
     tensors = write_mixed_ranks(path, base)
-    config = make_config(config_of(path))
+    config = make_config(config_of(path, **{"lora.targets": ALL_TARGETS}))
     trainer = Trainer(config)
     fit(trainer)
     (trainer.run_dir / "config.yaml").write_text(dump_config(config))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from runs import ALL_TARGETS
 from torch import nn
 
 from data_tools.encode import EncodeConfig
@@ -82,7 +83,7 @@ def test_the_estimate_counts_the_bytes_that_are_saved(tiny, base):
 @pytest.mark.parametrize("base", ["int8", "float8", "nf4"])
 def test_a_step_is_that_of_the_dequantised_network(make_config, base):
     """Near and far passes at strengths of each sample, and the gradients."""
-    changes = {"method.step_gain": {"gamma": 0.5}, "train.steps": 2}
+    changes = {"method.step_gain": {"gamma": 0.5}, "train.steps": 2, "lora.targets": ALL_TARGETS}
     quantised, exact = (Trainer(make_config({**changes, "model.base": kind})) for kind in (base, "bfloat16"))
     for name, layer in packed(quantised.model.networks["student"]).items():
         linear = exact.model.networks["student"].get_submodule(name).base_layer
@@ -103,7 +104,7 @@ def test_adapters_are_sampled_on_the_base_as_it_is_unless_told(make_config):
 
 
 def test_a_base_in_float8_serves_the_fp8_passes_without_a_copy(make_config):
-    trainer = Trainer(make_config({"model.base": "float8", "kernels.fp8": True}))
+    trainer = Trainer(make_config({"model.base": "float8", "kernels.fp8": True, "lora.targets": ALL_TARGETS}))
     used = [(x.base_layer, x.fp8) for x in trainer.model.bank.layers.values() if x.fp8 is not None]
     shared = [base.values is weight.values for base, weight in used if isinstance(base, QuantisedLinear)]
     assert len(shared) > 20 and all(shared)

@@ -11,6 +11,7 @@ from conftest import load_adapter
 from diffusers import StableDiffusion3Pipeline
 from local_hub import serve
 from PIL import Image
+from runs import ALL_TARGETS
 
 from recipes.cli import main
 from scfm_core.errors import UserError
@@ -37,6 +38,7 @@ def make_sd3(make_config, tiny_sd3):
             "model.path": str(tiny_sd3 / "sd3"),
             "data.path": str(tiny_sd3 / "cache"),
             "method.guidance": [3.5, 5.0],
+            "lora.targets": ALL_TARGETS,
         }
         return make_config({**settings, "train.clip_norm": 2.0, **(changes or {})})
 

@@ -19,6 +19,7 @@ import yaml
 from conftest import smallest_tree
 from null_driver import Device
 from null_step import read_finite
+from runs import ALL_TARGETS
 
 from recipes.cli import main as scfm
 from scfm_core.train import trainer as trainer_module
@@ -50,7 +51,7 @@ PATHS: dict[str, Tree] = {
 
 
 def config_tree(tiny: Path, run_dir: Path, changes: Tree) -> dict[str, Any]:
-    tree = smallest_tree(tiny, run_dir)
+    tree = smallest_tree(tiny, run_dir, ALL_TARGETS)
     tree["run"]["device"] = "cuda"
     tree["train"] |= {"compute_dtype": "bfloat16", "steps": 3}
     tree["kernels"] = {"attention": "flash"}

@@ -132,7 +132,7 @@ PATHS = {
 @functools.cache
 def paths(tiny: Path, folder: Path) -> dict[str, dict[str, Any]]:
     environment = null_driver.environment(card="h100")  # the steps of true size are on an A100
-    environment["PYTHONPATH"] += f":{HERE.parent}"
+    environment["PYTHONPATH"] += f":{HERE.parent}:{HERE.parent / 'distributed'}"
     command = [sys.executable, HERE / "null_paths.py", tiny, folder]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]

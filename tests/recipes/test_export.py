@@ -10,6 +10,7 @@ import torch
 from conftest import adapter_file, adapter_metadata, load_adapter, smallest_tree
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from PIL import Image
+from runs import ALL_TARGETS
 from safetensors import safe_open
 
 from recipes.cli import main
@@ -65,7 +66,7 @@ def exported(tiny, tmp_path_factory):
 
     @functools.cache
     def make(kind):
-        tree = smallest_tree(tiny, tmp_path_factory.mktemp(kind) / "run")
+        tree = smallest_tree(tiny, tmp_path_factory.mktemp(kind) / "run", ALL_TARGETS)
         tree["method"] |= {"step-scaled": {"step_gain": {"gamma": 0.5}}}.get(kind, {})
         tree["lora"] |= {"large alpha": {"alpha": 10.0}}.get(kind, {})
         tree["model"] |= {"quantised base": {"base": "nf4"}}.get(kind, {})

@@ -15,6 +15,7 @@ from conftest import smallest_tree
 from diffusers import FluxPipeline
 from huggingface_hub import ModelCard
 from PIL import Image
+from runs import ALL_TARGETS
 from safetensors import safe_open
 from test_export import diffusers_images, largest_difference, our_images, train
 
@@ -37,7 +38,7 @@ FLUX = "black-forest-labs/FLUX.1-dev"
 @pytest.fixture(scope="module")
 def run_dir(tiny, tmp_path_factory) -> Path:
     """A finished step-scaled run with pictures and figures; tests copy it."""
-    tree = smallest_tree(tiny, tmp_path_factory.mktemp("secret place") / "run")
+    tree = smallest_tree(tiny, tmp_path_factory.mktemp("secret place") / "run", ALL_TARGETS)
     tree["method"]["step_gain"] = {"gamma": 0.5}
     run_dir = train(parse_config(tree, "test"))
     our_images(run_dir, run_dir / "samples" / "4_steps", "--steps", "4")

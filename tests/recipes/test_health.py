@@ -4,9 +4,6 @@ import contextlib
 import io
 import os
 import shutil
-import socket
-import subprocess
-import sys
 import time
 from collections import namedtuple
 from pathlib import Path
@@ -130,32 +127,6 @@ class TestOneProcess:
         monkeypatch.setattr(health.dist, "all_reduce", lambda tensor: tensor.mul_(2)[5].add_(1))
         with pytest.raises(UserError, match="an all-reduce of ones over 2 processes gave a wrong sum"):
             time_all_reduce(World(0, 2), torch.device("cpu"), size=4096)
-
-
-@pytest.mark.processes
-def launch(recipe, *overrides, nodes=({}, {})):
-    """Start a torchrun for each node, like slurm/node.sh, with these variables; returns outputs and exit codes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for node in range(2):
-        command = [
-            sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={node}", "--nproc-per-node=1",
-            "--master-addr=127.0.0.1", f"--master-port={port}", "-m", "recipes.cli", "health", str(recipe),
-        ]  # fmt: skip
-        environment = os.environ | {"SLURMD_NODENAME": f"n{node}"}
-        processes.append(
-            subprocess.Popen(
-                command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
-        )
-    output = "".join(process.communicate(timeout=120)[0] for process in processes)
-    assert [process.returncode for process in processes] == [0, 0], output
-    assert "health: 2 nodes fit, 2 processes on cpu" in output
-    assert "n0: 1 processes" in output
-    assert "n1: 1 processes" in output
-    assert "all-reduce of 64 MiB" in output
 
 
 def health_of_a_node(recipe, homes):

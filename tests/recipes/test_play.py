@@ -22,6 +22,7 @@ import torch
 from conftest import smallest_tree
 from PIL import Image
 from play_screenshot import serve_in_thread
+from runs import ALL_TARGETS
 
 from recipes import play, play_page, play_server
 from recipes.cli import main
@@ -38,7 +39,7 @@ PROMPT = "a digit"
 
 def write_run(tiny, folder, weights="lora", **method):
     """A run whose adapter changes the images, without training."""
-    tree = smallest_tree(tiny, folder)
+    tree = smallest_tree(tiny, folder, ALL_TARGETS)
     tree["method"] |= method
     tree["train"]["weights"] = weights
     tree["sample"]["prompts"] = [PROMPT]

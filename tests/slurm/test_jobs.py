@@ -53,7 +53,7 @@ class Run:
         self.cluster, self.folder, self.dir = cluster, folder, folder / "run"
         self.changes = {
             "train__steps": STEPS,
-            "train__global_batch_size": 16,
+            "train__global_batch_size": 4,
             "checkpoint__every": 4,
             "lora__targets": r".*attn\.to_[qv]",
             "engine__timeout": 120.0,

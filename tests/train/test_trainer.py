@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import ALL_TARGETS
 from safetensors.torch import load_file, save_file
 
 from data_tools.encode import EncodeConfig
@@ -37,7 +38,7 @@ from scfm_core.train.sources import Sources
 from scfm_core.train.trainer import SkippedTooOften, Trainer, learning_rate
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_losses.json"
-GOLDEN_METHOD = {"method.step_gain": {"gamma": 0.5}, "method.flow_fraction": 0.1}
+GOLDEN_METHOD = {"method.step_gain": {"gamma": 0.5}, "method.flow_fraction": 0.1, "lora.targets": ALL_TARGETS}
 
 # Kinds of runs: each must train, resume and keep its base.
 VARIANTS = {
@@ -304,7 +305,7 @@ def test_full_checkpointing_recomputes_every_block(make_config):
 @pytest.mark.parametrize("checkpointing", ["none", "selective"])
 def test_compiled_blocks_agree(make_config, monkeypatch, checkpointing):
     """Capture, guards on the selected adapter, and the joint graph. Inductor would take two minutes on two cores."""
-    loss, gradients, _ = one_global_batch(make_config(), 8)
+    loss, gradients, _ = one_global_batch(make_config({"lora.targets": ALL_TARGETS}), 8)
     torch._dynamo.reset()
     compile_block, compiled = torch.nn.Module.compile, []
 
@@ -413,7 +414,7 @@ def test_fp8_changes_the_target_by_the_rounding_errors_of_the_format(make_config
     def relative_error(target):
         return float((target - exact).norm() / exact.norm())
 
-    exact_loss, exact = first_step(make_config())
+    exact_loss, exact = first_step(make_config({"lora.targets": ALL_TARGETS}))
     config = make_config({"kernels.fp8": True})
     loss, target = first_step(config)
     expected = relative_error(first_step(config, noisy)[1])

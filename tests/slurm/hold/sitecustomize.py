@@ -4,9 +4,14 @@ If there is a file $SCFM_HOLD.slow, opening the data takes as many seconds as it
 
 The test interferes meanwhile. The rank continues when the file is gone, or when a signal comes that the training handles. So what
 happens at which step depends on no machine's speed.
+
+Packages that transformers and diffusers import wherever they find them, and a training does not need, cost each process more than a second.
 """
 
 import os
+import sys
+
+sys.modules |= dict.fromkeys(("scipy", "sklearn", "xformers"))  # None: not installed
 
 if os.environ.get("RANK") == "0" and "SCFM_HOLD" in os.environ:
     import select
