@@ -15,7 +15,7 @@ ENGINES: dict[str, dict[str, Any]] = {
     "zero1": {"name": "deepspeed", "zero_stage": 1},
     "zero2": {"name": "deepspeed", "zero_stage": 2},
     # Before it releases a module's weights, ZeRO-3 looks for their next use within a billion weights: in the whole step of a tiny
-    # network, for each of its modules again. That was half of the time of these tests.
+    # network, for each of its modules again. That was up to half of the time of these tests.
     "zero3": {"name": "deepspeed", "zero_stage": 3, "deepspeed_config": str(Path(__file__).with_name("zero3.json"))},
 }
 
