@@ -12,6 +12,7 @@ import pickle
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from enum import Enum
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -64,8 +65,17 @@ class _Opaque:
         self.__dict__.update(state if isinstance(state, dict) else {})
 
 
+def _member(kind: type[Enum], name: str) -> Enum:
+    """What `getattr` may be in a pickle: Python 3.11.0 to 3.11.3 write the member of an Enum as an attribute of its class."""
+    if not (isinstance(kind, type) and issubclass(kind, Enum)):
+        raise pickle.UnpicklingError("it holds builtins.getattr, which no checkpoint needs")
+    return kind[name]
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         if module.partition(".")[0] == "deepspeed":
             return _Opaque  # no code of DeepSpeed runs, and it need not be installed
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)

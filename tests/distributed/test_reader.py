@@ -1,5 +1,6 @@
 """Any range of any tensor is read back from every engine's checkpoint, and no file that is read can execute code."""
 
+import copyreg
 import itertools
 import os
 import pickle
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from launch import run_distributed
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -265,7 +267,16 @@ def attacks(marker: Path) -> dict[str, bytes]:
     # A dotted name reaches through what an allowed module has imported itself.
     for module in ("torch", "torch.serialization", "pathlib", "torch.distributed.checkpoint.filesystem"):
         found[f"os.system in {module}"] = call_of(4, module, "os.system", touch)
+    # `getattr` is read for members of an Enum; here it gives a method of an allowed class.
+    path = b"cpathlib\nPosixPath\n"
+    method = b"cbuiltins\ngetattr\n" + path + text("touch") + b"\x86R"
+    found["getattr"] = b"\x80\x02" + method + path + text(str(marker)) + b"\x85R\x85R."
     return found
+
+
+def text(value: str) -> bytes:
+    """In a pickle."""
+    return b"X" + len(value.encode()).to_bytes(4, "little") + value.encode()
 
 
 NAMES = sorted(attacks(Path("/nonexistent/marker")))
@@ -286,6 +297,23 @@ def zip_of(content: bytes, path: Path) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         for name, data in entries.items():
             archive.writestr(name, content if name.endswith("data.pkl") else data)
+
+
+def test_metadata_of_python_3_11_2(folder):
+    """Debian 12 has it. It writes a member of an Enum as `getattr` of its class; later versions by its value."""
+    path, members = folder / DCP_FOLDER / ".metadata", []
+
+    def by_attribute(member):
+        members.append(member)
+        return getattr, (type(member), member.name)
+
+    metadata = pickle.loads(path.read_bytes())
+    with path.open("wb") as file:
+        pickler = pickle.Pickler(file)
+        pickler.dispatch_table = copyreg.dispatch_table | {_MEM_FORMAT_ENCODING: by_attribute}
+        pickler.dump(metadata)
+    assert members
+    assert_reads_every_range(open_dcp(folder), make_tensors())
 
 
 class TestMaliciousPickles:
