@@ -65,8 +65,10 @@ class _Opaque:
         self.__dict__.update(state if isinstance(state, dict) else {})
 
 
-def _member(kind: type[Enum], name: str) -> Enum:
+def _member(kind: type, name: str) -> Any:
     """What `getattr` may be in a pickle: Python 3.11.0 to 3.11.3 write the member of an Enum as an attribute of its class."""
+    if kind is _Opaque:
+        return _Opaque(name)
     if not (isinstance(kind, type) and issubclass(kind, Enum)):
         raise pickle.UnpicklingError("it holds builtins.getattr, which no checkpoint needs")
     return kind[name]
@@ -74,7 +76,7 @@ def _member(kind: type[Enum], name: str) -> Enum:
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("builtins", "getattr"):
+        if module in ("builtins", "__builtin__") and name == "getattr":
             return _member
         if module.partition(".")[0] == "deepspeed":
             return _Opaque  # no code of DeepSpeed runs, and it need not be installed

@@ -269,8 +269,9 @@ def attacks(marker: Path) -> dict[str, bytes]:
         found[f"os.system in {module}"] = call_of(4, module, "os.system", touch)
     # `getattr` is read for members of an Enum; here it gives a method of an allowed class.
     path = b"cpathlib\nPosixPath\n"
-    method = b"cbuiltins\ngetattr\n" + path + text("touch") + b"\x86R"
-    found["getattr"] = b"\x80\x02" + method + path + text(str(marker)) + b"\x85R\x85R."
+    for module in ("builtins", "__builtin__"):
+        method = f"c{module}\ngetattr\n".encode() + path + text("touch") + b"\x86R"
+        found[f"{module}.getattr"] = b"\x80\x02" + method + path + text(str(marker)) + b"\x85R\x85R."
     return found
 
 
