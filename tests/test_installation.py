@@ -72,7 +72,7 @@ def sdist(tmp_path_factory) -> Path:
     code = "from setuptools.build_meta import build_sdist; build_sdist('..')"
     subprocess.run([sys.executable, "-c", code], cwd=folder / "copy", check=True, capture_output=True)
     [packed] = folder.glob("*.tar.gz")
-    shutil.unpack_archive(packed, folder, filter="data")
+    shutil.unpack_archive(packed, folder)
     return folder / packed.name.removesuffix(".tar.gz")
 
 

@@ -11,7 +11,7 @@ Packages that transformers and diffusers import wherever they find them, and a t
 import os
 import sys
 
-sys.modules |= dict.fromkeys(("scipy", "sklearn", "xformers"))  # None: not installed
+sys.modules |= dict.fromkeys(("scipy", "sklearn", "torchvision", "xformers"))  # None: not installed
 
 if os.environ.get("RANK") == "0" and "SCFM_HOLD" in os.environ:
     import select
