@@ -162,7 +162,7 @@ class Matrix:
     """Runs the cells.
 
     Args:
-        tiny: what `conftest.write_tiny` writes.
+        tiny: what `tiny_fixtures.write_tiny` writes.
         work: an empty folder.
         seed: of the moments.
     """
@@ -325,7 +325,7 @@ def main(argv: list[str] | None = None) -> int:
             ]
         )
         sys.path.append(str(Path(__file__).with_name("distributed")))  # as in the tests
-        from conftest import write_tiny
+        from tiny_fixtures import write_tiny
 
         tiny, work = Path(folder) / "tiny", Path(folder) / "work"
         tiny.mkdir()

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import smallest_tree
 from diffusers import FluxPipeline
 from runs import ALL_TARGETS
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_fixtures import smallest_tree
 
 from recipes.cli import main
 from scfm_core import load, with_steps

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import adapter_file
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from tiny_fixtures import adapter_file
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -42,6 +42,13 @@ def test_tests_that_share_a_fixture_of_their_module_are_grouped(request, once):
     assert request.node.nodeid.endswith("@test_lanes a") == getattr(request.config.option, "loadgroup", False)
 
 
+@pytest.mark.parametrize("value", ["x" * 501, b"x" * 501, "short"])
+def test_names_of_tests_are_short(request, value):
+    name = f"{len(value)} of {type(value).__name__}" if len(value) > 500 else value
+    assert f"test_names_of_tests_are_short[{name}]" in request.node.nodeid
+    assert all(len(item.nodeid) < 2000 for item in request.session.items)
+
+
 def test_no_test_asks_the_hub():
     assert HF_HUB_OFFLINE
     with pytest.raises(OfflineModeIsEnabled):

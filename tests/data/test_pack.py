@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import streaming_alone
 from PIL import Image
+from tiny_fixtures import streaming_alone
 
 from data_tools.encode import EncodeConfig, encode
 from data_tools.pack import pack

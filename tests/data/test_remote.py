@@ -16,8 +16,8 @@ from types import SimpleNamespace
 
 import fsspec
 import pytest
-from conftest import mounted
 from storage import FaultyProxy, FileServer, S3Server
+from tiny_fixtures import mounted
 
 from scfm_core import progress
 from scfm_core.data import remote

@@ -193,7 +193,7 @@ def _size(size: int, trained: int) -> str:
 if __name__ == "__main__":
     import tempfile
 
-    import conftest
+    import tiny_fixtures
 
     with tempfile.TemporaryDirectory() as folder:
-        print(table(conftest.write_tiny(Path(folder)), Path(folder)))
+        print(table(tiny_fixtures.write_tiny(Path(folder)), Path(folder)))

@@ -163,7 +163,7 @@ def test_an_error_of_reading_on_one_rank_is_every_ranks(name, rank, tiny, tmp_pa
 
 
 def main() -> None:
-    from conftest import write_tiny
+    from tiny_fixtures import write_tiny
 
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)

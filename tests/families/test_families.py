@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import randomise_transformer
 from PIL import Image
 from runs import ENGINES, run_distributed, train_all
+from tiny_fixtures import randomise_transformer
 
 from data_tools.encode import EncodeConfig, encode
 from data_tools.generate import SamplerConfig, generate

@@ -7,11 +7,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import load_adapter
 from diffusers import StableDiffusion3Pipeline
 from local_hub import serve
 from PIL import Image
 from runs import ALL_TARGETS
+from tiny_fixtures import load_adapter
 
 from recipes.cli import main
 from scfm_core.errors import UserError

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 import yaml
-from conftest import smallest_tree
 from null_driver import Device
 from null_step import read_finite
 from runs import ALL_TARGETS
+from tiny_fixtures import smallest_tree
 
 from recipes.cli import main as scfm
 from scfm_core.train import trainer as trainer_module

@@ -4,7 +4,7 @@ import json
 import sys
 
 import pytest
-from conftest import adapter_file
+from tiny_fixtures import adapter_file
 
 from recipes.demo import main
 

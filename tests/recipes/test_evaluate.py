@@ -6,8 +6,8 @@ import re
 import shutil
 
 import pytest
-from conftest import smallest_tree, write_clip
 from PIL import Image
+from tiny_fixtures import smallest_tree, write_clip
 from transformers import CLIPModel
 
 from recipes import evaluate as evaluate_module

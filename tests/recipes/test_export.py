@@ -7,11 +7,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import adapter_file, adapter_metadata, load_adapter, smallest_tree
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from PIL import Image
 from runs import ALL_TARGETS
 from safetensors import safe_open
+from tiny_fixtures import adapter_file, adapter_metadata, load_adapter, smallest_tree
 
 from recipes.cli import main
 from scfm_core.models.weights import save_pipeline

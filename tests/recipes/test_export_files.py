@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import smallest_tree
 from diffusers import FluxPipeline
 from huggingface_hub import ModelCard
 from PIL import Image
 from runs import ALL_TARGETS
 from safetensors import safe_open
 from test_export import diffusers_images, largest_difference, our_images, train
+from tiny_fixtures import smallest_tree
 
 from recipes.base_model import find_base_model
 from recipes.cli import main

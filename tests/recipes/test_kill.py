@@ -17,8 +17,8 @@ from pathlib import Path
 
 import launch
 import pytest
-from conftest import adapter_file
 from safetensors.torch import load_file
+from tiny_fixtures import adapter_file
 
 from recipes.cli import command
 from scfm_core.distributed.engine import GROUPS

@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import smallest_tree
 from PIL import Image
 from play_screenshot import serve_in_thread
 from runs import ALL_TARGETS
+from tiny_fixtures import smallest_tree
 
 from recipes import play, play_page, play_server
 from recipes.cli import main

@@ -4,11 +4,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import smallest_tree
 from hub_server import TOKEN, serve
 from huggingface_hub import constants
 from huggingface_hub.utils import reset_sessions
 from test_export import train
+from tiny_fixtures import smallest_tree
 
 from recipes.cli import main
 from scfm_core.train.parse import parse_config

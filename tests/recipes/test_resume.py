@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import adapter_file, adapter_metadata
 from safetensors.torch import load
+from tiny_fixtures import adapter_file, adapter_metadata
 
 from recipes.cli import main
 from scfm_core.train.checkpoint import find_checkpoint, load_checkpoint

@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import smallest_tree
 from PIL import Image
+from tiny_fixtures import smallest_tree
 
 from recipes.cli import main
 from recipes.image_files import read_settings

@@ -23,9 +23,9 @@ import pytest
 import torch
 import yaml
 from cluster import Cluster, missing_programs
-from conftest import adapter_file
 from runs import ENGINES, make_tree, run_distributed, train_cli
 from safetensors.torch import load_file
+from tiny_fixtures import adapter_file
 
 from scfm_core.train.history import read_history
 

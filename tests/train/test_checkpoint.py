@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import mounted
 from safetensors.torch import save_file
+from tiny_fixtures import mounted
 from torch.distributed.checkpoint import state_dict_saver
 
 from scfm_core.distributed.dcp import save_dcp

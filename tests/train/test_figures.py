@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_clip
 from safetensors.torch import load_file, save_file
+from tiny_fixtures import write_clip
 from transformers import CLIPModel, CLIPProcessor
 
 from scfm_core.errors import UserError
