@@ -66,6 +66,13 @@ class AdapterSelection:
         """Whether the student reads copies of its own: see `LoRABank.keep_copies`."""
 
 
+class _Factor(nn.Linear):
+    """A or B of one adapter. `LoRABank` gives it its initial values."""
+
+    def reset_parameters(self) -> None:
+        """Draw nothing. PyTorch's own draw would be overwritten, and takes long on the meta device."""
+
+
 class LoRALinear(nn.Module):
     """A frozen linear with one low-rank correction per adapter of the bank. Parameter names are those of PEFT."""
 
@@ -92,7 +99,7 @@ class LoRALinear(nn.Module):
         def bank(inputs: int, outputs: int) -> nn.ModuleDict:
             # fp32 also over a bf16 base: bf16 masters lose most updates at a learning rate of 2e-5.
             return nn.ModuleDict(
-                {name: nn.Linear(inputs, outputs, bias=False, device=device, dtype=torch.float32) for name in adapters}
+                {name: _Factor(inputs, outputs, bias=False, device=device, dtype=torch.float32) for name in adapters}
             )
 
         self.lora_A = bank(base_layer.in_features, config.rank)

@@ -2,12 +2,32 @@
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from scfm_core.progress import beat
+
+_DRAWS = ("uniform_", "normal_", "kaiming_uniform_", "xavier_uniform_")
+"""Functions of `torch.nn.init` by which constructors of modules draw."""
+
+
+@contextlib.contextmanager
+def no_draws_on_meta() -> Iterator[None]:
+    """Constructors of modules draw nothing for parameters on the meta device, where a draw is slow Python code."""
+    before = {name: getattr(nn.init, name) for name in _DRAWS}
+
+    def unless_meta(draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda tensor, *arguments, **options: tensor if tensor.is_meta else draw(tensor, *arguments, **options)
+
+    for name, draw in before.items():
+        setattr(nn.init, name, unless_meta(draw))
+    try:
+        yield
+    finally:
+        for name, draw in before.items():
+            setattr(nn.init, name, draw)
 
 
 @contextlib.contextmanager
@@ -26,7 +46,8 @@ def parameters_on_meta(*, only_drawn: bool = False) -> Iterator[None]:
 
     nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
     try:
-        yield
+        with no_draws_on_meta():
+            yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 

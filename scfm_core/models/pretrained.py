@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from scfm_core.filling import kept_in_fp32, materialise, stored_tensors
 from scfm_core.models.fingerprint import different_network, network_fingerprint
 from scfm_core.models.fused_base import Change, FusedAdapter, FusedFiles, read_changes
-from scfm_core.models.initial import RandomWeights, parameters_on_meta
+from scfm_core.models.initial import RandomWeights, no_draws_on_meta, parameters_on_meta
 from scfm_core.models.original_names import OtherTools
 from scfm_core.models.quantised import Base, quantise_linears
 from scfm_core.models.tensor_files import TensorFiles
@@ -116,6 +116,6 @@ class Pretrained(ABC):
 
     def meta_network(self) -> nn.Module:
         """The transformer on the meta device: its architecture without weights."""
-        with torch.device("meta"):
+        with torch.device("meta"), no_draws_on_meta():
             network: nn.Module = self.network_class.from_config(dict(self.network_config))
         return network

@@ -94,14 +94,15 @@ def _measured(
                     return model.velocity(role, x, ones, cond, torch.ones(1))
                 return family.velocity(network, x, ones, cond)
 
-        def measure(numbers: dict[str, int]) -> tuple[float, float, float]:
-            """Bytes saved; at the peak of the backward, without the weights' gradients; at the peak of a pass without gradient."""
+        def measure(numbers: dict[str, int]) -> tuple[float, float]:
+            """Bytes saved; at the peak of the backward, without the weights' gradients."""
             for name, number in numbers.items():
                 setattr(network, name, nn.ModuleList(kept[name][:number]))
-            return _passes(network, recorder, functions, velocity, narrow)
+            return _training_pass(network, recorder, functions, velocity, narrow)
 
         ones = {name: min(1, count) for name, count in counts.items()}
-        saved, peak, without = measure(ones)
+        saved, peak = measure(ones)
+        without = _pass_without_gradient(recorder, velocity)
         temporary, total = peak - saved, saved
         for name, count in counts.items():
             if count > 1:
@@ -127,15 +128,20 @@ def _few_blocks(family: ModelFamily, dtype: torch.dtype) -> tuple[nn.Module, dic
 _NETWORKS: dict[tuple[str, torch.dtype], tuple[nn.Module, dict[str, int]]] = {}
 
 
-def _passes(
-    network: nn.Module, recorder: Recorder, functions: GpuFunctions, velocity: Callable[[str], Tensor], narrow: torch.dtype | None
-) -> tuple[float, float, float]:  # fmt: skip
-    memory = recorder.memory
-    before = memory.total
-    memory.start()
+def _pass_without_gradient(recorder: Recorder, velocity: Callable[[str], Tensor]) -> float:
+    """Bytes at the peak."""
+    before = recorder.memory.total
+    recorder.memory.start()
     with torch.inference_mode():
         velocity("ema_slow")
-    without = memory.peak - before
+    return recorder.memory.peak - before
+
+
+def _training_pass(
+    network: nn.Module, recorder: Recorder, functions: GpuFunctions, velocity: Callable[[str], Tensor], narrow: torch.dtype | None
+) -> tuple[float, float]:  # fmt: skip
+    memory = recorder.memory
+    before = memory.total
     out = velocity("student")
     saved = memory.total - before
     memory.start()
@@ -144,7 +150,7 @@ def _passes(
     peak = memory.peak - before - memory.peak_by_part().get("gradients", 0)
     for parameter in network.parameters():
         parameter.grad = None
-    return saved, peak, without
+    return saved, peak
 
 
 @contextlib.contextmanager

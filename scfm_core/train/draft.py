@@ -12,6 +12,8 @@ Keys = tuple[str, ...]
 """Path of a value: `("data", "sources", "0", "uri")`."""
 
 COMMAND_LINE = "on the command line"
+_LOADER: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""PyYAML's own parser takes ten times as long as libyaml's, which its wheels have."""
 _SHIPPED = Path(__file__).parents[2] / "recipes"
 
 
@@ -181,7 +183,7 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[Keys, int], list[tuple[
     """Values of a file; the line of each, by its path; and path and line of keys that repeat an earlier one."""
     try:
         text = path.read_text(encoding="utf-8")
-        tree, root = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
+        tree, root = _parsed(text)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from error
     except OSError as error:
@@ -195,6 +197,14 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[Keys, int], list[tuple[
             repeated.append((keys, line))
         lines[keys] = line
     return tree, lines, repeated
+
+
+def _parsed(text: str) -> tuple[Any, yaml.Node | None]:
+    """The value of a YAML document, and its tree of nodes, which know their lines."""
+    try:
+        return yaml.load(text, _LOADER), yaml.compose(text, _LOADER)
+    except yaml.YAMLError:
+        return yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)  # raises, and shows the place in the text
 
 
 def _lines(node: Any, keys: Keys) -> Iterator[tuple[Keys, int]]:
