@@ -13,7 +13,7 @@ Keys = tuple[str, ...]
 
 COMMAND_LINE = "on the command line"
 _LOADER: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-"""PyYAML's own parser takes ten times as long as libyaml's, which its wheels have."""
+"""PyYAML's own parser takes eight times as long as libyaml's, which its wheels have."""
 _SHIPPED = Path(__file__).parents[2] / "recipes"
 
 
@@ -202,7 +202,7 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[Keys, int], list[tuple[
 def _parsed(text: str) -> tuple[Any, yaml.Node | None]:
     """The value of a YAML document, and its tree of nodes, which know their lines."""
     try:
-        return yaml.load(text, _LOADER), yaml.compose(text, _LOADER)
+        return _LOADER(text).get_single_data(), _LOADER(text).get_single_node()
     except yaml.YAMLError:
         return yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)  # raises, and shows the place in the text
 
