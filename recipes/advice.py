@@ -38,6 +38,11 @@ def student_guidance(config: RunConfig, family: ModelFamily) -> float:
     )
 
 
+def teacher_guidance(config: RunConfig, family: ModelFamily) -> float:
+    """The scale of guidance for the undistilled model; the one of a single pass if it has learned guidance itself."""
+    return family.neutral_guidance if family.has_learned_guidance else config.sample.guidance
+
+
 def is_guidance_only(config: RunConfig) -> bool:
     """Whether the weights have learned guidance, and not fewer steps."""
     return config.method.distil_guidance and not config.method.has_trajectory

@@ -14,7 +14,7 @@ from recipes.base_model import BaseModel
 from recipes.comfyui import comfyui_settings, workflow
 from recipes.header import Contents
 from recipes.image_files import read_settings
-from recipes.measured import is_evaluated
+from recipes.measured import is_evaluated, is_of_run
 from scfm_core import __version__
 from scfm_core.files import permit_reading, renamed_at_end, written_whole
 from scfm_core.models.fused_base import describe
@@ -22,6 +22,7 @@ from scfm_core.models.original_names import FLUX
 from scfm_core.models.protocol import ModelFamily
 from scfm_core.scfm.method import sampling_strength
 from scfm_core.train.config import RunConfig
+from scfm_core.train.pipelines import shift_of
 from scfm_core.wording import count
 
 UNNAMED_BASE = "path/to/the/base/model"
@@ -325,10 +326,16 @@ def _is_of(card: Card, settings: dict[str, Any]) -> bool:
     """Whether an image of `scfm sample` shows the weights of the card, as the card says to use them."""
     config = card.config
     adapters = {Path(adapter.path).name: adapter.weight for adapter in config.model.adapters}
-    wanted = {"checkpoint": card.checkpoint.name, "weights": config.sample.weights, "adapters": adapters}
-    return all(settings.get(key) == value for key, value in wanted.items()) and bool(
-        settings["strength"] == sampling_strength(config.method.step_gain, settings["steps"])
-    )
+    steps, size = settings["steps"], (settings["height"], settings["width"])
+    wanted = {
+        "checkpoint": card.checkpoint.name,
+        "weights": config.sample.weights,
+        "adapters": adapters,
+        "guidance": config.sample.guidance,
+        "shift": shift_of(config.sample.shift, card.family, size, steps),
+        "strength": sampling_strength(config.method.step_gain, steps),
+    }
+    return all(settings.get(key) == value for key, value in wanted.items())
 
 
 def _find_images(card: Card) -> Iterator[tuple[Path, _Image]]:
@@ -346,7 +353,7 @@ def _find_images(card: Card) -> Iterator[tuple[Path, _Image]]:
     prompt = "student, undistilled model and teacher from the same noise, by number of steps"
     if evaluation.is_file() and is_evaluated(card.config, card.run_dir, card.checkpoint):
         yield evaluation, _Image(file=f"{_IMAGES}/evaluation.png", prompt=prompt, caption=prompt)
-    elif grid.is_file():
+    elif grid.is_file() and is_of_run(card.config, card.run_dir):
         prompts = card.config.sample.prompts
         text = "; ".join(prompts) if isinstance(prompts, tuple) else "the prompts of the run"
         caption = f"rows: {', '.join(map(str, card.config.sample.steps))} steps"

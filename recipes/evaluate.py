@@ -271,6 +271,8 @@ class Evaluator:
         ]
         known += [first, sample.seed, sample.shift, sample.guidance, self.model.family.has_learned_guidance]
         known += [config.run.seed] if config.model.init == "random" else []
+        formats = [sample.base, config.model.encoders]
+        known += formats if formats != ["bfloat16", "bfloat16"] else []
         known += [config.data.resolution, config.model.text_length, config.train.compute_dtype]
         return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 

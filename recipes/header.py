@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipes.advice import CARD_STEPS, shift, student_guidance, weight, weight_advice
+from recipes.advice import CARD_STEPS, shift, student_guidance, teacher_guidance, weight, weight_advice
 from recipes.base_model import BaseModel
 from scfm_core import __version__
 from scfm_core.models.formats import Format
@@ -61,7 +61,7 @@ def describe(
         "strength_by_steps": {str(n): round(weight(config, n, contents.folded), 6) for n in CARD_STEPS},
         "shift": config.sample.shift,
         "guidance": student_guidance(config, family),
-        "teacher_guidance": config.sample.guidance,
+        "teacher_guidance": teacher_guidance(config, family),
         "adapters": {Path(adapter.path).name: adapter.weight for adapter in config.model.adapters},
         "text_length": config.model.text_length,
         "resolution": list(config.data.resolution),

@@ -139,8 +139,8 @@ run_job() {
 
     # If Slurm ended the job, requeue it only after a time limit. Otherwise it was cancelled, or Slurm has requeued it
     # already.
-    local cancelled=() shown verdict
-    shown="$(scontrol --oneliner show job "$job" || true)"
+    local cancelled=() shown alone verdict
+    ask_slurm "$job"
     # While Slurm sends a signal the state is SIGNALING. Without an answer of scontrol the job counts as not cancelled.
     case "$shown" in
     '' | *JobState=RUNNING* | *JobState=SIGNALING* | *Reason=TimeLimit*) ;;
@@ -153,11 +153,19 @@ run_job() {
     finished) exit 0 ;;
     busy) exit 75 ;; # EX_TEMPFAIL of sysexits.h; `job run-dir` ends with it too
     requeue)
-        if scontrol requeue "$job"; then exit 0; fi
+        if scontrol requeue "$alone"; then exit 0; fi
         fail "this cluster does not permit a job to requeue itself. The same sbatch command resumes from the last checkpoint"
         ;;
     *) exit $((code == 0 ? 1 : code)) ;;
     esac
+}
+
+# Sets `shown`, what Slurm says of this job alone, and `alone`, its name for a requeue. One task of a job array has the number of the
+# whole array: scontrol shows all tasks for this number, and would requeue all of them.
+ask_slurm() {
+    shown="$(scontrol --oneliner show job "$1" | grep "^JobId=$1 " || true)"
+    alone="$1"
+    if [[ "$shown" =~ ArrayJobId=([0-9]+)\ ArrayTaskId=([0-9]+)\  ]]; then alone="${BASH_REMATCH[1]}_${BASH_REMATCH[2]}"; fi
 }
 
 # Runs one task per node, which is torchrun, and waits for its end, also after a signal to this shell.

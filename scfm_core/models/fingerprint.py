@@ -116,10 +116,15 @@ def _joined(marks: Sequence[str]) -> str:
     return " ".join([hashlib.sha256("\n".join(marks).encode()).hexdigest(), *marks])
 
 
+def weight_files(component: Path) -> list[Path]:
+    """The files of a component that are loaded without a variant, by name; if there are none, all safetensors files."""
+    files = sorted(component.glob("*.safetensors"))
+    return [path for path in files if _WEIGHTS.fullmatch(path.name)] or files
+
+
 def _marks(component: Path) -> Iterator[tuple[str, str]]:
     """Name and hash of each file of a component that counts."""
-    weights = sorted(component.glob("*.safetensors"))
-    for path in [path for path in weights if _WEIGHTS.fullmatch(path.name)] or weights:
+    for path in weight_files(component):
         yield path.name, _short(_weights_content(path))
     if (component / "config.json").is_file():
         config = _read_json(component / "config.json")

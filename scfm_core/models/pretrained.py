@@ -16,7 +16,6 @@ from scfm_core.models.initial import RandomWeights, no_draws_on_meta, parameters
 from scfm_core.models.original_names import OtherTools
 from scfm_core.models.quantised import Base, quantise_linears
 from scfm_core.models.tensor_files import TensorFiles
-from scfm_core.models.weights import read_weights
 
 
 class Pretrained(ABC):
@@ -85,11 +84,12 @@ class Pretrained(ABC):
     def read_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every pre-trained weight by name, one at a time; fp32 if `adapters` change it, else as it is stored."""
         changes = self.changes(self.meta_network())
-        for name, weight in read_weights(self.folder, "transformer"):
-            if name in changes:
-                weight = weight.float().contiguous()
-                changes[name].add_to(weight.view(-1), 0)
-            yield name, weight
+        with TensorFiles(self.folder / "transformer") as files:
+            for name, weight in files.tensors():
+                if name in changes:
+                    weight = weight.float()
+                    changes[name].add_to(weight.view(-1), 0)
+                yield name, weight
 
     def random_weights(self, seed: int) -> RandomWeights:
         """Random initial weights, for training from scratch."""

@@ -15,6 +15,7 @@ from scfm_core.flow.path import per_sample
 from scfm_core.flow.schedule import MuPoints, dynamic_shift
 from scfm_core.kernels.ops import Ops
 from scfm_core.models.conditioning import Conditioning
+from scfm_core.models.fingerprint import weight_files
 from scfm_core.models.pretrained import Pretrained
 from scfm_core.models.processors import choose_backend
 from scfm_core.models.weights import GUIDANCE_MARK, component_config
@@ -93,7 +94,7 @@ class ModelFamily(Pretrained):
             file.stat().st_size
             for component in self.pipeline_config
             if component == "vae" or component.startswith("text_encoder")
-            for file in (folder / component).glob("*.safetensors")
+            for file in weight_files(folder / component)
         )
 
     @cached_property

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -190,6 +190,17 @@ class TensorFiles:
                     f"model.path: {place.path} cannot be read ({error.strerror or error}). If the file is whole, check the disk or "
                     f"the network file system, and run the same command again"
                 ) from error
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor by name, in the files' dtypes, one at a time: what `fill` reads, so no other file of the folder.
+
+        Raises:
+            UserError: if a file cannot be read.
+        """
+        for name, place in self._places.items():
+            tensor = torch.empty(place.shape, dtype=place.dtype)
+            self.fill(name, tensor.view(-1), 0)
+            yield name, tensor
 
     def _read(self, place: _Place, start: int, count: int) -> Tensor:
         """Elements of a flattened tensor, 1-D in the file's dtype; the next call overwrites them."""

@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -147,16 +147,6 @@ def adapter_metadata(path: Path) -> dict[str, Any]:
     except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not an adapter that `scfm export` has written") from error
     return found
-
-
-def read_weights(folder: Path, component: str) -> Iterator[tuple[str, Tensor]]:
-    """A component's weights by name, read from its safetensors files one at a time."""
-    from safetensors import safe_open
-
-    for path in sorted((folder / component).glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  (not a dict)
-                yield name, file.get_tensor(name)
 
 
 def save_pipeline(

@@ -122,7 +122,7 @@ def _lagrangian(jump: _Jump) -> Tensor:
     shorter, longer = (1 - jump.settings.epsilon) * length, length
     landed = euler_step(jump.x, jump.velocity, way), jump.end, torch.zeros_like(length)
     if jump.settings.difference == "central":
-        longer = ((1 + jump.settings.epsilon) * length).clamp(max=1)  # beyond the whole way nothing is learned
+        longer = ((1 + jump.settings.epsilon) * length).minimum(jump.u_start)  # no jump goes beyond the data
         back, forth, teacher = jump.passes((jump.x, jump.start, shorter), (jump.x, jump.start, longer), landed)
     else:
         back, teacher = jump.passes((jump.x, jump.start, shorter), landed)

@@ -49,12 +49,13 @@ def lag_ratio(emas: DualEMA, total: Callable[[Tensor], Tensor] = lambda local: l
     return 1.0 if slow == 0 else float((fast / slow) ** 0.5)
 
 
-def restart_due(emas: DualEMA, step: int, total: Callable[[Tensor], Tensor]) -> tuple[bool, float | None]:
-    """Whether the averages restart after step `step`, counted from 1; and the ratio, or None if it was not computed."""
+def restart_due(emas: DualEMA, update: int, total: Callable[[Tensor], Tensor]) -> tuple[bool, float | None]:
+    """Whether the averages restart after an update, counted from 1; and the ratio, or None if it was not computed. Skipped steps do
+    not count: a restart that is due at one comes with the next update."""
     every = emas.config.restart_every
     if every != "auto":
-        return every is not None and step % every == 0, None
-    if step % CHECK_EVERY:
+        return every is not None and update % every == 0, None
+    if update % CHECK_EVERY:
         return False, None
     ratio = lag_ratio(emas, total)
     return ratio < threshold(emas.config), ratio

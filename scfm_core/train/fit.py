@@ -43,6 +43,8 @@ def _run_steps(trainer: Trainer, validation: Validation | None, log: RunLog) -> 
         if due or step == total or stopping is not None or trainer.data_error is not None:
             beat(f"the checkpoint of step {step}")
             trainer.state.save()
+            if trainer.data_error is not None:
+                trainer.state.wait()  # the error ends the process, and a write in the background with it
             beat(f"step {step + 1}")
         if validation and validation.is_due(step):
             log.picture(validation.save_grid(step), step)

@@ -30,14 +30,18 @@ def _manifests(data: Any) -> list[Path]:
         return []
     sources = data.get("sources") or []
     members = sources if isinstance(sources, list) else []
-    places = [data.get("path"), *(source.get("uri") for source in members if isinstance(source, dict))]
-    local = [Path(place).expanduser() for place in places if isinstance(place, str) and not is_remote(place)]
+    places = [(data.get("path"), None), *((member.get("uri"), member.get("split")) for member in members if isinstance(member, dict))]
+    local = [
+        Path(place).expanduser() / (split if isinstance(split, str) else "")
+        for place, split in places
+        if isinstance(place, str) and not is_remote(place)
+    ]
     return [path for folder in local if (path := folder / MANIFEST).is_file()]
 
 
 def is_without_text(source: SourceConfig) -> bool:
     """Whether a source on this machine is a cache of latents alone: then the run encodes its captions."""
-    manifests = _manifests({"path": source.uri if source.split is None else str(Path(source.uri) / source.split)})
+    manifests = _manifests({"sources": [{"uri": source.uri, "split": source.split}]})
     return any(head.get("encoder") is not None and head.get("fields") == {} for head in map(_read, manifests))
 
 

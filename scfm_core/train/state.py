@@ -90,7 +90,7 @@ class RunState:
         if not changes:
             return None
         progress = self.progress
-        progress.data_start = progress.samples
+        progress.data_start, progress.bad_samples = progress.samples, 0
         return {"event": "data_changed", "step": progress.step, "samples": progress.samples, "changes": changes}
 
     def roll_back(self) -> dict[str, Any]:

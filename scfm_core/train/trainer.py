@@ -116,6 +116,9 @@ class Trainer:
         self.state = RunState(config, self.model, self.engine, self.corpus, self.world)
         self.data_change = None if resume is None else self._restore(resume, data_may_change)
         """Change of the data since the checkpoint, for the log."""
+        # Otherwise a job that is requeued would train on to the next invalid sample, again and again.
+        if self.progress.step < config.train.steps and (error := self._too_many_invalid()):
+            raise error
 
     def _open_data(self) -> None:
         config = self.config
@@ -248,13 +251,13 @@ class Trainer:
             row |= {"skipped": skipped, "sample_ids": ids, "suspects": self._suspects(meter)}
         if bad:
             row["bad_samples"] = bad
-            self._check_invalid_fraction()
+            self.data_error = self.data_error or self._too_many_invalid()
         return row
 
     def _update_averages(self) -> dict[str, Any]:
         """Update both EMAs, and restart them if it is due; returns the entries for the row of metrics."""
         self.emas.update()
-        due, ratio = restart_due(self.emas, self.progress.step, self.world.sum_)
+        due, ratio = restart_due(self.emas, self.progress.updates, self.world.sum_)
         if due:
             self.emas.restart()
         self.engine.after_ema_update()
@@ -288,15 +291,16 @@ class Trainer:
             self.progress.bad_samples += len(bad)
         return bad, grad_norm
 
-    def _check_invalid_fraction(self) -> None:
-        """Stop the run if more samples were invalid than the recipe tolerates."""
-        limit, progress = self.config.data.max_bad_fraction, self.progress
-        if self.data_error is None and progress.bad_samples > limit * max(progress.samples, _MIN_SAMPLES):
-            self.data_error = agreed_error(
-                f"data: {progress.bad_samples} of {progress.samples} samples were invalid, more than "
-                f"data.max_bad_fraction={limit} tolerates; {self.run_dir / 'incidents.jsonl'} lists them. Check the data with "
-                f"`scfm data validate`, or raise the limit"
-            )
+    def _too_many_invalid(self) -> UserError | None:
+        """The error that stops the run if more samples of these data were invalid than the recipe tolerates."""
+        limit, bad = self.config.data.max_bad_fraction, self.progress.bad_samples
+        samples = self.progress.samples - self.progress.data_start
+        if limit == 0 or bad <= limit * max(samples, _MIN_SAMPLES):  # with 0 the loader raises
+            return None
+        return agreed_error(
+            f"data: {bad} of {samples} samples were invalid, more than data.max_bad_fraction={limit} tolerates; "
+            f"{self.run_dir / 'incidents.jsonl'} lists them. Check the data with `scfm data validate`, or raise the limit"
+        )
 
     def _suspects(self, meter: LossMeter) -> list[int]:
         """Samples that may have caused a skipped step: those whose loss is not finite, else the four with the largest losses."""

@@ -249,10 +249,17 @@ def test_a_defect_on_one_rank_keeps_its_traceback(tiny, tmp_path):
 
 
 def train_with_a_broken_loader(tree: dict[str, Any], error: Exception) -> int:
-    """In a rank: `scfm train`; rank 1 cannot read its samples of the third step."""
+    """In a rank: `scfm train`; rank 1 cannot read its samples of the third step. The disk is slow."""
     from scfm_core.data.corpus import Corpus
+    from scfm_core.distributed.written import HashingWriter
 
-    record = Corpus.record
+    record, write = Corpus.record, HashingWriter.write_data
+
+    def write_slowly(*arguments: Any) -> Any:
+        time.sleep(1)
+        return write(*arguments)
+
+    HashingWriter.write_data = write_slowly  # type: ignore[method-assign]
 
     def read(self: Corpus, item: int, sample_id: int = 0, **options: Any) -> Any:
         if os.environ["RANK"] == "1" and sample_id >= 16:
@@ -263,9 +270,12 @@ def train_with_a_broken_loader(tree: dict[str, Any], error: Exception) -> int:
     return train_cli(tree)
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENXIO, "No such device or address"), KeyError("a defect")], ids=repr)
-def test_any_error_of_a_loader_is_agreed_and_saved_before(error, tiny, tmp_path):
-    tree = make_run(tiny, tmp_path / "run", "fsdp2", checkpoint__every=100)
+@pytest.mark.parametrize(
+    ("error", "is_async"), [(OSError(errno.ENXIO, "No such device or address"), True), (KeyError("a defect"), False)], ids=repr
+)
+def test_any_error_of_a_loader_is_agreed_and_saved_before(error, is_async, tiny, tmp_path):
+    """Also by a write in the background."""
+    tree = make_run(tiny, tmp_path / "run", "fsdp2", checkpoint__every=100, checkpoint__asynchronous=is_async)
     outcomes = run_distributed(train_with_a_broken_loader, 2, tree, error, timeout=LIMIT, expect_failure=True)
     printed = "".join(outcome.output for outcome in outcomes)
     if isinstance(error, OSError):

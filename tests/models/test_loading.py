@@ -105,6 +105,20 @@ def test_any_range_of_a_tensor(tmp_path, monkeypatch):
                     assert torch.equal(part, flat[start:stop].float())
 
 
+@pytest.mark.parametrize("stray", ["old.safetensors", "diffusion_pytorch_model.bf16.safetensors"])
+def test_a_merged_model_is_made_from_the_weights_that_were_trained_on(folder, stray):
+    """Many a folder has other files beside them, with the same names of tensors or with more."""
+    path = folder / "transformer" / stray
+    save_file({name: weight + 1 for name, weight in load_file(path.with_name(ONE)).items()} | {"more": torch.ones(2)}, path)
+    (folder / "text_encoder" / "model.fp16.safetensors").write_bytes(bytes(10**6))
+    family = open_family(str(folder))
+    read = dict(family.read_weights())
+    network = family.load_network(torch.float32, "cpu")
+    assert read.keys() == network.state_dict().keys()
+    assert_same(network, {name: read[name] for name in network.state_dict()})
+    assert family.encoder_bytes < 10**6
+
+
 def test_a_network_of_zeros(tiny):
     network = open_family(str(tiny / "flux")).empty_network(torch.float32)
     materialise(network, "cpu", zeros)

@@ -146,6 +146,8 @@ def test_the_teachers_samples_are_kept_for_other_runs(run_dir, tmp_path, monkeyp
     assert files == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "kept").iterdir()}
     evaluate(run_dir, [*keep, "sample.seed=5"])
     assert len(list((tmp_path / "kept").iterdir())) == 6
+    evaluate(run_dir, [*keep, "sample.base=int8"])  # other images of the same model
+    assert len(list((tmp_path / "kept").iterdir())) == 9
     next((tmp_path / "kept").glob(min(files))).write_bytes(b"no images")
     with pytest.raises(UserError, match=r"evaluate.keep: .*is damaged .*Delete it; it will be made again"):
         evaluate(run_dir, keep)

@@ -152,8 +152,10 @@ def test_a_merged_pipeline_names_no_place_that_it_was_loaded_from(tiny, tmp_path
 
 
 def test_the_card_shows_what_was_made_with_its_weights_alone(run, tmp_path):
-    """Not the figures and pictures of a run without the style, nor pictures of a strength that was set by hand."""
+    """Not the figures and pictures of a run without the style or with another shift, nor pictures of a strength that was set by hand,
+    nor the training's own grid if the weights are others."""
     our_images(run, run / "samples" / "weak", "--steps", "3", "--strength", "0.1")
+    Image.new("RGB", (16, 16)).save(run / "samples" / f"{newest_complete(run).name}.png")
 
     def card(*words: str) -> str:
         assert main(["export", str(run), *words]) == 0
@@ -167,6 +169,20 @@ def test_the_card_shows_what_was_made_with_its_weights_alone(run, tmp_path):
     found = card(f"model.adapters=[{{path: {tmp_path / 'style.safetensors'}, weight: 0.5}}]")
     assert "`style.safetensors` (weight 0.5)" in found
     assert "## Measured" not in found and "(4 steps)" not in found
+    for words in ("sample.weights=ema_slow", "sample.shift=dynamic", "sample.guidance=2"):
+        found = card(words)
+        assert "## Measured" not in found and "(4 steps)" not in found and "samples.png" not in found, words
+    (run / "evaluation.yaml").unlink()
+    assert "(4 steps)" in card() and "samples.png" in card()
+
+
+def test_the_card_names_what_the_evaluation_measured_with(run):
+    """`scfm evaluate RUN evaluate.features=... data.resolution=...` is not what the run's own file says."""
+    path = run / "evaluation.yaml"
+    changed = path.read_text().replace("features: classifier", "features: my_bench:clip")
+    path.write_text(re.sub(r"(\n  resolution:)[^\n]*(\n  - \d+)*", r"\1 [32, 48]", changed))
+    assert main(["export", str(run)]) == 0
+    assert "of 32 x 48 pixels from the same noise, 64 features (my_bench:clip)" in (run / "adapter" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("header", ["[]", '{"weights": "ema_fast"}', None], ids=["a list", "few keys", "another style"])

@@ -509,11 +509,19 @@ def test_hostile_names_are_but_names(bench):
 
 @scenario
 def test_array_and_chain(bench):
-    """Task k takes recipe k; the job behind it begins when all have finished."""
+    """Task k takes recipe k; the job behind it begins when all have finished.
+
+    The last task has the number of the array. When it is requeued, the others go on undisturbed."""
     first, second, last = (bench.start(train__steps=steps) for steps in (2, 3, 1))
-    number = first.submit("--nodes=1", "--array=3-4", overrides=(str(second.recipe), "checkpoint.keep=1"))
-    last.submit("--nodes=1", f"--dependency=afterok:{number}")
+    with first.held(1):
+        number = first.submit("--nodes=1", "--array=3-4", overrides=(str(second.recipe), "checkpoint.keep=1"))
+        last.submit("--nodes=1", f"--dependency=afterok:{number}")
+        first.until(lambda: all((run.dir / "metrics.jsonl").is_file() for run in (first, second)))
+        assert first.cluster.job(f"{number}_4")["JobId"] == number
+        first.cluster.run("scancel", "--signal=USR2", f"{number}_4")
+        first.until(lambda: len(second.events("job")) == 1)
+    assert second.events("job")[0]["verdict"] == "requeue"
     assert last.ended() == "COMPLETED", last.output
-    assert [len(run.events("start")) for run in (first, second, last)] == [1, 1, 1]
-    assert [run.events("end")[0]["step"] for run in (first, second, last)] == [2, 3, 1]
+    assert [len(run.events("start")) for run in (first, second, last)] == [1, 2, 1]
+    assert [run.events("end")[-1]["step"] for run in (first, second, last)] == [2, 3, 1]
     assert first.events("end")[0]["time"] <= last.events("start")[0]["time"]

@@ -739,6 +739,11 @@ class TestSettingsOfACache:
         config = load_config("flux_dev_lora.yaml", [f"data.path={path}", "data.resolution=[256,256]"])
         assert (config.data.resolution, config.model.text_length) == ((256, 256), 77)
 
+    def test_of_a_split(self, tmp_path):
+        self.cache(tmp_path / "a" / "train", **{"data.resolution": [768, 768]})
+        sources = json.dumps({"sources": [{"name": "a", "uri": str(tmp_path / "a"), "split": "train"}]})
+        assert load_config("flux_dev_lora.yaml", [f"data={sources}"]).data.resolution == (768, 768)
+
     def test_sources_that_disagree_set_nothing(self, tmp_path):
         words = []
         for name, size in (("a", 768), ("b", 640)):

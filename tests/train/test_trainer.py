@@ -627,6 +627,22 @@ class TestTrajectories:
             Trainer(make_config({**ON_PATHS, **images}))
 
 
+def test_a_run_with_too_many_invalid_samples_is_refused(make_config, tmp_path):
+    """At its start: a job that is requeued would otherwise train on to the next invalid sample, again and again."""
+    trainer = Trainer(make_config({"data.max_bad_fraction": 0.01}))
+    next(trainer.train_steps())
+    trainer.progress.bad_samples = 11
+    trainer.state.save()
+    checkpoint = checkpoint_path(trainer.run_dir, 1)
+    with pytest.raises(UserError, match=r"11 of 8 samples were invalid, more than data\.max_bad_fraction=0\.01") as caught:
+        Trainer(make_config({"data.max_bad_fraction": 0.01}), checkpoint)
+    assert caught.value.agreed, "every rank raises it"
+    assert Trainer(make_config({"data.max_bad_fraction": 0.02}), checkpoint).progress.bad_samples == 11
+    Trainer(make_config({"data.max_bad_fraction": 0.01, "train.steps": 1}), checkpoint)  # nothing is left to train
+    other = Trainer(make_config({"data.max_bad_fraction": 0.01, "data.epoch_size": 5}), checkpoint, data_may_change=True)
+    assert other.progress.bad_samples == 0, "they were samples of other data"
+
+
 class TestSkippedSteps:
     """A step with NaN or a spike is skipped: it only adds a row of metrics and an incident."""
 
@@ -648,7 +664,8 @@ class TestSkippedSteps:
         assert row["suspects"] == [10]
         progress = trainer.progress
         assert (progress.step, progress.samples, progress.updates) == (2, 16, 1)
-        assert "skipped" not in next(steps)
+        row = next(steps)
+        assert "skipped" not in row and row["ema_restart"], "the restart comes with the next update"
         assert (progress.step, progress.samples, progress.updates) == (3, 24, 2)
         after = everything(trainer)
         for group in GROUPS:
