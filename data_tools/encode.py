@@ -281,6 +281,9 @@ def encode(
     def make(items: Sequence[int]) -> Made:
         return _make_batch(items, corpus, vae, writer)
 
+    def mark(items: Sequence[int]) -> str:  # the numbers become keys, and another image before them changes them
+        return f"{hashlib.sha256(json.dumps(list(items)).encode()).hexdigest()} {corpus.mark(items)}"
+
     manifest = job.run(
         plan_shards([corpus.items_of(size).tolist() for size in corpus.sizes], config.samples_per_shard),
         make,
@@ -290,7 +293,7 @@ def encode(
             settings=writer.draft.settings | size_settings(corpus.config),
         ),
         batch_size=config.batch_size,
-        mark=corpus.mark,
+        mark=mark,
         max_left_out=corpus.config.max_bad_fraction,
         rank=rank,
         world_size=world_size,

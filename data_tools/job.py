@@ -87,6 +87,16 @@ def _say_share(what: str, work: str, rank: int, count: int, variables: str) -> N
     )
 
 
+def shard_size_of(output: Path) -> int | None:
+    """`samples_per_shard` of the job that was begun or finished in a folder; None if there is none, or it cannot be read."""
+    with contextlib.suppress(OSError):  # which `Job` reports
+        begun = _read_json(output / JOB / _PARAMETERS)
+        found = (_read_json(output / _DONE) or {}).get("parameters") if begun is None else begun
+        size = found.get("samples_per_shard") if isinstance(found, dict) else None
+        return size if isinstance(size, int) and size > 0 else None
+    return None
+
+
 class Job:
     """A folder of unfinished shards.
 

@@ -67,8 +67,12 @@ def _cache_config(arguments: argparse.Namespace, samples: int) -> "EncodeConfig"
     import torch
 
     from data_tools.encode import EncodeConfig
+    from data_tools.job import shard_size_of
     from scfm_core.train.device import resolve_device
 
+    # At least eight shards, so that several processes can share a small data set. A job that was begun keeps its size, also if the
+    # number of images or the batch size is another now.
+    shard_size = shard_size_of(arguments.output) or min(1000, max(arguments.batch_size, -(-samples // 8)))
     return EncodeConfig(
         text_length=arguments.text_length,
         trim_padding=arguments.trim_padding,
@@ -77,8 +81,7 @@ def _cache_config(arguments: argparse.Namespace, samples: int) -> "EncodeConfig"
         encoders=arguments.encoders,
         device=resolve_device(arguments.device),
         batch_size=arguments.batch_size,
-        # At least eight shards, so that several processes can share a small data set.
-        samples_per_shard=arguments.samples_per_shard or min(1000, max(arguments.batch_size, -(-samples // 8))),
+        samples_per_shard=shard_size if arguments.samples_per_shard is None else arguments.samples_per_shard,
     )
 
 

@@ -55,6 +55,9 @@ class Report:
     gpus: int = 0
     free: float = 1.0
     problems: list[str] = field(default_factory=list)
+    """Of the run."""
+    faults: list[str] = field(default_factory=list)
+    """Of this node: another may be well. If all of several nodes have one, it is the run's."""
 
 
 def check_health(config_path: str, overrides: list[str]) -> None:
@@ -104,19 +107,16 @@ def _inspect(config: RunConfig, node: str, device: torch.device) -> Report:
         report.versions["cuda"] = str(torch.version.cuda)
         report.versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
         if report.free < _MIN_FREE_MEMORY:
-            report.problems.append(
+            report.faults.append(
                 f"GPU {device.index or 0} has {free / 1e9:.0f} of {total / 1e9:.0f} GB free: another process uses it"
             )
     if local_rank() == 0:  # once for each node
         local = local_size()
         if device.type == "cuda" and report.gpus < local:
-            report.problems.append(f"{report.gpus} GPUs are visible, {local} processes were started")
-        for what, folder, needed in (
-            ("run.dir", config.run.dir, _needed_for_run(config)),
-            ("TMPDIR", tempfile.gettempdir(), _MIN_FREE_DISK),
-            ("data.cache.dir", cache_folder(config.data.cache.dir), _MIN_FREE_DISK),
-        ):
-            report.problems += _problem_of_folder(what, Path(folder).expanduser(), needed)
+            report.faults.append(f"{report.gpus} GPUs are visible, {local} processes were started")
+        report.problems += _problem_of_folder("run.dir", Path(config.run.dir).expanduser(), _needed_for_run(config))
+        for what, folder in (("TMPDIR", tempfile.gettempdir()), ("data.cache.dir", cache_folder(config.data.cache.dir))):
+            report.faults += _problem_of_folder(what, Path(folder).expanduser(), _MIN_FREE_DISK)
         for what, check in (
             ("model.path", lambda: build_family(config, offline=True)),
             ("data", lambda: Corpus(config.data)),
@@ -162,11 +162,15 @@ def _problem_of_folder(what: str, folder: Path, needed: float) -> list[str]:
 def find_problems(reports: list[Report]) -> list[str]:
     """Every problem, with its nodes; versions, devices and clocks that differ from the majority are problems too."""
     nodes = {report.node for report in reports}
+    faults = {text for report in reports for text in report.faults}
     found: dict[str, set[str]] = {}
     for report in reports:
-        for text in report.problems:
+        for text in report.problems + report.faults:
             found.setdefault(text, set()).add(report.node)
-    problems = [f"{_ALL if where == nodes else ', '.join(sorted(where))}: {text}" for text, where in found.items()]
+    problems = [
+        f"{_ALL if where == nodes and not (len(nodes) == 1 and text in faults) else ', '.join(sorted(where))}: {text}"
+        for text, where in found.items()
+    ]
     for name in reports[0].versions:
         counts = Counter(report.versions.get(name) for report in reports)
         usual = counts.most_common(1)[0][0]

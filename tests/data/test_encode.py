@@ -1,5 +1,6 @@
 """`encode`: the cache has the output of the pipeline's own encoders, for any number of processes and restarts."""
 
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -474,6 +475,35 @@ class TestInterrupted:
         run(images, unfinished, family, samples_per_shard=3)
         run(images, tmp_path / "fresh", family, samples_per_shard=3)
         assert contents(unfinished) == contents(tmp_path / "fresh")
+
+    def test_keys_are_of_one_job_though_an_image_was_added(self, images, family, tmp_path):
+        """Of the shard of another size, which is finished, no image has changed; but numbers behind the new image have."""
+        corpus = functools.partial(images_of, images, buckets=((16, 16), (8, 16)))
+        flat = Image.new("RGB", (16, 8))
+        flat.save(images / "0001.png")
+        config = EncodeConfig(**OPTIONS)
+        assert encode(corpus(), tmp_path / "cache", family, config, rank=0, world_size=2).manifest is None
+        flat.save(images / "0000b.png")
+        with (images / "metadata.jsonl").open("a") as file:
+            file.write('{"file_name": "0000b.png", "text": "new"}\n')
+        run(corpus(), tmp_path / "cache", family)
+        run(corpus(), tmp_path / "fresh", family)
+        assert contents(tmp_path / "cache") == contents(tmp_path / "fresh")
+
+    def test_the_command_keeps_the_size_of_its_shards(self, images, family, tmp_path, monkeypatch, capsys):
+        """By default it depends on the number of images and the batch size, and both may change: an image is removed, memory is short."""
+        words = ["data", "encode", str(images), "-o", str(tmp_path / "cache"), "--model", str(family.folder)]
+        words += ["--resolution", "16", "16", "--text-length", "8"]
+        with monkeypatch.context() as patch:
+            patch.setenv("RANK", "0")
+            patch.setenv("WORLD_SIZE", "2")
+            assert main([*words, "--batch-size", "4"]) == 0  # shards of 4 and 2
+        (images / "0005.png").unlink()
+        assert main([*words, "--batch-size", "1"]) == 0, capsys.readouterr().err
+        assert [shard.samples for shard in read_manifest(tmp_path / "cache").shards] == [4, 1]
+        (images / "0004.png").unlink()
+        assert main([*words, "--batch-size", "1"]) == 2
+        assert "they have changed since" in capsys.readouterr().err
 
     @pytest.mark.parametrize("change", [{"captions": {"other": 1.0}}, {"image": ("other",)}], ids=str)
     def test_does_not_resume_with_other_fields(self, tmp_path, images, family, change):

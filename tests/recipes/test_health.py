@@ -62,12 +62,17 @@ class TestComparison:
         assert find_problems(reports(n1__device="V100")) == ["n1: V100, the others have A100"]
 
     def test_a_problem_of_several_nodes_is_listed_once(self):
-        found = find_problems(reports(n1__problems=["GPU 0 is taken"], n2__problems=["GPU 0 is taken", "no disk"]))
+        found = find_problems(reports(n1__faults=["GPU 0 is taken"], n2__faults=["GPU 0 is taken", "no disk"]))
         assert found == ["n1, n2: GPU 0 is taken", "n2: no disk"]
 
     def test_a_problem_of_all_nodes_is_the_runs(self):
-        everywhere = {f"n{n}__problems": ["data: no folder"] for n in (1, 2, 3)}
-        assert find_problems(reports(**everywhere)) == ["all nodes: data: no folder"]
+        everywhere = {f"n{n}__{kind}": ["no folder"] for n in (1, 2, 3) for kind in ("problems", "faults")}
+        assert find_problems(reports(**everywhere)) == ["all nodes: no folder"]
+
+    def test_the_only_node_may_be_at_fault_itself(self):
+        """Then a job that is requeued may get a better one."""
+        report = Report(node="n1", problems=["data: no folder"], faults=["GPU 0 is taken"])
+        assert find_problems([report]) == ["all nodes: data: no folder", "n1: GPU 0 is taken"]
 
 
 class TestOneProcess:
@@ -93,8 +98,9 @@ class TestOneProcess:
     def test_full_disk(self, recipe, monkeypatch):
         usage = namedtuple("usage", "total used free")
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 10**12, 10**9))
+        monkeypatch.setenv("SLURMD_NODENAME", "n7")
         with pytest.raises(
-            UserError, match=r"TMPDIR: .* has 1\.0 GB free, less than the 5\.0 GB that a run needs there"
+            UserError, match=r"n7: TMPDIR: .* has 1\.0 GB free, less than the 5\.0 GB that a run needs there"
         ):
             check_health(str(recipe), [])
 
