@@ -124,6 +124,7 @@ def convert(source: Path, target: Path, kind: str, stage: int, ranks: int) -> Pa
 def _open(path: Path, *, verify: bool) -> Checkpoint:
     if not path.is_dir():
         raise UserError(f"there is no folder {path}. Give a run's folder, or one of its checkpoints/step_XXXXXXXX")
+    path = path.absolute()  # its parents are asked for
     if (path / "checkpoints").is_dir():
         found = find_checkpoint(path)
         if found is None:

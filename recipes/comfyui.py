@@ -38,7 +38,8 @@ def _guidance(family: ModelFamily, guidance: float) -> str:
     if family.passes == 1 or guidance <= family.neutral_guidance:
         return "Guidance: `cfg` 1, which is one pass of the network a step."
     negative = "empty" if not family.empty_caption.strip() else f"`{family.empty_caption}`"
-    return f"Guidance: `cfg` {1 + guidance - family.neutral_guidance:g}, with the negative prompt {negative}."
+    note = f" {family.other_tools.guidance_note}".rstrip()
+    return f"Guidance: `cfg` {1 + guidance - family.neutral_guidance:g}, with the negative prompt {negative}.{note}"
 
 
 def _shift_node(node: str, shift: float) -> tuple[str, dict[str, float]]:

@@ -115,7 +115,10 @@ def _inspect(config: RunConfig, node: str, device: torch.device) -> Report:
         if device.type == "cuda" and report.gpus < local:
             report.faults.append(f"{report.gpus} GPUs are visible, {local} processes were started")
         report.problems += _problem_of_folder("run.dir", Path(config.run.dir).expanduser(), _needed_for_run(config))
-        for what, folder in (("TMPDIR", tempfile.gettempdir()), ("data.cache.dir", cache_folder(config.data.cache.dir))):
+        for what, folder in (
+            ("TMPDIR", tempfile.gettempdir()),
+            ("data.cache.dir", cache_folder(config.data.cache.dir)),
+        ):
             report.faults += _problem_of_folder(what, Path(folder).expanduser(), _MIN_FREE_DISK)
         for what, check in (
             ("model.path", lambda: build_family(config, offline=True)),

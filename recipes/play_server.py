@@ -93,8 +93,8 @@ def address_of(listener: socket.socket, host: str) -> str:
     return f"http://{name}:{listener.getsockname()[1]}"
 
 
-def make_app(player: Player) -> Any:
-    """The page as an ASGI application."""
+def make_app(player: Player, host: str) -> Any:
+    """The page as an ASGI application, which answers to the name `host` too."""
     import gradio
     from fastapi import FastAPI
 
@@ -121,14 +121,15 @@ def make_app(player: Player) -> Any:
         pwa=False,
         show_error=False,
     )
-    return _Gate(app, player)
+    return _Gate(app, player, host)
 
 
 class _Gate:
     """ASGI: the images of `player`, and the addresses of `app` that the page needs."""
 
-    def __init__(self, app: Any, player: Player) -> None:
+    def __init__(self, app: Any, player: Player, host: str) -> None:
         self._app, self._player = app, player
+        self._names = {"localhost", socket.gethostname().lower(), host.lower()}
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """See the ASGI specification."""
@@ -145,7 +146,7 @@ class _Gate:
             await send(message)
 
         headers = dict(scope["headers"])
-        if not _is_from_here(headers):
+        if not _is_from_here(headers, self._names):
             await _respond(guarded, 403, b"this page answers to its own address only", {"content-type": "text/plain"})
         elif not _is_small(headers):
             await _respond(guarded, 413, b"this request is too large", {"content-type": "text/plain"})
@@ -166,17 +167,17 @@ class _Gate:
         await _respond(send, 200, picture.png, headers)
 
 
-def _is_from_here(headers: dict[bytes, bytes]) -> bool:
+def _is_from_here(headers: dict[bytes, bytes], names: set[str]) -> bool:
     """Whether a request is for this page: not from another site, nor for a name that was bound to this address (DNS rebinding).
 
-    Names other than `localhost` are refused; an address is what the person who started the page has opened.
+    Names other than `names` are refused; an address is what the person who started the page has opened.
     """
     host, origin = headers.get(b"host", b"").decode("latin-1"), headers.get(b"origin", b"").decode("latin-1")
     name = urlsplit(f"//{host}").hostname or ""
     try:
         ipaddress.ip_address(name)
     except ValueError:
-        if name not in ("localhost", socket.gethostname().lower()):
+        if name not in names:
             return False
     return not origin or urlsplit(origin).netloc == host
 
@@ -199,7 +200,7 @@ def _encoded(headers: dict[str, str]) -> list[tuple[bytes, bytes]]:
     return [(name.encode(), value.encode()) for name, value in headers.items()]
 
 
-def make_server(player: Player) -> Any:
+def make_server(player: Player, host: str = "127.0.0.1") -> Any:
     """The server, which listens on a socket with `run(sockets=[...])`. `handle_exit(signal.SIGINT, None)` ends it."""
     import uvicorn
 
@@ -212,13 +213,13 @@ def make_server(player: Player) -> Any:
             self.was_busy = player.stop()
 
     # "critical": at the end it would print an error for each open page. Errors of Gradio's events are printed by Gradio.
-    config = uvicorn.Config(make_app(player), log_level="critical", ws="none", timeout_graceful_shutdown=1)
+    config = uvicorn.Config(make_app(player, host), log_level="critical", ws="none", timeout_graceful_shutdown=1)
     return Server(config)
 
 
 def serve(player: Player, listener: socket.socket, host: str) -> None:
     """Serve the page until Ctrl-C or SIGTERM."""
-    server = make_server(player)
+    server = make_server(player, host)
     print(f"\n{address_of(listener, host)}    (Ctrl-C ends it)", flush=True)
     if host not in ("127.0.0.1", "localhost", "::1"):
         print(f"it listens on {host}: who can reach this machine can use the page", flush=True)

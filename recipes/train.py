@@ -218,7 +218,7 @@ def _find_start(run_dir: Path, resume: str, world: World) -> Path | None:
         return find_checkpoint(run_dir, world=world)
     if resume == "never":
         return None
-    path = Path(resume).expanduser()
+    path = Path(resume).expanduser().absolute()
     if not path.is_dir():
         raise UserError(
             f"--resume {resume}: there is no such checkpoint folder. Use auto, never, or a path to step_XXXXXXXX"

@@ -19,6 +19,7 @@ from tiny_fixtures import smallest_tree
 from recipes.cli import main
 from scfm_core import load, with_steps
 from scfm_core.errors import UserError
+from scfm_core.models.families import family_of_pipeline
 from scfm_core.train.fit import fit
 from scfm_core.train.parse import dump_config, parse_config
 from scfm_core.train.trainer import Trainer
@@ -83,7 +84,7 @@ def test_importing_scfm_core_imports_no_torch():
 
 def test_an_adapter_gives_the_images_of_its_run(run_dir, pipe, tiny):
     """At every step count, size and guidance; the pipeline keeps its class, its other methods and its object."""
-    student, adapter = load(run_dir), load(run_dir / "adapter")
+    student, adapter, own = load(run_dir), load(run_dir / "adapter"), dict(pipe.scheduler.config)
     assert adapter.base == str(tiny / "flux")  # a local folder, which the file does not name, but the run
     assert with_steps(pipe, run_dir / "adapter") is pipe and isinstance(pipe, FluxPipeline)
     pipe = pipe.to("cpu")
@@ -106,6 +107,7 @@ def test_an_adapter_gives_the_images_of_its_run(run_dir, pipe, tiny):
     assert difference(images[4,][1:], student.sample(PROMPTS[1:], seed=[78 + i for i in range(len(PROMPTS) - 1)])) <= 2
     with pytest.raises(UserError, match="1 prompt and 2 seeds: give a seed for each prompt"):
         student.sample("one", seed=[1, 2])
+    assert family_of_pipeline(pipe).scheduler_config == own, "not the one of the last call"
     again = with_steps(pipe, run_dir / "adapter")  # in place of the one before
     assert again.get_list_adapters() == {"transformer": ["scfm"]}
     assert difference(images[4,], called(again, 4)) <= 2

@@ -146,7 +146,7 @@ class ShardCache:
     def sweep(self) -> None:
         """Delete the partial downloads of killed processes."""
         for part in self.folder.glob(f"*{_PART}"):
-            with contextlib.suppress(OSError), part.open("rb") as file:
+            with contextlib.suppress(OSError), part.open("r+b") as file:  # NFS locks no file that is only read
                 if lock_file(file) and _is_same_file(file, part):
                     part.unlink()
 

@@ -52,7 +52,8 @@ def family_of_pipeline(pipe: Any) -> ModelFamily:
                 "pipeline": name,
                 "transformer": dict(pipe.transformer.config),
                 "vae": dict(pipe.vae.config),
-                "scheduler": dict(pipe.scheduler.config),
+                # `with_steps` sets another one for each call.
+                "scheduler": dict(getattr(pipe, "_scfm_scheduler", pipe.scheduler).config),
                 "encoder_bytes": 0,
             }
             found = family(Path(str(pipe.config.get("_name_or_path", name))), architecture)

@@ -29,6 +29,8 @@ class OtherTools:
     in a file of FLUX.2 with the others it scales q, k and v by 1/3, since their rank is another."""
     shift_node: str = ""
     """ComfyUI's node that sets the timestep shift."""
+    guidance_note: str = ""
+    """In what ComfyUI's `cfg` differs from the guidance of the family's own pipeline, as a sentence."""
 
     def original_layers(self, modules: Iterable[str]) -> dict[str, tuple[str, ...]]:
         """Layers of the original code -> our modules whose rows they join, in order.
@@ -233,6 +235,8 @@ Z_IMAGE = OtherTools(
 QWEN_IMAGE = OtherTools(
     formats={"comfyui": "diffusers", "kohya": "diffusers"},
     shift_node="ModelSamplingAuraFlow",
+    guidance_note="The model's own pipeline gives each token of the guided velocity the length that it has with the prompt alone; `cfg` "
+    "does not, so guided images differ from scfm's.",
 )
 
 _KREA2_BLOCK = {

@@ -30,7 +30,10 @@ def _manifests(data: Any) -> list[Path]:
         return []
     sources = data.get("sources") or []
     members = sources if isinstance(sources, list) else []
-    places = [(data.get("path"), None), *((member.get("uri"), member.get("split")) for member in members if isinstance(member, dict))]
+    places = [
+        (data.get("path"), None),
+        *((member.get("uri"), member.get("split")) for member in members if isinstance(member, dict)),
+    ]
     local = [
         Path(place).expanduser() / (split if isinstance(split, str) else "")
         for place, split in places

@@ -204,7 +204,7 @@ def test_deepspeeds_own_tool_reads_the_checkpoint(tiny, tmp_path):
         ("fsdp2, matching", "dcp", 2, 1),
     ],
 )
-def test_convert_keeps_every_bit(source, kind, stage, ranks, tiny, tmp_path_factory, tmp_path):
+def test_convert_keeps_every_bit(source, kind, stage, ranks, tiny, tmp_path_factory, tmp_path, monkeypatch):
     run_dir = source_run(source, tiny, tmp_path_factory)
     engine, _, matching = source.partition(", ")
     tree = make_tree(
@@ -216,7 +216,9 @@ def test_convert_keeps_every_bit(source, kind, stage, ranks, tiny, tmp_path_fact
         **(MATCHING if matching else {}),
     )
     numbers = ["--stage", str(stage), "--ranks", str(ranks)]
-    assert main(["checkpoint", "convert", str(run_dir), str(tmp_path / "new"), "--to", kind, *numbers]) == 0
+    monkeypatch.chdir(run_dir / "checkpoints")
+    name = find_checkpoint(run_dir).name
+    assert main(["checkpoint", "convert", name, str(tmp_path / "new"), "--to", kind, *numbers]) == 0
     left, right = tensors(tmp_path / "new"), tensors(run_dir)
     assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
     assert f"{'ZeRO-' + str(stage) if kind == 'zero' else 'fsdp2'} on {ranks}" in inspect(tmp_path / "new")

@@ -271,7 +271,9 @@ def train_with_a_broken_loader(tree: dict[str, Any], error: Exception) -> int:
 
 
 @pytest.mark.parametrize(
-    ("error", "is_async"), [(OSError(errno.ENXIO, "No such device or address"), True), (KeyError("a defect"), False)], ids=repr
+    ("error", "is_async"),
+    [(OSError(errno.ENXIO, "No such device or address"), True), (KeyError("a defect"), False)],
+    ids=repr,
 )
 def test_any_error_of_a_loader_is_agreed_and_saved_before(error, is_async, tiny, tmp_path):
     """Also by a write in the background."""

@@ -109,7 +109,9 @@ def test_any_range_of_a_tensor(tmp_path, monkeypatch):
 def test_a_merged_model_is_made_from_the_weights_that_were_trained_on(folder, stray):
     """Many a folder has other files beside them, with the same names of tensors or with more."""
     path = folder / "transformer" / stray
-    save_file({name: weight + 1 for name, weight in load_file(path.with_name(ONE)).items()} | {"more": torch.ones(2)}, path)
+    save_file(
+        {name: weight + 1 for name, weight in load_file(path.with_name(ONE)).items()} | {"more": torch.ones(2)}, path
+    )
     (folder / "text_encoder" / "model.fp16.safetensors").write_bytes(bytes(10**6))
     family = open_family(str(folder))
     read = dict(family.read_weights())

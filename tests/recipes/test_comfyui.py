@@ -86,6 +86,7 @@ def test_the_workflow_is_a_graph_of_comfyui():
         ("Tongyi-MAI/Z-Image", 5.0, "`ModelSamplingAuraFlow`", "`cfg` 6"),
         ("Tongyi-MAI/Z-Image", 0.0, "`ModelSamplingAuraFlow`", "`cfg` 1, which is one pass"),
         ("Qwen/Qwen-Image", 1.0, "`ModelSamplingAuraFlow`", "`cfg` 1, which is one pass"),
+        ("Qwen/Qwen-Image", 4.0, "`ModelSamplingAuraFlow`", "`cfg` does not, so guided images differ"),
         ("krea/Krea-2-Raw", 4.5, "`ModelSamplingFlux`", "`cfg` 5.5"),
     ],
 )

@@ -182,7 +182,10 @@ def test_the_card_names_what_the_evaluation_measured_with(run):
     changed = path.read_text().replace("features: classifier", "features: my_bench:clip")
     path.write_text(re.sub(r"(\n  resolution:)[^\n]*(\n  - \d+)*", r"\1 [32, 48]", changed))
     assert main(["export", str(run)]) == 0
-    assert "of 32 x 48 pixels from the same noise, 64 features (my_bench:clip)" in (run / "adapter" / "README.md").read_text()
+    assert (
+        "of 32 x 48 pixels from the same noise, 64 features (my_bench:clip)"
+        in (run / "adapter" / "README.md").read_text()
+    )
 
 
 @pytest.mark.parametrize("header", ["[]", '{"weights": "ema_fast"}', None], ids=["a list", "few keys", "another style"])

@@ -382,7 +382,8 @@ class TestServer:
         async def send(message):
             sent.append(message)
 
-        asyncio.run(play_server._Gate(gradio, player)({"type": "http", "path": path, "headers": given}, None, send))
+        gate = play_server._Gate(gradio, player, "GPU01.cluster.example")
+        asyncio.run(gate({"type": "http", "path": path, "headers": given}, None, send))
         headers = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
         assert headers["content-security-policy"].startswith("default-src 'self'")
         return sent[0]["status"], headers, sent[1]["body"], bool(passed)
@@ -411,6 +412,7 @@ class TestServer:
             ({"host": "localhost:7860", "origin": "http://localhost:7860"}, 200),
             ({"host": "[::1]:7860"}, 200),
             ({"host": "192.168.0.7:7860", "origin": "http://192.168.0.7:7860"}, 200),
+            ({"host": "gpu01.cluster.example:7860"}, 200),  # the one of --host, which the page prints
             ({"host": "evil.example:7860"}, 403),  # a name that was bound to this address
             ({"origin": "http://evil.example"}, 403),  # another site's script
             ({"origin": "null"}, 403),

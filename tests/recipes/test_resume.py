@@ -82,9 +82,11 @@ def test_going_back_updates_latest(recipe, run_dir):
     assert saved(run_dir) == ["step_00000002"]
 
 
-def test_latest_names_the_copy_after_resuming_from_another_run(recipe, run_dir, tmp_path):
+def test_latest_names_the_copy_after_resuming_from_another_run(recipe, run_dir, tmp_path, monkeypatch):
+    """Also if it is called in the folder of the checkpoint."""
     command = ["train", str(recipe), f"run.dir={tmp_path / 'other'}"]
-    assert main([*command, "--resume", str(run_dir / "checkpoints" / "step_00000004"), "train.steps=4"]) == 0
+    monkeypatch.chdir(run_dir / "checkpoints")
+    assert main([*command, "--resume", "step_00000004", "train.steps=4"]) == 0
     assert saved(tmp_path / "other") == ["step_00000004"]
     assert find_checkpoint(tmp_path / "other").name == "step_00000004"
 

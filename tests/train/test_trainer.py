@@ -634,12 +634,16 @@ def test_a_run_with_too_many_invalid_samples_is_refused(make_config, tmp_path):
     trainer.progress.bad_samples = 11
     trainer.state.save()
     checkpoint = checkpoint_path(trainer.run_dir, 1)
-    with pytest.raises(UserError, match=r"11 of 8 samples were invalid, more than data\.max_bad_fraction=0\.01") as caught:
+    with pytest.raises(
+        UserError, match=r"11 of 8 samples were invalid, more than data\.max_bad_fraction=0\.01"
+    ) as caught:
         Trainer(make_config({"data.max_bad_fraction": 0.01}), checkpoint)
     assert caught.value.agreed, "every rank raises it"
     assert Trainer(make_config({"data.max_bad_fraction": 0.02}), checkpoint).progress.bad_samples == 11
     Trainer(make_config({"data.max_bad_fraction": 0.01, "train.steps": 1}), checkpoint)  # nothing is left to train
-    other = Trainer(make_config({"data.max_bad_fraction": 0.01, "data.epoch_size": 5}), checkpoint, data_may_change=True)
+    other = Trainer(
+        make_config({"data.max_bad_fraction": 0.01, "data.epoch_size": 5}), checkpoint, data_may_change=True
+    )
     assert other.progress.bad_samples == 0, "they were samples of other data"
 
 
