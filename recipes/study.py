@@ -75,17 +75,20 @@ def run_study(
     runs = runs_of(study, root, overrides)
     if only is not None and not 0 <= only < len(runs):
         raise UserError(f"--only must be in 0..{len(runs) - 1}: {path} has {len(runs)} runs")
+    chosen = _chosen(runs, arms, only)
     configs = [  # all mistakes before the first run
-        _check_run(study, run, steps_known=study.arms[run.arm].equal_passes is None) for run in runs
+        _check_run(study, run, steps_known=study.arms[run.arm].equal_passes is None) for run in chosen
     ]
-    _check_data(study, runs, configs)
+    _check_data(study, chosen, configs)
     _check_first(study, path)
     _prepare(study, path, root, execute)
-    steps = equal_steps(study, runs[: len(study.arms)])  # may count stored paths, which `prepare` makes
+    # It may count stored paths, which `prepare` makes.
+    steps = equal_steps(study, runs[: len(study.arms)], {run.arm for run in chosen})
     runs = runs_of(study, root, overrides, steps)
-    for run in runs if steps else []:
+    chosen = _chosen(runs, arms, only)
+    for run in chosen if steps else []:
         _check_run(study, run)
-    failed = _run_missing(study, runs, _chosen(runs, arms, only))
+    failed = _run_missing(study, runs, chosen)
     command = ["scfm", "study", path, *(["--equal-passes", equal_passes] if equal_passes else []), *overrides]
     summary = write_summary(study, runs, root, shlex.join(command))
     if failed:
@@ -103,8 +106,19 @@ def _check_first(study: Study, path: str) -> None:
 
 
 def _chosen(runs: Sequence[Run], arms: list[str], only: int | None) -> list[Run]:
-    """The runs that were asked for and those from which they start, which come first."""
-    asked = [run for run in (runs if only is None else [runs[only]]) if not arms or run.arm in arms]
+    """The runs that were asked for and those from which they start, which come first.
+
+    Raises:
+        UserError: if the one run is of another arm.
+    """
+    asked = [run for run in runs if not arms or run.arm in arms]
+    if only is not None:
+        if runs[only] not in asked:
+            numbers = ", ".join(str(runs.index(run)) for run in asked)
+            raise UserError(
+                f"--only {only} is a run of {runs[only].arm}, which is not in --arms. The runs of these arms: {numbers}"
+            )
+        asked = [runs[only]]
     needed = {stage.folder: stage for run in asked for stage in run.stages}
     return sorted(needed.values(), key=lambda run: len(run.stages))
 
@@ -223,11 +237,17 @@ def _check_run(study: Study, run: Run, *, steps_known: bool = True) -> RunConfig
     # An evaluation that lacks a figure is made again, with the settings of now.
     free = (*(_MEASURED if missing else ()), *(() if steps_known else ("train.steps",)))
     other = _differences(_plain(load_config(how, stored=True)), _plain(wanted))
-    if other := [key for key in other if not key.startswith(free)]:
-        raise UserError(
-            f"{run.folder} was made with other settings ({', '.join(other)}). Delete it, or choose another folder with --output"
-        )
     newest = newest_complete(run.folder)
+    if other := [key for key in other if not key.startswith(free)]:
+        is_trained = newest is not None and all(key.startswith(_MEASURED) for key in other)
+        advice = (
+            f"Delete {run.folder / 'evaluation.json'} to measure it again, without training it"
+            if is_trained
+            else "Delete it"
+        )
+        raise UserError(
+            f"{run.folder} was made with other settings ({', '.join(other)}). {advice}, or choose another folder with --output"
+        )
     if newest is not None:  # a finished run may have none: they may be deleted
         check_same_model(load_checkpoint(newest, verify=False), build_family(wanted), run.folder)
     elif missing and run.result is not None:

@@ -6,7 +6,7 @@ path is one; stored paths are counted once, however often a run uses them. Two-p
 """
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from recipes.study_file import Run, Study
@@ -60,25 +60,37 @@ def cost(config: RunConfig) -> Cost:
     return Cost(config.train.steps, samples, for_targets, student * samples + for_targets)
 
 
-def cost_of_stages(study: Study, run: Run) -> Cost:
-    """The cost of a run and of those from which it starts."""
-    *earlier, last = (cost(load_config(study.recipe, stage.overrides)) for stage in run.stages)
+def cost_of_stages(study: Study, run: Run, *, spent: bool = False) -> Cost:
+    """The cost of a run and of those from which it starts.
+
+    Args:
+        study: the definition.
+        run: the last of them.
+        spent: by the settings with which they were made, not by those of the study now.
+    """
+
+    def config(stage: Run) -> RunConfig:
+        path = stage.folder / "config.yaml"
+        return load_config(path, stored=True) if spent and path.is_file() else load_config(study.recipe, stage.overrides)
+
+    *earlier, last = (cost(config(stage)) for stage in run.stages)
     return sum(earlier, start=last)
 
 
-def equal_steps(study: Study, runs: Sequence[Run]) -> dict[str, int]:
+def equal_steps(study: Study, runs: Sequence[Run], arms: Collection[str]) -> dict[str, int]:
     """`train.steps` of the arms with `equal_passes`, to the nearest update.
 
     Args:
         study: the definition.
         runs: of one seed, without the steps that are wanted.
+        arms: those whose steps are wanted, with the arms from which they start.
 
     Raises:
         UserError: if an arm would have no update, or if stored paths cannot be read.
     """
     by_arm: Mapping[str, Run] = {run.arm: run for run in runs}
     steps: dict[str, int] = {}
-    for name in sorted(study.arms, key=lambda arm: len(study.chain(arm))):  # a start before what starts from it
+    for name in sorted(arms, key=lambda arm: len(study.chain(arm))):  # a start before what starts from it
         reference = study.arms[name].equal_passes
         if reference is None:
             continue

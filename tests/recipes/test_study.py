@@ -149,6 +149,20 @@ def test_one_run_of_an_array(study, tmp_path, capsys):
     assert "| 1 | 1 | 2.00 | 20 |" in capsys.readouterr().out
     assert main(["study", "small.yaml", "-o", "out", "--arms", "plain", "--only", "2"]) == 0
     assert (tmp_path / "out" / "plain" / "seed-5" / "evaluation.json").is_file()
+    assert main(["study", "small.yaml", "-o", "out", "--arms", "plain", "--only", "1"]) == 2  # a task of an array that would do nothing
+    message = "--only 1 is a run of scaled, which is not in --arms. The runs of these arms: 0, 2"
+    assert message in capsys.readouterr().err
+
+
+def test_settings_that_only_some_arms_take(study, tmp_path, capsys):
+    """The other arms are not checked, and a run that is done is counted with its own settings."""
+    assert main(["study", "small.yaml", "-o", "out", "--arms", "plain", "--only", "0"]) == 0
+    override = "method.step_gain.gamma=1"
+    study(arms={"plain": {"about": "x", "set": ["method.step_gain=none"]}, "scaled": {"about": "x"}})
+    assert main(["study", "small.yaml", "-o", "out", "--only", "1", override, "train.steps=2"]) == 0
+    table = (tmp_path / "out" / "study.md").read_text()
+    rows = [line.split(" | ")[-4:] for line in table.splitlines() if line.startswith(("| `plain`", "| `scaled`"))]
+    assert [(row[1], row[3]) for row in rows[:2]] == [("1", "20 |"), ("2", "40 |")]
 
 
 def test_prepare_runs_before_the_first_run(study, tmp_path, monkeypatch, capsys):
@@ -260,6 +274,9 @@ def test_runs_with_other_settings_are_an_error(study, tmp_path, capsys):
     assert "plain/seed-0 was made with other settings (train.lr). Delete it" in capsys.readouterr().err
     assert (tmp_path / "out" / "study.md").read_text() == before
 
+    assert main(["study", "small.yaml", "-o", "out", "sample.seed=7"]) == 2  # what is trained need not be trained again
+    assert "Delete out/plain/seed-0/evaluation.json to measure it again" in capsys.readouterr().err.replace(f"{tmp_path}/", "")
+
     run_dir = tmp_path / "out" / "plain" / "seed-0"
     shutil.rmtree(run_dir / "checkpoints")  # a finished run does not need them
     assert main(["study", "small.yaml", "-o", "out"]) == 0
@@ -352,7 +369,8 @@ def test_updates_of_equal_passes(study, tmp_path, capsys):
     chosen = load_study("small.yaml", "pairs")
     assert [arm.equal_passes for arm in chosen.arms.values()] == [None, "pairs"]
     runs = runs_of(chosen, tmp_path, [])
-    steps = equal_steps(chosen, runs[:2])
+    assert equal_steps(chosen, runs[:2], {"pairs"}) == {}
+    steps = equal_steps(chosen, runs[:2], {"pairs", "paths"})
     assert steps == {"paths": 50}
     costs = [cost(load_config("recipe.yaml", run.overrides)) for run in runs_of(chosen, tmp_path, [], steps)[:2]]
     assert costs[0].passes == costs[1].passes == 70 * 4 * 5
