@@ -149,6 +149,11 @@ class Engine(Protocol):
         """
         ...
 
+    def ema_share(self, name: str) -> float:
+        """The share of a weight's squares that this rank adds in a sum over all ranks: 1, or less for a weight that more ranks have than
+        others."""
+        return 1.0
+
     def after_ema_update(self) -> None:
         """Note that the EMAs' tensors have changed: the next forward must use the new values."""
         ...

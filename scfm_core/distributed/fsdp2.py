@@ -212,6 +212,11 @@ class Fsdp2Engine(Engine):
         """See `Engine`."""
         return {name: _local(parameter) for name, parameter in self._parameters(role).items()}
 
+    def ema_share(self, name: str) -> float:
+        """See `Engine`: every rank has the whole of a weight that is not sharded."""
+        is_sharded = self._mesh is None or isinstance(self._trained["student", name], DTensor)
+        return 1.0 if is_sharded or self._mesh is None else 1 / self._mesh["shard"].size()
+
     def after_ema_update(self) -> None:
         """See `Engine`. Nothing to do: the next forward gathers the shards."""
 

@@ -23,6 +23,11 @@ from scfm_core.errors import PeerLost
 
 PULSE = 1.0
 """Seconds between two heartbeats of a rank: two requests to the store."""
+_LONGEST_BLAME = 7 * PULSE + 15
+"""Seconds after which the store itself is to blame."""
+
+
+_STORE_IS_GONE = "rank 0, or the launcher that holds the rendezvous store, is gone"
 
 
 class _Imports:
@@ -36,7 +41,8 @@ class _Imports:
 class Watchdog:
     """Watches the ranks of a run. Each counts its progress in the store, and writes a heartbeat every `PULSE` seconds.
 
-    Used as a context manager: within `with`, a thread watches.
+    Used as a context manager: within `with`, one thread talks to the store, and one has the clock. A request to the store of a process
+    that is frozen, or of a machine without power, waits far longer than any timeout of it.
 
     Args:
         store: of the launcher, connected; None: a single process, which nobody waits for.
@@ -48,7 +54,8 @@ class Watchdog:
         self._rank, self._size, self._timeout = rank, size, timeout
         self._limit = f"engine.timeout={timeout:g} s"
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True, name="scfm watchdog")
+        self._moved = time.monotonic()
+        """When the progress of any rank was last seen."""
         # A separate connection: the training's connection may be blocked in a rendezvous.
         self._store = None if store is None else store.clone()
         self._pulses = 0
@@ -57,7 +64,9 @@ class Watchdog:
         progress.start()
         if self._store is not None:
             self._pulse()
-            self._thread.start()
+            self._moved = time.monotonic()
+            for name, loop in (("heartbeat", self._talk), ("watchdog", self._watch)):
+                threading.Thread(target=loop, daemon=True, name=f"scfm {name}").start()
             sys.meta_path.insert(0, _Imports)
         return self
 
@@ -91,10 +100,15 @@ class Watchdog:
             raise PeerLost(f"{self.blame()} ({_first_line(error)})") from error
 
     def blame(self) -> str:
-        """A sentence that names the ranks that are gone, or where each rank is. Takes three pulses.
+        """A sentence that names the ranks that are gone, or where each rank is. Takes three pulses, or `_LONGEST_BLAME`."""
+        found: list[str] = []
+        thread = threading.Thread(target=lambda: found.append(self._ask()), daemon=True, name="scfm blame")
+        thread.start()
+        thread.join(_LONGEST_BLAME)
+        return found[0] if found else _STORE_IS_GONE
 
-        The first rank that asks reads the heartbeats of all ranks; the others read its sentence.
-        """
+    def _ask(self) -> str:
+        """The first rank that asks reads the heartbeats of all ranks; the others read its sentence."""
         assert self._store is not None
         try:
             self._store.append("scfm/failed", f"{self._rank} ")
@@ -108,7 +122,7 @@ class Watchdog:
                 return str(self._store.get("scfm/verdict").decode())
             return self._verdict()
         except RuntimeError:
-            return "rank 0, or the launcher that holds the rendezvous store, is gone"
+            return _STORE_IS_GONE
 
     def _verdict(self) -> str:
         assert self._store is not None
@@ -139,19 +153,23 @@ class Watchdog:
         where = progress.last()[1]
         self._store.set(f"scfm/at/{self._rank}", f"{self._pulses} {where} ({_current_function()})")
 
-    def _watch(self) -> None:
+    def _talk(self) -> None:
         assert self._store is not None
-        counted, seen, moved = 0.0, 0, time.monotonic()
+        counted, seen = 0.0, 0
         while not self._stop.wait(PULSE):
-            last, where = progress.last()
+            last = progress.last()[0]
             # If the process with the store is gone, the training's own collective fails, or this rank's own progress counts.
             with contextlib.suppress(RuntimeError):
                 self._pulse()
                 total = self._store.add("scfm/progress", int(last > counted))
                 counted = last
                 if total != seen:
-                    seen, moved = total, time.monotonic()
-            if time.monotonic() - max(last, moved) > self._timeout:
+                    seen, self._moved = total, time.monotonic()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(PULSE):
+            last, where = progress.last()
+            if time.monotonic() - max(last, self._moved) > self._timeout:
                 _request_nccl_dump(self._rank)
                 print(
                     f"scfm: error: rank {self._rank} has been at {where} for more than {self._limit}: {self.blame()}. "

@@ -12,7 +12,7 @@ mostly delays the target. After a restart both distances are 0 and the ratio sta
 steady drift: about 800 steps at the paper's decays.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -30,32 +30,41 @@ def threshold(config: EMAConfig) -> float:
 
 
 @torch.no_grad()
-def lag_ratio(emas: DualEMA, total: Callable[[Tensor], Tensor] = lambda local: local) -> float:
+def lag_ratio(
+    emas: DualEMA,
+    total: Callable[[Tensor], Tensor] = lambda local: local,
+    share: Callable[[str], float] = lambda name: 1.0,
+) -> float:
     """`|student - fast| / |student - slow|`; 1 if the averages equal the student.
 
     Args:
-        emas: the averages of this process's shards.
-        total: sums a tensor over all processes. Every weight must be on the same number of processes.
+        emas: the averages of this process's shards. Their tensors may be on several devices.
+        total: sums a tensor over all processes.
+        share: of a weight's squares that this process adds: 1, or less for a weight that more processes have than others.
     """
-    squares = [
+    device = next(iter(emas.student.values())).device
+
+    def square(average: Mapping[str, Tensor]) -> Tensor:
         # One tensor at a time: all differences together would need the memory of another copy of the weights.
-        torch.stack([torch.dist(weight, average[name]) for name, weight in emas.student.items()])
-        .double()
-        .square()
-        .sum()
-        for average in (emas.fast, emas.slow)
-    ]
+        distances = [
+            (torch.dist(weight, average[name]).to(device), share(name)) for name, weight in emas.student.items()
+        ]
+        return torch.stack([far if part == 1 else far * part**0.5 for far, part in distances]).double().square().sum()
+
+    squares = [square(average) for average in (emas.fast, emas.slow)]
     [[fast, slow]] = read_back(total(torch.stack(squares)))
     return 1.0 if slow == 0 else float((fast / slow) ** 0.5)
 
 
-def restart_due(emas: DualEMA, update: int, total: Callable[[Tensor], Tensor]) -> tuple[bool, float | None]:
+def restart_due(
+    emas: DualEMA, update: int, total: Callable[[Tensor], Tensor], share: Callable[[str], float] = lambda name: 1.0
+) -> tuple[bool, float | None]:
     """Whether the averages restart after an update, counted from 1; and the ratio, or None if it was not computed. Skipped steps do
-    not count: a restart that is due at one comes with the next update."""
+    not count: a restart that is due at one comes with the next update. `total` and `share`: see `lag_ratio`."""
     every = emas.config.restart_every
     if every != "auto":
         return every is not None and update % every == 0, None
     if update % CHECK_EVERY:
         return False, None
-    ratio = lag_ratio(emas, total)
+    ratio = lag_ratio(emas, total, share)
     return ratio < threshold(emas.config), ratio

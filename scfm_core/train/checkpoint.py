@@ -81,8 +81,14 @@ class CheckpointWriter:
         self._thread = ThreadPoolExecutor(1, "scfm checkpoint") if on_thread else None
         self._pending: Future[None] | None = None
 
-    def save(self, step: int, write: Write, state: Mapping[str, Any]) -> Path:
+    def save(self, step: int, write: Write, state: Mapping[str, Any], *, needed_before: int | None = None) -> Path:
         """Write the checkpoint after `step` steps, and delete the oldest ones beyond `keep`.
+
+        Args:
+            step: the number of steps.
+            write: writes its files.
+            state: for `state.json`.
+            needed_before: the newest checkpoint of an earlier step than this is not deleted.
 
         Returns:
             the checkpoint's folder; with `on_thread` it appears later, `wait` waits for it.
@@ -102,9 +108,9 @@ class CheckpointWriter:
         with self._failing_together(partial, self._steps_world):
             written = write(partial, self._world)
         if self._thread is None:
-            self._complete(partial, written, state)
+            self._complete(partial, written, state, needed_before)
         else:
-            self._pending = self._thread.submit(self._complete, partial, written, state)
+            self._pending = self._thread.submit(self._complete, partial, written, state, needed_before)
         return final
 
     def wait(self) -> None:
@@ -113,7 +119,9 @@ class CheckpointWriter:
             pending, self._pending = self._pending, None
             pending.result()
 
-    def _complete(self, partial: Path, written: Callable[[], Written], state: Mapping[str, Any]) -> None:
+    def _complete(
+        self, partial: Path, written: Callable[[], Written], state: Mapping[str, Any], needed_before: int | None
+    ) -> None:
         final = partial.with_name(partial.name.removeprefix(".").removesuffix(".tmp"))
         files: Written = {}
         with self._failing_together(partial):
@@ -124,7 +132,9 @@ class CheckpointWriter:
                 merged = {path: entry for part in by_rank for path, entry in part.items()}
                 merged[partial / "state.json"] = _write_state(partial / "state.json", state)
                 _check_complete(partial, merged, by_rank, state["kind"])
+                needed = None if needed_before is None else newest_complete(self._run_dir, before=needed_before)
                 self._commit(partial, final, _manifest(partial, state["step"], merged))
+                _delete_superseded(self._run_dir, final, self._keep, needed)
 
     def _commit(self, partial: Path, final: Path, manifest: Mapping[str, Any]) -> None:
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
@@ -139,7 +149,6 @@ class CheckpointWriter:
         partial.rename(final)
         set_latest(final)
         shutil.rmtree(replaced, ignore_errors=True)
-        _delete_superseded(self._run_dir, final, self._keep)
 
     @contextlib.contextmanager
     def _failing_together(self, partial: Path, world: World | None = None) -> Any:
@@ -333,12 +342,13 @@ def _free_name(path: Path) -> Path:
     return free
 
 
-def _delete_superseded(run_dir: Path, newest: Path, keep: int) -> None:
-    """Delete the oldest complete checkpoints beyond `keep`, and those of later steps than `newest`.
+def _delete_superseded(run_dir: Path, newest: Path, keep: int, needed: Path | None) -> None:
+    """Delete the oldest complete checkpoints beyond `keep`, but not `needed`, and those of later steps than `newest`.
 
     Checkpoints of later steps are from before the run went back to an earlier step. Folders without a manifest do not count.
     """
     complete = [path for path in checkpoint_folders(run_dir) if (path / MANIFEST).is_file()]
     later = [path for path in checkpoint_folders(run_dir) if step_of(path) > step_of(newest)]
     for path in [*later, *[path for path in complete if path not in later][:-keep]]:
-        shutil.rmtree(path, ignore_errors=True)
+        if path != needed:
+            shutil.rmtree(path, ignore_errors=True)

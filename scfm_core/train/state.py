@@ -62,7 +62,10 @@ class RunState:
 
     def save(self) -> Path:
         """Write a checkpoint of the current step. With `checkpoint.asynchronous` it appears later; `wait` waits for it."""
-        return self._writer.save(self.progress.step, self._write, self._as_json())
+        # A rollback needs the one from before the skipped steps.
+        return self._writer.save(
+            self.progress.step, self._write, self._as_json(), needed_before=self.guard.first_skipped
+        )
 
     def wait(self) -> None:
         """Wait until the checkpoint that is being written is complete.

@@ -257,7 +257,7 @@ class Trainer:
     def _update_averages(self) -> dict[str, Any]:
         """Update both EMAs, and restart them if it is due; returns the entries for the row of metrics."""
         self.emas.update()
-        due, ratio = restart_due(self.emas, self.progress.updates, self.world.sum_)
+        due, ratio = restart_due(self.emas, self.progress.updates, self.world.sum_, self.engine.ema_share)
         if due:
             self.emas.restart()
         self.engine.after_ema_update()

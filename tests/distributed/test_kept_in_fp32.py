@@ -9,6 +9,7 @@ from runs import ENGINES, joined_trainer, run_distributed
 from tiny_krea2 import write
 
 from recipes.tiny import write_digits
+from scfm_core.scfm.restart import lag_ratio
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,14 @@ def one_step(tree: dict[str, Any]) -> dict[str, Any]:
             trainer.engine.step = recorded
         [row] = trainer.train_steps()
         trained = {name: value.clone() for name, value in trainer.engine.ema_tensors("student").items()}
+        emas = trainer.emas
+        with torch.no_grad():  # the fast average lags twice as far behind in norms, which more ranks may have than other weights
+            for name, weight in emas.student.items():
+                emas.slow[name].copy_(weight - 1)
+                emas.fast[name].copy_(weight - (2 if ".norm" in name else 1))
+        ratio = lag_ratio(emas, trainer.world.sum_, trainer.engine.ema_share)
     return {
+        "ratio": ratio,
         "seen": seen,
         "loss": row["loss"],
         "grad_norm": row["grad_norm"],
@@ -110,6 +118,8 @@ def test_are_gathered_in_fp32(name, weights, world_size, folder, tmp_path, refer
         assert rank["loss"] == pytest.approx(expected["loss"], rel=2e-2)
         if name == "zero3":
             continue
+        assert rank["ratio"] == pytest.approx(expected["ratio"], rel=1e-6)
+        assert (rank["ratio"] > 1.005) == (weights == "full")
         assert rank["grad_norm"] == pytest.approx(rank["square"] ** 0.5, rel=1e-5)
         assert rank["gradients"].keys() == expected["gradients"].keys()
         assert bool(rank["gradients"]) == (weights == "full")

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -288,6 +289,35 @@ def test_any_error_of_a_loader_is_agreed_and_saved_before(error, is_async, tiny,
         assert "KeyError: 'a defect'" in outcomes[1].traceback, "a bug keeps its traceback"
         assert code_of(outcomes[0]) == LOST and "rank 1: KeyError: 'a defect'" in outcomes[0].output, printed
     assert find_checkpoint(tmp_path / "run") == checkpoint_path(tmp_path / "run", 2)
+
+
+def watch_a_frozen_store(folder: Path) -> None:
+    """In a rank: rank 1 freezes the process with the store, as a hypervisor or SIGSTOP does, and then makes no progress."""
+    from scfm_core.distributed import watchdog
+
+    rank, port = int(os.environ["RANK"]), int(os.environ["MASTER_PORT"])
+    store = torch.distributed.TCPStore("127.0.0.1", port, 2, rank == 0, timedelta(seconds=30), wait_for_workers=False)
+    watchdog._LONGEST_BLAME = 2
+    with (folder / f"{rank}.stderr").open("w") as stream, contextlib.redirect_stderr(stream):
+        with watchdog.Watchdog(store, rank, 2, 3.0 if rank == 1 else 300.0):
+            if rank == 1:
+                time.sleep(1.5 * PULSE)
+                host = int(store.get("host"))
+                end = f"while kill -0 {os.getpid()} 2>&-; do sleep 0.1; done; kill -9 {host}"
+                subprocess.Popen(["sh", "-c", end], start_new_session=True)
+                os.kill(host, signal.SIGSTOP)
+            else:
+                store.set("host", str(os.getpid()))
+            time.sleep(300)
+
+
+@pytest.mark.timed
+def test_the_process_with_the_store_is_frozen(tmp_path):
+    """Its connections stay open, so that a request to the store never returns."""
+    outcomes = run_distributed(watch_a_frozen_store, 2, tmp_path, timeout=LIMIT, expect_failure=True)
+    assert outcomes[1].exit_code == LOST
+    said = (tmp_path / "1.stderr").read_text()
+    assert "more than engine.timeout=3 s: rank 0, or the launcher that holds the rendezvous store, is gone" in said
 
 
 # Errors of one rank, and of all.

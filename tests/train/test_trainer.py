@@ -857,11 +857,12 @@ class TestRollback:
 
     @pytest.mark.parametrize("stopped_at", [4, 5])
     def test_a_run_resumed_between_skipped_steps_rolls_back_too(self, make_config, tmp_path, stopped_at):
-        """The number and the first of the skipped steps are in the checkpoint."""
+        """The number and the first of the skipped steps are in the checkpoint, which does not replace the one before these steps."""
         bad = steps_of(4, 5, 6)
         changes = {**ROLLING, "train.max_skips": 2, "checkpoint.every": 1}
         whole, rows = run(make_config({**changes, "run.dir": str(tmp_path / "whole")}), poisoned=bad)
-        run(make_config({"run.dir": str(tmp_path / "parts"), "train.steps": stopped_at}), poisoned=bad)
+        once = {"run.dir": str(tmp_path / "parts"), "train.steps": stopped_at, "checkpoint.keep": 1}
+        run(make_config(once), poisoned=bad)
         resume = find_checkpoint(tmp_path / "parts")
         assert resume == checkpoint_path(tmp_path / "parts", stopped_at)
         parts, part_rows = run(make_config({"train.steps": 8}), resume, poisoned=bad)
