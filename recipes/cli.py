@@ -272,8 +272,8 @@ def _add_emoji(commands: Any) -> None:
         "emoji",
         "Make the benchmark with rich prompts: images, a tiny model, its teacher. The same command continues.",
         _emoji,
-        epilog="examples:\n  scfm data emoji\n  scfm data emoji --only-assets           # without the teacher, which trains for half an hour\n"
-        "  scfm data emoji -o runs/long train.steps=16000",
+        epilog="examples:\n  scfm data emoji\n  scfm data emoji --only-assets           # without the teacher, which trains for some 40 minutes\n"
+        "  scfm data emoji -o runs/long train.steps=40000",
     )
     parser.add_argument(
         "--output", "-o", type=Path, metavar="FOLDER", default=Path("runs/emoji"), help="default runs/emoji"

@@ -21,6 +21,8 @@ from recipes.tiny import SHIFT, tiny_clip, tiny_t5
 from scfm_core.errors import UserError
 from scfm_core.files import permit_reading
 from scfm_core.models.initial import zero_modulation
+from scfm_core.train.parse import load_config, to_plain, with_absolute_paths
+from scfm_core.train.resume import changed_keys
 
 TEXT_LENGTH = 8
 """Tokens of the longest caption: three words of the glyph, four of the ground, one for the end."""
@@ -31,6 +33,7 @@ _CHANNELS = 16
 """Of the latents. With a compression of 4 x 4, an image is 64 numbers for each of 16 tokens."""
 _TEXT_WIDTH = 64
 _SHEET_STEPS = 32
+_RECIPE = "tiny_emoji_pretrain.yaml"
 
 
 def make(
@@ -62,12 +65,26 @@ def make(
     if only_assets:
         return
     run, teacher = root / "pretrain", root / "teacher"
+    settings = [f"run.dir={run}", f"model.path={root / 'tiny_flux'}", f"data.path={root / 'train_cache'}", *overrides]
     if not teacher.is_dir():  # it appears when it is complete
-        _run(execute, "train", "tiny_emoji_pretrain.yaml", f"run.dir={run}", f"model.path={root / 'tiny_flux'}",
-             f"data.path={root / 'train_cache'}", *overrides)  # fmt: skip
+        _run(execute, "train", _RECIPE, *settings)
         _run(execute, "export", run, "--merged", teacher)
+    elif overrides:
+        _check_teacher(run, settings)
     if not (root / "emoji.png").is_file():
         write_sheet(root)
+
+
+def _check_teacher(run: Path, settings: list[str]) -> None:
+    """UserError if the teacher was trained with other settings."""
+    wanted, made = load_config(_RECIPE, settings), load_config(run / "config.yaml", stored=True)
+    before, now = (to_plain(with_absolute_paths(config)) for config in (made, wanted))
+    if changed := changed_keys(before, now):
+        lines = "".join(f"\n  {key}: {old} then, {new} now" for key, (old, new) in changed.items())
+        raise UserError(
+            f"the teacher in {run.parent} is complete, and was trained with other settings:{lines}\nChoose another folder with --output, or "
+            f"leave these settings out"
+        )
 
 
 def _run(execute: Callable[[list[str]], int], *parts: object) -> None:

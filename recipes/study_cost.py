@@ -71,7 +71,9 @@ def cost_of_stages(study: Study, run: Run, *, spent: bool = False) -> Cost:
 
     def config(stage: Run) -> RunConfig:
         path = stage.folder / "config.yaml"
-        return load_config(path, stored=True) if spent and path.is_file() else load_config(study.recipe, stage.overrides)
+        return (
+            load_config(path, stored=True) if spent and path.is_file() else load_config(study.recipe, stage.overrides)
+        )
 
     *earlier, last = (cost(config(stage)) for stage in run.stages)
     return sum(earlier, start=last)

@@ -33,7 +33,7 @@ NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 
 # Programs that a page may call and that are not ours. A misspelled `scfm` is not among them.
 OTHER_PROGRAMS = {
-    "apptainer", "apt-get", "cd", "cp", "docker", "echo", "export", "git", "hf", "ls", "pgrep", "pip", "py-spy", "source", "ssh", "tail", "torchfrtrace",
+    "apptainer", "apt-get", "cd", "cp", "curl", "docker", "echo", "export", "git", "hf", "ls", "pgrep", "pip", "py-spy", "source", "ssh", "tail", "torchfrtrace",
 }  # fmt: skip
 OWN_FOLDERS = ("scfm_core", "recipes", "data_tools", "slurm", "tests", "docs")
 # A reader's own recipe; a shipped one replaces it.

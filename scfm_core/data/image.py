@@ -167,7 +167,10 @@ def _eight_bits(image: Any) -> Any:
     values = np.asarray(image)
     if image.mode == "F" or values.min() < 0 or values.max() > 65535:
         raise ValueError(f"its grey values of {values.dtype} have no fixed range; save it with 8 or 16 bits")
-    return Image.fromarray((values >> 8).astype(np.uint8))
+    tags = image.tag_v2 if image.format == "TIFF" else {}
+    bits, is_inverted = 12 if tags.get(258) == (12,) else 16, tags.get(262) == 0  # BitsPerSample; WhiteIsZero
+    grey = (values >> bits - 8).astype(np.uint8)
+    return Image.fromarray(~grey if is_inverted else grey)  # PIL inverts 8 bits itself
 
 
 def _to_srgb(image: Any, profile: bytes | None) -> Any:

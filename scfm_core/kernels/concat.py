@@ -109,7 +109,7 @@ def _forward_kernel(
     IS_GATED: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """BLOCK columns of one token. The first programs copy the attention, the others compute the activation."""
-    token = tl.program_id(0)
+    token = tl.program_id(0).to(tl.int64)
     sample = tl.program_id(1).to(tl.int64)
     copies = tl.cdiv(width, BLOCK)
     out = out_ptr + (sample * tl.num_programs(0) + token) * (width + hidden)
@@ -133,7 +133,7 @@ def _backward_kernel(
     IS_GATED: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Both activations are x s with s the logistic function of some u(x); the slope is s (1 + x (1 - s) u'(x))."""
-    token = tl.program_id(0)
+    token = tl.program_id(0).to(tl.int64)
     sample = tl.program_id(1).to(tl.int64)
     column = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     inside = column < hidden

@@ -150,7 +150,9 @@ def _backward_flops(
 def _rows(pointer, first, count, row, limit, DIM: tl.constexpr):
     """Rows `first + 0 .. count - 1` of [S, DIM]; those at `limit` and beyond are zero."""
     at = first + tl.arange(0, count)
-    return tl.load(pointer + at[:, None] * row + tl.arange(0, DIM)[None, :], mask=at[:, None] < limit, other=0.0)
+    return tl.load(
+        pointer + at[:, None].to(tl.int64) * row + tl.arange(0, DIM)[None, :], mask=at[:, None] < limit, other=0.0
+    )
 
 
 @triton.jit
@@ -191,7 +193,13 @@ def _flash_kernel(
         result = _dot(weights.to(value.dtype), value, result * shrink[:, None], WIDEN)
         most = higher
     row = first + tl.arange(0, OWN)
-    out = out_ptr + sample * out_batch + head * out_head + row[:, None] * out_row + tl.arange(0, DIM)[None, :]
+    out = (
+        out_ptr
+        + sample * out_batch
+        + head * out_head
+        + row[:, None].to(tl.int64) * out_row
+        + tl.arange(0, DIM)[None, :]
+    )
     tl.store(out, (result / total[:, None]).to(out_ptr.dtype.element_ty), mask=row[:, None] < queries)
     tl.store(lse_ptr + tl.program_id(1).to(tl.int64) * queries + row, most + tl.log2(total), mask=row < queries)
 
@@ -246,7 +254,7 @@ def _backward_keys_kernel(
         grad_scores = weights * (grad_weights - delta[None, :])
         grad_key = _dot(grad_scores.to(query.dtype), query, grad_key, WIDEN)
     row = first + tl.arange(0, OWN)
-    place = sample * out_batch + head * out_head + row[:, None] * out_row + tl.arange(0, DIM)[None, :]
+    place = sample * out_batch + head * out_head + row[:, None].to(tl.int64) * out_row + tl.arange(0, DIM)[None, :]
     tl.store(grad_k_ptr + place, (grad_key * scale).to(grad_k_ptr.dtype.element_ty), mask=row[:, None] < keys)
     tl.store(grad_v_ptr + place, grad_value.to(grad_v_ptr.dtype.element_ty), mask=row[:, None] < keys)
 
@@ -282,5 +290,5 @@ def _backward_queries_kernel(
         grad_weights = _dot(grad, tl.trans(value), tl.zeros([OWN, READ], wide), WIDEN)
         grad_scores = weights * (grad_weights - delta[:, None])
         grad_query = _dot(grad_scores.to(key.dtype), key, grad_query, WIDEN)
-    place = sample * out_batch + head * out_head + row[:, None] * out_row + tl.arange(0, DIM)[None, :]
+    place = sample * out_batch + head * out_head + row[:, None].to(tl.int64) * out_row + tl.arange(0, DIM)[None, :]
     tl.store(grad_q_ptr + place, (grad_query * scale).to(grad_q_ptr.dtype.element_ty), mask=row[:, None] < queries)

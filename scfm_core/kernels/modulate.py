@@ -249,7 +249,7 @@ def _modulate_forward_kernel(
     GATED: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """One token. With GATED the row is `x + gate * branch`, and is written too."""
-    token = tl.program_id(0)
+    token = tl.program_id(0).to(tl.int64)
     sample = tl.program_id(1).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
@@ -284,7 +284,7 @@ def _modulate_backward_kernel(
 
     With GATED the row was the sum `x + gate * branch`, which is also a result: its own gradient is added.
     """
-    program = tl.program_id(0)
+    program = tl.program_id(0).to(tl.int64)
     sample = tl.program_id(1).to(tl.int64)
     column = tl.arange(0, BLOCK)
     known_column = column < width
@@ -327,7 +327,7 @@ def _gate_forward_kernel(
     x_ptr, branch_ptr, gate_ptr, out_ptr, x_batch, x_row, branch_batch, branch_row, gate_batch, width,
     BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0)
+    token = tl.program_id(0).to(tl.int64)
     sample = tl.program_id(1).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
@@ -344,7 +344,7 @@ def _gate_backward_kernel(
     gate_batch, tokens, width,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0)
+    program = tl.program_id(0).to(tl.int64)
     sample = tl.program_id(1).to(tl.int64)
     column = tl.arange(0, BLOCK)
     gate = tl.load(gate_ptr + sample * gate_batch + column, mask=column < width, other=0.0).to(COMPUTE)

@@ -131,7 +131,7 @@ def _forward_kernel(
     HEADS: tl.constexpr, DIM: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """All heads of one token, [HEADS, DIM]. Cosines and sines are read once for all heads."""
-    token = tl.program_id(0)
+    token = tl.program_id(0).to(tl.int64)
     sample = tl.program_id(1).to(tl.int64)
     head = tl.arange(0, HEADS)[:, None]
     column = tl.arange(0, DIM)[None, :]
@@ -155,7 +155,7 @@ def _backward_kernel(
     ROWS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, WEIGHT_TOO: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """The inverse rotation, then the norm: dx = r (g - n mean(g n)), with n = x r and g the gradient of n."""
-    program = tl.program_id(0)
+    program = tl.program_id(0).to(tl.int64)
     sample = tl.program_id(1).to(tl.int64)
     head = tl.arange(0, HEADS)[:, None]
     column = tl.arange(0, DIM)[None, :]

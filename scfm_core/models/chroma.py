@@ -93,6 +93,11 @@ class Chroma(ModelFamily):
         )
         return {"text": text, "seen": seen}, None
 
+    @property
+    def masks_attention(self) -> bool:
+        """See `ModelFamily`: by `seen`."""
+        return True
+
     def shift(self, image_tokens: int, num_steps: int) -> float:
         """See `ModelFamily`. Dynamic or fixed, as the model's scheduler says; Chroma1-HD's is fixed."""
         is_dynamic = self.scheduler_config.get("use_dynamic_shifting", False)

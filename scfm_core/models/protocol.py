@@ -230,6 +230,11 @@ class ModelFamily(Pretrained):
         images: Tensor = vae.decode(latents, return_dict=False)[0]
         return images
 
+    @property
+    def masks_attention(self) -> bool:
+        """Whether the network's attention gets a mask, which some backends do not take."""
+        return "masked" in self.fields.values()
+
     def shift(self, image_tokens: int, num_steps: int) -> float:
         """The timestep shift that the family's sampler uses for images of `image_tokens` tokens in `num_steps` steps."""
         return dynamic_shift(image_tokens, self.mu_points)

@@ -124,5 +124,5 @@ def _shape(config: RunConfig, family: ModelFamily, device: torch.device) -> Atte
         dtype=dtype,
         device=device,
         kv_heads=family.kv_heads,
-        masked="masked" in family.fields.values(),
+        masked=family.masks_attention,
     )

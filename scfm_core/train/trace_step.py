@@ -172,7 +172,7 @@ def assumed_kernels(config: RunConfig, family: ModelFamily, device: torch.device
         fused = "triton"
     backend = config.kernels.attention
     if backend == "auto":
-        backend = "cudnn" if "masked" in family.fields.values() else "flash"
+        backend = "cudnn" if family.masks_attention else "flash"
     elif backend in ("flash3", "flash4", "xformers"):  # they save and return the same tensors
         backend = "flash"
     return Kernels(fused, "assumed", AttentionChoice(backend, "assumed"))

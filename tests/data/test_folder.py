@@ -418,6 +418,32 @@ class TestPixels:
         Image.new("RGB", (8, 8), (255, 255, 255)).convert(mode).save(path, icc_profile=profile)
         assert torch.equal(load_image(path, 8, 8), torch.ones(3, 8, 8))
 
+    @pytest.mark.parametrize(
+        ("bits", "white_is_zero", "value", "expected"), [(12, 0, 0x800, 128), (16, 1, 0, 255), (8, 1, 0, 255)]
+    )
+    def test_grey_of_a_scanner(self, tmp_path, bits, white_is_zero, value, expected):
+        """Tags of TIFF: 12 bits are in the lower part of PIL's 16, and white may be 0."""
+        data = (
+            (value.to_bytes(bits // 8, "little") * 8) if bits != 12 else ((value << 12 | value).to_bytes(3, "big") * 4)
+        )
+        tags = [
+            (256, 4),
+            (257, 2),
+            (258, bits),
+            (259, 1),
+            (262, 1 - white_is_zero),
+            (273, 122),
+            (277, 1),
+            (278, 2),
+            (279, len(data)),
+        ]
+        entries = b"".join(struct.pack("<HHII", tag, 4 if tag in (273, 279) else 3, 1, number) for tag, number in tags)
+        head = struct.pack("<2sHIH", b"II", 42, 8, len(tags))
+        (tmp_path / "a.tiff").write_bytes(head + entries + bytes(4) + data)
+        assert load_image(tmp_path / "a.tiff", 2, 4).unique().tolist() == pytest.approx(
+            [expected / 127.5 - 1], abs=1e-6
+        )
+
     @pytest.mark.parametrize(("suffix", "mode"), [("tiff", "I;16"), ("tiff", "I;16B"), ("tiff", "RGB"), ("jp2", "RGB")])
     def test_scans_and_archives(self, tmp_path, suffix, mode):
         ramp = np.arange(64, dtype=np.uint8).reshape(8, 8)

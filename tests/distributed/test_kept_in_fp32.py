@@ -50,7 +50,9 @@ def one_step(tree: dict[str, Any]) -> dict[str, Any]:
         [row] = trainer.train_steps()
         trained = {name: value.clone() for name, value in trainer.engine.ema_tensors("student").items()}
         emas = trainer.emas
-        with torch.no_grad():  # the fast average lags twice as far behind in norms, which more ranks may have than other weights
+        with (
+            torch.no_grad()
+        ):  # the fast average lags twice as far behind in norms, which more ranks may have than other weights
             for name, weight in emas.student.items():
                 emas.slow[name].copy_(weight - 1)
                 emas.fast[name].copy_(weight - (2 if ".norm" in name else 1))

@@ -298,17 +298,20 @@ def watch_a_frozen_store(folder: Path) -> None:
     rank, port = int(os.environ["RANK"]), int(os.environ["MASTER_PORT"])
     store = torch.distributed.TCPStore("127.0.0.1", port, 2, rank == 0, timedelta(seconds=30), wait_for_workers=False)
     watchdog._LONGEST_BLAME = 2
-    with (folder / f"{rank}.stderr").open("w") as stream, contextlib.redirect_stderr(stream):
-        with watchdog.Watchdog(store, rank, 2, 3.0 if rank == 1 else 300.0):
-            if rank == 1:
-                time.sleep(1.5 * PULSE)
-                host = int(store.get("host"))
-                end = f"while kill -0 {os.getpid()} 2>&-; do sleep 0.1; done; kill -9 {host}"
-                subprocess.Popen(["sh", "-c", end], start_new_session=True)
-                os.kill(host, signal.SIGSTOP)
-            else:
-                store.set("host", str(os.getpid()))
-            time.sleep(300)
+    with (
+        (folder / f"{rank}.stderr").open("w") as stream,
+        contextlib.redirect_stderr(stream),
+        watchdog.Watchdog(store, rank, 2, 3.0 if rank == 1 else 300.0),
+    ):
+        if rank == 1:
+            time.sleep(1.5 * PULSE)
+            host = int(store.get("host"))
+            end = f"while kill -0 {os.getpid()} 2>&-; do sleep 0.1; done; kill -9 {host}"
+            subprocess.Popen(["sh", "-c", end], start_new_session=True)
+            os.kill(host, signal.SIGSTOP)
+        else:
+            store.set("host", str(os.getpid()))
+        time.sleep(300)
 
 
 @pytest.mark.timed

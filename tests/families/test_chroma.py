@@ -109,6 +109,12 @@ def test_shift_is_that_of_the_scheduler(folder, tmp_path, settings):
     torch.testing.assert_close(sigma_grid(4, pair.family.shift(16, 4)), pair.pipe.scheduler.sigmas)
 
 
+def test_its_attention_takes_a_mask(folder):
+    """Though its text is stored as tokens. So no backend is chosen or measured that takes none."""
+    family = Chroma(folder)
+    assert family.masks_attention and family.fields["text"] == "tokens"
+
+
 def test_the_network_that_makes_the_modulation_starts_at_zero(folder):
     network = Chroma(folder).load_network(torch.float32, "cpu")
     zero_modulation(network)

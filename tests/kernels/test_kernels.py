@@ -207,6 +207,44 @@ def test_registered_as_torch_expects(name):
     torch.library.opcheck(op, arguments)
 
 
+def far(x: Tensor) -> Tensor:
+    """[1, 3, ...] with rows 2^30 elements apart; memory that is not touched takes no room."""
+    storage = torch.empty(2**31 + x[0, 0].numel(), dtype=x.dtype, device=x.device)
+    return storage.as_strided(x.shape, (0, 2**30, *x.stride()[2:])).copy_(x)
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="a GPU's memory takes room that is not touched")
+@pytest.mark.parametrize(
+    ("kernel", "shapes"),
+    [
+        (
+            lambda x: norm_rope.norm_rope(x, None, torch.ones(DIM).to(x), None, *rotation(3), HEADS),
+            [(1, 3, HEADS * DIM)],
+        ),
+        (lambda x, branch: modulate.gate_residual(x, branch, torch.ones(1, 20).to(x)), [(1, 3, 20)] * 2),
+        (
+            lambda x, branch: modulate.gated_modulate(x, branch, *torch.ones(3, 1, 20).to(x))[1],
+            [(1, 3, 20)] * 2,
+        ),
+        (concat.swiglu_concat, [(1, 3, 20), (1, 3, 40)]),
+        (flash.flash_attention, [(1, 3, 1, DIM)] * 3),
+    ],
+    ids=["norm_rope", "gate_residual", "gated_modulate", "swiglu_concat", "flash_attention"],
+)
+def test_rows_whose_offsets_need_64_bits(kernel, shapes):
+    """Queries, keys and values of FLUX.2-dev's single blocks are views with rows of 55,296: 2^31 from token 38,836 on."""
+    torch.manual_seed(0)
+    near = [torch.randn(shape, dtype=torch.bfloat16) for shape in shapes]
+    results = []
+    for place in (Tensor.clone, far):
+        inputs = [place(x).requires_grad_() for x in near]
+        torch.manual_seed(1)  # of the rotation
+        output = kernel(*inputs)
+        results.append([output, *torch.autograd.grad(output, inputs, torch.ones_like(output))])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_a_frozen_norm_gets_no_gradient():
     x = torch.randn(1, 4, HEADS * DIM, device=DEVICE, requires_grad=True)
     weight = torch.ones(DIM, device=DEVICE)

@@ -1,6 +1,7 @@
 """The benchmark with rich prompts, on a stand-in for the font: drawn shapes in place of glyphs."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -106,6 +107,9 @@ def test_from_images_to_a_teacher(tmp_path, monkeypatch, capsys):
     root = tmp_path / "emoji"
     words = make_small(root, monkeypatch)
     assert main(words) == 0
+    assert main(words) == 0, "nothing is left to do"
+    assert main([*words, "train.lr=0.5"]) == 2  # a setting that would have no effect
+    assert re.search(r"trained with other settings:\n  train\.lr: \S+ then, 0\.5 now", capsys.readouterr().err)
     told = [json.loads(line)["text"] for line in (root / "train" / "metadata.jsonl").read_text().splitlines()]
     others = [json.loads(line)["text"] for line in (root / "held_out" / "metadata.jsonl").read_text().splitlines()]
     assert told and others and not set(told) & set(others)

@@ -149,7 +149,9 @@ def test_one_run_of_an_array(study, tmp_path, capsys):
     assert "| 1 | 1 | 2.00 | 20 |" in capsys.readouterr().out
     assert main(["study", "small.yaml", "-o", "out", "--arms", "plain", "--only", "2"]) == 0
     assert (tmp_path / "out" / "plain" / "seed-5" / "evaluation.json").is_file()
-    assert main(["study", "small.yaml", "-o", "out", "--arms", "plain", "--only", "1"]) == 2  # a task of an array that would do nothing
+    assert (
+        main(["study", "small.yaml", "-o", "out", "--arms", "plain", "--only", "1"]) == 2
+    )  # a task of an array that would do nothing
     message = "--only 1 is a run of scaled, which is not in --arms. The runs of these arms: 0, 2"
     assert message in capsys.readouterr().err
 
@@ -275,7 +277,9 @@ def test_runs_with_other_settings_are_an_error(study, tmp_path, capsys):
     assert (tmp_path / "out" / "study.md").read_text() == before
 
     assert main(["study", "small.yaml", "-o", "out", "sample.seed=7"]) == 2  # what is trained need not be trained again
-    assert "Delete out/plain/seed-0/evaluation.json to measure it again" in capsys.readouterr().err.replace(f"{tmp_path}/", "")
+    assert "Delete out/plain/seed-0/evaluation.json to measure it again" in capsys.readouterr().err.replace(
+        f"{tmp_path}/", ""
+    )
 
     run_dir = tmp_path / "out" / "plain" / "seed-0"
     shutil.rmtree(run_dir / "checkpoints")  # a finished run does not need them
