@@ -79,7 +79,7 @@ def run_study(
     configs = [  # all mistakes before the first run
         _check_run(study, run, steps_known=study.arms[run.arm].equal_passes is None) for run in chosen
     ]
-    _check_data(study, chosen, configs)
+    _check_data(study, [*zip(chosen, configs, strict=True), *_done(runs, chosen)])
     _check_first(study, path)
     _prepare(study, path, root, execute)
     # It may count stored paths, which `prepare` makes.
@@ -206,18 +206,31 @@ def _differences(stored: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return [key for key in keys if _value(stored, key) != _value(now, key)]
 
 
-def _check_data(study: Study, runs: Sequence[Run], configs: Sequence[RunConfig]) -> None:
+def _done(runs: Sequence[Run], chosen: Sequence[Run]) -> Iterator[tuple[Run, RunConfig]]:
+    """The other runs that are in the table, and the settings with which they were measured."""
+    for run in runs:
+        how = run.folder / "evaluation.yaml"
+        if run not in chosen and run.result is not None and how.is_file():
+            yield run, load_config(how, stored=True)
+
+
+def _check_data(study: Study, runs: Sequence[tuple[Run, RunConfig]]) -> None:
     """UserError if figures against the data would be against other data for some arms."""
     against = [name for name in study.metrics if name.endswith("_data")]
-    first: tuple[str, str] | None = None
-    for run, config in zip(runs, configs, strict=True):
-        data = config.evaluate.data or ", ".join(source.uri for source in config.data.mixture())
-        first = first or (run.arm, data)
-        if against and data != first[1]:
+    if not against:
+        return
+    (one, settings), *others = runs
+    for other, theirs in others:
+        if _data(with_absolute_paths(settings)) != _data(with_absolute_paths(theirs)):
             raise UserError(
-                f"{against[0]} would compare {first[0]} with {first[1]}, and {run.arm} with {data}. Give all arms the same data: "
-                f"evaluate.data=FOLDER in `set` of the study"
+                f"{against[0]} would compare {one.arm} with {_data(settings)}, and {other.arm} with {_data(theirs)}. Give all arms the same "
+                f"data: evaluate.data=FOLDER in `set` of the study"
             )
+
+
+def _data(config: RunConfig) -> str:
+    """What figures against the data compare with."""
+    return config.evaluate.data or ", ".join(source.uri for source in config.data.mixture())
 
 
 def _check_run(study: Study, run: Run, *, steps_known: bool = True) -> RunConfig:

@@ -89,6 +89,10 @@ def test_figures_that_an_earlier_evaluation_lacks(study, tmp_path, capsys, monke
     little = [*LITTLE, "evaluate.prompts=each.txt", "evaluate.samples=6", "evaluate.steps=[1, 3]"]
     study(metric="fid_data", seeds=[0], arms=arms, set=little)
     assert main(["study", "small.yaml", "-o", "out"]) == 0
+    other = {"about": "x", "set": ["evaluate.data=elsewhere"]}  # it would be in one table with what is done
+    study(metric="fid_data", seeds=[0], arms={**arms, "other": other}, set=little)
+    assert main(["study", "small.yaml", "-o", "out", "--arms", "other"]) == 2
+    assert "fid_data would compare other with elsewhere, and plain with" in capsys.readouterr().err
     path = tmp_path / "out" / "plain" / "seed-0" / "evaluation.json"
     origin = json.loads((path.parent / "origin.json").read_text())
     assert set(origin) == {"trained", "evaluated"} and "CPU core" in origin["trained"]["machine"]
