@@ -281,9 +281,6 @@ def encode(
     def make(items: Sequence[int]) -> Made:
         return _make_batch(items, corpus, vae, writer)
 
-    def mark(items: Sequence[int]) -> str:  # the numbers become keys, and another image before them changes them
-        return f"{hashlib.sha256(json.dumps(list(items)).encode()).hexdigest()} {corpus.mark(items)}"
-
     manifest = job.run(
         plan_shards([corpus.items_of(size).tolist() for size in corpus.sizes], config.samples_per_shard),
         make,
@@ -293,13 +290,18 @@ def encode(
             settings=writer.draft.settings | size_settings(corpus.config),
         ),
         batch_size=config.batch_size,
-        mark=mark,
+        mark=lambda items: _mark(items, corpus),
         max_left_out=corpus.config.max_bad_fraction,
         rank=rank,
         world_size=world_size,
         progress=progress,
     )
     return Encoded(manifest, writer.padding_error, job.counts)
+
+
+def _mark(items: Sequence[int], corpus: Corpus) -> str:
+    """A hash of samples and of their numbers, which become keys: an image that is added before them changes these."""
+    return f"{hashlib.sha256(json.dumps(list(items)).encode()).hexdigest()} {corpus.mark(items)}"
 
 
 def size_settings(config: DataConfig) -> dict[str, object]:

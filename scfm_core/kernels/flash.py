@@ -63,6 +63,11 @@ def _tile(table: dict[int, _Tile], query: Tensor) -> _Tile:
     return tile if query.element_size() == 2 else _SMALL
 
 
+def _near_rows(tensor: Tensor) -> Tensor:
+    """`dense_rows`, copied too if offsets of rows need more than 32 bits, for which the backward has no registers left."""
+    return tensor.contiguous() if tensor.shape[1] * tensor.stride(1) >= 2**31 else dense_rows(tensor)
+
+
 def _strides(tensor: Tensor) -> tuple[int, int, int]:
     """Of batch, sequence and head."""
     return tensor.stride(0), tensor.stride(1), tensor.stride(2)
@@ -71,7 +76,7 @@ def _strides(tensor: Tensor) -> tuple[int, int, int]:
 @torch.library.custom_op("scfm::flash_attention", mutates_args=())
 def _flash(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """The result, and log2 of each row's softmax denominator, [B, H, S_q]."""
-    query, key, value = dense_rows(query), dense_rows(key), dense_rows(value)
+    query, key, value = _near_rows(query), _near_rows(key), _near_rows(value)
     output, lse = _fake_flash(query, key, value)
     batch, queries, heads, dim = query.shape
     keys, tile = key.shape[1], _tile(_FORWARD, query)
@@ -93,7 +98,7 @@ def _fake_flash(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tens
 def _flash_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad, query, key, value = dense_rows(grad), dense_rows(query), dense_rows(key), dense_rows(value)
+    grad, query, key, value = _near_rows(grad), _near_rows(query), _near_rows(key), _near_rows(value)
     grad_query, grad_key, grad_value = (x.new_empty(x.shape) for x in (query, key, value))
     batch, queries, heads, dim = query.shape
     keys = key.shape[1]
@@ -150,9 +155,7 @@ def _backward_flops(
 def _rows(pointer, first, count, row, limit, DIM: tl.constexpr):
     """Rows `first + 0 .. count - 1` of [S, DIM]; those at `limit` and beyond are zero."""
     at = first + tl.arange(0, count)
-    return tl.load(
-        pointer + at[:, None].to(tl.int64) * row + tl.arange(0, DIM)[None, :], mask=at[:, None] < limit, other=0.0
-    )
+    return tl.load(pointer + at[:, None] * row + tl.arange(0, DIM)[None, :], mask=at[:, None] < limit, other=0.0)
 
 
 @triton.jit
@@ -193,13 +196,7 @@ def _flash_kernel(
         result = _dot(weights.to(value.dtype), value, result * shrink[:, None], WIDEN)
         most = higher
     row = first + tl.arange(0, OWN)
-    out = (
-        out_ptr
-        + sample * out_batch
-        + head * out_head
-        + row[:, None].to(tl.int64) * out_row
-        + tl.arange(0, DIM)[None, :]
-    )
+    out = out_ptr + sample * out_batch + head * out_head + row[:, None] * out_row + tl.arange(0, DIM)[None, :]
     tl.store(out, (result / total[:, None]).to(out_ptr.dtype.element_ty), mask=row[:, None] < queries)
     tl.store(lse_ptr + tl.program_id(1).to(tl.int64) * queries + row, most + tl.log2(total), mask=row < queries)
 
@@ -254,7 +251,7 @@ def _backward_keys_kernel(
         grad_scores = weights * (grad_weights - delta[None, :])
         grad_key = _dot(grad_scores.to(query.dtype), query, grad_key, WIDEN)
     row = first + tl.arange(0, OWN)
-    place = sample * out_batch + head * out_head + row[:, None].to(tl.int64) * out_row + tl.arange(0, DIM)[None, :]
+    place = sample * out_batch + head * out_head + row[:, None] * out_row + tl.arange(0, DIM)[None, :]
     tl.store(grad_k_ptr + place, (grad_key * scale).to(grad_k_ptr.dtype.element_ty), mask=row[:, None] < keys)
     tl.store(grad_v_ptr + place, grad_value.to(grad_v_ptr.dtype.element_ty), mask=row[:, None] < keys)
 
@@ -290,5 +287,5 @@ def _backward_queries_kernel(
         grad_weights = _dot(grad, tl.trans(value), tl.zeros([OWN, READ], wide), WIDEN)
         grad_scores = weights * (grad_weights - delta[:, None])
         grad_query = _dot(grad_scores.to(key.dtype), key, grad_query, WIDEN)
-    place = sample * out_batch + head * out_head + row[:, None].to(tl.int64) * out_row + tl.arange(0, DIM)[None, :]
+    place = sample * out_batch + head * out_head + row[:, None] * out_row + tl.arange(0, DIM)[None, :]
     tl.store(grad_q_ptr + place, (grad_query * scale).to(grad_q_ptr.dtype.element_ty), mask=row[:, None] < queries)

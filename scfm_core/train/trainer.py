@@ -116,9 +116,6 @@ class Trainer:
         self.state = RunState(config, self.model, self.engine, self.corpus, self.world)
         self.data_change = None if resume is None else self._restore(resume, data_may_change)
         """Change of the data since the checkpoint, for the log."""
-        # Otherwise a job that is requeued would train on to the next invalid sample, again and again.
-        if self.progress.step < config.train.steps and (error := self._too_many_invalid()):
-            raise error
 
     def _open_data(self) -> None:
         config = self.config
@@ -132,7 +129,11 @@ class Trainer:
 
     def _restore(self, checkpoint: Path, data_may_change: bool) -> dict[str, Any] | None:
         with self.world.together():
-            return self.state.restore(load_checkpoint(checkpoint, verify=False), data_may_change=data_may_change)
+            change = self.state.restore(load_checkpoint(checkpoint, verify=False), data_may_change=data_may_change)
+        # Otherwise a job that is requeued would train on to the next invalid sample, again and again.
+        if self.progress.step < self.config.train.steps and (error := self._too_many_invalid()):
+            raise error
+        return change
 
     @property
     def progress(self) -> Progress:

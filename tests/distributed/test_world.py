@@ -62,6 +62,7 @@ def timeouts(tree: dict[str, Any]) -> set[timedelta]:
     """In a rank: of all process groups of a run."""
     with joined_trainer(tree) as trainer:
         trainer.world.second_group()
+        trainer.world.gather(None)  # gloo's ranks may be connected one after another
         groups = dist.distributed_c10d._world.pg_map
         return {group._get_backend(torch.device("cpu")).options._timeout for group in groups}
 
