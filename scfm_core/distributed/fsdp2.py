@@ -214,8 +214,9 @@ class Fsdp2Engine(Engine):
 
     def ema_share(self, name: str) -> float:
         """See `Engine`: every rank has the whole of a weight that is not sharded."""
-        is_sharded = self._mesh is None or isinstance(self._trained["student", name], DTensor)
-        return 1.0 if is_sharded or self._mesh is None else 1 / self._mesh["shard"].size()
+        if self._mesh is None or isinstance(self._trained["student", name], DTensor):
+            return 1.0
+        return 1 / self._mesh["shard"].size()
 
     def after_ema_update(self) -> None:
         """See `Engine`. Nothing to do: the next forward gathers the shards."""

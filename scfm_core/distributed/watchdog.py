@@ -25,8 +25,6 @@ PULSE = 1.0
 """Seconds between two heartbeats of a rank: two requests to the store."""
 _LONGEST_BLAME = 7 * PULSE + 15
 """Seconds after which the store itself is to blame."""
-
-
 _STORE_IS_GONE = "rank 0, or the launcher that holds the rendezvous store, is gone"
 
 
