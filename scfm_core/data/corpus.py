@@ -168,12 +168,11 @@ class Corpus:
         source = self.sources[self._shard_source[shard]]
         return source.bytes_of_copy(self._shard_place[shard]) if isinstance(source, Source) else 0
 
-    def mark_used(self, shards: Iterable[int]) -> None:
-        """Mark the copies of these shards in the cache, if there are any, as the most recently used ones."""
-        for shard in shards:
-            source = self.sources[self._shard_source[shard]]
-            if isinstance(source, Source):
-                source.mark_used(self._shard_place[shard])
+    def mark_used(self, shard: int) -> None:
+        """Mark the copy of a shard in the cache, if there is one, as the most recently used one."""
+        source = self.sources[self._shard_source[shard]]
+        if isinstance(source, Source):
+            source.mark_used(self._shard_place[shard])
 
     def prefetch(self, shard: int) -> None:
         """Download and hash a shard before it is needed; safe in threads. Raises as `record`."""

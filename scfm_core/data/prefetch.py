@@ -89,14 +89,19 @@ class Prefetcher:
 
         Args:
             shard: its number.
-            in_use: as in `_run`, which changes it meanwhile. Late marks of what it was would evict what is needed now.
+            in_use: as in `_run`, which changes it meanwhile.
         """
-        if in_use.get(shard, -1) < self._consumed:
-            return
+
+        def is_needed(number: int) -> bool:
+            return in_use.get(number, -1) >= self._consumed
+
         # The worker that needs the shard will get the same error, and report it.
         with contextlib.suppress(UserError, OSError):
-            self.corpus.mark_used(tuple(in_use))
-            self.corpus.prefetch(shard)
+            # A late mark of a shard that is no longer needed would evict one that is: each is asked for at its turn.
+            for number in filter(is_needed, tuple(in_use)):
+                self.corpus.mark_used(number)
+            if is_needed(shard):
+                self.corpus.prefetch(shard)
 
 
 def block_length(picks: Picks, block: int) -> int:

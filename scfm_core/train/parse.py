@@ -262,8 +262,9 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         here = Path(path).expanduser() if isinstance(path, str) else None
         return str(here.resolve()) if here is not None and here.exists() else path
 
-    paths = ("prompts", "data", "features_path", "clip_path", "cmmd_path", "pick_score_path")
+    paths = ("prompts", "features_path", "clip_path", "cmmd_path", "pick_score_path")
     evaluate = {name: absolute(getattr(config.evaluate, name)) for name in paths}
+    evaluate["data"] = config.evaluate.data and _anchored(config.evaluate.data)
     if config.evaluate.keep is not None:
         evaluate["keep"] = str(Path(config.evaluate.keep).expanduser().absolute())
     adapters = tuple(dataclasses.replace(adapter, path=absolute(adapter.path)) for adapter in config.model.adapters)
@@ -277,16 +278,18 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     )
 
 
-def _with_absolute_data(data: DataConfig) -> DataConfig:
-    def anchored(uri: str) -> str:  # also if it does not exist: it may have braces, or be created later
-        return uri if is_remote(uri) else str(Path(uri).expanduser().absolute())
+def _anchored(uri: str) -> str:
+    """The absolute address of data, also if they do not exist: it may have braces, or they are made later."""
+    return uri if is_remote(uri) else str(Path(uri).expanduser().absolute())
 
+
+def _with_absolute_data(data: DataConfig) -> DataConfig:
     sources = tuple(
-        dataclasses.replace(source, uri=anchored(source.uri), manifest=source.manifest and anchored(source.manifest))
+        dataclasses.replace(source, uri=_anchored(source.uri), manifest=source.manifest and _anchored(source.manifest))
         for source in data.sources
     )
-    cache = dataclasses.replace(data.cache, dir=data.cache.dir and anchored(data.cache.dir))
-    return dataclasses.replace(data, path=data.path and anchored(data.path), sources=sources, cache=cache)
+    cache = dataclasses.replace(data.cache, dir=data.cache.dir and _anchored(data.cache.dir))
+    return dataclasses.replace(data, path=data.path and _anchored(data.path), sources=sources, cache=cache)
 
 
 def dump_config(config: RunConfig) -> str:

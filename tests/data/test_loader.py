@@ -27,6 +27,8 @@ from scfm_core.data.corpus import Corpus
 from scfm_core.data.fields import FieldKind
 from scfm_core.data.loader import batches
 from scfm_core.data.mds import MdsWriter
+from scfm_core.data.picks import Picks
+from scfm_core.data.prefetch import Prefetcher
 from scfm_core.data.recipe import CacheConfig, DataConfig, SourceConfig
 from scfm_core.data.schema import MANIFEST, Batch, Manifest, Record, Size, collate
 from scfm_core.data.webdataset import TarWriter
@@ -790,6 +792,24 @@ class TestPrefetcher:
         next(stream)
         assert len(set(prefetched(9))) == 9
         stream.close()
+
+    def test_shards_that_are_no_longer_needed_are_neither_marked_nor_downloaded(self, tmp_path, monkeypatch):
+        """A download waited for its thread or its marks, and the training went on meanwhile."""
+        corpus = open_corpus(write_tars(tmp_path / "shards", (10,) * 4))
+        prefetcher, did = Prefetcher(corpus, Picks(corpus.order(4, 0), 0, 10, 4)), []
+
+        def mark(_: Corpus, shard: int) -> None:
+            did.append(f"mark {shard}")
+            prefetcher.count_micro_batch()
+
+        monkeypatch.setattr(Corpus, "mark_used", mark)
+        monkeypatch.setattr(Corpus, "prefetch", lambda _, shard: did.append(f"prefetch {shard}"))
+        last_uses = {0: 1, 1: 0, 2: 5, 3: 1}
+        prefetcher._prefetch(2, last_uses)
+        assert did == ["mark 0", "mark 2", "prefetch 2"]
+        did.clear()
+        prefetcher._prefetch(3, last_uses)
+        assert did == ["mark 2"]
 
     @pytest.mark.processes
     def test_is_idle_when_there_is_nothing_to_prefetch(self, tmp_path):
