@@ -69,14 +69,22 @@ class SamplerConfig:
         if shift != "dynamic" and not (isinstance(shift, int | float) and 0 < shift < math.inf):
             raise UserError(f"the shift must be positive and finite, or 'dynamic', got {shift!r}")
 
-    def parameters(self) -> dict[str, object]:
-        """Everything here that determines the samples, for `Job`."""
+    def shift_of(self, family: ModelFamily, size: Size) -> float:
+        """The timestep shift for images of a size."""
+        if self.shift != "dynamic":
+            return float(self.shift)
+        like = torch.empty(1, *family.latent_shape(*size), device="meta")
+        return family.shift(family.image_tokens(like), self.num_steps)
+
+    def parameters(self, family: ModelFamily) -> dict[str, object]:
+        """Everything here that determines the samples, for `Job`. A dynamic shift depends on the model's scheduler, which has no hash."""
         names = ["sizes", "per_prompt", "num_steps", "shift", "guidance", "seed"]
         if self.intervals is not None:
             names += ["intervals", "second_order"]
         if self.base != "bfloat16":
             names.append("base")
-        return {name: getattr(self, name) for name in names}
+        own = {"shift": [self.shift_of(family, size) for size in self.sizes]} if self.shift == "dynamic" else {}
+        return {name: getattr(self, name) for name in names} | own
 
 
 def generate(
@@ -115,7 +123,7 @@ def generate(
         family.latent_shape(*size)
     parameters = {
         "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
-        **sampler.parameters(),
+        **sampler.parameters(family),
         "network": family.fingerprint,
         **config.parameters(family),
     }
@@ -156,10 +164,8 @@ class _Teacher:
         """The latents of samples `items`, fp32 [B, C, h, w], and their paths (by tensor name) if paths are stored."""
         config, ids = self.config, torch.tensor(items, dtype=torch.int64) + FIRST_ID
         like = torch.empty(len(items), *self.family.latent_shape(*size), device=cond.device)
-        shift = config.shift
-        if shift == "dynamic":
-            shift = self.family.shift(self.family.image_tokens(like), config.num_steps)
-        noise, sigmas = sample_noise(like, ids, config.seed), sigma_grid(config.num_steps, shift)
+        noise = sample_noise(like, ids, config.seed)
+        sigmas = sigma_grid(config.num_steps, config.shift_of(self.family, size))
 
         def velocity(x: Tensor, sigma: Tensor) -> Tensor:
             return self.family.velocity(self.network, x, sigma, cond)

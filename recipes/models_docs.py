@@ -28,7 +28,7 @@ def page(text: str) -> str:
 
 def _rows() -> Iterator[str]:
     yield (
-        "| model | parameters | linears | guidance | text of a sample | tokens of 1024 x 1024 | dynamic shift, 512 / 1024 "
+        "| model | parameters | linears | guidance | text of a sample | tokens of 1024 x 1024 | own shift, 512 / 1024 "
         "| licence | recipes |"
     )
     yield "|---|---|---|---|---|---|---|---|---|"

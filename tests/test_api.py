@@ -132,11 +132,14 @@ def test_a_style_beside_the_adapter_keeps_its_weight(run_dir, pipe, tmp_path):
     assert main(["sample", str(run_dir), *words, "--steps", "4", "--seed", "77", style, "--output", str(tmp_path)]) == 0
 
 
-def test_a_dynamic_shift_is_the_familys(run_dir, pipe, tiny):
-    """The pipeline's own scheduler has a fixed shift here, so that it is replaced; one with a dynamic shift stays."""
+def test_a_dynamic_shift_is_that_of_the_models_scheduler(run_dir, pipe, tiny, tmp_path):
+    """It may be fixed. A pipeline with a dynamic one keeps its scheduler."""
     rewrite(run_dir, shift="dynamic")
-    adapter = load(run_dir / "adapter", base=str(tiny / "flux"))
-    run = load(run_dir, overrides=["sample.shift=dynamic"])
+    assert load(run_dir, overrides=["sample.shift=dynamic"]).settings()["shift"] == 3.0
+    base = Path(shutil.copytree(tiny / "flux", tmp_path / "base"))
+    type(pipe.scheduler)(use_dynamic_shifting=True).save_pretrained(base / "scheduler")
+    adapter = load(run_dir / "adapter", base=str(base))
+    run = load(run_dir, overrides=["sample.shift=dynamic", f"model.path={base}"])
     expected = run.sample(PROMPTS, steps=4, seed=77)
     assert adapter.settings()["shift"] == run.settings()["shift"] != 3.0
     assert difference(expected, adapter.sample(PROMPTS, steps=4, seed=77)) <= 2
@@ -251,13 +254,14 @@ def test_mistakes_name_what_to_do(run_dir, pipe, tiny, tmp_path):
 
 
 def test_the_code_of_the_readme_runs(run_dir, tiny, tmp_path, monkeypatch):
-    """With the tiny model in place of Flux.1-dev, and the test's run under the name of the recipe's."""
+    """With the tiny model in fp32 in place of Flux.1-dev on a GPU, and the test's run under the name of the recipe's."""
     page = (Path(__file__).parents[1] / "README.md").read_text()
     [code] = [
         block for block in re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL) if "scfm_core" in block
     ]
     assert len(code.strip().splitlines()) <= 10
     code = code.replace("black-forest-labs/FLUX.1-dev", str(tiny / "flux"))
+    code = code.replace("torch.bfloat16", "torch.float32").replace('.to("cuda")', "")
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "flux_dev_lora").symlink_to(run_dir)
     monkeypatch.chdir(tmp_path)

@@ -98,11 +98,6 @@ class Chroma(ModelFamily):
         """See `ModelFamily`: by `seen`."""
         return True
 
-    def shift(self, image_tokens: int, num_steps: int) -> float:
-        """See `ModelFamily`. Dynamic or fixed, as the model's scheduler says; Chroma1-HD's is fixed."""
-        is_dynamic = self.scheduler_config.get("use_dynamic_shifting", False)
-        return super().shift(image_tokens, num_steps) if is_dynamic else float(self.scheduler_config.get("shift", 1.0))
-
 
 def _time_embedding(embedding: Any, timestep: Tensor) -> Tensor:
     """diffusers' embedding of time, of guidance 0 and of the layers' numbers, [B, layers, D], without its copy from the host.

@@ -132,7 +132,7 @@ class Flux2(ModelFamily):
         images: Tensor = vae.decode(F.pixel_shuffle(latents * std + mean, _PATCH), return_dict=False)[0]
         return images
 
-    def shift(self, image_tokens: int, num_steps: int) -> float:
+    def dynamic_shift(self, image_tokens: int, num_steps: int) -> float:
         """See `ModelFamily`. exp(mu) of black-forest-labs' `compute_empirical_mu`, linear in both arguments."""
         of_200_steps = 0.00016927 * image_tokens + 0.45666666
         of_10_steps = of_200_steps if image_tokens > 4300 else 8.73809524e-05 * image_tokens + 1.89833333

@@ -100,6 +100,8 @@ class Krea2(qwen_vae.QwenVAE):
         """See `ModelFamily`. The caption, and the five tokens of the template behind it."""
         return [count + 5 for count in super().count_tokens(tokenizer, captions)]
 
-    def shift(self, image_tokens: int, num_steps: int) -> float:
-        """See `ModelFamily`. Fixed for the model that was distilled to a few steps."""
-        return math.exp(1.15) if self.pipeline_config.get("is_distilled") else super().shift(image_tokens, num_steps)
+    def dynamic_shift(self, image_tokens: int, num_steps: int) -> float:
+        """See `ModelFamily`. One number for the model that was distilled to a few steps."""
+        if self.pipeline_config.get("is_distilled"):
+            return math.exp(1.15)
+        return super().dynamic_shift(image_tokens, num_steps)

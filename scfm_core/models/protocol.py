@@ -18,6 +18,7 @@ from scfm_core.models.conditioning import Conditioning
 from scfm_core.models.fingerprint import weight_files
 from scfm_core.models.pretrained import Pretrained
 from scfm_core.models.processors import choose_backend
+from scfm_core.models.tensor_files import quantised_error
 from scfm_core.models.weights import GUIDANCE_MARK, component_config
 
 FieldKind = Literal["tokens", "masked", "vector"]
@@ -52,8 +53,10 @@ class ModelFamily(Pretrained):
     neutral_guidance: ClassVar[float] = 1.0
     """The scale of classifier-free guidance that gives the conditional velocity."""
     mu_points: ClassVar[MuPoints] = ((256, 0.5), (4096, 1.15))
-    """Of the dynamic shift. These are Flux.1's: https://github.com/black-forest-labs/flux, sampling.py; diffusers' scheduler has the
-    same numbers."""
+    """Of the dynamic shift, where the model's scheduler has no numbers of its own. These are Flux.1's:
+    https://github.com/black-forest-labs/flux, sampling.py."""
+    noise_dtype: ClassVar[torch.dtype | None] = None
+    """Of the noise that the pipeline draws; None: that of the text's embeddings. PyTorch draws other numbers in another dtype."""
     patch: ClassVar[int] = 2
     """Side of a token, in latents."""
     in_channels_per_latent: ClassVar[int] = 1
@@ -85,6 +88,9 @@ class ModelFamily(Pretrained):
         self.pipeline = self.pipeline_config["_class_name"]
         """Class name of diffusers' pipeline."""
         self.network_config = component_config(folder, "transformer")
+        if settings := self.network_config.get("quantization_config"):
+            method = settings.get("quant_method") if isinstance(settings, dict) else None
+            raise quantised_error(folder / "transformer", f"quantization_config in config.json: {method or settings}")
         self.in_pixels = self.pipeline_config.get("vae") == [None, None]
         """Whether the latents are pixels: the pipeline was saved without a VAE."""
         channels = self.network_config["in_channels"] // self.in_channels_per_latent
@@ -236,8 +242,23 @@ class ModelFamily(Pretrained):
         return "masked" in self.fields.values()
 
     def shift(self, image_tokens: int, num_steps: int) -> float:
-        """The timestep shift that the family's sampler uses for images of `image_tokens` tokens in `num_steps` steps."""
-        return dynamic_shift(image_tokens, self.mu_points)
+        """The timestep shift of the pipeline's sampler for images of `image_tokens` tokens in `num_steps` steps.
+
+        The model's scheduler says whether it is fixed; without one (a known architecture) it is dynamic.
+        """
+        scheduler = self.scheduler_config
+        if scheduler and not scheduler.get("use_dynamic_shifting"):
+            return float(scheduler.get("flow_shift", scheduler.get("shift", 1.0)))
+        return self.dynamic_shift(image_tokens, num_steps)
+
+    def dynamic_shift(self, image_tokens: int, num_steps: int) -> float:
+        """The shift of a scheduler with `use_dynamic_shifting`; arguments as of `shift`."""
+        get, ((low, mu_low), (high, mu_high)) = self.scheduler_config.get, self.mu_points
+        points = (
+            (get("base_image_seq_len", low), get("base_shift", mu_low)),
+            (get("max_image_seq_len", high), get("max_shift", mu_high)),
+        )
+        return dynamic_shift(image_tokens, points)
 
     def blocks(self, network: nn.Module) -> list[nn.Module]:
         """The network's blocks, which are sharded, checkpointed and compiled one by one.

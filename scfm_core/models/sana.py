@@ -39,12 +39,14 @@ class Sana(ModelFamily):
     """Sana 1.0 and 1.5 in diffusers' format. Its pipeline has DPM-Solver on a grid of this shift; scfm has Euler."""
 
     pipelines = ("SanaPipeline",)
+    noise_dtype = torch.float32
     fields: ClassVar[dict[str, FieldKind]] = {"text": "masked"}
     patch = 1
     static_shapes = False
     known: ClassVar[dict[str, dict[str, Any]]] = {
         f"Efficient-Large-Model/{name}": {
             "transformer": transformer,
+            "scheduler": {"flow_shift": 3.0},
             # bf16: Gemma 2 2B without its head 2.614 B, DC-AE 0.312 B parameters
             "encoder_bytes": 2 * 2_926_000_000,
             "vae": {"encoder_block_out_channels": (128, 256, 512, 512, 1024, 1024), "latent_channels": 32},
@@ -132,10 +134,6 @@ class Sana(ModelFamily):
         """See `ModelFamily`."""
         images: Tensor = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]
         return images
-
-    def shift(self, image_tokens: int, num_steps: int) -> float:
-        """See `ModelFamily`. Sana's is fixed."""
-        return 3.0
 
     def call_arguments(self, guidance: float, text_length: int) -> dict[str, Any]:
         """See `ModelFamily`. Without binning the pipeline makes images of the size that it is asked for."""

@@ -49,6 +49,7 @@ class SD3(ModelFamily):
     known: ClassVar[dict[str, dict[str, Any]]] = {
         f"stabilityai/stable-diffusion-3.5-{size}": {
             "transformer": transformer,
+            "scheduler": {"shift": 3.0},
             # bf16: T5-XXL's encoder 4.76 B, CLIP-G's text model 0.69 B, CLIP-L's 0.12 B, the VAE 0.08 B parameters
             "encoder_bytes": 2 * 5_664_000_000,
             "vae": _VAE,
@@ -82,10 +83,6 @@ class SD3(ModelFamily):
             return_dict=False,
         )[0]
         return velocity
-
-    def shift(self, image_tokens: int, num_steps: int) -> float:
-        """See `ModelFamily`. SD3's is fixed."""
-        return 3.0
 
     def encode_prompt(
         self, pipeline: Any, captions: Sequence[str], device: torch.device, text_length: int

@@ -84,6 +84,14 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
+def quantised_error(folder: Path, how: str) -> UserError:
+    """The error of a network whose weights in `folder` are quantised; `how` says by what this is seen."""
+    return UserError(
+        f"model.path: the weights in {folder} are quantised ({how}), which scfm does not read. Give the model in bf16, fp16 or fp32; "
+        f"model.base=nf4 (or int8, float8) quantises it while it is loaded"
+    )
+
+
 class TensorFiles:
     """The weights of a pipeline's network. Opening reads only the headers; close it, or use it with `with`.
 
@@ -102,6 +110,8 @@ class TensorFiles:
         for name in self._file_names():
             try:
                 self._add(folder / name)
+            except UserError:
+                raise
             except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
                 raise self._damaged(error) from error
 
@@ -131,7 +141,7 @@ class TensorFiles:
         for name, entry in header.items():
             dtype, shape, (begin, stop) = _DTYPES.get(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
             if dtype is None:
-                raise ValueError(f"{path.name}: {name} has dtype {entry['dtype']}, which is not supported")
+                raise quantised_error(path.parent, f"{name} in {path.name} has dtype {entry['dtype']}")
             if any(type(number) is not int or number < 0 for number in (begin, *shape)):
                 raise ValueError(f"{path.name}: its header is wrong: {name} has shape {list(shape)} at {begin}")
             if stop - begin != math.prod(shape) * dtype.itemsize or first + stop > end:
@@ -150,7 +160,7 @@ class TensorFiles:
             expected: the network's tensors by name, also on the meta device.
 
         Raises:
-            UserError: if a tensor is missing or has another shape.
+            UserError: if a tensor is missing or has another shape, or if the weights are quantised.
         """
         wrong = [
             f"{name} is missing"
@@ -165,6 +175,9 @@ class TensorFiles:
                 f"{'; '.join(wrong[:3])}{'; ...' if len(wrong) > 3 else ''}. Download weights and config.json again"
             )
         unused = sorted(self._places.keys() - expected.keys())
+        is_fp8 = any(place.dtype.itemsize == 1 for place in self._places.values())
+        if is_fp8 and (scales := [name for name in unused if "scale" in name.rpartition(".")[2]]):
+            raise quantised_error(self._folder, f"{scales[0]} is a scale of fp8 weights")
         if unused and launched_rank() == 0:
             print(
                 f"model.path: {count(len(unused), 'tensor')} of the weights in {self._folder} are not used: "

@@ -40,6 +40,7 @@ class ZImage(ModelFamily):
     """
 
     pipelines = ("ZImagePipeline",)
+    noise_dtype = torch.float32
     fields: ClassVar[dict[str, FieldKind]] = {"text": "masked"}
     neutral_guidance = 0.0
     block_lists = ("noise_refiner", "context_refiner", "layers")
@@ -102,7 +103,3 @@ class ZImage(ModelFamily):
         chats = [[{"role": "user", "content": caption}] for caption in captions]
         settings = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": True}
         return super().count_tokens(tokenizer, [tokenizer.apply_chat_template(chat, **settings) for chat in chats])
-
-    def shift(self, image_tokens: int, num_steps: int) -> float:
-        """See `ModelFamily`. It is fixed: the pipeline computes Flux's mu of the image's size, and the scheduler ignores it."""
-        return float(self.scheduler_config["shift"])

@@ -69,8 +69,8 @@ class PlanConfig:
     shift: tuple[float, float] = (2.5, 4.5)
     """Range of the timestep shift, drawn uniformly for each sample; equal ends fix it."""
     dynamic_shift_fraction: float = 0.0
-    """Share of samples that use the dynamic shift of the model's family instead, which depends on the image size (the authors'
-    code: 0.1 for Flux)."""
+    """Share of samples that use the shift of the model's own sampler instead, as `sample.shift: dynamic` does (the authors' code:
+    0.1 for Flux)."""
     guidance: tuple[float, float] = (0.0, 8.0)
     """Range of the guidance, drawn uniformly for each sample and the same in all three passes: Flux's embedded guidance (the
     paper: 0 to 8), or the scale of classifier-free guidance as in diffusers' pipeline. For SD3.5 the paper has 3.5 to 5; in the

@@ -108,7 +108,7 @@ def sample_plan(
         config: fractions, grids, ranges.
         sample_ids: global sample indices, int64 [B].
         seed: the run's seed.
-        dynamic_shift: the family's shift of a sampler with a number of steps; needed if `dynamic_shift_fraction` > 0.
+        dynamic_shift: the shift of the model's own sampler with a number of steps; needed if `dynamic_shift_fraction` > 0.
 
     Returns:
         the plan, on the device of `sample_ids`.

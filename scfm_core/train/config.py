@@ -180,8 +180,8 @@ class SampleConfig:
     seed: int = 1234
     """Image i starts from the noise of `torch.Generator().manual_seed(seed + i)`, as in a diffusers pipeline."""
     shift: float | Literal["dynamic"] = 3.25
-    """Timestep shift; `dynamic` is the shift of the model's own sampler, which depends on the image's size (and, for some, on the step
-    count)."""
+    """Timestep shift; `dynamic` is the shift of the model's own scheduler: for most it depends on the image's size (and, for some, on
+    the step count), for some it is fixed."""
     guidance: float = 3.5
     """Guidance, in the convention of the model's pipeline in diffusers: embedded, or the scale of classifier-free guidance."""
     weights: Role = "student"

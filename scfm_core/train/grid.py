@@ -43,7 +43,7 @@ class Validation:
             self._vae = Autoencoder(family, dtype, encoder.device)
         shape = family.latent_shape(*config.data.resolution)
         seeds = [config.sample.seed + i for i in range(len(self._prompts))]
-        self._noise = initial_noise(shape, seeds, dtype).to(encoder.device)
+        self._noise = initial_noise(shape, seeds, family.noise_dtype or dtype).to(encoder.device)
         self._teacher: Tensor | None = None
         """The teacher's latents. They are sampled once, for the first grid."""
 

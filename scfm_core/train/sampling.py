@@ -94,7 +94,8 @@ def generate(
     latents = []
     for at in range(0, len(seeds), batch):
         rows = cond[at : at + batch]
-        noise = initial_noise(shape, seeds[at : at + batch], compute_dtype(config)).to(rows.device)
+        dtype = model.family.noise_dtype or compute_dtype(config)
+        noise = initial_noise(shape, seeds[at : at + batch], dtype).to(rows.device)
         shift = sampling_shift(config.sample, model.family, noise, num_steps)
         settings: dict[str, Any] = {
             "num_steps": num_steps,

@@ -157,7 +157,8 @@ class TestContent:
     def test_latents_and_texts_equal_a_reference_computation(self, family, whole, tmp_path, shift):
         folder = whole
         if shift == "dynamic":
-            folder = tmp_path / "dynamic"
+            folder, family = tmp_path / "dynamic", open_family(str(family.folder))
+            family.scheduler_config = {"use_dynamic_shifting": True}
             make(folder, family, shift="dynamic", batch_size=8, trim_padding=True)
         network = family.load_network(torch.float32, "cpu")
         texts, corpus, seen = Texts(family.folder), opened(folder), []

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import re
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 from runs import ENGINES, run_distributed, train_all
 from tiny_fixtures import randomise_transformer
@@ -179,6 +181,28 @@ def test_distilled_resumed_sampled_evaluated_exported(model, tmp_path, monkeypat
 
     evaluate = ["evaluate", str(run_dir), f"evaluate.features_path={model.root / 'classifier'}"]
     assert main(evaluate) == 0
+
+
+def test_the_noise_has_the_dtype_of_the_pipelines(model, monkeypatch):
+    """A seed gives other noise in another dtype, which networks in fp32 cannot show."""
+    pipe = DiffusionPipeline.from_pretrained(model.root / "model", torch_dtype=torch.bfloat16)
+    family, side = open_family(str(model.root / "model")), model.sides[0]
+
+    class Drawn(Exception): ...
+
+    def draw(*_: Any, dtype: torch.dtype, **__: Any) -> None:
+        raise Drawn(dtype)
+
+    monkeypatch.setattr(sys.modules[type(pipe).__module__], "randn_tensor", draw)
+    with pytest.raises(Drawn) as drawn:
+        pipe(
+            prompt=PROMPT,
+            height=side,
+            width=side,
+            num_inference_steps=1,
+            **family.call_arguments(model.guidance, TEXT_LENGTH),
+        )
+    assert drawn.value.args == (family.noise_dtype or torch.bfloat16,)
 
 
 def from_python(run_dir: Path, pipe: Any, ours: np.ndarray) -> None:

@@ -1,4 +1,7 @@
+import json
+import shutil
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -96,6 +99,25 @@ def test_the_pipeline_in_bf16(tiny, num_steps):
 
     ours = euler_sample(lambda x, sigma: family.velocity(network, x, sigma, cond), noise, sigmas)
     assert 0 < (ours - state).norm() / state.norm() < 0.01  # 0.0032 at four steps
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"shift": 1.0},  # schnell
+        {"use_dynamic_shifting": True},
+        {"use_dynamic_shifting": True, "base_shift": 0.3, "max_shift": 0.9, "max_image_seq_len": 8192},
+    ],
+    ids=lambda settings: "-".join(settings),
+)
+def test_the_shift_is_that_of_the_models_scheduler(tiny, tmp_path, settings):
+    folder = Path(shutil.copytree(tiny / "flux", tmp_path / "flux"))
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    pipe = FluxPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    pipe("a", num_inference_steps=4, height=16, width=16, max_sequence_length=8, output_type="latent")
+    torch.testing.assert_close(sigma_grid(4, open_family(str(folder)).shift(16, 4)), pipe.scheduler.sigmas)
 
 
 def test_latents_are_what_the_pipeline_decodes(tiny):

@@ -171,7 +171,15 @@ def empty_file(folder: Path) -> str:
 
 def unknown_dtype(folder: Path) -> str:
     change(folder, lambda tensors: tensors.update({"proj_out.bias": torch.zeros(4, dtype=torch.int32)}))
-    return "proj_out.bias has dtype I32, which is not supported"
+    return r"are quantised \(proj_out.bias in .* has dtype I32\), which scfm does not read. Give the model in bf16"
+
+
+def scaled_fp8(folder: Path) -> str:
+    scale = {"x_embedder.weight_scale": torch.ones(1)}
+    change(
+        folder, lambda tensors: tensors.update({name: t.to(torch.float8_e4m3fn) for name, t in tensors.items()} | scale)
+    )
+    return r"are quantised \(x_embedder.weight_scale is a scale of fp8 weights\)"
 
 
 def only_a_variant(folder: Path) -> str:
@@ -199,8 +207,8 @@ def damaged_index(folder: Path) -> str:
 @pytest.mark.parametrize(
     "damage",
     [
-        without_a_tensor, with_another_shape, cut_off, without_a_header, empty_file, unknown_dtype, only_a_variant,
-        no_file, a_shard_is_missing, damaged_index,
+        without_a_tensor, with_another_shape, cut_off, without_a_header, empty_file, unknown_dtype, scaled_fp8,
+        only_a_variant, no_file, a_shard_is_missing, damaged_index,
     ],
 )  # fmt: skip
 def test_unusable_weights_are_found_before_any_is_read(folder, damage, monkeypatch):
@@ -209,6 +217,17 @@ def test_unusable_weights_are_found_before_any_is_read(folder, damage, monkeypat
     family = open_family(str(folder))
     with pytest.raises(UserError, match=message):
         family.load_network(torch.float32, "cpu")
+
+
+def test_a_network_that_bitsandbytes_has_quantised_is_refused(folder):
+    path = folder / "transformer" / "config.json"
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "bitsandbytes"}})
+    )
+    with pytest.raises(
+        UserError, match=r"are quantised \(quantization_config in config.json: bitsandbytes\).*model.base=nf4"
+    ):
+        open_family(str(folder))
 
 
 def test_tensors_that_the_network_does_not_have_are_named(folder, tiny, capsys):

@@ -169,7 +169,7 @@ def test_the_card_shows_what_was_made_with_its_weights_alone(run, tmp_path):
     found = card(f"model.adapters=[{{path: {tmp_path / 'style.safetensors'}, weight: 0.5}}]")
     assert "`style.safetensors` (weight 0.5)" in found
     assert "## Measured" not in found and "(4 steps)" not in found
-    for words in ("sample.weights=ema_slow", "sample.shift=dynamic", "sample.guidance=2"):
+    for words in ("sample.weights=ema_slow", "sample.shift=2", "sample.guidance=2"):
         found = card(words)
         assert "## Measured" not in found and "(4 steps)" not in found and "samples.png" not in found, words
     (run / "evaluation.yaml").unlink()

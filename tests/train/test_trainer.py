@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from data_tools.encode import EncodeConfig
 from data_tools.generate import FIRST_ID, SamplerConfig, generate
-from recipes.tiny import caption
+from recipes.tiny import SHIFT, caption
 from scfm_core.data.corpus import Corpus
 from scfm_core.data.loader import batches
 from scfm_core.data.workers import Stopped
@@ -343,13 +343,16 @@ def test_a_dynamic_shift_is_that_of_the_runs_images(make_config, monkeypatch):
         return plan
 
     monkeypatch.setattr(step_module, "sample_plan", recorded)
-    trainer = Trainer(make_config({"method.dynamic_shift_fraction": 1.0, "train.steps": 1}))
-    next(trainer.train_steps())
+    trainer = Trainer(make_config({"method.dynamic_shift_fraction": 1.0, "train.steps": 2}))
+    steps, batch = trainer.train_steps(), trainer.config.train.global_batch_size
+    next(steps)
+    assert torch.cat(shifts).tolist() == [SHIFT] * batch, "its scheduler's is fixed"
+    shifts.clear()
+    trainer.model.family.scheduler_config = {"use_dynamic_shifting": True}
+    next(steps)
     _, height, width = trainer.model.family.latent_shape(*trainer.config.data.resolution)
     mu = 0.5 + (height * width / 4 - 256) * (1.15 - 0.5) / (4096 - 256)  # Flux: 2 x 2 latents a token
-    assert torch.cat(shifts).tolist() == pytest.approx(
-        [math.exp(mu)] * trainer.config.train.global_batch_size, rel=1e-6
-    )
+    assert torch.cat(shifts).tolist() == pytest.approx([math.exp(mu)] * batch, rel=1e-6)
 
 
 def test_fused_blocks_do_not_change_the_golden_losses(make_config):
