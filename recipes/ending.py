@@ -14,6 +14,11 @@ from scfm_core.launched import launched_rank, launched_size
 from scfm_core.output import prepare_streams, surviving_output
 from scfm_core.user import provide_user
 
+_MORE_MEMORY = (
+    "Lower the batch size (train.micro_batch_size, evaluate.batch_size, --batch-size), or store frozen weights in int8 or nf4 (model.base, "
+    "model.encoders; of a sampler sample.base). `scfm train RECIPE --dry-run` says what fits. SCFM_TRACEBACK=1 shows where it was"
+)
+
 
 def ended(run: Callable[[], Any], *, is_long: bool) -> int:
     """Run a command; a mistake of the user, a bad disk and a lost rank become one message, any other exception a traceback.
@@ -50,7 +55,13 @@ def ended(run: Callable[[], Any], *, is_long: bool) -> int:
             print("scfm: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        if not is_disk_failure(error) or os.environ.get("SCFM_TRACEBACK"):
+        if os.environ.get("SCFM_TRACEBACK"):
+            raise
+        if type(error).__name__ == "OutOfMemoryError":  # torch's
+            _say(f"{_rank_prefix()}{str(error).splitlines()[0]} {_MORE_MEMORY}")
+            _clear_frames(error)
+            return 1
+        if not is_disk_failure(error):
             raise
         _say(f"{_rank_prefix()}{error}. Mend this, or choose another folder, and run again")
         _clear_frames(error)

@@ -21,7 +21,7 @@ from scfm_core.models.student import FullModel
 from scfm_core.models.weights import resolve_folder
 from scfm_core.scfm.method import sampling_strength
 from scfm_core.train.config import RunConfig
-from scfm_core.train.device import compute_dtype, resolve_device
+from scfm_core.train.device import compute_dtype, on_device, resolve_device
 from scfm_core.train.pipelines import load_fused, read_header, shift_of
 from scfm_core.train.pipelines import with_steps as with_steps
 from scfm_core.train.runs import load_trained, open_run
@@ -168,9 +168,11 @@ class RunModel(FewStepModel):
         self.config = open_run(run_dir, list(overrides))
         self.model = load_trained(run_dir, self.config, with_teacher=with_teacher)
         self.family = self.model.family
-        device, dtype = resolve_device(self.config.run.device), compute_dtype(self.config)
-        self._text = TextEncoders(self.family, self.config.model.text_length, dtype, device, self.config.model.encoders)
-        self._vae = Autoencoder(self.family, dtype, device)
+        self._device, dtype = resolve_device(self.config.run.device), compute_dtype(self.config)
+        self._text = TextEncoders(
+            self.family, self.config.model.text_length, dtype, self._device, self.config.model.encoders
+        )
+        self._vae = Autoencoder(self.family, dtype, self._device)
 
     def _trained(self, *, undistilled: bool) -> tuple[tuple[int, int], float | str, float]:
         config = self.config
@@ -183,18 +185,19 @@ class RunModel(FewStepModel):
         if job.undistilled and isinstance(self.model, FullModel) and "teacher" not in self.model.networks:
             raise UserError(f"the run {self.config.run.dir} has no teacher: it trained full weights from data alone")
         settings = job.settings
-        images = generate(
-            self.config,
-            self.model,
-            "teacher" if job.undistilled else self.config.sample.weights,
-            self._vae,
-            self._text.encode(job.prompts, settings["guidance"]),
-            job.seeds,
-            settings["steps"],
-            None if job.undistilled else settings["strength"],
-            size=(settings["height"], settings["width"]),
-            before_step=job.before_step,
-        )
+        with on_device(self._device):
+            images = generate(
+                self.config,
+                self.model,
+                "teacher" if job.undistilled else self.config.sample.weights,
+                self._vae,
+                self._text.encode(job.prompts, settings["guidance"]),
+                job.seeds,
+                settings["steps"],
+                None if job.undistilled else settings["strength"],
+                size=(settings["height"], settings["width"]),
+                before_step=job.before_step,
+            )
         return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in to_uint8(images)]
 
 

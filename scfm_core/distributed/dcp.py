@@ -28,7 +28,7 @@ def save_dcp(tensors: Mapping[str, Tensor], folder: Path, world: World, *, on_th
         a function that waits until the files are written, and raises what the writing raised; it returns this rank's files.
     """
     quiet_dcp()
-    writer = HashingWriter(folder)
+    writer = HashingWriter(folder, staged=on_thread)
     options: dict[str, Any] = {"storage_writer": writer}
     if world.group is not None:
         options["process_group"] = world.group

@@ -264,6 +264,9 @@ class ZeroEngine(Engine):
         for role in ("ema_fast", "ema_slow"):
             for partition in self._partitions[role].values():
                 partition.drop_gathered()
+        if self._mesh is not None and self._mesh.device_type == "cuda":
+            # DeepSpeed gathers on a stream of its own, which does not wait for the averages' update on this one.
+            torch.cuda.current_stream().synchronize()
 
     def save(self, folder: Path, world: World, *, on_thread: bool) -> Callable[[], Written]:
         """See `Engine`: DeepSpeed's files, and a DCP of the EMAs."""

@@ -164,7 +164,7 @@ def join_world(device: torch.device, timeout: float, *, always: bool = False) ->
         yield World()
         return
     if size == 1:
-        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it
+        os.environ["LOCAL_RANK"] = str(device.index or 0)  # DeepSpeed takes this GPU
     elif missing := [name for name in _LAUNCHER if name not in os.environ]:
         raise UserError(
             f"WORLD_SIZE is {size}, but without {', '.join(missing)}. Start several processes with torchrun or the "

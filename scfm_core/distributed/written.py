@@ -11,6 +11,9 @@ from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 
 from scfm_core.files import FileEntry, HashedFile, Written
 
+_COPY_AHEAD = 10_000_000
+"""Bytes that are copied from a GPU while others are written: DCP's own default."""
+
 
 def torch_save(value: object, path: Path) -> FileEntry:
     """`torch.save` to a new file, with fsync."""
@@ -40,9 +43,13 @@ class HashingFileSystem(FileSystem):
 
 
 class HashingWriter(FileSystemWriter):
-    """DCP's writer into a folder; `files` has what this rank wrote."""
+    """DCP's writer into a folder; `files` has what this rank wrote.
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
+    `staged`: the tensors are in host memory. Then it does not copy them over a stream, whose thread would be on GPU 0: every process
+    of a machine would take memory there.
+    """
+
+    def __init__(self, folder: Path, *, staged: bool = False) -> None:
+        super().__init__(folder, per_thread_copy_ahead=0 if staged else _COPY_AHEAD)
         self.fs = files = HashingFileSystem()
         self.files: Written = files.files

@@ -141,9 +141,6 @@ def why_unavailable(backend: str, shape: AttentionShape) -> str | None:
             return reason
     if backend == "xformers" and shape.device.type != "cuda":
         return "xformers has no kernel for a CPU"
-    failures: tuple[type[Exception], ...] = (RuntimeError, ValueError, *_triton_errors())
-    if backend == "flash4":
-        failures = (Exception,)  # it checks by assertions, and its compiler has errors of its own
     try:
         heads = shape.heads // (shape.kv_heads or shape.heads)
         probed = replace(shape, batch=1, tokens=min(_PROBE_TOKENS, shape.tokens), heads=heads, kv_heads=1)
@@ -151,14 +148,24 @@ def why_unavailable(backend: str, shape: AttentionShape) -> str | None:
         attention(*inputs, backend, probed.mask()).sum().backward()
         if shape.device.type == "cuda":
             torch.cuda.synchronize(shape.device)
-    except failures as error:
+    except _failures(backend) as error:
         if backend in SDPA and ("No viable backend" in str(error) or "No available kernel" in str(error)):
             return f"PyTorch has no {backend} attention for this device, dtype and head size"
-        return (str(error).strip() or type(error).__name__).splitlines()[0]
+        return _first_line(error)
     return None
 
 
-def _triton_errors() -> tuple[type[Exception], ...]:
+def _failures(backend: str) -> tuple[type[Exception], ...]:
+    """What a backend raises that cannot run a shape."""
+    # FlashAttention-4 checks by assertions, and its compiler has errors of its own.
+    return (Exception,) if backend == "flash4" else (RuntimeError, ValueError, *triton_errors())
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def triton_errors() -> tuple[type[Exception], ...]:
     """Errors of a kernel that does not compile here, or that needs more memory than this GPU has."""
     try:
         from triton.errors import TritonError
@@ -184,7 +191,7 @@ def choose_attention(
 
     Raises:
         ValueError: if the named backend is unavailable (the message says why, and names the available ones), or if no
-            backend fits into memory.
+            backend runs the shape.
     """
     if name != "auto":
         reason = (
@@ -208,18 +215,19 @@ def choose_attention(
     ):
         return AttentionChoice(entry["backend"], f"measured before ({path})", entry["milliseconds"])
     available = [backend for backend in backends if why_unavailable(backend, shape) is None]
-    times = {}
+    times, failed = {}, {}
     for backend in available if available == ["math"] else [name for name in available if name != "math"]:
         try:
             times[backend] = (time or _milliseconds)(backend, shape)
         except torch.OutOfMemoryError:
-            continue
+            failed[backend] = "no memory: lower train.micro_batch_size"
+        except _failures(backend) as error:  # cuDNN chooses its plan for each shape
+            failed[backend] = _first_line(error)
     if shape.device.type == "cuda":
         torch.cuda.empty_cache()
     if not times:
-        raise ValueError(
-            f"no attention backend fits into the free memory for {shape.key}: lower train.micro_batch_size"
-        )
+        reasons = "; ".join(f"{backend}: {reason}" for backend, reason in failed.items())
+        raise ValueError(f"no attention backend runs {shape.key}: {reasons}")
     best = next(iter(times))
     for backend, taken in times.items():
         if taken < times[best] * (1 - TIE):

@@ -1,6 +1,7 @@
 """The choice between the vendor's library and `lora_gemm.py` for the products of adapted linears, by measurement."""
 
 import json
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from scfm_core.kernels.attention import triton_errors
 from scfm_core.kernels.launch import Tile, why_no_triton
 from scfm_core.kernels.lora_products import add_product, shape_of, use_tiles
 from scfm_core.kernels.measured import cache_file, milliseconds, write_measured
@@ -89,9 +91,12 @@ def _fastest(rows: int, weight: Tensor, rank: int, tiles: tuple[Tile, ...], time
 def _milliseconds(x: Tensor, weight: Tensor, low: Tensor, factor: Tensor, tile: Tile | None) -> float:
     """Of a product with a tile; None: the library's."""
     use_tiles({} if tile is None else {shape_of(weight): tile})
-    time = milliseconds(lambda: add_product(x, weight, low, factor), x.device)
-    use_tiles({})
-    return time
+    try:
+        return milliseconds(lambda: add_product(x, weight, low, factor), x.device)
+    except triton_errors():  # a tile that does not fit this GPU
+        return math.inf
+    finally:
+        use_tiles({})
 
 
 def _read(path: Path) -> dict[str, int | None]:

@@ -1,5 +1,6 @@
 """The device of this process, and the dtype that it computes in."""
 
+import contextlib
 import gc
 import os
 import platform
@@ -34,8 +35,7 @@ def resolve_device(name: str) -> torch.device:
             raise UserError(
                 f"run.device={name}, but this machine has {torch.cuda.device_count()} GPUs, numbered from cuda:0"
             )
-        torch.cuda.set_device(device)  # Triton launches on the current device, wherever its tensors are
-        return device
+        return _current(device)
     if ":" in name:
         raise UserError(
             f"run.device={name} names one GPU, but the launcher started {launched_size()} processes. Set it to auto"
@@ -46,7 +46,18 @@ def resolve_device(name: str) -> torch.device:
             f"the launcher started a process of local rank {own}, but this machine has {count} GPUs. "
             f"Start at most {count} processes on it"
         )
-    return torch.device("cuda", own)
+    return _current(torch.device("cuda", own))
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Within it `device` is the current one: models of one process may be on several GPUs."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _current(device: torch.device) -> torch.device:
+    """The device, which becomes the current one: Triton launches on that, wherever its tensors are."""
+    torch.cuda.set_device(device)
+    return device
 
 
 def _expand_segments() -> None:

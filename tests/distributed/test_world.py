@@ -250,6 +250,18 @@ def test_a_defect_on_one_of_several_ranks_is_printed_before_it_leaves(monkeypatc
     assert codes == [1] and "IndexError: a defect of ours" in capsys.readouterr().err
 
 
+def test_a_full_gpu_says_what_takes_less_memory(capsys):
+    def fill():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nMore.")
+
+    assert ending.ended(fill, is_long=False) == 1
+    message = capsys.readouterr().err
+    assert message.startswith(
+        "scfm: error: CUDA out of memory. Tried to allocate 20.00 MiB. Lower the batch size (train.micro_batch_size"
+    )
+    assert "Traceback" not in message and "More." not in message
+
+
 @pytest.mark.parametrize(("name", "index"), [("auto", 0), ("cuda", 0), ("cuda:1", 1)])
 def test_a_gpu_has_an_index(name, index, monkeypatch):
     """`torch.cuda.set_device` refuses one without."""
@@ -299,7 +311,9 @@ def test_each_process_of_a_machine_takes_its_own_gpu(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", (chosen := []).append)
     assert resolve_device("auto") == torch.device("cuda", 1)
+    assert chosen == [torch.device("cuda", 1)], "sampling joins no process group, which would set it"
     with pytest.raises(UserError, match=r"run.device=cuda:1 names one GPU, but the launcher started 2 processes"):
         resolve_device("cuda:1")
     monkeypatch.setenv("LOCAL_RANK", "2")

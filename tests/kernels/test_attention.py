@@ -133,6 +133,20 @@ def test_backends_without_enough_memory_are_skipped():
         choose_attention("auto", other, time=never)
 
 
+def test_a_backend_that_refuses_the_true_shape_is_skipped():
+    """Though it took the few tokens of the probe."""
+
+    def time(backend, shape):
+        if backend != "triton":
+            raise RuntimeError("No valid execution plans built.\nMore.")
+        return 1.0
+
+    other = AttentionShape(3, 40, 3, 16, DTYPE, DEVICE)
+    assert choose_attention("auto", other, time=time).backend == "triton"
+    with pytest.raises(ValueError, match=r"no attention backend runs .*: flash: No valid execution plans built\.$"):
+        choose_attention("auto", replace(other, batch=5), backends=("flash",), time=time)
+
+
 def test_math_is_chosen_if_nothing_else_is_available(monkeypatch):
     reason = "not here"
     monkeypatch.setattr(module, "why_unavailable", lambda backend, shape: None if backend == "math" else reason)

@@ -146,8 +146,11 @@ def test_agrees_with_the_reference_in_fp64(name, dtype, dense):
     results, gradients = run(case.kernel, inputs, fixed)
     assert all(result.dtype == dtype for result in results)
     expected = run(case.reference, [wide(tensor) for tensor in inputs], tuple(wide(value) for value in fixed))
-    assert_close(results, expected[0], BOUND[dtype])
-    assert_close(gradients, expected[1], BOUND[dtype])
+    # A compiled kernel of Triton takes numbers in fp32: the scale of the scores.
+    is_rounded = DEVICE.type == "cuda" and dtype == torch.float64 and name.startswith("flash_attention")
+    bound = 1e-6 if is_rounded else BOUND[dtype]
+    assert_close(results, expected[0], bound)
+    assert_close(gradients, expected[1], bound)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -195,7 +198,7 @@ OPS = {
     "lora_linears": lambda x, row, head: (
         torch.ops.scfm.lora_linears.default, in_lists(x.detach().bfloat16().requires_grad_(), lora_factors(x)),
     ),
-    "lora_add": lambda x, row, head: (torch.ops.scfm.lora_add.default, (torch.ones(2, 7, 20), x, *lora_factors(x)[2:5], None, None)),
+    "lora_add": lambda x, row, head: (torch.ops.scfm.lora_add.default, (torch.ones(2, 7, 20, device=x.device), x, *lora_factors(x)[2:5], None, None)),
 }  # fmt: skip
 
 
