@@ -213,7 +213,8 @@ def _diffusers(card: Card) -> str:
         setting.append(f"pipe.transformer.load_state_dict(load_file({place}))")
     else:
         weight = advice.weight(config, steps, contents.folded)
-        setting.append(f'pipe.load_lora_weights("{card.place}", weight_name="{name}", adapter_name="scfm")')
+        here = "" if "/" in card.place else "  # the folder of this card"
+        setting.append(f'pipe.load_lora_weights("{card.place}", weight_name="{name}", adapter_name="scfm"){here}')
         setting.append(f'pipe.set_adapters("scfm", {weight:.4f})  # the weight for {count(steps, "step")}')
     call = family.call_arguments(advice.student_guidance(config, family), config.model.text_length)
     lines = [
@@ -222,10 +223,11 @@ def _diffusers(card: Card) -> str:
         "",
         f'pipe = {family.pipeline}.from_pretrained("{base}", torch_dtype=torch.{dtype})',
         *setting,
+        'pipe.to("cuda" if torch.cuda.is_available() else "cpu")  # pipe.enable_model_cpu_offload() needs less memory',
         "image = pipe(",
         '    prompt="your prompt",',
         f"    num_inference_steps={steps},",
-        f"    sigmas=[1 - k / {steps} for k in range({steps})],  # an even grid; the scheduler applies its shift to it",
+        f"    sigmas=[1 - k / {steps} for k in range({steps})],  # an even grid, which the scheduler shifts; some pipelines have another",
         f"    height={height},",
         f"    width={width},",
         *(f"    {key}={value!r}," for key, value in call.items()),

@@ -70,16 +70,23 @@ def make(
         _run(execute, "train", _RECIPE, *settings)
         _run(execute, "export", run, "--merged", teacher)
     elif overrides:
-        _check_teacher(run, settings)
+        _check_teacher(run, settings, [word.partition("=")[0] for word in overrides])
     if not (root / "emoji.png").is_file():
         write_sheet(root)
 
 
-def _check_teacher(run: Path, settings: list[str]) -> None:
-    """UserError if the teacher was trained with other settings."""
+def _check_teacher(run: Path, settings: list[str], named: list[str]) -> None:
+    """UserError if the teacher was trained with other values of the keys `named`. Its run may be gone: then nobody knows."""
+    if not (run / "config.yaml").is_file():
+        return
     wanted, made = load_config(_RECIPE, settings), load_config(run / "config.yaml", stored=True)
     before, now = (to_plain(with_absolute_paths(config)) for config in (made, wanted))
-    if changed := changed_keys(before, now):
+    changed = {
+        key: pair
+        for key, pair in changed_keys(before, now).items()
+        if f"{key}.".startswith(tuple(f"{name}." for name in named))
+    }
+    if changed:
         lines = "".join(f"\n  {key}: {old} then, {new} now" for key, (old, new) in changed.items())
         raise UserError(
             f"the teacher in {run.parent} is complete, and was trained with other settings:{lines}\nChoose another folder with --output, or "
@@ -90,7 +97,10 @@ def _check_teacher(run: Path, settings: list[str]) -> None:
 def _run(execute: Callable[[list[str]], int], *parts: object) -> None:
     command = [str(part) for part in parts]
     print(f"\n$ scfm {' '.join(command)}", flush=True)
-    if code := execute(command):
+    code = execute(command)
+    if code > 128:
+        raise SystemExit(code)  # stopped by a signal, which the command has said
+    if code:
         raise UserError(f"this command ended with code {code}: scfm {' '.join(command)}. The same command continues")
 
 

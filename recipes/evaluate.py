@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from recipes import advice
 from recipes.comparison import Comparison, Described
 from recipes.figures import FIGURES, FLOOR, SINGULAR, Result, format_evaluation, is_singular
 from recipes.unfinished import UnfinishedEvaluation
@@ -36,7 +37,7 @@ from scfm_core.train.metrics import progress_bar
 from scfm_core.train.parse import dump_config, with_absolute_paths
 from scfm_core.train.prompts import read_prompts
 from scfm_core.train.run_dir import MANIFEST, newest_complete
-from scfm_core.train.runs import load_trained, open_run
+from scfm_core.train.runs import build_trained, open_run, open_trained
 from scfm_core.train.sampling import generate, to_uint8
 from scfm_core.wording import count, duration
 
@@ -133,10 +134,18 @@ class Evaluator:
         settings = config.evaluate
         self.config, self.device, self.size = config, resolve_device(config.run.device), settings.batch_size
         self.comparison = Comparison(settings, self.device)
-        self.model = load_trained(run_dir, config, with_teacher=True)
-        self.has_teacher = not isinstance(self.model, FullModel) or "teacher" in self.model.networks
+        trained, family = open_trained(run_dir, config)
         dtype = compute_dtype(config)
         corpus, items, self.prompts = planned(config)
+        distinct = sorted(set(self.prompts))
+        # Before the network: a card may hold only one of the two.
+        self.cond = self._encode(
+            TextEncoders(family, config.model.text_length, dtype, self.device, config.model.encoders), distinct
+        )
+        row_of = {prompt: row for row, prompt in enumerate(distinct)}
+        self.rows = torch.tensor([row_of[prompt] for prompt in self.prompts])
+        self.model = build_trained(trained, family, config, with_teacher=True)
+        self.has_teacher = not isinstance(self.model, FullModel) or "teacher" in self.model.networks
         self.folder = run_dir / ".evaluation"
         """Of an evaluation that has not ended."""
         weights = newest_complete(run_dir)
@@ -151,13 +160,6 @@ class Evaluator:
         self.key = hashlib.sha256(json.dumps(known).encode()).hexdigest()
         """A hash of everything that the figures depend on."""
         self.vae = Autoencoder(self.model.family, dtype, self.device)
-        distinct = sorted(set(self.prompts))
-        self.cond = self._encode(
-            TextEncoders(self.model.family, config.model.text_length, dtype, self.device, config.model.encoders),
-            distinct,
-        )
-        row_of = {prompt: row for row, prompt in enumerate(distinct)}
-        self.rows = torch.tensor([row_of[prompt] for prompt in self.prompts])
         described = self.comparison.describe(self._data_images(corpus, items))
         self.comparison.set_data(described)
         self.real = described.features
@@ -239,7 +241,7 @@ class Evaluator:
 
     def _load_or_make(self, folder: Path, steps: int, first: int = 0) -> tuple[Tensor, float]:
         """The frozen model's images, made once for all runs with the same model, prompts and settings; and their time."""
-        path = folder / f"teacher-{steps}-{self._images_key(first)[:16]}.safetensors"
+        path = folder / f"teacher-{steps}-{self._images_key(steps, first)[:16]}.safetensors"
         if path.is_file():
             try:
                 with safe_open(path, "pt") as file:
@@ -259,7 +261,7 @@ class Evaluator:
             save_tensors(partial, {"images": images}, {"seconds": repr(seconds)})
         return images, seconds
 
-    def _images_key(self, first: int) -> str:
+    def _images_key(self, steps: int, first: int) -> str:
         """A hash of everything that the frozen model's images depend on."""
         config, folder, sample = self.config, self.model.family.folder, self.config.sample
         known: list[Any] = [
@@ -269,7 +271,10 @@ class Evaluator:
             self.prompts,
             str(self.device),
         ]
-        known += [first, sample.seed, sample.shift, sample.guidance, self.model.family.has_learned_guidance]
+        shift = advice.shift(config, self.model.family, steps)  # a dynamic one depends on the model's scheduler
+        known += [first, sample.seed, shift, sample.guidance, self.model.family.has_learned_guidance]
+        noise = self.model.family.noise_dtype
+        known += [str(noise)] if noise not in (None, compute_dtype(config)) else []
         known += [config.run.seed] if config.model.init == "random" else []
         formats = [sample.base, config.model.encoders]
         known += formats if formats != ["bfloat16", "bfloat16"] else []

@@ -79,7 +79,8 @@ def run_study(
     configs = [  # all mistakes before the first run
         _check_run(study, run, steps_known=study.arms[run.arm].equal_passes is None) for run in chosen
     ]
-    _check_data(study, [*zip(chosen, configs, strict=True), *_done(runs, chosen)])
+    against = [name for name in study.metrics if name.endswith("_data")]
+    _check_data(against, [*zip(chosen, configs, strict=True), *_done(runs, chosen, against)])
     _check_first(study, path)
     _prepare(study, path, root, execute)
     # It may count stored paths, which `prepare` makes.
@@ -128,7 +129,10 @@ def _prepare(study: Study, path: str, root: Path, execute: Callable[[list[str]],
     for output, command in study.prepare.items():
         # Also if the output exists: the command raises an error if it was made from another model.
         with _locked(root / ".prepare", wait=True), _outside_array():
-            if execute(shlex.split(command)) or not Path(output).exists():
+            code = execute(shlex.split(command))
+            if code > 128:
+                raise SystemExit(code)  # stopped by a signal, which the command has said
+            if code or not Path(output).exists():
                 raise UserError(f"{path}: the command that makes {output} failed: scfm {command}")
 
 
@@ -206,17 +210,16 @@ def _differences(stored: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return [key for key in keys if _value(stored, key) != _value(now, key)]
 
 
-def _done(runs: Sequence[Run], chosen: Sequence[Run]) -> Iterator[tuple[Run, RunConfig]]:
-    """The other runs that are in the table, and the settings with which they were measured."""
+def _done(runs: Sequence[Run], chosen: Sequence[Run], figures: Sequence[str]) -> Iterator[tuple[Run, RunConfig]]:
+    """The other runs with some of these figures, and the settings with which they were measured."""
     for run in runs:
         how = run.folder / "evaluation.yaml"
-        if run not in chosen and run.result is not None and how.is_file():
+        if run not in chosen and how.is_file() and len(run.missing(figures)) < len(figures):
             yield run, load_config(how, stored=True)
 
 
-def _check_data(study: Study, runs: Sequence[tuple[Run, RunConfig]]) -> None:
+def _check_data(against: Sequence[str], runs: Sequence[tuple[Run, RunConfig]]) -> None:
     """UserError if figures against the data would be against other data for some arms."""
-    against = [name for name in study.metrics if name.endswith("_data")]
     if not against:
         return
     (one, settings), *others = runs

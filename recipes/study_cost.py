@@ -60,20 +60,12 @@ def cost(config: RunConfig) -> Cost:
     return Cost(config.train.steps, samples, for_targets, student * samples + for_targets)
 
 
-def cost_of_stages(study: Study, run: Run, *, spent: bool = False) -> Cost:
-    """The cost of a run and of those from which it starts.
-
-    Args:
-        study: the definition.
-        run: the last of them.
-        spent: by the settings with which they were made, not by those of the study now.
-    """
+def cost_of_stages(study: Study, run: Run) -> Cost:
+    """The cost of a run and of those from which it starts: by the settings with which they were made, else by those of the study."""
 
     def config(stage: Run) -> RunConfig:
         path = stage.folder / "config.yaml"
-        return (
-            load_config(path, stored=True) if spent and path.is_file() else load_config(study.recipe, stage.overrides)
-        )
+        return load_config(path, stored=True) if path.is_file() else load_config(study.recipe, stage.overrides)
 
     *earlier, last = (cost(config(stage)) for stage in run.stages)
     return sum(earlier, start=last)

@@ -47,7 +47,7 @@ def write_summary(study: Study, runs: Sequence[Run], root: Path, command: str) -
 def _record(study: Study, done: list[tuple[Run, dict[str, Any]]], command: str) -> dict[str, Any]:
     """`study.json`: everything that the tables say."""
     first = {run.arm: run for run, _ in reversed(done)}
-    costs: dict[str, Cost] = {arm: cost_of_stages(study, run, spent=True) for arm, run in first.items()}
+    costs: dict[str, Cost] = {arm: cost_of_stages(study, run) for arm, run in first.items()}
     floors = {metric: _floor(metric, done) for metric in study.metrics}
     return {
         "metric": study.metrics,

@@ -161,11 +161,12 @@ run_job() {
 }
 
 # Sets `shown`, what Slurm says of this job alone, and `alone`, its name for a requeue. One task of a job array has the number of the
-# whole array: scontrol shows all tasks for this number, and would requeue all of them.
+# whole array: scontrol shows all tasks for this number, and would requeue all of them. (A job that was submitted from within an array
+# may have the variables of that array, but has another number.)
 ask_slurm() {
     shown="$(scontrol --oneliner show job "$1" | grep "^JobId=$1 " || true)"
     alone="$1"
-    if [[ "$shown" =~ ArrayJobId=([0-9]+)\ ArrayTaskId=([0-9]+)\  ]]; then alone="${BASH_REMATCH[1]}_${BASH_REMATCH[2]}"; fi
+    if [[ "${SLURM_ARRAY_JOB_ID:-}" == "$1" ]]; then alone="$1_$SLURM_ARRAY_TASK_ID"; fi
 }
 
 # Runs one task per node, which is torchrun, and waits for its end, also after a signal to this shell.

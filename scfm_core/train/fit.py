@@ -1,5 +1,7 @@
 """A complete run: the training loop with logs, checkpoints, validation grids and rollbacks."""
 
+from scfm_core.distributed.watchdog import is_connection_error
+from scfm_core.errors import PeerLost, UserError
 from scfm_core.progress import beat, counting_io
 from scfm_core.train.grid import Validation
 from scfm_core.train.metrics import RunLog
@@ -30,6 +32,20 @@ def fit(trainer: Trainer) -> int | None:
                 return stopped_by
             except SkippedTooOften:
                 log.rolled_back(trainer.state.roll_back())
+            except Exception as error:
+                # A rank that is lost writes nothing any more.
+                if not isinstance(error, PeerLost) and not is_connection_error(error):
+                    _finish_checkpoint(trainer)
+                raise
+
+
+def _finish_checkpoint(trainer: Trainer) -> None:
+    """Wait for the checkpoint that is written in the background, which an error that ends the process would lose."""
+    try:
+        trainer.state.wait()
+    except UserError as error:
+        if trainer.world.is_main:
+            print(f"warning: {error}", flush=True)
 
 
 def _run_steps(trainer: Trainer, validation: Validation | None, log: RunLog) -> int | None:
@@ -43,8 +59,6 @@ def _run_steps(trainer: Trainer, validation: Validation | None, log: RunLog) -> 
         if due or step == total or stopping is not None or trainer.data_error is not None:
             beat(f"the checkpoint of step {step}")
             trainer.state.save()
-            if trainer.data_error is not None:
-                trainer.state.wait()  # the error ends the process, and a write in the background with it
             beat(f"step {step + 1}")
         if validation and validation.is_due(step):
             log.picture(validation.save_grid(step), step)

@@ -71,7 +71,13 @@ def load_trained(run_dir: Path, config: RunConfig, *, with_teacher: bool) -> Sho
     Raises:
         UserError: as in `open_trained`.
     """
-    checkpoint, family = open_trained(run_dir, config)
+    return build_trained(*open_trained(run_dir, config), config, with_teacher=with_teacher)
+
+
+def build_trained(
+    checkpoint: Checkpoint, family: ModelFamily, config: RunConfig, *, with_teacher: bool
+) -> ShortcutModel:
+    """`load_trained` of what `open_trained` returns."""
     device = resolve_device(config.run.device)
     kernels = choose_kernels(config, family, device, training=False)
     model = build_model(config, family, device, kernels=kernels, with_teacher=with_teacher)

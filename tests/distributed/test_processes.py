@@ -249,18 +249,46 @@ def test_a_defect_on_one_rank_keeps_its_traceback(tiny, tmp_path):
     assert "scfm: error: " in said[0] and "rank 1" in said[0].partition("scfm: error: ")[2].partition("rank 0")[2]
 
 
-def train_with_a_broken_loader(tree: dict[str, Any], error: Exception) -> int:
-    """In a rank: `scfm train`; rank 1 cannot read its samples of the third step. The disk is slow."""
-    from scfm_core.data.corpus import Corpus
+def slow_disk() -> None:
+    """In a rank: the tensors of a checkpoint take a second."""
     from scfm_core.distributed.written import HashingWriter
 
-    record, write = Corpus.record, HashingWriter.write_data
+    write = HashingWriter.write_data
 
     def write_slowly(*arguments: Any) -> Any:
         time.sleep(1)
         return write(*arguments)
 
     HashingWriter.write_data = write_slowly  # type: ignore[method-assign]
+
+
+def train_without_room_for_a_grid(tree: dict[str, Any]) -> int:
+    """In a rank: `scfm train`; rank 0 cannot write the grid of the step whose checkpoint is written in the background."""
+    from scfm_core.train import grid
+
+    def save_grid(*_: Any) -> None:
+        raise UserError("the picture could not be written: the disk is full")
+
+    slow_disk()
+    grid.save_grid = save_grid
+    return train_cli(tree)
+
+
+def test_a_failed_grid_does_not_lose_the_checkpoint_of_its_step(tiny, tmp_path):
+    sample = {"every": 2, "prompts": ["a handwritten digit three"], "steps": [1]}
+    tree = make_run(tiny, tmp_path / "run", "fsdp2", checkpoint__asynchronous=True, sample=sample)
+    outcomes = run_distributed(train_without_room_for_a_grid, 2, tree, timeout=LIMIT, expect_failure=True)
+    assert [code_of(outcome) for outcome in outcomes] == [2, LOST], [outcome.output for outcome in outcomes]
+    assert "scfm: error: rank 0: the picture could not be written: the disk is full" in outcomes[0].output
+    assert find_checkpoint(tmp_path / "run") == checkpoint_path(tmp_path / "run", 2)
+
+
+def train_with_a_broken_loader(tree: dict[str, Any], error: Exception) -> int:
+    """In a rank: `scfm train`; rank 1 cannot read its samples of the third step. The disk is slow."""
+    from scfm_core.data.corpus import Corpus
+
+    record = Corpus.record
+    slow_disk()
 
     def read(self: Corpus, item: int, sample_id: int = 0, **options: Any) -> Any:
         if os.environ["RANK"] == "1" and sample_id >= 16:

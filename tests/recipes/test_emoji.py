@@ -17,6 +17,7 @@ from recipes.side_by_side import side_by_side
 from scfm_core.errors import UserError
 from scfm_core.models.encoders import load_tokenizer
 from scfm_core.models.families import open_family
+from scfm_core.train.parse import load_config
 
 
 @pytest.fixture
@@ -108,6 +109,9 @@ def test_from_images_to_a_teacher(tmp_path, monkeypatch, capsys):
     words = make_small(root, monkeypatch)
     assert main(words) == 0
     assert main(words) == 0, "nothing is left to do"
+    monkeypatch.chdir(tmp_path)
+    same = load_config(root / "pretrain" / "config.yaml", stored=True).train.lr
+    assert main([*[word.replace(str(root), "emoji") for word in words], f"train.lr={same}"]) == 0, "the same folder"
     assert main([*words, "train.lr=0.5"]) == 2  # a setting that would have no effect
     assert re.search(r"trained with other settings:\n  train\.lr: \S+ then, 0\.5 now", capsys.readouterr().err)
     told = [json.loads(line)["text"] for line in (root / "train" / "metadata.jsonl").read_text().splitlines()]

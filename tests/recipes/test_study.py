@@ -12,7 +12,7 @@ import yaml
 from recipes.cli import main
 from recipes.evaluate import planned
 from recipes.measurable import check_ready
-from recipes.study import run_study
+from recipes.study import _done, run_study
 from recipes.study_cost import cost, equal_steps
 from recipes.study_docs import page, section
 from recipes.study_file import load_study, runs_of
@@ -93,6 +93,9 @@ def test_figures_that_an_earlier_evaluation_lacks(study, tmp_path, capsys, monke
     study(metric="fid_data", seeds=[0], arms={**arms, "other": other}, set=little)
     assert main(["study", "small.yaml", "-o", "out", "--arms", "other"]) == 2
     assert "fid_data would compare other with elsewhere, and plain with" in capsys.readouterr().err
+    [plain] = [run for run in runs_of(load_study("small.yaml"), tmp_path / "out", []) if run.arm == "plain"]
+    compared = [len(list(_done([plain], [], figures))) for figures in (["fid_data"], ["cmmd_data"], [])]
+    assert compared == [1, 0, 0], "a figure that it lacks is no reason to compare its data"
     path = tmp_path / "out" / "plain" / "seed-0" / "evaluation.json"
     origin = json.loads((path.parent / "origin.json").read_text())
     assert set(origin) == {"trained", "evaluated"} and "CPU core" in origin["trained"]["machine"]
@@ -189,6 +192,8 @@ def test_prepare_runs_before_the_first_run(study, tmp_path, monkeypatch, capsys)
         run_study("small.yaml", tmp_path / "out", [], arms=["plain"], only=None, execute=execute)
     assert calls == [(["data", "encode", "images", "-o", "made", "--model", "nowhere"], [])] * 2
     assert os.environ["SLURM_ARRAY_TASK_ID"] == "0"
+    with pytest.raises(SystemExit, match="130"):  # Ctrl-C
+        run_study("small.yaml", tmp_path / "out", [], arms=["plain"], only=None, execute=lambda words: 130)
 
 
 @pytest.mark.parametrize(
@@ -382,6 +387,10 @@ def test_updates_of_equal_passes(study, tmp_path, capsys):
     assert steps == {"paths": 50}
     costs = [cost(load_config("recipe.yaml", run.overrides)) for run in runs_of(chosen, tmp_path, [], steps)[:2]]
     assert costs[0].passes == costs[1].passes == 70 * 4 * 5
+    runs[0].folder.mkdir(parents=True)  # the reference in the table counts, not what its settings would be now
+    made = load_config("recipe.yaml", [*runs[0].overrides, "train.steps=140"])
+    (runs[0].folder / "config.yaml").write_text(dump_config(made))
+    assert equal_steps(chosen, runs[:2], {"paths"}) == {"paths": 100}
     taken[2] = "method.trajectory_steps=24"  # an update of pairs is a fifth of an update of these
     study(arms={**arms, "paths": {"about": "x", "set": taken, "equal_passes": "pairs"}})
     assert main(["study", "small.yaml", "-o", "out"]) == 2

@@ -73,22 +73,26 @@ class TestRecipes:
         assert message in result.stderr
 
 
+ARRAY = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "4"}
+
+
 @pytest.mark.parametrize(
-    ("job", "name", "state"), [("7", "7_4", "CANCELLED"), ("8", "7_3", "RUNNING"), ("9", "9", "COMPLETED")]
+    ("job", "name", "state"), [("7", "7_4", "CANCELLED"), ("8", "8", "RUNNING"), ("9", "9", "COMPLETED")]
 )
 def test_what_slurm_says_of_one_task_of_an_array(job, name, state):
-    """For the number that the last task shares with the array, scontrol shows all of its tasks."""
+    """For the number that the last task shares with the array, scontrol shows all of its tasks. Job 9 was submitted from within it."""
     lines = (
         "JobId=7 ArrayJobId=7 ArrayTaskId=4 JobName=x JobState=CANCELLED",
         "JobId=8 ArrayJobId=7 ArrayTaskId=3 JobName=x JobState=RUNNING",
         "JobId=9 JobName=ArrayTaskId=5 JobState=COMPLETED",
     )
     show = f"scontrol() {{ printf '%s\\n' {shlex.join(lines)}; }}; ask_slurm {job}; echo \"$alone ${{shown##*=}}\""
-    assert bash(show).stdout == f"{name} {state}\n"
+    assert bash(show, **ARRAY).stdout == f"{name} {state}\n"
 
 
-def test_a_slurm_that_does_not_answer():
-    assert bash('scontrol() { return 1; }; ask_slurm 7; echo "$alone:$shown"').stdout == "7:\n"
+@pytest.mark.parametrize(("variables", "name"), [({}, "7"), (ARRAY, "7_4")])
+def test_a_slurm_that_does_not_answer(variables, name):
+    assert bash('scontrol() { return 1; }; ask_slurm 7; echo "$alone:$shown"', **variables).stdout == f"{name}:\n"
 
 
 class TestSecrets:
