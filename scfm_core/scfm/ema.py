@@ -26,7 +26,7 @@ class EMAConfig:
     slow: float = 0.999
     """Decay of the slow average, per optimizer step."""
     restart_every: int | Literal["auto"] | None = None
-    """Steps between restarts; a restart sets both averages to the student (the paper's cyclic restart: 1000). `auto`: restart
+    """Updates between restarts; a restart sets both averages to the student (the paper's cyclic restart: 1000). `auto`: restart
     when the averages lag behind a steady drift of the student (scfm/restart.py). none: no restarts."""
 
     def __post_init__(self) -> None:
