@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from scfm_core.data.reading import may_pass, read_in_threads, retried
 from scfm_core.data.scan import TEXT_SUFFIXES, Scan, same_name
 from scfm_core.data.schema import BadData
 from scfm_core.data.text import check_size, check_text, decode_text, shown_name
@@ -31,23 +32,27 @@ class _Row:
     """File and line, for messages."""
 
 
-def read_captions(found: Scan) -> list[str | BadData]:
+def read_captions(found: Scan, timeout: float) -> list[str | BadData]:
     """The caption of each image, or why it has no valid one.
 
     A row of metadata wins over a caption file. Metadata of a folder win over those of the folders above it.
 
     Args:
         found: the folder; what is not used is counted in `left_out`.
+        timeout: seconds for errors of a file system that may pass.
 
     Raises:
-        UserError: if a file of metadata is invalid, or gives one image two captions.
+        UserError: if a file of metadata is invalid, or gives one image two captions, or if a file cannot be read in time.
     """
-    listed, texts = _read_metadata(found), _Texts(found)
+    listed, texts = _read_metadata(found, timeout), _Texts(found)
+    files = {path: texts.of(path) for path in found.images}
+    needed = list(dict.fromkeys(file for path, file in files.items() if file is not None and path not in listed))
+    content = dict(zip(needed, read_in_threads(needed, _read_text, timeout), strict=True))
     used: set[Path] = set()
     captions: list[str | BadData] = []
     is_first = True
     for path in found.images:
-        file = texts.of(path)
+        file = files[path]
         if path in listed:
             captions.append(listed[path])
             if file is not None:
@@ -56,7 +61,7 @@ def read_captions(found: Scan) -> list[str | BadData]:
             captions.append(_no_caption(found, path, with_near=is_first))
             is_first = False
         else:
-            captions.append(_read_text(file))
+            captions.append(content[file])
             if file in used:
                 found.leave_out("images that share the caption file of another image", path)
         used |= {file} if file is not None else set()
@@ -93,6 +98,8 @@ def _read_text(path: Path) -> str | BadData:
     except BadData as error:
         return error
     except OSError as error:
+        if may_pass(error):
+            raise
         return BadData(f"data: {where} cannot be read ({error.strerror}). Make it readable")
 
 
@@ -114,12 +121,12 @@ def _near(name: str, others: list[str]) -> str:
     return f" (there is {shown_name(others[stems.index(near[0])])!r})" if near else ""
 
 
-def _read_metadata(found: Scan) -> dict[Path, str | BadData]:
+def _read_metadata(found: Scan, timeout: float) -> dict[Path, str | BadData]:
     """The caption of each image that has a row."""
     listed: dict[Path, str | BadData] = {}
     for folder, files in itertools.groupby(found.metadata, key=lambda path: path.parent):
         images, rows = _Images(found, folder), dict[Path, _Row]()
-        for row in itertools.chain.from_iterable(map(_rows, files)):
+        for row in itertools.chain.from_iterable(_rows(file, timeout) for file in files):
             image = images.find(row)
             if image is None:
                 is_first = not found.left_out[_WITHOUT_FILE]
@@ -196,11 +203,11 @@ def _is_absolute(name: str) -> bool:
     return re.match(r"[/\\]|[A-Za-z]:", name) is not None
 
 
-def _rows(path: Path) -> Iterator[_Row]:
+def _rows(path: Path, timeout: float) -> Iterator[_Row]:
     """The rows of a file of metadata; UserError for a line that is not one."""
     where = shown_name(str(path))
     try:
-        text = decode_text(path.read_bytes(), where)
+        text = decode_text(retried(path.read_bytes, lambda: where, timeout), where)
     except OSError as error:
         raise UserError(f"data: {where} cannot be read ({error.strerror}). Make it readable") from error
     try:

@@ -47,7 +47,8 @@ class Corpus:
         self.sources: list[Source | ImageFolder] = []
         for source in self.configs:
             if source.format == "folder":
-                self.sources.append(ImageFolder(_local_folder(source), strict=config.max_bad_fraction == 0))
+                folder, timeout = _local_folder(source), config.cache.timeout
+                self.sources.append(ImageFolder(folder, strict=config.max_bad_fraction == 0, timeout=timeout))
             else:
                 self.sources.append(open_source(source, cache, config.cache.timeout, self._files))
         if config.max_bad_fraction == 0:

@@ -89,8 +89,11 @@ def caption_of(shard: Shard, at: int, name: str) -> str | None:
     Raises:
         BadData: if it cannot be decoded.
     """
-    field, *path = name.split(".")
-    content, where = shard.read(at, field), f"the caption {name} of {_where(shard, at)}"
+    path: list[str] = []
+    content, where = shard.read(at, name), f"the caption {name} of {_where(shard, at)}"
+    if content is None:
+        field, *path = name.split(".")
+        content = shard.read(at, field)
     if content is None:
         return None
     check_size(len(content), where)

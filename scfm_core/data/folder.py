@@ -2,27 +2,22 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from scfm_core.data.captions import NoCaption, read_captions
 from scfm_core.data.image import IMAGE_SUFFIXES, image_size, load_picture, picture_notes
+from scfm_core.data.reading import may_pass, read_in_threads
 from scfm_core.data.scan import scan
 from scfm_core.data.schema import BadData, Record, Size
 from scfm_core.errors import UserError
-from scfm_core.progress import beat
-
-T = TypeVar("T")
 
 _BLOCK = 4096
 _UNCOMPRESSED = (".bmp", ".tif", ".tiff")
-_THREADS = 16
-"""Reading the first blocks of files waits for the disk, or for the network."""
 
 
 class ImageFolder:
@@ -33,18 +28,20 @@ class ImageFolder:
     Args:
         folder: searched recursively.
         strict: raise if an image has no valid caption. False: `caption` raises it for that image.
+        timeout: seconds for errors of a file system that may pass.
 
     Raises:
-        UserError: if there is no image, metadata are invalid, or, if `strict`, an image has no valid caption.
+        UserError: if there is no image, metadata are invalid, a file cannot be read in time, or, if `strict`, an image has no valid
+            caption.
     """
 
-    def __init__(self, folder: Path, *, strict: bool = True) -> None:
+    def __init__(self, folder: Path, *, strict: bool = True, timeout: float = 60.0) -> None:
         if not folder.is_dir():
             raise UserError(f"data: there is no folder {str(folder)!r}")
-        self.folder = folder
-        self._found = scan(folder)
+        self.folder, self._timeout = folder, timeout
+        self._found = scan(folder, timeout)
         self.paths = self._found.images
-        self._captions = read_captions(self._found) if self.paths else []
+        self._captions = read_captions(self._found, timeout) if self.paths else []
         self.notes = self._found.notes
         """What was left out of the folder, one line for each kind, with its number."""
         if not self.paths:
@@ -76,11 +73,12 @@ class ImageFolder:
         last block suffice. In an uncompressed one an edit changes only its own pixels, so more blocks are read. The
         time of the last change would be cheaper, but a copy has another one, and a copy must not be encoded again.
         """
-        contents = self._read_in_threads(lambda paths: [_content_mark(path) for path in paths])
-        rows = zip(self.paths, contents, self._captions, strict=True)
+        contents = read_in_threads(self.paths, _content_mark, self._timeout)
+        # Why a caption is invalid may name the folder, which may be moved.
+        told = ["\0invalid" if isinstance(caption, BadData) else caption for caption in self._captions]
         return [
             os.fsencode(path.relative_to(self.folder).as_posix()) + b":" + content + f":{caption}\n".encode()
-            for path, content, caption in rows
+            for path, content, caption in zip(self.paths, contents, told, strict=True)
         ]
 
     def __len__(self) -> int:
@@ -105,37 +103,25 @@ class ImageFolder:
         """Height and width of every image in pixels, from its header: [images, 2].
 
         Args:
-            strict: raise for an invalid image. False: it counts as a square; loading it raises BadData later.
+            strict: raise for an invalid image. False: it has the most frequent size, so that valid images may replace it; loading it
+                raises BadData later.
 
         Raises:
             BadData: if `strict`, and an image is invalid; the message names it.
+            UserError: if a file cannot be read in time.
         """
 
-        def read(paths: list[Path]) -> list[Size]:
-            found = []
-            for path in paths:
-                try:
-                    found.append(image_size(path, str(path)))
-                except BadData:
-                    if strict:
-                        raise
-                    found.append((1, 1))
-            return found
+        def read(path: Path) -> Size | None:
+            try:
+                return image_size(path, str(path))
+            except BadData:
+                if strict:
+                    raise
+                return None
 
-        return np.array(self._read_in_threads(read), np.int64).reshape(-1, 2)
-
-    def _read_in_threads(self, read: Callable[[list[Path]], list[T]]) -> list[T]:
-        """What `read` gives for the images, of which it gets some at a time."""
-        parts = [self.paths[at : at + 256] for at in range(0, len(self.paths), 256)]
-        found: list[T] = []
-        pool = ThreadPoolExecutor(_THREADS)
-        try:
-            for part in pool.map(read, parts):
-                found += part
-                beat(f"reading the images of {self.folder}")
-        finally:
-            pool.shutdown(cancel_futures=True)
-        return found
+        found = read_in_threads(self.paths, read, self._timeout)
+        [(usual, _)] = Counter(size for size in found if size is not None).most_common(1) or [((1, 1), 0)]
+        return np.array([usual if size is None else size for size in found], np.int64).reshape(-1, 2)
 
     def picture_notes(self, index: int, size: Size) -> Sequence[str]:
         """`Picture.notes` of image `index` for `size`; BadData if it is not an image."""
@@ -160,6 +146,8 @@ def _content_mark(path: Path) -> bytes:
             step = max(_BLOCK, (size - _BLOCK) // (count - 1))
             places = range(0, max(1, size - _BLOCK), step)
             blocks = [os.pread(file.fileno(), _BLOCK, place) for place in (*places, max(0, size - _BLOCK))]
-    except OSError:  # loading it raises BadData
-        return b"unreadable"
+    except OSError as error:
+        if may_pass(error):
+            raise
+        return b"unreadable"  # loading it raises BadData
     return f"{size}:{hashlib.sha256(b''.join(blocks)).hexdigest()}".encode()

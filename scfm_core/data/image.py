@@ -180,7 +180,8 @@ def _to_srgb(image: Any, profile: bytes | None) -> Any:
     if profile:
         with contextlib.suppress(ImageCms.PyCMSError, OSError, ValueError, TypeError):
             given = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            if image.mode != "RGB" or "srgb" not in ImageCms.getProfileDescription(given).lower():
+            described = ImageCms.getProfileDescription(given).lower()
+            if image.mode != "RGB" or "srgb" not in described or "linear" in described:
                 return ImageCms.profileToProfile(image, given, _srgb(), outputMode="RGB")
     return image.convert("RGB")
 

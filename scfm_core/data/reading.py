@@ -4,9 +4,12 @@ import errno
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TypeVar
 
+from scfm_core.data.text import shown_name
 from scfm_core.errors import UserError
 from scfm_core.progress import beat
 
@@ -22,6 +25,8 @@ _MAY_PASS = frozenset(
 """What file systems of a network answer while a server restarts or evicts a client: NFS ESTALE, ETIMEDOUT and EIO, Lustre
 ESHUTDOWN and ENOTCONN, FUSE ENOTCONN and EIO. A disk answers EIO for good, which costs the retries' time."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 10.0
+_THREADS, _PART = 16, 256
+"""Reading small files waits for the disk, or for the network."""
 
 
 def may_pass(error: BaseException) -> bool:
@@ -65,6 +70,31 @@ def retried(
         beat(f"waiting to read {what()} again")
         time.sleep(pause * random.uniform(0.5, 1.0))  # jitter, so that not all processes read again at once
         reset()
+
+
+def read_in_threads(paths: Sequence[Path], read: Callable[[Path], T], seconds: float) -> list[T]:
+    """`read(path)` of every path, again after errors that may pass for up to `seconds`; every 256 files are a sign of progress.
+
+    Raises:
+        UserError: as `retried`.
+        Exception: every other error of `read`, at once.
+    """
+
+    def part(start: int) -> list[T]:
+        return [
+            retried(lambda path=path: read(path), lambda path=path: shown_name(str(path)), seconds)  # type: ignore[misc]
+            for path in paths[start : start + _PART]
+        ]
+
+    found: list[T] = []
+    pool = ThreadPoolExecutor(_THREADS)
+    try:
+        for some in pool.map(part, range(0, len(paths), _PART)):
+            found += some
+            beat(f"reading {len(paths):,} files")
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return found
 
 
 def read_at(descriptor: int, offset: int, count: int) -> bytes:

@@ -88,6 +88,8 @@ def _filesystem(uri: str, left: float) -> tuple[Any, str]:
         options = {
             "endpoint_url": endpoint,
             "use_listings_cache": False,
+            # Parts of 50 MiB at once would be in memory, ten for each download, and be no sign of progress until all are there.
+            "max_concurrency": 1,
             "config_kwargs": {
                 "connect_timeout": _CONNECT_SECONDS,
                 "read_timeout": stall,

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from scfm_core.data.image import IMAGE_SUFFIXES
+from scfm_core.data.reading import retried
 from scfm_core.data.text import shown_name
 from scfm_core.errors import UserError
+from scfm_core.progress import beat
 
 TEXT_SUFFIXES = (".txt", ".caption")
 """Of caption files; the second one is the default of kohya's scripts."""
@@ -69,11 +71,12 @@ def same_name(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
-def scan(folder: Path) -> Scan:
+def scan(folder: Path, timeout: float) -> Scan:
     """Search a folder and its subfolders. Links to folders are followed, and no folder is read twice, so loops end.
 
     Args:
         folder: an existing folder.
+        timeout: seconds for errors of a file system that may pass.
 
     Raises:
         UserError: if a folder cannot be read.
@@ -89,8 +92,9 @@ def scan(folder: Path) -> Scan:
                 found.leave_out("links to a folder that is read already", path)
                 continue
             seen.add(identity)
-            for entry in _entries(path):
-                if not _is_folder(entry, found):
+            beat(f"searching {folder}")
+            for entry in _entries(path, timeout):
+                if not _is_folder(entry, found, timeout):
                     continue
                 (links if entry.is_symlink() else pending).append(Path(entry.path))
     found.images.sort()
@@ -99,17 +103,20 @@ def scan(folder: Path) -> Scan:
     return found
 
 
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    try:
+def _entries(folder: Path, timeout: float) -> list[os.DirEntry[str]]:
+    def read() -> list[os.DirEntry[str]]:
         with os.scandir(folder) as entries:
             return sorted(entries, key=lambda entry: entry.name)
+
+    try:
+        return retried(read, lambda: shown_name(str(folder)), timeout)
     except OSError as error:
         raise UserError(
             f"data: the folder {shown_name(str(folder))} cannot be read ({error.strerror}). Make it readable, or move it elsewhere"
         ) from error
 
 
-def _is_folder(entry: os.DirEntry[str], found: Scan) -> bool:
+def _is_folder(entry: os.DirEntry[str], found: Scan, timeout: float) -> bool:
     """Whether an entry is a folder to search; a file goes to its kind."""
     name, path = entry.name, Path(entry.path)
     suffix = path.suffix.lower()
@@ -117,7 +124,7 @@ def _is_folder(entry: os.DirEntry[str], found: Scan) -> bool:
         found.leave_out("hidden names", path)
         return False
     try:
-        is_folder, is_file = entry.is_dir(), entry.is_file()
+        is_folder, is_file = retried(lambda: (entry.is_dir(), entry.is_file()), lambda: shown_name(entry.path), timeout)
     except OSError:  # a link to itself
         is_folder = is_file = False
     if is_folder:

@@ -1079,6 +1079,11 @@ class TestImageRecords:
         assert abs(count["long"] - 450) < 4 * (600 * 0.75 * 0.25) ** 0.5
         assert corpus.caption(0) == captions[0]
 
+    def test_a_caption_of_a_field_with_a_dot(self, tmp_path):
+        """`0001.caption.txt` beside `0001.jpg`."""
+        corpus = self.images(tmp_path, {"png": png(), "caption.txt": b"a fox"}, captions={"caption.txt": 1.0})
+        assert corpus.record(0).caption == "a fox"
+
     def test_choose_again_for_every_sample_id(self, tmp_path):
         content = {"png": png(), "txt": b"short", "json": b'{"long": "long"}'}
         corpus = self.images(tmp_path, *[content] * 40, captions={"txt": 1.0, "json.long": 1.0})

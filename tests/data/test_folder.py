@@ -1,6 +1,8 @@
 """A folder of images with captions: pairs, order, pixels, and messages for invalid files."""
 
+import errno
 import json
+import os
 import struct
 import threading
 import zlib
@@ -180,6 +182,34 @@ class TestFolder:
         for folder in ("one", "two"):
             write_pair(tmp_path / folder, "sub/a.png", "a")
         assert ImageFolder(tmp_path / "one").fingerprint == ImageFolder(tmp_path / "two").fingerprint
+        for folder in ("one", "two"):  # the message of a missing caption names the folder
+            write_image(tmp_path / folder / "b.png")
+        found = {ImageFolder(tmp_path / folder, strict=False).fingerprint for folder in ("one", "two")}
+        assert len(found) == 1
+
+    def test_errors_of_a_network_that_pass_change_nothing(self, tmp_path, monkeypatch, capsys):
+        """Also not the fingerprint, by which a resumed run would be refused."""
+        write_pair(tmp_path, "a.png", "a")
+        write_pair(tmp_path, "sub/b.png", "b")
+        expected, failed = ImageFolder(tmp_path), set()
+
+        def once(function):
+            def failing(first, *arguments):
+                if (function, first) not in failed:
+                    failed.add((function, first))
+                    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+                return function(first, *arguments)
+
+            return failing
+
+        monkeypatch.setattr(Path, "read_bytes", once(Path.read_bytes))
+        monkeypatch.setattr(folder_module, "_content_mark", once(folder_module._content_mark))
+        monkeypatch.setattr(folder_module, "image_size", once(image_size))
+        monkeypatch.setattr(os, "scandir", once(os.scandir))
+        found = ImageFolder(tmp_path)
+        assert (found.fingerprint, found.marks) == (expected.fingerprint, expected.marks)
+        assert found.sizes().tolist() == [[8, 8]] * 2
+        assert len(failed) == 8 and capsys.readouterr().out.count("Stale file handle; it is read again") == 8
 
     def test_record_has_only_the_image_and_its_caption(self, tmp_path):
         write_pair(tmp_path, "a.png", "a")
@@ -197,6 +227,10 @@ class TestFolder:
         (tmp_path / "b.jpg").write_bytes(b"no image")
         with pytest.raises(BadData, match=rf"{tmp_path}/b.jpg is not a readable image"):
             ImageFolder(tmp_path).sizes()
+        write_pair(tmp_path, "d.png", "d")
+        write_pair(tmp_path, "e.png", "e")
+        sizes = ImageFolder(tmp_path).sizes(strict=False).tolist()
+        assert sizes == [[4, 9], [8, 8], [5, 5], [8, 8], [8, 8]], "the most frequent, of which there are substitutes"
 
     def test_sizes_are_read_in_threads(self, tmp_path, monkeypatch):
         """Two headers are read at the same time: on a network each takes a millisecond."""
