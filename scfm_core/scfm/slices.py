@@ -130,7 +130,8 @@ class Matching:
     """Matching rows: jumps to the image, whose images follow the teacher's distribution (`scfm/matching.py`)."""
 
     weight: float = 0.3
-    """Weight of these rows' gradient. A half gives the loss of DMD2 (Yin et al., arXiv 2405.14867)."""
+    """Weight of these rows' gradient beside the other rows'; without others Adam does not see it. A half gives the loss of DMD2 (Yin et
+    al., arXiv 2405.14867)."""
     whole_fraction: float = 0.25
     """Share of these rows that jump the whole way from pure noise, h = 1. The others start where one jump of the student from pure
     noise, of the length 1 - h, ends."""
@@ -142,7 +143,8 @@ class Matching:
     fake_lr: float = 5.0
     """Learning rate of the fake score, as a multiple of `train.lr`. It has to follow the student."""
     every: int = 1
-    """The student learns from matching rows only in each `every`-th step, the fake score in all of them (two time scales)."""
+    """The student learns from matching rows only in each `every`-th step, the fake score in all of them (two time scales). Without rows
+    that regress, the momentum of its optimizer moves the student between these steps too."""
     warmup: int = 0
     """In this number of first steps only the fake score learns from matching rows."""
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -100,6 +100,8 @@ def _from_checkpoint(path: Path, config: RunConfig, family: ModelFamily, shapes:
             f"lora.start: {path} was trained on another model than model.path={config.model.path} and model.adapters contain: "
             f"{difference}. Set them to that model"
         )
+    gain = there["method"].get("step_gain")
+    _check_gamma(path, None if gain is None else gain["gamma"], config)
     _check_shapes(path, {name: tuple(shape) for name, shape in checkpoint.state["shapes"].items()}, config, shapes)
     ratio = _scale(there["lora"]) * config.lora.rank / config.lora.alpha
     role, reader = there["sample"]["weights"], checkpoint.reader
@@ -119,8 +121,8 @@ def _scale(lora: Mapping[str, float]) -> float:
 
 
 def _from_file(path: Path, config: RunConfig, family: ModelFamily, shapes: Mapping[str, tuple[int, ...]]) -> Fill:
-    steps = _folded_steps(path)
-    if steps is not None:
+    header = _header(path)
+    if header and (steps := header.get("folded_steps")) is not None:
         raise UserError(
             f"lora.start: {path} has the strength of {count(steps, 'step')} in its weights, so its strength 1 is not that of a whole jump. "
             f"Export without --steps, or give the run's folder"
@@ -129,6 +131,8 @@ def _from_file(path: Path, config: RunConfig, family: ModelFamily, shapes: Mappi
         factors = read_adapter(path, family.other_tools, family.meta_network())
     except UserError as error:
         raise UserError(f"lora.start: {error}") from error
+    if header:
+        _check_gamma(path, header.get("step_gain_gamma"), config)
     named = {f"{name}.lora_{side}.weight": pair["AB".index(side)] for name, pair in factors.items() for side in "AB"}
     _check_shapes(path, {name: tuple(factor.shape) for name, factor in named.items()}, config, shapes)
     ratio = config.lora.rank / config.lora.alpha  # `read_adapter` has multiplied B by the file's own scale
@@ -140,13 +144,23 @@ def _from_file(path: Path, config: RunConfig, family: ModelFamily, shapes: Mappi
     return fill
 
 
-def _folded_steps(path: Path) -> int | None:
-    """The step count whose strength `scfm export --steps` has folded into a file."""
+def _header(path: Path) -> dict[str, Any]:
+    """What `scfm export` has written about a file; empty for one of another program."""
     try:
-        steps: int | None = adapter_metadata(path).get("folded_steps")
-    except UserError:  # of another program
-        return None
-    return steps
+        return adapter_metadata(path)
+    except UserError:
+        return {}
+
+
+def _check_gamma(path: Path, there: float | None, config: RunConfig) -> None:
+    """Raise a UserError unless the strengths of the adapter at `path` follow the step size as this run's do."""
+    own = None if config.method.step_gain is None else config.method.step_gain.gamma
+    if there != own:
+        advice = "method.step_gain=none" if there is None else f"method.step_gain.gamma={there:g}"
+        raise UserError(
+            f"lora.start: {path} was trained with {advice}, this run has {'none' if own is None else f'gamma {own:g}'}: at every step count "
+            f"but one the adapter would have another strength than it was trained for. Set {advice}"
+        )
 
 
 def _check_shapes(

@@ -120,6 +120,8 @@ BAD = {
     "rank of a file": ({"lora__rank": 2}, "has rank 4, but lora.rank is 2. Set lora.rank=4"),
     "more linears": ({"lora__targets": f"x_embedder|{TARGETS}"}, r"lacks 1 linear \(x_embedder\), which this run adapts. Set lora.targets"),
     "fewer linears": ({"lora__targets": "proj_out"}, r"has 2 linears \(transformer.*\), which this run does not adapt. Set lora.targets"),
+    "gamma": ({"method__step_gain": {"gamma": 0.75}}, r"with method.step_gain.gamma=0.5, this run has gamma 0.75: .* Set method.step_gain.gamma=0.5"),
+    "gamma of a file": ({"method__step_gain": None}, "with method.step_gain.gamma=0.5, this run has none"),
     "folded": ({}, "has the strength of 4 steps in its weights.* Export without --steps"),
     "full weights": ({}, "has full weights, not adapters. Export that run with --merged"),
     "another model": ({}, "was trained on another model than model.path"),
@@ -146,7 +148,7 @@ def test_what_does_not_fit_is_refused(fault, tiny, source, tmp_path):
         else:
             state["base_fingerprint"] = "0123 transformer/config.json=4567"
         (start / "state.json").write_text(json.dumps(state))
-    if fault in ("damaged file", "rank of a file", "folded"):
+    if fault in ("damaged file", "rank of a file", "gamma of a file", "folded"):
         start = exported(run_dir, (4,) if fault == "folded" else ())
     if fault == "damaged file":
         start = Path(shutil.copy(start, tmp_path))
