@@ -99,7 +99,7 @@ def save_the_start(tree: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", ["fsdp2", "zero3"])
 def test_adapters_start_from_another_run(name, tiny, tmp_path_factory, tmp_path):
     """`lora.start` on two processes: each fills its own part. A fake score starts as the teacher."""
-    source = source_run("fsdp2", tiny, tmp_path_factory)
+    source = source_run("fsdp2, matching", tiny, tmp_path_factory)
     start = {"lora__start": str(source), "train__micro_batch_size": 4, **MATCHING}
     run_distributed(save_the_start, 2, make_tree(tiny, tmp_path / "run", engine=ENGINES[name], **start))
     begun, trained = tensors(tmp_path / "run"), tensors(source)
