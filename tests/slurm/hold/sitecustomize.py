@@ -2,8 +2,8 @@
 
 If there is a file $SCFM_HOLD.slow, opening the data takes as many seconds as it says, once: the health check comes first.
 
-The test interferes meanwhile. The rank continues when the file is gone, or when a signal comes that the training handles. So what
-happens at which step depends on no machine's speed.
+The test interferes meanwhile. The rank continues when the file is gone, or when a signal has asked the training to stop, also one
+that came before the wait. So what happens at which step depends on no machine's speed.
 
 Packages that transformers and diffusers import wherever they find them, and a training does not need, cost each process more than a second.
 """
@@ -14,9 +14,6 @@ import sys
 sys.modules |= dict.fromkeys(("scipy", "sklearn", "torchvision", "xformers"))  # None: not installed
 
 if os.environ.get("RANK") == "0" and "SCFM_HOLD" in os.environ:
-    import select
-    import signal
-    import socket
     import time
     from pathlib import Path
     from typing import Any
@@ -24,20 +21,25 @@ if os.environ.get("RANK") == "0" and "SCFM_HOLD" in os.environ:
     from scfm_core.data.corpus import Corpus
     from scfm_core.progress import beat
     from scfm_core.train.metrics import MetricsFile
+    from scfm_core.train.stop import StopRequest
 
     hold = Path(os.environ["SCFM_HOLD"])
-    signals, sender = socket.socketpair()
-    sender.setblocking(False)
-    write = MetricsFile.write
+    stops: list[StopRequest] = []
+    init, write = StopRequest.__init__, MetricsFile.write
+
+    def init_and_keep(self: StopRequest) -> None:
+        init(self)
+        stops.append(self)
+
+    StopRequest.__init__ = init_and_keep  # type: ignore[method-assign]
 
     def write_and_wait(self, row):  # type: ignore[no-untyped-def]
         write(self, row)
         if not hold.exists() or row["step"] < int(hold.read_text()):
             return
-        signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
         hold.with_suffix(".reached").touch()
-        while hold.exists() and not select.select([signals], [], [], 0.05)[0]:
-            pass
+        while hold.exists() and not any(stop.signal for stop in stops):
+            time.sleep(0.05)
 
     MetricsFile.write = write_and_wait  # type: ignore[method-assign]
 
