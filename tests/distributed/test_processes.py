@@ -100,6 +100,16 @@ class Job:
             assert time.monotonic() < deadline, f"the run makes no progress:\n{self.text()}"
             time.sleep(0.05)
 
+    def wait_for_heartbeat(self, rank: int, words: str, seconds: float = 100) -> None:
+        """Until the heartbeat of a rank in torchrun's store has these words."""
+        environ = Path(f"/proc/{self.ranks()[rank]}/environ").read_bytes().decode()
+        port = int(re.search(r"MASTER_PORT=(\d+)", environ)[1])  # type: ignore[index]
+        store = torch.distributed.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+        key, deadline = f"scfm/at/{rank}", time.monotonic() + seconds
+        while not store.check([key]) or words not in store.get(key).decode():
+            assert time.monotonic() < deadline, f"no heartbeat with {words!r}:\n{self.text()}"
+            time.sleep(0.05)
+
     def ranks(self) -> dict[int, int]:
         """Rank -> process id, of this launcher's own children."""
         found = {}
@@ -164,7 +174,7 @@ def test_a_rank_that_is_killed_or_stopped_in_a_step_under_torchrun(name, victim,
     timeout = HANG_TIMEOUT if number == "SIGSTOP" else TIMEOUT
     job = start(make_run(tiny, tmp_path / "run", name, timeout, train__steps=100_000, checkpoint__every=100_000))
     job.wait_for_steps(2)
-    time.sleep(1.5 * PULSE)  # a heartbeat from within the steps
+    job.wait_for_heartbeat(victim, "step ")  # one from within the steps
     ranks = job.ranks()
     assert sorted(ranks) == [0, 1]
     survivor = ranks[1 - victim]
