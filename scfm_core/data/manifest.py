@@ -128,8 +128,8 @@ def read_required(where: str, config: SourceConfig, timeout: float) -> bytes:
     folder = parent(where)
     if not is_remote(where) and not Path(folder).is_dir():
         raise UserError(
-            f"data: there is no folder {folder!r}. Make it with `scfm data encode IMAGES -o {folder} --model MODEL`, or correct "
-            f"the path"
+            f"data: there is no folder {folder!r}. Correct the path. If it is to be a cache, `scfm data encode IMAGES -o {folder} "
+            f"--model MODEL` makes it from a folder of images"
         )
     text = read_optional(where, timeout)
     if text is None:

@@ -126,7 +126,9 @@ def missing_weights(recipe, tiny, tmp_path):
 
 def missing_data(recipe, tiny, tmp_path):
     looked_in = Path("nowhere").absolute()  # an absolute path: a job may start in another folder
-    return train(recipe, "data.path=nowhere"), f"there is no folder '{looked_in}'. Make it with `scfm data encode"
+    return train(
+        recipe, "data.path=nowhere"
+    ), f"there is no folder '{looked_in}'. Correct the path. If it is to be a cache, `scfm data encode"
 
 
 def images_instead_of_cache(recipe, tiny, tmp_path):
